@@ -1,0 +1,114 @@
+"""Distributions: how much each leaf gives, as targets by path for `scope="layerwise"`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.paths import array_leaves, kernels, selected
+from jaxprune.schedules import check_sparsity
+from jaxprune.typing import Params, Where
+
+
+def uniform(params: Params, sparsity: float, where: Where = kernels) -> dict[str, float]:
+    """The same sparsity for every leaf, as a dict to edit.
+
+    Args:
+      params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
+      sparsity: the fraction removed from each leaf, in [0, 1).
+      where: which leaves take part.
+
+    Returns:
+      Sparsity by path.
+
+    Raises:
+      ValueError: sparsity outside [0, 1), or `where` matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": {"kernel": jnp.ones((4, 4))}, "head": {"kernel": jnp.ones((4, 2))}}
+      >>> jp.distributions.uniform(params, 0.9) | {"head/kernel": 0.5}
+      {'a/kernel': 0.9, 'head/kernel': 0.5}
+    """
+    target = check_sparsity(sparsity)
+    return dict.fromkeys(selected(params, where), target)
+
+
+def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: small and narrow layers stay denser.
+
+    The density of a leaf is `eps * sum(dims) / prod(dims)`. eps makes the densities, weighted by
+    size, add up to `1 - sparsity`. Where that asks a leaf for more than it has, the leaf is dense
+    and eps is solved again for the rest.
+
+    Args:
+      params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
+      sparsity: the fraction removed from all these leaves together, in [0, 1).
+      where: which leaves take part.
+
+    Returns:
+      Sparsity by path; 0.0 for the leaves that stay dense.
+
+    Raises:
+      ValueError: sparsity outside [0, 1), or `where` matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"fc1": jnp.ones((784, 300)), "fc2": jnp.ones((300, 100)), "fc3": jnp.ones((100, 10))}
+      >>> {path: round(1 - s, 5) for path, s in jp.distributions.erk(params, 0.9).items()}
+      {'fc1': 0.07957, 'fc2': 0.23019, 'fc3': 1.0}
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity", Nature Communications 2018; Evci et al., "Rigging the Lottery", ICML 2020.
+    """
+    target = check_sparsity(sparsity)
+    leaves = array_leaves(params)
+    paths = [path for path in selected(params, where) if leaves[path].size]
+    size = {path: float(leaves[path].size) for path in paths}
+    raw = {path: sum(leaves[path].shape) / size[path] for path in paths}
+
+    # sum_dense size + eps * sum_rest (raw * size) = (1 - sparsity) * sum size, solved for eps.
+    # Every leaf the solution overfills becomes dense; each round makes at least one so, or ends.
+    dense: set[str] = set()
+    eps = 0.0
+    while len(dense) < len(paths):
+        rest = [path for path in paths if path not in dense]
+        wanted = (1 - target) * sum(size.values()) - sum(size[path] for path in dense)
+        eps = wanted / sum(raw[path] * size[path] for path in rest)
+        overfull = {path for path in rest if eps * raw[path] > 1}
+        if not overfull:
+            break
+        dense |= overfull
+    return {path: 0.0 if path in dense else float(np.clip(1 - eps * raw[path], 0, 1)) for path in paths}
+
+
+def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, Any]:
+    """Thresholds proportional to each leaf's standard deviation, `quality * std(w)`.
+
+    Args:
+      params: a pytree of arrays.
+      quality: the factor, 0 or more. For normally distributed weights of mean 0 and the
+        magnitude score, 1.0 removes 68 %, 0.5 removes 38 %.
+      where: which leaves take part.
+
+    Returns:
+      Threshold by path, for `prune_once(..., threshold=...)`.
+
+    Raises:
+      ValueError: a negative quality, or `where` matches nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[-2.0, 2.0, 0.5, -0.5]])}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, threshold=jp.distributions.sigma(params, 0.5))
+      >>> masks["kernel"].tolist()
+      [[True, True, False, False]]
+
+    References:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
+    """
+    if not quality >= 0:
+        raise ValueError(f"quality must be 0 or more, got {quality}.")
+    leaves = array_leaves(params)
+    return {path: quality * jnp.std(leaves[path]) for path in selected(params, where)}

@@ -1,0 +1,127 @@
+"""Metrics: what was asked, what was achieved."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.paths import array_leaves, kernels, selected
+from jaxprune.typing import Masks, Params, Where
+
+
+class Sparsity(NamedTuple):
+    """The fraction removed, of what may be pruned and of everything.
+
+    Attributes:
+      prunable: of the entries of the leaves that take part.
+      model: of all entries, biases and norms included.
+    """
+
+    prunable: float
+    model: float
+
+
+def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
+    """The fraction of entries that are pruned (False) or exactly zero.
+
+    `sparsity = 1 - nonzeros / size`, counted in integers on the host.
+
+    Args:
+      tree: masks, or params.
+      where: which leaves count as prunable.
+
+    Returns:
+      A `Sparsity` of two Python floats.
+
+    Raises:
+      ValueError: an empty tree, or a `where` that matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.metrics.sparsity({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
+      Sparsity(prunable=0.5, model=0.25)
+    """
+    leaves = array_leaves(tree)
+    # A mask is bool, but takes part if its param does: `where` sees shapes, not dtypes.
+    prunable = [path for path, leaf in leaves.items() if where(path, leaf)] or selected(tree, where)
+
+    def fraction(paths):
+        size = sum(leaves[path].size for path in paths)
+        return 1 - sum(_nonzeros(leaves[path]) for path in paths) / size if size else 0.0
+
+    return Sparsity(fraction(prunable), fraction(leaves))
+
+
+def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
+    """The fraction of entries kept, `1 - sparsity`, of the prunable leaves and of the whole model.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.metrics.density({"kernel": jnp.array([[True, False]])}).prunable
+      0.5
+    """
+    removed = sparsity(tree, where)
+    return Sparsity(1 - removed.prunable, 1 - removed.model)
+
+
+def nonzeros(tree: Any) -> int:
+    """How many entries are not zero (or not pruned, for masks): the l0 "norm".
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.metrics.nonzeros({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
+      3
+    """
+    return sum(_nonzeros(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> str:
+    """Kept entries and sparsity of each leaf, of the prunable leaves and of the model, as text.
+
+    Args:
+      masks: masks, or params.
+      where: which leaves count as prunable.
+      asked: the sparsity that was asked for, to print beside the one achieved.
+
+    Returns:
+      Lines of at most 80 characters, unless a path is longer than 40.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(8.0).reshape(2, 4), "bias": jnp.ones(4)}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+      >>> print(jp.metrics.table(masks, asked=0.5))
+      leaf            shape           kept        size  sparsity
+      bias            4                  4           4    0.0000
+      kernel          2x4                4           8    0.5000
+      prunable                           4           8    0.5000  (asked 0.5000)
+      whole model                        8          12    0.3333
+    """
+    leaves = array_leaves(masks)
+    chosen = [path for path, leaf in leaves.items() if where(path, leaf)]
+    width = max([14, *map(len, leaves)])
+
+    def line(name, shape, kept, size, end=""):
+        fraction = 1 - kept / size if size else 0.0
+        return f"{name:<{width}}  {shape:<10}{kept:>10}  {size:>10}{fraction:>10.4f}{end}"
+
+    def total(name, paths, end=""):
+        kept = sum(_nonzeros(leaves[path]) for path in paths)
+        return line(name, "", kept, sum(leaves[path].size for path in paths), end)
+
+    note = "" if asked is None else f"  (asked {asked:.4f})"
+    return "\n".join(
+        [
+            f"{'leaf':<{width}}  {'shape':<10}{'kept':>10}  {'size':>10}{'sparsity':>10}",
+            *(line(path, "x".join(map(str, x.shape)), _nonzeros(x), x.size) for path, x in leaves.items()),
+            total("prunable", chosen, note),
+            total("whole model", leaves),
+        ]
+    )
+
+
+def _nonzeros(leaf: Any) -> int:
+    # Counted by row, so that no count passes 2**31.
+    rows = jnp.count_nonzero(jnp.reshape(leaf, (leaf.shape[0] if leaf.ndim else 1, -1)), axis=1)
+    return int(np.asarray(rows).sum(dtype=np.int64))

@@ -1,0 +1,198 @@
+"""Pruning inside any optax optimizer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune.masks import apply_masks, check_masks
+from jaxprune.paths import mirrors
+from jaxprune.typing import Masks, Params, Pruner, PrunerState
+
+
+class WrapOptaxState(NamedTuple):
+    """State of `wrap_optax`.
+
+    Attributes:
+      inner: the wrapped optimizer's state.
+      pruner: the pruner's state, with the masks now in force.
+    """
+
+    inner: Any
+    pruner: PrunerState
+
+
+class KeepMaskedState(NamedTuple):
+    """State of `keep_masked`.
+
+    Attributes:
+      inner: the wrapped optimizer's state.
+      masks: the masks, which never change.
+    """
+
+    inner: Any
+    masks: Masks
+
+
+def wrap_optax(
+    optimizer: optax.GradientTransformation, pruner: Pruner
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that also prunes: the one line that a training loop needs.
+
+    Each update first asks the pruner for masks, from the params and the gradients as they come in.
+    The wrapped optimizer sees gradients and params that are 0 where the *old* masks prune, so
+    norms, clipping and momenta are those of the masked network. Its update is replaced by -p where
+    the *new* masks prune, so `optax.apply_updates` gives exactly 0 there; and so are moments and
+    whatever else in its state mirrors the params.
+
+    It must be the outermost transform: what is chained after it would change the -p.
+    `check_pruned` finds such a mistake. The masks are in the state: `optax.tree.get(opt_state,
+    "masks")`. Call `update` once per step; everything is traced once.
+
+    Args:
+      optimizer: any optax transform; extra arguments of `update` reach it and the score.
+      pruner: a `Pruner`, as from `jaxprune.pruner`.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose state is a `WrapOptaxState`. `update` raises
+      ValueError if `params` is None.
+
+    Raises:
+      TypeError: the arguments are not an optimizer and a pruner.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+      >>> pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.one_shot(0.75, step=2))
+      >>> tx = jp.wrap_optax(optax.sgd(0.1, momentum=0.9), pruner)
+      >>> opt_state = tx.init(params)
+      >>> for step in range(3):
+      ...     updates, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> optax.tree.get(opt_state, "masks")["kernel"].tolist()
+      [[False, False, False, False], [False, False, True, True]]
+      >>> int((params["kernel"] != 0).sum())
+      2
+    """
+    if not hasattr(optimizer, "update") or not isinstance(pruner, Pruner):
+        raise TypeError(
+            "wrap_optax takes an optax optimizer and a jaxprune Pruner, in this order, got "
+            f"{type(optimizer).__name__} and {type(pruner).__name__}."
+        )
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: Params) -> WrapOptaxState:
+        return WrapOptaxState(inner.init(params), pruner.init(_fast(params)))
+
+    def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
+        _check_params(params, "wrap_optax")
+        pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
+        updates, inner_state = _masked_update(
+            inner, updates, state.inner, params, state.pruner.masks, pruned.masks, extra
+        )
+        return updates, WrapOptaxState(inner_state, pruned)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def keep_masked(
+    optimizer: optax.GradientTransformation, masks: Masks
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that keeps pruned entries at exactly 0: fine-tuning under fixed masks.
+
+    As in `wrap_optax`, the wrapped optimizer sees the masked network, and this must be the
+    outermost transform. Params that are not masked yet become so with the first update.
+
+    Args:
+      optimizer: any optax transform.
+      masks: bool masks like the params.
+
+    Returns:
+      A `GradientTransformationExtraArgs` whose state is a `KeepMaskedState`. `init` raises if the
+      masks do not mirror the params, `update` if `params` is None.
+
+    Raises:
+      TypeError: the first argument is not an optimizer.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[1.0, -2.0]])}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+      >>> tx = jp.keep_masked(optax.sgd(0.5), masks)
+      >>> updates, opt_state = tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)
+      >>> optax.apply_updates(params, updates)["kernel"].tolist()
+      [[0.0, -2.5]]
+    """
+    if not hasattr(optimizer, "update"):
+        raise TypeError(f"keep_masked takes an optax optimizer first, got {type(optimizer).__name__}.")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init_fn(params: Params) -> KeepMaskedState:
+        check_masks(masks, _fast(params))
+        return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), masks))), masks)
+
+    def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
+        _check_params(params, "keep_masked")
+        check_masks(state.masks, _fast(params))
+        updates, inner_state = _masked_update(
+            inner, updates, state.inner, params, state.masks, state.masks, extra
+        )
+        return updates, KeepMaskedState(inner_state, state.masks)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_params(params: Any, name: str) -> None:
+    if params is None:
+        raise ValueError(f"{name} needs the params to prune them: call tx.update(grads, opt_state, params).")
+
+
+def _fast(params: Params) -> Params:
+    """The params that are trained: of `optax.lookahead`'s pair, the fast ones."""
+    return params.fast if isinstance(params, optax.LookaheadParams) else params
+
+
+def _like(params: Params, tree: Any) -> Any:
+    """A tree like the fast params, in the shape of `params`: twice for a lookahead pair."""
+    return optax.LookaheadParams(tree, tree) if isinstance(params, optax.LookaheadParams) else tree
+
+
+def _masked_update(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    inner_state: Any,
+    params: Params,
+    before: Masks,
+    after: Masks,
+    extra: dict[str, Any],
+) -> tuple[Any, Any]:
+    """One step of the wrapped optimizer on the masked network, then the projection on new masks."""
+
+    def clear(mask, leaf):
+        # `None` and float0 stand for "no gradient".
+        if leaf is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+    def step_or_zero(mask, update, param):
+        if update is None or not jnp.issubdtype(param.dtype, jnp.inexact):
+            return update
+        # Adding -p gives exactly 0 only if -p is not rounded to a narrower type than p's.
+        dtype = jnp.promote_types(update.dtype, param.dtype)
+        return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+    def is_none(leaf):
+        return leaf is None
+
+    grads = jax.tree.map(lambda g, m: clear(m, g), grads, before, is_leaf=is_none)
+    masked_params = apply_masks(params, _like(params, before))
+    updates, inner_state = inner.update(grads, inner_state, masked_params, **extra)
+    updates = jax.tree.map(
+        lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, after), params, is_leaf=is_none
+    )
+    leaves, treedef = jax.tree.flatten(inner_state)
+    kept = jax.tree.leaves(after)
+    twins = mirrors(inner_state, _fast(params))
+    leaves = [leaf if i is None else clear(kept[i], leaf) for leaf, i in zip(leaves, twins, strict=True)]
+    return updates, jax.tree.unflatten(treedef, leaves)

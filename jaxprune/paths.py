@@ -1,0 +1,290 @@
+"""Leaf paths as strings, and predicates on them that say which leaves take part."""
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.typing import Params, Where
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _path_parts(tree: Any) -> list[tuple[str, ...]]:
+    """The path of each leaf as a tuple of names, in `jax.tree.leaves` order.
+
+    A flax nnx Variable is a node of its own with one child called `value`. That last name is
+    dropped, so that nnx and linen say `dense/kernel` alike; it is kept where a sibling shares
+    the node (an attention block with arrays called `query`, `key` and `value`).
+    """
+    keyed = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    siblings: dict[tuple, int] = {}
+    for path in keyed:
+        siblings[path[:-1]] = siblings.get(path[:-1], 0) + 1
+
+    def parts(path):
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and siblings[path[:-1]] == 1:
+            path = path[:-1]
+        return tuple(_key_name(key) for key in path)
+
+    return [parts(path) for path in keyed]
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The path string of every leaf, in `jax.tree.leaves` order.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      One string per leaf, names joined by "/"; the empty string for a bare array.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.leaf_paths({"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}})
+      ['dense/bias', 'dense/kernel']
+    """
+    return ["/".join(parts) for parts in _path_parts(tree)]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`)."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
+    """The leaves of a tree by path, all of them arrays.
+
+    Raises:
+      ValueError: the tree has no leaves.
+      TypeError: a leaf is not an array (an activation function inside an equinox module, say).
+    """
+    paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
+    if not leaves:
+        raise ValueError(f"{what} is an empty tree: there is nothing to prune.")
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not is_array(leaf):
+            raise TypeError(
+                f"{what}[{path!r}] is a {type(leaf).__name__}, not an array. Pass the arrays alone: "
+                "for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`."
+            )
+    return dict(zip(paths, leaves, strict=True))
+
+
+def describe(leaf: Any) -> str:
+    """Shape and dtype of an array for an error message, as in `float32[784, 300]`."""
+    return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
+
+
+def check_mirrors(tree: Any, params: Params, what: str) -> None:
+    """Checks that a tree has the structure and the leaf shapes of `params`.
+
+    Raises:
+      ValueError: naming the paths that are missing or extra, or the leaf whose shape differs.
+    """
+    expected = array_leaves(params)
+    got = array_leaves(tree, what)
+    if expected.keys() != got.keys():
+        missing = ", ".join(sorted(expected.keys() - got.keys())) or "none"
+        extra = ", ".join(sorted(got.keys() - expected.keys())) or "none"
+        raise ValueError(
+            f"{what} must have the tree structure of params. Missing: {missing}. Not in params: {extra}."
+        )
+    for path, leaf in expected.items():
+        if got[path].shape != leaf.shape:
+            raise ValueError(
+                f"{what}[{path!r}] has shape {tuple(got[path].shape)}, but params[{path!r}] has "
+                f"shape {tuple(leaf.shape)}; they must be equal."
+            )
+
+
+def mirrors(tree: Any, params: Params) -> list[int | None]:
+    """Which leaves of a tree (an optimizer's state, say) mirror a param.
+
+    A leaf mirrors a param if its path *ends* with the param's path, and it has the param's shape
+    and a floating-point or complex dtype: Adam's moments, a gradient accumulator, the second
+    iterate of schedule-free. The longest ending wins.
+
+    Returns:
+      For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
+    """
+    by_path = {parts: index for index, parts in enumerate(_path_parts(params))}
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
+
+    def match(parts, leaf):
+        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return None
+        for start in range(len(parts) + 1):
+            index = by_path.get(parts[start:])
+            if index is not None and leaf.shape == shapes[index]:
+                return index
+        return None
+
+    return [match(p, leaf) for p, leaf in zip(_path_parts(tree), jax.tree.leaves(tree), strict=True)]
+
+
+def selected(params: Params, where: Where) -> list[str]:
+    """The paths of the leaves that take part, in leaf order.
+
+    Raises:
+      ValueError: `where` matches no leaf; the message lists the paths there are.
+      TypeError: `where` is not callable, or matches a leaf that is not floating-point.
+    """
+    leaves = array_leaves(params)
+    if not callable(where):
+        raise TypeError(
+            f"where must be a function of (path, leaf), got {where!r}. For a pattern, pass "
+            "jaxprune.matching('*/kernel')."
+        )
+    chosen = [path for path, leaf in leaves.items() if where(path, leaf)]
+    if not chosen:
+        listing = ", ".join(f"{path} {describe(leaf)}" for path, leaf in leaves.items())
+        raise ValueError(
+            f"where={getattr(where, '__name__', where)} matches no leaf, so nothing would be pruned. "
+            f"The leaves are: {listing}. Pass for example where=jaxprune.matching('*/kernel')."
+        )
+    for path in chosen:
+        if not jnp.issubdtype(leaves[path].dtype, jnp.inexact):
+            raise TypeError(
+                f"params[{path!r}] is {describe(leaves[path])}; only floating-point (or complex) "
+                "leaves can be pruned. Leave it out with where=..."
+            )
+    return chosen
+
+
+# What `kernels` reads from names. The last name decides first; where it decides nothing, any
+# part of the path that speaks of a norm, an embedding or a special token leaves the leaf out.
+_KERNEL_NAME = re.compile(r"^kernel(_\w+|\d+)?$", re.IGNORECASE)
+_NOT_KERNEL_NAME = re.compile(
+    r"bias|scale|offset|gamma|beta|norm|embed|token|^pos|position|^cls|^class|^wte$|^wpe$|^b\d*$|^ln",
+    re.IGNORECASE,
+)
+_NOT_KERNEL_PARENT = re.compile(r"norm|embed|^bn\d*$|^ln|^wte$|^wpe$", re.IGNORECASE)
+_ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
+
+
+def kernels(path: str, leaf: Any) -> bool:
+    """The default `where`: the weights of dense, convolutional and attention layers.
+
+    A leaf takes part if it has two axes or more and its name does not say otherwise. Left alone
+    are biases (also attention's, of shape heads x dim), the scales and offsets of norms,
+    embeddings and positional embeddings, class, mask and register tokens. To prune embeddings
+    too: `any_of(kernels, matching("*embedding"))`.
+
+    Args:
+      path: the leaf's path, as from `leaf_paths`.
+      leaf: anything with a `shape`.
+
+    Returns:
+      Whether the leaf takes part.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.kernels("encoder/dense/kernel", jnp.ones((4, 8)))
+      True
+      >>> jp.kernels("encoder/pos_embedding", jnp.ones((1, 4, 8)))
+      False
+    """
+    *parents, name = path.split("/")
+    if len(leaf.shape) < 2:
+        return False
+    if _KERNEL_NAME.match(name):
+        return True
+    if _NOT_KERNEL_NAME.search(name) or any(_NOT_KERNEL_PARENT.search(part) for part in parents):
+        return False
+    # A nameless (1, d) is a bias row, a nameless (1, n, d) a positional table or a token.
+    is_row = leaf.shape[0] == 1 and len(leaf.shape) <= 3
+    return not is_row or bool(_ROW_VECTOR_KERNEL.match(name))
+
+
+def matching(*patterns: str) -> Where:
+    """Leaves whose path matches one of the shell patterns.
+
+    Args:
+      *patterns: as in `fnmatch`; `*` also spans "/". Case matters.
+
+    Returns:
+      A predicate `where(path, leaf)`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> where = jp.matching("encoder/*/kernel")
+      >>> where("encoder/dense/kernel", None), where("head/kernel", None)
+      (True, False)
+    """
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"matching takes one or more pattern strings, got {patterns!r}.")
+
+    def where(path: str, leaf: Any) -> bool:
+        del leaf
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+    where.__name__ = f"matching({', '.join(map(repr, patterns))})"
+    return where
+
+
+def not_(predicate: Where) -> Where:
+    """Leaves that `predicate` leaves out.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> jp.not_(jp.matching("head/*"))("head/kernel", None)
+      False
+    """
+    return _combined("not_", lambda outcomes: not any(outcomes), [predicate])
+
+
+def any_of(*predicates: Where) -> Where:
+    """Leaves that at least one of the predicates takes in.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> where = jp.any_of(jp.kernels, jp.matching("*embedding"))
+      >>> where("embed/embedding", jnp.ones((10, 4)))
+      True
+    """
+    return _combined("any_of", any, predicates)
+
+
+def all_of(*predicates: Where) -> Where:
+    """Leaves that every one of the predicates takes in.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> where = jp.all_of(jp.kernels, jp.not_(jp.matching("head/*")))
+      >>> where("head/kernel", jnp.ones((4, 2)))
+      False
+    """
+    return _combined("all_of", all, predicates)
+
+
+def _combined(name: str, combine: Callable, predicates: Sequence[Where]) -> Where:
+    for predicate in predicates:
+        if not callable(predicate):
+            raise TypeError(f"{name} takes predicates where(path, leaf), got {predicate!r}.")
+
+    def where(path: str, leaf: Any) -> bool:
+        return combine([predicate(path, leaf) for predicate in predicates])
+
+    inner = ", ".join(getattr(predicate, "__name__", repr(predicate)) for predicate in predicates)
+    where.__name__ = f"{name}({inner})"
+    return where
+
+
+def is_concrete(*trees: Any) -> bool:
+    """Whether the leaves hold values that Python can look at now: none is traced or abstract."""
+    return all(
+        isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float))
+        and not isinstance(leaf, Tracer)
+        for leaf in jax.tree.leaves(trees)
+    )

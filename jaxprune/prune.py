@@ -1,0 +1,343 @@
+"""One-shot pruning: score the leaves, pool the scores into units, remove the lowest.
+
+`prune_once` is those steps in order, each a function of its own; `pruners.pruner` runs the same
+steps again and again, with a count that a schedule gives.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.masks import check_masks, ones_masks
+from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
+from jaxprune.schedules import check_sparsity
+from jaxprune.selection import lowest, removable, removed_count
+from jaxprune.structures import Structure, Units, elements
+from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
+
+Counts = Any
+"""How many units go: an integer for all pools ranked together, or a dict of one per pool."""
+
+_TOGETHER = "all leaves together"
+
+
+def prune_once(
+    params: Params,
+    scores: ScoreFn | Scores,
+    sparsity: float | PerPath | None = None,
+    *,
+    count: int | jax.Array | PerPath | None = None,
+    threshold: float | jax.Array | PerPath | None = None,
+    of: str = "total",
+    scope: str = "global",
+    structure: Structure | None = None,
+    where: Where = kernels,
+    masks: Masks | None = None,
+    floor: int = 1,
+    grads: Any = None,
+    key: jax.Array | None = None,
+    **extra: Any,
+) -> Masks:
+    """Masks that remove what scores lowest, in one go.
+
+    Exactly one of `sparsity`, `count`, `threshold` says how much goes. A sparsity removes
+    `round_half_even(sparsity * n)` of the n units that take part; of equal scores the earlier
+    leaf, then the lower row-major index, goes first. Masks only ever grow: what `masks` has
+    pruned stays pruned. It is a pure function and runs under `jit` and `vmap`; there the checks
+    that need values (NaN scores, what the floor kept) are left out, and NaN ranks highest.
+
+    Args:
+      params: a pytree of arrays.
+      scores: a function `score(params, *, grads, key, **extra)`, or a tree like `params` of real
+        numbers. Larger means keep; signs count (`torch.nn.utils.prune` takes `|scores|`).
+      sparsity: the fraction removed, in [0, 1); or one per path (see `distributions`), where
+        leaves not named stay as they are.
+      count: how many units to remove from what remains (entries; or slices, blocks, groups of
+        the structure); or one per path. It may be traced.
+      threshold: remove every unit whose score is below it; or one per path. It may be traced.
+      of: `"total"`: the sparsity includes what was pruned before. `"remaining"`: it is a
+        fraction of what `masks` keep.
+      scope: `"global"` ranks all leaves together; `"layerwise"` takes the sparsity or the count
+        from each leaf. A threshold is the same in both.
+      structure: which entries go together (see `structures`); by default each is a unit.
+      where: which leaves take part, a function of (path, leaf).
+      masks: masks to start from; by default nothing is pruned.
+      floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
+        the network there.
+      grads: gradients like `params`, for scores that need them.
+      key: a PRNG key, for scores that need it.
+      **extra: passed on to the score.
+
+    Returns:
+      A tree like `params` of bool masks, all True for leaves that take no part.
+
+    Raises:
+      ValueError: not exactly one target, a target out of range, a `where` that matches nothing,
+        trees or shapes that differ, NaN or inf scores, an unknown path.
+      TypeError: a leaf that cannot be pruned, a sparsity that is traced, scores that cannot rank.
+
+    Warns:
+      UserWarning: the target was not reached, or `floor` kept units that would have gone.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(-3.0, 5.0).reshape(2, 4), "bias": jnp.ones(4)}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+      >>> jp.apply_masks(params, masks)["kernel"].tolist()
+      [[-3.0, 0.0, 0.0, 0.0], [0.0, 2.0, 3.0, 4.0]]
+
+    References:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
+    """
+    structure = elements() if structure is None else structure
+    check_choices(scope, of, floor)
+    if sum(target is not None for target in (sparsity, count, threshold)) != 1:
+        raise ValueError(
+            "prune_once needs exactly one of sparsity, count and threshold, got "
+            f"sparsity={sparsity}, count={count}, threshold={threshold}."
+        )
+    chosen = selected(params, where)
+    if masks is None:
+        masks = ones_masks(params)
+    else:
+        check_masks(masks, params)
+    tree = evaluate(scores, params, grads=grads, key=key, **extra)
+    units = pool(tree, masks, chosen, structure)
+    if sparsity is not None:
+        counts = _sparsity_counts(sparsity, units, structure, scope, of)
+    elif count is not None:
+        counts = _checked_counts(count, units, scope)
+    else:
+        counts = _threshold_counts(threshold, units)
+    return remove(masks, units, counts, floor, structure)
+
+
+def check_choices(scope: str, of: str, floor: int) -> None:
+    """Checks the arguments that `prune_once` and `pruner` share.
+
+    Raises:
+      ValueError: a value that is not among those allowed.
+    """
+    if scope not in ("global", "layerwise"):
+        raise ValueError(f"scope must be 'global' or 'layerwise', got {scope!r}.")
+    if of not in ("total", "remaining"):
+        raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
+    if not isinstance(floor, int) or floor < 0:
+        raise ValueError(f"floor must be 0 or a positive integer (units that stay per leaf), got {floor!r}.")
+
+
+def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
+    """The scores as a tree like `params`: as given, or from a score function.
+
+    Raises:
+      ValueError: the tree or a shape differs from `params`.
+      TypeError: inputs for a score function beside a tree of scores.
+    """
+    mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
+    is_tree = mirrored and all(map(is_array, jax.tree.leaves(scores)))
+    if callable(scores) and not is_tree:
+        scores = scores(params, **inputs)
+    elif unused := [name for name, value in inputs.items() if value is not None]:
+        raise TypeError(f"scores is a tree, not a score function, so {', '.join(unused)} would not be used.")
+    check_mirrors(scores, params, "scores")
+    return scores
+
+
+def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) -> Units:
+    """The scores of the chosen leaves, pooled into the structure's units.
+
+    Raises:
+      ValueError: NaN or inf scores (where values can be looked at), or a leaf that the structure
+        does not fit.
+      TypeError: scores that are not real, or mix floating-point and integer leaves.
+    """
+    leaves, before = array_leaves(scores, "scores"), array_leaves(masks, "masks")
+    picked = {path: jnp.asarray(leaves[path]) for path in chosen}
+    floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in picked.items()}
+    for path, leaf in picked.items():
+        if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
+        if is_concrete(leaf) and (bad := int(jnp.sum(~jnp.isfinite(leaf)))):
+            raise ValueError(
+                f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
+                "Check the params and gradients they come from; to spare a leaf use where=..."
+            )
+    dtype = picked[chosen[0]].dtype
+    for leaf in picked.values():
+        dtype = jnp.promote_types(dtype, leaf.dtype)
+    if any(floating.values()):
+        if not all(floating.values()):
+            integers = ", ".join(path for path, is_float in floating.items() if not is_float)
+            raise TypeError(f"scores are integers for {integers} and floating-point elsewhere; choose one.")
+        # Half precision is exact in float32, where the sums of a structure do not round to ties.
+        dtype = jnp.promote_types(dtype, jnp.float32)
+    return structure.pool(
+        {path: leaf.astype(dtype) for path, leaf in picked.items()}, {path: before[path] for path in chosen}
+    )
+
+
+def remove(masks: Masks, units: Units, counts: Counts, floor: int, structure: Structure) -> Masks:
+    """Masks without the lowest units.
+
+    Args:
+      masks: the masks now in force, those that `units` were pooled under.
+      units: the pooled scores.
+      counts: how many units go, in all or by pool; beyond what the floor allows none go.
+      floor: how many units of each pool stay at least.
+      structure: the structure of `units`.
+
+    Returns:
+      Masks like `masks`, keeping a subset.
+    """
+    if structure.max_sparsity < 1:
+        floor = 0  # Pruning every unit of an n:m structure empties nothing.
+    gone = _lowest_units(units, counts, floor)
+    if is_concrete(units.alive, counts, gone):
+        _say_what_was_not_done(units, counts, floor, gone)
+    entries = units.expand({name: ~gone[name] for name in gone})
+    before = array_leaves(masks, "masks")
+    after = {path: before[path] & entries[path] if path in entries else before[path] for path in before}
+    return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
+
+
+def target_counts(
+    sparsity: float | PerPath, sizes: Mapping[str, int], structure: Structure, scope: str
+) -> int | dict[str, int]:
+    """How many units a sparsity removes from pools of the given sizes.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1) or above what the structure can remove, an unknown
+        path, or a sparsity per path with `scope="global"`.
+    """
+
+    def part(value: Any, size: int) -> int:
+        value = check_sparsity(value)
+        fraction = value / structure.max_sparsity
+        if fraction > 1 + 1e-12:
+            raise ValueError(
+                f"{structure.name} removes at most {structure.max_sparsity:g} of the entries, "
+                f"got sparsity={value:g}."
+            )
+        return removed_count(min(fraction, 1.0), size)
+
+    if scope == "global":
+        if isinstance(sparsity, Mapping):
+            raise ValueError("a sparsity per path needs scope='layerwise': each leaf has its own target.")
+        return part(sparsity, sum(sizes.values()))
+    by_pool = per_pool(sparsity, sizes, "sparsity", default=0.0)
+    return {name: part(by_pool[name], size) for name, size in sizes.items()}
+
+
+def per_pool(value: Any, pools: Mapping[str, Any], what: str, default: Any) -> dict[str, Any]:
+    """A value for each pool, from one value or from a dict by path.
+
+    Raises:
+      ValueError: a path that takes no part, or an empty dict.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(pools, value)
+    if unknown := [path for path in value if path not in pools]:
+        raise ValueError(
+            f"{what} names {', '.join(map(repr, unknown))}, which where= does not take in. "
+            f"The paths that take part: {', '.join(pools)}."
+        )
+    if not value:
+        raise ValueError(f"{what} is an empty dict, so nothing would be pruned.")
+    return {name: value.get(name, default) for name in pools}
+
+
+def to_go(targets: Counts, units: Units) -> Counts:
+    """Counts in addition to what is pruned already, from counts of the total."""
+    gone = {name: jnp.sum(~alive, dtype=jnp.int32) for name, alive in units.alive.items()}
+    if isinstance(targets, Mapping):
+        return {name: targets[name] - gone[name] for name in gone}
+    return targets - sum(gone.values())
+
+
+def _sizes(units: Units) -> dict[str, int]:
+    return {name: alive.size for name, alive in units.alive.items()}
+
+
+def _sparsity_counts(sparsity: Any, units: Units, structure: Structure, scope: str, of: str) -> Counts:
+    if of == "total":
+        return to_go(target_counts(sparsity, _sizes(units), structure, scope), units)
+    if not is_concrete(units.alive):
+        raise TypeError(
+            "of='remaining' counts what is left on the host, but the masks are traced. Under jit use "
+            "jaxprune.pruner(..., of='remaining'), or pass count=, which may be traced."
+        )
+    left = {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
+    return target_counts(sparsity, left, structure, scope)
+
+
+def _checked_counts(count: Any, units: Units, scope: str) -> Counts:
+    sizes = _sizes(units)
+    if scope == "global":
+        if isinstance(count, Mapping):
+            raise ValueError("a count per path needs scope='layerwise': each leaf has its own target.")
+        sizes = {_TOGETHER: sum(sizes.values())}
+    by_pool = per_pool(count, sizes, "count", default=0)
+    for name, number in by_pool.items():
+        if isinstance(number, bool) or not jnp.issubdtype(jnp.result_type(number), jnp.integer):
+            raise TypeError(f"count must be an integer, got {number!r}; for a fraction pass sparsity=...")
+        if is_concrete(number) and not 0 <= number <= sizes[name]:
+            raise ValueError(f"count={number} is out of range: {name} has {sizes[name]} units to remove.")
+    return by_pool[_TOGETHER] if scope == "global" else by_pool
+
+
+def _threshold_counts(threshold: Any, units: Units) -> Counts:
+    bounds = per_pool(threshold, units.scores, "threshold", default=-jnp.inf)
+    return {
+        name: jnp.sum(units.alive[name] & (scores < bounds[name]), dtype=jnp.int32)
+        for name, scores in units.scores.items()
+    }
+
+
+def _lowest_units(units: Units, counts: Counts, floor: int) -> dict[str, jax.Array]:
+    """For each pool, the units that go."""
+    names, scores, alive = list(units.scores), list(units.scores.values()), list(units.alive.values())
+
+    def at_most(count, mask_list, spare):
+        available = sum(jnp.sum(mask, dtype=jnp.int32) for mask in mask_list) - spare
+        return jnp.clip(count, 0, jnp.maximum(available, 0))
+
+    if isinstance(counts, Mapping):
+        return {
+            name: lowest([s], [a], at_most(counts[name], [a], floor))[0]
+            for name, s, a in zip(names, scores, alive, strict=True)
+        }
+    free = [removable(s, a, floor) for s, a in zip(scores, alive, strict=True)]
+    return dict(zip(names, lowest(scores, free, at_most(counts, free, 0)), strict=True))
+
+
+def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[str, jax.Array]) -> None:
+    """Warns where a target was missed, and where only the floor kept a leaf from being emptied."""
+    done = {name: int(jnp.sum(mask)) for name, mask in gone.items()}
+    asked = counts if isinstance(counts, Mapping) else {_TOGETHER: counts}
+    got = done if isinstance(counts, Mapping) else {_TOGETHER: sum(done.values())}
+    for name, number in asked.items():
+        if number < 0:
+            warnings.warn(
+                f"{name}: {-int(number)} more units are pruned already than the target asks for. Masks "
+                "only ever grow, so nothing was removed.",
+                stacklevel=4,
+            )
+        elif got[name] < number:
+            warnings.warn(
+                f"{name}: {got[name]} of the {int(number)} units asked for were removed, because "
+                f"floor={floor} units of each leaf stay. floor=0 lets a leaf be emptied.",
+                stacklevel=4,
+            )
+    full = [name for name in gone if done[name] and int(jnp.sum(units.alive[name])) - done[name] == floor]
+    if isinstance(counts, Mapping) or not full or not floor:
+        return
+    loose = _lowest_units(units, counts, floor=0)
+    if spared := [name for name in full if int(jnp.sum(loose[name])) > done[name]]:
+        warnings.warn(
+            f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "
+            "other leaves gave more instead. floor=0 lets a leaf be emptied.",
+            stacklevel=4,
+        )

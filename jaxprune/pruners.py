@@ -1,0 +1,244 @@
+"""Pruners: pruning over time, as a pair of pure functions."""
+
+import warnings
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.masks import ones_masks
+from jaxprune.paths import is_concrete, kernels, selected
+from jaxprune.prune import check_choices, evaluate, per_pool, pool, remove, target_counts, to_go
+from jaxprune.schedules import Schedule, constant
+from jaxprune.structures import Structure, Units, elements
+from jaxprune.typing import Params, PerPath, Pruner, PrunerState, ScoreFn, Where
+
+_MAX_TABLE = 2**20
+
+
+def pruner(
+    scores: ScoreFn,
+    sparsity: float | Schedule | PerPath,
+    *,
+    structure: Structure | None = None,
+    scope: str = "global",
+    where: Where = kernels,
+    of: str = "total",
+    every: int = 1,
+    floor: int = 1,
+    seed: int = 0,
+) -> Pruner:
+    """A pruner that follows a schedule, acting every so many updates.
+
+    `update` counts its calls. A schedule with an end is followed at the calls `begin_step`,
+    `begin_step + every`, ... and, whatever `every` is, at `end_step`: after t updates the masks
+    have the sparsity `schedule(t)` of the last of these that passed. A schedule of levels
+    (`constant`, `geometric`) moves one level every `every` calls. Masks only ever grow. The
+    number to remove is worked out on the host, in double precision, when `update` is traced.
+
+    Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
+    gradients) leaves the masks alone and is made up for at the next call.
+
+    Args:
+      scores: a function `score(params, *, grads, key, **extra)`.
+      sparsity: a number, a `Schedule`, or a dict of these by path; the schedules in a dict share
+        their begin and end.
+      structure: which entries go together (see `structures`); by default each is a unit.
+      scope: `"global"` ranks all leaves together; `"layerwise"` takes the target from each leaf.
+      where: which leaves take part, a function of (path, leaf).
+      of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
+      every: how many calls lie between two updates of the masks.
+      floor: how many units of each leaf stay at least.
+      seed: for scores that need a key, where `update` is given none.
+
+    Returns:
+      A `Pruner`.
+
+    Raises:
+      ValueError: an argument out of range; on `init`, what `where` does not match; on `update`,
+        what `prune_once` raises.
+      TypeError: a schedule that is a plain function, without begin and end.
+
+    Warns:
+      UserWarning: the schedule's target cannot be reached without breaking `floor`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5))
+      >>> state = pruner.init(params)
+      >>> for level in range(3):
+      ...     state = pruner.update(state, params)
+      ...     print(int(state.masks["kernel"].sum()))
+      5
+      2
+      1
+
+    References:
+      Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878 (gradual);
+      Han et al., "Learning both Weights and Connections", NIPS 2015 (iterative).
+    """
+    if not callable(scores):
+        raise TypeError(f"pruner needs a score function such as jaxprune.scores.magnitude, got {scores!r}.")
+    check_choices(scope, of, floor)
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
+    schedules = _schedules(sparsity)
+    grid = _Grid(next(iter(schedules.values())), every)
+    structure = elements() if structure is None else structure
+    floor = 0 if structure.max_sparsity < 1 else floor
+
+    @lru_cache(maxsize=8)
+    def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
+        return _table(schedules, grid, dict(sizes), structure, scope, of, floor)
+
+    def init_fn(params: Params) -> PrunerState:
+        selected(params, where)
+        return PrunerState(ones_masks(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+        if params is None:
+            raise ValueError("pruner.update needs params: the scores are of them.")
+        chosen = selected(params, where)
+        step = state.step + 1
+
+        def units_now(state: PrunerState) -> Units:
+            rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
+            tree = evaluate(scores, params, grads=grads, key=rng, **extra)
+            return pool(tree, state.masks, chosen, structure)
+
+        alive = jax.eval_shape(lambda state: units_now(state).alive, state)
+        sizes = {name: units.size for name, units in alive.items()}
+        targets = table(tuple(sizes.items()))
+        row = jnp.minimum(grid.row(step), len(targets) - 1)
+
+        def advance(state: PrunerState) -> PrunerState:
+            units = units_now(state)
+            now = jnp.asarray(targets)[row]
+            counts = now[0] if scope == "global" else dict(zip(sizes, now, strict=True))
+            masks = remove(state.masks, units, to_go(counts, units), floor, structure)
+            finite = jnp.all(jnp.stack([jnp.isfinite(s).all() for s in units.scores.values()]))
+            masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
+            return PrunerState(masks, step, jnp.where(finite, row, state.row))
+
+        def stay(state: PrunerState) -> PrunerState:
+            return state._replace(step=step)
+
+        due = row > state.row
+        if is_concrete(due):
+            return advance(state) if due else stay(state)
+        return jax.lax.cond(due, advance, stay, state)
+
+    return Pruner(init_fn, update_fn)
+
+
+class _Grid:
+    """The calls at which a pruner acts, numbered from row 1; row 0 is before the first."""
+
+    def __init__(self, schedule: Schedule, every: int):
+        self.begin, self.end, self.every = schedule.begin_step, schedule.end_step, every
+
+    def counts(self) -> list[int] | None:
+        """The schedule's count at row 1, 2, ..., or None where rows are levels without end."""
+        if self.end is None:
+            return None
+        steps = list(range(self.begin, self.end + 1, self.every))
+        return steps if steps[-1] == self.end else [*steps, self.end]
+
+    def row(self, step: jax.Array) -> jax.Array:
+        """The row last passed after `step` calls."""
+        if self.end is None:
+            return step // self.every
+        passed = jnp.where(step < self.begin, 0, (step - self.begin) // self.every + 1)
+        return jnp.where(step >= self.end, len(self.counts() or ()), passed)
+
+
+def _schedules(sparsity: Any) -> dict[str, Schedule]:
+    """The schedules by path; under the path "" if there is one for all."""
+
+    def schedule(value: Any) -> Schedule:
+        if isinstance(value, Schedule):
+            return value
+        if callable(value):
+            raise TypeError(
+                "a schedule must know where it begins and ends: pass "
+                "jaxprune.Schedule(function, begin_step=..., end_step=...), or one of jaxprune.schedules."
+            )
+        return constant(value)
+
+    if not isinstance(sparsity, Mapping):
+        return {"": schedule(sparsity)}
+    by_path = {path: schedule(value) for path, value in sparsity.items()}
+    if not by_path:
+        raise ValueError("sparsity is an empty dict, so nothing would be pruned.")
+    spans = {path: (s.begin_step, s.end_step) for path, s in by_path.items()}
+    if len(set(spans.values())) > 1:
+        raise ValueError(f"the schedules of one pruner share their begin and end step, got {spans}.")
+    return by_path
+
+
+def _table(
+    schedules: dict[str, Schedule],
+    grid: _Grid,
+    sizes: dict[str, int],
+    structure: Structure,
+    scope: str,
+    of: str,
+    floor: int,
+) -> np.ndarray:
+    """How many units are removed in total, by row and pool (one column for all if global).
+
+    Rows go to the schedule's end; without an end, until nothing changes any more.
+    """
+    if "" not in schedules:
+        per_pool(schedules, sizes, "sparsity", default=None)
+
+    def asked(count: int) -> Any:
+        values = {path: float(schedule(np.float64(count))) for path, schedule in schedules.items()}
+        return values.get("", values)
+
+    def removed(remaining: dict[str, int], count: int) -> np.ndarray:
+        counts = target_counts(asked(count), remaining, structure, scope)
+        return np.array(list(counts.values()) if isinstance(counts, dict) else [counts])
+
+    pools = sizes if scope == "layerwise" else {"all leaves together": sum(sizes.values())}
+    all_units = np.array(list(pools.values()))
+    spare = floor * (1 if scope == "layerwise" else len(sizes))
+    most = np.maximum(all_units - spare, 0)
+    rows = [np.zeros_like(most)]
+    missed = np.zeros_like(most)
+    counts = grid.counts()
+    level = 0
+    while counts is None or level < len(counts):
+        now = level + 1 if counts is None else counts[level]
+        if of == "total":
+            target = np.maximum(removed(sizes, now), rows[-1])
+        else:
+            target = rows[-1] + removed(dict(zip(pools, (all_units - rows[-1]).tolist(), strict=True)), now)
+        missed = target - most
+        rows.append(np.minimum(target, most))
+        level += 1
+        if len(rows) * len(most) > _MAX_TABLE:
+            raise ValueError(
+                f"the schedule makes more than {level} updates of the masks, of {len(most)} targets "
+                f"each. Raise every (now {grid.every}) or end the schedule sooner."
+            )
+        if counts is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
+            break
+    if counts is not None and (missed > 0).any():
+        _say_missed(pools, missed, floor)
+    while len(rows) > 1 and (rows[-1] == rows[-2]).all():
+        rows.pop()  # No reason to score and select where nothing changes.
+    return np.stack(rows).astype(np.int32)
+
+
+def _say_missed(pools: dict[str, int], missed: np.ndarray, floor: int) -> None:
+    names = ", ".join(f"{name} by {n}" for name, n in zip(pools, missed.tolist(), strict=True) if n > 0)
+    warnings.warn(
+        f"the schedule's target is missed ({names} units), because floor={floor} units of each leaf stay. "
+        "floor=0 lets a leaf be emptied.",
+        stacklevel=2,
+    )

@@ -1,0 +1,199 @@
+"""Schedules: how the sparsity grows, over training steps or over levels.
+
+A schedule is a function of a count that also knows where it begins and ends, because a pruner
+acts only every so many steps and must still reach the target at the end step. The target is
+then evaluated on the host in double precision, so that counts come out exactly.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+class Schedule(NamedTuple):
+    """A sparsity that depends on a count: calling it gives the sparsity at that count.
+
+    With an `end_step` the count is of optimizer steps: after t updates the sparsity is
+    `schedule(t)`. It is 0 before `begin_step` and stays at its last value after `end_step`.
+    Without one the count is of *levels*, the mask updates done so far, and there is no end.
+
+    To write a schedule of your own: `Schedule(lambda step: ..., begin_step=0, end_step=1000)`.
+
+    Attributes:
+      value: the sparsity, in [0, 1), as a function of a count between begin and end.
+      begin_step: the first count at which it prunes.
+      end_step: the count at which it reaches its target, or None.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> ramp = jp.schedules.linear(0.8, begin_step=10, end_step=20)
+      >>> [round(float(ramp(t)), 3) for t in (9, 10, 15, 20, 99)]
+      [0.0, 0.0, 0.4, 0.8, 0.8]
+    """
+
+    value: Callable[[Any], Any]
+    begin_step: int = 0
+    end_step: int | None = None
+
+    def __call__(self, step: Any) -> Any:
+        """The sparsity at a count.
+
+        Args:
+          step: an integer, or an array of them (numpy's gives double precision, JAX's its own).
+        """
+        xp = jnp if isinstance(step, jax.Array) else np
+        last = step if self.end_step is None else xp.minimum(step, self.end_step)
+        return xp.where(step < self.begin_step, 0.0, self.value(xp.maximum(last, self.begin_step)))
+
+
+def constant(sparsity: float) -> Schedule:
+    """The same sparsity from the first update on.
+
+    With `of="remaining"` each update removes this fraction of what the last one left.
+
+    Raises:
+      ValueError: sparsity outside [0, 1).
+
+    Example:
+      >>> import jaxprune as jp
+      >>> float(jp.schedules.constant(0.5)(3))
+      0.5
+    """
+    target = check_sparsity(sparsity)
+    return Schedule(lambda level: target + 0.0 * level)
+
+
+def one_shot(sparsity: float, step: int) -> Schedule:
+    """All at once, at one step.
+
+    Raises:
+      ValueError: sparsity outside [0, 1), or a negative step.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> at_100 = jp.schedules.one_shot(0.9, step=100)
+      >>> float(at_100(99)), float(at_100(100))
+      (0.0, 0.9)
+    """
+    target = check_sparsity(sparsity)
+    return _between(lambda t: target + 0.0 * t, step, step)
+
+
+def linear(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsity: float = 0.0) -> Schedule:
+    """A straight line from `initial_sparsity` at `begin_step` to `sparsity` at `end_step`.
+
+    `s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))`
+
+    Raises:
+      ValueError: a sparsity outside [0, 1), a target below the initial sparsity, or steps not
+        0 <= begin_step <= end_step.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> float(jp.schedules.linear(0.5, end_step=10, initial_sparsity=0.1)(5))
+      0.3
+    """
+    return _polynomial(sparsity, initial_sparsity, begin_step, end_step, power=1)
+
+
+def cubic(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsity: float = 0.0) -> Schedule:
+    """Fast at first, when much is redundant, slow at the end: the usual gradual schedule.
+
+    `s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))^3`
+
+    Raises:
+      ValueError: a sparsity outside [0, 1), a target below the initial sparsity, or steps not
+        0 <= begin_step <= end_step.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> schedule = jp.schedules.cubic(0.8, begin_step=100, end_step=200)
+      >>> round(float(schedule(150)), 6), float(schedule(200))
+      (0.7, 0.8)
+
+    References:
+      Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878.
+    """
+    return _polynomial(sparsity, initial_sparsity, begin_step, end_step, power=3)
+
+
+def geometric(rate: float, stop: float | None = None) -> Schedule:
+    """A fixed fraction of what remains at each level: `s(level) = 1 - (1 - rate)^level`.
+
+    Args:
+      rate: the fraction removed per level, in (0, 1).
+      stop: a sparsity not to exceed, or None to go on for ever.
+
+    Raises:
+      ValueError: rate or stop outside their ranges.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> [round(float(jp.schedules.geometric(0.2)(level)), 4) for level in range(4)]
+      [0.0, 0.2, 0.36, 0.488]
+
+    References:
+      Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019 (rate 0.2).
+    """
+    if not 0 < rate < 1:
+        raise ValueError(f"geometric needs a rate in (0, 1), the fraction removed per level, got {rate}.")
+    # (1 - rate)^level vanishes against 1 at some level; a sparsity stays below 1.
+    limit = float(np.nextafter(1, 0)) if stop is None else check_sparsity(stop, "stop")
+
+    def value(level):
+        removed = 1 - (1 - rate) ** level
+        return removed + (limit - removed) * (removed > limit)
+
+    return Schedule(value)
+
+
+def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
+    """A sparsity as a float.
+
+    Raises:
+      TypeError: not a number; a traced value among them, since targets are counted on the host.
+      ValueError: outside [0, 1).
+    """
+    if isinstance(sparsity, Tracer):
+        raise TypeError(
+            f"{what} must be a Python number, not a traced value: counts are worked out exactly, on "
+            "the host. To trace over sparsities (vmap, scan), pass count=, which may be traced; "
+            "jaxprune.selection.removed_count(sparsity, size) gives it."
+        )
+    try:
+        value = float(sparsity)
+    except (TypeError, ValueError):
+        raise TypeError(f"{what} must be a number in [0, 1), got {sparsity!r}.") from None
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"{what} must be in [0, 1), the fraction removed, got {value}. "
+            "(90 % is 0.9; the fraction kept is 1 - sparsity.)"
+        )
+    return value
+
+
+def _polynomial(target: float, initial: float, begin: int, end: int, power: int) -> Schedule:
+    final, first = check_sparsity(target), check_sparsity(initial, "initial_sparsity")
+    if first > final:
+        raise ValueError(
+            f"sparsity must not fall: initial_sparsity={first} is above the target sparsity={final}."
+        )
+
+    def value(step):
+        # At the end the second term is exactly 0, so the target is met to the bit.
+        to_go = 1 - (step - begin) / max(end - begin, 1)
+        return final + (first - final) * (to_go * (end > begin)) ** power
+
+    return _between(value, begin, end)
+
+
+def _between(value: Callable[[Any], Any], begin: int, end: int) -> Schedule:
+    if not 0 <= begin <= end:
+        raise ValueError(
+            f"steps must satisfy 0 <= begin_step <= end_step, got begin_step={begin}, end_step={end}."
+        )
+    return Schedule(value, begin, end)

@@ -1,0 +1,300 @@
+"""Structures: which entries go together. Entries are pooled into units, and units are pruned.
+
+A structure is one function of two dicts keyed by leaf path, the scores and the masks now in
+force; it returns `Units`. A unit may lie in one leaf, as everything here, or span several: the
+keys of `Units.scores` are the pools that a per-path target names, not necessarily leaves.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Norm = float | Callable[..., jax.Array]
+"""How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
+
+
+class Units(NamedTuple):
+    """The scores of some leaves pooled into units.
+
+    Attributes:
+      scores: for each pool, an array with one score per unit.
+      alive: for each pool, a bool array of the same shape: has the unit anything left to remove?
+      expand: from a dict like `alive`, True for the units to keep, to a bool mask for each leaf.
+    """
+
+    scores: dict[str, jax.Array]
+    alive: dict[str, jax.Array]
+    expand: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+
+
+class Structure(NamedTuple):
+    """How entries group into units.
+
+    Attributes:
+      pool: `pool(scores, masks) -> Units`, on dicts of arrays keyed by leaf path.
+      max_sparsity: the fraction of a leaf's entries that goes when every unit is pruned.
+      name: for error messages.
+    """
+
+    pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
+    max_sparsity: float = 1.0
+    name: str = "structure"
+
+
+class _LeafUnits(NamedTuple):
+    """`Units` of one leaf."""
+
+    scores: jax.Array
+    alive: jax.Array
+    expand: Callable[[jax.Array], jax.Array]
+
+
+def _leafwise(
+    pool_leaf: Callable[[str, jax.Array, jax.Array], _LeafUnits], name: str, max_sparsity: float = 1.0
+) -> Structure:
+    """A structure whose units each lie in one leaf: `pool_leaf(path, scores, mask)`."""
+
+    def pool(scores, masks):
+        leaves = {path: pool_leaf(path, scores[path], masks[path]) for path in scores}
+        return Units(
+            scores={path: leaf.scores for path, leaf in leaves.items()},
+            alive={path: leaf.alive for path, leaf in leaves.items()},
+            expand=lambda keep: {path: leaf.expand(keep[path]) for path, leaf in leaves.items()},
+        )
+
+    return Structure(pool, max_sparsity, name)
+
+
+def elements() -> Structure:
+    """Every entry is a unit of its own: unstructured pruning, the default.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[3.0, 1.0], [2.0, 4.0]])}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+      >>> masks["kernel"].tolist()
+      [[True, False], [False, True]]
+    """
+    return _leafwise(lambda path, scores, mask: _LeafUnits(scores, mask, lambda keep: keep), "elements()")
+
+
+def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
+    """Whole slices along an axis: neurons, filters, rows, columns, conv kernels.
+
+    The unit at index i is everything at index i of the axis. Its score is the norm of its
+    scores, `(sum |s|^n)^(1/n)`; already pruned entries count as 0. With flax's layouts (dense:
+    in x out; conv: height x width x in x out) `axis=-1` is the output neuron or filter, `axis=-2`
+    the input, `axis=(-2, -1)` the single 2-d kernels of a convolution.
+
+    Args:
+      axis: the axis, or axes, that index the units.
+      norm: the order n of the norm (any number, also 0, `inf` and `-inf`), or a reduction
+        `norm(scores, axis=axes)` such as `jnp.sum` or `jnp.mean`, which keeps signs.
+
+    Returns:
+      A `Structure`. A count or a sparsity of it is one of slices.
+
+    Raises:
+      ValueError: on use, for a leaf that has no such axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[1.0, 5.0, 2.0], [1.0, 5.0, -2.0]])}
+      >>> columns = jp.structures.slices(axis=-1, norm=2)
+      >>> jp.prune_once(params, jp.scores.magnitude, count=2, structure=columns)["kernel"].tolist()
+      [[False, True, False], [False, True, False]]
+
+    References:
+      Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (norm=1).
+    """
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    reduce = _reducer(norm)
+    name = f"slices(axis={axis})"
+
+    def pool_leaf(path, scores, mask):
+        kept = _axes(path, scores, axes, name)
+        reduced = tuple(a for a in range(scores.ndim) if a not in kept)
+        return _LeafUnits(
+            reduce(jnp.where(mask, scores, 0), reduced),
+            jnp.any(mask, axis=reduced),
+            lambda keep: jnp.broadcast_to(jnp.expand_dims(keep, reduced), scores.shape),
+        )
+
+    return _leafwise(pool_leaf, name)
+
+
+def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm = 1) -> Structure:
+    """Rectangular blocks of entries, tiling the given axes from index 0.
+
+    Where a block's side does not divide its axis, the blocks at the far edge are smaller. Other
+    axes are not tiled: each of their indices has blocks of its own.
+
+    Args:
+      shape: the sides of a block.
+      axes: the axes they lie along; by default the last `len(shape)`.
+      norm: as in `slices`; what lies beyond the edge counts as 0. A norm of order 1 to infinity
+        (without infinity) makes smaller blocks smaller; `jnp.max` does not.
+
+    Returns:
+      A `Structure`. A count or a sparsity of it is one of blocks.
+
+    Raises:
+      ValueError: a side below 1, or sides and axes of different number; on use, a leaf with no
+        such axis.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[1.0, 1.0, 9.0], [1.0, 1.0, 9.0]])}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, count=1, structure=jp.structures.blocks((2, 2)))
+      >>> masks["kernel"].tolist()
+      [[False, False, True], [False, False, True]]
+    """
+    sides = tuple(shape)
+    if not sides or not all(isinstance(side, int) and side >= 1 for side in sides):
+        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={tuple(shape)}.")
+    along = tuple(range(-len(sides), 0)) if axes is None else tuple(axes)
+    if len(along) != len(sides):
+        raise ValueError(f"blocks needs one axis per side, got shape={sides} and axes={along}.")
+    reduce = _reducer(norm)
+    name = f"blocks({sides})"
+
+    def pool_leaf(path, scores, mask):
+        side = dict(zip(_axes(path, scores, along, name), sides, strict=True))
+        # Each tiled axis becomes two: which block, and where within it (reduced away).
+        padded, split, within = [], [], []
+        for a, size in enumerate(scores.shape):
+            if a in side:
+                count = math.ceil(size / side[a])
+                padded.append((0, count * side[a] - size))
+                split += [count, side[a]]
+                within.append(len(split) - 1)
+            else:
+                padded.append((0, 0))
+                split.append(size)
+
+        def tile(array):
+            return jnp.pad(array, padded).reshape(split)
+
+        def expand(keep):
+            tiles = jnp.broadcast_to(jnp.expand_dims(keep, within), split)
+            whole = tiles.reshape([size + pad for size, (_, pad) in zip(scores.shape, padded, strict=True)])
+            return whole[tuple(slice(size) for size in scores.shape)]
+
+        inside = tile(mask)
+        pooled = reduce(jnp.where(inside, tile(scores), 0), tuple(within))
+        return _LeafUnits(pooled, jnp.any(inside, axis=tuple(within)), expand)
+
+    return _leafwise(pool_leaf, name)
+
+
+def nm(n: int, m: int, axis: int = -2) -> Structure:
+    """N:M sparsity: in every group of m neighbours along an axis, the n highest stay.
+
+    The unit is a group, and pruning it leaves its n highest entries. Its score is the sum of the
+    m - n lowest, what pruning it would cost. Sparsity counts entries, so `1 - n/m` prunes every
+    group, and a schedule that rises to it turns one group after another from dense to n:m.
+    A count is one of groups. Of equal scores in a group the one at the lower index goes.
+
+    Args:
+      n: how many stay in a group, 1 or more.
+      m: the size of a group, above n.
+      axis: the axis of the groups: the *input* (reduction) axis, as sparse tensor cores need. By
+        default -2, where flax's dense and conv kernels have it; -1 for equinox and torch layouts.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      ValueError: not 0 < n < m; on use, a leaf whose axis m does not divide.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[1.0], [-4.0], [3.0], [2.0]])}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5, structure=jp.structures.nm(2, 4))
+      >>> masks["kernel"].ravel().tolist()
+      [False, True, True, False]
+
+    References:
+      Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378 (2:4).
+    """
+    if not 0 < n < m:
+        raise ValueError(f"nm needs 0 < n < m (n of every m entries stay), got n={n}, m={m}.")
+    name = f"nm({n}, {m}, axis={axis})"
+
+    def pool_leaf(path, scores, mask):
+        (along,) = _axes(path, scores, (axis,), name)
+        size = scores.shape[along]
+        if size % m:
+            raise ValueError(
+                f"{name} on params[{path!r}] of shape {tuple(scores.shape)}: its axis {axis} has size "
+                f"{size}, which {m} does not divide. Leave the leaf out with where=..., or choose "
+                "another axis or group."
+            )
+
+        def group(array):
+            return jnp.moveaxis(array, along, -1).reshape(*_others(scores.shape, along), size // m, m)
+
+        def ungroup(array):
+            return jnp.moveaxis(array.reshape(*_others(scores.shape, along), size), -1, along)
+
+        # How many of its group go before an entry: the pruned, the lower, the equal at a lower
+        # index. All m * m comparisons fuse into one pass; a sort would not.
+        grouped, inside = group(scores), group(mask)
+        mine, other = grouped[..., :, None], grouped[..., None, :]
+        index = jnp.arange(m)
+        lower = (other < mine) | ((other == mine) & (index[None, :] < index[:, None]))
+        before = jnp.sum(lower | ~inside[..., None, :], axis=-1, dtype=jnp.int32)
+        stays = inside & (before >= m - n)
+        return _LeafUnits(
+            jnp.sum(jnp.where(inside & ~stays, grouped, 0), axis=-1),
+            jnp.sum(inside, axis=-1) > n,
+            lambda keep: ungroup(stays | keep[..., None]),
+        )
+
+    return _leafwise(pool_leaf, name, max_sparsity=1 - n / m)
+
+
+def _others(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _axes(path: str, leaf: jax.Array, axes: tuple[int, ...], name: str) -> tuple[int, ...]:
+    """The axes counted from 0, checked against a leaf."""
+    if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
+        raise ValueError(
+            f"{name} on params[{path!r}] of shape {tuple(leaf.shape)}: it has no axis among {axes}. "
+            "Leave the leaf out with where=..., or choose another axis."
+        )
+    counted = tuple(a % leaf.ndim for a in axes)
+    if len(set(counted)) < len(counted):
+        raise ValueError(f"{name} on params[{path!r}]: axes {axes} name one axis twice.")
+    return counted
+
+
+def _reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    if callable(norm):
+        return lambda scores, axes: norm(scores, axis=axes)
+    order = float(norm)
+    if math.isnan(order):
+        raise ValueError("norm must be a number or a reduction such as jnp.sum, got nan.")
+
+    def reduce(scores, axes):
+        size = jnp.abs(scores)
+        if order == math.inf:
+            return jnp.max(size, axis=axes)
+        if order == -math.inf:
+            return jnp.min(size, axis=axes)
+        if order == 0:
+            return jnp.sum(size != 0, axis=axes).astype(size.dtype)
+        if order == 1:
+            return jnp.sum(size, axis=axes)
+        # Scaled by the largest, so that a high power neither overflows nor vanishes.
+        top = jnp.max(size, axis=axes, keepdims=True)
+        scale = jnp.where(top > 0, top, 1)
+        total = jnp.sum((size / scale) ** order, axis=axes) ** (1 / order)
+        return total * jnp.squeeze(scale, axis=axes)
+
+    return reduce
