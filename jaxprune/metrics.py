@@ -1,5 +1,6 @@
 """Metrics: what was asked, what was achieved."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,43 +86,37 @@ def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> s
       asked: the sparsity that was asked for, to print beside the one achieved.
 
     Returns:
-      Lines of at most 80 characters, unless a path is longer than 40.
+      Lines of at most 80 characters, unless a path is longer than 32.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> params = {"kernel": jnp.arange(8.0).reshape(2, 4), "bias": jnp.ones(4)}
       >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
       >>> print(jp.metrics.table(masks, asked=0.5))
-      leaf            shape           kept        size  sparsity
-      bias            4                  4           4    0.0000
-      kernel          2x4                4           8    0.5000
-      prunable                           4           8    0.5000  (asked 0.5000)
+      leaf         shape              kept        size  sparsity
+      bias         4                     4           4    0.0000
+      kernel       2x4                   4           8    0.5000
+      prunable                           4           8    0.5000
+        (asked)                                           0.5000
       whole model                        8          12    0.3333
     """
     leaves = array_leaves(masks)
-    chosen = [path for path, leaf in leaves.items() if where(path, leaf)]
-    width = max([14, *map(len, leaves)])
+    width = max([11, *map(len, leaves)])
 
-    def line(name, shape, kept, size, end=""):
-        fraction = 1 - kept / size if size else 0.0
-        return f"{name:<{width}}  {shape:<10}{kept:>10}  {size:>10}{fraction:>10.4f}{end}"
-
-    def total(name, paths, end=""):
+    def row(name: str, shape: str, paths: Sequence[str]) -> str:
         kept = sum(_nonzeros(leaves[path]) for path in paths)
-        return line(name, "", kept, sum(leaves[path].size for path in paths), end)
+        size = sum(leaves[path].size for path in paths)
+        return f"{name:<{width}}  {shape:<12}{kept:>11}{size:>12}{1 - kept / max(size, 1):>10.4f}"
 
-    note = "" if asked is None else f"  (asked {asked:.4f})"
-    return "\n".join(
-        [
-            f"{'leaf':<{width}}  {'shape':<10}{'kept':>10}  {'size':>10}{'sparsity':>10}",
-            *(line(path, "x".join(map(str, x.shape)), _nonzeros(x), x.size) for path, x in leaves.items()),
-            total("prunable", chosen, note),
-            total("whole model", leaves),
-        ]
-    )
+    rows = [f"{'leaf':<{width}}  {'shape':<12}{'kept':>11}{'size':>12}{'sparsity':>10}"]
+    rows += [row(path, "x".join(map(str, leaf.shape)), [path]) for path, leaf in leaves.items()]
+    rows.append(row("prunable", "", [path for path, leaf in leaves.items() if where(path, leaf)]))
+    if asked is not None:
+        rows.append(f"{'  (asked)':<{width}}{asked:>47.4f}")
+    return "\n".join([*rows, row("whole model", "", list(leaves))])
 
 
 def _nonzeros(leaf: Any) -> int:
-    # Counted by row, so that no count passes 2**31.
-    rows = jnp.count_nonzero(jnp.reshape(leaf, (leaf.shape[0] if leaf.ndim else 1, -1)), axis=1)
+    # Counted by row and added up on the host, so that no count passes 2**31.
+    rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))
     return int(np.asarray(rows).sum(dtype=np.int64))

@@ -141,19 +141,22 @@ class _Grid:
     def __init__(self, schedule: Schedule, every: int):
         self.begin, self.end, self.every = schedule.begin_step, schedule.end_step, every
 
-    def counts(self) -> list[int] | None:
-        """The schedule's count at row 1, 2, ..., or None where rows are levels without end."""
+    def rows(self) -> int | None:
+        """How many rows there are after row 0, or None where they are levels without end."""
         if self.end is None:
             return None
-        steps = list(range(self.begin, self.end + 1, self.every))
-        return steps if steps[-1] == self.end else [*steps, self.end]
+        return -(-(self.end - self.begin) // self.every) + 1
+
+    def count(self, row: int) -> int:
+        """The schedule's count at a row: a step, or the level itself."""
+        return row if self.end is None else min(self.begin + (row - 1) * self.every, self.end)
 
     def row(self, step: jax.Array) -> jax.Array:
         """The row last passed after `step` calls."""
         if self.end is None:
             return step // self.every
         passed = jnp.where(step < self.begin, 0, (step - self.begin) // self.every + 1)
-        return jnp.where(step >= self.end, len(self.counts() or ()), passed)
+        return jnp.where(step >= self.end, self.rows(), passed)
 
 
 def _schedules(sparsity: Any) -> dict[str, Schedule]:
@@ -208,31 +211,35 @@ def _table(
     all_units = np.array(list(pools.values()))
     spare = floor * (1 if scope == "layerwise" else len(sizes))
     most = np.maximum(all_units - spare, 0)
+    last = grid.rows()
+    if last is not None:
+        _check_table_size(last, len(most), grid)
     rows = [np.zeros_like(most)]
     missed = np.zeros_like(most)
-    counts = grid.counts()
-    level = 0
-    while counts is None or level < len(counts):
-        now = level + 1 if counts is None else counts[level]
+    while last is None or len(rows) <= last:
+        now = grid.count(len(rows))
         if of == "total":
             target = np.maximum(removed(sizes, now), rows[-1])
         else:
             target = rows[-1] + removed(dict(zip(pools, (all_units - rows[-1]).tolist(), strict=True)), now)
         missed = target - most
         rows.append(np.minimum(target, most))
-        level += 1
-        if len(rows) * len(most) > _MAX_TABLE:
-            raise ValueError(
-                f"the schedule makes more than {level} updates of the masks, of {len(most)} targets "
-                f"each. Raise every (now {grid.every}) or end the schedule sooner."
-            )
-        if counts is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
+        _check_table_size(len(rows), len(most), grid)
+        if last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
             break
-    if counts is not None and (missed > 0).any():
+    if last is not None and (missed > 0).any():
         _say_missed(pools, missed, floor)
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # No reason to score and select where nothing changes.
     return np.stack(rows).astype(np.int32)
+
+
+def _check_table_size(rows: int, columns: int, grid: _Grid) -> None:
+    if rows * columns > _MAX_TABLE:
+        raise ValueError(
+            f"the schedule makes {rows} or more updates of the masks, of {columns} targets each, above "
+            f"the {_MAX_TABLE} that are tabulated. Raise every (now {grid.every}) or end it sooner."
+        )
 
 
 def _say_missed(pools: dict[str, int], missed: np.ndarray, floor: int) -> None:

@@ -6,7 +6,8 @@ then evaluated on the host in double precision, so that counts come out exactly.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ import numpy as np
 from jax.core import Tracer
 
 
-class Schedule(NamedTuple):
+@dataclass(frozen=True)
+class Schedule:
     """A sparsity that depends on a count: calling it gives the sparsity at that count.
 
     With an `end_step` the count is of optimizer steps: after t updates the sparsity is

@@ -1,0 +1,84 @@
+"""Plots of the studies: means over seeds with a band of one standard deviation."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's colours, which colour-blind readers tell apart, with a marker each.
+_STYLES = (
+    ("#0072B2", "o"),
+    ("#D55E00", "s"),
+    ("#009E73", "^"),
+    ("#CC79A7", "D"),
+    ("#E69F00", "v"),
+    ("#000000", "x"),
+)
+
+
+class Curve(NamedTuple):
+    """One method's figures.
+
+    Attributes:
+      x: (points,) what is on the horizontal axis.
+      y: (points, seeds) in [0, 1].
+    """
+
+    x: Sequence[float]
+    y: np.ndarray
+
+
+def panels(
+    path: Path,
+    title: str,
+    curves: Sequence[tuple[str, Mapping[str, Curve]]],
+    *,
+    baseline: np.ndarray | None = None,
+    y_label: str = "test accuracy (%)",
+    log_x: bool = True,
+) -> None:
+    """Draws panels side by side, one per (x label, curves by name), and saves a PNG.
+
+    Args:
+      path: the file.
+      title: above all panels.
+      curves: the panels; they share the vertical axis.
+      baseline: (seeds,) the dense network's figure, drawn as a level line.
+      y_label: label of the vertical axis.
+      log_x: whether the horizontal axes are logarithmic.
+    """
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (x_label, lines) in zip(axes[0], curves, strict=True):
+        for (name, curve), (colour, marker) in zip(lines.items(), _STYLES, strict=False):
+            mean, spread = 100 * curve.y.mean(axis=1), 100 * curve.y.std(axis=1)
+            axis.plot(curve.x, mean, color=colour, marker=marker, markersize=5, label=name)
+            axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+        if baseline is not None:
+            axis.axhline(100 * baseline.mean(), color="grey", linestyle="--", linewidth=1, label="dense")
+        if log_x:
+            _log_axis(axis, [x for curve in lines.values() for x in curve.x])
+        axis.set_xlabel(x_label)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(y_label)
+    axes[0][0].legend()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _log_axis(axis: Any, values: Sequence[float]) -> None:
+    if not values:
+        return
+    low, high = min(values) / 1.15, max(values) * 1.15
+    axis.set_xlim(low, high)
+    axis.set_xscale("log")
+    ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 30, 50, 100, 200, 500, 1000) if low <= t <= high]
+    axis.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+    axis.minorticks_off()

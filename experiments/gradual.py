@@ -1,0 +1,183 @@
+"""Gradual pruning while training, against one-shot pruning with fine-tuning, at equal budget.
+
+LeNet-300-100 trains for the same number of epochs in every way:
+
+- gradual: `wrap_optax` prunes along Zhu and Gupta's cubic schedule, with one ranking for all layers
+  ("global") or the same sparsity in each ("layerwise");
+- one-shot: dense training, one global pruning by magnitude, fine-tuning in what is left of the budget;
+- random: masks drawn at the start, the same sparsity in each layer, never changed.
+
+    python -m experiments.gradual                      # digits, embedded
+    python -m experiments.gradual --dataset mnist
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _train
+from experiments._config import Results, flag, parse
+from experiments._models import MLP
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    sparsities: tuple[float, ...] = flag((0.8, 0.9, 0.95, 0.98), "fractions removed, biases not counted")
+    epochs: int = flag(13, "the budget of every method")
+    tune_epochs: int = flag(3, "of these, the epochs of fine-tuning after one-shot pruning")
+    begin_epoch: int = flag(1, "gradual pruning begins after this epoch")
+    end_epoch: int = flag(10, "and reaches its target after this one")
+    mask_updates: int = flag(40, "how often gradual pruning updates the masks in between")
+    lr: float = flag(1.2e-3, "learning rate of Adam")
+    batch_size: int = flag(60, "images per step")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/gradual", "folder for results.jsonl and the plot")
+
+
+METHODS = {
+    "global": "gradual global",
+    "layerwise": "gradual layers",
+    "one-shot": "one-shot, tune",
+    "random": "random static",
+}
+
+
+def gradual_pruner(config: Config, sparsity: float, scope: str, steps_per_epoch: int) -> jp.Pruner:
+    """The cubic schedule in steps, with its cadence."""
+    begin, end = config.begin_epoch * steps_per_epoch, config.end_epoch * steps_per_epoch
+    return jp.pruner(
+        jp.scores.magnitude,
+        sparsity=jp.schedules.cubic(sparsity, begin_step=begin, end_step=end),
+        scope=scope,
+        every=max(1, (end - begin) // config.mask_updates),
+    )
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
+    train_split, test_split = _train.splits(data)
+    steps_per_epoch = -(-len(train_split.y) // config.batch_size)
+    model, adam = MLP(), optax.adam(config.lr)
+    fit = _train.masked_fitter(model, adam, config.batch_size, train_split)
+    accuracy = _train.evaluator(model, test_split)
+    init = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
+    keys, tune_keys, mask_keys = (_train.seed_keys(config.seeds, purpose=p) for p in (1, 2, 3))
+    ones = jp.ones_masks(init)
+    before = config.epochs - config.tune_epochs
+    lines: list[dict[str, Any]] = []
+
+    total = before + config.tune_epochs
+    total += len(config.sparsities) * (3 * config.epochs + config.tune_epochs)
+    with Results(config.out, "gradual", config) as results, tqdm(total=total, unit="epoch") as bar:
+
+        def record(method: str, sparsity: float, params: Any, masks: Any) -> None:
+            figures = accuracy(params)
+            for index, seed in enumerate(config.seeds):
+                own = jax.tree.map(operator.itemgetter(index), (params, masks))
+                jp.check_pruned(*own)
+                achieved = jp.metrics.sparsity(own[1])
+                line = {
+                    "method": method,
+                    "sparsity": sparsity,
+                    "achieved": achieved.prunable,
+                    "achieved_model": achieved.model,
+                    "kept": jp.metrics.nonzeros(own[1]),
+                    "seed": seed,
+                    "accuracy": float(figures[index]),
+                }
+                results.write(**line)
+                lines.append(line)
+
+        bar.set_description("dense")
+        half_trained = fit(init, ones, keys, before, bar)
+        record("dense", 0.0, fit(half_trained, ones, tune_keys, config.tune_epochs, bar), ones)
+        for sparsity in config.sparsities:
+            for scope in ("global", "layerwise"):
+                bar.set_description(f"{METHODS[scope]} {sparsity:.0%}")
+                tx = jp.wrap_optax(adam, gradual_pruner(config, sparsity, scope, steps_per_epoch))
+                gradually = _train.fitter(model, tx, config.batch_size, train_split)
+                params, opt_state = gradually(init, keys, config.epochs, bar)
+                record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
+
+            bar.set_description(f"{METHODS['one-shot']} {sparsity:.0%}")
+            masks = jax.vmap(lambda p: jp.prune_once(p, jp.scores.magnitude, sparsity))(half_trained)  # noqa: B023
+            record("one-shot", sparsity, fit(half_trained, masks, tune_keys, config.tune_epochs, bar), masks)
+
+            bar.set_description(f"{METHODS['random']} {sparsity:.0%}")
+            masks = jax.vmap(
+                lambda p, k: jp.prune_once(p, jp.scores.random, sparsity, key=k, scope="layerwise")  # noqa: B023
+            )(init, mask_keys)
+            record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
+    return lines
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
+
+    def cell(method: str, sparsity: float) -> str:
+        values = 100 * np.array(
+            [x["accuracy"] for x in lines if (x["method"], x["sparsity"]) == (method, sparsity)]
+        )
+        return f"{values.mean():.2f} +- {values.std():.2f}"
+
+    text = [f"dense: {cell('dense', 0.0)} %", "", "accuracy in %, mean and s.d. over seeds"]
+    text.append("sparsity  achieved" + "".join(f"{title:>15}" for title in METHODS.values()))
+    for sparsity in sorted({line["sparsity"] for line in lines} - {0.0}):
+        achieved = {round(line["achieved"], 4) for line in lines if line["sparsity"] == sparsity}
+        text.append(
+            f"{sparsity:>8.0%}  {'/'.join(f'{x:.2%}' for x in sorted(achieved)):>8}"
+            + "".join(f"{cell(method, sparsity):>15}" for method in METHODS)
+        )
+    return "\n".join(text)
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+    """Accuracy against compression of the weights, as `accuracy.png`."""
+    sparsities = sorted(config.sparsities)
+    curves = {
+        title: _plots.Curve(
+            [1 / (1 - sparsity) for sparsity in sparsities],
+            np.array(
+                [
+                    [x["accuracy"] for x in lines if (x["method"], x["sparsity"]) == (method, sparsity)]
+                    for sparsity in sparsities
+                ]
+            ),
+        )
+        for method, title in METHODS.items()
+    }
+    _plots.panels(
+        Path(config.out) / "accuracy.png",
+        f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds",
+        [("compression (weights)", curves)],
+        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    lines = run(config)
+    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+    print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")
+    print(summarise(lines))
+    plot(lines, config, data)
+    print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""LeNet pruned at random, by magnitude, and by whole channels: the founding article's study.
+
+Train to convergence; then K times prune a fraction of what remains in each layer and fine-tune for
+N epochs. Three experiments, at 10 to 70 % per round: random and L1 on single weights of all
+four layers, and L1 on the output channels of conv1, conv2 and fc1. Biases are never pruned.
+
+    python -m experiments.lenet                       # digits, embedded: about a minute
+    python -m experiments.lenet --dataset mnist       # the article's settings
+    python -m experiments.lenet --dataset mnist --preset sane
+"""
+
+import dataclasses
+import io
+import operator
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _train
+from experiments._config import Results, flag, parse
+from experiments._models import LeNet
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a preset fixes; every field can be given as a flag, and then wins."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    cosine: bool
+    tune_batch_size: int
+    tune_lr: float
+
+
+PRESETS = {
+    # The article's: SGD, learning rate .01, momentum .5, batches of 1024, and of 512 to fine-tune.
+    "article": Training(80, 1024, 0.01, 0.5, False, 512, 0.01),
+    # A rate that decays to 0, and small batches.
+    "sane": Training(20, 128, 0.05, 0.9, True, 128, 0.01),
+    # For the 1437 training images of the embedded digits.
+    "digits": Training(40, 64, 0.05, 0.9, True, 64, 0.02),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    preset: Literal["article", "sane", "digits"] | None = flag(
+        None, "training settings; by default digits for digits and article for mnist"
+    )
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    amounts: tuple[float, ...] = flag(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "fraction of the remaining pruned per round"
+    )
+    rounds: int = flag(3, "K, how often it prunes and fine-tunes")
+    tune_epochs: int = flag(4, "N, epochs of each fine-tuning")
+    epochs: int | None = flag(None, "epochs of dense training; by default the preset's")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    timing_runs: int = flag(5, "timed passes over the training images; 0 for none (the article: 20)")
+    out: str = flag("results/lenet", "folder for results.jsonl and plots")
+
+
+class Method(NamedTuple):
+    """One of the three experiments."""
+
+    title: str
+    score: Callable[..., Any]
+    where: Callable[[str, Any], bool]
+    structure: jp.Structure
+    units: Callable[[Any], int]
+
+    def prune(self, params: Any, masks: Any, key: jax.Array, counts: dict[str, int]) -> Any:
+        """Masks with so many more units of each layer removed.
+
+        The floor is 0, as in the article, where conv1 loses its last channel at 70 %.
+        """
+        return jp.prune_once(
+            params, self.score, count=counts, scope="layerwise", where=self.where,
+            structure=self.structure, masks=masks, floor=0, key=key,
+        )  # fmt: skip
+
+    def sizes(self, params: Any) -> dict[str, int]:
+        """The units of each layer that takes part, by path; `params` of one network."""
+        leaves = zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)
+        return {path: self.units(leaf) for path, leaf in leaves if self.where(path, leaf)}
+
+
+METHODS = {
+    "random": Method("random weights", jp.scores.random, jp.kernels, jp.structures.elements(), np.size),
+    "l1": Method("L1 weights", jp.scores.magnitude, jp.kernels, jp.structures.elements(), np.size),
+    "structured": Method(
+        "L1 channels",
+        jp.scores.magnitude,
+        jp.matching("conv1/kernel", "conv2/kernel", "fc1/kernel"),
+        jp.structures.slices(axis=-1, norm=1),
+        lambda kernel: kernel.shape[-1],
+    ),
+}
+
+LAYERS = ("conv1", "conv2", "fc1", "fc2")
+
+# Multiply-adds per weight: how many positions it is applied at. VALID convolutions shrink 28x28 to
+# 24x24 and 12x12 to 8x8; the article counts each output as large as its input.
+POSITIONS = {"conv1": 24 * 24, "conv2": 8 * 8, "fc1": 1, "fc2": 1}
+ARTICLE_POSITIONS = {"conv1": 28 * 28, "conv2": 12 * 12, "fc1": 1, "fc2": 1}
+
+# Accuracies of the article on MNIST, by fraction per round, to print beside ours.
+ARTICLE = {
+    "random": {0.1: 0.9744, 0.2: 0.9665, 0.3: 0.9524, 0.4: 0.9194, 0.5: 0.8529, 0.6: 0.4458, 0.7: 0.1365},
+    "l1": {0.1: 0.9824, 0.2: 0.9818, 0.3: 0.9781, 0.4: 0.9698, 0.5: 0.9543, 0.6: 0.8555, 0.7: 0.7565},
+    "structured": {0.1: 0.9781, 0.2: 0.9667, 0.3: 0.9477, 0.4: 0.9228, 0.5: 0.7530, 0.6: 0.5095, 0.7: 0.1135},
+}
+
+
+class Size(NamedTuple):
+    """What is left of the network; the same for every seed.
+
+    Attributes:
+      nonzero: parameters that are not pruned, biases included.
+      macs, article_macs: multiply-adds of one image by the unpruned weights, counted truly and as
+        the article does.
+      alive: output channels of conv1, conv2 and fc1 with any weight left.
+      compact_params, compact_macs: of the network that has only these channels.
+    """
+
+    nonzero: int
+    macs: int
+    article_macs: int
+    alive: tuple[int, int, int]
+    compact_params: int
+    compact_macs: int
+
+
+def measure(masks: Any) -> Size:
+    """Counts what masks leave of LeNet.
+
+    Args:
+      masks: masks of one network (no seed axis).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> params = LeNet().init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))["params"]
+      >>> measure(jp.ones_masks(params))[:3]
+      (21840, 480500, 932500)
+    """
+    kept = {layer: int(np.sum(masks[layer]["kernel"])) for layer in LAYERS}
+    c1, c2, f1 = (int(np.any(masks[a]["kernel"], axis=tuple(range(masks[a]["kernel"].ndim - 1))).sum())
+                  for a in LAYERS[:3])  # fmt: skip
+    weights = {"conv1": 25 * c1, "conv2": 25 * c1 * c2, "fc1": 16 * c2 * f1, "fc2": f1 * 10}
+    return Size(
+        nonzero=jp.metrics.nonzeros(masks),
+        macs=sum(POSITIONS[layer] * kept[layer] for layer in LAYERS),
+        article_macs=sum(ARTICLE_POSITIONS[layer] * kept[layer] for layer in LAYERS),
+        alive=(c1, c2, f1),
+        compact_params=sum(weights.values()) + c1 + c2 + f1 + 10,
+        compact_macs=sum(POSITIONS[layer] * weights[layer] for layer in LAYERS),
+    )
+
+
+def file_bytes(params: Any) -> int:
+    """Bytes of a compressed numpy file of the params."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **dict(zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)))
+    return file.tell()
+
+
+def optimizers(training: Training, train_size: int) -> tuple[Any, Any]:
+    """The optimizers of dense training and of fine-tuning."""
+    steps = training.epochs * -(-train_size // training.batch_size)
+    rate = optax.cosine_decay_schedule(training.lr, steps) if training.cosine else training.lr
+    return optax.sgd(rate, training.momentum), optax.sgd(training.tune_lr, training.momentum)
+
+
+def timer(model: LeNet, split: _train.Split, runs: int) -> Callable[[Any, Any], float]:
+    """`ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
+
+    The passes alternate, so that both meet the same noise; the ratio is of the medians.
+    """
+
+    @jax.jit
+    def forward(params, split):
+        index = jnp.arange(len(split.y) // 100 * 100).reshape(-1, 100)
+
+        def part(index):
+            log_probs: Any = model.apply({"params": params}, split.batch(index)[0])
+            return jnp.sum(log_probs)
+
+        return jax.lax.map(part, index)
+
+    def seconds(params):
+        start = time.perf_counter()
+        jax.block_until_ready(forward(params, split))
+        return time.perf_counter() - start
+
+    def ratio(dense, pruned):
+        seconds(dense)
+        times = np.array([(seconds(dense), seconds(pruned)) for _ in range(runs)])
+        return float(np.median(times[:, 0]) / np.median(times[:, 1]))
+
+    return ratio
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    preset = config.preset or ("digits" if config.dataset == "digits" else "article")
+    training = PRESETS[preset]
+    if config.epochs is not None:
+        training = dataclasses.replace(training, epochs=config.epochs)
+    data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
+    train_split, test_split = _train.splits(data)
+    model = LeNet(im2col=jax.default_backend() == "cpu")
+    dense_optimizer, tune_optimizer = optimizers(training, len(train_split.y))
+    train = _train.masked_fitter(model, dense_optimizer, training.batch_size, train_split)
+    tune = _train.masked_fitter(model, tune_optimizer, training.tune_batch_size, train_split)
+    accuracy = _train.evaluator(model, test_split)
+    speed = timer(model, train_split, config.timing_runs)
+    lines: list[dict[str, Any]] = []
+
+    def first(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
+
+    epochs = training.epochs + len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
+    with Results(config.out, "lenet", config) as results, tqdm(total=epochs, unit="epoch") as bar:
+
+        def record(method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
+            size, after = measure(first(masks)), accuracy(params)
+            ratio = speed(first(dense), first(params)) if config.timing_runs else None
+            for index, seed in enumerate(config.seeds):
+                own, whole = (
+                    file_bytes(jax.tree.map(operator.itemgetter(index), t)) for t in (params, dense)
+                )
+                line = {
+                    "method": method,
+                    "amount": amount,
+                    "seed": seed,
+                    "preset": preset,
+                    "accuracy": float(after[index]),
+                    "accuracy_before_last_tuning": float(before[index]),
+                    **size._asdict(),
+                    "file_ratio": whole / own,
+                    "masked_speed_up": ratio,
+                }
+                results.write(**line)
+                lines.append(line)
+
+        bar.set_description("dense")
+        dense = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
+        ones = jp.ones_masks(dense)
+        dense = train(dense, ones, _train.seed_keys(config.seeds, purpose=1), training.epochs, bar)
+        record("dense", 0.0, dense, ones, accuracy(dense))
+
+        for name, method in METHODS.items():
+            prune = jax.jit(jax.vmap(method.prune, in_axes=(0, 0, 0, None)))
+            for amount in config.amounts:
+                bar.set_description(f"{method.title} {amount:.0%}")
+                params, masks, left = dense, ones, method.sizes(first(dense))
+                before = np.zeros(len(config.seeds))
+                for number in range(config.rounds):
+                    keys = _train.seed_keys(config.seeds, purpose=2 + number)
+                    counts = {path: jp.selection.removed_count(amount, n) for path, n in left.items()}
+                    left = {path: n - counts[path] for path, n in left.items()}
+                    masks = prune(params, masks, keys, counts)
+                    before = accuracy(jp.apply_masks(params, masks))
+                    params = tune(params, masks, keys, config.tune_epochs, bar)
+                record(name, amount, params, masks, before)
+    return lines
+
+
+def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
+    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    dense = [line for line in lines if line["method"] == "dense"]
+    text = [
+        f"dense: {_mean(dense)} %, {dense[0]['nonzero']:,} parameters, {dense[0]['macs']:,} MACs",
+        f"(the article counts {dense[0]['article_macs']:,}: each convolution's output as large as its input)",
+    ]
+    known = dataset == "mnist"
+    for name, method in METHODS.items():
+        text += ["", f"{method.title}, {len(dense)} seeds"]
+        header = "per round  nonzero  size x  MACs x  article's  accuracy %"
+        text.append(header + ("      article" if known else "") + "   file x  time x")
+        for amount in sorted({line["amount"] for line in lines if line["method"] == name}):
+            group = [line for line in lines if line["method"] == name and line["amount"] == amount]
+            one, base = group[0], dense[0]
+            macs, article_macs = (_ratio(base[k], one[k]) for k in ("macs", "article_macs"))
+            row = (
+                f"{amount:>9.0%}  {one['nonzero']:>7}  {base['nonzero'] / one['nonzero']:>6.2f}"
+                f"  {macs:>6}  {article_macs:>9}  {_mean(group):>13}"
+            )
+            if known:
+                article = ARTICLE[name].get(amount)
+                row += f"  {'' if article is None else f'{100 * article:.2f}':>6}"
+            speed = one["masked_speed_up"]
+            files = np.mean([line["file_ratio"] for line in group])
+            text.append(row + f"  {files:>6.2f}  {'-' if speed is None else f'{speed:.2f}':>6}")
+    text += ["", "L1 channels: what is left once dead channels are taken out"]
+    text.append("per round  conv1,conv2,fc1  parameters  size x     MACs  MACs x")
+    for line in lines:
+        if line["method"] == "structured" and line["seed"] == dense[0]["seed"]:
+            alive = ",".join(map(str, line["alive"]))
+            collapsed = min(line["alive"]) == 0
+            text.append(
+                f"{line['amount']:>9.0%}  {alive:>15}  "
+                + ("collapsed: a layer has no channel left" if collapsed else
+                   f"{line['compact_params']:>10}  {dense[0]['nonzero'] / line['compact_params']:>6.2f}"
+                   f"  {line['compact_macs']:>7}  {_ratio(dense[0]['macs'], line['compact_macs']):>6}")
+            )  # fmt: skip
+    return "\n".join(text)
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
+    """Accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
+    dense = [line for line in lines if line["method"] == "dense"]
+    shown = [(name, method.title, "nonzero", "macs") for name, method in METHODS.items()]
+    shown.append(("structured", "L1 channels, compacted", "compact_params", "compact_macs"))
+    compression, speed_up = {}, {}
+    for name, title, params, macs in shown:
+        own = [line for line in lines if line["method"] == name]
+        grouped = [[line for line in own if line["amount"] == a] for a in sorted({x["amount"] for x in own})]
+        # A layer without channels: the network is cut in two, and its size means nothing.
+        grouped = [group for group in grouped if min(group[0]["alive"]) > 0]
+        y = np.array([[line["accuracy"] for line in group] for group in grouped])
+        compression[title] = _plots.Curve([dense[0]["nonzero"] / group[0][params] for group in grouped], y)
+        speed_up[title] = _plots.Curve([dense[0]["macs"] / group[0][macs] for group in grouped], y)
+    _plots.panels(
+        path=Path(config.out) / "accuracy.png",
+        title=f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds",
+        curves=[
+            ("compression (parameters)", compression),
+            ("theoretical speed-up (MACs)", speed_up),
+        ],
+        baseline=np.array([line["accuracy"] for line in dense]),
+    )
+
+
+def _mean(group: Sequence[dict[str, Any]]) -> str:
+    values = 100 * np.array([line["accuracy"] for line in group])
+    return f"{values.mean():.2f} +- {values.std():.2f}"
+
+
+def _ratio(dense: int, pruned: int) -> str:
+    return f"{dense / pruned:.2f}" if pruned else "-"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    lines = run(config)
+    note = "MNIST" if config.dataset == "mnist" else "digits"
+    print(f"\nLeNet on {note}")
+    print(summarise(lines, config.dataset))
+    plot(lines, config, note)
+    print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
+
+
+if __name__ == "__main__":
+    main()
