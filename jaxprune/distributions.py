@@ -66,7 +66,7 @@ def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, fl
     leaves = array_leaves(params)
     paths = [path for path in selected(params, where) if leaves[path].size]
     size = {path: float(leaves[path].size) for path in paths}
-    raw = {path: sum(leaves[path].shape) / size[path] for path in paths}
+    raw = {path: sum(leaves[path].shape or (1,)) / size[path] for path in paths}
 
     # sum_dense size + eps * sum_rest (raw * size) = (1 - sparsity) * sum size, solved for eps.
     # Every leaf the solution overfills becomes dense; each round makes at least one so, or ends.

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune.paths import array_leaves, check_mirrors, describe
+from jaxprune.paths import array_leaves, check_mirrors, describe, leaf_paths
 from jaxprune.typing import Masks, Params
 
 
@@ -58,8 +58,9 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> jp.apply_masks({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
-    check_masks(masks, params)
-    return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks)
+    return jax.tree.map(
+        lambda p, m: jnp.where(m, p, jnp.zeros((), p.dtype)), params, like_params(masks, params)
+    )
 
 
 def intersect(*masks: Masks) -> Masks:
@@ -77,9 +78,23 @@ def intersect(*masks: Masks) -> Masks:
     """
     if not masks:
         raise ValueError("intersect needs at least one tree of masks.")
-    for other in masks:
-        check_masks(other, masks[0])
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).all(0), *masks)
+    alike = [like_params(other, masks[0]) for other in masks]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves).all(0), *alike)
+
+
+def like_params(masks: Masks, params: Params) -> Masks:
+    """The masks, checked, in the params' own containers.
+
+    Containers may differ where paths do not: a list for a tuple, a dict for a FrozenDict, or nnx
+    variables of another kind.
+
+    Raises:
+      ValueError: the paths or a shape differ.
+      TypeError: a mask is not bool.
+    """
+    check_masks(masks, params)
+    by_path = array_leaves(masks, "masks")
+    return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaf_paths(params)])
 
 
 def check_masks(masks: Masks, params: Params) -> None:

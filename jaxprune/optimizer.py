@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.masks import apply_masks, check_masks
+from jaxprune.masks import apply_masks, check_masks, like_params
 from jaxprune.paths import mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
 
@@ -75,7 +75,7 @@ def wrap_optax(
       >>> int((params["kernel"] != 0).sum())
       2
     """
-    if not hasattr(optimizer, "update") or not isinstance(pruner, Pruner):
+    if not _is_optimizer(optimizer) or not isinstance(pruner, Pruner):
         raise TypeError(
             "wrap_optax takes an optax optimizer and a jaxprune Pruner, in this order, got "
             f"{type(optimizer).__name__} and {type(pruner).__name__}."
@@ -83,6 +83,9 @@ def wrap_optax(
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> WrapOptaxState:
+        if _is_placeholder(params):
+            zero = jnp.zeros((), jnp.int32)
+            return WrapOptaxState(inner.init(params), PrunerState(params, zero, zero))
         return WrapOptaxState(inner.init(params), pruner.init(_fast(params)))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
@@ -124,13 +127,16 @@ def keep_masked(
       >>> optax.apply_updates(params, updates)["kernel"].tolist()
       [[0.0, -2.5]]
     """
-    if not hasattr(optimizer, "update"):
+    if not _is_optimizer(optimizer):
         raise TypeError(f"keep_masked takes an optax optimizer first, got {type(optimizer).__name__}.")
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> KeepMaskedState:
-        check_masks(masks, _fast(params))
-        return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), masks))), masks)
+        if _is_placeholder(params):
+            return KeepMaskedState(inner.init(params), params)
+        # A copy: a train step may donate its state, and leaves the caller's masks alone.
+        own = jax.tree.map(jnp.array, like_params(masks, _fast(params)))
+        return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_params(params, "keep_masked")
@@ -143,9 +149,22 @@ def keep_masked(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _is_optimizer(value: Any) -> bool:
+    # Dicts have `update`, pruners have both; `optax.MultiSteps` is an optimizer by these names only.
+    return hasattr(value, "init") and hasattr(value, "update") and not isinstance(value, Pruner)
+
+
 def _check_params(params: Any, name: str) -> None:
     if params is None:
         raise ValueError(f"{name} needs the params to prune them: call tx.update(grads, opt_state, params).")
+
+
+def _is_placeholder(params: Any) -> bool:
+    """Whether these are no params: `optax.tree.map_params` asks so where they go in the state.
+
+    Its placeholder has no leaves. An empty tree has none either, and raises on `update`.
+    """
+    return not jax.tree.leaves(params)
 
 
 def _fast(params: Params) -> Params:
@@ -191,8 +210,28 @@ def _masked_update(
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, after), params, is_leaf=is_none
     )
-    leaves, treedef = jax.tree.flatten(inner_state)
+    leaves, treedef = jax.tree.flatten(_forget_searches(inner_state, before, after))
     kept = jax.tree.leaves(after)
     twins = mirrors(inner_state, _fast(params))
     leaves = [leaf if i is None else clear(kept[i], leaf) for leaf, i in zip(leaves, twins, strict=True)]
     return updates, jax.tree.unflatten(treedef, leaves)
+
+
+def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:
+    """The state without what line searches store of the point they ended at, if masks changed.
+
+    The new masks move the params away from that point, so `optax.value_and_grad_from_state` must
+    not take the value and gradient stored there. It does not where the value is infinite.
+    """
+
+    def is_search(node):
+        return isinstance(node, (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState))
+
+    def forget(node):
+        if not is_search(node):
+            return node
+        changed = jax.tree.map(lambda old, new: jnp.any(old != new), before, after)
+        moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
+        return node._replace(value=jnp.where(moved, jnp.full_like(node.value, jnp.inf), node.value))
+
+    return jax.tree.map(forget, state, is_leaf=is_search)

@@ -2,12 +2,14 @@
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from jaxprune.typing import Params, Where
@@ -66,12 +68,17 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
     """The leaves of a tree by path, all of them arrays.
 
     Raises:
-      ValueError: the tree has no leaves.
+      ValueError: the tree has no leaves, or two leaves have the same path.
       TypeError: a leaf is not an array (an activation function inside an equinox module, say).
     """
     paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
     if not leaves:
         raise ValueError(f"{what} is an empty tree: there is nothing to prune.")
+    if len(set(paths)) < len(paths):
+        twice = sorted(path for path, times in Counter(paths).items() if times > 1)
+        raise ValueError(
+            f"{what} has several leaves at the path {twice[0]!r}: rename a key that holds a '/'."
+        )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf):
             raise TypeError(
@@ -111,9 +118,10 @@ def check_mirrors(tree: Any, params: Params, what: str) -> None:
 def mirrors(tree: Any, params: Params) -> list[int | None]:
     """Which leaves of a tree (an optimizer's state, say) mirror a param.
 
-    A leaf mirrors a param if its path *ends* with the param's path, and it has the param's shape
-    and a floating-point or complex dtype: Adam's moments, a gradient accumulator, the second
-    iterate of schedule-free. The longest ending wins.
+    A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
+    complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
+    accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. The
+    longest ending wins. Nothing in GaLore's state does: it is in a rotated basis.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -121,12 +129,20 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
     by_path = {parts: index for index, parts in enumerate(_path_parts(params))}
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
+    def is_rotated(node):
+        return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
+
+    # A projection of full rank has its param's shape. Here it stops being an array, so it cannot match.
+    tree = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, tree, is_leaf=is_rotated
+    )
+
     def match(parts, leaf):
         if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return None
         for start in range(len(parts) + 1):
             index = by_path.get(parts[start:])
-            if index is not None and leaf.shape == shapes[index]:
+            if index is not None and leaf.shape[leaf.ndim - len(shapes[index]) :] == shapes[index]:
                 return index
         return None
 

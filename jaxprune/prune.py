@@ -4,6 +4,7 @@
 steps again and again, with a count that a schedule gives.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.masks import check_masks, ones_masks
+from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
 from jaxprune.schedules import check_sparsity
 from jaxprune.selection import lowest, removable, removed_count
@@ -100,10 +101,7 @@ def prune_once(
             f"sparsity={sparsity}, count={count}, threshold={threshold}."
         )
     chosen = selected(params, where)
-    if masks is None:
-        masks = ones_masks(params)
-    else:
-        check_masks(masks, params)
+    masks = ones_masks(params) if masks is None else like_params(masks, params)
     tree = evaluate(scores, params, grads=grads, key=key, **extra)
     units = pool(tree, masks, chosen, structure)
     if sparsity is not None:
@@ -160,20 +158,23 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
     for path, leaf in picked.items():
         if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
-        if is_concrete(leaf) and (bad := int(jnp.sum(~jnp.isfinite(leaf)))):
-            raise ValueError(
-                f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
-                "Check the params and gradients they come from; to spare a leaf use where=..."
-            )
-    dtype = picked[chosen[0]].dtype
-    for leaf in picked.values():
-        dtype = jnp.promote_types(dtype, leaf.dtype)
+        if is_concrete(leaf):
+            with jax.ensure_compile_time_eval():  # a traced function may have closed over it
+                bad = int(jnp.sum(~jnp.isfinite(leaf)))
+            if bad:
+                raise ValueError(
+                    f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
+                    "Check the params and gradients they come from; to spare a leaf use where=..."
+                )
+    dtypes = [leaf.dtype for leaf in picked.values()]
     if any(floating.values()):
         if not all(floating.values()):
             integers = ", ".join(path for path, is_float in floating.items() if not is_float)
             raise TypeError(f"scores are integers for {integers} and floating-point elsewhere; choose one.")
         # Half precision is exact in float32, where the sums of a structure do not round to ties.
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtypes.append(jnp.dtype(jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):  # on purpose, so also where promotion is made strict
+        dtype = jnp.result_type(*dtypes)
     return structure.pool(
         {path: leaf.astype(dtype) for path, leaf in picked.items()}, {path: before[path] for path in chosen}
     )
@@ -213,13 +214,13 @@ def target_counts(
         path, or a sparsity per path with `scope="global"`.
     """
 
-    def part(value: Any, size: int) -> int:
-        value = check_sparsity(value)
+    def part(value: Any, size: int, what: str = "sparsity") -> int:
+        value = check_sparsity(value, what)
         fraction = value / structure.max_sparsity
         if fraction > 1 + 1e-12:
             raise ValueError(
                 f"{structure.name} removes at most {structure.max_sparsity:g} of the entries, "
-                f"got sparsity={value:g}."
+                f"got {what}={value:g}."
             )
         return removed_count(min(fraction, 1.0), size)
 
@@ -228,7 +229,11 @@ def target_counts(
             raise ValueError("a sparsity per path needs scope='layerwise': each leaf has its own target.")
         return part(sparsity, sum(sizes.values()))
     by_pool = per_pool(sparsity, sizes, "sparsity", default=0.0)
-    return {name: part(by_pool[name], size) for name, size in sizes.items()}
+    named = isinstance(sparsity, Mapping)
+    return {
+        name: part(by_pool[name], size, f"sparsity[{name!r}]" if named else "sparsity")
+        for name, size in sizes.items()
+    }
 
 
 def per_pool(value: Any, pools: Mapping[str, Any], what: str, default: Any) -> dict[str, Any]:
@@ -269,7 +274,8 @@ def _sparsity_counts(sparsity: Any, units: Units, structure: Structure, scope: s
             "of='remaining' counts what is left on the host, but the masks are traced. Under jit use "
             "jaxprune.pruner(..., of='remaining'), or pass count=, which may be traced."
         )
-    left = {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
+    with jax.ensure_compile_time_eval():  # a traced function may have closed over the masks
+        left = {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
     return target_counts(sparsity, left, structure, scope)
 
 
@@ -282,14 +288,18 @@ def _checked_counts(count: Any, units: Units, scope: str) -> Counts:
     by_pool = per_pool(count, sizes, "count", default=0)
     for name, number in by_pool.items():
         if isinstance(number, bool) or not jnp.issubdtype(jnp.result_type(number), jnp.integer):
-            raise TypeError(f"count must be an integer, got {number!r}; for a fraction pass sparsity=...")
-        if is_concrete(number) and not 0 <= number <= sizes[name]:
+            what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
+            raise TypeError(f"{what} must be an integer, got {number!r}; for a fraction pass sparsity=...")
+        if is_concrete(number) and not 0 <= int(number) <= sizes[name]:
             raise ValueError(f"count={number} is out of range: {name} has {sizes[name]} units to remove.")
     return by_pool[_TOGETHER] if scope == "global" else by_pool
 
 
 def _threshold_counts(threshold: Any, units: Units) -> Counts:
     bounds = per_pool(threshold, units.scores, "threshold", default=-jnp.inf)
+    for name, bound in bounds.items():
+        if is_concrete(bound) and math.isnan(bound):
+            raise ValueError(f"threshold is nan for {name}: no score is below it.")
     return {
         name: jnp.sum(units.alive[name] & (scores < bounds[name]), dtype=jnp.int32)
         for name, scores in units.scores.items()
@@ -318,6 +328,8 @@ def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[
     done = {name: int(jnp.sum(mask)) for name, mask in gone.items()}
     asked = counts if isinstance(counts, Mapping) else {_TOGETHER: counts}
     got = done if isinstance(counts, Mapping) else {_TOGETHER: sum(done.values())}
+    alive = {name: int(jnp.sum(mask)) for name, mask in units.alive.items()}
+    left = alive if isinstance(counts, Mapping) else {_TOGETHER: sum(alive.values())}
     for name, number in asked.items():
         if number < 0:
             warnings.warn(
@@ -326,12 +338,14 @@ def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[
                 stacklevel=4,
             )
         elif got[name] < number:
+            reason = "no more are left"
+            if left[name] > got[name]:
+                reason = f"floor={floor} units of each leaf stay. floor=0 lets a leaf be emptied"
             warnings.warn(
-                f"{name}: {got[name]} of the {int(number)} units asked for were removed, because "
-                f"floor={floor} units of each leaf stay. floor=0 lets a leaf be emptied.",
+                f"{name}: {got[name]} of the {int(number)} units asked for were removed, because {reason}.",
                 stacklevel=4,
             )
-    full = [name for name in gone if done[name] and int(jnp.sum(units.alive[name])) - done[name] == floor]
+    full = [name for name in gone if alive[name] - done[name] <= floor]
     if isinstance(counts, Mapping) or not full or not floor:
         return
     loose = _lowest_units(units, counts, floor=0)

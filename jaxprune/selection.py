@@ -47,6 +47,8 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
       TypeError: bool or complex scores.
     """
     dtype = scores.dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"scores must be floating-point or integer, got {jnp.dtype(dtype).name}.")
     if jnp.issubdtype(dtype, jnp.unsignedinteger):
         return scores if dtype.itemsize == 8 else scores.astype(jnp.uint32)
     wide = dtype.itemsize == 8
@@ -55,8 +57,6 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     if jnp.issubdtype(dtype, jnp.signedinteger):
         signed = scores if wide else scores.astype(jnp.int32)
         return lax.bitcast_convert_type(signed, unsigned) ^ sign
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"scores must be floating-point or integer, got {jnp.dtype(dtype).name}.")
     bits = lax.bitcast_convert_type(scores if wide else scores.astype(jnp.float32), unsigned)
     # Negative floats order backwards, so all their bits flip; positive ones move above them.
     # -0.0 (the sign bit alone) is made 0.0 first. This is done on the bits, not by arithmetic,
@@ -159,7 +159,7 @@ def _largest_with_fewer_below(
     bits = jnp.iinfo(dtype).bits
 
     def set_bit(i, key):
-        candidate = key | (jnp.ones((), dtype) << (bits - 1 - i).astype(dtype))
+        candidate = key | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(below(candidate) < count, candidate, key)
 
     return lax.fori_loop(0, bits, set_bit, jnp.zeros((), dtype))

@@ -7,10 +7,14 @@ keys of `Units.scores` are the pools that a per-path target names, not necessari
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.selection import ordered_bits
 
 Norm = float | Callable[..., jax.Array]
 """How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
@@ -196,7 +200,8 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
     The unit is a group, and pruning it leaves its n highest entries. Its score is the sum of the
     m - n lowest, what pruning it would cost. Sparsity counts entries, so `1 - n/m` prunes every
     group, and a schedule that rises to it turns one group after another from dense to n:m.
-    A count is one of groups. Of equal scores in a group the one at the lower index goes.
+    With `of="remaining"` it is a fraction of what the groups still dense can give. A count is
+    one of groups. Of equal scores in a group the one at the lower index goes.
 
     Args:
       n: how many stay in a group, 1 or more.
@@ -208,7 +213,7 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
       A `Structure`.
 
     Raises:
-      ValueError: not 0 < n < m; on use, a leaf whose axis m does not divide.
+      ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -220,8 +225,8 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378 (2:4).
     """
-    if not 0 < n < m:
-        raise ValueError(f"nm needs 0 < n < m (n of every m entries stay), got n={n}, m={m}.")
+    if not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
+        raise ValueError(f"nm needs integers 0 < n < m (n of every m entries stay), got n={n!r}, m={m!r}.")
     name = f"nm({n}, {m}, axis={axis})"
 
     def pool_leaf(path, scores, mask):
@@ -233,32 +238,37 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
                 f"{size}, which {m} does not divide. Leave the leaf out with where=..., or choose "
                 "another axis or group."
             )
-
-        def group(array):
-            return jnp.moveaxis(array, along, -1).reshape(*_others(scores.shape, along), size // m, m)
-
-        def ungroup(array):
-            return jnp.moveaxis(array.reshape(*_others(scores.shape, along), size), -1, along)
-
-        # How many of its group go before an entry: the pruned, the lower, the equal at a lower
-        # index. All m * m comparisons fuse into one pass; a sort would not.
-        grouped, inside = group(scores), group(mask)
-        mine, other = grouped[..., :, None], grouped[..., None, :]
-        index = jnp.arange(m)
-        lower = (other < mine) | ((other == mine) & (index[None, :] < index[:, None]))
-        before = jnp.sum(lower | ~inside[..., None, :], axis=-1, dtype=jnp.int32)
-        stays = inside & (before >= m - n)
-        return _LeafUnits(
-            jnp.sum(jnp.where(inside & ~stays, grouped, 0), axis=-1),
-            jnp.sum(inside, axis=-1) > n,
-            lambda keep: ungroup(stays | keep[..., None]),
-        )
+        stays, cost, dense = _groups(scores, mask, n, m, along)
+        return _LeafUnits(cost, dense, lambda keep: stays | jnp.repeat(keep, m, axis=along))
 
     return _leafwise(pool_leaf, name, max_sparsity=1 - n / m)
 
 
-def _others(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return shape[:axis] + shape[axis + 1 :]
+@partial(jax.jit, static_argnames=("n", "m", "axis"))
+def _groups(
+    scores: jax.Array, mask: jax.Array, n: int, m: int, axis: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What pruning each group of m entries along an axis would do.
+
+    Returns:
+      The entries that would stay, in the leaf's shape; for each group the sum of those that would
+      go, and whether there are any, both with the axis shorter by m.
+    """
+    split = (*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
+    grouped, inside = scores.reshape(split), mask.reshape(split)
+    # How many of its group go before an entry: the pruned, the lower, the equal at a lower index.
+    # All m * m comparisons fuse into one pass; a sort would not. They are of bits, so that NaN
+    # ranks highest here too, and exactly n stay.
+    within = axis + 1
+    rank = ordered_bits(grouped)
+    mine, other = jnp.expand_dims(rank, within + 1), jnp.expand_dims(rank, within)
+    index = lax.broadcasted_iota(jnp.int32, mine.shape, within)
+    other_index = lax.broadcasted_iota(jnp.int32, other.shape, within + 1)
+    lower = (other < mine) | ((other == mine) & (other_index < index))
+    before = jnp.sum(lower | ~jnp.expand_dims(inside, within), axis=within + 1, dtype=jnp.int32)
+    stays = inside & (before >= m - n)
+    cost = jnp.sum(jnp.where(inside & ~stays, grouped, 0), axis=within)
+    return stays.reshape(scores.shape), cost, jnp.sum(inside, axis=within, dtype=jnp.int32) > n
 
 
 def _axes(path: str, leaf: jax.Array, axes: tuple[int, ...], name: str) -> tuple[int, ...]:
@@ -284,7 +294,7 @@ def _reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
     def reduce(scores, axes):
         size = jnp.abs(scores)
         if order == math.inf:
-            return jnp.max(size, axis=axes)
+            return jnp.max(size, axis=axes, initial=0)
         if order == -math.inf:
             return jnp.min(size, axis=axes)
         if order == 0:
@@ -292,7 +302,7 @@ def _reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
         if order == 1:
             return jnp.sum(size, axis=axes)
         # Scaled by the largest, so that a high power neither overflows nor vanishes.
-        top = jnp.max(size, axis=axes, keepdims=True)
+        top = jnp.max(size, axis=axes, keepdims=True, initial=0)
         scale = jnp.where(top > 0, top, 1)
         total = jnp.sum((size / scale) ** order, axis=axes) ** (1 / order)
         return total * jnp.squeeze(scale, axis=axes)

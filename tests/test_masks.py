@@ -103,3 +103,18 @@ def test_table_fits_a_terminal():
     assert max(map(len, lines)) <= 80
     assert "256x8x64" in lines[1]
     assert "131072" in lines[1]
+
+
+def test_masks_may_come_in_other_containers_and_leave_in_the_params_own():
+    params = {"layers": (jnp.arange(4.0).reshape(2, 2), jnp.ones((2, 2)))}
+    masks = {"layers": [jnp.array([[False, True], [True, True]]), jnp.ones((2, 2), bool)]}
+    more = jp.prune_once(params, jp.scores.magnitude, 0.5, masks=masks)
+    assert jax.tree.structure(more) == jax.tree.structure(params)
+    assert jp.apply_masks(params, masks)["layers"][0].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    assert jax.tree.structure(jp.intersect(more, masks)) == jax.tree.structure(params)
+
+
+def test_two_leaves_at_one_path_are_refused():
+    params = {"a": {"b": jnp.ones((2, 2))}, "a/b": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="several leaves at the path 'a/b'"):
+        jp.prune_once(params, jp.scores.magnitude, 0.5)
