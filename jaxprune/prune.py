@@ -110,7 +110,7 @@ def prune_once(
         counts = _checked_counts(count, units, scope)
     else:
         counts = _threshold_counts(threshold, units)
-    return remove(masks, units, counts, floor, structure)
+    return remove(masks, units, counts, units_to_keep(floor, structure))
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:
@@ -125,6 +125,11 @@ def check_choices(scope: str, of: str, floor: int) -> None:
         raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
     if not isinstance(floor, int) or floor < 0:
         raise ValueError(f"floor must be 0 or a positive integer (units that stay per leaf), got {floor!r}.")
+
+
+def units_to_keep(floor: int, structure: Structure) -> int:
+    """The floor, but 0 for n:m structures: pruning all their units empties no leaf."""
+    return floor if structure.max_sparsity == 1 else 0
 
 
 def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
@@ -180,7 +185,7 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
     )
 
 
-def remove(masks: Masks, units: Units, counts: Counts, floor: int, structure: Structure) -> Masks:
+def remove(masks: Masks, units: Units, counts: Counts, floor: int) -> Masks:
     """Masks without the lowest units.
 
     Args:
@@ -188,13 +193,10 @@ def remove(masks: Masks, units: Units, counts: Counts, floor: int, structure: St
       units: the pooled scores.
       counts: how many units go, in all or by pool; beyond what the floor allows none go.
       floor: how many units of each pool stay at least.
-      structure: the structure of `units`.
 
     Returns:
       Masks like `masks`, keeping a subset.
     """
-    if structure.max_sparsity < 1:
-        floor = 0  # Pruning every unit of an n:m structure empties nothing.
     gone = _lowest_units(units, counts, floor)
     if is_concrete(units.alive, counts, gone):
         _say_what_was_not_done(units, counts, floor, gone)

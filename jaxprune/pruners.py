@@ -11,7 +11,16 @@ import numpy as np
 
 from jaxprune.masks import ones_masks
 from jaxprune.paths import is_concrete, kernels, selected
-from jaxprune.prune import check_choices, evaluate, per_pool, pool, remove, target_counts, to_go
+from jaxprune.prune import (
+    check_choices,
+    evaluate,
+    per_pool,
+    pool,
+    remove,
+    target_counts,
+    to_go,
+    units_to_keep,
+)
 from jaxprune.schedules import Schedule, constant
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.typing import Params, PerPath, Pruner, PrunerState, ScoreFn, Where
@@ -89,7 +98,7 @@ def pruner(
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
     structure = elements() if structure is None else structure
-    floor = 0 if structure.max_sparsity < 1 else floor
+    floor = units_to_keep(floor, structure)
 
     @lru_cache(maxsize=8)
     def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
@@ -119,7 +128,7 @@ def pruner(
             units = units_now(state)
             now = jnp.asarray(targets)[row]
             counts = now[0] if scope == "global" else dict(zip(sizes, now, strict=True))
-            masks = remove(state.masks, units, to_go(counts, units), floor, structure)
+            masks = remove(state.masks, units, to_go(counts, units), floor)
             finite = jnp.all(jnp.stack([jnp.isfinite(s).all() for s in units.scores.values()]))
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
             return PrunerState(masks, step, jnp.where(finite, row, state.row))
@@ -136,16 +145,15 @@ def pruner(
 
 
 class _Grid:
-    """The calls at which a pruner acts, numbered from row 1; row 0 is before the first."""
+    """The calls at which a pruner acts, numbered from row 1; row 0 is before the first.
+
+    Attributes:
+      last: the last row, or None where rows are levels without end.
+    """
 
     def __init__(self, schedule: Schedule, every: int):
         self.begin, self.end, self.every = schedule.begin_step, schedule.end_step, every
-
-    def rows(self) -> int | None:
-        """How many rows there are after row 0, or None where they are levels without end."""
-        if self.end is None:
-            return None
-        return -(-(self.end - self.begin) // self.every) + 1
+        self.last = None if self.end is None else -(-(self.end - self.begin) // every) + 1
 
     def count(self, row: int) -> int:
         """The schedule's count at a row: a step, or the level itself."""
@@ -153,10 +161,10 @@ class _Grid:
 
     def row(self, step: jax.Array) -> jax.Array:
         """The row last passed after `step` calls."""
-        if self.end is None:
+        if self.end is None or self.last is None:
             return step // self.every
         passed = jnp.where(step < self.begin, 0, (step - self.begin) // self.every + 1)
-        return jnp.where(step >= self.end, self.rows(), passed)
+        return jnp.where(step >= self.end, self.last, passed)
 
 
 def _schedules(sparsity: Any) -> dict[str, Schedule]:
@@ -209,14 +217,13 @@ def _table(
 
     pools = sizes if scope == "layerwise" else {"all leaves together": sum(sizes.values())}
     all_units = np.array(list(pools.values()))
-    spare = floor * (1 if scope == "layerwise" else len(sizes))
-    most = np.maximum(all_units - spare, 0)
-    last = grid.rows()
-    if last is not None:
-        _check_table_size(last, len(most), grid)
+    spare = {name: min(floor, size) for name, size in sizes.items()}
+    most = all_units - np.array(list(spare.values()) if scope == "layerwise" else [sum(spare.values())])
+    if grid.last is not None:
+        _check_table_size(grid.last, len(most), grid)
     rows = [np.zeros_like(most)]
     missed = np.zeros_like(most)
-    while last is None or len(rows) <= last:
+    while grid.last is None or len(rows) <= grid.last:
         now = grid.count(len(rows))
         if of == "total":
             target = np.maximum(removed(sizes, now), rows[-1])
@@ -225,9 +232,11 @@ def _table(
         missed = target - most
         rows.append(np.minimum(target, most))
         _check_table_size(len(rows), len(most), grid)
-        if last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
+        if grid.last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
             break
-    if last is not None and (missed > 0).any():
+    # Only levels that go on for ever are meant to end at the floor.
+    constant_total = of == "total" and asked(1) == asked(len(rows))
+    if (grid.last is not None or constant_total) and (missed > 0).any():
         _say_missed(pools, missed, floor)
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # No reason to score and select where nothing changes.

@@ -200,6 +200,13 @@ def test_a_target_the_floor_does_not_allow_is_said():
     with pytest.warns(UserWarning, match=r"target is missed \(.* by 1 units\), because floor=1"):
         state = jax.jit(pruner.update)(pruner.init(params), params)
     assert sum(kept(state.masks).values()) == 1
+    constant = jp.pruner(jp.scores.magnitude, 0.95)
+    with pytest.warns(UserWarning, match="target is missed"):
+        constant.update(constant.init(params), params)
+    # A floor above a leaf's size keeps the leaf, not more.
+    small = {"a": {"kernel": jnp.ones((1, 2))}, "b": {"kernel": jnp.ones((4, 5))}}
+    pruner = jp.pruner(jp.scores.magnitude, 0.5, floor=5)
+    assert kept(jax.jit(pruner.update)(pruner.init(small), small).masks) == {"a/kernel": 2, "b/kernel": 9}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         free = jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.95, step=1), floor=0)
