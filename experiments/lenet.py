@@ -63,7 +63,7 @@ class Config:
     )
     seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
     amounts: tuple[float, ...] = flag(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "fraction of the remaining pruned per round"
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "fractions of the remaining pruned per round; '' for dense only"
     )
     rounds: int = flag(3, "K, how often it prunes and fine-tunes")
     tune_epochs: int = flag(4, "N, epochs of each fine-tuning")
@@ -283,37 +283,40 @@ def run(config: Config) -> list[dict[str, Any]]:
 def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
     """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
     dense = [line for line in lines if line["method"] == "dense"]
+    base = dense[0]
     text = [
-        f"dense: {_mean(dense)} %, {dense[0]['nonzero']:,} parameters, {dense[0]['macs']:,} MACs",
-        f"(the article counts {dense[0]['article_macs']:,}: each convolution's output as large as its input)",
+        f"dense: {_mean(dense)} %, {base['nonzero']:,} parameters, {base['macs']:,} MACs",
+        "MACs* counts as the article does, each convolution's output as large as its",
+        f"input: {base['article_macs']:,}. Time is of masked networks: masks make nothing faster.",
     ]
     known = dataset == "mnist"
+    if len(lines) == len(dense):  # no amounts were asked for
+        return text[0]
     for name, method in METHODS.items():
         text += ["", f"{method.title}, {len(dense)} seeds"]
-        header = "per round  nonzero  size x  MACs x  article's  accuracy %"
-        text.append(header + ("      article" if known else "") + "   file x  time x")
+        article = f"{'article':>9}" if known else ""
+        text.append(f"pruned  nonzero  size x  MACs x  MACs* x  {'accuracy %':>13}{article}  file x  time x")
         for amount in sorted({line["amount"] for line in lines if line["method"] == name}):
             group = [line for line in lines if line["method"] == name and line["amount"] == amount]
-            one, base = group[0], dense[0]
+            one, speed = group[0], group[0]["masked_speed_up"]
             macs, article_macs = (_ratio(base[k], one[k]) for k in ("macs", "article_macs"))
-            row = (
-                f"{amount:>9.0%}  {one['nonzero']:>7}  {base['nonzero'] / one['nonzero']:>6.2f}"
-                f"  {macs:>6}  {article_macs:>9}  {_mean(group):>13}"
+            published = ARTICLE[name].get(amount)
+            article = f"{'' if published is None else f'{100 * published:.2f}':>9}" if known else ""
+            text.append(
+                f"{amount:>6.0%}  {one['nonzero']:>7}  {base['nonzero'] / one['nonzero']:>6.2f}  {macs:>6}"
+                f"  {article_macs:>7}  {_mean(group):>13}{article}"
+                f"  {np.mean([line['file_ratio'] for line in group]):>6.2f}"
+                f"  {'-' if speed is None else f'{speed:.2f}':>6}"
             )
-            if known:
-                article = ARTICLE[name].get(amount)
-                row += f"  {'' if article is None else f'{100 * article:.2f}':>6}"
-            speed = one["masked_speed_up"]
-            files = np.mean([line["file_ratio"] for line in group])
-            text.append(row + f"  {files:>6.2f}  {'-' if speed is None else f'{speed:.2f}':>6}")
-    text += ["", "L1 channels: what is left once dead channels are taken out"]
-    text.append("per round  conv1,conv2,fc1  parameters  size x     MACs  MACs x")
+    text += ["", "L1 channels: the size of a network without the dead channels (counted; the"]
+    text.append("constant output that a dead channel's bias leaves belongs in the next biases)")
+    text.append("pruned  conv1,conv2,fc1  parameters  size x     MACs  MACs x")
     for line in lines:
         if line["method"] == "structured" and line["seed"] == dense[0]["seed"]:
             alive = ",".join(map(str, line["alive"]))
             collapsed = min(line["alive"]) == 0
             text.append(
-                f"{line['amount']:>9.0%}  {alive:>15}  "
+                f"{line['amount']:>6.0%}  {alive:>15}  "
                 + ("collapsed: a layer has no channel left" if collapsed else
                    f"{line['compact_params']:>10}  {dense[0]['nonzero'] / line['compact_params']:>6.2f}"
                    f"  {line['compact_macs']:>7}  {_ratio(dense[0]['macs'], line['compact_macs']):>6}")
@@ -324,17 +327,17 @@ def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
 def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
     """Accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
     dense = [line for line in lines if line["method"] == "dense"]
-    shown = [(name, method.title, "nonzero", "macs") for name, method in METHODS.items()]
-    shown.append(("structured", "L1 channels, compacted", "compact_params", "compact_macs"))
     compression, speed_up = {}, {}
-    for name, title, params, macs in shown:
+    for name, method in METHODS.items():
         own = [line for line in lines if line["method"] == name]
         grouped = [[line for line in own if line["amount"] == a] for a in sorted({x["amount"] for x in own})]
         # A layer without channels: the network is cut in two, and its size means nothing.
         grouped = [group for group in grouped if min(group[0]["alive"]) > 0]
+        if not grouped:
+            continue
         y = np.array([[line["accuracy"] for line in group] for group in grouped])
-        compression[title] = _plots.Curve([dense[0]["nonzero"] / group[0][params] for group in grouped], y)
-        speed_up[title] = _plots.Curve([dense[0]["macs"] / group[0][macs] for group in grouped], y)
+        sizes, macs = ([dense[0][k] / group[0][k] for group in grouped] for k in ("nonzero", "macs"))
+        compression[method.title], speed_up[method.title] = _plots.Curve(sizes, y), _plots.Curve(macs, y)
     _plots.panels(
         path=Path(config.out) / "accuracy.png",
         title=f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds",

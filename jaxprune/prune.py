@@ -158,7 +158,8 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
       TypeError: scores that are not real, or mix floating-point and integer leaves.
     """
     leaves, before = array_leaves(scores, "scores"), array_leaves(masks, "masks")
-    picked = {path: jnp.asarray(leaves[path]) for path in chosen}
+    # What is pruned already may have any score, such as the gradient of a square root at 0.
+    picked = {path: jnp.where(before[path], leaves[path], 0) for path in chosen}
     floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in picked.items()}
     for path, leaf in picked.items():
         if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
