@@ -4,7 +4,9 @@ A split is decoded once, with one call. An experiment then keeps it on the devic
 batches by index inside `jit`: orders of magnitude faster than a loader on images this small.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +21,7 @@ from experiments._prepare import (
 )
 
 NAMES = ("digits", "mnist", "cifar10")
-__all__ = ["NAMES", "DataUnavailable", "Dataset", "load"]
+__all__ = ["NAMES", "DataUnavailable", "Dataset", "load", "said_plainly"]
 
 _DIGITS_TEST = 360  # of 1797: a fifth
 _DIGITS_SIDE = 8
@@ -63,6 +65,15 @@ _TFDS = {
     "mnist": _Images("MNIST", 28, 0.1307, 0.3081),
     "cifar10": _Images("CIFAR-10", 32, 0.4733, 0.2504),
 }
+
+
+@contextlib.contextmanager
+def said_plainly() -> Iterator[None]:
+    """Ends a command with the message alone, and no traceback, where its data cannot be had."""
+    try:
+        yield
+    except DataUnavailable as error:
+        raise SystemExit(str(error)) from None
 
 
 def load(

@@ -54,6 +54,8 @@ def over_seeds(function: Callable) -> Callable:
 
 def seed_keys(seeds: tuple[int, ...], purpose: int) -> jax.Array:
     """One key per seed, different for each purpose."""
+    if not seeds:
+        raise ValueError("a study needs at least one seed: --seeds 0,1,2")
     return jnp.stack([jax.random.fold_in(jax.random.key(seed), purpose) for seed in seeds])
 
 

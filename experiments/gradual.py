@@ -171,7 +171,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    lines = run(config)
+    with _data.said_plainly():
+        lines = run(config)
     data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
     print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")
     print(summarise(lines))

@@ -218,6 +218,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     preset = config.preset or ("digits" if config.dataset == "digits" else "article")
     training = PRESETS[preset]
+    for amount in config.amounts:
+        jp.schedules.check_sparsity(amount, "amounts")
     if config.epochs is not None:
         training = dataclasses.replace(training, epochs=config.epochs)
     data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
@@ -248,6 +250,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "amount": amount,
                     "seed": seed,
                     "preset": preset,
+                    "training": dataclasses.asdict(training),
                     "accuracy": float(after[index]),
                     "accuracy_before_last_tuning": float(before[index]),
                     **size._asdict(),
@@ -361,7 +364,8 @@ def _ratio(dense: int, pruned: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    lines = run(config)
+    with _data.said_plainly():
+        lines = run(config)
     note = "MNIST" if config.dataset == "mnist" else "digits"
     print(f"\nLeNet on {note}")
     print(summarise(lines, config.dataset))

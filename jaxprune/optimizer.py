@@ -46,7 +46,8 @@ def wrap_optax(
     the *new* masks prune, so `optax.apply_updates` gives exactly 0 there; and so are moments and
     whatever else in its state mirrors the params.
 
-    It must be the outermost transform: what is chained after it would change the -p.
+    It must be the outermost transform: what is chained after it would change the -p, and what
+    passes raw gradients on at times (`optax.conditionally_transform`) would lose it.
     `check_pruned` finds such a mistake. The masks are in the state: `optax.tree.get(opt_state,
     "masks")`. Call `update` once per step; everything is traced once.
 

@@ -130,6 +130,15 @@ def test_missing_data_is_said_in_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network behind it
     with pytest.raises(_data.DataUnavailable, match="--dataset digits"):
         lenet.run(lenet.Config(dataset="mnist", out=str(tmp_path / "out")))
+    with pytest.raises(SystemExit, match="--dataset digits"):
+        gradual.main(["--dataset", "mnist", "--out", str(tmp_path / "out")])
+
+
+def test_bad_flags_are_refused_before_any_training(tmp_path):
+    with pytest.raises(ValueError, match=r"amounts must be in \[0, 1\).*got 1.5"):
+        lenet.run(lenet.Config(amounts=(0.5, 1.5), out=str(tmp_path)))
+    with pytest.raises(ValueError, match="at least one seed"):
+        lenet.run(lenet.Config(seeds=(), out=str(tmp_path)))
 
 
 def test_im2col_lenet_equals_the_convolution():
