@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -23,17 +24,21 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     them `| None`. The help of a field is its metadata `{"help": ...}`, see `flag`.
     """
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=f"python -m experiments.{Path(sys.argv[0]).stem}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(typing.cast("Any", config)):
         kind, choices = _reader(hints[field.name])
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "" if field.default is None else f" (default: {shown})"
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             type=kind,
             choices=choices,
             default=field.default,
-            help=field.metadata["help"],
+            help=field.metadata["help"] + default,
             metavar=None if choices else kind.__name__,
         )
     return config(**vars(parser.parse_args(argv)))

@@ -1,13 +1,15 @@
-"""Gradual pruning while training, against one-shot pruning with fine-tuning, at equal budget.
+"""Gradual pruning while training, against one-shot pruning and tuning.
 
 LeNet-300-100 trains for the same number of epochs in every way:
 
-- gradual: `wrap_optax` prunes along Zhu and Gupta's cubic schedule, with one ranking for all layers
-  ("global") or the same sparsity in each ("layerwise");
-- one-shot: dense training, one global pruning by magnitude, fine-tuning in what is left of the budget;
-- random: masks drawn at the start, the same sparsity in each layer, never changed.
+- gradual: `wrap_optax` prunes along Zhu and Gupta's cubic schedule, with one
+  ranking for all layers ("global") or the same sparsity in each ("layers");
+- one-shot: dense training, one global pruning by magnitude, fine-tuning in
+  what is left of the budget;
+- random: masks drawn at the start, the same sparsity in each layer, never
+  changed.
 
-    python -m experiments.gradual                      # digits, embedded
+    python -m experiments.gradual                  # digits, embedded
     python -m experiments.gradual --dataset mnist
 """
 

@@ -1,11 +1,12 @@
-"""LeNet pruned at random, by magnitude, and by whole channels: the founding article's study.
+"""LeNet pruned at random, by magnitude, and by channels: the founding study.
 
-Train to convergence; then K times prune a fraction of what remains in each layer and fine-tune for
-N epochs. Three experiments, at 10 to 70 % per round: random and L1 on single weights of all
-four layers, and L1 on the output channels of conv1, conv2 and fc1. Biases are never pruned.
+Train to convergence; then K times prune a fraction of what remains in each
+layer and fine-tune for N epochs. Three experiments, at 10 to 70 % per round:
+random and L1 on single weights of all four layers, and L1 on the output
+channels of conv1, conv2 and fc1. Biases are never pruned.
 
-    python -m experiments.lenet                       # digits, embedded: about a minute
-    python -m experiments.lenet --dataset mnist       # the article's settings
+    python -m experiments.lenet                    # digits, embedded
+    python -m experiments.lenet --dataset mnist    # the article's settings
     python -m experiments.lenet --dataset mnist --preset sane
 """
 
