@@ -158,20 +158,22 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
       TypeError: scores that are not real, or mix floating-point and integer leaves.
     """
     leaves, before = array_leaves(scores, "scores"), array_leaves(masks, "masks")
-    # What is pruned already may have any score, such as the gradient of a square root at 0.
-    picked = {path: jnp.where(before[path], leaves[path], 0) for path in chosen}
+    picked = {path: jnp.asarray(leaves[path]) for path in chosen}
     floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in picked.items()}
     for path, leaf in picked.items():
         if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
         if is_concrete(leaf):
             with jax.ensure_compile_time_eval():  # a traced function may have closed over it
-                bad = int(jnp.sum(~jnp.isfinite(leaf)))
+                kept = before[path] if is_concrete(before[path]) else True
+                bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
             if bad:
                 raise ValueError(
                     f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
                     "Check the params and gradients they come from; to spare a leaf use where=..."
                 )
+        # What is pruned already may have any score, such as the gradient of a square root at 0.
+        picked[path] = jnp.where(before[path], leaf, jnp.zeros((), leaf.dtype))
     dtypes = [leaf.dtype for leaf in picked.values()]
     if any(floating.values()):
         if not all(floating.values()):

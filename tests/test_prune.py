@@ -947,3 +947,14 @@ def test_grads_that_are_missing(score):
 
 def test_a_key_that_is_missing():
     raises(ValueError, r"scores\.random needs a PRNG key: pass key=", scores=jp.scores.random)
+
+
+def test_scores_of_what_is_pruned_already_do_not_matter():
+    params = {"kernel": jnp.arange(1.0, 9.0).reshape(2, 4)}
+    masks = {"kernel": jnp.ones((2, 4), bool).at[0, 3].set(False)}
+    scores = {"kernel": params["kernel"].at[0, 3].set(jnp.nan)}
+    after = jp.prune_once(params, scores, count=2, masks=masks)
+    assert after["kernel"].tolist() == [[False, False, True, False], [True] * 4]
+    columns = jp.structures.slices(axis=-1)
+    after = jp.prune_once(params, scores, count=1, masks=masks, structure=columns)
+    assert after["kernel"].any(0).tolist() == [False, True, True, True]
