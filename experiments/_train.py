@@ -35,10 +35,11 @@ class Split(NamedTuple):
 
 def splits(data: Dataset) -> tuple[Split, Split]:
     """The training and test splits of a data set, on the device."""
-    return tuple(
-        Split(jnp.asarray(x), jnp.asarray(y), data.mean, data.std)
-        for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test))
-    )  # type: ignore[return-value]
+
+    def split(x: np.ndarray, y: np.ndarray) -> Split:
+        return Split(jnp.asarray(x), jnp.asarray(y), data.mean, data.std)
+
+    return split(data.x_train, data.y_train), split(data.x_test, data.y_test)
 
 
 def over_seeds(function: Callable) -> Callable:
