@@ -39,18 +39,14 @@ def panels(
     curves: Sequence[tuple[str, Mapping[str, Curve]]],
     *,
     baseline: np.ndarray | None = None,
-    y_label: str = "test accuracy (%)",
-    log_x: bool = True,
 ) -> None:
-    """Draws panels side by side, one per (x label, curves by name), and saves a PNG.
+    """Draws accuracies in panels, one per (x label, curves by name), and saves a PNG.
 
     Args:
       path: the file.
       title: above all panels.
-      curves: the panels; they share the vertical axis.
+      curves: the panels; they share the vertical axis; the others are logarithmic.
       baseline: (seeds,) the dense network's figure, drawn as a level line.
-      y_label: label of the vertical axis.
-      log_x: whether the horizontal axes are logarithmic.
     """
     figure, axes = plt.subplots(
         1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
@@ -62,11 +58,10 @@ def panels(
             axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         if baseline is not None:
             axis.axhline(100 * baseline.mean(), color="grey", linestyle="--", linewidth=1, label="dense")
-        if log_x:
-            _log_axis(axis, [x for curve in lines.values() for x in curve.x])
+        _log_axis(axis, [x for curve in lines.values() for x in curve.x])
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel(y_label)
+    axes[0][0].set_ylabel("test accuracy (%)")
     axes[0][0].legend()
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)

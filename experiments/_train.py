@@ -1,6 +1,6 @@
 """Training and evaluation: a whole epoch is one compiled call, for all seeds at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -197,3 +197,9 @@ def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.
         return over_seeds(count)(params)
 
     return lambda params: np.asarray(correct(params, split)) / size
+
+
+def percent(accuracies: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds in percent, as in "97.86 +- 0.08"."""
+    values = 100 * np.array(accuracies)
+    return f"{values.mean():.2f} +- {values.std():.2f}"

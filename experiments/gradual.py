@@ -16,6 +16,7 @@ LeNet-300-100 trains for the same number of epochs in every way:
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,13 +117,13 @@ def run(config: Config) -> list[dict[str, Any]]:
                 record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
 
             bar.set_description(f"{METHODS['one-shot']} {sparsity:.0%}")
-            masks = jax.vmap(lambda p: jp.prune_once(p, jp.scores.magnitude, sparsity))(half_trained)  # noqa: B023
+            prune = partial(jp.prune_once, scores=jp.scores.magnitude, sparsity=sparsity)
+            masks = jax.vmap(prune)(half_trained)
             record("one-shot", sparsity, fit(half_trained, masks, tune_keys, config.tune_epochs, bar), masks)
 
             bar.set_description(f"{METHODS['random']} {sparsity:.0%}")
-            masks = jax.vmap(
-                lambda p, k: jp.prune_once(p, jp.scores.random, sparsity, key=k, scope="layerwise")  # noqa: B023
-            )(init, mask_keys)
+            prune = partial(jp.prune_once, scores=jp.scores.random, sparsity=sparsity, scope="layerwise")
+            masks = jax.vmap(prune)(init, key=mask_keys)
             record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
     return lines
 
@@ -131,10 +132,8 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
 
     def cell(method: str, sparsity: float) -> str:
-        values = 100 * np.array(
-            [x["accuracy"] for x in lines if (x["method"], x["sparsity"]) == (method, sparsity)]
-        )
-        return f"{values.mean():.2f} +- {values.std():.2f}"
+        own = [line["accuracy"] for line in lines if (line["method"], line["sparsity"]) == (method, sparsity)]
+        return _train.percent(own)
 
     text = [f"dense: {cell('dense', 0.0)} %", "", "accuracy in %, mean and s.d. over seeds"]
     text.append("sparsity  achieved" + "".join(f"{title:>15}" for title in METHODS.values()))

@@ -243,9 +243,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             size, after = measure(first(masks)), accuracy(params)
             ratio = speed(first(dense), first(params)) if config.timing_runs else None
             for index, seed in enumerate(config.seeds):
-                own, whole = (
-                    file_bytes(jax.tree.map(operator.itemgetter(index), t)) for t in (params, dense)
-                )
+                own = file_bytes(jax.tree.map(operator.itemgetter(index), params))
                 line = {
                     "method": method,
                     "amount": amount,
@@ -255,7 +253,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "accuracy": float(after[index]),
                     "accuracy_before_last_tuning": float(before[index]),
                     **size._asdict(),
-                    "file_ratio": whole / own,
+                    "file_ratio": dense_bytes[index] / own,
                     "masked_speed_up": ratio,
                 }
                 results.write(**line)
@@ -265,6 +263,9 @@ def run(config: Config) -> list[dict[str, Any]]:
         dense = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
         ones = jp.ones_masks(dense)
         dense = train(dense, ones, _train.seed_keys(config.seeds, purpose=1), training.epochs, bar)
+        dense_bytes = [
+            file_bytes(jax.tree.map(operator.itemgetter(i), dense)) for i in range(len(config.seeds))
+        ]
         record("dense", 0.0, dense, ones, accuracy(dense))
 
         for name, method in METHODS.items():
@@ -354,8 +355,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
 
 
 def _mean(group: Sequence[dict[str, Any]]) -> str:
-    values = 100 * np.array([line["accuracy"] for line in group])
-    return f"{values.mean():.2f} +- {values.std():.2f}"
+    return _train.percent([line["accuracy"] for line in group])
 
 
 def _ratio(dense: int, pruned: int) -> str:

@@ -213,9 +213,23 @@ def _masked_update(
     )
     leaves, treedef = jax.tree.flatten(_forget_searches(inner_state, before, after))
     kept = jax.tree.leaves(after)
-    twins = mirrors(inner_state, _fast(params))
+    twins = mirrors(_without_rotated(inner_state), _fast(params))
     leaves = [leaf if i is None else clear(kept[i], leaf) for leaf, i in zip(leaves, twins, strict=True)]
     return updates, jax.tree.unflatten(treedef, leaves)
+
+
+def _without_rotated(state: Any) -> Any:
+    """The state with what is in another basis than the params replaced by 0, so that it mirrors none.
+
+    GaLore's projection has its param's shape where its rank is full, and is no copy of it.
+    """
+
+    def is_rotated(node):
+        return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
+
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, state, is_leaf=is_rotated
+    )
 
 
 def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:

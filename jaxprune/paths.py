@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.core import Tracer
 
 from jaxprune.typing import Params, Where
@@ -121,21 +120,13 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
     accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. The
-    longest ending wins. Nothing in GaLore's state does: it is in a rotated basis.
+    longest ending wins.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
     """
     by_path = {parts: index for index, parts in enumerate(_path_parts(params))}
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-
-    def is_rotated(node):
-        return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
-
-    # A projection of full rank has its param's shape. Here it stops being an array, so it cannot match.
-    tree = jax.tree.map(
-        lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, tree, is_leaf=is_rotated
-    )
 
     def match(parts, leaf):
         if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
