@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.control import update_if
+
 _MAX_TOTAL = 2**31 - 1
 
 
@@ -104,13 +106,7 @@ def lowest(
         taken = jnp.clip(left, 0, available)
         left = left - taken
         # Mostly one entry ties, with itself, and all are taken or none.
-        some = lax.cond(
-            (taken == 0) | (taken == available),
-            lambda tied, taken: tied & (taken > 0),
-            _first,
-            tied,
-            taken,
-        )
+        some = update_if((taken > 0) & (taken < available), partial(_first, count=taken), tied & (taken > 0))
         result.append(strictly_below | some)
     return result
 
