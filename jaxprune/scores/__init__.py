@@ -1,0 +1,55 @@
+"""Scores: what matters. Each is one pure function; the entries with the lowest scores go.
+
+A score is `score(params, *, grads, key, **extra) -> scores`, a tree like `params` whose leaves
+are real numbers: larger means keep. A score takes what it needs and ignores the rest, so writing
+a new one is writing a function:
+
+```python
+def distance_from_init(params, *, init_params, **_):
+    return jax.tree.map(lambda w, w0: jnp.abs(w - w0), params, init_params)
+
+masks = jp.prune_once(params, distance_from_init, sparsity=0.9, init_params=params_at_init)
+```
+
+A criterion that needs the loss itself, or the network, is made by a factory:
+`jp.scores.fisher(loss_fn)` is a score, and takes `batch=...` from `prune_once`. Entries that a
+criterion says nothing of score NaN, which `prune_once` refuses to rank.
+"""
+
+# Of whole channels, for structures.slices
+from jaxprune.scores.channels import apoz, bn_scale, fpgm, mean_activation
+
+# Of the network alone, without data
+from jaxprune.scores.flow import synflow
+
+# Of weights and gradients
+from jaxprune.scores.gradients import gradient_magnitude, movement, signed_taylor, snip, taylor
+
+# Made from a loss function
+from jaxprune.scores.loss import brute_force, fisher, grasp, obd, obs, over_batches
+
+# Of the weights alone
+from jaxprune.scores.weights import lamp, magnitude, normalized_magnitude, random
+
+__all__ = [
+    "apoz",
+    "bn_scale",
+    "brute_force",
+    "fisher",
+    "fpgm",
+    "gradient_magnitude",
+    "grasp",
+    "lamp",
+    "magnitude",
+    "mean_activation",
+    "movement",
+    "normalized_magnitude",
+    "obd",
+    "obs",
+    "over_batches",
+    "random",
+    "signed_taylor",
+    "snip",
+    "synflow",
+    "taylor",
+]

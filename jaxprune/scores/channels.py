@@ -1,0 +1,283 @@
+"""Scores of whole channels: filters, neurons, feature maps.
+
+Each gives every entry of a kernel the score of its channel, NaN where a leaf has none, and is
+used with `jp.structures.slices(axis=-1, norm=math.inf)`, which takes the channel's score back. As
+`prune_once` refuses to rank NaN, its `where` must take in no leaf without scores. The channels
+lie along the last axis, as the outputs of flax's dense and conv kernels do; pass `axis=0` for
+equinox and torch layouts, here and to `slices`.
+
+Some criteria of channels need no score of their own. The L1 or L2 norm of a filter is `magnitude`
+pooled by `slices`, and the first-order change of the loss without it `signed_taylor`:
+
+>>> import jax.numpy as jnp, jaxprune as jp
+>>> params = {"kernel": jnp.array([[2.0, 0.0, 1.0], [2.0, 3.0, 1.0]])}
+>>> l1, l2 = jp.structures.slices(norm=1), jp.structures.slices(norm=2)
+>>> jp.prune_once(params, jp.scores.magnitude, count=2, structure=l1)["kernel"][0].tolist()
+[True, False, False]
+>>> jp.prune_once(params, jp.scores.magnitude, count=2, structure=l2)["kernel"][0].tolist()
+[False, True, False]
+>>> grads = {"kernel": jnp.array([[1.0, 1.0, 1.0], [-1.0, 1.0, 1.0]])}
+>>> summed = jp.structures.slices(norm=lambda s, axis: jnp.abs(jnp.sum(s, axis=axis)))
+>>> masks = jp.prune_once(params, jp.scores.signed_taylor, count=1, structure=summed, grads=grads)
+>>> masks["kernel"][0].tolist()
+[False, True, True]
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.paths import array_leaves, describe
+from jaxprune.scores.common import widened, with_nan_elsewhere
+from jaxprune.typing import Params, ScoreFn, Scores
+
+
+def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
+    """Distance to the geometric median: `sum_j ||F_i - F_j||_2` over the filters of a leaf.
+
+    A filter near the median of its layer can be replaced by the others, so it goes first, however
+    large it is. Distances of different layers are not comparable: use `scope="layerwise"`. Filters
+    pruned before are 0 and stay among the F_j.
+
+    Args:
+      params: a pytree of arrays.
+      axis: the axis that indexes the filters.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`: for real floating-point leaves of two axes or more each entry has its
+      filter's score, in float32 or float64; NaN for the others.
+
+    Raises:
+      ValueError: a leaf of two axes or more without such an axis.
+
+    Example:
+      >>> import math, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[-9.0, 8.0, 9.0, 10.0]])}  # four filters of one weight
+      >>> jp.scores.fpgm(params)["kernel"].tolist()
+      [[54.0, 20.0, 20.0, 22.0]]
+      >>> filters = jp.structures.slices(axis=-1, norm=math.inf)
+      >>> jp.prune_once(params, jp.scores.fpgm, count=1, structure=filters)["kernel"].tolist()
+      [[True, False, True, True]]
+
+    References:
+      He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks
+      Acceleration", CVPR 2019. Their code may also prune some filters by norm; this is FPGM-only.
+    """
+    del extra
+
+    def distances(leaf, axis):
+        filters = jnp.moveaxis(widened(leaf), axis, 0).reshape(leaf.shape[axis], -1)
+        # From the differences themselves: norms and inner products would cancel between near filters.
+        return lax.map(lambda one: jnp.sum(jnp.sqrt(jnp.sum((filters - one) ** 2, axis=1))), filters)
+
+    by_path = {}
+    for path, leaf in array_leaves(params).items():
+        if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
+            along = _channel_axis(path, leaf, axis)
+            by_path[path] = _spread(distances(leaf, along), leaf, along)
+    return with_nan_elsewhere(by_path, params)
+
+
+def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
+    """The magnitude of the norm's scale that follows a layer, `|gamma|`, for its channels.
+
+    Meant for networks trained with an L1 penalty on the scales, which makes those of channels that
+    matter little small.
+
+    Args:
+      scales: for the path of each kernel, the path of the scale after it, of shape (channels,).
+      axis: the axis of the kernels that indexes their channels.
+
+    Returns:
+      A score `score(params, **extra)`: for the kernels named each entry has its channel's score,
+      NaN for the other leaves.
+
+    Raises:
+      TypeError: `scales` is not a dict.
+      ValueError: an empty dict; on use, a path that is not in params, or a scale that is not one
+        number for each channel.
+
+    Example:
+      >>> import math, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"conv": {"kernel": jnp.ones((2, 3))}, "bn": {"scale": jnp.array([0.5, -2.0, 0.1])}}
+      >>> score = jp.scores.bn_scale({"conv/kernel": "bn/scale"})
+      >>> filters = jp.structures.slices(axis=-1, norm=math.inf)
+      >>> jp.prune_once(params, score, count=1, structure=filters)["conv"]["kernel"][0].tolist()
+      [True, True, False]
+
+    References:
+      Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
+    """
+    _check_named(scales, "scores.bn_scale", "scales={'conv/kernel': 'bn/scale'}")
+
+    def score(params: Params, **extra: Any) -> Scores:
+        del extra
+        leaves = array_leaves(params)
+        _check_paths(scales.values(), leaves, "scores.bn_scale")
+
+        def channel_scores(path, channels):
+            gamma = leaves[scales[path]]
+            if gamma.shape != (channels,):
+                raise ValueError(
+                    f"scores.bn_scale: params[{scales[path]!r}] is {describe(gamma)}, but params[{path!r}] "
+                    f"has {channels} channels along axis {axis}: there must be one scale for each."
+                )
+            return widened(jnp.abs(gamma))
+
+        return _of_named(scales, channel_scores, "scores.bn_scale", params, axis)
+
+    return score
+
+
+def apoz(
+    params: Params, *, activations: Mapping[str, jax.Array] | None = None, axis: int = -1, **extra: Any
+) -> Scores:
+    """How often a channel is active: 1 less its average percentage of zeros (APoZ).
+
+    The fraction of activations, over examples and places, that are not 0. It presumes a
+    nonlinearity that gives exact zeros, such as ReLU; after others all channels score 1.
+
+    Args:
+      params: a pytree of arrays.
+      activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
+        shape (..., channels).
+      axis: the axis of the kernels that indexes their channels.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`, in [0, 1]: for the kernels named each entry has its channel's score,
+      NaN for the other leaves.
+
+    Raises:
+      TypeError: `activations` is not a dict.
+      ValueError: no activations, a path that is not in params, or activations whose last axis is
+        not the channels.
+
+    Example:
+      >>> import math, jax, jax.numpy as jnp, jaxprune as jp
+      >>> params, x = {"kernel": jnp.array([[1.0, -1.0]])}, jnp.array([[-1.0], [2.0], [3.0]])
+      >>> outputs = {"kernel": jax.nn.relu(x @ params["kernel"])}
+      >>> filters = jp.structures.slices(axis=-1, norm=math.inf)
+      >>> masks = jp.prune_once(params, jp.scores.apoz, count=1, structure=filters, activations=outputs)
+      >>> masks["kernel"].tolist()
+      [[True, False]]
+
+    References:
+      Hu et al., "Network Trimming: A Data-Driven Neuron Pruning Approach towards Efficient Deep
+      Architectures", arXiv:1607.03250.
+    """
+    del extra
+    return _means(activations, lambda a: (a != 0).astype(jnp.float32), "scores.apoz", params, axis)
+
+
+def mean_activation(
+    params: Params, *, activations: Mapping[str, jax.Array] | None = None, axis: int = -1, **extra: Any
+) -> Scores:
+    """The mean size of a channel's activations, `mean |a|` over examples and places.
+
+    After ReLU this is the mean activation of the paper. It does not divide by the L2 norm of a
+    layer's scores, as the paper does to compare layers: use `scope="layerwise"`.
+
+    Args:
+      params: a pytree of arrays.
+      activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
+        shape (..., channels).
+      axis: the axis of the kernels that indexes their channels.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`, 0 or more: for the kernels named each entry has its channel's score,
+      NaN for the other leaves.
+
+    Raises:
+      TypeError: `activations` is not a dict.
+      ValueError: no activations, a path that is not in params, or activations whose last axis is
+        not the channels.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, outputs = {"kernel": jnp.ones((3, 2))}, jnp.array([[0.0, 1.0], [4.0, 2.0]])
+      >>> jp.scores.mean_activation(params, activations={"kernel": outputs})["kernel"][0].tolist()
+      [2.0, 1.5]
+
+    References:
+      Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+      ICLR 2017.
+    """
+    del extra
+    return _means(activations, lambda a: widened(jnp.abs(a)), "scores.mean_activation", params, axis)
+
+
+ChannelScores = Callable[[str, int], jax.Array]
+"""From the path of a kernel and how many channels it has, one score for each."""
+
+
+def _means(
+    activations: Any, of: Callable[[jax.Array], jax.Array], name: str, params: Params, axis: int
+) -> Scores:
+    """The mean of a function of the activations, over all their axes but the last."""
+    if activations is None:
+        raise ValueError(f"{name} needs activations: pass activations={{'conv/kernel': relu(outputs)}}.")
+    _check_named(activations, name, "activations={'conv/kernel': relu(outputs)}")
+
+    def channel_scores(path, channels):
+        outputs = jnp.asarray(activations[path])
+        if outputs.ndim < 2 or outputs.shape[-1] != channels or not outputs.size:
+            raise ValueError(
+                f"{name}: activations[{path!r}] is {describe(outputs)}, but params[{path!r}] has {channels} "
+                f"channels along axis {axis}: pass an array of shape (..., {channels})."
+            )
+        return jnp.mean(of(outputs), axis=tuple(range(outputs.ndim - 1)))
+
+    return _of_named(activations, channel_scores, name, params, axis)
+
+
+def _of_named(
+    named: Mapping[str, Any], channel_scores: ChannelScores, name: str, params: Params, axis: int
+) -> Scores:
+    """The channel scores of the kernels named, spread over their entries."""
+    leaves = array_leaves(params)
+    _check_paths(named, leaves, name)
+    along = {path: _channel_axis(path, leaves[path], axis) for path in named}
+    return with_nan_elsewhere(
+        {
+            path: _spread(channel_scores(path, leaves[path].shape[a]), leaves[path], a)
+            for path, a in along.items()
+        },
+        params,
+    )
+
+
+def _spread(channel_scores: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
+    """One score per channel as an array of the leaf's shape."""
+    others = tuple(a for a in range(leaf.ndim) if a != axis)
+    return jnp.broadcast_to(jnp.expand_dims(channel_scores, others), leaf.shape)
+
+
+def _channel_axis(path: str, leaf: jax.Array, axis: int) -> int:
+    """The axis counted from 0."""
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"params[{path!r}] is {describe(leaf)}, which has no axis {axis} of channels. Pass another "
+            "axis=..."
+        )
+    return axis % leaf.ndim
+
+
+def _check_named(named: Any, name: str, example: str) -> None:
+    if not isinstance(named, Mapping):
+        raise TypeError(f"{name} needs a dict by kernel path, got {named!r}. For example {example}.")
+    if not named:
+        raise ValueError(f"{name} got an empty dict, so nothing would be scored. Pass for example {example}.")
+
+
+def _check_paths(paths: Iterable[str], leaves: Mapping[str, Any], name: str) -> None:
+    if unknown := [path for path in paths if path not in leaves]:
+        raise ValueError(
+            f"{name} names {', '.join(map(repr, unknown))}, which params do not have. The paths there are: "
+            f"{', '.join(leaves)}."
+        )

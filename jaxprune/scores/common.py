@@ -1,0 +1,144 @@
+"""What the scores share: precision, leaves without a score, and the loss as a function of leaves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.paths import array_leaves, describe, is_array, leaf_paths, selected
+from jaxprune.typing import Params, Scores, Where
+
+LossFn = Callable[[Params, Any], jax.Array]
+"""`loss_fn(params, batch)`: the mean loss over the examples of the batch, a scalar."""
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype that scores of a leaf are computed in: float64 for float64, else float32."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def widened(leaf: jax.Array) -> jax.Array:
+    """A real leaf in float32 or wider, where squares and sums of half precision do not round to ties."""
+    return leaf.astype(wide(leaf.dtype))
+
+
+def with_nan_elsewhere(by_path: dict[str, jax.Array], params: Params) -> Scores:
+    """A tree like `params` of the scores named, and NaN for the leaves that have none."""
+    leaves = [
+        by_path[path] if path in by_path else jnp.full(leaf.shape, jnp.nan, jnp.float32)
+        for path, leaf in array_leaves(params).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+class Objective(NamedTuple):
+    """A loss as a function of some of the leaves, the others held fixed.
+
+    Attributes:
+      leaves: those leaves, in leaf order and of one floating-point dtype.
+      loss: `loss(leaves) -> scalar`; `loss(leaves, batch)` is that of another batch.
+      params: `params(leaves)`: the params with these leaves, in the dtypes they had.
+      scores: `scores(values)`: scores like the params, NaN for all other leaves.
+    """
+
+    leaves: list[jax.Array]
+    loss: Callable[..., jax.Array]
+    params: Callable[[Sequence[jax.Array]], Params]
+    scores: Callable[[Sequence[jax.Array]], Scores]
+
+
+def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Where) -> Objective:
+    """The loss as a function of the leaves that `where` takes in.
+
+    Raises:
+      ValueError: there is no batch, or `where` matches no leaf.
+      TypeError: a leaf that is not real floating-point; on use, a loss that is not a real scalar.
+    """
+    if batch is None:
+        raise ValueError(f"{name} needs data: pass batch=..., as loss_fn(params, batch) takes it.")
+    by_path = array_leaves(params)
+    chosen = selected(params, where)
+    for path in chosen:
+        if not jnp.issubdtype(by_path[path].dtype, jnp.floating):
+            raise TypeError(
+                f"params[{path!r}] is {describe(by_path[path])}; {name} differentiates real leaves alone. "
+                "Leave it out with where=..."
+            )
+    # One dtype for all, so that they can be laid end to end; half precision gains nothing from its own.
+    dtype = jnp.float64 if any(by_path[path].dtype == jnp.float64 for path in chosen) else jnp.float32
+
+    def put(values: Sequence[jax.Array]) -> Params:
+        cast = {p: v.astype(by_path[p].dtype) for p, v in zip(chosen, values, strict=True)}
+        return jax.tree.unflatten(jax.tree.structure(params), list((by_path | cast).values()))
+
+    def loss(values: Sequence[jax.Array], batch: Any = batch) -> jax.Array:
+        value = jnp.asarray(loss_fn(put(values), batch))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(
+                f"{name}: loss_fn returned {describe(value)}, but it must return one real number, "
+                "the mean loss over the batch. Without auxiliary outputs."
+            )
+        return value.astype(dtype)
+
+    return Objective(
+        leaves=[jnp.asarray(by_path[path], dtype) for path in chosen],
+        loss=loss,
+        params=put,
+        scores=lambda values: with_nan_elsewhere(dict(zip(chosen, values, strict=True)), params),
+    )
+
+
+def check_function(function: Any, name: str, what: str) -> None:
+    """Checks an argument that is a function.
+
+    Raises:
+      TypeError: it cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} needs a function {what}, got {function!r}.")
+
+
+def check_positive_integer(number: Any, name: str, what: str) -> None:
+    """Checks a count.
+
+    Raises:
+      ValueError: it is not an integer of 1 or more.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} needs {what} to be an integer of 1 or more, got {number!r}.")
+
+
+def end_to_end(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The entries of all leaves as one vector, in leaf order."""
+    return jnp.concatenate([leaf.ravel() for leaf in leaves])
+
+
+def cut(vector: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
+    """A vector as arrays of the leaves' shapes: `end_to_end` backwards."""
+    ends = [leaf.size for leaf in leaves]
+    starts = [sum(ends[:index]) for index in range(len(ends))]
+    return [
+        vector[start : start + leaf.size].reshape(leaf.shape)
+        for start, leaf in zip(starts, leaves, strict=True)
+    ]
+
+
+def leading_size(tree: Any, what: str, of: str) -> int:
+    """The size of the leading axis that all leaves of some data share.
+
+    Raises:
+      ValueError: a leaf without such an axis, of another size, or of size 0.
+    """
+    leaves = dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+    sizes = {leaf.shape[0] if is_array(leaf) and leaf.shape else 0 for leaf in leaves.values()}
+    if len(sizes) == 1 and (size := sizes.pop()) > 0:
+        return size
+    listing = ", ".join(
+        f"{what}[{path!r}] is {describe(leaf) if is_array(leaf) else type(leaf).__name__}"
+        for path, leaf in leaves.items()
+    )
+    raise ValueError(
+        f"all leaves of {what} must be arrays with a leading axis of {of}, of one size: "
+        f"{listing or 'it has no leaves'}."
+    )

@@ -1,0 +1,153 @@
+"""Scores of the network alone: how much can flow from input to output, without data."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.paths import array_leaves, describe, is_concrete, kernels, selected
+from jaxprune.scores.common import check_function, widened, with_nan_elsewhere
+from jaxprune.typing import Params, ScoreFn, Scores, Where
+
+_ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)
+_MULTIPLIED = re.compile(r"scale|gamma|kernel|^w|^g\d*$", re.IGNORECASE)
+
+
+def synflow(
+    apply_fn: Callable[[Params, Any], Any],
+    x: Any,
+    *,
+    where: Where = kernels,
+    biases: Where | None = None,
+    rescale: bool = True,
+) -> ScoreFn:
+    """Synaptic flow: `|w| * dR/d|w|`, where R is the sum of the outputs for `|w|` and an input of ones.
+
+    In a ReLU network with all weights positive, R is the sum over all paths of the products of
+    their weights, and the score of a weight is the part of R whose paths go through it. So what
+    flows into a hidden neuron flows out: its incoming scores sum to its outgoing ones. Pruned in
+    one go a network may be cut through; the paper prunes over 100 rounds, each scored anew:
+    `jp.pruner(score, jp.schedules.geometric(...))`, with the masks applied between updates.
+
+    That holds for positively homogeneous networks: ReLU and linear layers, average or max pooling,
+    norms with fixed statistics. Let `apply_fn` return the logits, in eval mode. A softmax, or a
+    norm over its own input (layer norm), leaves R without the meaning above.
+
+    What is added to a flow is no part of it, so biases are set to 0; the paper's code takes `|b|`.
+    Other leaves that are not scored, such as the scales of norms, stay at their absolute value.
+
+    R is a product over depth, which soon leaves the range of float32. So each leaf is divided by a
+    number of its own, such that a layer neither raises nor lowers the flow by much. Let R be
+    homogeneous of degree 1 in each leaf, as it is where every path crosses every leaf once and
+    biases are 0. Then dividing a leaf by c divides R, and every `w dR/dw` of every leaf, by the same
+    c: the ranking over all leaves is unchanged. With skip connections some paths miss some
+    leaves, and the ranking differs from the paper's; `rescale=False` gives theirs.
+
+    Args:
+      apply_fn: `apply_fn(params, x) -> outputs`, an array or a tree of them.
+      x: what the network takes: an array, a `jax.ShapeDtypeStruct`, or a tree of these, each with
+        a leading batch axis. Only shapes and dtypes are used, with a batch of 1.
+      where: the leaves that are scored.
+      biases: which of the others are added rather than multiplied, a function of (path, leaf). By
+        default those whose name says so (bias, beta, offset, b, positional embeddings), and
+        leaves of one axis whose name does not say otherwise.
+      rescale: whether leaves are divided as above.
+
+    Returns:
+      A score `score(params, **extra)`, NaN for the leaves left out; under `jit` NaN throughout
+      where R is 0 or overflows.
+
+    Raises:
+      TypeError: `apply_fn` is not a function, inputs or scored leaves that are not real
+        floating-point.
+      ValueError: on use, a `where` that matches nothing, or (not under `jit`) an R that is 0 or
+        not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> apply_fn = lambda params, x: jax.nn.relu(x @ params["w1"]) @ params["w2"]
+      >>> params = {"w1": jnp.array([[1.0, -2.0]]), "w2": jnp.array([[3.0], [1.0]])}
+      >>> score = jp.scores.synflow(apply_fn, jnp.zeros((8, 1)), rescale=False)
+      >>> score(params)["w1"].tolist(), score(params)["w2"].tolist()
+      ([[3.0, 2.0]], [[3.0], [2.0]])
+
+    References:
+      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
+      flow", NeurIPS 2020.
+    """
+    check_function(apply_fn, "scores.synflow", "apply_fn(params, x)")
+    for leaf in jax.tree.leaves(x):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.shape:
+            raise TypeError(
+                f"scores.synflow feeds ones through the network, so x must be real floating-point with a "
+                f"leading batch axis, got {describe(leaf)}. For tokens, let apply_fn start at "
+                "their embeddings."
+            )
+    ones = jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape[1:]), leaf.dtype), x)
+    added = _is_added if biases is None else biases
+
+    def score(params: Params, **extra: Any) -> Scores:
+        del extra
+        by_path = array_leaves(params)
+        chosen = selected(params, where)
+        if complex_paths := [p for p in chosen if not jnp.issubdtype(by_path[p].dtype, jnp.floating)]:
+            path = complex_paths[0]
+            raise TypeError(
+                f"params[{path!r}] is {describe(by_path[path])}; scores.synflow is of real leaves. Leave it "
+                "out with where=..."
+            )
+
+        def linearized(path, leaf):
+            if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+                return leaf
+            if path not in chosen and added(path, leaf):
+                return jnp.zeros_like(leaf)
+            size = jnp.abs(leaf)
+            return _even_gain(size) if rescale else size
+
+        positive = {path: linearized(path, leaf) for path, leaf in by_path.items()}
+
+        def total(scored):
+            leaves = list((positive | scored).values())
+            outputs = apply_fn(jax.tree.unflatten(jax.tree.structure(params), leaves), ones)
+            sums = [jnp.sum(widened(output)) for output in jax.tree.leaves(outputs)]
+            return jnp.sum(jnp.stack(sums))
+
+        flow, slopes = jax.value_and_grad(total)({path: positive[path] for path in chosen})
+        sound = jnp.isfinite(flow) & (flow > 0)
+        if is_concrete(sound) and not sound:
+            raise ValueError(
+                f"scores.synflow: the sum of the outputs is {float(flow):g}, so nothing can be ranked by its "
+                "part of it. If 0, no path leads from input to output (or biases= took in a scale); if not "
+                "finite, it overflows: pass rescale=True, or use float64."
+            )
+        return with_nan_elsewhere(
+            {
+                path: jnp.where(sound, jnp.abs(widened(positive[path]) * widened(slopes[path])), jnp.nan)
+                for path in chosen
+            },
+            params,
+        )
+
+    return score
+
+
+def _is_added(path: str, leaf: Any) -> bool:
+    name = path.rsplit("/", 1)[-1]
+    return bool(_ADDED.search(name)) or (len(leaf.shape) <= 1 and not _MULTIPLIED.search(name))
+
+
+def _even_gain(size: jax.Array) -> jax.Array:
+    """A leaf of magnitudes, divided such that flows neither grow nor shrink with depth.
+
+    A kernel of sum s multiplies the mean of what flows by s / outputs. Divided by s, and multiplied
+    by sqrt(inputs * outputs), it does so by sqrt(inputs / outputs), and over the layers of a
+    network these cancel but for the first and the last. The two largest axes are taken for inputs
+    and outputs, whose place in the shape differs between libraries.
+    """
+    total = jnp.sum(widened(size))
+    channels = sorted(size.shape)[-2:] if size.ndim >= 2 else (size.size, size.size)
+    gain = (channels[0] * channels[1]) ** 0.5 / jnp.where(total == 0, jnp.ones_like(total), total)
+    return (widened(size) * gain).astype(size.dtype)

@@ -1,0 +1,193 @@
+"""Scores of the weights and their gradients."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.paths import array_leaves, check_mirrors, describe
+from jaxprune.scores.common import widened
+from jaxprune.typing import Params, Scores
+
+
+def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
+    """The magnitude of each gradient, `|g|`.
+
+    Args:
+      params: a pytree of arrays.
+      grads: the gradients of the loss, like `params`.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`.
+
+    Raises:
+      ValueError: `grads` is None, or not like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, grads = {"w": jnp.array([[3.0, 1.0]])}, {"w": jnp.array([[0.5, -2.0]])}
+      >>> jp.scores.gradient_magnitude(params, grads=grads)["w"].tolist()
+      [[0.5, 2.0]]
+
+    References:
+      Blalock et al., "What is the State of Neural Network Pruning?", MLSys 2020 (as a baseline).
+    """
+    del extra
+    return jax.tree.map(lambda _, g: jnp.abs(g), params, _needed(grads, params, "gradient_magnitude"))
+
+
+def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
+    """The change of the loss to first order if a weight is removed, `|w * g|`.
+
+    Args:
+      params: a pytree of arrays.
+      grads: the gradients of the loss at `params`, like `params`.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`.
+
+    Raises:
+      ValueError: `grads` is None, or not like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, grads = {"w": jnp.array([[3.0, 1.0]])}, {"w": jnp.array([[0.5, -2.0]])}
+      >>> jp.scores.taylor(params, grads=grads)["w"].tolist()
+      [[1.5, 2.0]]
+
+    References:
+      Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+      ICLR 2017; Lee et al., "SNIP", ICLR 2019 (the same score, at initialisation).
+    """
+    del extra
+    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, _needed(grads, params, "taylor"))
+
+
+def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
+    """The first-order change of the loss with its sign, `w * g`, to be summed over a structure.
+
+    Entries that go together change the loss by the sum of their terms, in which they may cancel.
+    The score of a filter is the magnitude of that sum, so the structure takes it, as below.
+    Ranked entry by entry the sign means nothing of use: use `taylor`.
+
+    Args:
+      params: a pytree of real arrays.
+      grads: the gradients of the loss at `params`, like `params`.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`; float32 also for half-precision params.
+
+    Raises:
+      ValueError: `grads` is None, or not like `params`.
+      TypeError: complex leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[3.0, 1.0], [3.0, 1.0]])}
+      >>> grads = {"kernel": jnp.array([[5.0, 2.0], [-5.0, 2.0]])}
+      >>> filters = jp.structures.slices(norm=lambda s, axis: jnp.abs(jnp.sum(s, axis=axis)))
+      >>> score = jp.scores.signed_taylor
+      >>> masks = jp.prune_once(params, score, count=1, structure=filters, grads=grads)
+      >>> masks["kernel"].tolist()
+      [[False, True], [False, True]]
+
+    References:
+      Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019. They square
+      the sum, which ranks alike; over several batches they average the squares.
+    """
+    del extra
+    return _products(params, grads, "signed_taylor")
+
+
+def snip(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
+    """Connection sensitivity, `|w * g|` over its sum over all leaves.
+
+    It ranks as `taylor` does. The sum of 1 makes scores of different batches, or of different
+    steps, weigh alike when they are added.
+
+    Args:
+      params: a pytree of real arrays.
+      grads: the gradients of the loss at `params`, like `params`; at initialisation, of one batch.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`, which sum to 1 over all leaves (0 if every gradient is 0); float32
+      also for half-precision params.
+
+    Raises:
+      ValueError: `grads` is None, or not like `params`.
+      TypeError: complex leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, grads = {"w": jnp.array([[3.0, 1.0]])}, {"w": jnp.array([[0.5, -0.5]])}
+      >>> jp.scores.snip(params, grads=grads)["w"].tolist()
+      [[0.75, 0.25]]
+
+    References:
+      Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019.
+      Its sum is over the weights that can be pruned; ours is over all leaves, biases included.
+    """
+    del extra
+    sizes = jax.tree.map(jnp.abs, _products(params, grads, "snip"))
+    total = jnp.sum(jnp.stack([jnp.sum(size) for size in jax.tree.leaves(sizes)]))
+    total = jnp.where(total == 0, jnp.ones_like(total), total)
+    return jax.tree.map(lambda size: size / total, sizes)
+
+
+def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
+    """How fast gradient descent moves each weight away from 0: `-w * g`, signed.
+
+    Positive where a step of descent makes the weight larger, negative where it shrinks it. It is
+    the score of one step; movement pruning adds up those of all steps, which
+    `jp.pruner(jp.scores.movement, ..., memory=1.0)` does.
+
+    Args:
+      params: a pytree of real arrays.
+      grads: the gradients of the loss at `params`, like `params`.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`; float32 also for half-precision params.
+
+    Raises:
+      ValueError: `grads` is None, or not like `params`.
+      TypeError: complex leaves.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params, grads = {"w": jnp.array([[3.0, -1.0]])}, {"w": jnp.array([[0.5, 2.0]])}
+      >>> jp.scores.movement(params, grads=grads)["w"].tolist()
+      [[-1.5, 2.0]]
+
+    References:
+      Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020. There masks
+      are drawn anew at each step, so that a weight may come back; here masks only ever grow.
+    """
+    del extra
+    return jax.tree.map(jnp.negative, _products(params, grads, "movement"))
+
+
+def _products(params: Params, grads: Any, name: str) -> Scores:
+    """`w * g` in float32 or wider, so that half precision does not round scores to ties."""
+    grads = _needed(grads, params, name)
+    for what, tree in (("params", params), ("grads", grads)):
+        for path, leaf in array_leaves(tree, what).items():
+            if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+                raise TypeError(
+                    f"{what}[{path!r}] is {describe(leaf)}; scores.{name} is of real leaves. For complex "
+                    "ones use scores.magnitude."
+                )
+    return jax.tree.map(lambda w, g: widened(w) * widened(g), params, grads)
+
+
+def _needed(grads: Any, params: Params, name: str) -> Any:
+    if grads is None:
+        raise ValueError(
+            f"scores.{name} needs gradients: pass grads=jax.grad(loss_fn)(params, batch), a tree like params."
+        )
+    check_mirrors(grads, params, "grads")
+    return grads

@@ -1,0 +1,142 @@
+"""Scores of the weights alone."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.scores.common import widened
+from jaxprune.typing import Params, Scores
+
+
+def magnitude(params: Params, **extra: Any) -> Scores:
+    """The magnitude of each weight, `|w|`.
+
+    Args:
+      params: a pytree of arrays.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.scores.magnitude({"w": jnp.array([[-3.0, 1.0]])})["w"].tolist()
+      [[3.0, 1.0]]
+
+    References:
+      Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
+    """
+    del extra
+    return jax.tree.map(jnp.abs, params)
+
+
+def normalized_magnitude(params: Params, **extra: Any) -> Scores:
+    """The magnitude relative to its leaf, `|w| / ||W||_2` with W the leaf that holds w.
+
+    Ranked over all leaves together, a layer of small weights does not go first because of its
+    scale. A leaf that is all 0 scores 0.
+
+    Args:
+      params: a pytree of arrays.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`, in [0, 1]; float32 also for half-precision params.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> scores = jp.scores.normalized_magnitude({"w": jnp.array([[-3.0, 4.0]])})
+      >>> print(scores["w"])
+      [[0.6 0.8]]
+
+    References:
+      Lee et al., "JaxPruner", arXiv:2304.14082 (its global magnitude, which adds 1e-8 to the norm).
+    """
+    del extra
+
+    def relative(w):
+        size = _relative_to_largest(w)
+        norm = jnp.sqrt(jnp.sum(size * size))
+        return size / jnp.where(norm == 0, jnp.ones_like(norm), norm)
+
+    return jax.tree.map(relative, params)
+
+
+def lamp(params: Params, **extra: Any) -> Scores:
+    """Layer-adaptive magnitude: `w_u^2 / sum_{v >= u} w_v^2`, with the leaf in ascending order of `|w|`.
+
+    What a weight is of all that would be left in its leaf once all smaller ones are gone. Within
+    a leaf the order is that of the magnitude; over all leaves together, the largest weight of each
+    scores exactly 1, so no leaf is emptied before all are. Of equal magnitudes the earlier index is
+    the lower. Pruned entries, which are 0, score 0.
+
+    Args:
+      params: a pytree of arrays.
+      **extra: ignored.
+
+    Returns:
+      Scores like `params`, in [0, 1]; float32 also for half-precision params.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.scores.lamp({"w": jnp.array([[1.0, 0.0, -1.0]])})["w"].tolist()
+      [[0.5, 0.0, 1.0]]
+
+    References:
+      Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", ICLR 2021.
+    """
+    del extra
+
+    def adapted(w):
+        size = _relative_to_largest(w).ravel()
+        order = jnp.argsort(jnp.abs(w).ravel(), stable=True)
+        squares = size[order] ** 2
+        # Summed from the largest down. The total less the sum from below would cancel to nothing
+        # exactly where it matters, among the largest.
+        left = lax.cumsum(squares, reverse=True)
+        ratios = squares / jnp.where(left == 0, jnp.ones_like(left), left)
+        # The parts of a parallel sum round apart; the order of the magnitudes is kept all the same.
+        ranked = lax.cummax(ratios)
+        return jnp.zeros_like(size).at[order].set(ranked).reshape(w.shape)
+
+    return jax.tree.map(adapted, params)
+
+
+def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Scores:
+    """A uniform random number in [0, 1) for each weight: the control of every experiment.
+
+    Args:
+      params: a pytree of arrays.
+      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+      **extra: ignored.
+
+    Returns:
+      float32 scores like `params`.
+
+    Raises:
+      ValueError: `key` is None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> scores = jp.scores.random({"w": jnp.ones((2, 3))}, key=jax.random.key(0))
+      >>> scores["w"].shape
+      (2, 3)
+    """
+    del extra
+    if key is None:
+        raise ValueError("scores.random needs a PRNG key: pass key=jax.random.key(0).")
+    leaves, treedef = jax.tree.flatten(params)
+    draws = [
+        jax.random.uniform(jax.random.fold_in(key, index), leaf.shape, jnp.float32)
+        for index, leaf in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(treedef, draws)
+
+
+def _relative_to_largest(w: jax.Array) -> jax.Array:
+    """`|w|` over the largest of its leaf, so that no square overflows or vanishes; 0 if all are 0."""
+    size = widened(jnp.abs(w))
+    top = jnp.max(size, initial=0)
+    return size / jnp.where(top == 0, jnp.ones_like(top), top)
