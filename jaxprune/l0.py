@@ -1,0 +1,302 @@
+"""L0 regularisation: gates that learn which weights, or whole slices, are exactly zero.
+
+Each gate z multiplies a weight, or a slice of them. In training it is random, in [0, 1] and with
+some probability exactly 0 or exactly 1 (the hard-concrete distribution), so that the expected number
+of weights that are not zero can be differentiated in the gates' logits and be a term of the loss.
+
+With u uniform in (0, 1), `beta = 2/3`, `gamma = -0.1` and `zeta = 1.1`:
+
+    s = sigmoid((log u - log(1 - u) + log_alpha) / beta)
+    z = min(1, max(0, s * (zeta - gamma) + gamma))
+    P(z != 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))
+
+Gates are a dict of logits `log_alpha` by leaf path, trained beside the params:
+
+```python
+gates = jp.l0.init_gates(params, jax.random.key(0), axis=-2)       # one per input neuron
+
+def loss_fn(trained, batch, key):
+    params, gates = trained
+    gated = jp.l0.apply_gates(params, jp.l0.sample_gates(gates, key))
+    return task_loss(gated, batch) + strength * jp.l0.expected_l0(params, gates)
+
+# ... train (params, gates) with any optimizer, then fold the gates into the weights:
+masks = jp.l0.gate_masks(params, gates)
+params = jp.l0.apply_gates(params, jp.l0.expected_gates(gates))
+tx = jp.keep_masked(optax.adam(1e-3), masks)
+```
+
+References:
+  Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018.
+  Their code also clips the logits after each step, and can add an L2 penalty weighted by P(z != 0).
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.masks import ones_masks
+from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
+from jaxprune.structures import slices
+from jaxprune.typing import Masks, Params, Where
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+"""The temperature of a gate, and the ends of the interval that it is stretched to, as in the paper."""
+
+Gates = dict[str, jax.Array]
+"""Arrays by leaf path, each of its leaf's shape, with 1 for the axes along which a gate is shared."""
+
+
+def init_gates(
+    params: Params,
+    key: jax.Array,
+    *,
+    where: Where = kernels,
+    axis: int | Sequence[int] | None = None,
+    drop_rate: float = 0.5,
+) -> Gates:
+    """Gate logits to start from: `log_alpha ~ Normal(log(1 - drop_rate) - log(drop_rate), 0.01)`.
+
+    For gates of different kinds make them by leaf and join the dicts:
+    `init_gates(params, key, where=is_dense, axis=-2) | init_gates(params, key, where=is_conv, axis=-1)`.
+
+    Args:
+      params: a pytree of arrays.
+      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+      where: which leaves get gates, a function of (path, leaf).
+      axis: None for a gate per entry; or the axis, or axes, that index the slices that share one,
+        as in `structures.slices`: with flax's layouts -2 is the input neuron, -1 the output.
+      drop_rate: how likely a gate starts nearer to closed than to open, in (0, 1). Small ones start
+        from a network that is nearly dense.
+
+    Returns:
+      A dict from leaf path to float32 logits: of the leaf's shape, or with 1 for all other axes
+      than `axis`, as (784, 1) for `axis=-2` of a 784 x 300 kernel.
+
+    Raises:
+      ValueError: a `where` that matches nothing, a leaf without such an axis, or a `drop_rate` that
+        is out of range.
+      TypeError: a leaf that is not floating-point is to get gates.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+      >>> gates = jp.l0.init_gates(params, jax.random.key(0), axis=-2)
+      >>> {path: log_alpha.shape for path, log_alpha in gates.items()}
+      {'kernel': (3, 1)}
+    """
+    if not 0 < drop_rate < 1:
+        raise ValueError(f"drop_rate must lie strictly between 0 and 1, got {drop_rate}.")
+    center = math.log(1 - drop_rate) - math.log(drop_rate)
+    leaves, chosen = array_leaves(params), set(selected(params, where))
+
+    def draw(index, path):
+        own = jax.random.fold_in(key, index)
+        return center + 0.01 * jax.random.normal(own, _gate_shape(path, leaves[path], axis), jnp.float32)
+
+    return {path: draw(index, path) for index, path in enumerate(leaves) if path in chosen}
+
+
+def sample_gates(gates: Gates, key: jax.Array) -> Gates:
+    """Random gates z in [0, 1], for a step of training; the module's first lines have the formula.
+
+    Draw anew for each batch; or, to lower the variance, for each example, with `vmap` over keys.
+
+    Args:
+      gates: logits from `init_gates`.
+      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+
+    Returns:
+      A dict like `gates`, differentiable in the logits where a gate is neither 0 nor 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> gates = {"kernel": jnp.array([[-20.0], [20.0]])}
+      >>> jp.l0.sample_gates(gates, jax.random.key(0))["kernel"].tolist()
+      [[0.0], [1.0]]
+    """
+    # In the order of `jax.tree.leaves`, which `jit` keeps; a dict's own order it would not.
+    leaves, treedef = jax.tree.flatten(gates)
+
+    def draw(index, log_alpha):
+        noise = jax.random.logistic(jax.random.fold_in(key, index), log_alpha.shape, log_alpha.dtype)
+        return _stretched(jax.nn.sigmoid((noise + log_alpha) / BETA))
+
+    return jax.tree.unflatten(treedef, [draw(index, leaf) for index, leaf in enumerate(leaves)])
+
+
+def expected_gates(gates: Gates) -> Gates:
+    """The gates of the trained network: `min(1, max(0, sigmoid(log_alpha) * (zeta - gamma) + gamma))`.
+
+    This is the paper's estimate for test time, not the mean of the random gates.
+
+    Args:
+      gates: logits from `init_gates`.
+
+    Returns:
+      A dict like `gates`, of z in [0, 1]; exactly 0 where `log_alpha <= -log(11)`, about -2.4.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.l0.expected_gates({"kernel": jnp.array([[-3.0], [0.0], [3.0]])})["kernel"].tolist()
+      [[0.0], [0.5], [1.0]]
+    """
+    return jax.tree.map(lambda log_alpha: _stretched(jax.nn.sigmoid(log_alpha)), gates)
+
+
+def expected_l0(params: Params, gates: Gates) -> jax.Array:
+    """How many gated weights are expected to be nonzero: the penalty, differentiable in the logits.
+
+        sum over gates of (entries per gate) * sigmoid(log_alpha - beta * log(-gamma / zeta))
+
+    Args:
+      params: a pytree of arrays; only their shapes matter.
+      gates: logits from `init_gates`.
+
+    Returns:
+      A float32 scalar, in weights. Leaves without gates do not count.
+
+    Raises:
+      ValueError: gates that do not fit the params.
+      TypeError: gates that are no dict of floating-point arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.ones((2, 5)), "bias": jnp.ones(5)}
+      >>> float(jp.l0.expected_l0(params, {"kernel": jnp.array([[50.0], [-50.0]])}))
+      5.0
+    """
+    leaves = _gated(params, gates, "gates")
+    shift = BETA * math.log(-GAMMA / ZETA)
+
+    def nonzeros(path, log_alpha):
+        entries = leaves[path].size // max(log_alpha.size, 1)
+        return entries * jnp.sum(jax.nn.sigmoid(log_alpha.astype(jnp.float32) - shift))
+
+    return jnp.sum(jnp.stack([nonzeros(path, log_alpha) for path, log_alpha in gates.items()]))
+
+
+def apply_gates(params: Params, z: Gates) -> Params:
+    """The gated params, `p * z`: exactly 0 where a gate is 0, even for NaN and inf.
+
+    Args:
+      params: a pytree of arrays.
+      z: gates in [0, 1], from `sample_gates` or `expected_gates`.
+
+    Returns:
+      A tree like `params`, of the same dtypes; leaves without gates are passed on.
+
+    Raises:
+      ValueError: gates that do not fit the params.
+      TypeError: gates that are no dict of floating-point arrays.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[2.0, 4.0], [jnp.nan, 6.0]])}
+      >>> jp.l0.apply_gates(params, {"kernel": jnp.array([[0.5], [0.0]])})["kernel"].tolist()
+      [[1.0, 2.0], [0.0, 0.0]]
+    """
+    leaves = _gated(params, z, "z")
+
+    def gated(leaf, gate):
+        open_only = jnp.where(gate != 0, leaf, jnp.zeros((), leaf.dtype))
+        return open_only * gate.astype(leaf.dtype)
+
+    return _replaced(params, leaves, {path: gated(leaves[path], gate) for path, gate in z.items()})
+
+
+def gate_masks(params: Params, gates: Gates) -> Masks:
+    """Masks that keep what the gates of the trained network, `expected_gates`, leave open.
+
+    Fold the gates into the weights as well, `apply_gates(params, expected_gates(gates))`: the masks
+    alone would open half-open gates fully. Then `keep_masked` goes on from there.
+
+    Args:
+      params: a pytree of arrays.
+      gates: logits from `init_gates`.
+
+    Returns:
+      A tree like `params` of bool masks, all True for leaves without gates.
+
+    Raises:
+      ValueError: gates that do not fit the params.
+      TypeError: gates that are no dict of floating-point arrays.
+
+    Warns:
+      UserWarning: all gates of a leaf are closed.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+      >>> masks = jp.l0.gate_masks(params, {"kernel": jnp.array([[3.0], [-3.0]])})
+      >>> masks["kernel"].tolist(), masks["bias"].tolist()
+      ([[True, True], [False, False]], [True, True])
+    """
+    leaves = _gated(params, gates, "gates")
+    opened = {path: gate > 0 for path, gate in expected_gates(gates).items()}
+    for path, gate in opened.items():
+        if is_concrete(gate) and gate.size and not bool(jnp.any(gate)):
+            warnings.warn(
+                f"All gates of params[{path!r}] are closed, which cuts the network there. Train with a "
+                "weaker penalty, or leave the leaf out with where=... of init_gates.",
+                stacklevel=2,
+            )
+    masks = ones_masks(params)
+    kept = {path: jnp.broadcast_to(gate, leaves[path].shape) for path, gate in opened.items()}
+    return _replaced(masks, array_leaves(masks), kept)
+
+
+def _stretched(s: jax.Array) -> jax.Array:
+    return jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
+
+
+def _gate_shape(path: str, leaf: Any, axis: int | Sequence[int] | None) -> tuple[int, ...]:
+    if axis is None:
+        return leaf.shape
+    # `slices` knows and checks the axes; kept dimensions make its units broadcast against the leaf.
+    structure = slices(axis, norm=partial(jnp.sum, keepdims=True))
+    scores, mask = (jax.ShapeDtypeStruct(leaf.shape, dtype) for dtype in (jnp.float32, jnp.bool_))
+    units = jax.eval_shape(lambda s, m: structure.pool({path: s}, {path: m}).scores, scores, mask)
+    return units[path].shape
+
+
+def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
+    """The params by path, once the gates are known to fit them.
+
+    Raises:
+      ValueError: no gates, a path that is not in params, or a shape that does not fit its leaf.
+      TypeError: not a dict, or a gate that is not floating-point.
+    """
+    leaves = array_leaves(params)
+    if not isinstance(gates, Mapping):
+        raise TypeError(
+            f"{what} must be a dict from leaf path to array, as init_gates makes it, got a "
+            f"{type(gates).__name__}."
+        )
+    if not gates:
+        raise ValueError(f"{what} is an empty dict, so nothing would be gated.")
+    for path, gate in gates.items():
+        if path not in leaves:
+            raise ValueError(f"{what}[{path!r}] fits no leaf of params. The leaves are: {', '.join(leaves)}.")
+        if not is_array(gate) or not jnp.issubdtype(gate.dtype, jnp.floating):
+            got = describe(gate) if is_array(gate) else f"a {type(gate).__name__}"
+            raise TypeError(f"{what}[{path!r}] is {got}; gates are floating-point arrays.")
+        shape = leaves[path].shape
+        if gate.ndim != len(shape) or any(
+            size not in (1, whole) for size, whole in zip(gate.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                f"{what}[{path!r}] has shape {tuple(gate.shape)}, which does not fit params[{path!r}] of "
+                f"shape {tuple(shape)}: each axis must have the leaf's size, or 1 where gates are shared."
+            )
+    return leaves
+
+
+def _replaced(tree: Any, leaves: dict[str, Any], new: dict[str, Any]) -> Any:
+    """The tree with the leaves at some paths replaced."""
+    return jax.tree.unflatten(jax.tree.structure(tree), list((leaves | new).values()))
