@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.masks import ones_masks
-from jaxprune.paths import is_concrete, kernels, selected
+from jaxprune.control import update_if
+from jaxprune.masks import apply_masks, ones_masks
+from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.prune import (
     check_choices,
     evaluate,
@@ -23,7 +24,7 @@ from jaxprune.prune import (
 )
 from jaxprune.schedules import Schedule, constant
 from jaxprune.structures import Structure, Units, elements
-from jaxprune.typing import Params, PerPath, Pruner, PrunerState, ScoreFn, Where
+from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
 
 _MAX_TABLE = 2**20
 
@@ -38,6 +39,7 @@ def pruner(
     of: str = "total",
     every: int = 1,
     floor: int = 1,
+    memory: float = 0.0,
     seed: int = 0,
 ) -> Pruner:
     """A pruner that follows a schedule, acting every so many updates.
@@ -61,6 +63,9 @@ def pruner(
       of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
       every: how many calls lie between two updates of the masks.
       floor: how many units of each leaf stay at least.
+      memory: in [0, 1]. Every call scores, and its scores are added to `memory` times those of
+        the calls before: 0 takes the present ones alone, 1 their sum over all calls (movement
+        pruning, taylor over many batches), 0.99 a moving average.
       seed: for scores that need a key, where `update` is given none.
 
     Returns:
@@ -95,6 +100,8 @@ def pruner(
     check_choices(scope, of, floor)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
+    if not 0 <= memory <= 1:
+        raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory}.")
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
     structure = elements() if structure is None else structure
@@ -106,23 +113,36 @@ def pruner(
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
-        return PrunerState(ones_masks(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        masks = ones_masks(params)
+        # Made from the masks, so that under jit they are sharded like the params.
+        total = jax.tree.map(lambda p, m: (~m).astype(_sum_dtype(p)), params, masks) if memory else ()
+        return PrunerState(masks, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), total)
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
         chosen = selected(params, where)
-        step = state.step + 1
+
+        def scores_now(step: jax.Array) -> Scores:
+            rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
+            return evaluate(scores, params, grads=grads, key=rng, **extra)
 
         def units_now(state: PrunerState) -> Units:
-            rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            tree = evaluate(scores, params, grads=grads, key=rng, **extra)
+            tree = state.scores if memory else scores_now(state.step)
             return pool(tree, state.masks, chosen, structure)
+
+        state = state._replace(step=state.step + 1)
+        if memory:
+            now = scores_now(state.step)
+            total = jax.tree.map(lambda s, new: memory * s + new.astype(s.dtype), state.scores, now)
+            if not is_concrete(total):
+                total = _if_finite(total, state, chosen)
+            state = state._replace(scores=total)
 
         alive = jax.eval_shape(lambda state: units_now(state).alive, state)
         sizes = {name: units.size for name, units in alive.items()}
         targets = table(tuple(sizes.items()))
-        row = jnp.minimum(grid.row(step), len(targets) - 1)
+        row = jnp.minimum(grid.row(state.step), len(targets) - 1)
 
         def advance(state: PrunerState) -> PrunerState:
             units = units_now(state)
@@ -131,17 +151,53 @@ def pruner(
             masks = remove(state.masks, units, to_go(counts, units), floor)
             finite = jnp.all(jnp.stack([jnp.isfinite(s).all() for s in units.scores.values()]))
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
-            return PrunerState(masks, step, jnp.where(finite, row, state.row))
-
-        def stay(state: PrunerState) -> PrunerState:
-            return state._replace(step=step)
+            return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
 
         due = row > state.row
         if is_concrete(due):
-            return advance(state) if due else stay(state)
-        return jax.lax.cond(due, advance, stay, state)
+            return advance(state) if due else state
+        return update_if(due, advance, state)
 
     return Pruner(init_fn, update_fn)
+
+
+def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inputs: Any) -> Masks:
+    """Masks after several updates of a pruner without training in between.
+
+    Each round scores the params under the masks so far. For scores of the masked network this is
+    iterated pruning at initialisation (SynFlow); for scores of single weights it is one-shot
+    pruning to the sparsity of that round.
+
+    Args:
+      params: a pytree of arrays.
+      pruner: a `Pruner`, as from `pruner(scores, geometric(rate))`.
+      rounds: how many; it may be traced.
+      **inputs: passed on to the pruner's update (`grads`, `key`, ... for the score).
+
+    Returns:
+      Masks like `params`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5))
+      >>> jp.prune_rounds(params, pruner, 2)["kernel"].sum().item()
+      2
+
+    References:
+      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
+      flow", NeurIPS 2020.
+    """
+
+    def update(_: Any, state: PrunerState) -> PrunerState:
+        return pruner.update(state, apply_masks(params, state.masks), **inputs)
+
+    state = pruner.init(params)
+    if not is_concrete(params, rounds, state):
+        return jax.lax.fori_loop(0, rounds, update, state).masks
+    for number in range(int(rounds)):
+        state = update(number, state)
+    return state.masks
 
 
 class _Grid:
@@ -165,6 +221,19 @@ class _Grid:
             return step // self.every
         passed = jnp.where(step < self.begin, 0, (step - self.begin) // self.every + 1)
         return jnp.where(step >= self.end, self.last, passed)
+
+
+def _sum_dtype(param: Any) -> Any:
+    """The dtype in which a param's scores are summed: real, and of single precision at least."""
+    real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
+    return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
+
+
+def _if_finite(total: Scores, state: PrunerState, chosen: list[str]) -> Scores:
+    """The new sums, or the old ones where some of those that count are not finite."""
+    sums, kept = array_leaves(total, "scores"), array_leaves(state.masks, "masks")
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(sums[path]) | ~kept[path]) for path in chosen]))
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), total, state.scores)
 
 
 def _schedules(sparsity: Any) -> dict[str, Schedule]:

@@ -35,12 +35,15 @@ class PrunerState(NamedTuple):
     Attributes:
       masks: the masks now in force.
       step: int32 scalar, how many times `update` was called.
-      row: int32 scalar, which row of the pruner's table of targets was reached last (0: none).
+      row: int32 scalar, which row of the pruner's table of targets was reached last (0: none); for
+        a pruner without one, how many updates of the masks were due.
+      scores: the scores summed over earlier calls, for a pruner with a memory; else empty.
     """
 
     masks: Masks
     step: jax.Array
     row: jax.Array
+    scores: Scores = ()
 
 
 class Pruner(NamedTuple):
@@ -49,7 +52,10 @@ class Pruner(NamedTuple):
     Attributes:
       init: `init(params) -> state`, with all-True masks.
       update: `update(state, params, grads=None, key=None, **extra) -> state`.
+      regrows: whether masks may gain entries; by default they only ever lose them. Where they
+        changed, `wrap_optax` then takes no step besides.
     """
 
     init: Callable[[Params], PrunerState]
     update: Callable[..., PrunerState]
+    regrows: bool = False
