@@ -1,12 +1,13 @@
 """Pruning inside any optax optimizer."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.masks import apply_masks, check_masks, like_params
+from jaxprune.masks import apply_masks, check_masks, intersect, like_params
 from jaxprune.paths import mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
 
@@ -44,7 +45,9 @@ def wrap_optax(
     The wrapped optimizer sees gradients and params that are 0 where the *old* masks prune, so
     norms, clipping and momenta are those of the masked network. Its update is replaced by -p where
     the *new* masks prune, so `optax.apply_updates` gives exactly 0 there; and so are moments and
-    whatever else in its state mirrors the params.
+    whatever else in its state mirrors the params. Entries that the new masks bring back (`rigl`)
+    start from exactly 0, with the state of a new optimizer; in an update where a pruner that regrows changes
+    masks, the wrapped optimizer takes no step, and its counters stand still.
 
     It must be the outermost transform: what is chained after it would change the -p, and what
     passes raw gradients on at times (`optax.conditionally_transform`) would lose it.
@@ -92,9 +95,12 @@ def wrap_optax(
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_params(params, "wrap_optax")
         pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
-        updates, inner_state = _masked_update(
-            inner, updates, state.inner, params, state.pruner.masks, pruned.masks, extra
-        )
+        before, after = state.pruner.masks, pruned.masks
+        if pruner.regrows:
+            step = partial(_regrowing_update, inner)
+        else:
+            step = partial(_masked_update, inner)
+        updates, inner_state = step(updates, state.inner, params, before, after, extra)
         return updates, WrapOptaxState(inner_state, pruned)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -178,6 +184,14 @@ def _like(params: Params, tree: Any) -> Any:
     return optax.LookaheadParams(tree, tree) if isinstance(params, optax.LookaheadParams) else tree
 
 
+def _clear(mask: jax.Array, leaf: Any) -> Any:
+    """The leaf, 0 where the mask is False."""
+    # `None` and float0 stand for "no gradient".
+    if leaf is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return leaf
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
 def _masked_update(
     inner: optax.GradientTransformationExtraArgs,
     grads: Any,
@@ -189,12 +203,6 @@ def _masked_update(
 ) -> tuple[Any, Any]:
     """One step of the wrapped optimizer on the masked network, then the projection on new masks."""
 
-    def clear(mask, leaf):
-        # `None` and float0 stand for "no gradient".
-        if leaf is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf
-        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-
     def step_or_zero(mask, update, param):
         if update is None or not jnp.issubdtype(param.dtype, jnp.inexact):
             return update
@@ -205,31 +213,78 @@ def _masked_update(
     def is_none(leaf):
         return leaf is None
 
-    grads = jax.tree.map(lambda g, m: clear(m, g), grads, before, is_leaf=is_none)
+    grads = jax.tree.map(lambda g, m: _clear(m, g), grads, before, is_leaf=is_none)
     masked_params = apply_masks(params, _like(params, before))
     updates, inner_state = inner.update(grads, inner_state, masked_params, **extra)
+    # What comes back was 0 until now, and starts from there.
+    stays = intersect(before, after)
     updates = jax.tree.map(
-        lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, after), params, is_leaf=is_none
+        lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
     leaves, treedef = jax.tree.flatten(_forget_searches(inner_state, before, after))
-    kept = jax.tree.leaves(after)
-    twins = mirrors(_without_rotated(inner_state), _fast(params))
-    leaves = [leaf if i is None else clear(kept[i], leaf) for leaf, i in zip(leaves, twins, strict=True)]
+    kept = jax.tree.leaves(stays)
+    indices = twins(inner_state, _fast(params))
+    leaves = [leaf if i is None else _clear(kept[i], leaf) for leaf, i in zip(leaves, indices, strict=True)]
     return updates, jax.tree.unflatten(treedef, leaves)
 
 
-def _without_rotated(state: Any) -> Any:
-    """The state with what is in another basis than the params replaced by 0, so that it mirrors none.
+def _regrowing_update(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    inner_state: Any,
+    params: Params,
+    before: Masks,
+    after: Masks,
+    extra: dict[str, Any],
+) -> tuple[Any, Any]:
+    """`_masked_update`, where masks changed without a step, and with a new state for what grew."""
+    changed = _changed(before, after)
 
-    GaLore's projection has its param's shape where its rank is full, and is no copy of it.
+    def step_or_rest(updates: Any, state: Any, params: Params | None = None, **extra: Any):
+        updates, stepped = inner.update(updates, state, params, **extra)
+        still = jax.tree.map(partial(_clear, ~changed), updates)
+        return still, jax.tree.map(lambda old, new: jnp.where(changed, old, new), state, stepped)
+
+    resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
+    updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra)
+
+    # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
+    grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
+    fresh = jax.tree.leaves(inner.init(apply_masks(params, _like(params, before))))
+    leaves, treedef = jax.tree.flatten(inner_state)
+
+    def renewed(leaf, new, index):
+        if index is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.where(grown[index], new.astype(leaf.dtype), leaf)
+
+    leaves = map(renewed, leaves, fresh, twins(inner_state, _fast(params)))
+    return updates, jax.tree.unflatten(treedef, list(leaves))
+
+
+def _changed(before: Masks, after: Masks) -> jax.Array:
+    """Whether any mask changed."""
+    changed = jax.tree.map(lambda old, new: jnp.any(old != new), before, after)
+    return jnp.any(jnp.stack(jax.tree.leaves(changed)))
+
+
+def twins(state: Any, params: Params) -> list[int | None]:
+    """Which leaves of a training state mirror a param: `paths.mirrors`, and what it knows of optax.
+
+    GaLore's projection has its param's shape where its rank is full, and yet is in another basis
+    than the params: it is the twin of none.
+
+    Returns:
+      For each leaf of `state`, the index of its param among `jax.tree.leaves(params)`, or None.
     """
 
     def is_rotated(node):
         return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
 
-    return jax.tree.map(
+    plain = jax.tree.map(
         lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, state, is_leaf=is_rotated
     )
+    return mirrors(plain, params)
 
 
 def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:
@@ -245,8 +300,7 @@ def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:
     def forget(node):
         if not is_search(node):
             return node
-        changed = jax.tree.map(lambda old, new: jnp.any(old != new), before, after)
-        moved = jnp.any(jnp.stack(jax.tree.leaves(changed)))
+        moved = _changed(before, after)
         return node._replace(value=jnp.where(moved, jnp.full_like(node.value, jnp.inf), node.value))
 
     return jax.tree.map(forget, state, is_leaf=is_search)

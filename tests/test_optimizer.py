@@ -83,6 +83,19 @@ def assert_state_zero_where_pruned(state: Any, masks: Any) -> None:
                 assert (np.asarray(leaf)[..., ~np.asarray(mask)] == 0).all(), jax.tree_util.keystr(path)
 
 
+def assert_as_new_where_pruned(state: Any, new: Any, masks: Any) -> None:
+    """Checks the same leaves as above against a new optimizer's."""
+    named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
+    for (path, leaf), fresh in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
+    ):
+        for name, mask in named.items():
+            like = leaf.shape[-mask.ndim :] == mask.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
+            if like and jax.tree_util.keystr(path).endswith(name):
+                gone = ~np.asarray(mask)
+                np.testing.assert_array_equal(np.asarray(leaf)[..., gone], np.asarray(fresh)[..., gone])
+
+
 def assert_nested(after: Any, before: Any) -> None:
     for new, old in zip(host(after), host(before), strict=True):
         assert not (new & ~old).any()
@@ -175,6 +188,38 @@ def test_wrap_optax_prunes_inside_every_optimizer(name, dtype):
     assert_survivors_move(networks(params)[0], networks(initial)[0], masks)
     if name != "contrib.galore":  # its state is in a rotated basis
         assert_state_zero_where_pruned(opt_state.inner, masks)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masks_that_move_inside_every_optimizer(name):
+    case = OPTIMIZERS[name]
+    params, batch = start(case, case.dtypes[0])
+    masks = jp.prune_once(
+        networks(params)[0], jp.scores.random, 0.6, key=jax.random.key(0), scope="layerwise"
+    )
+    # Gradients of single examples are no tree like the params, so there it grows at random.
+    move = jp.set_ if case.per_example else jp.rigl
+    tx = jp.wrap_optax(case.make(), move(masks, every=3, end_step=30, fraction=1.0))
+    opt_state = init(tx, params, case)
+    step, traces = counted(make_step(tx, case))
+    step = quick_jit(step)
+    for number in range(1, 8):
+        before = masks_of(opt_state)
+        params, opt_state, loss = step(params, opt_state, batch)
+        masks = masks_of(opt_state)
+        assert kept(masks) == kept(before)
+        assert_zero_where_pruned(params, masks)
+        assert_finite(params, loss)
+        grown = [~old & new for old, new in zip(host(before), host(masks), strict=True)]
+        assert any(leaf.any() for leaf in grown) == (number % 3 == 0)
+        # What grows starts at 0, and in the optimizer's state as in a new one's.
+        not_grown = jax.tree.unflatten(jax.tree.structure(masks), [~leaf for leaf in grown])
+        assert_zero_where_pruned(params, not_grown)
+        if name != "contrib.galore":
+            assert_state_zero_where_pruned(opt_state.inner, masks)
+            zeros = jax.tree.map(jnp.zeros_like, params)
+            assert_as_new_where_pruned(opt_state.inner, case.make().init(zeros), not_grown)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,283 @@
+"""Dynamic sparse training: masks that move while their number of entries stays."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.control import update_if
+from jaxprune.masks import check_masks, like_params, ones_masks
+from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.prune import evaluate, pool
+from jaxprune.scores import gradient_magnitude, magnitude, random
+from jaxprune.selection import lowest
+from jaxprune.structures import Structure, Units, elements
+from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
+
+
+def rigl(
+    masks: Masks,
+    *,
+    every: int,
+    end_step: int,
+    fraction: float = 0.3,
+    structure: Structure | None = None,
+    where: Where = kernels,
+) -> Pruner:
+    """RigL: drops the smallest weights, grows where the dense gradient is largest.
+
+    Every so many steps, in each leaf, the fraction `f(t) = fraction / 2 (1 + cos(pi t / end_step))`
+    of the kept weights with the smallest `|w|` is dropped, and as many of the others with the
+    largest `|g|` grow. What grows starts from 0 with optimizer moments of 0, what stays is not
+    touched, and no optimizer step is taken in an update that moves masks (see `wrap_optax`).
+
+    Args:
+      masks: the masks to start from, as from `prune_once` with random scores and an `erk`
+        distribution. A leaf that prunes nothing stays so.
+      every: steps between two updates of the masks (100 in the paper).
+      end_step: no updates from this step on (three quarters of the training in the paper).
+      fraction: of the kept weights, dropped in an update at the start.
+      structure: what is dropped and grown as one: entries (the default), `slices`, `blocks`; with
+        `nm` weights move inside their groups. The masks must be made of its units.
+      where: which leaves take part; the others' masks stay as they are.
+
+    Returns:
+      A `Pruner` for `wrap_optax`, whose `update` needs `grads`, of the masked network with
+      respect to all entries.
+
+    Raises:
+      ValueError: an argument out of range, masks that are not made of the structure's units, or
+        that prune nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[4.0, 3.0, 0.0, 0.0]])}
+      >>> grads = {"kernel": jnp.array([[0.0, 0.0, 1.0, 2.0]])}
+      >>> pruner = jp.rigl({"kernel": params["kernel"] != 0}, every=1, end_step=100, fraction=0.6)
+      >>> state = pruner.update(pruner.init(params), params, grads)
+      >>> state.masks["kernel"].tolist()
+      [[True, False, False, True]]
+
+    References:
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020.
+    """
+    return rewiring(
+        masks,
+        grow=gradient_magnitude,
+        every=every,
+        end_step=end_step,
+        fraction=fraction,
+        structure=structure,
+        where=where,
+    )
+
+
+def set_(
+    masks: Masks,
+    *,
+    every: int,
+    end_step: int,
+    fraction: float = 0.3,
+    structure: Structure | None = None,
+    where: Where = kernels,
+    seed: int = 0,
+) -> Pruner:
+    """SET, sparse evolutionary training: drops the smallest weights, grows at random.
+
+    As `rigl`, without need of gradients. The fraction dropped falls along RigL's cosine, where the
+    paper keeps it constant and drops the smallest positive and the largest negative weights.
+
+    Args:
+      masks: the masks to start from.
+      every: steps between two updates of the masks (an epoch in the paper).
+      end_step: no updates from this step on.
+      fraction: of the kept weights, dropped in an update at the start.
+      structure, where: as for `rigl`.
+      seed: where `update` is given no key.
+
+    Returns:
+      A `Pruner` for `wrap_optax`.
+
+    Raises:
+      ValueError: as `rigl`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[4.0, 3.0, 0.0, 0.0]])}
+      >>> pruner = jp.set_({"kernel": params["kernel"] != 0}, every=1, end_step=100, fraction=0.6)
+      >>> state = pruner.update(pruner.init(params), params)
+      >>> int(state.masks["kernel"].sum()), bool(state.masks["kernel"][0, 0])
+      (2, True)
+
+    References:
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", Nature Communications 2018.
+    """
+    return rewiring(
+        masks,
+        grow=random,
+        every=every,
+        end_step=end_step,
+        fraction=fraction,
+        structure=structure,
+        where=where,
+        seed=seed,
+    )
+
+
+def rewiring(
+    masks: Masks,
+    *,
+    grow: ScoreFn,
+    drop: ScoreFn = magnitude,
+    every: int,
+    end_step: int,
+    fraction: float = 0.3,
+    structure: Structure | None = None,
+    where: Where = kernels,
+    seed: int = 0,
+) -> Pruner:
+    """Dynamic sparse training with scores of one's own; `rigl` and `set_` are two of its kind.
+
+    In each leaf the kept units lowest in `drop` go, and as many of those that are not kept then,
+    highest in `grow`, come. Equal scores are taken by the lower index. A unit that goes and comes
+    in one update was never gone. So the number kept never changes, and what was kept and not
+    dropped is kept.
+
+    Under `jit` nothing can be raised: an update whose scores are not all finite is left out.
+
+    Args:
+      masks: the masks to start from. A leaf that prunes nothing stays so.
+      grow: the score by which units come, of params masked by the masks now in force.
+      drop: the score by which units go.
+      every: steps between two updates of the masks.
+      end_step: no updates from this step on.
+      fraction: of the kept units, dropped in an update at the start; it falls to 0 by
+        `fraction / 2 (1 + cos(pi t / end_step))`.
+      structure, where: as for `rigl`.
+      seed: for scores that need a key, where `update` is given none.
+
+    Returns:
+      A `Pruner`; its state's `row` counts the updates of the masks.
+
+    Raises:
+      ValueError: an argument out of range, masks that are not made of the structure's units, or
+        that prune nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.array([[4.0, 3.0, 0.0, 0.0]])}
+      >>> def rightmost(params, **_):
+      ...     return {"kernel": jnp.arange(4.0)[None]}
+      >>> start = {"kernel": params["kernel"] != 0}
+      >>> pruner = jp.rewiring(start, grow=rightmost, every=1, end_step=100, fraction=0.6)
+      >>> pruner.update(pruner.init(params), params).masks["kernel"].tolist()
+      [[True, False, False, True]]
+    """
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be an integer of 1 or more (steps between updates), got {every!r}.")
+    if not isinstance(end_step, int) or end_step <= every:
+        raise ValueError(
+            f"end_step must be an integer above every={every}, or no mask ever moves; got {end_step!r}."
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be in (0, 1], the part of the kept units dropped, got {fraction}.")
+    structure = elements() if structure is None else structure
+    check_masks(masks, masks)
+    if is_concrete(masks):
+        _check_units(masks, where, structure)
+
+    def init_fn(params: Params) -> PrunerState:
+        selected(params, where)
+        own = jax.tree.map(jnp.array, like_params(masks, params))
+        return PrunerState(own, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+    def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+        if params is None:
+            raise ValueError("rewiring needs params: what goes is chosen by a score of them.")
+        chosen = selected(params, where)
+        state = state._replace(step=state.step + 1)
+        rng = jax.random.fold_in(jax.random.key(seed), state.step) if key is None else key
+        inputs = {"grads": grads, "key": rng, **extra}
+
+        def move(state: PrunerState) -> PrunerState:
+            lows, highs = (evaluate(score, params, **inputs) for score in (drop, grow))
+            part = fraction / 2 * (1 + jnp.cos(jnp.pi * state.step / end_step))
+            masks = _moved(state.masks, lows, highs, part, chosen, structure)
+            return state._replace(masks=masks, row=state.row + 1)
+
+        due = (state.step % every == 0) & (state.step < end_step)
+        if is_concrete(due):
+            return move(state) if due else state
+        return update_if(due, move, state)
+
+    return Pruner(init_fn, update_fn, regrows=True)
+
+
+def _moved(
+    masks: Masks, lows: Scores, highs: Scores, part: Any, chosen: list[str], structure: Structure
+) -> Masks:
+    """The masks after one move; as they were if a score that counts is not finite.
+
+    A leaf that prunes nothing comes out as it was: what is dropped there is all that can grow.
+    """
+    before = array_leaves(masks, "masks")
+    here = pool(lows, masks, chosen, structure)
+    there = pool(highs, ones_masks(masks), chosen, structure)
+    if structure.max_sparsity == 1:
+        survivors = _without_lowest(here, part)
+        counts = {path: _count(here.alive[path]) - _count(survivors[path]) for path in survivors}
+        grown = {
+            path: lowest([-there.scores[path]], [~survivors[path]], counts[path])[0] for path in survivors
+        }
+        after = there.expand({path: survivors[path] | grown[path] for path in survivors})
+    else:
+        # N:M: entries move inside their group. What survives outranks all that may grow, and the
+        # n highest of a group stay, so as many grow in it as were dropped.
+        entries = elements()
+        survivors = _without_lowest(pool(lows, masks, chosen, entries), part)
+        grow = pool(highs, ones_masks(masks), chosen, entries).scores
+        ranked = {path: jnp.where(survivors[path], jnp.inf, grow[path]) for path in chosen}
+        ones = {path: jnp.ones_like(before[path]) for path in chosen}
+        after = structure.pool(ranked, ones).expand(here.alive)
+    finite = jnp.all(
+        jnp.stack([jnp.isfinite(s).all() for units in (here, there) for s in units.scores.values()])
+    )
+    new = {
+        path: jnp.where(finite, after[path], before[path]) if path in after else before[path]
+        for path in before
+    }
+    return jax.tree.unflatten(jax.tree.structure(masks), list(new.values()))
+
+
+def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
+    """For each pool the units alive, without the lowest `part` of them."""
+
+    def survivors(scores, alive):
+        count = jnp.round(part * _count(alive)).astype(jnp.int32)
+        return alive & ~lowest([scores], [alive], count)[0]
+
+    return {path: survivors(scores, units.alive[path]) for path, scores in units.scores.items()}
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+def _check_units(masks: Masks, where: Where, structure: Structure) -> None:
+    """Checks that a move of nothing gives the masks back, and that something could move."""
+    leaves = array_leaves(masks, "masks")
+    chosen = [path for path, mask in leaves.items() if where(path, mask)]
+    if all(bool(jnp.all(leaves[path])) for path in chosen):
+        raise ValueError(
+            "masks prune nothing of what where= takes in, so no connection could move. Start from "
+            "sparse masks: jaxprune.prune_once(params, jaxprune.scores.random, key=key, sparsity=...)."
+        )
+    scores = jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
+    same = array_leaves(_moved(masks, scores, scores, 0.0, chosen, structure), "masks")
+    for path in chosen:
+        if wrong := int(jnp.sum(same[path] != leaves[path])):
+            raise ValueError(
+                f"masks[{path!r}] is not made of whole units of {structure.name}: {wrong} entries differ. "
+                "Make the masks by jaxprune.prune_once(..., structure=...) with the same structure."
+            )
