@@ -3,7 +3,13 @@
 Masks are pytrees that mirror the params; pure functions make and apply them inside `jit`.
 """
 
-from jaxprune import distributions, metrics, schedules, scores, selection, structures
+from jaxprune import distributions, l0, metrics, penalties, schedules, scores, selection, structures
+
+# Dynamic sparse training: masks that move
+from jaxprune.dynamic import rewiring, rigl, set_
+
+# Iterative pruning and lottery tickets
+from jaxprune.lottery import Ticket, lottery_scan, lottery_ticket, rewind, shuffled_masks
 
 # Masks: made, applied, checked
 from jaxprune.masks import apply_masks, check_masks, check_pruned, intersect, ones_masks
@@ -16,11 +22,13 @@ from jaxprune.paths import all_of, any_of, kernels, leaf_paths, matching, not_
 
 # Pruning in one go, and over time
 from jaxprune.prune import prune_once
-from jaxprune.pruners import pruner
+from jaxprune.pruners import prune_rounds, pruner
 
-# To write your own: what the pieces are made of
+# What the pieces are made of, to write your own; straight-through masks; the brain surgeon
 from jaxprune.schedules import Schedule
+from jaxprune.straight_through import straight_through
 from jaxprune.structures import Structure, Units
+from jaxprune.surgeon import optimal_brain_surgeon
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "PrunerState",
     "Schedule",
     "Structure",
+    "Ticket",
     "Units",
     "WrapOptaxState",
     "all_of",
@@ -40,16 +49,28 @@ __all__ = [
     "intersect",
     "keep_masked",
     "kernels",
+    "l0",
     "leaf_paths",
+    "lottery_scan",
+    "lottery_ticket",
     "matching",
     "metrics",
     "not_",
     "ones_masks",
+    "optimal_brain_surgeon",
+    "penalties",
     "prune_once",
+    "prune_rounds",
     "pruner",
+    "rewind",
+    "rewiring",
+    "rigl",
     "schedules",
     "scores",
     "selection",
+    "set_",
+    "shuffled_masks",
+    "straight_through",
     "structures",
     "wrap_optax",
 ]

@@ -7,33 +7,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.paths import array_leaves, kernels, selected
+from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 
 class Sparsity(NamedTuple):
-    """The fraction removed, of what may be pruned and of everything.
+    """The fraction removed, of what may be pruned and of everything, as floats (arrays under `jit`).
 
     Attributes:
       prunable: of the entries of the leaves that take part.
       model: of all entries, biases and norms included.
     """
 
-    prunable: float
-    model: float
+    prunable: Any
+    model: Any
 
 
 def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     """The fraction of entries that are pruned (False) or exactly zero.
 
-    `sparsity = 1 - nonzeros / size`, counted in integers on the host.
+    `sparsity = 1 - nonzeros / size`, counted in integers on the host; under `jit` in float32.
 
     Args:
       tree: masks, or params.
       where: which leaves count as prunable.
 
     Returns:
-      A `Sparsity` of two Python floats.
+      A `Sparsity` of two Python floats; of float32 arrays under `jit`.
 
     Raises:
       ValueError: an empty tree, or a `where` that matches nothing.
@@ -49,7 +49,8 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
     def fraction(paths):
         size = sum(leaves[path].size for path in paths)
-        return 1 - sum(_nonzeros(leaves[path]) for path in paths) / size if size else 0.0
+        count = _nonzeros if is_concrete(tree) else _traced_nonzeros
+        return 1 - sum(count(leaves[path]) for path in paths) / size if size else 0.0
 
     return Sparsity(fraction(prunable), fraction(leaves))
 
@@ -114,6 +115,30 @@ def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> s
     if asked is not None:
         rows.append(f"{'  (asked)':<{width}}{asked:>47.4f}")
     return "\n".join([*rows, row("whole model", "", list(leaves))])
+
+
+def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
+    """The prunable leaves with nothing left: layer collapse, through which no signal passes.
+
+    Args:
+      tree: masks, or params.
+      where: which leaves count as prunable.
+
+    Returns:
+      Their paths.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.metrics.collapsed({"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}})
+      ('a/kernel',)
+    """
+    return tuple(
+        path for path, leaf in array_leaves(tree).items() if where(path, leaf) and not _nonzeros(leaf)
+    )
+
+
+def _traced_nonzeros(leaf: Any) -> jax.Array:
+    return jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim))).astype(jnp.float32).sum()
 
 
 def _nonzeros(leaf: Any) -> int:

@@ -119,8 +119,8 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
 
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
-    accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. The
-    longest ending wins.
+    accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. So does
+    a bool leaf of that shape, a mask. The longest ending wins.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -129,7 +129,7 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
     def match(parts, leaf):
-        if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        if not is_array(leaf) or not (jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.dtype == jnp.bool_):
             return None
         for start in range(len(parts) + 1):
             index = by_path.get(parts[start:])

@@ -156,4 +156,4 @@ def test_mirrors_finds_the_longest_path_of_equal_shape():
     params = {"a": jnp.ones(2), "b": {"a": jnp.ones(2)}, "c": jnp.ones(3)}
     state = {"mu": params, "count": jnp.zeros((), int), "c": jnp.ones(4), "mask": {"a": jnp.ones(2, bool)}}
     found = dict(zip(jp.leaf_paths(state), mirrors(state, params), strict=True))
-    assert found == {"c": None, "count": None, "mask/a": None, "mu/a": 0, "mu/b/a": 1, "mu/c": 2}
+    assert found == {"c": None, "count": None, "mask/a": 0, "mu/a": 0, "mu/b/a": 1, "mu/c": 2}
