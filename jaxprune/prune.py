@@ -81,7 +81,8 @@ def prune_once(
       TypeError: a leaf that cannot be pruned, a sparsity that is traced, scores that cannot rank.
 
     Warns:
-      UserWarning: the target was not reached, or `floor` kept units that would have gone.
+      UserWarning: the target was not reached, `floor` kept units that would have gone, or without
+        a floor a leaf was emptied (layer collapse).
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -206,6 +207,8 @@ def remove(masks: Masks, units: Units, counts: Counts, floor: int) -> Masks:
     entries = units.expand({name: ~gone[name] for name in gone})
     before = array_leaves(masks, "masks")
     after = {path: before[path] & entries[path] if path in entries else before[path] for path in before}
+    if not floor and is_concrete(before, after):
+        _say_what_collapsed({path: (before[path], after[path]) for path in entries})
     return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
 
 
@@ -326,6 +329,17 @@ def _lowest_units(units: Units, counts: Counts, floor: int) -> dict[str, jax.Arr
         }
     free = [removable(s, a, floor) for s, a in zip(scores, alive, strict=True)]
     return dict(zip(names, lowest(scores, free, at_most(counts, free, 0)), strict=True))
+
+
+def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
+    """Warns where a leaf lost its last entry: no signal passes it any more."""
+    emptied = [path for path, (old, new) in masks.items() if bool(jnp.any(old)) and not bool(jnp.any(new))]
+    if emptied:
+        warnings.warn(
+            f"layer collapse: {', '.join(emptied)} kept nothing, so no signal passes there. floor=1 keeps "
+            "the best unit of each leaf.",
+            stacklevel=4,
+        )
 
 
 def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[str, jax.Array]) -> None:

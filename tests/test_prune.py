@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import warnings
 
 import jax
@@ -150,7 +151,11 @@ def test_prune_once_is_the_oracle(case, data):
         assert after[path].dtype == np.bool_
         np.testing.assert_array_equal(after[path], expected[path], err_msg=path)
         assert not (after[path] & ~before[path]).any()  # masks only ever grow
-    assert bool(messages) == warned, messages
+    emptied = {path for path in chosen if before[path].any() and not after[path].any()}
+    collapse = [message for message in messages if "layer collapse" in message]
+    assert len(collapse) == bool(emptied and not floor)
+    assert not collapse or {path for path in chosen if re.search(rf"\b{path}\b", collapse[0])} >= emptied
+    assert bool(len(messages) - len(collapse)) == warned, messages
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -278,12 +283,15 @@ def test_the_floor_says_nothing_where_it_does_not_bite():
         assert prune(scores, sparsity=0.5, scope=scope)[1] == []
 
 
-def test_floor_0_empties_a_leaf_without_a_word():
+def test_floor_0_empties_a_leaf_and_says_so_once():
     scores = {"big": np.full((4, 4), 9, np.float32), "small": np.ones((2, 2), np.float32)}
-    after, messages = prune(scores, count=4, floor=0)
-    assert not after["small"].any() and after["big"].all() and messages == []
-    after, messages = prune(scores, sparsity=0.9, floor=0, scope="layerwise")
-    assert not after["small"].any() and messages == []
+    after, (message,) = prune(scores, count=4, floor=0)
+    assert not after["small"].any() and after["big"].all()
+    assert message.startswith("layer collapse: small kept nothing")
+    assert prune(scores, count=2, masks=on_device(after), floor=0)[1] == []  # it was empty before
+    after, (message,) = prune(scores, sparsity=0.9, floor=0, scope="layerwise")
+    assert not after["small"].any() and message.startswith("layer collapse: small kept nothing")
+    assert prune(scores, count=3, floor=0)[1] == []
 
 
 def test_a_floor_of_three():
@@ -296,8 +304,9 @@ def test_a_floor_of_three():
 def test_a_count_beyond_what_is_left_says_so():
     scores = {"a": np.arange(4, dtype=np.float32)}
     before = {"a": jnp.array([True, False, False, True])}
-    after, (message,) = prune(scores, count=3, masks=before, floor=0)
+    after, (message, collapse) = prune(scores, count=3, masks=before, floor=0)
     assert not after["a"].any()
+    assert collapse.startswith("layer collapse: a kept nothing")
     assert (
         message == "all leaves together: 2 of the 3 units asked for were removed, because no more are left."
     )
@@ -375,6 +384,7 @@ def test_jit_equals_eager_for_every_structure(small, name):
     assert_trees_equal(jax.jit(run)(scores, before), run(scores, before))
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # at the amounts that take all
 @pytest.mark.parametrize("kind", ["count", "threshold"])
 def test_a_count_or_a_threshold_may_be_traced(small, kind):
     scores, before = small
@@ -557,6 +567,7 @@ def everything(path, leaf):
     return True
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # at the amounts that take all
 @pytest.mark.parametrize("amount", [0.0, 0.1, 0.25, 0.3, 0.5, 0.77, 0.99, 3, 12])
 def test_torch_l1_unstructured(amount):
     (w,) = magnitudes([(5, 9)], seed=0)
@@ -569,6 +580,7 @@ def test_torch_l1_unstructured(amount):
         np.testing.assert_array_equal(masks["w"], expected)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # at the amounts that take all
 @pytest.mark.parametrize("shape", [(6, 4), (5, 3, 2, 2)])
 @pytest.mark.parametrize("n", [1, 2, math.inf, -math.inf])
 @pytest.mark.parametrize("amount", [0.3, 0.5, 1])
@@ -591,6 +603,7 @@ def test_torch_ln_structured(shape, n, amount):
             np.testing.assert_array_equal(masks["w"], expected)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # at the amounts that take all
 @pytest.mark.parametrize("amount", [0.2, 0.5, 0.8, 11])
 def test_torch_global_unstructured(amount):
     weights = magnitudes([(4, 5), (3, 3, 2, 2), (7,)], seed=2)
@@ -720,6 +733,7 @@ def test_lenet_unstructured(p, scores):
     assert ratio(LENET_MACS, multiplications(masks), macs)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")  # of conv1 at 0.7, as in the article
 @pytest.mark.parametrize("p", LENET_TABLE)
 def test_lenet_structured(p):
     masks = three_rounds(

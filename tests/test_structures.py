@@ -62,6 +62,7 @@ def test_slices_of_a_convolution_are_whole_kernels(axis):
     assert norms[~kernels.all(0)].max() < norms[kernels.all(0)].min()
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")
 def test_slices_with_no_axis_are_whole_leaves():
     scores = {"a": np.full((2, 3), 2.0), "b": np.ones((3, 3)), "c": np.ones((1, 3))}
     masks = prune(scores, jp.structures.slices(axis=()), count=1, floor=0)
@@ -116,6 +117,7 @@ def test_blocks_leave_other_axes_alone():
     assert (~mask).sum() == 9 and not mask[0, :, :3].any()
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse")
 def test_a_block_larger_than_the_leaf_is_the_leaf():
     scores = {"a": np.ones((2, 2)), "b": np.full((2, 2), 2.0)}
     masks = prune(scores, jp.structures.blocks((8, 8)), count=1, floor=0)
