@@ -21,7 +21,8 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     """Reads flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
 
     Fields are int, float, str, `Literal[...]`, tuples of one of these (`--seeds 0,1,2`), or any of
-    them `| None`. The help of a field is its metadata `{"help": ...}`, see `flag`.
+    them `| None`; a bool that is False by default is a flag without a value.
+    The help of a field is its metadata `{"help": ...}`, see `flag`.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.{Path(sys.argv[0]).stem}",
@@ -30,6 +31,10 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     )
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(typing.cast("Any", config)):
+        if hints[field.name] is bool:
+            name = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+            continue
         kind, choices = _reader(hints[field.name])
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         default = "" if field.default is None else f" (default: {shown})"

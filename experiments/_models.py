@@ -17,8 +17,13 @@ def torch_uniform(fan_in: int):
     return init
 
 
-def dense(x, features: int, name: str):
-    """A dense layer with PyTorch's default initialisation, applied: (..., in) -> (..., features)."""
+def dense(x, features: int, name: str, glorot: bool = False):
+    """A dense layer, applied: (..., in) -> (..., features).
+
+    Initialised as PyTorch does by default, or by Glorot's normal distribution with biases of 0.
+    """
+    if glorot:
+        return nn.Dense(features, kernel_init=nn.initializers.glorot_normal(), name=name)(x)
     init = torch_uniform(x.shape[-1])
     return nn.Dense(features, kernel_init=init, bias_init=init, name=name)(x)
 
@@ -81,13 +86,15 @@ class MLP(nn.Module):
     """A multi-layer perceptron with relu between layers (784-300-100-10 is LeNet-300-100)."""
 
     widths: tuple[int, ...] = (300, 100, 10)
+    logits: bool = False
+    glorot: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        """x: (batch, ...) -> log-probabilities (batch, widths[-1])."""
+        """x: (batch, ...) -> log-probabilities (batch, widths[-1]), or logits."""
         del train
         x = x.reshape(x.shape[0], -1)
         for index, width in enumerate(self.widths, start=1):
-            x = dense(x, width, f"fc{index}")
+            x = dense(x, width, f"fc{index}", self.glorot)
             x = nn.relu(x) if index < len(self.widths) else x
-        return nn.log_softmax(x)
+        return x if self.logits else nn.log_softmax(x)

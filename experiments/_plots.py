@@ -18,6 +18,8 @@ _STYLES = (
     ("#CC79A7", "D"),
     ("#E69F00", "v"),
     ("#000000", "x"),
+    ("#56B4E9", "P"),
+    ("#8A6D00", "*"),
 )
 
 
@@ -31,6 +33,18 @@ class Curve(NamedTuple):
 
     x: Sequence[float]
     y: np.ndarray
+
+
+def by_method(
+    lines: Sequence[Mapping[str, Any]], methods: Sequence[str], values: Sequence[float], key: str = "sparsity"
+) -> dict[str, Curve]:
+    """Accuracies against compression for each method, from lines with a sparsity or a compression."""
+
+    def accuracies(method: str, value: float) -> list[float]:
+        return [line["accuracy"] for line in lines if (line["method"], line[key]) == (method, value)]
+
+    x = [value if key == "compression" else 1 / (1 - value) for value in values]
+    return {m: Curve(x, np.array([accuracies(m, value) for value in values])) for m in methods}
 
 
 def panels(
@@ -52,7 +66,7 @@ def panels(
         1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (x_label, lines) in zip(axes[0], curves, strict=True):
-        for (name, curve), (colour, marker) in zip(lines.items(), _STYLES, strict=False):
+        for (name, curve), (colour, marker) in zip(lines.items(), _STYLES[: len(lines)], strict=True):
             mean, spread = 100 * curve.y.mean(axis=1), 100 * curve.y.std(axis=1)
             axis.plot(curve.x, mean, color=colour, marker=marker, markersize=5, label=name)
             axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)

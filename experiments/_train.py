@@ -1,5 +1,7 @@
-"""Training and evaluation: a whole epoch is one compiled call, for all seeds at once."""
+"""Training and evaluation: a whole epoch or run is one compiled call, for all seeds at once."""
 
+import contextlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -42,15 +46,53 @@ def splits(data: Dataset) -> tuple[Split, Split]:
     return split(data.x_train, data.y_train), split(data.x_test, data.y_test)
 
 
-def over_seeds(function: Callable) -> Callable:
-    """Maps a function over the leading seed axis of its arguments.
+def use_cores(seeds: Sequence[int]) -> None:
+    """Lets JAX see a CPU as several devices, so that `over_seeds` trains seeds side by side.
 
-    Vectorised on accelerators. One after the other on a CPU, where the networks of these studies
+    Small networks do not keep several cores busy one at a time. It must come before anything else
+    of JAX; later, or with an accelerator, it changes nothing.
+    """
+    # Refused, by a RuntimeError, once JAX has looked for its devices.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", max(1, min(os.cpu_count() or 1, len(seeds))))
+
+
+def hold_out(split: Split, share: float) -> tuple[Split, Split]:
+    """A split without its last images, and these, which then tell when to stop."""
+    size = round(len(split.y) * (1 - share))
+    return (
+        split._replace(x=split.x[:size], y=split.y[:size]),
+        split._replace(x=split.x[size:], y=split.y[size:]),
+    )
+
+
+def over_seeds(function: Callable) -> Callable:
+    """Maps a function over the leading seed axis of its arguments, spread over the devices.
+
+    On each device vectorised; one after the other on a CPU, where the networks of these studies
     are small enough to fit the cache alone but not together.
     """
-    if jax.default_backend() == "cpu":
-        return lambda *args: jax.lax.map(lambda each: function(*each), args)
-    return jax.vmap(function)
+
+    def on_one_device(args):
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(lambda each: function(*each), args)
+        return jax.vmap(function)(*args)
+
+    def mapped(*args):
+        seeds = jax.tree.leaves(args)[0].shape[0]
+        devices = jax.devices()[:seeds]
+        if len(devices) == 1:
+            return on_one_device(args)
+        # Each device gets as many seeds; the last ones are repeated for that, and left out again.
+        short = -seeds % len(devices)
+        padded = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:short]]), args)
+        mesh = jax.make_mesh((len(devices),), ("seeds",), (AxisType.Auto,), devices=devices)
+        spread = jax.shard_map(
+            on_one_device, mesh=mesh, in_specs=(P("seeds"),), out_specs=P("seeds"), check_vma=False
+        )
+        return jax.tree.map(lambda leaf: leaf[:seeds], spread(padded))
+
+    return mapped
 
 
 def seed_keys(seeds: tuple[int, ...], purpose: int) -> jax.Array:
@@ -101,17 +143,18 @@ def epoch(
         number, batch = inputs
         count = jnp.sum(batch >= 0)
 
-        def loss(params, index, key):
+        def loss(params, part, index):
             x, y = split.batch(index)
+            key = jax.random.fold_in(jax.random.fold_in(drop_key, number), part)
             return jnp.sum(jnp.where(index >= 0, nll(model, params, x, y, key), 0)) / count
 
         def add(total, inputs):
-            part, index = inputs
-            part_key = jax.random.fold_in(jax.random.fold_in(drop_key, number), part)
-            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, index, part_key)), None
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, *inputs)), None
 
-        pieces = (jnp.arange(parts), batch.reshape(parts, micro))
-        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), pieces)
+        batch = batch.reshape(parts, micro)
+        grads = jax.grad(loss)(params, 0, batch[0])
+        if parts > 1:
+            grads, _ = jax.lax.scan(add, grads, (jnp.arange(1, parts), batch[1:]))
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), None
 
@@ -178,11 +221,72 @@ def _epochs(
     return params, opt_state
 
 
+class Fit(NamedTuple):
+    """What a whole run of training gives, with a leading seed axis.
+
+    Attributes:
+      params: at the end.
+      best: at the epoch of least held-out loss, where early stopping would have stopped.
+      losses: (epochs,) the held-out loss after each epoch.
+      masks: at the end.
+    """
+
+    params: Any
+    best: Any
+    losses: jax.Array
+    masks: Any
+
+
+def whole_run(
+    model: Any,
+    optimizer_of: Callable[[Any], optax.GradientTransformation],
+    batch_size: int,
+    epochs: int,
+    train: Split,
+    held_out: Split,
+) -> Callable[..., Fit]:
+    """`fit(params, masks, keys) -> Fit` from masked params: one compiled program for all seeds.
+
+    `optimizer_of(masks)` is a `keep_masked` or a `wrap_optax`, which has the masks in its state.
+    """
+
+    @jax.jit
+    def run(params, masks, keys, train, held_out):
+        def one(params, masks, key):
+            tx = optimizer_of(masks)
+
+            def each(carry, number):
+                params, opt_state, best, least = carry
+                epoch_key = jax.random.fold_in(key, number)
+                params, opt_state = epoch(model, tx, batch_size, params, opt_state, epoch_key, train)
+                loss = mean_loss(model, params, held_out)
+                best = jax.tree.map(lambda new, old: jnp.where(loss < least, new, old), params, best)
+                return (params, opt_state, best, jnp.minimum(loss, least)), loss
+
+            params = jp.apply_masks(params, masks)
+            start = (params, tx.init(params), params, jnp.array(jnp.inf))
+            (params, opt_state, best, _), losses = jax.lax.scan(each, start, jnp.arange(epochs))
+            return Fit(params, best, losses, optax.tree.get(opt_state, "masks"))
+
+        return over_seeds(one)(params, masks, keys)
+
+    return lambda params, masks, keys: run(params, masks, keys, train, held_out)
+
+
+def mean_loss(model: Any, params: Any, split: Split, chunk: int = 500) -> jax.Array:
+    """The mean negative log-likelihood of a split, in evaluation mode."""
+
+    def part(index):
+        x, y = split.batch(index)
+        log_probs = model.apply({"params": params}, x)
+        losses = -jnp.take_along_axis(log_probs, y[:, None], axis=-1)[:, 0]
+        return jnp.sum(jnp.where(index >= 0, losses, 0))
+
+    return jnp.sum(jax.lax.map(part, _chunks(len(split.y), chunk))) / len(split.y)
+
+
 def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.ndarray]:
     """`accuracy(params)` on a split, in [0, 1], for each seed."""
-    size = len(split.y)
-    parts = -(-size // chunk)
-    index = jnp.pad(jnp.arange(size), (0, parts * chunk - size), constant_values=-1).reshape(parts, chunk)
 
     @jax.jit
     def correct(params, split):
@@ -192,11 +296,17 @@ def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.
                 guess = jnp.argmax(model.apply({"params": params}, x), axis=-1)
                 return jnp.sum((guess == y) & (index >= 0))
 
-            return jnp.sum(jax.lax.map(part, index))
+            return jnp.sum(jax.lax.map(part, _chunks(len(split.y), chunk)))
 
         return over_seeds(count)(params)
 
-    return lambda params: np.asarray(correct(params, split)) / size
+    return lambda params: np.asarray(correct(params, split)) / len(split.y)
+
+
+def _chunks(size: int, chunk: int) -> jax.Array:
+    """The indices 0 to size - 1 in rows of `chunk`; -1 beyond, which counts for nothing."""
+    rows = -(-size // chunk)
+    return jnp.pad(jnp.arange(size), (0, rows * chunk - size), constant_values=-1).reshape(rows, chunk)
 
 
 def percent(accuracies: Sequence[float]) -> str:

@@ -148,19 +148,8 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Accuracy against compression of the weights, as `accuracy.png`."""
-    sparsities = sorted(config.sparsities)
-    curves = {
-        title: _plots.Curve(
-            [1 / (1 - sparsity) for sparsity in sparsities],
-            np.array(
-                [
-                    [x["accuracy"] for x in lines if (x["method"], x["sparsity"]) == (method, sparsity)]
-                    for sparsity in sparsities
-                ]
-            ),
-        )
-        for method, title in METHODS.items()
-    }
+    curves = _plots.by_method(lines, list(METHODS), sorted(config.sparsities))
+    curves = {METHODS[method]: curve for method, curve in curves.items()}
     _plots.panels(
         Path(config.out) / "accuracy.png",
         f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds",

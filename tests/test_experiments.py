@@ -3,6 +3,8 @@
 import json
 import operator
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -13,7 +15,18 @@ import pytest
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _config, _data, _models, _train, gradual, lenet
+from experiments import (
+    _config,
+    _data,
+    _models,
+    _tables,
+    _train,
+    dynamic_sparse,
+    gradual,
+    lenet,
+    lottery_ticket,
+    pruning_at_init,
+)
 
 # The founding article's table, by fraction pruned per round: parameters left, size ratio, MACs ratio
 # in its count; for channels also which are alive, and what is left when they are taken out.
@@ -111,6 +124,227 @@ def test_gradual_study(tmp_path, capsys):
     assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
 
 
+def widest(text, folder):
+    return max(len(line) for line in text.splitlines() if str(folder) not in line)
+
+
+# Weights of LeNet-300-100 that are left after some levels of 20 %, the last layer of 10 %.
+LEFT = {0: 266200, 1: 213060, 3: 136511, 6: 70051, 7: 56094, 9: 35981, 12: 18506, 15: 9537, 19: 3958}
+
+
+def test_the_counts_of_lenet_300_100_are_the_papers():
+    params = _models.MLP().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    pruner = lottery_ticket.layer_pruner(0.2, 0.1, "fc3/kernel")
+    state = pruner.init(params)
+    for level in range(20):
+        if level in LEFT:
+            assert jp.metrics.nonzeros(state.masks) == LEFT[level] + 410
+        state = jax.jit(pruner.update)(state, params)
+
+
+def test_lottery_study(tmp_path, capsys):
+    out = tmp_path / "lottery"
+    methods = ",".join(lottery_ticket.METHODS)
+    flags = f"--seeds 0,1 --levels 3 --branch-levels 1,3 --epochs 4 --tune-epochs 2 --methods {methods}"
+    lottery_ticket.main([*flags.split(), "--train-size", "400", "--out", str(out)])
+    lines = read(out)
+    assert len(lines) == 2 * (1 + 3 * 3 + 5 * 2)
+    left = {0: 1, 1: 0.8, 3: 0.8**3}
+    for line in lines:
+        weights = {"fc1/kernel": 64 * 300, "fc2/kernel": 300 * 100, "fc3/kernel": 100 * 10}
+        for _ in range(line["level"]):
+            weights = {k: n - round((0.1 if k[2] == "3" else 0.2) * n) for k, n in weights.items()}
+        assert line["kept_weights"] == sum(weights.values())
+        assert line["density"] == pytest.approx(left.get(line["level"], line["density"]), abs=0.01)
+        assert line["collapsed"] == []
+        assert 1 <= line["early_stop_epoch"] <= len(line["held_out_losses"])
+        assert line["early_stop_epoch"] == 1 + int(np.argmin(line["held_out_losses"]))
+    accuracy = {(x["method"], x["level"], x["seed"]): x["accuracy"] for x in lines}
+    assert accuracy["ticket", 0, 0] > 0.7
+    # Same masks and other weights, same weights and other masks: they are other networks.
+    others = [accuracy[method, 3, 0] for method in ("ticket", "reinit", "random", "shuffled", "one-shot")]
+    assert len(set(others)) > 1
+    assert is_png(out / "accuracy.png")
+    table = capsys.readouterr().out
+    assert widest(table, tmp_path) <= 80
+    assert all(method in table for method in lottery_ticket.METHODS)
+    # The same command again only reports; --fresh trains anew, and gets the same.
+    again = lottery_ticket.run(
+        _config.parse(lottery_ticket.Config, [*flags.split(), "--train-size", "400", "--out", str(out)])
+    )
+    assert again == [{k: line[k] for k in again[0]} for line in lines]
+
+
+def test_the_articles_preset_prunes_a_tenth_of_every_layer(tmp_path):
+    chosen = lottery_ticket.settings(lottery_ticket.Config(preset="article"))
+    assert (chosen.levels, chosen.epochs, chosen.batch_size, chosen.rate, chosen.last_rate) == (
+        40,
+        10,
+        32,
+        0.1,
+        0.1,
+    )
+    config = lottery_ticket.Config(
+        preset="article", levels=2, epochs=1, tune_epochs=1, seeds=(0,), train_size=200, out=str(tmp_path)
+    )
+    lines = lottery_ticket.run(config)
+    assert [(x["method"], x["level"]) for x in lines] == [
+        ("ticket", 0),
+        ("ticket", 1),
+        ("ticket", 2),
+        ("tune", 1),
+        ("tune", 2),
+    ]
+    expected = sum(round(0.9 * round(0.9 * n)) for n in (64 * 300, 300 * 100, 100 * 10))
+    assert lines[-1]["kept_weights"] == expected
+
+
+def test_lottery_flags_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match=r"no method winning; methods are ticket, reinit"):
+        lottery_ticket.settings(lottery_ticket.Config(methods=("winning",)))
+    with pytest.raises(ValueError, match=r"branch_levels must be among 1 to 5, got \[7\]"):
+        lottery_ticket.settings(lottery_ticket.Config(levels=5, branch_levels=(3, 7)))
+
+
+def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
+    out = tmp_path / "dynamic"
+    flags = "--seeds 0,1 --epochs 15 --sparsities 0.9"
+    dynamic_sparse.main([*flags.split(), "--out", str(out)])
+    lines = read(out)
+    assert [line["method"] for line in lines[::2]] == ["dense", *dynamic_sparse.METHODS]
+    params = _models.MLP().init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    sizes = {
+        path: leaf.size for path, leaf in zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    }
+    densities = jp.distributions.erk(params, 0.9)
+    erk = {path: sizes[path] - round(s * sizes[path]) for path, s in densities.items()}
+    for line in lines[2:8]:
+        assert line["kept"] == erk
+        assert (line["moved"] > 0) == (line["method"] != "static")
+    for line in lines[8:]:
+        assert sum(line["kept"].values()) == 50200 - round(0.9 * 50200)
+    assert is_png(out / "accuracy.png")
+    assert widest(capsys.readouterr().out, tmp_path) <= 80
+
+
+def test_pruning_at_init_study(tmp_path, capsys):
+    out = tmp_path / "init"
+    flags = "--seeds 0,1,2 --compressions 20,50 --rounds 20"
+    pruning_at_init.main([*flags.split(), "--out", str(out)])
+    lines = read(out)
+    assert [line["method"] for line in lines[::3]] == ["dense", *pruning_at_init.METHODS * 2]
+    for line in lines:
+        assert line["density"] == pytest.approx(1 / line["compression"], abs=1e-4)
+        assert line["connected"] or line["collapsed"]
+    mean = {
+        (method, c): np.mean([x["accuracy"] for x in lines if (x["method"], x["compression"]) == (method, c)])
+        for method in pruning_at_init.METHODS
+        for c in (20, 50)
+    }
+    for compression in (20, 50):
+        assert mean["snip", compression] > mean["random", compression] + 0.02
+    assert is_png(out / "accuracy.png")
+    assert widest(capsys.readouterr().out, tmp_path) <= 80
+
+
+def test_only_iterated_synflow_keeps_a_deep_narrow_network_whole():
+    widths, x = pruning_at_init.NETWORKS["deep"], jnp.zeros((4, 28, 28, 1))
+    batch = (x, jnp.zeros(4, jnp.int32))
+    keys = _train.seed_keys((0, 1), purpose=0)
+    init = jax.vmap(lambda key: _models.MLP(widths).init(key, x[:1])["params"])(keys)
+    assert sum(leaf[0].size for leaf in jax.tree.leaves(init) if leaf.ndim == 3) == 129400
+
+    def of(method, compression):
+        masks_of = pruning_at_init.criteria(widths, batch, compression, rounds=100)[method]
+        masks = jax.jit(jax.vmap(masks_of))(init, keys)
+        each = [jax.tree.map(operator.itemgetter(i), masks) for i in range(2)]
+        for own in each:
+            kept = sum(int(leaf.sum()) for leaf in jax.tree.leaves(own) if leaf.ndim == 2)
+            assert kept == 129400 - round((1 - 1 / compression) * 129400)
+        whole = [not jp.metrics.collapsed(own) for own in each]
+        assert whole == [bool(pruning_at_init.connected(widths, own, x)) for own in each]
+        return whole
+
+    for compression in (10, 100, 1000):
+        assert of("synflow", compression) == [True, True]
+    for method in ("magnitude", "synflow-1"):
+        assert of(method, 10) == [False, False]
+
+
+def test_connected_follows_paths():
+    widths = (2, 2, 1)
+    params = _models.MLP(widths).init(jax.random.key(0), jnp.zeros((1, 2)))["params"]
+    masks = jp.ones_masks(params)
+    # A path enters neuron 0 only, and leaves neuron 1 only: no layer is empty, and yet it is cut.
+    masks["fc1"]["kernel"] = jnp.array([[True, False], [True, False]])
+    masks["fc2"]["kernel"] = jnp.array([[False, False], [True, True]])
+    assert not pruning_at_init.connected(widths, masks, jnp.zeros((1, 2)))
+    assert jp.metrics.collapsed(masks) == ()
+    masks["fc2"]["kernel"] = jnp.array([[False, True], [False, False]])
+    assert pruning_at_init.connected(widths, masks, jnp.zeros((1, 2)))
+
+
+def test_seeds_spread_over_cores_are_the_seeds_one_by_one():
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from experiments import _train
+_train.use_cores((0, 1, 2, 3, 4))
+assert jax.device_count() == min(5, __import__("os").cpu_count()), jax.devices()
+keys = _train.seed_keys((0, 1, 2, 3, 4), purpose=0)
+shift = jnp.arange(3.0)
+def one(tree, key):
+    return {"x": jnp.sin(tree["x"]) + shift, "n": jax.random.normal(key, (2,))}
+tree = {"x": jnp.arange(15.0).reshape(5, 3)}
+together = jax.jit(lambda tree, keys: _train.over_seeds(one)(tree, keys))(tree, keys)
+alone = jax.jit(lambda tree, keys: jax.lax.map(lambda each: one(*each), (tree, keys)))(tree, keys)
+jax.tree.map(np.testing.assert_array_equal, together, alone)
+_train.use_cores((0, 1))  # too late, and harmless
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_a_whole_run_is_its_epochs_and_stops_early_at_the_least_loss():
+    data = _data.load("digits", train=200, test=50)
+    train, _ = _train.splits(data)
+    train, held_out = _train.hold_out(train, 1 / 4)
+    assert (len(train.y), len(held_out.y)) == (150, 50)
+    model, keys = _models.MLP((12, 10)), _train.seed_keys((0, 1), purpose=0)
+    init = _train.init(model, train, keys)
+    masks = jax.vmap(lambda p: jp.prune_once(p, jp.scores.magnitude, 0.5))(init)
+    optimizer_of = lambda masks: jp.keep_masked(optax.adam(5e-2), masks)  # noqa: E731
+    whole = _train.whole_run(model, optimizer_of, 30, 8, train, held_out)(init, masks, keys)
+    jp.check_pruned(whole.params, masks)
+    for seed in range(2):
+        params, own, key = jax.tree.map(operator.itemgetter(seed), (init, masks, keys))
+        params, losses, best = jp.apply_masks(params, own), [], None
+        tx = optimizer_of(own)
+        opt_state = tx.init(params)
+        for number in range(8):
+            key_now = jax.random.fold_in(key, number)
+            params, opt_state = _train.epoch(model, tx, 30, params, opt_state, key_now, train)
+            x, y = held_out.batch(jnp.arange(50))
+            losses.append(float(-model.apply({"params": params}, x)[jnp.arange(50), y].mean()))
+            best = params if losses[-1] == min(losses) else best
+        np.testing.assert_allclose(whole.losses[seed], losses, rtol=1e-3, atol=1e-4)
+        ours = jax.tree.map(operator.itemgetter(seed), (whole.params, whole.best))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), ours, (params, best)
+        )
+
+
+def test_tables_set_side_by_side_what_fits():
+    lines = [
+        {"method": m, "level": level, "accuracy": 0.5 + 0.001 * level}
+        for m in "abcdef"
+        for level in (0, 1, 1)
+    ]
+    text = _tables.by_method(lines, {0: "dense", 1: "one"}, "level", list("abcdefg"), heading="level")
+    assert max(map(len, text)) <= 80
+    assert text[0].split() == ["level", "a", "b", "c", "d"]
+    assert text[2].split() == ["one", *["50.10", "+-", "0.00"] * 4]
+    assert text[-2].split()[-1] == "-"  # g has no lines
+
+
 def test_studies_read_mnist_from_the_prepared_folder(tmp_path):
     if not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "mnist").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared MNIST")
@@ -123,6 +357,11 @@ def test_studies_read_mnist_from_the_prepared_folder(tmp_path):
     assert "article" in lenet.summarise(lines, "mnist")
     lines = gradual.run(gradual.Config(**small, epochs=2, tune_epochs=1, end_epoch=1, sparsities=(0.5,)))
     assert lines[0]["accuracy"] > 0.6
+    lines = lottery_ticket.run(
+        lottery_ticket.Config(**small, levels=1, branch_levels=(1,), epochs=3, tune_epochs=1)
+    )
+    assert lines[0]["accuracy"] > 0.6
+    assert lines[1]["kept_weights"] == LEFT[1]
 
 
 def test_missing_data_is_said_in_a_sentence(monkeypatch, tmp_path):

@@ -1,0 +1,83 @@
+"""Checkpoints of a study, one after each finished level, so that a killed run goes on from there."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """A folder with the last finished level of a study: its arrays, and its lines of results.
+
+    A level is written under another name and renamed when it is whole, so a run killed at any
+    moment finds the level before, and nothing of the one it was in.
+    """
+
+    def __init__(self, folder: str | Path, config: dict[str, Any]):
+        """Opens the folder.
+
+        Args:
+          folder: where to write.
+          config: everything the results depend on. A folder of another config is refused.
+
+        Raises:
+          SystemExit: the folder holds a run with other settings.
+        """
+        self.folder = Path(folder).absolute()
+        self._config = json.loads(json.dumps(config))
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        step = self._manager.latest_step()
+        self._lines: Any = None
+        if step is not None:
+            self._lines = self._manager.restore(step, args=ocp.args.Composite(lines=ocp.args.JsonRestore()))
+            earlier = self._lines["lines"]["config"]
+            if earlier != self._config:
+                differ = [key for key in self._config if earlier.get(key) != self._config[key]]
+                raise SystemExit(
+                    f"{self.folder} holds a run with other settings ({', '.join(differ)}). "
+                    "Give the same flags to go on with it, another --out, or --fresh to start over."
+                )
+
+    def restore(self, template: Any) -> tuple[Any, list[dict[str, Any]]] | None:
+        """The state and lines of the last finished level, or None.
+
+        Args:
+          template: a tree of the state's structure, shapes and dtypes.
+
+        Returns:
+          The state, as numpy arrays, and the lines.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        leaves, treedef = jax.tree.flatten(template)
+        # Host arrays: a jax.Array would be bound to the device it was restored on.
+        like = [np.zeros(np.shape(leaf), np.result_type(leaf)) for leaf in leaves]
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+        return jax.tree.unflatten(treedef, restored["state"]), self._lines["lines"]["lines"]
+
+    def save(self, level: int, state: Any, lines: list[dict[str, Any]]) -> None:
+        """Writes a finished level: its state, and all lines up to it."""
+        self._manager.save(
+            level,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(jax.tree.leaves(state)),
+                lines=ocp.args.JsonSave({"config": self._config, "lines": lines}),
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+
+def forget(folder: str | Path) -> None:
+    """Removes checkpoints, if there are any."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,167 @@
+"""Dynamic sparse training against static masks, gradual pruning and a dense net.
+
+LeNet-300-100 trains for the same number of epochs in every way, with the same
+number of weights at the end:
+
+- static: random masks, Erdos-Renyi densities, never changed;
+- set: these masks move during three quarters of the training, the smallest
+  weights for random ones (SET);
+- rigl: the same, for those with the largest gradient (RigL);
+- gradual: from dense, along the cubic schedule, all layers ranked together;
+- dense: nothing is pruned.
+
+All seeds of a method train in one compiled program.
+
+    python -m experiments.dynamic_sparse                  # digits, embedded
+    python -m experiments.dynamic_sparse --dataset mnist
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _tables, _train
+from experiments._config import Results, flag, parse
+from experiments._models import MLP
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
+    sparsities: tuple[float, ...] = flag((0.9, 0.95, 0.98, 0.99), "fractions removed, biases not counted")
+    epochs: int | None = flag(None, "the budget of every method (default: 10, for digits 60)")
+    mask_updates: int = flag(60, "how often masks move, or gradual pruning goes on")
+    fraction: float = flag(0.3, "of the weights, moved in an update at the start")
+    lr: float = flag(1.2e-3, "learning rate of Adam")
+    batch_size: int = flag(60, "images per step")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot")
+
+
+METHODS = ("static", "set", "rigl", "gradual")
+
+
+def epochs(config: Config) -> int:
+    """The epochs asked for; a small data set takes more of them."""
+    return config.epochs or {"mnist": 10, "digits": 60}[config.dataset]
+
+
+def optimizers(config: Config, sparsity: float, steps: int) -> dict[str, Callable[[Any], Any]]:
+    """For each method an optimizer, as a function of the masks it starts from."""
+    adam = optax.adam(config.lr)
+    end = steps * 3 // 4
+    moves = {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
+    cubic = jp.schedules.cubic(sparsity, begin_step=steps // 10, end_step=end)
+    every = max(1, (end - steps // 10) // config.mask_updates)
+    gradual = jp.pruner(jp.scores.magnitude, cubic, every=every)
+    return {
+        "static": lambda masks: jp.keep_masked(adam, masks),
+        "set": lambda masks: jp.wrap_optax(adam, jp.set_(masks, **moves)),
+        "rigl": lambda masks: jp.wrap_optax(adam, jp.rigl(masks, **moves)),
+        "gradual": lambda masks: jp.wrap_optax(adam, gradual),
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
+    train, test = _train.splits(data)
+    train, held_out = _train.hold_out(train, 1 / 12)
+    steps = epochs(config) * -(-len(train.y) // config.batch_size)
+    model = MLP()
+    accuracy = _train.evaluator(model, test)
+    init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
+    init = _train.init(model, train, init_keys)
+    ones = jp.ones_masks(init)
+    lines: list[dict[str, Any]] = []
+    total = 1 + len(METHODS) * len(config.sparsities)
+    with Results(config.out, "dynamic_sparse", config) as results, tqdm(total=total, unit="run") as bar:
+
+        def train_and_record(method: str, sparsity: float, start: Any, optimizer_of: Any) -> None:
+            bar.set_description(f"{method} {sparsity:.0%}")
+            fit = _train.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
+            fitted = fit(init, start, keys)
+            figures = accuracy(fitted.params)
+            for index, seed in enumerate(config.seeds):
+                params, masks, before = jax.tree.map(
+                    operator.itemgetter(index), (fitted.params, fitted.masks, start)
+                )
+                jp.check_pruned(params, masks)
+                pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
+                line = {
+                    "method": method,
+                    "sparsity": sparsity,
+                    "achieved": jp.metrics.sparsity(masks).prunable,
+                    "kept": {path: int(m.sum()) for path, m in _kernels(masks).items()},
+                    "moved": sum(int((new & ~old).sum()) for new, old in pairs),
+                    "seed": seed,
+                    "accuracy": float(figures[index]),
+                }
+                results.write(**line)
+                lines.append(line)
+            bar.update()
+
+        ways = optimizers(config, 0.0, steps)
+        train_and_record("dense", 0.0, ones, ways["static"])
+        for sparsity in config.sparsities:
+            masks = jax.vmap(lambda params, key: erk_masks(params, key, sparsity))(init, mask_keys)  # noqa: B023
+            for method, optimizer_of in optimizers(config, sparsity, steps).items():
+                train_and_record(method, sparsity, ones if method == "gradual" else masks, optimizer_of)
+    return lines
+
+
+def erk_masks(params: Any, key: jax.Array, sparsity: float) -> Any:
+    """Random masks with Erdos-Renyi densities."""
+    densities = jp.distributions.erk(params, sparsity)
+    return jp.prune_once(params, jp.scores.random, densities, key=key, scope="layerwise")
+
+
+def _kernels(masks: Any) -> dict[str, Any]:
+    leaves = dict(zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True))
+    return {path: mask for path, mask in leaves.items() if jp.kernels(path, mask)}
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
+    rows = {s: f"{s:.0%}" for s in sorted({line["sparsity"] for line in lines} - {0.0})}
+    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
+    return "\n".join(text + _tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity"))
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+    """Accuracy against compression of the weights, as `accuracy.png`."""
+    _plots.panels(
+        Path(config.out) / "accuracy.png",
+        f"LeNet-300-100, {data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds",
+        [("compression (weights)", _plots.by_method(lines, METHODS, sorted(config.sparsities)))],
+        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    _train.use_cores(config.seeds)
+    with _data.said_plainly():
+        lines = run(config)
+    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+    print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")
+    print(summarise(lines))
+    plot(lines, config, data)
+    print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
+
+
+if __name__ == "__main__":
+    main()

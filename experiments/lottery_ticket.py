@@ -1,0 +1,333 @@
+"""Lottery tickets: iterative pruning with rewinding, and what it is compared with.
+
+LeNet-300-100 trains, loses a fifth of its remaining weights in every layer
+(a tenth in the last), is rewound to its initial weights and trains again,
+level after level. The same masks, or as sparse ones, train as controls:
+
+- ticket: the masks found, on the initial weights;
+- reinit: the same masks, on other random weights;
+- random: shuffled masks, as many weights in each layer, initial weights;
+- shuffled: as random, with as many inputs to each neuron as the ticket's;
+- one-shot: masks found in one step from the dense network, initial weights;
+- one-shot-tune: the same masks on the dense network's trained weights;
+- tune: iterative pruning that goes on from the trained weights for a few
+  epochs instead of rewinding;
+- learning-rate: the same for all epochs, learning-rate rewinding.
+
+All seeds of a level train in one compiled program. A killed run goes on at
+its last finished level when the same command is given again.
+
+    python -m experiments.lottery_ticket                    # digits, embedded
+    python -m experiments.lottery_ticket --dataset mnist
+    python -m experiments.lottery_ticket --preset article   # an article's run
+"""
+
+import dataclasses
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _tables, _train
+from experiments._checkpoint import Checkpoints, forget
+from experiments._config import Results, flag, parse
+from experiments._models import MLP
+
+CHAINS = ("ticket", "tune", "learning-rate")
+BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")
+METHODS = (CHAINS[0], *BRANCHES, *CHAINS[1:])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    preset: Literal["frankle", "article"] = flag(
+        "frankle",
+        "frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels "
+        "of a tenth in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only",
+    )
+    methods: tuple[str, ...] | None = flag(None, f"of {', '.join(METHODS)}; ticket is always among them")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
+    levels: int | None = flag(None, "how often to prune")
+    branch_levels: tuple[int, ...] | None = flag(
+        None, "the levels at which the controls train that share the ticket's masks or sparsity"
+    )
+    epochs: int | None = flag(None, "epochs of training at each level")
+    lr: float | None = flag(None, "learning rate of Adam")
+    batch_size: int | None = flag(None, "images per step")
+    tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints")
+    fresh: bool = flag(False, "start over, where a killed run would be gone on with")
+
+
+class Preset(NamedTuple):
+    """What a preset stands for, where flags say nothing else."""
+
+    methods: tuple[str, ...]
+    levels: int
+    branch_levels: tuple[int, ...]
+    epochs: int
+    tune_epochs: int
+    lr: float
+    batch_size: int
+    rate: float
+    last_rate: float
+    glorot: bool
+
+
+PRESETS = {
+    "frankle": Preset(
+        methods=("ticket", "reinit", "random", "one-shot", "one-shot-tune", "tune"),
+        levels=19,
+        branch_levels=(3, 7, 12, 15, 19),
+        epochs=20,
+        tune_epochs=5,
+        lr=1.2e-3,
+        batch_size=60,
+        rate=0.2,
+        last_rate=0.1,
+        glorot=True,
+    ),
+    "article": Preset(
+        methods=("ticket", "tune"),
+        levels=40,
+        branch_levels=(),
+        epochs=10,
+        tune_epochs=10,
+        lr=1e-3,
+        batch_size=32,
+        rate=0.1,
+        last_rate=0.1,
+        glorot=False,
+    ),
+}
+
+
+def settings(config: Config) -> Preset:
+    """The preset with what the flags change.
+
+    Raises:
+      ValueError: a method that does not exist, or a level that is not reached.
+    """
+    preset = PRESETS[config.preset]
+    given = {name: getattr(config, name, None) for name in preset._fields}
+    chosen = preset._replace(**{name: value for name, value in given.items() if value is not None})
+    if config.branch_levels is None:
+        reached = tuple(level for level in chosen.branch_levels if level <= chosen.levels)
+        chosen = chosen._replace(branch_levels=reached)
+    if unknown := [method for method in chosen.methods if method not in METHODS]:
+        raise ValueError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
+    if beyond := [level for level in chosen.branch_levels if not 1 <= level <= chosen.levels]:
+        raise ValueError(f"branch_levels must be among 1 to {chosen.levels}, got {beyond}.")
+    return chosen
+
+
+def layer_pruner(rate: float, last_rate: float, last: str) -> jp.Pruner:
+    """Magnitude pruning of each layer by a fraction of what is left, per level."""
+    rates = {f"fc{index}/kernel": rate for index in (1, 2, 3)} | {last: last_rate}
+    return jp.pruner(jp.scores.magnitude, rates, scope="layerwise", of="remaining")
+
+
+def vmapped(pruner: jp.Pruner) -> jp.Pruner:
+    """The pruner for params with a leading seed axis; each seed is pruned on its own."""
+    return jp.Pruner(jax.jit(jax.vmap(pruner.init)), jax.jit(jax.vmap(pruner.update)))
+
+
+class Study:
+    """The data, the network and the compiled programs of a run."""
+
+    def __init__(self, config: Config):
+        self.config, self.settings = config, settings(config)
+        data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
+        train, test = _train.splits(data)
+        train, held_out = _train.hold_out(train, 1 / 12)
+        model, adam = MLP(glorot=self.settings.glorot), optax.adam(self.settings.lr)
+        batch_size = self.settings.batch_size
+        self.accuracy = _train.evaluator(model, test)
+        under_masks = partial(jp.keep_masked, adam)
+        self.fit, self.tune = (
+            _train.whole_run(model, under_masks, batch_size, epochs, train, held_out)
+            for epochs in (self.settings.epochs, self.settings.tune_epochs)
+        )
+        init_keys, other_keys, self.mask_keys, self.train_keys, self.tune_keys = (
+            _train.seed_keys(config.seeds, purpose) for purpose in range(5)
+        )
+        self.init = _train.init(model, train, init_keys)
+        self.other_init = _train.init(model, train, other_keys)
+        self.pruner = layer_pruner(self.settings.rate, self.settings.last_rate, "fc3/kernel")
+
+    def dense_ticket(self, trained: Any) -> jp.Ticket:
+        """Level 0, from which every chain goes on."""
+        pruner = vmapped(self.pruner)
+        state = pruner.init(self.init)
+        return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
+
+    def chain(self, method: str, after: jp.Ticket | None, fits: list[_train.Fit]) -> Iterator[jp.Ticket]:
+        """The levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
+
+        def trainer(fit, keys):
+            def train(params, masks):
+                fits[:] = [fit(params, masks, keys)]
+                return fits[0].params
+
+            return train
+
+        options: dict[str, Any] = {
+            "ticket": {},
+            "tune": {"rewind": "nothing", "tune": trainer(self.tune, self.tune_keys)},
+            "learning-rate": {"rewind": "learning_rate"},
+        }[method]
+        train = trainer(self.fit, self.train_keys)
+        levels, pruner = self.settings.levels, vmapped(self.pruner)
+        return jp.lottery_ticket(train, self.init, pruner, levels, after=after, **options)
+
+    def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, _train.Fit]:
+        """Masks and training of a control of a ticket; `dense` is the trained dense network."""
+        masks, start, fit, keys = ticket.masks, self.init, self.fit, self.train_keys
+        if method == "reinit":
+            start = self.other_init
+        elif method in ("random", "shuffled"):
+            within = None if method == "random" else -1
+            keys_here = jax.vmap(lambda key: jax.random.fold_in(key, ticket.level))(self.mask_keys)
+            masks = jax.vmap(lambda key, mask: jp.shuffled_masks(key, mask, within))(keys_here, masks)
+        else:
+            masks = jax.vmap(lambda params: jp.prune_rounds(params, self.pruner, int(ticket.level)))(dense)
+        if method == "one-shot-tune":
+            start, fit, keys = dense, self.tune, self.tune_keys
+        return masks, fit(jp.rewind(start, masks), masks, keys)
+
+    def lines(self, method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
+        """The figures of a level, a line per seed."""
+        at_end, stopped = self.accuracy(fit.params), self.accuracy(fit.best)
+        lines = []
+        for index, seed in enumerate(self.config.seeds):
+            own, params = jax.tree.map(operator.itemgetter(index), (masks, fit.params))
+            jp.check_pruned(params, own)
+            achieved = jp.metrics.sparsity(own)
+            losses = np.asarray(fit.losses[index])
+            lines.append(
+                {
+                    "method": method,
+                    "level": level,
+                    "seed": seed,
+                    "kept_weights": jp.metrics.nonzeros({k: v["kernel"] for k, v in own.items()}),
+                    "density": 1 - achieved.prunable,
+                    "sparsity_model": achieved.model,
+                    "collapsed": jp.metrics.collapsed(own),
+                    "accuracy": float(at_end[index]),
+                    "early_stop_accuracy": float(stopped[index]),
+                    "early_stop_epoch": int(losses.argmin()) + 1,
+                    "held_out_losses": [round(float(loss), 5) for loss in losses],
+                }
+            )
+        return lines
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, or what is left of it, writes its lines, and returns them."""
+    study = Study(config)
+    chosen = study.settings
+    folder = Path(config.out) / "checkpoints"
+    if config.fresh:
+        forget(folder)
+    chains = [method for method in CHAINS if method == "ticket" or method in chosen.methods]
+    branches = [method for method in BRANCHES if method in chosen.methods]
+    same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
+    lines: list[dict[str, Any]] = []
+    total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
+    with Results(config.out, "lottery_ticket", config) as results, tqdm(total=total, unit="run") as bar:
+
+        def add(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            for line in new:
+                results.write(**line)
+            lines.extend(new)
+            bar.update(len(new) // len(config.seeds))
+            return new
+
+        dense = study.init
+        for method in chains:
+            bar.set_description(method)
+            # Training starts over at the last level of this chain that was finished.
+            with Checkpoints(folder / method, same) as checkpoints:
+                ticket, own = study.dense_ticket(dense), []
+                after = None if method == "ticket" else ticket
+                if saved := checkpoints.restore((ticket, dense)):
+                    (after, dense), own = saved
+                    add(own)
+                fits: list[_train.Fit] = []
+                for ticket in study.chain(method, after, fits):
+                    level = int(ticket.level)
+                    dense = ticket.trained if level == 0 else dense
+                    own += add(study.lines(method, level, ticket.masks, fits[0]))
+                    if method == "ticket" and level in chosen.branch_levels:
+                        for branch in branches:
+                            own += add(study.lines(branch, level, *study.branch(branch, ticket, dense)))
+                    checkpoints.save(level, (ticket, dense), own)
+    return lines
+
+
+def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
+    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    chosen = settings(config)
+    left = {line["level"]: line["density"] for line in lines if line["method"] == "ticket"}
+    shown = sorted({0, *(chosen.branch_levels or left)})
+    rows = {level: f"{left[level]:>7.2%}{level:>7}" for level in shown}
+    methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
+    text = ["accuracy in % after the last epoch, mean and s.d. over seeds"]
+    text += _tables.by_method(lines, rows, "level", methods, heading="left %  level")
+    text += ["", "the ticket where early stopping on held-out images would have stopped"]
+    text.append("left %   level    epoch      accuracy %")
+    for level in shown:
+        epochs = [x["early_stop_epoch"] for x in lines if (x["method"], x["level"]) == ("ticket", level)]
+        stopped = _tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
+        text.append(f"{rows[level]}{np.mean(epochs):>9.1f}{stopped:>16}")
+    return "\n".join(text)
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+    """Accuracy against compression of the weights, as `accuracy.png`."""
+    curves = {}
+    for method in METHODS:
+        own = [line for line in lines if line["method"] == method and line["level"]]
+        levels = sorted({line["level"] for line in own})
+        if levels:
+            curves[method] = _plots.Curve(
+                [next(1 / line["density"] for line in own if line["level"] == level) for level in levels],
+                np.array([[line["accuracy"] for line in own if line["level"] == level] for level in levels]),
+            )
+    epochs = settings(config).epochs
+    _plots.panels(
+        Path(config.out) / "accuracy.png",
+        f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
+        [("compression (weights)", curves)],
+        baseline=np.array([line["accuracy"] for line in lines if not line["level"]]),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    _train.use_cores(config.seeds)
+    with _data.said_plainly():
+        lines = run(config)
+    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+    print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")
+    print(summarise(lines, config))
+    plot(lines, config, data)
+    print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
+
+
+if __name__ == "__main__":
+    main()

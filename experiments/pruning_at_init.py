@@ -1,0 +1,205 @@
+"""Pruning at initialisation, to the point where layers collapse.
+
+A network loses all but 1/c of its weights before any training, by one of
+
+- random: as many in each layer in proportion;
+- erk: random, with Erdos-Renyi densities;
+- magnitude: all layers ranked together by |w|;
+- snip: by |w g| on one batch;
+- grasp: by w (H g) on one batch;
+- synflow-1: by synaptic flow, in one step;
+- synflow: by synaptic flow, in 100 rounds;
+
+and then trains. A layer that keeps nothing has collapsed; a network through
+which no path leads is cut, and predicts one class whatever it is shown. Layers
+may be emptied here (`floor=0`), which the library otherwise prevents.
+
+    python -m experiments.pruning_at_init                  # digits, embedded
+    python -m experiments.pruning_at_init --dataset mnist
+    python -m experiments.pruning_at_init --network deep   # 784-100x6-10
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _tables, _train
+from experiments._config import Results, flag, parse
+from experiments._models import MLP
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    network: Literal["lenet", "deep"] = flag("lenet", "lenet is 300-100-10; deep is six times 100, then 10")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
+    compressions: tuple[float, ...] = flag((10, 20, 50, 100, 300, 1000), "c: 1/c of the weights stays")
+    epochs: int | None = flag(None, "of training after pruning (default: 8, for digits 60)")
+    score_images: int = flag(1000, "images in the batch of snip and grasp")
+    rounds: int = flag(100, "of synflow")
+    lr: float = flag(1.2e-3, "learning rate of Adam")
+    batch_size: int = flag(60, "images per step")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot")
+
+
+NETWORKS = {"lenet": (300, 100, 10), "deep": (100,) * 6 + (10,)}
+METHODS = ("random", "erk", "magnitude", "snip", "grasp", "synflow-1", "synflow")
+
+
+def epochs(config: Config) -> int:
+    """The epochs asked for; a small data set takes more of them."""
+    return config.epochs or {"mnist": 8, "digits": 60}[config.dataset]
+
+
+def criteria(
+    widths: tuple[int, ...], batch: tuple[jax.Array, jax.Array], compression: float, rounds: int
+) -> dict[str, Callable[[Any, jax.Array], Any]]:
+    """For each method `masks(params, key)`, which keep 1/compression of the weights."""
+    raw = MLP(widths, logits=True)
+    sparsity = 1 - 1 / compression
+
+    def loss_fn(params, batch, temperature=1.0):
+        x, y = batch
+        logits: Any = raw.apply({"params": params}, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits / temperature, y).mean()
+
+    def apply_fn(params, x):
+        return raw.apply({"params": params}, x)
+
+    prune = partial(jp.prune_once, sparsity=sparsity, floor=0)
+    grasp = jp.scores.grasp(partial(loss_fn, temperature=200.0))
+    flow = jp.scores.synflow(apply_fn, batch[0])
+    # After k of n rounds the density is d^(k/n).
+    levels = jp.schedules.geometric(1 - (1 - sparsity) ** (1 / rounds))
+    slow_flow = jp.pruner(flow, levels, floor=0)
+
+    def erk(params, key):
+        densities = jp.distributions.erk(params, sparsity)
+        return jp.prune_once(params, jp.scores.random, densities, key=key, scope="layerwise", floor=0)
+
+    return {
+        "random": lambda params, key: prune(params, jp.scores.random, key=key, scope="layerwise"),
+        "erk": erk,
+        "magnitude": lambda params, key: prune(params, jp.scores.magnitude),
+        "snip": lambda params, key: prune(params, jp.scores.snip, grads=jax.grad(loss_fn)(params, batch)),
+        "grasp": lambda params, key: prune(params, grasp, batch=batch),
+        "synflow-1": lambda params, key: prune(params, flow),
+        "synflow": lambda params, key: jp.prune_rounds(params, slow_flow, rounds),
+    }
+
+
+def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
+    """Whether a path of kept weights leads from the input to the output."""
+
+    def ones(path, mask):
+        return jnp.where(mask & (path[-1].key == "kernel"), 1.0, 0.0)
+
+    paths = jax.tree_util.tree_map_with_path(ones, masks)
+    outputs: Any = MLP(widths, logits=True).apply({"params": paths}, jnp.ones_like(x[:1]))
+    return jnp.sum(outputs) > 0
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
+    train, test = _train.splits(data)
+    train, held_out = _train.hold_out(train, 1 / 12)
+    widths = NETWORKS[config.network]
+    model, adam = MLP(widths), optax.adam(config.lr)
+    accuracy = _train.evaluator(model, test)
+    fit = _train.whole_run(
+        model, partial(jp.keep_masked, adam), config.batch_size, epochs(config), train, held_out
+    )
+    init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
+    init = _train.init(model, train, init_keys)
+    batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
+    lines: list[dict[str, Any]] = []
+    total = 1 + len(METHODS) * len(config.compressions)
+    with Results(config.out, "pruning_at_init", config) as results, tqdm(total=total, unit="run") as bar:
+
+        def train_and_record(method: str, compression: float, masks: Any) -> None:
+            bar.set_description(f"{method} {compression:g}x")
+            figures = accuracy(fit(init, masks, keys).params)
+            for index, seed in enumerate(config.seeds):
+                own = jax.tree.map(operator.itemgetter(index), masks)
+                line = {
+                    "method": method,
+                    "compression": compression,
+                    "density": 1 - jp.metrics.sparsity(own).prunable,
+                    "collapsed": jp.metrics.collapsed(own),
+                    "connected": bool(connected(widths, own, batch[0])),
+                    "seed": seed,
+                    "accuracy": float(figures[index]),
+                }
+                results.write(**line)
+                lines.append(line)
+            bar.update()
+
+        train_and_record("dense", 1, jp.ones_masks(init))
+        for compression in config.compressions:
+            for method, masks_of in criteria(widths, batch, compression, config.rounds).items():
+                masks = jax.jit(_train.over_seeds(masks_of))(init, mask_keys)
+                train_and_record(method, compression, masks)
+    return lines
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    compressions = sorted({line["compression"] for line in lines} - {1})
+    rows = {c: f"{c:g}x" for c in compressions}
+    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
+    text += _tables.by_method(lines, rows, "compression", METHODS, heading="compression")
+    text += ["", "networks that are cut, of all seeds (in brackets: with an empty layer)"]
+    text.append("compression" + "".join(f"{method:>10}" for method in METHODS[:-1]) + f"{METHODS[-1]:>9}")
+    for compression in compressions:
+        cells = []
+        for method in METHODS:
+            own = [x for x in lines if (x["method"], x["compression"]) == (method, compression)]
+            cut, empty = sum(not x["connected"] for x in own), sum(bool(x["collapsed"]) for x in own)
+            cells.append(f"{cut}/{len(own)} ({empty})")
+        text.append(f"{rows[compression]:>11}" + "".join(f"{c:>10}" for c in cells[:-1]) + f"{cells[-1]:>9}")
+    return "\n".join(text)
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+    """Accuracy against compression of the weights, as `accuracy.png`."""
+    name = {"lenet": "LeNet-300-100", "deep": "MLP 100x6"}[config.network]
+    curves = _plots.by_method(lines, METHODS, sorted(config.compressions), key="compression")
+    _plots.panels(
+        Path(config.out) / "accuracy.png",
+        f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds",
+        [("compression (weights)", curves)],
+        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    _train.use_cores(config.seeds)
+    with _data.said_plainly():
+        lines = run(config)
+    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+    widths = "-".join(map(str, NETWORKS[config.network]))
+    print(f"\n{widths} on {data}, pruned at initialisation, then {epochs(config)} epochs")
+    print(summarise(lines))
+    plot(lines, config, data)
+    print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
+
+
+if __name__ == "__main__":
+    main()
