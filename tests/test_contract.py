@@ -114,6 +114,23 @@ def test_iterative(problem):
         assert removed(state.masks) == round((1 - 0.8**level) * TOTAL)
 
 
+def test_lottery_tickets(problem):
+    params_at_rewind_point, loss_fn, batch = problem
+
+    def train(params, masks):
+        tx = jp.keep_masked(optax.sgd(0.1), masks)
+        updates, _ = tx.update(jax.grad(loss_fn)(params, batch), tx.init(params), params)
+        return optax.apply_updates(params, updates)
+
+    pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.2))
+    seen = []
+    for ticket in jp.lottery_ticket(train, params_at_rewind_point, pruner, levels=10):
+        seen.append((ticket.level, jp.metrics.sparsity(ticket.masks)))
+    assert [level for level, _ in seen] == list(range(11))
+    for level, sparsity in seen:
+        assert sparsity.prunable == pytest.approx(round((1 - 0.8**level) * TOTAL) / TOTAL)
+
+
 def test_masks_mirror_the_params(problem):
     params, _, _ = problem
     masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
@@ -132,7 +149,7 @@ def run_python(code):
 def test_import_is_clean_and_brings_no_framework():
     result = run_python(
         "import sys, jaxprune\n"
-        "heavy = {'flax', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'tqdm', 'equinox'}\n"
+        "heavy = {'flax', 'orbax', 'tensorflow_datasets', 'matplotlib', 'sklearn', 'tqdm', 'equinox'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))\n"
         "print(jaxprune.__version__)"
     )
