@@ -56,17 +56,18 @@ class Checkpoints:
         if step is None:
             return None
         leaves, treedef = jax.tree.flatten(template)
-        # Host arrays: a jax.Array would be bound to the device it was restored on.
-        like = [np.zeros(np.shape(leaf), np.result_type(leaf)) for leaf in leaves]
+        like = [np.zeros_like(leaf) for leaf in leaves]
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return jax.tree.unflatten(treedef, restored["state"]), self._lines["lines"]["lines"]
 
     def save(self, level: int, state: Any, lines: list[dict[str, Any]]) -> None:
         """Writes a finished level: its state, and all lines up to it."""
+        # Host arrays: those of JAX are bound to the devices there were.
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         self._manager.save(
             level,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(jax.tree.leaves(state)),
+                state=ocp.args.StandardSave(leaves),
                 lines=ocp.args.JsonSave({"config": self._config, "lines": lines}),
             ),
         )

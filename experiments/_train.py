@@ -227,7 +227,7 @@ class Fit(NamedTuple):
     Attributes:
       params: at the end.
       best: at the epoch of least held-out loss, where early stopping would have stopped.
-      losses: (epochs,) the held-out loss after each epoch.
+      losses: (epochs,) the held-out loss after each epoch that it trained.
       masks: at the end.
     """
 
@@ -244,10 +244,12 @@ def whole_run(
     epochs: int,
     train: Split,
     held_out: Split,
+    begin: int = 0,
 ) -> Callable[..., Fit]:
     """`fit(params, masks, keys) -> Fit` from masked params: one compiled program for all seeds.
 
-    `optimizer_of(masks)` is a `keep_masked` or a `wrap_optax`, which has the masks in its state.
+    It trains from epoch `begin` to `epochs`, each in its own order. `optimizer_of(masks)` is a
+    `keep_masked` or a `wrap_optax`, which has the masks in its state.
     """
 
     @jax.jit
@@ -265,7 +267,7 @@ def whole_run(
 
             params = jp.apply_masks(params, masks)
             start = (params, tx.init(params), params, jnp.array(jnp.inf))
-            (params, opt_state, best, _), losses = jax.lax.scan(each, start, jnp.arange(epochs))
+            (params, opt_state, best, _), losses = jax.lax.scan(each, start, jnp.arange(begin, epochs))
             return Fit(params, best, losses, optax.tree.get(opt_state, "masks"))
 
         return over_seeds(one)(params, masks, keys)

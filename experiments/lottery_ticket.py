@@ -24,7 +24,7 @@ its last finished level when the same command is given again.
 
 import dataclasses
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,7 @@ class Config:
     lr: float | None = flag(None, "learning rate of Adam")
     batch_size: int | None = flag(None, "images per step")
     tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level")
+    rewind_epoch: int = flag(0, "rewind to the weights after this epoch (late rewinding)")
     train_size: int | None = flag(None, "use this many training images only")
     test_size: int | None = flag(None, "use this many test images only")
     out: str = flag("results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints")
@@ -156,16 +157,24 @@ class Study:
         model, adam = MLP(glorot=self.settings.glorot), optax.adam(self.settings.lr)
         batch_size = self.settings.batch_size
         self.accuracy = _train.evaluator(model, test)
-        under_masks = partial(jp.keep_masked, adam)
-        self.fit, self.tune = (
-            _train.whole_run(model, under_masks, batch_size, epochs, train, held_out)
-            for epochs in (self.settings.epochs, self.settings.tune_epochs)
-        )
+        late, epochs = config.rewind_epoch, self.settings.epochs
+        if not 0 <= late < epochs:
+            raise ValueError(f"rewind_epoch must be 0 to {epochs - 1}, got {late}.")
+
+        def whole_run(epochs: int, begin: int = 0) -> Callable[..., _train.Fit]:
+            under_masks = partial(jp.keep_masked, adam)
+            return _train.whole_run(model, under_masks, batch_size, epochs, train, held_out, begin)
+
+        self.fit, self.tune = whole_run(epochs, begin=late), whole_run(self.settings.tune_epochs)
         init_keys, other_keys, self.mask_keys, self.train_keys, self.tune_keys = (
             _train.seed_keys(config.seeds, purpose) for purpose in range(5)
         )
         self.init = _train.init(model, train, init_keys)
         self.other_init = _train.init(model, train, other_keys)
+        if late:
+            ones = jp.ones_masks(self.init)
+            self.init = whole_run(late)(self.init, ones, self.train_keys).params
+            self.other_init = whole_run(late)(self.other_init, ones, self.train_keys).params
         self.pruner = layer_pruner(self.settings.rate, self.settings.last_rate, "fc3/kernel")
 
     def dense_ticket(self, trained: Any) -> jp.Ticket:
@@ -211,6 +220,8 @@ class Study:
     def lines(self, method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
         """The figures of a level, a line per seed."""
         at_end, stopped = self.accuracy(fit.params), self.accuracy(fit.best)
+        tuned = method in ("tune", "one-shot-tune")
+        begin = 0 if tuned else self.config.rewind_epoch
         lines = []
         for index, seed in enumerate(self.config.seeds):
             own, params = jax.tree.map(operator.itemgetter(index), (masks, fit.params))
@@ -228,7 +239,7 @@ class Study:
                     "collapsed": jp.metrics.collapsed(own),
                     "accuracy": float(at_end[index]),
                     "early_stop_accuracy": float(stopped[index]),
-                    "early_stop_epoch": int(losses.argmin()) + 1,
+                    "early_stop_epoch": begin + int(losses.argmin()) + 1,
                     "held_out_losses": [round(float(loss), 5) for loss in losses],
                 }
             )

@@ -9,7 +9,14 @@ from jaxprune import distributions, l0, metrics, penalties, schedules, scores, s
 from jaxprune.dynamic import rewiring, rigl, set_
 
 # Iterative pruning and lottery tickets
-from jaxprune.lottery import Ticket, lottery_scan, lottery_ticket, rewind, shuffled_masks
+from jaxprune.lottery import (
+    Ticket,
+    error_barrier,
+    lottery_scan,
+    lottery_ticket,
+    rewind,
+    shuffled_masks,
+)
 
 # Masks: made, applied, checked
 from jaxprune.masks import apply_masks, check_masks, check_pruned, intersect, ones_masks
@@ -46,6 +53,7 @@ __all__ = [
     "check_masks",
     "check_pruned",
     "distributions",
+    "error_barrier",
     "intersect",
     "keep_masked",
     "kernels",

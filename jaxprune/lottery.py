@@ -307,6 +307,48 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
     return jax.tree.unflatten(treedef, [shuffled(i, jnp.asarray(mask)) for i, mask in enumerate(leaves)])
 
 
+def error_barrier(
+    error: Callable[[Params], jax.Array | float], one: Params, other: Params, points: int = 11
+) -> jax.Array:
+    """How much worse it gets on the straight line between two networks.
+
+    `max over a in [0, 1] of error((1 - a) one + a other) - (error(one) + error(other)) / 2`
+
+    Two trainings from one point that differ in their data order and end without a barrier are
+    linearly connected: their point is stable, and tickets rewound to it are found to train well.
+
+    Args:
+      error: the error (or loss) of some params, a scalar.
+      one, other: two trained params of the same structure.
+      points: how many values of a, from 0 to 1, both among them; 2 or more.
+
+    Returns:
+      A scalar, 0 or more up to rounding: the ends are among the points.
+
+    Raises:
+      ValueError: fewer than 2 points, or params that differ in structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> one, other = {"w": jnp.array([-1.0])}, {"w": jnp.array([1.0])}
+      >>> float(jp.error_barrier(lambda p: (1 - jnp.abs(p["w"])).sum(), one, other))
+      1.0
+
+    References:
+      Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020.
+    """
+    if not isinstance(points, int) or points < 2:
+        raise ValueError(f"points must be an integer of 2 or more, got {points!r}.")
+    check_mirrors(other, one, "other")
+
+    def at(a: jax.Array) -> jax.Array:
+        between = jax.tree.map(lambda p, q: ((1 - a) * p + a * q).astype(p.dtype), one, other)
+        return jnp.asarray(error(between))
+
+    errors = lax.map(at, jnp.linspace(0.0, 1.0, points))
+    return jnp.max(errors) - (errors[0] + errors[-1]) / 2
+
+
 def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any) -> None:
     if not callable(train):
         raise TypeError(f"train must be a function train(params, masks) -> params, got {train!r}.")

@@ -272,6 +272,23 @@ def test_rounds_score_the_masked_params():
     assert masks["kernel"].sum(0).tolist() == [0, 2, 4]
 
 
+def test_the_error_barrier_is_the_worst_point_of_the_line():
+    one, other = init(jax.random.key(0)), init(jax.random.key(1))
+    errors = []
+    for a in np.linspace(0, 1, 21):
+        between = jax.tree.map(lambda p, q: (1 - a) * p + a * q, one, other)  # noqa: B023
+        errors.append(float(loss_fn(between, jnp.arange(32))))
+    expected = max(errors) - (errors[0] + errors[-1]) / 2
+    barrier = partial(jp.error_barrier, lambda p: loss_fn(p, jnp.arange(32)), points=21)
+    assert float(jax.jit(barrier)(one, other)) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0
+    assert float(barrier(one, one)) == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="points must be an integer of 2 or more, got 1"):
+        jp.error_barrier(lambda p: 0.0, one, other, points=1)
+    with pytest.raises(ValueError, match="other must have the tree structure"):
+        jp.error_barrier(lambda p: 0.0, one, {"a": one["a"]})
+
+
 def test_what_is_refused():
     params = init(jax.random.key(0))
     with pytest.raises(ValueError, match=r"levels must be 0 or a positive integer.*got -1"):
