@@ -25,7 +25,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     The help of a field is its metadata `{"help": ...}`, see `flag`.
     """
     parser = argparse.ArgumentParser(
-        prog=f"python -m experiments.{Path(sys.argv[0]).stem}",
+        prog=f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', None) or Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
