@@ -32,12 +32,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         step = self._manager.latest_step()
-        self._lines: Any = None
         if step is not None:
-            self._lines = self._manager.restore(step, args=ocp.args.Composite(lines=ocp.args.JsonRestore()))
-            earlier = self._lines["lines"]["config"]
+            earlier = self._text(step)["config"]
             if earlier != self._config:
-                differ = [key for key in self._config if earlier.get(key) != self._config[key]]
+                keys = sorted(earlier.keys() | self._config.keys())
+                differ = [key for key in keys if earlier.get(key) != self._config.get(key)]
                 raise SystemExit(
                     f"{self.folder} holds a run with other settings ({', '.join(differ)}). "
                     "Give the same flags to go on with it, another --out, or --fresh to start over."
@@ -58,7 +57,7 @@ class Checkpoints:
         leaves, treedef = jax.tree.flatten(template)
         like = [np.zeros_like(leaf) for leaf in leaves]
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        return jax.tree.unflatten(treedef, restored["state"]), self._lines["lines"]["lines"]
+        return jax.tree.unflatten(treedef, restored["state"]), self._text(step)["lines"]
 
     def save(self, level: int, state: Any, lines: list[dict[str, Any]]) -> None:
         """Writes a finished level: its state, and all lines up to it."""
@@ -71,6 +70,9 @@ class Checkpoints:
                 lines=ocp.args.JsonSave({"config": self._config, "lines": lines}),
             ),
         )
+
+    def _text(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(lines=ocp.args.JsonRestore()))["lines"]
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -259,7 +259,7 @@ class Fit(NamedTuple):
 
 def whole_run(
     model: Any,
-    optimizer_of: Callable[[Any], optax.GradientTransformation],
+    optimizer_of: Callable[[Any, jax.Array], optax.GradientTransformation],
     batch_size: int,
     epochs: int,
     train: Split,
@@ -268,14 +268,14 @@ def whole_run(
 ) -> Callable[..., Fit]:
     """`fit(params, masks, keys) -> Fit` from masked params: one compiled program for all seeds.
 
-    It trains from epoch `begin` to `epochs`, each in its own order. `optimizer_of(masks)` is a
-    `keep_masked` or a `wrap_optax`, which has the masks in its state.
+    It trains from epoch `begin` to `epochs`, each in its own order. `optimizer_of(masks, key)` is a
+    `keep_masked` or a `wrap_optax`, which has the masks in its state; see `fixed` for the former.
     """
 
     @jit
     def run(params, masks, keys, train, held_out):
         def one(params, masks, key):
-            tx = optimizer_of(masks)
+            tx = optimizer_of(masks, key)
 
             def each(carry, number):
                 params, opt_state, best, least = carry
@@ -293,6 +293,11 @@ def whole_run(
         return over_seeds(one)(params, masks, keys)
 
     return lambda params, masks, keys: run(params, masks, keys, train, held_out)
+
+
+def fixed(optimizer: optax.GradientTransformation) -> Callable[..., optax.GradientTransformation]:
+    """For `whole_run`: the optimizer under masks that never change."""
+    return lambda masks, key: jp.keep_masked(optimizer, masks)
 
 
 def mean_loss(model: Any, params: Any, split: Split, chunk: int = 500) -> jax.Array:

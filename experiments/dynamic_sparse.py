@@ -55,11 +55,11 @@ METHODS = ("static", "set", "rigl", "gradual")
 
 def epochs(config: Config) -> int:
     """The epochs asked for; a small data set takes more of them."""
-    return config.epochs or {"mnist": 10, "digits": 60}[config.dataset]
+    return {"mnist": 10, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
-def optimizers(config: Config, sparsity: float, steps: int) -> dict[str, Callable[[Any], Any]]:
-    """For each method an optimizer, as a function of the masks it starts from."""
+def optimizers(config: Config, sparsity: float, steps: int) -> dict[str, Callable[..., Any]]:
+    """For each method an optimizer, as a function of the masks it starts from and a key."""
     adam = optax.adam(config.lr)
     end = steps * 3 // 4
     moves = {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
@@ -67,15 +67,19 @@ def optimizers(config: Config, sparsity: float, steps: int) -> dict[str, Callabl
     every = max(1, (end - steps // 10) // config.mask_updates)
     gradual = jp.pruner(jp.scores.magnitude, cubic, every=every)
     return {
-        "static": lambda masks: jp.keep_masked(adam, masks),
-        "set": lambda masks: jp.wrap_optax(adam, jp.set_(masks, **moves)),
-        "rigl": lambda masks: jp.wrap_optax(adam, jp.rigl(masks, **moves)),
-        "gradual": lambda masks: jp.wrap_optax(adam, gradual),
+        "static": _train.fixed(adam),
+        "set": lambda masks, key: jp.wrap_optax(adam, jp.set_(masks, seed=key, **moves)),
+        "rigl": lambda masks, key: jp.wrap_optax(adam, jp.rigl(masks, **moves)),
+        "gradual": lambda masks, key: jp.wrap_optax(adam, gradual),
     }
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
+    if min(epochs(config), config.mask_updates) < 1:
+        raise ValueError("epochs and mask_updates must be 1 or more.")
+    if wrong := [s for s in config.sparsities if not 0 < s < 1]:
+        raise ValueError(f"sparsities must be between 0 and 1, got {wrong}.")
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)

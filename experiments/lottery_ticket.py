@@ -22,11 +22,11 @@ its last finished level when the same command is given again.
     python -m experiments.lottery_ticket --preset article   # an article's run
 """
 
+import contextlib
 import dataclasses
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -130,6 +130,8 @@ def settings(config: Config) -> Preset:
         chosen = chosen._replace(branch_levels=reached)
     if unknown := [method for method in chosen.methods if method not in METHODS]:
         raise ValueError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
+    if not 0 <= config.rewind_epoch < chosen.epochs:
+        raise ValueError(f"rewind_epoch must be 0 to {chosen.epochs - 1}, got {config.rewind_epoch}.")
     if beyond := [level for level in chosen.branch_levels if not 1 <= level <= chosen.levels]:
         raise ValueError(f"branch_levels must be among 1 to {chosen.levels}, got {beyond}.")
     return chosen
@@ -158,12 +160,10 @@ class Study:
         batch_size = self.settings.batch_size
         self.accuracy = _train.evaluator(model, test)
         late, epochs = config.rewind_epoch, self.settings.epochs
-        if not 0 <= late < epochs:
-            raise ValueError(f"rewind_epoch must be 0 to {epochs - 1}, got {late}.")
 
         def whole_run(epochs: int, begin: int = 0) -> Callable[..., _train.Fit]:
-            under_masks = partial(jp.keep_masked, adam)
-            return _train.whole_run(model, under_masks, batch_size, epochs, train, held_out, begin)
+            optimizer_of = _train.fixed(adam)
+            return _train.whole_run(model, optimizer_of, batch_size, epochs, train, held_out, begin)
 
         self.fit, self.tune = whole_run(epochs, begin=late), whole_run(self.settings.tune_epochs)
         init_keys, other_keys, self.mask_keys, self.train_keys, self.tune_keys = (
@@ -248,8 +248,7 @@ class Study:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, or what is left of it, writes its lines, and returns them."""
-    study = Study(config)
-    chosen = study.settings
+    chosen = settings(config)
     folder = Path(config.out) / "checkpoints"
     if config.fresh:
         forget(folder)
@@ -258,7 +257,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
     lines: list[dict[str, Any]] = []
     total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
-    with Results(config.out, "lottery_ticket", config) as results, tqdm(total=total, unit="run") as bar:
+    with contextlib.ExitStack() as stack:
+        # First, so that a folder of other settings is refused before anything is trained or written.
+        stores = {method: stack.enter_context(Checkpoints(folder / method, same)) for method in chains}
+        study = Study(config)
+        results = stack.enter_context(Results(config.out, "lottery_ticket", config))
+        bar = stack.enter_context(tqdm(total=total, unit="run"))
 
         def add(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for line in new:
@@ -268,24 +272,23 @@ def run(config: Config) -> list[dict[str, Any]]:
             return new
 
         dense = study.init
-        for method in chains:
+        for method, checkpoints in stores.items():
             bar.set_description(method)
             # Training starts over at the last level of this chain that was finished.
-            with Checkpoints(folder / method, same) as checkpoints:
-                ticket, own = study.dense_ticket(dense), []
-                after = None if method == "ticket" else ticket
-                if saved := checkpoints.restore((ticket, dense)):
-                    (after, dense), own = saved
-                    add(own)
-                fits: list[_train.Fit] = []
-                for ticket in study.chain(method, after, fits):
-                    level = int(ticket.level)
-                    dense = ticket.trained if level == 0 else dense
-                    own += add(study.lines(method, level, ticket.masks, fits[0]))
-                    if method == "ticket" and level in chosen.branch_levels:
-                        for branch in branches:
-                            own += add(study.lines(branch, level, *study.branch(branch, ticket, dense)))
-                    checkpoints.save(level, (ticket, dense), own)
+            ticket, own = study.dense_ticket(dense), []
+            after = None if method == "ticket" else ticket
+            if saved := checkpoints.restore((ticket, dense)):
+                (after, dense), own = saved
+                add(own)
+            fits: list[_train.Fit] = []
+            for ticket in study.chain(method, after, fits):
+                level = int(ticket.level)
+                dense = ticket.trained if level == 0 else dense
+                own += add(study.lines(method, level, ticket.masks, fits[0]))
+                if method == "ticket" and level in chosen.branch_levels:
+                    for branch in branches:
+                        own += add(study.lines(branch, level, *study.branch(branch, ticket, dense)))
+                checkpoints.save(level, (ticket, dense), own)
     return lines
 
 

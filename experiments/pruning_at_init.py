@@ -62,7 +62,7 @@ METHODS = ("random", "erk", "magnitude", "snip", "grasp", "synflow-1", "synflow"
 
 def epochs(config: Config) -> int:
     """The epochs asked for; a small data set takes more of them."""
-    return config.epochs or {"mnist": 8, "digits": 60}[config.dataset]
+    return {"mnist": 8, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
 def criteria(
@@ -115,15 +115,17 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
+    if min(epochs(config), config.rounds, config.score_images) < 1:
+        raise ValueError("epochs, rounds and score_images must be 1 or more.")
+    if wrong := [c for c in config.compressions if c <= 1]:
+        raise ValueError(f"compressions must be above 1, got {wrong}.")
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)
     widths = NETWORKS[config.network]
     model, adam = MLP(widths), optax.adam(config.lr)
     accuracy = _train.evaluator(model, test)
-    fit = _train.whole_run(
-        model, partial(jp.keep_masked, adam), config.batch_size, epochs(config), train, held_out
-    )
+    fit = _train.whole_run(model, _train.fixed(adam), config.batch_size, epochs(config), train, held_out)
     init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
     init = _train.init(model, train, init_keys)
     batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))

@@ -48,4 +48,5 @@ def _somewhere(flag: jax.Array) -> jax.Array:
 @_somewhere.def_vmap
 def _somewhere_batched(axis_size: int, in_batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
     del axis_size
-    return (jnp.any(flag) if in_batched[0] else flag), False
+    # Once more, for a further vmap around this one.
+    return (_somewhere(jnp.any(flag)) if in_batched[0] else flag), False

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jaxprune.control import update_if
 from jaxprune.masks import check_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_concrete, kernels, selected
-from jaxprune.prune import evaluate, pool
+from jaxprune.prune import all_finite, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
-from jaxprune.selection import lowest
+from jaxprune.selection import lowest, ordered_bits
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
@@ -80,7 +80,7 @@ def set_(
     fraction: float = 0.3,
     structure: Structure | None = None,
     where: Where = kernels,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> Pruner:
     """SET, sparse evolutionary training: drops the smallest weights, grows at random.
 
@@ -93,7 +93,8 @@ def set_(
       end_step: no updates from this step on.
       fraction: of the kept weights, dropped in an update at the start.
       structure, where: as for `rigl`.
-      seed: where `update` is given no key.
+      seed: an integer or a PRNG key, where `update` is given no key. Under `vmap` pass a key of each
+        element's own, or all draw the same numbers.
 
     Returns:
       A `Pruner` for `wrap_optax`.
@@ -135,12 +136,13 @@ def rewiring(
     fraction: float = 0.3,
     structure: Structure | None = None,
     where: Where = kernels,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> Pruner:
     """Dynamic sparse training with scores of one's own; `rigl` and `set_` are two of its kind.
 
     In each leaf the kept units lowest in `drop` go, and as many of those that are not kept then,
-    highest in `grow`, come. Equal scores are taken by the lower index. A unit that goes and comes
+    highest in `grow`, come. Equal scores are taken by the lower index; of those that grow in an N:M
+    group by the higher, as N:M keeps them. A unit that goes and comes
     in one update was never gone. So the number kept never changes, and what was kept and not
     dropped is kept.
 
@@ -155,7 +157,8 @@ def rewiring(
       fraction: of the kept units, dropped in an update at the start; it falls to 0 by
         `fraction / 2 (1 + cos(pi t / end_step))`.
       structure, where: as for `rigl`.
-      seed: for scores that need a key, where `update` is given none.
+      seed: an integer or a PRNG key (which may be traced) for scores that need one, where `update`
+        is given none.
 
     Returns:
       A `Pruner`; its state's `row` counts the updates of the masks.
@@ -197,12 +200,15 @@ def rewiring(
             raise ValueError("rewiring needs params: what goes is chosen by a score of them.")
         chosen = selected(params, where)
         state = state._replace(step=state.step + 1)
-        rng = jax.random.fold_in(jax.random.key(seed), state.step) if key is None else key
-        inputs = {"grads": grads, "key": rng, **extra}
+        own = jax.random.key(seed) if isinstance(seed, int) else seed
+        rng = jax.random.fold_in(own, state.step) if key is None else key
 
         def move(state: PrunerState) -> PrunerState:
-            lows, highs = (evaluate(score, params, **inputs) for score in (drop, grow))
-            part = fraction / 2 * (1 + jnp.cos(jnp.pi * state.step / end_step))
+            lows, highs = (
+                evaluate(score, params, grads=grads, key=jax.random.fold_in(rng, number), **extra)
+                for number, score in enumerate((drop, grow))
+            )
+            part = fraction / 2 * (1 + jnp.cos(jnp.pi / end_step * state.step.astype(jnp.float32)))
             masks = _moved(state.masks, lows, highs, part, chosen, structure)
             return state._replace(masks=masks, row=state.row + 1)
 
@@ -228,7 +234,8 @@ def _moved(
         survivors = _without_lowest(here, part)
         counts = {path: _count(here.alive[path]) - _count(survivors[path]) for path in survivors}
         grown = {
-            path: lowest([-there.scores[path]], [~survivors[path]], counts[path])[0] for path in survivors
+            path: lowest([~ordered_bits(there.scores[path])], [~survivors[path]], counts[path])[0]
+            for path in survivors
         }
         after = there.expand({path: survivors[path] | grown[path] for path in survivors})
     else:
@@ -237,12 +244,10 @@ def _moved(
         entries = elements()
         survivors = _without_lowest(pool(lows, masks, chosen, entries), part)
         grow = pool(highs, ones_masks(masks), chosen, entries).scores
-        ranked = {path: jnp.where(survivors[path], jnp.inf, grow[path]) for path in chosen}
+        ranked = {path: jnp.where(survivors[path], _most(grow[path].dtype), grow[path]) for path in chosen}
         ones = {path: jnp.ones_like(before[path]) for path in chosen}
         after = structure.pool(ranked, ones).expand(here.alive)
-    finite = jnp.all(
-        jnp.stack([jnp.isfinite(s).all() for units in (here, there) for s in units.scores.values()])
-    )
+    finite = all_finite(lows, masks, chosen) & all_finite(highs, ones_masks(masks), chosen)
     new = {
         path: jnp.where(finite, after[path], before[path]) if path in after else before[path]
         for path in before
@@ -254,10 +259,15 @@ def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
     """For each pool the units alive, without the lowest `part` of them."""
 
     def survivors(scores, alive):
-        count = jnp.round(part * _count(alive)).astype(jnp.int32)
+        count = jnp.round(part * _count(alive).astype(jnp.float32)).astype(jnp.int32)
         return alive & ~lowest([scores], [alive], count)[0]
 
     return {path: survivors(scores, units.alive[path]) for path, scores in units.scores.items()}
+
+
+def _most(dtype: Any) -> jax.Array:
+    """What no score of a dtype is above."""
+    return jnp.array(jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
 
 
 def _count(mask: jax.Array) -> jax.Array:

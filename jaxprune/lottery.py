@@ -161,7 +161,8 @@ def lottery_scan(
 ) -> Any:
     """The run of `lottery_ticket` as one `lax.scan`, which compiles a level once.
 
-    It is a pure function, to be jitted as a whole and vmapped over seeds:
+    It is a pure function, to be jitted as a whole and vmapped over seeds (the pruner is updated once
+    more after the last level, for nothing, which keeps the loop one loop):
 
     ```python
     def run(key):
@@ -230,7 +231,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
       A tree like `saved`.
 
     Raises:
-      ValueError: nothing in `saved` mirrors the masks.
+      ValueError: nothing in `saved` mirrors a mask that prunes something.
       TypeError: a mask is not bool.
 
     Example:
@@ -248,11 +249,17 @@ def rewind(saved: Any, masks: Masks) -> Any:
     kept = jax.tree.leaves(masks)
     leaves, treedef = jax.tree.flatten(saved)
     indices = twins(saved, masks)
-    if all(index is None for index in indices):
-        listing = ", ".join(f"{path} {describe(m)}" for path, m in zip(leaf_paths(masks), kept, strict=True))
+    mirrored = {index for index in indices if index is not None}
+    missed = {
+        path: mask
+        for number, (path, mask) in enumerate(zip(leaf_paths(masks), kept, strict=True))
+        if number not in mirrored and (not mirrored or (is_concrete(mask) and not bool(jnp.all(mask))))
+    }
+    if missed:
+        listing = ", ".join(f"{path} {describe(mask)}" for path, mask in missed.items())
         raise ValueError(
-            "nothing in the saved state mirrors the masks, so nothing would be masked. Masks mirror the "
-            f"params, and are of: {listing}."
+            "nothing in the saved state mirrors these masks, so what they prune would stay: "
+            f"{listing}. The state must hold the params, or moments of theirs, in their shapes."
         )
 
     def masked(leaf, index):
@@ -279,6 +286,7 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Masks like `masks`.
 
     Raises:
+      ValueError: no mask has the axis `within`.
       TypeError: a mask is not bool.
 
     Example:
@@ -293,9 +301,13 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Networks at Initialization: Why Are We Missing the Mark?", ICLR 2021 (layer-wise shuffling).
     """
     check_masks(masks, masks)
+    if within is not None and not any(-m.ndim <= within < m.ndim for m in jax.tree.leaves(masks)):
+        raise ValueError(f"within={within}: no mask has such an axis.")
 
     def shuffled(index, mask):
         own = jax.random.fold_in(key, index)
+        if not mask.size:
+            return mask
         if within is None or not -mask.ndim <= within < mask.ndim:
             return jax.random.permutation(own, mask.ravel()).reshape(mask.shape)
         last = jnp.moveaxis(mask, within, -1)
@@ -308,7 +320,7 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
 
 
 def error_barrier(
-    error: Callable[[Params], jax.Array | float], one: Params, other: Params, points: int = 11
+    error: Callable[[Params], jax.Array], one: Params, other: Params, points: int = 11
 ) -> jax.Array:
     """How much worse it gets on the straight line between two networks.
 
@@ -318,7 +330,7 @@ def error_barrier(
     linearly connected: their point is stable, and tickets rewound to it are found to train well.
 
     Args:
-      error: the error (or loss) of some params, a scalar.
+      error: the error (or loss) of some params: a function that can be traced, to a scalar.
       one, other: two trained params of the same structure.
       points: how many values of a, from 0 to 1, both among them; 2 or more.
 
@@ -342,8 +354,14 @@ def error_barrier(
     check_mirrors(other, one, "other")
 
     def at(a: jax.Array) -> jax.Array:
-        between = jax.tree.map(lambda p, q: ((1 - a) * p + a * q).astype(p.dtype), one, other)
-        return jnp.asarray(error(between))
+        def between(p, q):
+            if not jnp.issubdtype(p.dtype, jnp.inexact):
+                return p  # a counter lies on no line
+            with jax.numpy_dtype_promotion("standard"):  # half precision is mixed in float32
+                return ((1 - a) * p + a * q).astype(p.dtype)
+
+        leaves, treedef = jax.tree.flatten(one)
+        return error(jax.tree.unflatten(treedef, list(map(between, leaves, jax.tree.leaves(other)))))
 
     errors = lax.map(at, jnp.linspace(0.0, 1.0, points))
     return jnp.max(errors) - (errors[0] + errors[-1]) / 2

@@ -49,8 +49,10 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
     def fraction(paths):
         size = sum(leaves[path].size for path in paths)
-        count = _nonzeros if is_concrete(tree) else _traced_nonzeros
-        return 1 - sum(count(leaves[path]) for path in paths) / size if size else 0.0
+        if is_concrete(tree):
+            return 1 - sum(_nonzeros(leaves[path]) for path in paths) / size if size else 0.0
+        # The removed are counted, so that nothing removed is exactly 0.
+        return sum(_traced_zeros(leaves[path]) for path in paths) / float(max(size, 1))
 
     return Sparsity(fraction(prunable), fraction(leaves))
 
@@ -137,8 +139,8 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
     )
 
 
-def _traced_nonzeros(leaf: Any) -> jax.Array:
-    return jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim))).astype(jnp.float32).sum()
+def _traced_zeros(leaf: Any) -> jax.Array:
+    return jnp.sum(leaf == 0, axis=tuple(range(1, leaf.ndim))).astype(jnp.float32).sum()
 
 
 def _nonzeros(leaf: Any) -> int:

@@ -89,7 +89,8 @@ def wrap_optax(
     def init_fn(params: Params) -> WrapOptaxState:
         if _is_placeholder(params):
             zero = jnp.zeros((), jnp.int32)
-            return WrapOptaxState(inner.init(params), PrunerState(params, zero, zero))
+            state = PrunerState(params, zero, zero, params if pruner.remembers else ())
+            return WrapOptaxState(inner.init(params), state)
         return WrapOptaxState(inner.init(params), pruner.init(_fast(params)))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):

@@ -4,6 +4,7 @@
 steps again and again, with a count that a schedule gives.
 """
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping
@@ -138,16 +139,37 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
 
     Raises:
       ValueError: the tree or a shape differs from `params`.
-      TypeError: inputs for a score function beside a tree of scores.
+      TypeError: a function that cannot be called as a score; inputs for one beside a tree of scores.
     """
     mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
     is_tree = mirrored and all(map(is_array, jax.tree.leaves(scores)))
     if callable(scores) and not is_tree:
+        _check_takes(scores, params, inputs)
         scores = scores(params, **inputs)
     elif unused := [name for name, value in inputs.items() if value is not None]:
         raise TypeError(f"scores is a tree, not a score function, so {', '.join(unused)} would not be used.")
     check_mirrors(scores, params, "scores")
     return scores
+
+
+def _check_takes(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> None:
+    """Checks that a function can be called as a score is; a factory of scores mostly cannot."""
+    try:
+        inspect.signature(score).bind(params, **inputs)
+    except TypeError as error:
+        name = getattr(score, "__name__", repr(score))
+        raise TypeError(
+            f"{name} cannot be called as a score, score(params, *, grads, key, **extra): {error}. If it "
+            f"makes scores, as jaxprune.scores.fisher does, call it first: {name}(...)."
+        ) from None
+    except ValueError:
+        return  # no signature to look at
+
+
+def all_finite(scores: Scores, masks: Masks, chosen: list[str]) -> jax.Array:
+    """Whether all scores that count are finite: those of the chosen leaves that are not pruned."""
+    leaves, kept = array_leaves(scores, "scores"), array_leaves(masks, "masks")
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaves[path]) | ~kept[path]) for path in chosen]))
 
 
 def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) -> Units:

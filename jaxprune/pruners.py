@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxprune.control import update_if
 from jaxprune.masks import apply_masks, ones_masks
-from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.paths import is_concrete, kernels, selected
 from jaxprune.prune import (
+    all_finite,
     check_choices,
     evaluate,
     per_pool,
@@ -23,7 +24,7 @@ from jaxprune.prune import (
     units_to_keep,
 )
 from jaxprune.schedules import Schedule, constant
-from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures import Structure, elements
 from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
 
 _MAX_TABLE = 2**20
@@ -127,38 +128,44 @@ def pruner(
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
             return evaluate(scores, params, grads=grads, key=rng, **extra)
 
-        def units_now(state: PrunerState) -> Units:
-            tree = state.scores if memory else scores_now(state.step)
-            return pool(tree, state.masks, chosen, structure)
+        def tree_now(state: PrunerState) -> Scores:
+            return state.scores if memory else scores_now(state.step)
 
         state = state._replace(step=state.step + 1)
+        sound: Any = True
         if memory:
             now = scores_now(state.step)
-            total = jax.tree.map(lambda s, new: memory * s + new.astype(s.dtype), state.scores, now)
-            if not is_concrete(total):
-                total = _if_finite(total, state, chosen)
+            sound = all_finite(now, state.masks, chosen)
+            if is_concrete(sound):
+                pool(now, state.masks, chosen, structure)  # says which scores are not finite
+            total = jax.tree.map(
+                lambda s, new: jnp.where(sound, memory * s + new.astype(s.dtype), s), state.scores, now
+            )
             state = state._replace(scores=total)
 
-        alive = jax.eval_shape(lambda state: units_now(state).alive, state)
+        alive = jax.eval_shape(
+            lambda state: pool(tree_now(state), state.masks, chosen, structure).alive, state
+        )
         sizes = {name: units.size for name, units in alive.items()}
         targets = table(tuple(sizes.items()))
         row = jnp.minimum(grid.row(state.step), len(targets) - 1)
 
         def advance(state: PrunerState) -> PrunerState:
-            units = units_now(state)
+            tree = tree_now(state)
+            units = pool(tree, state.masks, chosen, structure)
             now = jnp.asarray(targets)[row]
             counts = now[0] if scope == "global" else dict(zip(sizes, now, strict=True))
             masks = remove(state.masks, units, to_go(counts, units), floor)
-            finite = jnp.all(jnp.stack([jnp.isfinite(s).all() for s in units.scores.values()]))
+            finite = all_finite(tree, state.masks, chosen)
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
             return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
 
-        due = row > state.row
+        due = (row > state.row) & sound
         if is_concrete(due):
             return advance(state) if due else state
         return update_if(due, advance, state)
 
-    return Pruner(init_fn, update_fn)
+    return Pruner(init_fn, update_fn, remembers=memory > 0)
 
 
 def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inputs: Any) -> Masks:
@@ -166,7 +173,8 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
 
     Each round scores the params under the masks so far. For scores of the masked network this is
     iterated pruning at initialisation (SynFlow); for scores of single weights it is one-shot
-    pruning to the sparsity of that round.
+    pruning to the sparsity of that round. Under `jit` a round whose scores are not finite changes
+    nothing, as of a network that SynFlow finds to be cut; outside `jit` it raises.
 
     Args:
       params: a pytree of arrays.
@@ -176,6 +184,9 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
 
     Returns:
       Masks like `params`.
+
+    Raises:
+      ValueError: `rounds` is negative or not an integer.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -192,6 +203,8 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
     def update(_: Any, state: PrunerState) -> PrunerState:
         return pruner.update(state, apply_masks(params, state.masks), **inputs)
 
+    if is_concrete(rounds) and (not isinstance(rounds, (int, np.integer, jax.Array)) or rounds < 0):
+        raise ValueError(f"rounds must be an integer of 0 or more, got {rounds!r}.")
     state = pruner.init(params)
     if not is_concrete(params, rounds, state):
         return jax.lax.fori_loop(0, rounds, update, state).masks
@@ -227,13 +240,6 @@ def _sum_dtype(param: Any) -> Any:
     """The dtype in which a param's scores are summed: real, and of single precision at least."""
     real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
     return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
-
-
-def _if_finite(total: Scores, state: PrunerState, chosen: list[str]) -> Scores:
-    """The new sums, or the old ones where some of those that count are not finite."""
-    sums, kept = array_leaves(total, "scores"), array_leaves(state.masks, "masks")
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(sums[path]) | ~kept[path]) for path in chosen]))
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), total, state.scores)
 
 
 def _schedules(sparsity: Any) -> dict[str, Schedule]:

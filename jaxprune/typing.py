@@ -36,7 +36,7 @@ class PrunerState(NamedTuple):
       masks: the masks now in force.
       step: int32 scalar, how many times `update` was called.
       row: int32 scalar, which row of the pruner's table of targets was reached last (0: none); for
-        a pruner without one, how many updates of the masks were due.
+        a pruner without one, how many updates of the masks there were.
       scores: the scores summed over earlier calls, for a pruner with a memory; else empty.
     """
 
@@ -54,8 +54,10 @@ class Pruner(NamedTuple):
       update: `update(state, params, grads=None, key=None, **extra) -> state`.
       regrows: whether masks may gain entries; by default they only ever lose them. Where they
         changed, `wrap_optax` then takes no step besides.
+      remembers: whether its state holds scores of earlier calls.
     """
 
     init: Callable[[Params], PrunerState]
     update: Callable[..., PrunerState]
     regrows: bool = False
+    remembers: bool = False

@@ -255,6 +255,60 @@ def test_gradients_that_are_not_finite_move_nothing_under_jit_and_raise_outside(
         moved(pruner, params, bad)
 
 
+@pytest.mark.parametrize("what", ["params", "grads"])
+def test_what_is_not_finite_in_an_nm_group_moves_nothing_under_jit(what):
+    structure = jp.structures.nm(2, 4)
+    params, masks = sparse(PARAMS, 0.5, structure=structure)
+    inputs = {"params": params, "grads": GRADS}
+    kept = np.argwhere(np.asarray(masks["a"]["kernel"]))[0]
+    bad = inputs[what]["a"]["kernel"].at[tuple(kept)].set(jnp.nan)
+    inputs[what] = inputs[what] | {"a": inputs[what]["a"] | {"kernel": bad}}
+    pruner = jp.rigl(masks, structure=structure, **EVERY)
+    after = jax.jit(lambda inputs: moved(pruner, **inputs))(inputs)
+    jax.tree.map(np.testing.assert_array_equal, after, masks)
+
+
+def test_each_element_of_a_vmap_may_draw_its_own_numbers():
+    params, masks = sparse(PARAMS, 0.5)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    def run(key):
+        return moved(jp.set_(masks, seed=key, fraction=1.0, **EVERY), params, None)
+
+    after = jax.jit(jax.vmap(run))(keys)["a"]["kernel"]
+    assert (after[0] != after[1]).any()
+    np.testing.assert_array_equal(after[2], run(keys[2])["a"]["kernel"])
+
+
+def test_random_scores_for_what_goes_and_what_comes_are_drawn_apart():
+    # With the same numbers for both, what goes (the lowest) would never come again.
+    mask = jnp.arange(200) < 100
+    pruner = jp.rewiring(
+        {"kernel": mask[None]}, grow=jp.scores.random, drop=jp.scores.random, fraction=1.0, **EVERY
+    )
+    kept = moved(pruner, {"kernel": jnp.ones((1, 200))}, None)["kernel"][0, :100]
+    assert 30 < int(kept.sum()) < 70
+
+
+def test_unsigned_scores_grow_the_largest():
+    def rank(params, **_):
+        return {"kernel": jnp.array([[0, 0, 0, 7, 9]], jnp.uint32)}
+
+    params = {"kernel": jnp.array([[1.0, 2.0, 0.0, 0.0, 0.0]])}
+    pruner = jp.rewiring({"kernel": params["kernel"] != 0}, grow=rank, fraction=0.6, **EVERY)
+    assert moved(pruner, params, None)["kernel"].tolist() == [[False, True, False, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("structure", [None, jp.structures.nm(2, 4)], ids=["entries", "nm"])
+def test_nothing_is_promoted_by_accident(dtype, structure):
+    params, masks = sparse(jax.tree.map(lambda p: p.astype(dtype), PARAMS), 0.5, structure=structure)
+    grads = jax.tree.map(lambda g: g.astype(dtype), GRADS)
+    with jax.numpy_dtype_promotion("strict"):
+        after = moved(jp.rigl(masks, structure=structure, **EVERY), params, grads)
+    assert (after["a"]["kernel"] != masks["a"]["kernel"]).any()
+
+
 def test_what_is_refused():
     _, masks = sparse(PARAMS, 0.5)
     with pytest.raises(ValueError, match="prune nothing of what where= takes in"):

@@ -211,7 +211,7 @@ def test_late_rewinding_goes_back_to_an_epoch(tmp_path):
     assert [len(line["held_out_losses"]) for line in lines] == [1, 1]  # the last of three epochs
     assert lines[0]["early_stop_epoch"] == 3
     with pytest.raises(ValueError, match="rewind_epoch must be 0 to 2, got 3"):
-        lottery_ticket.Study(lottery_ticket.Config(**small, epochs=3, rewind_epoch=3))
+        lottery_ticket.settings(lottery_ticket.Config(**small, epochs=3, rewind_epoch=3))
 
 
 def test_lottery_flags_that_cannot_be_met_are_refused():
@@ -326,13 +326,13 @@ def test_a_whole_run_is_its_epochs_and_stops_early_at_the_least_loss():
     model, keys = _models.MLP((12, 10)), _train.seed_keys((0, 1), purpose=0)
     init = _train.init(model, train, keys)
     masks = jax.vmap(lambda p: jp.prune_once(p, jp.scores.magnitude, 0.5))(init)
-    optimizer_of = lambda masks: jp.keep_masked(optax.adam(5e-2), masks)  # noqa: E731
-    whole = _train.whole_run(model, optimizer_of, 30, 8, train, held_out)(init, masks, keys)
+    adam = optax.adam(5e-2)
+    whole = _train.whole_run(model, _train.fixed(adam), 30, 8, train, held_out)(init, masks, keys)
     jp.check_pruned(whole.params, masks)
     for seed in range(2):
         params, own, key = jax.tree.map(operator.itemgetter(seed), (init, masks, keys))
         params, losses, best = jp.apply_masks(params, own), [], None
-        tx = optimizer_of(own)
+        tx = jp.keep_masked(adam, own)
         opt_state = tx.init(params)
         for number in range(8):
             key_now = jax.random.fold_in(key, number)

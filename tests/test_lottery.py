@@ -306,9 +306,57 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match="train must be a function"):
         jp.lottery_ticket(params, TRAIN, PRUNER, 1)
     with pytest.raises(
-        ValueError, match=r"nothing in the saved state mirrors the masks.*kernel bool\[6, 5\]"
+        ValueError, match=r"nothing in the saved state mirrors these masks.*kernel bool\[6, 5\]"
     ):
         jp.rewind({"count": jnp.zeros(())}, jp.ones_masks(params))
+
+
+def test_rewind_names_a_mask_without_a_counterpart():
+    masks = {"a": jnp.zeros((3, 4), bool), "b": jnp.ones(2, bool)}
+    saved = {"a": jnp.ones((4, 3)), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"what they prune would stay: a bool\[3, 4\]"):
+        jp.rewind(saved, masks)
+    # A mask that prunes nothing may be without one, as of frozen leaves.
+    assert jp.rewind({"b": jnp.ones(2)}, {"a": jnp.ones((3, 4), bool), "b": masks["b"]})["b"].sum() == 2
+
+
+def test_shuffling_within_an_axis_that_no_mask_has_is_refused():
+    with pytest.raises(ValueError, match="within=9: no mask has such an axis"):
+        jp.shuffled_masks(jax.random.key(0), jp.ones_masks(init(jax.random.key(0))), within=9)
+    empty = {"k": jnp.ones((3, 0), bool), "w": jnp.ones((2, 2), bool)}
+    assert jp.shuffled_masks(jax.random.key(0), empty, within=-1)["k"].shape == (3, 0)
+
+
+def test_a_barrier_of_half_precision_params_and_counters():
+    one = {"w": jnp.ones(3, jnp.bfloat16), "step": jnp.int32(100)}
+    other = {"w": -jnp.ones(3, jnp.bfloat16), "step": jnp.int32(300)}
+    with jax.numpy_dtype_promotion("strict"):
+        barrier = jp.error_barrier(lambda p: jnp.sum(1 - jnp.abs(p["w"])).astype(jnp.float32), one, other)
+    assert float(barrier) == 3.0
+
+
+def test_sparsity_under_jit_is_exactly_0_where_nothing_is_pruned():
+    for shape in [(3, 7), (6, 7), (7, 7), (101, 7)]:
+        masks = {"kernel": jnp.ones(shape, bool)}
+        assert float(jax.jit(jp.metrics.sparsity)(masks).prunable) == 0.0
+        masks["kernel"] = masks["kernel"].at[0, 0].set(False)
+        removed = float(jax.jit(jp.metrics.sparsity)(masks).prunable)
+        assert removed == pytest.approx(1 / (shape[0] * shape[1]), rel=1e-6)
+
+
+def test_a_condition_stays_one_under_nested_vmap():
+    from jaxprune.control import update_if
+
+    def sorted_if(due, row):
+        return update_if(due, jnp.sort, row)
+
+    due, rows = jnp.array([[True, False], [False, False]]), jnp.arange(12.0).reshape(2, 2, 3)[..., ::-1]
+    both = jax.vmap(jax.vmap(sorted_if))
+    always, rarely = primitives(jax.make_jaxpr(both)(due, rows).jaxpr, behind_condition=False)
+    assert "sort" in rarely and "sort" not in always
+    expected = np.array(rows)
+    expected[0, 0] = np.sort(expected[0, 0])
+    np.testing.assert_array_equal(jax.jit(both)(due, rows), expected)
 
 
 def test_training_that_undoes_the_zeros_is_found():

@@ -465,7 +465,8 @@ def half_masks() -> Any:
 
 def test_map_params_finds_the_moments_and_the_masks():
     params = make_params()
-    for tx in (wrapped(), jp.keep_masked(optax.adam(0.02), half_masks())):
+    remembering = jp.wrap_optax(optax.adam(0.02), gradual(memory=0.5))
+    for tx in (wrapped(), remembering, jp.keep_masked(optax.adam(0.02), half_masks())):
         opt_state = tx.init(params)
         marked = optax.tree.map_params(
             tx, lambda leaf: leaf.shape, opt_state, transform_non_params=lambda leaf: None

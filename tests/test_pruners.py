@@ -358,3 +358,44 @@ def test_seeds_of_a_vmap_are_pruned_apart_and_at_their_own_time():
             mine = jax.tree.map(operator.itemgetter(seed), together)
             jax.tree.map(np.testing.assert_array_equal, mine, alone[seed])
     assert [int(row) for row in together.row] == [3, 3, 3]
+
+
+def test_scores_that_are_not_finite_at_first_prune_nothing_and_are_made_up_for():
+    params = params_of()
+    bad = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    for options in ({"memory": 1.0}, {}, {"structure": jp.structures.nm(2, 4), "where": jp.matching("a/*")}):
+        pruner = jp.pruner(jp.scores.taylor, 0.5, **options)
+        update = jax.jit(pruner.update)
+        state = update(pruner.init(params), params, bad)
+        assert all(mask.all() for mask in jax.tree.leaves(state.masks))
+        assert int(state.row) == 0
+        state = update(state, params, params)
+        expected = jp.prune_once(
+            params, jp.scores.taylor, 0.5, grads=params, **{k: v for k, v in options.items() if k != "memory"}
+        )
+        jax.tree.map(np.testing.assert_array_equal, state.masks, expected)
+
+
+def test_outside_jit_bad_scores_are_named_at_the_call_that_has_them():
+    params = params_of()
+    pruner = jp.pruner(jp.scores.taylor, jp.schedules.one_shot(0.5, step=9), memory=1.0)
+    with pytest.raises(ValueError, match=r"scores\['a/kernel'\] has 5 entries that are NaN or inf"):
+        pruner.update(pruner.init(params), params, jax.tree.map(lambda g: g.at[0].set(jnp.nan), params))
+
+
+def test_one_nan_weight_in_an_nm_group_stops_the_update_under_jit():
+    params = {"kernel": jnp.array([[4.0, 3.0, 1.0, jnp.nan]])}
+    pruner = jp.pruner(jp.scores.magnitude, 0.5, structure=jp.structures.nm(2, 4, axis=-1))
+    assert bool(jax.jit(pruner.update)(pruner.init(params), params).masks["kernel"].all())
+
+
+def test_a_factory_in_place_of_a_score_is_named():
+    params = params_of()
+    with pytest.raises(TypeError, match=r"fisher cannot be called as a score.*call it first: fisher\(...\)"):
+        jp.prune_once(params, jp.scores.fisher, 0.5, batch=jnp.ones(3))
+
+
+@pytest.mark.parametrize("rounds", [-1, 2.7])
+def test_rounds_are_counted(rounds):
+    with pytest.raises(ValueError, match="rounds must be an integer of 0 or more"):
+        jp.prune_rounds(params_of(), jp.pruner(jp.scores.magnitude, 0.5), rounds)

@@ -126,6 +126,17 @@ def test_other_settings_are_refused_and_fresh_starts_over(tmp_path):
         Checkpoints(folder, config | {"lr": 0.2})
 
 
+def test_a_refused_run_leaves_the_old_results_alone(tmp_path):
+    flags = ["--levels", "0", "--epochs", "1", "--seeds", "0", "--train-size", "100", "--methods", "ticket"]
+    lottery_ticket.main([*flags, "--out", str(tmp_path)])
+    before = (tmp_path / "results.jsonl").read_text()
+    with pytest.raises(SystemExit, match=r"other settings \(lr\)"):
+        lottery_ticket.main([*flags, "--lr", "0.5", "--out", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_text() == before
+    lottery_ticket.main([*flags, "--lr", "0.5", "--fresh", "--out", str(tmp_path)])
+    assert (tmp_path / "results.jsonl").read_text() != before
+
+
 def test_a_write_that_was_cut_short_is_no_level(tmp_path):
     folder = Path(tmp_path / "checkpoints")
     state = {"w": np.arange(3.0)}
