@@ -188,7 +188,8 @@ def rewiring(
     structure = elements() if structure is None else structure
     check_masks(masks, masks)
     if is_concrete(masks):
-        _check_units(masks, where, structure)
+        with jax.ensure_compile_time_eval():  # a traced function may have closed over them
+            _check_units(masks, where, structure)
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxprune import metrics
@@ -253,7 +254,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
     missed = {
         path: mask
         for number, (path, mask) in enumerate(zip(leaf_paths(masks), kept, strict=True))
-        if number not in mirrored and (not mirrored or (is_concrete(mask) and not bool(jnp.all(mask))))
+        if number not in mirrored and (not mirrored or (is_concrete(mask) and not np.asarray(mask).all()))
     }
     if missed:
         listing = ", ".join(f"{path} {describe(mask)}" for path, mask in missed.items())

@@ -145,5 +145,6 @@ def _traced_zeros(leaf: Any) -> jax.Array:
 
 def _nonzeros(leaf: Any) -> int:
     # Counted by row and added up on the host, so that no count passes 2**31.
-    rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))
+    with jax.ensure_compile_time_eval():  # a traced function may have closed over the leaf
+        rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))
     return int(np.asarray(rows).sum(dtype=np.int64))

@@ -320,6 +320,18 @@ def test_rewind_names_a_mask_without_a_counterpart():
     assert jp.rewind({"b": jnp.ones(2)}, {"a": jnp.ones((3, 4), bool), "b": masks["b"]})["b"].sum() == 2
 
 
+def test_masks_that_a_traced_function_closes_over():
+    masks = {"a": jnp.array([[True, False]]), "b": jnp.ones((2, 2), bool)}
+
+    def run(params):
+        assert jp.metrics.sparsity(masks, jp.matching("*")).model == pytest.approx(1 / 6)
+        return jp.rewind({"a": params, "b": jnp.ones((2, 2))}, masks)
+
+    assert jax.jit(run)(jnp.ones((1, 2)))["a"].tolist() == [[1.0, 0.0]]
+    with pytest.raises(ValueError, match=r"would stay: a bool\[1, 2\]"):
+        jax.jit(lambda b: jp.rewind({"b": b}, masks))(jnp.ones((2, 2)))
+
+
 def test_shuffling_within_an_axis_that_no_mask_has_is_refused():
     with pytest.raises(ValueError, match="within=9: no mask has such an axis"):
         jp.shuffled_masks(jax.random.key(0), jp.ones_masks(init(jax.random.key(0))), within=9)
