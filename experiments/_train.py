@@ -131,6 +131,10 @@ def init(model: Any, split: Split, keys: jax.Array) -> Any:
 def nll(model: Any, params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
     """Negative log-likelihood of each example, in training mode."""
     log_probs: Any = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
+    return _losses(log_probs, y)
+
+
+def _losses(log_probs: jax.Array, y: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(log_probs, y[:, None], axis=-1)[:, 0]
 
 
@@ -302,14 +306,7 @@ def fixed(optimizer: optax.GradientTransformation) -> Callable[..., optax.Gradie
 
 def mean_loss(model: Any, params: Any, split: Split, chunk: int = 500) -> jax.Array:
     """The mean negative log-likelihood of a split, in evaluation mode."""
-
-    def part(index):
-        x, y = split.batch(index)
-        log_probs = model.apply({"params": params}, x)
-        losses = -jnp.take_along_axis(log_probs, y[:, None], axis=-1)[:, 0]
-        return jnp.sum(jnp.where(index >= 0, losses, 0))
-
-    return jnp.sum(jax.lax.map(part, _chunks(len(split.y), chunk))) / len(split.y)
+    return _total(_losses, model, params, split, chunk) / len(split.y)
 
 
 def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.ndarray]:
@@ -318,22 +315,25 @@ def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.
     @jax.jit
     def correct(params, split):
         def count(params):
-            def part(index):
-                x, y = split.batch(index)
-                guess = jnp.argmax(model.apply({"params": params}, x), axis=-1)
-                return jnp.sum((guess == y) & (index >= 0))
-
-            return jnp.sum(jax.lax.map(part, _chunks(len(split.y), chunk)))
+            return _total(lambda log_probs, y: log_probs.argmax(-1) == y, model, params, split, chunk)
 
         return over_seeds(count)(params)
 
     return lambda params: np.asarray(correct(params, split)) / len(split.y)
 
 
-def _chunks(size: int, chunk: int) -> jax.Array:
-    """The indices 0 to size - 1 in rows of `chunk`; -1 beyond, which counts for nothing."""
+def _total(figure: Callable, model: Any, params: Any, split: Split, chunk: int) -> jax.Array:
+    """The sum of `figure(log_probs, y)` over the examples of a split, in evaluation mode."""
+    size = len(split.y)
     rows = -(-size // chunk)
-    return jnp.pad(jnp.arange(size), (0, rows * chunk - size), constant_values=-1).reshape(rows, chunk)
+    # Beyond the last image the index is -1: it counts for nothing.
+    index = jnp.pad(jnp.arange(size), (0, rows * chunk - size), constant_values=-1).reshape(rows, chunk)
+
+    def part(index):
+        x, y = split.batch(index)
+        return jnp.sum(jnp.where(index >= 0, figure(model.apply({"params": params}, x), y), 0))
+
+    return jnp.sum(jax.lax.map(part, index))
 
 
 def percent(accuracies: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ All seeds of a method train in one compiled program.
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,20 +59,25 @@ def epochs(config: Config) -> int:
     return {"mnist": 10, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
-def optimizers(config: Config, sparsity: float, steps: int) -> dict[str, Callable[..., Any]]:
-    """For each method an optimizer, as a function of the masks it starts from and a key."""
+def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any]]:
+    """For each method of sparse training an optimizer, as a function of the first masks and a key."""
     adam = optax.adam(config.lr)
     end = steps * 3 // 4
     moves = {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
-    cubic = jp.schedules.cubic(sparsity, begin_step=steps // 10, end_step=end)
-    every = max(1, (end - steps // 10) // config.mask_updates)
-    gradual = jp.pruner(jp.scores.magnitude, cubic, every=every)
     return {
         "static": _train.fixed(adam),
         "set": lambda masks, key: jp.wrap_optax(adam, jp.set_(masks, seed=key, **moves)),
         "rigl": lambda masks, key: jp.wrap_optax(adam, jp.rigl(masks, **moves)),
-        "gradual": lambda masks, key: jp.wrap_optax(adam, gradual),
     }
+
+
+def gradual_optimizer(config: Config, sparsity: float, steps: int) -> Callable[..., Any]:
+    """The same for gradual pruning from dense, along the cubic schedule."""
+    begin, end = steps // 10, steps * 3 // 4
+    cubic = jp.schedules.cubic(sparsity, begin_step=begin, end_step=end)
+    every = max(1, (end - begin) // config.mask_updates)
+    tx = jp.wrap_optax(optax.adam(config.lr), jp.pruner(jp.scores.magnitude, cubic, every=every))
+    return lambda masks, key: tx
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -93,9 +99,11 @@ def run(config: Config) -> list[dict[str, Any]]:
     total = 1 + len(METHODS) * len(config.sparsities)
     with Results(config.out, "dynamic_sparse", config) as results, tqdm(total=total, unit="run") as bar:
 
-        def train_and_record(method: str, sparsity: float, start: Any, optimizer_of: Any) -> None:
+        def fitter(optimizer_of: Any) -> Callable[..., _train.Fit]:
+            return _train.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
+
+        def train_and_record(method: str, sparsity: float, start: Any, fit: Any) -> None:
             bar.set_description(f"{method} {sparsity:.0%}")
-            fit = _train.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
             fitted = fit(init, start, keys)
             figures = accuracy(fitted.params)
             for index, seed in enumerate(config.seeds):
@@ -117,12 +125,15 @@ def run(config: Config) -> list[dict[str, Any]]:
                 lines.append(line)
             bar.update()
 
-        ways = optimizers(config, 0.0, steps)
-        train_and_record("dense", 0.0, ones, ways["static"])
+        # These depend on the sparsity by their masks alone, so each is compiled once.
+        fits = {method: fitter(optimizer) for method, optimizer in sparse_optimizers(config, steps).items()}
+        train_and_record("dense", 0.0, ones, fits["static"])
         for sparsity in config.sparsities:
-            masks = jax.vmap(lambda params, key: erk_masks(params, key, sparsity))(init, mask_keys)  # noqa: B023
-            for method, optimizer_of in optimizers(config, sparsity, steps).items():
-                train_and_record(method, sparsity, ones if method == "gradual" else masks, optimizer_of)
+            masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(init, mask_keys)
+            for method, fit in fits.items():
+                train_and_record(method, sparsity, masks, fit)
+            gradual = fitter(gradual_optimizer(config, sparsity, steps))
+            train_and_record("gradual", sparsity, ones, gradual)
     return lines
 
 

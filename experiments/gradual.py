@@ -26,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _train
+from experiments import _data, _plots, _tables, _train
 from experiments._config import Results, flag, parse
 from experiments._models import MLP
 
@@ -130,18 +130,13 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
-
-    def cell(method: str, sparsity: float) -> str:
-        own = [line["accuracy"] for line in lines if (line["method"], line["sparsity"]) == (method, sparsity)]
-        return _train.percent(own)
-
-    text = [f"dense: {cell('dense', 0.0)} %", "", "accuracy in %, mean and s.d. over seeds"]
+    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
     text.append("sparsity  achieved" + "".join(f"{title:>15}" for title in METHODS.values()))
     for sparsity in sorted({line["sparsity"] for line in lines} - {0.0}):
         achieved = {round(line["achieved"], 4) for line in lines if line["sparsity"] == sparsity}
         text.append(
             f"{sparsity:>8.0%}  {'/'.join(f'{x:.2%}' for x in sorted(achieved)):>8}"
-            + "".join(f"{cell(method, sparsity):>15}" for method in METHODS)
+            + "".join(f"{_tables.cell(lines, method=method, sparsity=sparsity):>15}" for method in METHODS)
         )
     return "\n".join(text)
 

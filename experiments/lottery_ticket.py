@@ -145,7 +145,7 @@ def layer_pruner(rate: float, last_rate: float, last: str) -> jp.Pruner:
 
 def vmapped(pruner: jp.Pruner) -> jp.Pruner:
     """The pruner for params with a leading seed axis; each seed is pruned on its own."""
-    return jp.Pruner(jax.jit(jax.vmap(pruner.init)), jax.jit(jax.vmap(pruner.update)))
+    return pruner._replace(init=jax.jit(jax.vmap(pruner.init)), update=jax.jit(jax.vmap(pruner.update)))
 
 
 class Study:
@@ -175,12 +175,16 @@ class Study:
             ones = jp.ones_masks(self.init)
             self.init = whole_run(late)(self.init, ones, self.train_keys).params
             self.other_init = whole_run(late)(self.other_init, ones, self.train_keys).params
-        self.pruner = layer_pruner(self.settings.rate, self.settings.last_rate, "fc3/kernel")
+        pruner = layer_pruner(self.settings.rate, self.settings.last_rate, "fc3/kernel")
+        self.pruner = vmapped(pruner)
+        # The level is traced, so this is compiled once for all of them.
+        self.one_shot = jax.jit(
+            lambda dense, level: jax.vmap(lambda params: jp.prune_rounds(params, pruner, level))(dense)
+        )
 
     def dense_ticket(self, trained: Any) -> jp.Ticket:
         """Level 0, from which every chain goes on."""
-        pruner = vmapped(self.pruner)
-        state = pruner.init(self.init)
+        state = self.pruner.init(self.init)
         return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
 
     def chain(self, method: str, after: jp.Ticket | None, fits: list[_train.Fit]) -> Iterator[jp.Ticket]:
@@ -199,8 +203,8 @@ class Study:
             "learning-rate": {"rewind": "learning_rate"},
         }[method]
         train = trainer(self.fit, self.train_keys)
-        levels, pruner = self.settings.levels, vmapped(self.pruner)
-        return jp.lottery_ticket(train, self.init, pruner, levels, after=after, **options)
+        levels = self.settings.levels
+        return jp.lottery_ticket(train, self.init, self.pruner, levels, after=after, **options)
 
     def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, _train.Fit]:
         """Masks and training of a control of a ticket; `dense` is the trained dense network."""
@@ -212,7 +216,7 @@ class Study:
             keys_here = jax.vmap(lambda key: jax.random.fold_in(key, ticket.level))(self.mask_keys)
             masks = jax.vmap(lambda key, mask: jp.shuffled_masks(key, mask, within))(keys_here, masks)
         else:
-            masks = jax.vmap(lambda params: jp.prune_rounds(params, self.pruner, int(ticket.level)))(dense)
+            masks = self.one_shot(dense, ticket.level)
         if method == "one-shot-tune":
             start, fit, keys = dense, self.tune, self.tune_keys
         return masks, fit(jp.rewind(start, masks), masks, keys)

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.paths import is_concrete
+
 T = TypeVar("T")
 
 
 def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
     """`update(state)` if due, else `state`; run only if some element of a `vmap` needs it.
+
+    Where `due` has a value now, it is looked at, and `update` may warn and raise.
 
     Under `vmap` a `lax.cond` whose predicate is batched becomes a select, which runs both branches
     at every step of a training loop. Here one predicate is made for the whole batch, whether any
@@ -32,6 +36,8 @@ def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
       >>> jax.vmap(lambda due, row: update_if(due, jnp.sort, row))(jnp.array([True, False]), x).tolist()
       [[1.0, 3.0], [4.0, 2.0]]
     """
+    if is_concrete(due):
+        return update(state) if due else state
 
     def some(state: T) -> T:
         return jax.tree.map(lambda new, old: jnp.where(due, new, old), update(state), state)

@@ -10,7 +10,7 @@ from jaxprune.masks import check_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.prune import all_finite, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
-from jaxprune.selection import lowest, ordered_bits
+from jaxprune.selection import count_true, lowest, ordered_bits
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
@@ -142,9 +142,8 @@ def rewiring(
 
     In each leaf the kept units lowest in `drop` go, and as many of those that are not kept then,
     highest in `grow`, come. Equal scores are taken by the lower index; of those that grow in an N:M
-    group by the higher, as N:M keeps them. A unit that goes and comes
-    in one update was never gone. So the number kept never changes, and what was kept and not
-    dropped is kept.
+    group by the higher, as N:M keeps them. A unit that goes and comes in one update was never gone.
+    So the number kept never changes, and what was kept and not dropped is kept.
 
     Under `jit` nothing can be raised: an update whose scores are not all finite is left out.
 
@@ -214,8 +213,6 @@ def rewiring(
             return state._replace(masks=masks, row=state.row + 1)
 
         due = (state.step % every == 0) & (state.step < end_step)
-        if is_concrete(due):
-            return move(state) if due else state
         return update_if(due, move, state)
 
     return Pruner(init_fn, update_fn, regrows=True)
@@ -228,12 +225,12 @@ def _moved(
 
     A leaf that prunes nothing comes out as it was: what is dropped there is all that can grow.
     """
-    before = array_leaves(masks, "masks")
+    before, everything = array_leaves(masks, "masks"), ones_masks(masks)
     here = pool(lows, masks, chosen, structure)
-    there = pool(highs, ones_masks(masks), chosen, structure)
     if structure.max_sparsity == 1:
+        there = pool(highs, everything, chosen, structure)
         survivors = _without_lowest(here, part)
-        counts = {path: _count(here.alive[path]) - _count(survivors[path]) for path in survivors}
+        counts = {path: count_true(here.alive[path]) - count_true(survivors[path]) for path in survivors}
         grown = {
             path: lowest([~ordered_bits(there.scores[path])], [~survivors[path]], counts[path])[0]
             for path in survivors
@@ -244,15 +241,13 @@ def _moved(
         # n highest of a group stay, so as many grow in it as were dropped.
         entries = elements()
         survivors = _without_lowest(pool(lows, masks, chosen, entries), part)
-        grow = pool(highs, ones_masks(masks), chosen, entries).scores
+        grow = pool(highs, everything, chosen, entries).scores
         ranked = {path: jnp.where(survivors[path], _most(grow[path].dtype), grow[path]) for path in chosen}
-        ones = {path: jnp.ones_like(before[path]) for path in chosen}
+        whole = array_leaves(everything, "masks")
+        ones = {path: whole[path] for path in chosen}
         after = structure.pool(ranked, ones).expand(here.alive)
-    finite = all_finite(lows, masks, chosen) & all_finite(highs, ones_masks(masks), chosen)
-    new = {
-        path: jnp.where(finite, after[path], before[path]) if path in after else before[path]
-        for path in before
-    }
+    finite = all_finite(lows, masks, chosen) & all_finite(highs, everything, chosen)
+    new = before | {path: jnp.where(finite, after[path], before[path]) for path in chosen}
     return jax.tree.unflatten(jax.tree.structure(masks), list(new.values()))
 
 
@@ -260,7 +255,7 @@ def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
     """For each pool the units alive, without the lowest `part` of them."""
 
     def survivors(scores, alive):
-        count = jnp.round(part * _count(alive).astype(jnp.float32)).astype(jnp.int32)
+        count = jnp.round(part * count_true(alive).astype(jnp.float32)).astype(jnp.int32)
         return alive & ~lowest([scores], [alive], count)[0]
 
     return {path: survivors(scores, units.alive[path]) for path, scores in units.scores.items()}
@@ -269,10 +264,6 @@ def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
 def _most(dtype: Any) -> jax.Array:
     """What no score of a dtype is above."""
     return jnp.array(jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
-
-
-def _count(mask: jax.Array) -> jax.Array:
-    return jnp.sum(mask, dtype=jnp.int32)
 
 
 def _check_units(masks: Masks, where: Where, structure: Structure) -> None:

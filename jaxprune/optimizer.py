@@ -46,8 +46,8 @@ def wrap_optax(
     norms, clipping and momenta are those of the masked network. Its update is replaced by -p where
     the *new* masks prune, so `optax.apply_updates` gives exactly 0 there; and so are moments and
     whatever else in its state mirrors the params. Entries that the new masks bring back (`rigl`)
-    start from exactly 0, with the state of a new optimizer; in an update where a pruner that regrows changes
-    masks, the wrapped optimizer takes no step, and its counters stand still.
+    start from exactly 0, with the state of a new optimizer; in an update where a pruner that
+    regrows changes masks, the wrapped optimizer takes no step, and its counters stand still.
 
     It must be the outermost transform: what is chained after it would change the -p, and what
     passes raw gradients on at times (`optax.conditionally_transform`) would lose it.
@@ -97,11 +97,8 @@ def wrap_optax(
         _check_params(params, "wrap_optax")
         pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
         before, after = state.pruner.masks, pruned.masks
-        if pruner.regrows:
-            step = partial(_regrowing_update, inner)
-        else:
-            step = partial(_masked_update, inner)
-        updates, inner_state = step(updates, state.inner, params, before, after, extra)
+        step = _regrowing_update if pruner.regrows else _masked_update
+        updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
         return updates, WrapOptaxState(inner_state, pruned)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

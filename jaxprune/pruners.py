@@ -161,8 +161,6 @@ def pruner(
             return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
 
         due = (row > state.row) & sound
-        if is_concrete(due):
-            return advance(state) if due else state
         return update_if(due, advance, state)
 
     return Pruner(init_fn, update_fn, remembers=memory > 0)

@@ -92,17 +92,17 @@ def lowest(
     keys = [ordered_bits(array) for array in scores]
 
     def below(bound):
-        return sum(_count(a & (key < bound)) for key, a in zip(keys, alive, strict=True))
+        return sum(count_true(a & (key < bound)) for key, a in zip(keys, alive, strict=True))
 
     threshold = _largest_with_fewer_below(below, count, keys[0].dtype)
     chosen = [a & (key < threshold) for key, a in zip(keys, alive, strict=True)]
     ties = [a & (key == threshold) for key, a in zip(keys, alive, strict=True)]
 
     # The ties fill what is left of `count`, the first leaf first.
-    left = count - sum(map(_count, chosen))
+    left = count - sum(map(count_true, chosen))
     result = []
     for strictly_below, tied in zip(chosen, ties, strict=True):
-        available = _count(tied)
+        available = count_true(tied)
         taken = jnp.clip(left, 0, available)
         left = left - taken
         # Mostly one entry ties, with itself, and all are taken or none.
@@ -125,17 +125,18 @@ def removable(scores: jax.Array, alive: jax.Array, floor: int) -> jax.Array:
     """
     if floor == 0:
         return alive
-    return lowest([scores], [alive], jnp.maximum(_count(alive) - floor, 0))[0]
+    return lowest([scores], [alive], jnp.maximum(count_true(alive) - floor, 0))[0]
 
 
-def _count(mask: jax.Array) -> jax.Array:
+def count_true(mask: jax.Array) -> jax.Array:
+    """How many entries of a mask are True, an int32 scalar."""
     return jnp.sum(mask, dtype=jnp.int32)
 
 
 def _first(mask: jax.Array, count: jax.Array) -> jax.Array:
     """The first `count` True entries of a mask in row-major order."""
     index = lax.iota(jnp.uint32, mask.size).reshape(mask.shape)
-    bound = _largest_with_fewer_below(lambda bound: _count(mask & (index < bound)), count, jnp.uint32)
+    bound = _largest_with_fewer_below(lambda bound: count_true(mask & (index < bound)), count, jnp.uint32)
     return mask & (index <= bound)
 
 

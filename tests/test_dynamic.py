@@ -1,5 +1,7 @@
 """RigL, SET and rewiring: against loops in numpy, in every structure, inside optimizers."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,7 +199,7 @@ def test_training_by_hand_equals_the_wrapper():
         if step % 5 == 0:
             part = 0.25 * (1 + np.cos(np.pi * step / 40))
             new = jax.tree.map(
-                lambda w, g, m: oracle(w, g, np.asarray(m), int(np.round(part * m.sum()))),  # noqa: B023
+                lambda w, g, m, part=part: oracle(w, g, np.asarray(m), int(np.round(part * m.sum()))),
                 *(jax.tree.map(np.asarray, tree) for tree in (theirs, grads, their_masks)),
             )
             stays = jax.tree.map(lambda a, b: jnp.asarray(a & b), new, their_masks)
@@ -237,7 +239,7 @@ def test_many_seeds_in_one_program():
     keys = jax.random.split(jax.random.key(0), 3)
     together = jax.jit(jax.vmap(run))(keys)
     for index, key in enumerate(keys):
-        params, masks, start = jax.tree.map(lambda leaf: leaf[index], together)  # noqa: B023
+        params, masks, start = jax.tree.map(operator.itemgetter(index), together)
         alone = jax.jit(run)(key)
         jax.tree.map(np.testing.assert_array_equal, (masks, start), alone[1:])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, alone[0])

@@ -427,7 +427,7 @@ def test_an_epoch_is_plain_sgd_over_batches_with_a_smaller_last_one():
     order = jax.random.permutation(jax.random.split(key)[0], 25)
     for start in (0, 10, 20):
         x, y = split.batch(order[start : start + 10])
-        grads = jax.grad(lambda p: _train.nll(model, p, x, y, key).mean())(params)  # noqa: B023
+        grads = jax.grad(lambda p, x=x, y=y: _train.nll(model, p, x, y, key).mean())(params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, params)
 

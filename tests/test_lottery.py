@@ -1,6 +1,7 @@
 """Lottery tickets: against a loop written out by hand, under jit and vmap, and what is refused."""
 
 import itertools
+import operator
 from functools import partial
 
 import jax
@@ -117,7 +118,7 @@ def test_one_program_for_all_seeds_equals_runs_one_by_one(rewind):
             partial(train, key), init(key), PRUNER, 4, rewind=rewind, tune=tune(key)
         )
         for level, ticket in enumerate(one_by_one):
-            own = jax.tree.map(lambda leaf: leaf[index, level], together)  # noqa: B023
+            own = jax.tree.map(operator.itemgetter((index, level)), together)
             equal(own.masks, ticket.masks)
             assert own.level == ticket.level
             close((own.params, own.trained), (ticket.params, ticket.trained))
@@ -245,7 +246,7 @@ def test_shuffled_masks_are_uniform_and_independent():
     masks = {"kernel": jnp.zeros((4, 2), bool).at[0].set(True)}
     keys = jax.random.split(jax.random.key(0), 4000)
     for within in (None, -1):
-        drawn = jax.vmap(lambda key: jp.shuffled_masks(key, masks, within))(keys)["kernel"]  # noqa: B023
+        drawn = jax.vmap(partial(jp.shuffled_masks, masks=masks, within=within))(keys)["kernel"]
         # Each entry is kept with probability 1/4; 5 standard deviations.
         assert float(jnp.abs(drawn.mean(0) - 0.25).max()) < 5 * (0.25 * 0.75 / 4000) ** 0.5
     same_row = (drawn[..., 0] == drawn[..., 1]).all(-1).mean()
@@ -276,7 +277,7 @@ def test_the_error_barrier_is_the_worst_point_of_the_line():
     one, other = init(jax.random.key(0)), init(jax.random.key(1))
     errors = []
     for a in np.linspace(0, 1, 21):
-        between = jax.tree.map(lambda p, q: (1 - a) * p + a * q, one, other)  # noqa: B023
+        between = jax.tree.map(lambda p, q, a=a: (1 - a) * p + a * q, one, other)
         errors.append(float(loss_fn(between, jnp.arange(32))))
     expected = max(errors) - (errors[0] + errors[-1]) / 2
     barrier = partial(jp.error_barrier, lambda p: loss_fn(p, jnp.arange(32)), points=21)
@@ -423,9 +424,10 @@ def test_no_sort_in_a_training_step_under_vmap():
     together = jax.jit(jax.vmap(run))(keys)
     for index, key in enumerate(keys):
         params, opt_state = run(key)
-        close(jax.tree.map(lambda leaf: leaf[index], together[0]), params)  # noqa: B023
+        own = jax.tree.map(operator.itemgetter(index), together)
+        close(own[0], params)
         masks = optax.tree.get(opt_state, "masks")
-        equal(jax.tree.map(lambda leaf: leaf[index], optax.tree.get(together[1], "masks")), masks)  # noqa: B023
+        equal(optax.tree.get(own[1], "masks"), masks)
 
 
 def primitives(jaxpr, behind_condition):

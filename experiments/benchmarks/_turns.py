@@ -93,5 +93,5 @@ def serve(descriptor: int) -> None:
                     pipe.send((True, None))
                 else:
                     pipe.send((True, getattr(made, name)(*given)))
-            except Exception:
+            except Exception:  # whatever it is, told to the process that asked
                 pipe.send((False, traceback.format_exc()))
