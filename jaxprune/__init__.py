@@ -3,10 +3,13 @@
 Masks are pytrees that mirror the params; pure functions make and apply them inside `jit`.
 """
 
-from jaxprune import distributions, l0, metrics, penalties, schedules, scores, selection, structures
+from jaxprune import distributions, graph, l0, metrics, penalties, schedules, scores, selection, structures
 
 # Dynamic sparse training: masks that move
 from jaxprune.dynamic import rewiring, rigl, set_
+
+# Structured pruning: coupled channels, and the network without them
+from jaxprune.graph import Compacted, Plan, channel_groups, compact
 
 # Iterative pruning and lottery tickets
 from jaxprune.lottery import (
@@ -39,7 +42,9 @@ from jaxprune.surgeon import optimal_brain_surgeon
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [
+    "Compacted",
     "KeepMaskedState",
+    "Plan",
     "Pruner",
     "PrunerState",
     "Schedule",
@@ -50,10 +55,13 @@ __all__ = [
     "all_of",
     "any_of",
     "apply_masks",
+    "channel_groups",
     "check_masks",
     "check_pruned",
+    "compact",
     "distributions",
     "error_barrier",
+    "graph",
     "intersect",
     "keep_masked",
     "kernels",

@@ -1,0 +1,25 @@
+"""Structured pruning from a function's jaxpr: coupled channels, and the network without them."""
+
+from jaxprune.graph.compaction import Compacted, Stayed, compact
+from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
+from jaxprune.graph.macs import multiply_adds
+from jaxprune.graph.plan import Plan
+from jaxprune.graph.report import Report
+from jaxprune.graph.rules import Frame, Rule, elementwise, register_rule
+
+__all__ = [
+    "ChannelGroups",
+    "Compacted",
+    "Frame",
+    "Group",
+    "Member",
+    "Plan",
+    "Report",
+    "Rule",
+    "Stayed",
+    "channel_groups",
+    "compact",
+    "elementwise",
+    "multiply_adds",
+    "register_rule",
+]

@@ -1,0 +1,337 @@
+"""`compact`: the smaller network that computes what the masked one does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph import ir
+from jaxprune.graph.axes import Kept, State
+from jaxprune.graph.facts import Facts
+from jaxprune.graph.plan import Plan
+from jaxprune.graph.program import Linked, close, split_static
+from jaxprune.graph.report import Report, report
+from jaxprune.masks import apply_masks, check_masks
+from jaxprune.paths import array_leaves, is_array, is_concrete
+from jaxprune.typing import Masks, Params
+
+
+class Compacted:
+    """A network that is really smaller, as `compact` returns it.
+
+    Attributes:
+      params: the small params: a tree like the dense ones, with smaller leaves.
+      masks: the masks of the small params, for what stays masked within them.
+      plan: which slices stay; it does the work of `shrink`, `expand` and `save`.
+      apply: `apply(params, *inputs)`, the function on small params; any batch size, under jit,
+        grad, vmap, scan and `jax.export`.
+      stayed: what the masks remove that had to stay, each with the reason.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        params: Params,
+        masks: Masks,
+        plan: Plan,
+        state: Callable[[Any], Any] | None,
+        stayed: Sequence["Stayed"],
+    ):
+        self.plan, self.stayed = plan, tuple(stayed)
+        self.params, self.masks = plan.shrink(params), plan.shrink(masks)
+        self.function = function
+        self.apply = self.bind(function, state=state)
+
+    @property
+    def keep(self) -> dict[str, dict[int, np.ndarray]]:
+        """By path, for each axis that lost slices, the dense indices of those that stayed."""
+        return {path: dict(axes) for path, axes in self.plan.keep.items()}
+
+    def shrink(self, tree: Any) -> Any:
+        """Cuts what goes out of any tree with param-shaped parts; see `Plan.shrink`."""
+        return self.plan.shrink(tree)
+
+    def expand(self, tree: Any) -> Any:
+        """Puts zeros where slices went, in any tree with param-shaped parts; see `Plan.expand`."""
+        return self.plan.expand(tree)
+
+    def save(self, file: Any) -> None:
+        """Writes the plan to a file; `Plan.load` reads it, and `compact` takes it in place of masks."""
+        self.plan.save(file)
+
+    def bind(
+        self, function: Callable[..., Any], state: Callable[[Any], Any] | None = None
+    ) -> Callable[..., Any]:
+        """Another function of the same dense params, on the small ones.
+
+        The training-mode function, say, under the plan found in evaluation mode.
+
+        Args:
+          function: `function(params, *inputs)` for dense params.
+          state: as for `compact`, for this function's output.
+
+        Returns:
+          `bound(params, *inputs)` for small params. It raises ValueError if the function needs
+          slices that the plan drops, naming what needs them.
+        """
+        return bind(function, self.plan, state)
+
+    def report(self, *inputs: Any, rounds: int = 0) -> Report:
+        """What compaction gained: parameters, multiply-adds, time, and what stayed and why.
+
+        Args:
+          *inputs: what to count multiply-adds, and to measure, with.
+          rounds: how often to time each of the two networks, in turn; 0 for not at all.
+        """
+        return report(self, *inputs, rounds=rounds)
+
+
+def compact(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    masks: Masks | Plan,
+    *inputs: Any,
+    state: Callable[[Any], Any] | None = None,
+    multiple_of: int = 1,
+    verify: bool = True,
+) -> Compacted:
+    """The smaller network that computes what the masked one does.
+
+    The function is traced, and every slice of every param is dropped that is zero under the masks
+    or is multiplied by zeros only, as far as the function provably stays the same: for all inputs,
+    and for all values of the small params, so that it can be trained on:
+    `small.apply(s, x) == apply_fn(small.expand(s), x)`. What cannot be proved stays, and
+    `stayed` says why.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: the dense params, a pytree of arrays.
+      masks: bool masks like `params`; or a `Plan`, as loaded from a file.
+      *inputs: example inputs. Shapes may differ in later calls. Bools and strings among them are
+        static.
+      state: from the function's output to that part of it that is new values of params (updated
+        BatchNorm statistics, a cache), at the same paths as in `params`.
+      multiple_of: widths are rounded up to a multiple of this, with units that are zero.
+      verify: compares the two networks on the inputs, if params and inputs are there to be read.
+
+    Returns:
+      A `Compacted`.
+
+    Raises:
+      ValueError: masks that do not mirror `params`, a plan that does not fit.
+      TypeError: masks that are traced.
+      RuntimeError: the check failed, which is a bug in jaxprune or in a rule of yours.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> masks = jp.ones_masks(params)
+      >>> masks["a"] = masks["a"].at[:, 1].set(False)
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> small = jp.compact(apply_fn, params, masks, jnp.ones((1, 3)))
+      >>> small.params["a"].shape, small.params["b"].shape
+      ((3, 3), (3, 2))
+      >>> small.keep["b"]
+      {0: array([0, 2, 3])}
+    """
+    if not (isinstance(multiple_of, int) and multiple_of >= 1):
+        raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
+    linked = Linked(apply_fn, params, inputs, state)
+    stayed: list[Stayed] = []
+    if isinstance(masks, Plan):
+        plan = masks
+        fit(linked, plan)
+        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    else:
+        check_masks(masks, params)
+        if not is_concrete(masks):
+            raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")
+        zeros = zero_slices(masks)
+        kept = close(linked, zeros)
+        kept = _rounded(linked, kept, multiple_of)
+        plan = plan_of(linked, kept)
+        stayed = _stayed(linked, zeros, plan)
+    masked = params if not is_concrete(params) and _abstract(params) else apply_masks(params, masks)
+    small = Compacted(apply_fn, masked, masks, plan, state, stayed)
+    if verify and is_concrete(params, split_static(inputs)[0]):
+        _verify(apply_fn, masked, small, inputs)
+    return small
+
+
+def _abstract(tree: Any) -> bool:
+    return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+
+
+def zero_slices(masks: Masks) -> dict[str, list[np.ndarray | None]]:
+    """The slices of each param of which the masks keep nothing."""
+
+    def zero(mask: np.ndarray, axis: int) -> np.ndarray | None:
+        alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        return None if alive.all() else ~alive
+
+    arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
+    return {path: [zero(mask, axis) for axis in range(mask.ndim)] for path, mask in arrays.items()}
+
+
+def plan_of(linked: Linked, kept: Kept) -> Plan:
+    """The slices of params that a solution keeps."""
+    keep = {}
+    for path, value in linked.values.items():
+        axes = {axis: kept.indices(node) for axis, node in enumerate(value.axes)}
+        if cut := {axis: indices for axis, indices in axes.items() if indices is not None}:
+            keep[path] = cut
+    return Plan({path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}, keep)
+
+
+def _rounded(linked: Linked, kept: Kept, multiple_of: int) -> Kept:
+    """A solution whose widths are multiples, as far as there are slices to fill up with."""
+    while True:
+        seeds: list[tuple[int, State]] = []
+        for value in linked.values.values():
+            for node, size in zip(value.axes, value.shape, strict=True):
+                indices = kept.indices(node)
+                if indices is not None and (missing := -len(indices) % multiple_of):
+                    state = np.ones(size, bool)
+                    state[np.setdiff1d(np.arange(size), indices)[missing:]] = False
+                    seeds.append((node, state))
+        if not seeds:
+            return kept
+        kept = close(linked, linked.dropped(kept), [*linked.seeds(linked.dropped(kept)), *seeds])
+
+
+def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
+    """The solution for a plan made elsewhere.
+
+    Raises:
+      ValueError: the plan is for other params, or drops what this function needs.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
+    if shapes != dict(plan.shapes):
+        different = [path for path in {**shapes, **plan.shapes} if shapes.get(path) != plan.shapes.get(path)]
+        path = different[0]
+        raise ValueError(
+            f"the plan does not fit the params: at {path!r} the plan has {plan.shapes.get(path)}, "
+            f"the params have {shapes.get(path)}."
+        )
+    dropped = plan.dropped()
+    facts = linked.facts(dropped)
+    kept = linked.solve(facts, linked.seeds(dropped))
+    for path, value in linked.values.items():
+        for axis, node in enumerate(value.axes):
+            wanted, planned = kept.indices(node), plan.keep.get(path, {}).get(axis)
+            have = np.arange(plan.shapes[path][axis]) if wanted is None else wanted
+            if planned is not None and len(have) != len(planned):
+                first = int(np.setdiff1d(have, planned)[0])
+                raise ValueError(
+                    f"the plan drops slice {first} of params[{path!r}] along axis {axis}, which this "
+                    f"function needs: {explain(linked, facts, node, first)}."
+                )
+    return kept, facts
+
+
+def bind(
+    function: Callable[..., Any], plan: Plan, state: Callable[[Any], Any] | None = None
+) -> Callable[..., Any]:
+    """A function of dense params as one of small params; see `Compacted.bind`."""
+    programs: dict[Any, tuple[Linked, Kept, Facts]] = {}
+
+    def bound(params: Params, *inputs: Any) -> Any:
+        plan.check(params)
+        arrays, _ = split_static(inputs)
+        leaves, treedef = jax.tree.flatten((params, inputs))
+        key = (treedef, tuple(_signature(leaf) for leaf in leaves))
+        if key not in programs:
+            small, tree = jax.tree.flatten(params)
+            dense = [
+                jax.ShapeDtypeStruct(shape, leaf.dtype)
+                for leaf, shape in zip(small, plan.shapes.values(), strict=True)
+            ]
+            linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state)
+            solution = fit(linked, plan)
+            if linked.closes_over_tracers():
+                return linked.replay(*solution, [*small, *arrays.values()])
+            programs[key] = linked, *solution
+        linked, kept, facts = programs[key]
+        return linked.replay(kept, facts, [*jax.tree.leaves(params), *arrays.values()])
+
+    return bound
+
+
+def _signature(leaf: Any) -> Any:
+    if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
+        struct = ir.abstract(leaf)
+        return struct.shape, struct.dtype, struct.weak_type
+    return leaf
+
+
+class Stayed:
+    """Slices of a param that the masks remove but the function needs."""
+
+    def __init__(self, path: str, axis: int, count: int, why: str):
+        self.path, self.axis, self.count, self.why = path, axis, count, why
+
+    def __repr__(self) -> str:
+        return f"{self.count} masked slices of {self.path} along axis {self.axis} stay: {self.why}"
+
+
+def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
+    dropped, result = plan.dropped(), []
+    facts = None
+    for path, marks in zeros.items():
+        for axis, (zero, gone) in enumerate(zip(marks, dropped[path], strict=True)):
+            left = zero if zero is None or gone is None else zero & ~gone
+            if left is None or not left.any():
+                continue
+            facts = facts or linked.facts(dropped)
+            why = explain(linked, facts, linked.values[path].axes[axis], int(np.flatnonzero(left)[0]))
+            result.append(Stayed(path, axis, int(left.sum()), why))
+    return result
+
+
+def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
+    """Why a slice has to stay: what pins it, or the op that reads it."""
+    why = linked.graph.why_pinned(node)
+    if why is not None:
+        return str(why)
+    for op, needed, state in facts.readers():
+        alone = linked.graph.solve([(needed, state)], never_empty=False).state(node)
+        if alone is True or alone[index]:
+            return f"{op} sums it with slices that are not zero"
+    return "an axis cannot be empty, or its width is rounded up"
+
+
+def _verify(apply_fn: Callable[..., Any], masked: Params, small: Compacted, inputs: Sequence[Any]) -> None:
+    """Compares the masked and the small network on the example inputs."""
+    arrays, rebuild = split_static(inputs)
+
+    def run(function: Callable[..., Any], params: Params) -> Any:
+        return jax.jit(lambda params, arrays: function(params, *rebuild(arrays)))(params, arrays)
+
+    expected, got = run(apply_fn, masked), run(small.apply, small.params)
+    for path, value in array_leaves(got, "output").items():
+        dense = array_leaves(expected, "output")[path]
+        if dense.shape != value.shape:
+            continue  # a new value of a param, which is smaller
+        if error := _difference(np.asarray(dense), np.asarray(value)):
+            raise RuntimeError(
+                f"the compacted network differs from the masked one by {error:.2g} (relative to the "
+                f"largest entry) at output [{path}]. This is a bug in jaxprune, or in a registered rule: "
+                "please report it with the function. compact(..., verify=False) skips the check."
+            )
+
+
+def _difference(dense: np.ndarray, small: np.ndarray) -> float:
+    """The largest difference relative to the largest entry, or 0.0 where it is within rounding."""
+    if not np.issubdtype(dense.dtype, np.inexact) and dense.dtype.kind != "V":
+        return float((dense != small).mean())
+    wide = np.float64 if not np.issubdtype(dense.dtype, np.complexfloating) else np.complex128
+    eps = float(jnp.finfo(dense.dtype).eps)
+    dense, small = dense.astype(wide), small.astype(wide)
+    finite = np.isfinite(dense)
+    if not finite.any():
+        return 0.0
+    error = np.abs(dense - small)[finite].max() / max(np.abs(dense[finite]).max(), np.finfo(np.float32).tiny)
+    return float(error) if not error <= eps**0.5 else 0.0

@@ -1,0 +1,321 @@
+"""`channel_groups`: the channels of a function that can only go together."""
+
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.graph.axes import AxisGraph
+from jaxprune.graph.compaction import explain
+from jaxprune.graph.program import Linked
+from jaxprune.typing import Params, Where
+
+Split = str | int
+"""Which factor of a product of axes loses slices: "major", "minor", or its index."""
+
+
+class Member(NamedTuple):
+    """An axis of a param that a group's units have slices of.
+
+    Attributes:
+      path: the param's path.
+      axis: the axis, from 0.
+      indices: int array, units x slices: the slices of each unit.
+    """
+
+    path: str
+    axis: int
+    indices: np.ndarray
+
+
+class Group(NamedTuple):
+    """Units of coupled channels that can replace each other: the channels of a layer, say.
+
+    Attributes:
+      name: the path and axis of its first kernel, or of its first member.
+      units: how many units there are.
+      members: the axes of params they lie in.
+      kind: groups of equal kind have members of the same names and axes, whatever their sizes.
+      why_not: why no unit can be removed; None where units can.
+    """
+
+    name: str
+    units: int
+    members: tuple[Member, ...]
+    kind: str
+    why_not: str | None = None
+
+    @property
+    def removable(self) -> bool:
+        """Whether a unit whose slices are all zero can be taken out."""
+        return self.why_not is None
+
+
+class Whole(NamedTuple):
+    """Axes of params that stay whole.
+
+    Attributes:
+      members: the paths and axes.
+      why: the reason.
+    """
+
+    members: tuple[tuple[str, int], ...]
+    why: str
+
+
+class ChannelGroups(NamedTuple):
+    """All groups of a function; printing it gives a table.
+
+    Attributes:
+      groups: those with units, in the order of the params.
+      whole: the axes of params that are in none, and why.
+    """
+
+    groups: tuple[Group, ...]
+    whole: tuple[Whole, ...]
+
+    def removable(self) -> tuple[Group, ...]:
+        """The groups that units can be removed from."""
+        return tuple(group for group in self.groups if group.removable)
+
+    def under(self, prefix: str) -> "ChannelGroups":
+        """The groups for a part of the params: paths without a prefix, members elsewhere left out.
+
+        For functions of `{"params": ..., "batch_stats": ...}` whose optimizer sees the params alone:
+        `groups.under("params")`.
+
+        Raises:
+          ValueError: no path has the prefix.
+        """
+        start = prefix.rstrip("/") + "/"
+        groups = []
+        for group in self.groups:
+            members = tuple(
+                m._replace(path=m.path.removeprefix(start)) for m in group.members if m.path.startswith(start)
+            )
+            if members:
+                groups.append(group._replace(name=group.name.removeprefix(start), members=members))
+        if not groups:
+            paths = sorted({member.path for group in self.groups for member in group.members})
+            raise ValueError(
+                f"no member of a group lies under {prefix!r}; their paths are {', '.join(paths)}."
+            )
+        return ChannelGroups(tuple(groups), ())
+
+    def without(self, where: Where) -> "ChannelGroups":
+        """The groups but for those with a member that `where(path, member)` matches.
+
+        Raises:
+          ValueError: nothing matches.
+        """
+        kept = tuple(g for g in self.groups if not any(where(m.path, m) for m in g.members))
+        if len(kept) == len(self.groups):
+            raise ValueError(f"without({getattr(where, '__name__', where)}) matches no member of a group.")
+        return self._replace(groups=kept)
+
+    def __iter__(self) -> Iterator[Group]:  # type: ignore[override]
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def channel_groups(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    split: Split = "major",
+    state: Callable[[Any], Any] | None = None,
+) -> ChannelGroups:
+    """The coupled channels of a function: which slices of which params can only go together.
+
+    A unit is the slices that have to go so that any one of them can: a convolution's filter, its
+    bias, its BatchNorm entries and the input channel of whatever reads it. Nothing is computed,
+    so abstract params will do.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+      *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`; bools and strings are static.
+      split: where an axis is split in several that could each lose slices (heads x head width),
+        which of them does: `"major"`, the first (whole heads, whole groups of grouped-query
+        attention), `"minor"`, the last (the same places of every head), or the index of one.
+      state: as for `compact`: the outputs that are new values of params.
+
+    Returns:
+      `ChannelGroups`.
+
+    Raises:
+      ValueError: a `split` that is none of these.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> groups = jp.channel_groups(apply_fn, params, jnp.ones((1, 3)))
+      >>> [(group.name, group.units) for group in groups]
+      [('a[1]', 4)]
+      >>> print(groups)
+      group                    units  members
+      a[1]                         4  a[1] b[0]
+      Whole: a[0]: it meets an axis of the input [0].
+      Whole: b[1]: it meets an axis of the output.
+    """
+    if not (split in ("major", "minor") or (isinstance(split, int) and not isinstance(split, bool))):
+        raise ValueError(f"split must be 'major', 'minor' or an index, got {split!r}.")
+    linked = Linked(apply_fn, params, inputs, state)
+    graph = linked.graph.copy()
+    _split(graph, split)
+    groups = _unnamed_groups(linked, graph)
+    groups = _try_to_remove(linked, groups)
+    return ChannelGroups(tuple(groups), _whole(linked, graph))
+
+
+def _split(graph: AxisGraph, split: Split) -> None:
+    """Pins all but one factor of each product that could lose slices in several ways."""
+    while products := graph.free_products():
+        product = products[0]
+        always = graph.always_kept()
+        free = [factor for factor in product.factors if not always.full(factor)]
+        place = {"major": 0, "minor": -1}.get(split, split) if isinstance(split, str) else split
+        chosen = free[min(place, len(free) - 1) if place >= 0 else max(place, -len(free))]  # type: ignore[operator]
+        for factor in free:
+            if graph.find(factor) != graph.find(chosen):
+                graph.pin(factor, f"split={split!r} takes slices from another axis of the product")
+        if all(graph.find(factor) == graph.find(chosen) for factor in free):
+            graph.pin(chosen, "it is a factor of a product twice")
+
+
+def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
+    """Units with the same axes, and as many slices of each, form a group."""
+    labels = graph.units()
+    axes: dict[int, list[tuple[str, int]]] = {}
+    for path, value in linked.values.items():
+        for axis, node in enumerate(value.axes):
+            axes.setdefault(graph.find(node), []).append((path, axis))
+    units: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for root in axes:
+        if root not in labels:
+            continue
+        order = np.argsort(labels[root], kind="stable")
+        names, starts = np.unique(labels[root][order], return_index=True)
+        for label, indices in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
+            if label >= 0:
+                units.setdefault(label, []).append((root, indices))
+    alike: dict[tuple, list[list[tuple[int, np.ndarray]]]] = {}
+    for label in sorted(units):
+        signature = tuple((root, len(indices)) for root, indices in units[label])
+        alike.setdefault(signature, []).append(units[label])
+    groups = []
+    for signature, of_group in alike.items():
+        members = [
+            Member(path, axis, np.stack([unit[place][1] for unit in of_group]))
+            for place, (root, _) in enumerate(signature)
+            for path, axis in axes[root]
+        ]
+        position = {path: n for n, path in enumerate(linked.values)}
+        members.sort(key=lambda m: (position[m.path], m.axis))
+        groups.append(_named(members, linked))
+    groups.sort(key=lambda g: [position[m.path] for m in g.members])
+    names = [group.name for group in groups]
+    twice = {name for name in names if names.count(name) > 1}
+    count: dict[str, int] = {}
+    result = []
+    for group in groups:
+        if group.name in twice:
+            count[group.name] = count.get(group.name, 0) + 1
+            group = group._replace(name=f"{group.name}#{count[group.name]}")
+        result.append(group)
+    return result
+
+
+def _named(members: list[Member], linked: Linked) -> Group:
+    shapes = {m.path: linked.leaves[m.path].shape for m in members}
+    outputs = [m for m in members if len(shapes[m.path]) >= 2 and m.axis == len(shapes[m.path]) - 1]
+    kernels = [m for m in members if len(shapes[m.path]) >= 2]
+    first = (outputs or kernels or members)[0]
+    kind = sorted(f"{m.path.rsplit('/', 1)[-1]}[{m.axis} of {len(shapes[m.path])}]" for m in members)
+    return Group(f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind))
+
+
+def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:
+    """Zeroes a unit of each group and sees whether it can be taken out."""
+    together = [group for group in groups if group.units > 1]
+    gone = _removed(linked, together)
+    result = []
+    for group in groups:
+        removed = gone.get(group.name)
+        if removed is not True:
+            removed = _removed(linked, [group])[group.name]
+        if removed is True and _is_all(group, linked):
+            removed = "it is the only unit, and an axis cannot be empty; another split= may give more"
+        result.append(group if removed is True else group._replace(why_not=removed))
+    return result
+
+
+def _is_all(group: Group, linked: Linked) -> bool:
+    """Whether a group's only unit is all of an axis."""
+    return group.units == 1 and any(
+        m.indices.shape[1] == linked.leaves[m.path].shape[m.axis] for m in group.members
+    )
+
+
+def _removed(linked: Linked, groups: Sequence[Group]) -> dict[str, Any]:
+    """For each group, whether its first unit vanishes if its slices are zero: True, or why not."""
+    zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in linked.values.items()}
+    for group in groups:
+        for path, axis, indices in group.members:
+            marks = zeros[path][axis]
+            marks = np.zeros(linked.leaves[path].shape[axis], bool) if marks is None else marks
+            marks[indices[0]] = True
+            zeros[path][axis] = marks
+    facts = linked.facts(zeros)
+    kept = linked.solve(facts, never_empty=False)
+    result: dict[str, Any] = {}
+    for group in groups:
+        result[group.name] = True
+        for path, axis, indices in group.members:
+            node = linked.values[path].axes[axis]
+            state = kept.state(node)
+            left = indices[0] if state is True else indices[0][state[indices[0]]]
+            if len(left):
+                result[group.name] = explain(linked, facts, node, int(left[0]))
+                break
+    return result
+
+
+def _whole(linked: Linked, graph: AxisGraph) -> tuple[Whole, ...]:
+    always, reasons = graph.always_kept(), {}
+    for path, value in linked.values.items():
+        for axis, node in enumerate(value.axes):
+            if always.full(node):
+                reasons.setdefault(str(graph.why_pinned(node)), []).append((path, axis))
+    return tuple(Whole(tuple(members), why) for why, members in reasons.items())
+
+
+def _table(groups: ChannelGroups) -> str:
+    width, left = 79, 33
+    lines = [f"{'group':<25}{'units':>5}  members"]
+    for group in groups.groups:
+        names = [f"{m.path}[{m.axis}]{_times(m)}" for m in group.members]
+        name = group.name if len(group.name) <= 24 else "..." + group.name[-21:]
+        wrapped = textwrap.wrap(" ".join(names), width - left + 1, break_on_hyphens=False)
+        lines.append(f"{name:<24}{group.units:>6}  {wrapped[0]}")
+        lines += [" " * 32 + line for line in wrapped[1:]]
+        if group.why_not is not None:
+            lines += textwrap.wrap(
+                f"not removable: {group.why_not}", width, initial_indent="  ", subsequent_indent="    "
+            )
+    for whole in groups.whole:
+        names = " ".join(f"{path}[{axis}]" for path, axis in whole.members)
+        lines += textwrap.wrap(f"Whole: {names}: {whole.why}.", width, subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _times(member: Member) -> str:
+    return f" x{member.indices.shape[1]}" if member.indices.shape[1] > 1 else ""

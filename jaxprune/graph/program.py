@@ -1,0 +1,179 @@
+"""A function of params with the constraints of all its axes, and the solutions of these."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.graph import ir
+from jaxprune.graph.axes import Kept, State, Vector
+from jaxprune.graph.facts import Facts, run
+from jaxprune.graph.replay import Replay
+from jaxprune.graph.rules import link_region, rule_for
+from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.typing import Params
+
+Zeros = Mapping[str, Sequence[Vector | None]]
+"""For some leaves by path, and each of their axes, which slices are zero."""
+
+
+class Linked:
+    """A function of params and inputs, traced, with the constraints of all its axes.
+
+    The inputs of the function stay whole, and so do its outputs, but for those that `state` names.
+
+    Attributes:
+      leaves: the params by path, as `jax.ShapeDtypeStruct`.
+      graph: the axes of all values.
+      values: the param values by path.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        params: Params,
+        inputs: Sequence[Any],
+        state: Callable[[Any], Any] | None = None,
+    ):
+        self.leaves = array_leaves(params)
+        arrays, rebuild = split_static(inputs)
+        program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
+        self.graph, self._region, self.out_tree = program
+        link_region(self._region, self.graph)
+        count = len(self.leaves)
+        self.values = dict(zip(self.leaves, self._region.inputs[:count], strict=True))
+        self._tie_outputs(state)
+        for value, name in zip(self._region.inputs[count:], leaf_paths(arrays), strict=True):
+            for node in value.axes:
+                self.graph.pin(node, f"it meets an axis of the input [{name}]")
+
+    def _tie_outputs(self, state: Callable[[Any], Any] | None) -> None:
+        """Ties the outputs that are new values of params to these, and pins the others."""
+        outputs = self._region.outputs
+        tree = jax.tree.unflatten(self.out_tree, range(len(outputs)))
+        new = [] if state is None else state(tree)
+        tied = dict(zip(leaf_paths(new), jax.tree.leaves(new), strict=True))
+        for path, number in tied.items():
+            if path not in self.values:
+                raise ValueError(
+                    f"state= gives an output at {path!r}, but params has no such leaf. It must return those "
+                    f"outputs that are new values of params, at the same paths: {', '.join(self.values)}."
+                )
+            value = self.values[path]
+            if outputs[number].shape != value.shape:
+                raise ValueError(
+                    f"state= gives {describe(outputs[number])} at {path!r}, but that param is "
+                    f"{describe(value)}."
+                )
+            for a, b in zip(outputs[number].axes, value.axes, strict=True):
+                self.graph.same(a, b)
+        names = leaf_paths(tree)
+        for number, (value, name) in enumerate(zip(outputs, names, strict=True)):
+            if number not in tied.values():
+                for node in value.axes:
+                    self.graph.pin(node, f"it meets an axis of the output{f' [{name}]' if name else ''}")
+
+    def facts(self, zeros: Zeros) -> Facts:
+        """What follows from slices of params being zero."""
+        facts = Facts()
+        for path, marks in zeros.items():
+            facts.learn(self.values[path], marks)
+        run(self._region, facts, rule_for)
+        return facts
+
+    def solve(self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True) -> Kept:
+        """The fewest slices that the function can do with."""
+        needed: list[tuple[int, State]] = [(node, state) for _, node, state in facts.readers()]
+        return self.graph.solve([*needed, *seeds], never_empty)
+
+    def dropped(self, kept: Kept) -> dict[str, list[Vector | None]]:
+        """The slices of each param that go."""
+
+        def gone(node: int) -> Vector | None:
+            state = kept.state(node)
+            return None if state is True else ~state
+
+        return {path: [gone(node) for node in value.axes] for path, value in self.values.items()}
+
+    def seeds(self, dropped: Zeros) -> list[tuple[int, State]]:
+        """Seeds that keep what is not among some slices of the params."""
+        return [
+            (node, True if gone is None else ~gone)
+            for path, marks in dropped.items()
+            for node, gone in zip(self.values[path].axes, marks, strict=True)
+        ]
+
+    def closes_over_tracers(self) -> bool:
+        """Whether the function closed over arrays that are traced, so that it holds for one call."""
+        return ir.any_constant(self._region, lambda constant: isinstance(constant, Tracer))
+
+    def replay(self, kept: Kept, facts: Facts, leaves: Sequence[Any]) -> Any:
+        """The function's output from small params and inputs."""
+        outputs = Replay(kept, facts).run(self._region, leaves)
+        return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])
+
+
+def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """The arrays and numbers among some inputs by path, and how to put others in their place.
+
+    What is neither (a bool such as `train=True`, a string, a function) stays as it is.
+    """
+    leaves, treedef = jax.tree.flatten(tuple(inputs))
+    names = leaf_paths(tuple(inputs)) if leaves else []
+    moving = {
+        name: leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
+    }
+
+    def rebuild(arrays: dict[str, Any]) -> Any:
+        return treedef.unflatten([arrays.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+    return moving, rebuild
+
+
+def close(linked: Linked, zeros: Zeros, seeds: Sequence[tuple[int, State]] = ()) -> Kept:
+    """The fewest slices to keep, such that only dropped slices have to be zero for it.
+
+    First a dropped slice counts as zero, for there is nothing of it left, and what it made
+    needless is dropped too, until nothing changes. Then only the slices of params that are
+    dropped count as zero, and what was justified by other zeros is kept, until nothing changes:
+    a kept slice may be trained, so that it happened to be zero must not matter.
+    """
+    zeros = {path: list(marks) for path, marks in zeros.items()}
+    while True:
+        kept = linked.solve(linked.facts(zeros), seeds)
+        more = _joined(zeros, linked.dropped(kept))
+        if _equal(more, zeros):
+            break
+        zeros = more
+    dropped = linked.dropped(kept)
+    while True:
+        kept = linked.solve(linked.facts(dropped), [*linked.seeds(dropped), *seeds])
+        fewer = linked.dropped(kept)
+        if _equal(fewer, dropped):
+            return kept
+        dropped = fewer
+
+
+def _joined(a: Zeros, b: Zeros) -> dict[str, list[Vector | None]]:
+    def joined(x: Vector | None, y: Vector | None) -> Vector | None:
+        return (x if y is None else y) if x is None or y is None else x | y
+
+    return {path: [joined(x, y) for x, y in zip(a[path], b[path], strict=True)] for path in a}
+
+
+def _equal(a: Zeros, b: Zeros) -> bool:
+    def equal(x: Vector | None, y: Vector | None) -> bool:
+        return np.array_equal(_marks(x, y), _marks(y, x))
+
+    return all(equal(x, y) for path in a for x, y in zip(a[path], b[path], strict=True))
+
+
+def _marks(marks: Vector | None, like: Vector | None) -> Vector:
+    if marks is None:
+        return np.zeros(0 if like is None else len(like), bool)
+    return marks

@@ -1,0 +1,98 @@
+"""What compaction gained, as a table."""
+
+import math
+import statistics
+import textwrap
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune.graph.macs import multiply_adds
+from jaxprune.graph.program import split_static
+
+
+class Report(NamedTuple):
+    """Before and after compaction; printing it gives a table.
+
+    Attributes:
+      params: entries of all params, dense and small.
+      macs: multiply-adds of one call, dense and small; see `multiply_adds`.
+      seconds: the median time of a compiled call, dense and small; None if not measured.
+      axes: by path, the dense and the small shape of each param that got smaller.
+      stayed: what the masks remove that had to stay, and why.
+    """
+
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    seconds: tuple[float, float] | None
+    axes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    stayed: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{'':<28}{'dense':>14}{'small':>14}{'ratio':>9}"]
+        lines.append(_row("params", *self.params))
+        if self.macs is not None:
+            lines.append(_row("multiply-adds", *self.macs))
+        if self.seconds is not None:
+            dense, small = self.seconds
+            lines.append(f"{'time':<28}{'1':>14}{f'{small / dense:.2f}':>14}{f'{dense / small:.2f} x':>9}")
+        for path, (dense, small) in self.axes.items():
+            name = path if len(path) <= 35 else "..." + path[-32:]
+            lines.append(f"{name:<36}{_shape(dense):>20}{_shape(small):>20}")
+        for stayed in self.stayed:
+            lines += textwrap.wrap(str(stayed), 78, subsequent_indent="  ")
+        return "\n".join(lines)
+
+
+def report(small: Any, *inputs: Any, rounds: int = 0) -> Report:
+    """What a `Compacted` gained; see `Compacted.report`.
+
+    Raises:
+      ValueError: times are asked for, but no inputs given.
+    """
+    plan = small.plan
+    count = _size(plan.shapes), _size({path: plan.small_shape(path) for path in plan.shapes})
+    macs = seconds = None
+    if rounds and not inputs:
+        raise ValueError("report needs inputs to time the networks on: report(x, rounds=10).")
+    if inputs:
+        dense = jax.eval_shape(small.expand, small.params)
+        macs = (
+            multiply_adds(small.function, dense, *inputs),
+            multiply_adds(small.apply, small.params, *inputs),
+        )
+    if rounds:
+        seconds = _times(small, inputs, rounds)
+    axes = {path: (tuple(plan.shapes[path]), plan.small_shape(path)) for path in plan.keep}
+    return Report(count, macs, seconds, axes, small.stayed)
+
+
+def _times(small: Any, inputs: Any, rounds: int) -> tuple[float, float]:
+    """The median time of a call of each, taken in turn, compiled and warm."""
+    arrays, rebuild = split_static(inputs)
+    calls = []
+    for function, params in ((small.function, small.expand(small.params)), (small.apply, small.params)):
+        compiled = jax.jit(lambda params, arrays, function=function: function(params, *rebuild(arrays)))
+        jax.block_until_ready(compiled(params, arrays))
+        calls.append((compiled, params))
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for (compiled, params), taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(params, arrays))
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
+
+
+def _row(name: str, dense: int, small: int) -> str:
+    return f"{name:<28}{dense:>14,}{small:>14,}{f'{dense / max(small, 1):.2f} x':>9}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"

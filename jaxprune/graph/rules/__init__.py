@@ -1,0 +1,21 @@
+"""The rules, a file for each class of primitive. To add one, see `base.Rule` and `register_rule`."""
+
+from jaxprune.graph.rules import calls, contractions, indexing, reductions, shapes
+from jaxprune.graph.rules.base import Frame, Rule, has_rule, register_rule, rule_for
+from jaxprune.graph.rules.calls import link_region
+from jaxprune.graph.rules.elementwise import elementwise
+
+__all__ = [
+    "Frame",
+    "Rule",
+    "calls",
+    "contractions",
+    "elementwise",
+    "has_rule",
+    "indexing",
+    "link_region",
+    "reductions",
+    "register_rule",
+    "rule_for",
+    "shapes",
+]
