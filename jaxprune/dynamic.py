@@ -185,6 +185,11 @@ def rewiring(
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], the part of the kept units dropped, got {fraction}.")
     structure = elements() if structure is None else structure
+    if structure.spans_leaves:
+        raise ValueError(
+            f"{structure.name} has units that span several leaves; what moves here lies in one. Pass "
+            "structures.slices, blocks, nm or elements."
+        )
     check_masks(masks, masks)
     if is_concrete(masks):
         with jax.ensure_compile_time_eval():  # a traced function may have closed over them

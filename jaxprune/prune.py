@@ -5,7 +5,6 @@ steps again and again, with a count that a schedule gives.
 """
 
 import inspect
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +14,22 @@ import jax.numpy as jnp
 
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
-from jaxprune.schedules import check_sparsity
-from jaxprune.selection import lowest, removable, removed_count
+from jaxprune.selection import lowest, removable
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.targets import (
+    SCOPES,
+    Counts,
+    Ranks,
+    checked_counts,
+    rank_sizes,
+    ranks,
+    sparsity_counts,
+    threshold_counts,
+)
+from jaxprune.targets import (
+    floors as floors_of,
+)
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
-
-Counts = Any
-"""How many units go: an integer for all pools ranked together, or a dict of one per pool."""
-
-_TOGETHER = "all leaves together"
 
 
 def prune_once(
@@ -63,7 +69,8 @@ def prune_once(
       of: `"total"`: the sparsity includes what was pruned before. `"remaining"`: it is a
         fraction of what `masks` keep.
       scope: `"global"` ranks all leaves together; `"layerwise"` takes the sparsity or the count
-        from each leaf. A threshold is the same in both.
+        from each leaf; `"isomorphic"`, of coupled channels, from all groups of one kind. A
+        threshold is the same in all.
       structure: which entries go together (see `structures`); by default each is a unit.
       where: which leaves take part, a function of (path, leaf).
       masks: masks to start from; by default nothing is pruned.
@@ -106,13 +113,15 @@ def prune_once(
     masks = ones_masks(params) if masks is None else like_params(masks, params)
     tree = evaluate(scores, params, grads=grads, key=key, **extra)
     units = pool(tree, masks, chosen, structure)
+    # A threshold is the same for all, so every pool has its own count.
+    together = ranks(units.scores, structure, scope if threshold is None else "layerwise")
     if sparsity is not None:
-        counts = _sparsity_counts(sparsity, units, structure, scope, of)
+        counts = sparsity_counts(sparsity, units, structure, together, scope, of)
     elif count is not None:
-        counts = _checked_counts(count, units, scope)
+        counts = checked_counts(count, units, together, scope)
     else:
-        counts = _threshold_counts(threshold, units)
-    return remove(masks, units, counts, units_to_keep(floor, structure))
+        counts = threshold_counts(threshold, units)
+    return remove(masks, units, counts, together, floors_of(units.scores, structure, floor))
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:
@@ -121,17 +130,12 @@ def check_choices(scope: str, of: str, floor: int) -> None:
     Raises:
       ValueError: a value that is not among those allowed.
     """
-    if scope not in ("global", "layerwise"):
-        raise ValueError(f"scope must be 'global' or 'layerwise', got {scope!r}.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     if of not in ("total", "remaining"):
         raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
     if not isinstance(floor, int) or floor < 0:
         raise ValueError(f"floor must be 0 or a positive integer (units that stay per leaf), got {floor!r}.")
-
-
-def units_to_keep(floor: int, structure: Structure) -> int:
-    """The floor, but 0 for n:m structures: pruning all their units empties no leaf."""
-    return floor if structure.max_sparsity == 1 else 0
 
 
 def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
@@ -211,146 +215,57 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
     )
 
 
-def remove(masks: Masks, units: Units, counts: Counts, floor: int) -> Masks:
+def remove(masks: Masks, units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int]) -> Masks:
     """Masks without the lowest units.
 
     Args:
       masks: the masks now in force, those that `units` were pooled under.
       units: the pooled scores.
-      counts: how many units go, in all or by pool; beyond what the floor allows none go.
-      floor: how many units of each pool stay at least.
+      counts: how many units go, by rank; beyond what the floors allow none go.
+      together: the pools of each rank.
+      floors: how many units of each pool stay at least.
 
     Returns:
       Masks like `masks`, keeping a subset.
+
+    Raises:
+      ValueError: the units lie in leaves that the masks do not have.
     """
-    gone = _lowest_units(units, counts, floor)
+    gone = _lowest_units(units, counts, together, floors)
     if is_concrete(units.alive, counts, gone):
-        _say_what_was_not_done(units, counts, floor, gone)
+        _say_what_was_not_done(units, counts, together, floors, gone)
     entries = units.expand({name: ~gone[name] for name in gone})
     before = array_leaves(masks, "masks")
+    if unknown := [path for path in entries if path not in before]:
+        raise ValueError(
+            f"the units have entries in {', '.join(unknown)}, which the params do not have. For groups of "
+            "{'params': ..., 'batch_stats': ...} and params alone, pass groups.under('params')."
+        )
     after = {path: before[path] & entries[path] if path in entries else before[path] for path in before}
-    if not floor and is_concrete(before, after):
+    if not any(floors.values()) and is_concrete(before, after):
         _say_what_collapsed({path: (before[path], after[path]) for path in entries})
     return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
 
 
-def target_counts(
-    sparsity: float | PerPath, sizes: Mapping[str, int], structure: Structure, scope: str
-) -> int | dict[str, int]:
-    """How many units a sparsity removes from pools of the given sizes.
-
-    Raises:
-      ValueError: a sparsity outside [0, 1) or above what the structure can remove, an unknown
-        path, or a sparsity per path with `scope="global"`.
-    """
-
-    def part(value: Any, size: int, what: str = "sparsity") -> int:
-        value = check_sparsity(value, what)
-        fraction = value / structure.max_sparsity
-        if fraction > 1 + 1e-12:
-            raise ValueError(
-                f"{structure.name} removes at most {structure.max_sparsity:g} of the entries, "
-                f"got {what}={value:g}."
-            )
-        return removed_count(min(fraction, 1.0), size)
-
-    if scope == "global":
-        if isinstance(sparsity, Mapping):
-            raise ValueError("a sparsity per path needs scope='layerwise': each leaf has its own target.")
-        return part(sparsity, sum(sizes.values()))
-    by_pool = per_pool(sparsity, sizes, "sparsity", default=0.0)
-    named = isinstance(sparsity, Mapping)
-    return {
-        name: part(by_pool[name], size, f"sparsity[{name!r}]" if named else "sparsity")
-        for name, size in sizes.items()
-    }
-
-
-def per_pool(value: Any, pools: Mapping[str, Any], what: str, default: Any) -> dict[str, Any]:
-    """A value for each pool, from one value or from a dict by path.
-
-    Raises:
-      ValueError: a path that takes no part, or an empty dict.
-    """
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(pools, value)
-    if unknown := [path for path in value if path not in pools]:
-        raise ValueError(
-            f"{what} names {', '.join(map(repr, unknown))}, which where= does not take in. "
-            f"The paths that take part: {', '.join(pools)}."
-        )
-    if not value:
-        raise ValueError(f"{what} is an empty dict, so nothing would be pruned.")
-    return {name: value.get(name, default) for name in pools}
-
-
-def to_go(targets: Counts, units: Units) -> Counts:
-    """Counts in addition to what is pruned already, from counts of the total."""
-    gone = {name: jnp.sum(~alive, dtype=jnp.int32) for name, alive in units.alive.items()}
-    if isinstance(targets, Mapping):
-        return {name: targets[name] - gone[name] for name in gone}
-    return targets - sum(gone.values())
-
-
-def _sizes(units: Units) -> dict[str, int]:
-    return {name: alive.size for name, alive in units.alive.items()}
-
-
-def _sparsity_counts(sparsity: Any, units: Units, structure: Structure, scope: str, of: str) -> Counts:
-    if of == "total":
-        return to_go(target_counts(sparsity, _sizes(units), structure, scope), units)
-    if not is_concrete(units.alive):
-        raise TypeError(
-            "of='remaining' counts what is left on the host, but the masks are traced. Under jit use "
-            "jaxprune.pruner(..., of='remaining'), or pass count=, which may be traced."
-        )
-    with jax.ensure_compile_time_eval():  # a traced function may have closed over the masks
-        left = {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
-    return target_counts(sparsity, left, structure, scope)
-
-
-def _checked_counts(count: Any, units: Units, scope: str) -> Counts:
-    sizes = _sizes(units)
-    if scope == "global":
-        if isinstance(count, Mapping):
-            raise ValueError("a count per path needs scope='layerwise': each leaf has its own target.")
-        sizes = {_TOGETHER: sum(sizes.values())}
-    by_pool = per_pool(count, sizes, "count", default=0)
-    for name, number in by_pool.items():
-        if isinstance(number, bool) or not jnp.issubdtype(jnp.result_type(number), jnp.integer):
-            what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
-            raise TypeError(f"{what} must be an integer, got {number!r}; for a fraction pass sparsity=...")
-        if is_concrete(number) and not 0 <= int(number) <= sizes[name]:
-            raise ValueError(f"count={number} is out of range: {name} has {sizes[name]} units to remove.")
-    return by_pool[_TOGETHER] if scope == "global" else by_pool
-
-
-def _threshold_counts(threshold: Any, units: Units) -> Counts:
-    bounds = per_pool(threshold, units.scores, "threshold", default=-jnp.inf)
-    for name, bound in bounds.items():
-        if is_concrete(bound) and math.isnan(bound):
-            raise ValueError(f"threshold is nan for {name}: no score is below it.")
-    return {
-        name: jnp.sum(units.alive[name] & (scores < bounds[name]), dtype=jnp.int32)
-        for name, scores in units.scores.items()
-    }
-
-
-def _lowest_units(units: Units, counts: Counts, floor: int) -> dict[str, jax.Array]:
+def _lowest_units(
+    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int]
+) -> dict[str, jax.Array]:
     """For each pool, the units that go."""
-    names, scores, alive = list(units.scores), list(units.scores.values()), list(units.alive.values())
 
-    def at_most(count, mask_list, spare):
-        available = sum(jnp.sum(mask, dtype=jnp.int32) for mask in mask_list) - spare
+    def at_most(count, alive, spare):
+        available = sum(jnp.sum(a, dtype=jnp.int32) for a in alive) - spare
         return jnp.clip(count, 0, jnp.maximum(available, 0))
 
-    if isinstance(counts, Mapping):
-        return {
-            name: lowest([s], [a], at_most(counts[name], [a], floor))[0]
-            for name, s, a in zip(names, scores, alive, strict=True)
-        }
-    free = [removable(s, a, floor) for s, a in zip(scores, alive, strict=True)]
-    return dict(zip(names, lowest(scores, free, at_most(counts, free, 0)), strict=True))
+    gone: dict[str, jax.Array] = {}
+    for rank, names in together.items():
+        scores, alive, spare = [units.scores[n] for n in names], [units.alive[n] for n in names], 0
+        if len(names) == 1:
+            spare = floors[names[0]]
+        else:
+            alive = [removable(s, a, floors[n]) for n, s, a in zip(names, scores, alive, strict=True)]
+        lows = lowest(scores, alive, at_most(counts[rank], alive, spare))
+        gone.update(zip(names, lows, strict=True))
+    return gone
 
 
 def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
@@ -364,14 +279,15 @@ def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
         )
 
 
-def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[str, jax.Array]) -> None:
+def _say_what_was_not_done(
+    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int], gone: dict[str, jax.Array]
+) -> None:
     """Warns where a target was missed, and where only the floor kept a leaf from being emptied."""
     done = {name: int(jnp.sum(mask)) for name, mask in gone.items()}
-    asked = counts if isinstance(counts, Mapping) else {_TOGETHER: counts}
-    got = done if isinstance(counts, Mapping) else {_TOGETHER: sum(done.values())}
     alive = {name: int(jnp.sum(mask)) for name, mask in units.alive.items()}
-    left = alive if isinstance(counts, Mapping) else {_TOGETHER: sum(alive.values())}
-    for name, number in asked.items():
+    got, left = rank_sizes(done, together), rank_sizes(alive, together)
+    floor = max(floors.values())
+    for name, number in counts.items():
         if number < 0:
             warnings.warn(
                 f"{name}: {-int(number)} more units are pruned already than the target asks for. Masks "
@@ -386,10 +302,11 @@ def _say_what_was_not_done(units: Units, counts: Counts, floor: int, gone: dict[
                 f"{name}: {got[name]} of the {int(number)} units asked for were removed, because {reason}.",
                 stacklevel=4,
             )
-    full = [name for name in gone if alive[name] - done[name] <= floor]
-    if isinstance(counts, Mapping) or not full or not floor:
+    shared = [name for names in together.values() if len(names) > 1 for name in names]
+    full = [name for name in shared if floors[name] and alive[name] - done[name] <= floors[name]]
+    if not full:
         return
-    loose = _lowest_units(units, counts, floor=0)
+    loose = _lowest_units(units, counts, together, dict.fromkeys(floors, 0))
     if spared := [name for name in full if int(jnp.sum(loose[name])) > done[name]]:
         warnings.warn(
             f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "

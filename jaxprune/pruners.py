@@ -16,15 +16,12 @@ from jaxprune.prune import (
     all_finite,
     check_choices,
     evaluate,
-    per_pool,
     pool,
     remove,
-    target_counts,
-    to_go,
-    units_to_keep,
 )
 from jaxprune.schedules import Schedule, constant
 from jaxprune.structures import Structure, elements
+from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts, to_go
 from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
 
 _MAX_TABLE = 2**20
@@ -59,7 +56,8 @@ def pruner(
       sparsity: a number, a `Schedule`, or a dict of these by path; the schedules in a dict share
         their begin and end.
       structure: which entries go together (see `structures`); by default each is a unit.
-      scope: `"global"` ranks all leaves together; `"layerwise"` takes the target from each leaf.
+      scope: `"global"` ranks all leaves together; `"layerwise"` takes the target from each leaf;
+        `"isomorphic"`, of coupled channels, from all groups of one kind.
       where: which leaves take part, a function of (path, leaf).
       of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
       every: how many calls lie between two updates of the masks.
@@ -106,7 +104,6 @@ def pruner(
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
     structure = elements() if structure is None else structure
-    floor = units_to_keep(floor, structure)
 
     @lru_cache(maxsize=8)
     def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
@@ -154,8 +151,9 @@ def pruner(
             tree = tree_now(state)
             units = pool(tree, state.masks, chosen, structure)
             now = jnp.asarray(targets)[row]
-            counts = now[0] if scope == "global" else dict(zip(sizes, now, strict=True))
-            masks = remove(state.masks, units, to_go(counts, units), floor)
+            together = ranks(units.scores, structure, scope)
+            counts = to_go(dict(zip(together, now, strict=True)), units, together)
+            masks = remove(state.masks, units, counts, together, floors(units.scores, structure, floor))
             finite = all_finite(tree, state.masks, chosen)
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
             return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
@@ -273,25 +271,25 @@ def _table(
     of: str,
     floor: int,
 ) -> np.ndarray:
-    """How many units are removed in total, by row and pool (one column for all if global).
+    """How many units are removed in total, by row and rank (one column for all if global).
 
     Rows go to the schedule's end; without an end, until nothing changes any more.
     """
+    together, least = ranks(sizes, structure, scope), floors(sizes, structure, floor)
+    units = rank_sizes(sizes, together)
     if "" not in schedules:
-        per_pool(schedules, sizes, "sparsity", default=None)
+        per_pool(schedules, units, "sparsity", None, scope)
 
     def asked(count: int) -> Any:
         values = {path: float(schedule(np.float64(count))) for path, schedule in schedules.items()}
         return values.get("", values)
 
     def removed(remaining: dict[str, int], count: int) -> np.ndarray:
-        counts = target_counts(asked(count), remaining, structure, scope)
-        return np.array(list(counts.values()) if isinstance(counts, dict) else [counts])
+        return np.array(list(target_counts(asked(count), remaining, structure, scope).values()))
 
-    pools = sizes if scope == "layerwise" else {"all leaves together": sum(sizes.values())}
-    all_units = np.array(list(pools.values()))
-    spare = {name: min(floor, size) for name, size in sizes.items()}
-    most = all_units - np.array(list(spare.values()) if scope == "layerwise" else [sum(spare.values())])
+    all_units = np.array(list(units.values()))
+    spare = rank_sizes({name: min(least[name], size) for name, size in sizes.items()}, together)
+    most = all_units - np.array(list(spare.values()))
     if grid.last is not None:
         _check_table_size(grid.last, len(most), grid)
     rows = [np.zeros_like(most)]
@@ -299,9 +297,9 @@ def _table(
     while grid.last is None or len(rows) <= grid.last:
         now = grid.count(len(rows))
         if of == "total":
-            target = np.maximum(removed(sizes, now), rows[-1])
+            target = np.maximum(removed(units, now), rows[-1])
         else:
-            target = rows[-1] + removed(dict(zip(pools, (all_units - rows[-1]).tolist(), strict=True)), now)
+            target = rows[-1] + removed(dict(zip(units, (all_units - rows[-1]).tolist(), strict=True)), now)
         missed = target - most
         rows.append(np.minimum(target, most))
         _check_table_size(len(rows), len(most), grid)
@@ -310,7 +308,7 @@ def _table(
     # Only levels that go on for ever are meant to end at the floor.
     constant_total = of == "total" and asked(1) == asked(len(rows))
     if (grid.last is not None or constant_total) and (missed > 0).any():
-        _say_missed(pools, missed, floor)
+        _say_missed(units, missed, max(least.values()))
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # No reason to score and select where nothing changes.
     return np.stack(rows).astype(np.int32)
@@ -324,8 +322,8 @@ def _check_table_size(rows: int, columns: int, grid: _Grid) -> None:
         )
 
 
-def _say_missed(pools: dict[str, int], missed: np.ndarray, floor: int) -> None:
-    names = ", ".join(f"{name} by {n}" for name, n in zip(pools, missed.tolist(), strict=True) if n > 0)
+def _say_missed(units: dict[str, int], missed: np.ndarray, floor: int) -> None:
+    names = ", ".join(f"{name} by {n}" for name, n in zip(units, missed.tolist(), strict=True) if n > 0)
     warnings.warn(
         f"the schedule's target is missed ({names} units), because floor={floor} units of each leaf stay. "
         "floor=0 lets a leaf be emptied.",

@@ -937,7 +937,7 @@ def test_a_target_by_path_needs_layerwise(kind):
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"scope": "local"}, "scope must be 'global' or 'layerwise', got 'local'"),
+        ({"scope": "local"}, "scope must be one of 'global', 'layerwise', 'isomorphic', got 'local'"),
         ({"of": "rest"}, "of must be 'total' or 'remaining', got 'rest'"),
         ({"floor": -1}, "floor must be 0 or a positive integer.*got -1"),
         ({"floor": 0.5}, "floor must be 0 or a positive integer.*got 0.5"),

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,11 +23,13 @@ class Member(NamedTuple):
       path: the param's path.
       axis: the axis, from 0.
       indices: int array, units x slices: the slices of each unit.
+      shape: the param's shape.
     """
 
     path: str
     axis: int
     indices: np.ndarray
+    shape: tuple[int, ...]
 
 
 class Group(NamedTuple):
@@ -64,7 +67,8 @@ class Whole(NamedTuple):
     why: str
 
 
-class ChannelGroups(NamedTuple):
+@dataclass(frozen=True)
+class ChannelGroups:
     """All groups of a function; printing it gives a table.
 
     Attributes:
@@ -112,9 +116,9 @@ class ChannelGroups(NamedTuple):
         kept = tuple(g for g in self.groups if not any(where(m.path, m) for m in g.members))
         if len(kept) == len(self.groups):
             raise ValueError(f"without({getattr(where, '__name__', where)}) matches no member of a group.")
-        return self._replace(groups=kept)
+        return replace(self, groups=kept)
 
-    def __iter__(self) -> Iterator[Group]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
 
     def __len__(self) -> int:
@@ -207,6 +211,7 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
         for label, indices in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
             if label >= 0:
                 units.setdefault(label, []).append((root, indices))
+    shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
     alike: dict[tuple, list[list[tuple[int, np.ndarray]]]] = {}
     for label in sorted(units):
         signature = tuple((root, len(indices)) for root, indices in units[label])
@@ -214,13 +219,13 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
     groups = []
     for signature, of_group in alike.items():
         members = [
-            Member(path, axis, np.stack([unit[place][1] for unit in of_group]))
+            Member(path, axis, np.stack([unit[place][1] for unit in of_group]), shapes[path])
             for place, (root, _) in enumerate(signature)
             for path, axis in axes[root]
         ]
         position = {path: n for n, path in enumerate(linked.values)}
         members.sort(key=lambda m: (position[m.path], m.axis))
-        groups.append(_named(members, linked))
+        groups.append(_named(members))
     groups.sort(key=lambda g: [position[m.path] for m in g.members])
     names = [group.name for group in groups]
     twice = {name for name in names if names.count(name) > 1}
@@ -234,12 +239,11 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
     return result
 
 
-def _named(members: list[Member], linked: Linked) -> Group:
-    shapes = {m.path: linked.leaves[m.path].shape for m in members}
-    outputs = [m for m in members if len(shapes[m.path]) >= 2 and m.axis == len(shapes[m.path]) - 1]
-    kernels = [m for m in members if len(shapes[m.path]) >= 2]
+def _named(members: list[Member]) -> Group:
+    kernels = [m for m in members if len(m.shape) >= 2]
+    outputs = [m for m in kernels if m.axis == len(m.shape) - 1]
     first = (outputs or kernels or members)[0]
-    kind = sorted(f"{m.path.rsplit('/', 1)[-1]}[{m.axis} of {len(shapes[m.path])}]" for m in members)
+    kind = sorted(f"{m.path.rsplit('/', 1)[-1]}[{m.axis} of {len(m.shape)}]" for m in members)
     return Group(f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind))
 
 
@@ -252,26 +256,24 @@ def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:
         removed = gone.get(group.name)
         if removed is not True:
             removed = _removed(linked, [group])[group.name]
-        if removed is True and _is_all(group, linked):
+        if removed is True and _is_all(group):
             removed = "it is the only unit, and an axis cannot be empty; another split= may give more"
         result.append(group if removed is True else group._replace(why_not=removed))
     return result
 
 
-def _is_all(group: Group, linked: Linked) -> bool:
+def _is_all(group: Group) -> bool:
     """Whether a group's only unit is all of an axis."""
-    return group.units == 1 and any(
-        m.indices.shape[1] == linked.leaves[m.path].shape[m.axis] for m in group.members
-    )
+    return group.units == 1 and any(m.indices.shape[1] == m.shape[m.axis] for m in group.members)
 
 
 def _removed(linked: Linked, groups: Sequence[Group]) -> dict[str, Any]:
     """For each group, whether its first unit vanishes if its slices are zero: True, or why not."""
     zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in linked.values.items()}
     for group in groups:
-        for path, axis, indices in group.members:
+        for path, axis, indices, shape in group.members:
             marks = zeros[path][axis]
-            marks = np.zeros(linked.leaves[path].shape[axis], bool) if marks is None else marks
+            marks = np.zeros(shape[axis], bool) if marks is None else marks
             marks[indices[0]] = True
             zeros[path][axis] = marks
     facts = linked.facts(zeros)
@@ -279,7 +281,7 @@ def _removed(linked: Linked, groups: Sequence[Group]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for group in groups:
         result[group.name] = True
-        for path, axis, indices in group.members:
+        for path, axis, indices, _ in group.members:
             node = linked.values[path].axes[axis]
             state = kept.state(node)
             left = indices[0] if state is True else indices[0][state[indices[0]]]

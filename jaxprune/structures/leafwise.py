@@ -1,12 +1,7 @@
-"""Structures: which entries go together. Entries are pooled into units, and units are pruned.
-
-A structure is one function of two dicts keyed by leaf path, the scores and the masks now in
-force; it returns `Units`. A unit may lie in one leaf, as everything here, or span several: the
-keys of `Units.scores` are the pools that a per-path target names, not necessarily leaves.
-"""
+"""Structures whose units each lie in one leaf: entries, slices, blocks, N:M groups."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,37 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.selection import ordered_bits
-
-Norm = float | Callable[..., jax.Array]
-"""How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
-
-
-class Units(NamedTuple):
-    """The scores of some leaves pooled into units.
-
-    Attributes:
-      scores: for each pool, an array with one score per unit.
-      alive: for each pool, a bool array of the same shape: has the unit anything left to remove?
-      expand: from a dict like `alive`, True for the units to keep, to a bool mask for each leaf.
-    """
-
-    scores: dict[str, jax.Array]
-    alive: dict[str, jax.Array]
-    expand: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
-
-
-class Structure(NamedTuple):
-    """How entries group into units.
-
-    Attributes:
-      pool: `pool(scores, masks) -> Units`, on dicts of arrays keyed by leaf path.
-      max_sparsity: the fraction of a leaf's entries that goes when every unit is pruned.
-      name: for error messages.
-    """
-
-    pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
-    max_sparsity: float = 1.0
-    name: str = "structure"
+from jaxprune.structures.base import Norm, Structure, Units, reducer
 
 
 class _LeafUnits(NamedTuple):
@@ -115,7 +80,7 @@ def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
       Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (norm=1).
     """
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    reduce = _reducer(norm)
+    reduce = reducer(norm)
     name = f"slices(axis={axis})"
 
     def pool_leaf(path, scores, mask):
@@ -162,7 +127,7 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
     along = tuple(range(-len(sides), 0)) if axes is None else tuple(axes)
     if len(along) != len(sides):
         raise ValueError(f"blocks needs one axis per side, got shape={sides} and axes={along}.")
-    reduce = _reducer(norm)
+    reduce = reducer(norm)
     name = f"blocks({sides})"
 
     def pool_leaf(path, scores, mask):
@@ -282,29 +247,3 @@ def _axes(path: str, leaf: jax.Array, axes: tuple[int, ...], name: str) -> tuple
     if len(set(counted)) < len(counted):
         raise ValueError(f"{name} on params[{path!r}]: axes {axes} name one axis twice.")
     return counted
-
-
-def _reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
-    if callable(norm):
-        return lambda scores, axes: norm(scores, axis=axes)
-    order = float(norm)
-    if math.isnan(order):
-        raise ValueError("norm must be a number or a reduction such as jnp.sum, got nan.")
-
-    def reduce(scores, axes):
-        size = jnp.abs(scores)
-        if order == math.inf:
-            return jnp.max(size, axis=axes, initial=0)
-        if order == -math.inf:
-            return jnp.min(size, axis=axes)
-        if order == 0:
-            return jnp.sum(size != 0, axis=axes).astype(size.dtype)
-        if order == 1:
-            return jnp.sum(size, axis=axes)
-        # Scaled by the largest, so that a high power neither overflows nor vanishes.
-        top = jnp.max(size, axis=axes, keepdims=True, initial=0)
-        scale = jnp.where(top > 0, top, 1)
-        total = jnp.sum((size / scale) ** order, axis=axes) ** (1 / order)
-        return total * jnp.squeeze(scale, axis=axes)
-
-    return reduce

@@ -1,0 +1,174 @@
+"""Coupled channels as units: slices of several leaves that go together."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph.groups import ChannelGroups, Group, Member
+from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.typing import Where
+
+
+def channels(
+    groups: ChannelGroups | Iterable[Group],
+    norm: Norm = 2,
+    reduce: Callable[..., jax.Array] = jnp.mean,
+    normalize: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    axis: int | None = None,
+    ignore: Where | None = None,
+    min_width: int | Mapping[str, int] = 1,
+    multiple_of: int = 1,
+) -> Structure:
+    """Coupled channels: a unit is all slices, of whatever leaves, that can only go together.
+
+    Each member of a group (an axis of a leaf) gives each unit one number, the norm of the scores
+    in the unit's slices of it; these are reduced to the unit's score, which is compared with those
+    of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
+    units, and a dict of targets goes by `Group.name`.
+
+    Only the leaves that the pruner's `where` takes in give scores. Pruning a unit masks all its
+    slices, biases and norms included; a group of which `where` takes in nothing takes no part.
+    With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
+    together, and each kind gives its share.
+
+    Args:
+      groups: from `channel_groups`.
+      norm: the order of the norm within a slice, or a reduction such as `jnp.sum`.
+      reduce: `reduce(array, axis=0)` of members x units, such as `jnp.mean`, `jnp.sum`, `jnp.max`.
+      normalize: of a group's scores an array that they are divided by, such as `jnp.mean` or
+        `jnp.max`; nothing by default. It makes groups comparable under `scope="global"`.
+      axis: only members on this axis of their leaf give scores: -1 for flax's outputs, so that a
+        filter is ranked by its own weights and not by those that read it.
+      ignore: `ignore(path, member)`; groups with a member that matches stay whole.
+      min_width: how many units stay at least, in every group or by its name.
+      multiple_of: what stays of a group is rounded up to a multiple of so many units, those with
+        the highest scores; less is pruned than asked for, then.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
+        number below 1; on use, `where` takes in no member of any group.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[3.0, 1.0, 2.0], [1.0, 0.0, 1.0]]), "b": jnp.ones((3, 1))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> groups = jp.channel_groups(apply_fn, params, jnp.ones((5, 2)))
+      >>> structure = jp.structures.channels(groups)
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, count=1, structure=structure)
+      >>> masks["a"].tolist(), masks["b"].tolist()
+      ([[True, False, True], [True, False, True]], [[True], [False], [True]])
+
+    References:
+      Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023 (reduce over members);
+      Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (scope="isomorphic").
+    """
+    chosen = _chosen(groups, ignore)
+    widths = _min_widths(min_width, chosen)
+    if not (isinstance(multiple_of, int) and multiple_of >= 1):
+        raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
+    in_slice = reducer(norm)
+
+    def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
+        pooled, alive = {}, {}
+        for group in chosen:
+            members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path], axis)]
+            if not members:
+                continue
+            each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
+            total = reduce(jnp.stack(each), axis=0)
+            living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in members]
+            alive[group.name] = jnp.any(jnp.stack(living), axis=0)
+            if normalize is not None:
+                scale = normalize(jnp.where(alive[group.name], total, 0))
+                total = total / jnp.where(scale == 0, 1, scale)
+            pooled[group.name] = total
+        if not pooled:
+            names = ", ".join(sorted({m.path for group in chosen for m in group.members}))
+            raise ValueError(f"where= takes in no member of a group. The members are in {names}.")
+
+        def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple_of) for n in pooled}
+            return _entries([group for group in chosen if group.name in pooled], kept)
+
+        return Units(pooled, alive, expand)
+
+    kinds = {group.name: group.kind for group in chosen}
+    return Structure(pool, name="channels(groups)", kinds=kinds, floors=widths, spans_leaves=True)
+
+
+def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
+    """The removable groups that are not ignored."""
+    every = tuple(groups)
+    chosen = tuple(group for group in every if group.removable)
+    if ignore is not None:
+        spared = [group for group in chosen if any(ignore(m.path, m) for m in group.members)]
+        if not spared:
+            names = ", ".join(sorted({m.path for group in chosen for m in group.members}))
+            raise ValueError(
+                f"ignore={getattr(ignore, '__name__', ignore)} matches no member of a group, so it ignores "
+                f"nothing. The members are in {names}."
+            )
+        chosen = tuple(group for group in chosen if group not in spared)
+    if not chosen:
+        reasons = "; ".join(f"{group.name}: {group.why_not or 'ignored'}" for group in every)
+        raise ValueError(f"no channels can be removed: {reasons or 'the function has no groups'}.")
+    return chosen
+
+
+def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -> dict[str, int]:
+    names = [group.name for group in groups]
+    widths = min_width if isinstance(min_width, Mapping) else dict.fromkeys(names, min_width)
+    if unknown := [name for name in widths if name not in names]:
+        raise ValueError(f"min_width names {', '.join(unknown)}; the groups are {', '.join(names)}.")
+    for name, width in widths.items():
+        if not (isinstance(width, int) and width >= 1):
+            raise ValueError(f"min_width must be an integer of 1 or more, got {width!r} for {name}.")
+    return {name: width for name, width in widths.items() if width > 1}
+
+
+def _is_on(member: Member, leaf: jax.Array, axis: int | None) -> bool:
+    if axis is None:
+        return True
+    return -leaf.ndim <= axis < leaf.ndim and member.axis == axis % leaf.ndim
+
+
+def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """One number for each unit, from the entries of a leaf in the unit's slices."""
+    units, slices = member.indices.shape
+    flat = member.indices.ravel()
+    whole = np.array_equal(flat, np.arange(leaf.shape[member.axis]))
+    picked = leaf if whole else jnp.take(leaf, flat, axis=member.axis)
+    shape = (*leaf.shape[: member.axis], units, slices, *leaf.shape[member.axis + 1 :])
+    picked = picked.reshape(shape)
+    others = tuple(a for a in range(picked.ndim) if a != member.axis)
+    return reduce(picked, others)
+
+
+def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:
+    """The units to keep, filled up to a multiple with the best of the others that are alive."""
+    if multiple_of == 1:
+        return keep
+    stays = keep & alive
+    wanted = -(-jnp.sum(stays, dtype=jnp.int32) // multiple_of) * multiple_of
+    # Those that stay rank first, then those alive by score; the dead never come back.
+    order = jnp.lexsort((-scores, ~stays, ~alive))
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    return (keep | (rank < wanted)) & (alive | keep)
+
+
+def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The masks of all leaves that the units lie in."""
+    masks: dict[str, jax.Array] = {}
+    for group in groups:
+        for path, axis, indices, shape in group.members:
+            along = jnp.ones(shape[axis], bool).at[indices].set(keep[group.name][:, None])
+            others = [a for a in range(len(shape)) if a != axis]
+            masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
+    return masks
