@@ -1,4 +1,4 @@
-"""The experiments' data sets, whole in memory as uint8 numpy arrays.
+"""The experiments' data sets, images and a text, whole in memory as uint8 numpy arrays.
 
 A split is decoded once, with one call. An experiment then keeps it on the device and picks its
 batches by index inside `jit`: orders of magnitude faster than a loader on images this small.
@@ -21,7 +21,7 @@ from experiments._prepare import (
 )
 
 NAMES = ("digits", "mnist", "cifar10")
-__all__ = ["NAMES", "DataUnavailable", "Dataset", "load", "said_plainly"]
+__all__ = ["NAMES", "DataUnavailable", "Dataset", "Text", "load", "load_shakespeare", "said_plainly"]
 
 _DIGITS_TEST = 360  # of 1797: a fifth
 _DIGITS_SIDE = 8
@@ -49,6 +49,19 @@ class Dataset(NamedTuple):
     """Standard deviation of the same."""
     note: str
     """A sentence to print beside every figure made with these data."""
+
+
+class Text(NamedTuple):
+    """A text as numbers, one per character."""
+
+    train: np.ndarray
+    """uint8 of shape (n,): places in the vocabulary."""
+    validation: np.ndarray
+    """As train; the text goes on in it."""
+    vocabulary: str
+    """The characters of the whole training text, in order."""
+    note: str
+    """A name to print beside every figure made with this text."""
 
 
 class _Images(NamedTuple):
@@ -243,3 +256,47 @@ def _note(title: str, ids: list[str]) -> str:
     if ids and all(re.fullmatch(r"(train|test)_[a-z]+_\d+", i) for i in ids):
         return f"{title} from JPEG files: not comparable with published accuracies"
     return title
+
+
+# --- Tiny Shakespeare ----------------------------------------------------------------------------
+
+
+def load_shakespeare(
+    *, train: int | None = None, validation: int | None = None, data_dir: PathLike | None = None
+) -> Text:
+    """Loads Tiny Shakespeare, 1,003,854 and 55,770 characters; prepares it first if need be.
+
+    Args:
+        train: how many of the first training characters to give; default all.
+        validation: how many of the first validation characters; default all.
+        data_dir: as for `load`, as are the errors.
+
+    Returns:
+        The Text.
+    """
+    builder = _prepared_builder("tiny_shakespeare", data_dir)
+    whole = _characters(builder, "train")
+    vocabulary = np.unique(whole)
+
+    def ids(split: str, characters: np.ndarray, count: int | None) -> np.ndarray:
+        characters = characters[: _check_count(split, count, len(characters))]
+        places = np.searchsorted(vocabulary, characters).clip(max=len(vocabulary) - 1)
+        if (vocabulary[places] != characters).any():
+            unknown = set(characters.tolist()) - set(vocabulary.tolist())
+            raise ValueError(
+                f"the {split} text has characters {sorted(unknown)} that the training text lacks"
+            )
+        return places.astype(np.uint8)
+
+    return Text(
+        ids("train", whole, train),
+        ids("validation", _characters(builder, "validation"), validation),
+        vocabulary.tobytes().decode("ascii"),
+        "Tiny Shakespeare",
+    )
+
+
+def _characters(builder: Any, split: str) -> np.ndarray:
+    """The ASCII codes of a split, which is one example."""
+    (example,) = builder.as_data_source(split).__getitems__([0])
+    return np.frombuffer(example["text"], np.uint8)

@@ -1,11 +1,11 @@
-"""Writes MNIST and CIFAR-10 as TFDS `array_record` folders, without TensorFlow.
+"""Writes MNIST, CIFAR-10 and Tiny Shakespeare as TFDS `array_record` folders, without TensorFlow.
 
-`download_and_prepare()` of TFDS 4.9.10 needs TensorFlow for these two data sets even though reading
-them back does not: it downloads with plain Python, but unpacks the archives with `tf.io.gfile` and
+`download_and_prepare()` of TFDS 4.9.10 needs TensorFlow for these data sets even though reading
+them back does not: it downloads with plain Python, but opens the archives with `tf.io.gfile` and
 encodes the images with a TensorFlow graph. So the genuine builder is taken (its name, version,
 features, checksums, shuffling and file layout stay TFDS' own) and only its `_split_generators` is
 replaced, on the instance, by one that parses the archives with the standard library and yields
-PIL images.
+PIL images, or text.
 
 As a command:  python -m experiments._prepare mnist [--data-dir FOLDER]
 """
@@ -38,6 +38,9 @@ URLS: dict[str, dict[str, str]] = {
         "test_labels": _MNIST + "t10k-labels-idx1-ubyte.gz",
     },
     "cifar10": {"archive": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"},
+    "tiny_shakespeare": {
+        "text": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+    },
 }
 _SPLITS = ("train", "test")
 _CIFAR_FOLDER = "cifar-10-batches-bin/"
@@ -112,7 +115,7 @@ def prepare(name: str, data_dir: PathLike | None = None, download: Download | No
     """Writes data set `name` as a TFDS array_record folder, or keeps the one already there.
 
     Args:
-        name: "mnist" or "cifar10".
+        name: "mnist", "cifar10" or "tiny_shakespeare".
         data_dir: the folder that holds the data sets; default `$TFDS_DATA_DIR`, else
             `~/tensorflow_datasets`.
         download: maps {key: url} to {key: local path} of the official archives, of any number of
@@ -153,8 +156,11 @@ def prepare(name: str, data_dir: PathLike | None = None, download: Download | No
 def _split_generators(name: str, builder: Any, download: Download | None) -> Callable[[Any], Any]:
     """What takes the place of the builder's own method: dl_manager -> {split: examples}."""
 
-    def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+    def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[int | str, dict[str, Any]]]]:
         paths = (download or dl_manager.download)(URLS[name])
+        if name == "tiny_shakespeare":
+            texts = read_shakespeare(paths["text"])
+            return {split: iter([(split, {"text": text})]) for split, text in texts.items()}
         if name == "mnist":
             return {split: _mnist_examples(*_mnist_arrays(paths, split)) for split in _SPLITS}
         class_names, arrays = read_cifar_tar(paths["archive"])
@@ -313,6 +319,28 @@ def _check_labels(labels: np.ndarray, what: PathLike) -> None:
         raise ValueError(
             f"{what} holds the label {labels.max()}; labels are 0 to {_NUM_CLASSES - 1}. Download it again"
         )
+
+
+# --- Tiny Shakespeare ----------------------------------------------------------------------------
+
+
+def read_shakespeare(path: PathLike) -> dict[str, str]:
+    """The text cut as TFDS does: "train" the first .9, then half and half "validation" and "test".
+
+    Raises:
+        ValueError: the file is no such text.
+    """
+    try:
+        # Its newlines stay as they are: the cuts count characters.
+        with open(path, encoding="ascii", newline="") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not plain text: {error}. Download it again") from error
+    cut = int(len(text) * 0.9)
+    middle = cut + int((len(text) - cut) * 0.5)
+    if not cut or middle == cut:
+        raise ValueError(f"{path} holds {len(text)} characters, too few to cut. Download it again")
+    return {"train": text[:cut], "validation": text[cut:middle], "test": text[middle:]}
 
 
 # --- the network ---------------------------------------------------------------------------------

@@ -24,13 +24,13 @@ class Split(NamedTuple):
     Attributes:
       x: uint8 (n, height, width, channels).
       y: int32 (n,).
-      mean, std: of the training pixels, scaled to 0..1.
+      mean, std: of the training pixels, scaled to 0..1; of all, or (channels,) of each colour.
     """
 
     x: jax.Array
     y: jax.Array
-    mean: float
-    std: float
+    mean: float | jax.Array
+    std: float | jax.Array
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised images and labels at some indices."""
@@ -306,7 +306,7 @@ def fixed(optimizer: optax.GradientTransformation) -> Callable[..., optax.Gradie
 
 def mean_loss(model: Any, params: Any, split: Split, chunk: int = 500) -> jax.Array:
     """The mean negative log-likelihood of a split, in evaluation mode."""
-    return _total(_losses, model, params, split, chunk) / len(split.y)
+    return total(_losses, partial(model.apply, {"params": params}), split, chunk) / len(split.y)
 
 
 def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.ndarray]:
@@ -315,25 +315,28 @@ def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.
     @jax.jit
     def correct(params, split):
         def count(params):
-            return _total(lambda log_probs, y: log_probs.argmax(-1) == y, model, params, split, chunk)
+            predict = partial(model.apply, {"params": params})
+            return total(lambda log_probs, y: log_probs.argmax(-1) == y, predict, split, chunk)
 
         return over_seeds(count)(params)
 
     return lambda params: np.asarray(correct(params, split)) / len(split.y)
 
 
-def _total(figure: Callable, model: Any, params: Any, split: Split, chunk: int) -> jax.Array:
-    """The sum of `figure(log_probs, y)` over the examples of a split, in evaluation mode."""
+def total(figures: Callable, predict: Callable[[jax.Array], Any], split: Any, chunk: int) -> jax.Array:
+    """The sum of `figures(predict(x), y)`, of one row per example, over the examples of a split."""
     size = len(split.y)
     rows = -(-size // chunk)
-    # Beyond the last image the index is -1: it counts for nothing.
+    # Beyond the last example the index is -1: it counts for nothing.
     index = jnp.pad(jnp.arange(size), (0, rows * chunk - size), constant_values=-1).reshape(rows, chunk)
 
     def part(index):
         x, y = split.batch(index)
-        return jnp.sum(jnp.where(index >= 0, figure(model.apply({"params": params}, x), y), 0))
+        each = figures(predict(x), y)
+        real = (index >= 0).reshape(-1, *[1] * (each.ndim - 1))
+        return jnp.sum(jnp.where(real, each, 0), axis=0)
 
-    return jnp.sum(jax.lax.map(part, index))
+    return jnp.sum(jax.lax.map(part, index), axis=0)
 
 
 def percent(accuracies: Sequence[float]) -> str:
