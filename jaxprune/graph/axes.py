@@ -156,9 +156,16 @@ class AxisGraph:
         self._pins.setdefault(self.find(node), why)
         self._forget()
 
-    def why_pinned(self, node: int) -> Any:
-        """Why all slices of a node stay whatever the seeds are, or None if they need not."""
-        self._pinned_states()
+    def why_pinned(self, node: int, index: int | None = None) -> Any:
+        """Why a slice of a node stays whatever the seeds are, or None if it need not.
+
+        Args:
+          node: the node.
+          index: the slice; None asks whether any slice has to stay.
+        """
+        state = self._pinned_states()[self.find(node)]
+        if index is not None and state is not True and not state[index]:
+            return None
         return self._why.get(self.find(node))
 
     def always_kept(self) -> Kept:

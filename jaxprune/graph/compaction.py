@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.graph import ir
 from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.facts import Facts
+from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked, close, split_static
 from jaxprune.graph.report import Report, report
@@ -95,6 +96,7 @@ def compact(
     *inputs: Any,
     state: Callable[[Any], Any] | None = None,
     multiple_of: int = 1,
+    fold_constants: bool = False,
     verify: bool = True,
 ) -> Compacted:
     """The smaller network that computes what the masked one does.
@@ -114,6 +116,9 @@ def compact(
       state: from the function's output to that part of it that is new values of params (updated
         BatchNorm statistics, a cache), at the same paths as in `params`.
       multiple_of: widths are rounded up to a multiple of this, with units that are zero.
+      fold_constants: first folds channels that are constant, not zero, into what reads them: masks
+        of filters alone leave relu(bias) alive. It changes params that stay, so it is a step for
+        deployment; `apply_fn(small.expand(s), x)` holds for the folded params.
       verify: compares the two networks on the inputs, if params and inputs are there to be read.
 
     Returns:
@@ -141,6 +146,7 @@ def compact(
         raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
     linked = Linked(apply_fn, params, inputs, state)
     stayed: list[Stayed] = []
+    given = None
     if isinstance(masks, Plan):
         plan = masks
         fit(linked, plan)
@@ -149,6 +155,9 @@ def compact(
         check_masks(masks, params)
         if not is_concrete(masks):
             raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")
+        if fold_constants:
+            given = apply_masks(params, masks)
+            params, masks = _folded(linked, given, masks, inputs)
         zeros = zero_slices(masks)
         kept = close(linked, zeros)
         kept = _rounded(linked, kept, multiple_of)
@@ -156,9 +165,22 @@ def compact(
         stayed = _stayed(linked, zeros, plan)
     masked = params if not is_concrete(params) and _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
-    if verify and is_concrete(params, split_static(inputs)[0]):
-        _verify(apply_fn, masked, small, inputs)
+    if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
+        _verify(apply_fn, masked if given is None else given, small, inputs)
     return small
+
+
+def _folded(linked: Linked, params: Params, masks: Masks, inputs: Sequence[Any]) -> tuple[Params, Masks]:
+    """Params and masks with the constants of dead filters folded into what reads them."""
+    arrays, _ = split_static(inputs)
+    if not is_concrete(params, arrays):
+        raise TypeError("fold_constants=True reads constants off the network, so it needs real arrays.")
+    leaves = array_leaves(params)
+    found = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
+    fold(linked, leaves, found, list(arrays.values()))
+    tree = jax.tree.structure(params)
+    alive = [jnp.asarray(mask) for mask in found.values()]
+    return jax.tree.unflatten(tree, list(leaves.values())), jax.tree.unflatten(tree, alive)
 
 
 def _abstract(tree: Any) -> bool:

@@ -1,18 +1,19 @@
 """Smaller flax networks of the user's own classes, where they compute what the function form does."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal, jaxprs_in_params
+from jax.extend.core import Literal
 
+from jaxprune.graph.agreement import compare, new_numbers, ops_of
 from jaxprune.graph.compaction import Compacted, bind, compact
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import split_static
-from jaxprune.masks import apply_masks, check_masks, like_params
+from jaxprune.graph.widths import Changes, UnfitError, culprits, put_right
+from jaxprune.masks import check_masks, like_params
 from jaxprune.paths import array_leaves, is_concrete, leaf_paths
 from jaxprune.typing import Masks, Params
 
@@ -37,8 +38,9 @@ def compact_module(
     masks: Masks | Plan,
     *inputs: Any,
     fix: Callable[[Any], None] | None = None,
-    training: bool = True,
+    other_modes: bool = True,
     multiple_of: int = 1,
+    fold_constants: bool = False,
 ) -> CompactedModule:
     """A smaller flax nnx module, of the same classes, that computes what the masked one does.
 
@@ -57,9 +59,10 @@ def compact_module(
       *inputs: example inputs of `model(*inputs)`. Bools and strings among them are static.
       fix: `fix(module)` puts right, on the small copy, what only you know of: attributes of your
         own classes that hold a width.
-      training: also compares after `model.train()`, with dropout left off: outputs, and updated
-        statistics.
+      other_modes: also compares after `model.train()`, with dropout left off, and `model.eval()`:
+        outputs, and updated statistics.
       multiple_of: as for `compact`.
+      fold_constants: as for `compact`.
 
     Returns:
       A `CompactedModule`. The params of `small` are all of the model's variables but the keys and
@@ -68,7 +71,7 @@ def compact_module(
 
     Raises:
       ImportError: flax is missing.
-      TypeError: `model` is not an `nnx.Module`, or has no arrays yet; masks are traced or not bool.
+      TypeError: `model` is not an `nnx.Module`, or has no values yet; masks are traced or not bool.
       ValueError: masks that mirror neither; a plan that does not fit.
 
     Example:
@@ -92,39 +95,37 @@ def compact_module(
             f"compact_module takes a flax.nnx.Module, got {type(model).__name__}. For anything else, "
             "compact(apply_fn, params, masks, *inputs) takes its function."
         )
-    params = _split(nnx, model)[2]
-    if not is_concrete(params, split_static(inputs)[0]):
+    if not is_concrete(nnx.state(model), split_static(inputs)[0]):
         raise TypeError(
             "compact_module compares networks on numbers, so that the model and the inputs must have arrays "
             "with values. Build the model outside jit and nnx.eval_shape."
         )
-    found, masked, full = _compact(nnx, model, params, masks, inputs, multiple_of)
-    evaluate = _functions(nnx, model)[0]
-    small = Compacted(evaluate, masked, full, found.plan, None, found.stayed)
+    small = _compact(nnx, model, masks, inputs, multiple_of, fold_constants)
 
     graph, random, _ = _split(nnx, model)
     module = nnx.merge(graph, _fresh(random), _fresh(small.params))
     if not small.plan.keep:
         stayed = f" ({small.stayed[0]})" if small.stayed else ""
         return CompactedModule(module, small, f"Nothing was removed: no slice could go{stayed}.")
-    widths: dict[str, tuple[Any, dict[str, tuple[Any, Any]]]] = {}
+    changes: Changes = {}
     try:
-        widths = _put_right(nnx, module, small.plan)
+        changes = put_right(nnx, module, small.plan)
         if fix is not None:
             fix(module)
-        wrong = _disagreement(nnx, model, module, small.plan, inputs)
-        if wrong is None and training:
-            wrong = _disagreement_training(nnx, model, module, small.plan, inputs)
-    except _Unfit as error:
+        wrong = _disagreement(nnx, model, module, small, inputs, other_modes)
+    except UnfitError as error:
         wrong = str(error)
     if wrong is None:
         return CompactedModule(module, small, None)
-    why = f"There is no smaller {type(model).__name__}: {wrong}.{_culprits(widths)} small.apply is right."
+    why = f"There is no smaller {type(model).__name__}: {wrong}.{_blame(culprits(changes))} Use small.apply."
     return CompactedModule(None, small, why)
 
 
-class _Unfit(Exception):
-    """A module that no widths of its class fit."""
+def _blame(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f" Widths take part in what it computes: {'; '.join(reasons[:3])}{more}."
 
 
 def _nnx() -> Any:
@@ -175,15 +176,15 @@ def _second(output: Any) -> Any:
 
 
 def _compact(
-    nnx: Any, model: Any, params: Params, masks: Masks | Plan, inputs: Sequence[Any], multiple_of: int
-) -> tuple[Compacted, Params, Masks]:
-    """The function form with its updated state, the masked params, and masks of all params."""
-    step = _functions(nnx, model)[1]
+    nnx: Any, model: Any, masks: Masks | Plan, inputs: Sequence[Any], multiple_of: int, fold_constants: bool
+) -> Compacted:
+    """The function form of a module: of all variables but the random state."""
+    evaluate, step = _functions(nnx, model)
+    params = _split(nnx, model)[2]
     arrays, rebuild = split_static(inputs)
     traced = jax.make_jaxpr(lambda params, arrays: step(params, *rebuild(arrays)))(params, arrays).jaxpr
     read = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
-    paths = leaf_paths(params)
-    unread = {path for path, v in zip(paths, traced.invars, strict=False) if v not in read}
+    unread = {path for path, v in zip(leaf_paths(params), traced.invars, strict=False) if v not in read}
 
     def function(params: Params, *inputs: Any) -> Any:
         # What no op reads (a head that only training uses) would lose all it can; as outputs it stays.
@@ -192,14 +193,14 @@ def _compact(
         return (output, whole), {path: leaf for path, leaf in state.items() if path not in unread}
 
     if isinstance(masks, Plan):
-        full = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
-        masked = masks.expand(masks.shrink(params)) if masks.keep else params
+        params, given = masks.expand(masks.shrink(params)) if masks.keep else params, masks
     else:
-        full = _full_masks(nnx, model, params, masks)
-        masked = apply_masks(params, full)
-    given = masks if isinstance(masks, Plan) else full
-    found = compact(function, masked, given, *inputs, state=_second, multiple_of=multiple_of)
-    return found, masked, full
+        given = _full_masks(nnx, model, params, masks)
+    options = {"multiple_of": multiple_of, "fold_constants": fold_constants}
+    small = compact(function, params, given, *inputs, state=_second, **options)
+    # The plan knows of the state that training updates; the function is the module's call.
+    small.function, small.apply = evaluate, small.bind(evaluate)
+    return small
 
 
 def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
@@ -208,7 +209,7 @@ def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
     trainable = nnx.state(model, nnx.Param)
     if given.keys() <= set(leaf_paths(trainable)):
         check_masks(masks, trainable)
-        ones = {path: jnp.ones(leaf.shape, bool) for path, leaf in array_leaves(params).items()}
+        ones = {path: np.ones(leaf.shape, bool) for path, leaf in array_leaves(params).items()}
         return like_params({**ones, **given}, params)
     for path in leaf_paths(nnx.state(model, nnx.RngState)):
         mask = given.pop(path, None)
@@ -217,206 +218,87 @@ def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
     return like_params(given, params)
 
 
-# --- widths of flax's own modules, read off their new arrays
+def _modes(nnx: Any, model: Any, module: Any) -> dict[str, tuple[Any, Any]]:
+    """The two networks as they are, and in other modes in which the model is another one."""
 
-Cut = Callable[[Any, int], tuple[int, np.ndarray]]
-"""For a variable and an axis, counted from the end: the dense size, and the indices that stay."""
-
-
-def _linear(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"in_features": m.kernel.shape[-2], "out_features": m.kernel.shape[-1]}
-
-
-def _linear_general(m: Any, cut: Cut) -> dict[str, Any]:
-    shape, out, into = tuple(m.kernel.shape), len(m.out_features), len(m.in_features)
-    start = len(shape) - out - into
-    batch = dict(zip(m.batch_axis, shape[start - len(m.batch_axis) : start], strict=True))
-    return {
-        "in_features": shape[start : start + into],
-        "out_features": shape[start + into :],
-        "batch_axis": type(m.batch_axis)(batch),
-    }
-
-
-def _einsum(m: Any, cut: Cut) -> dict[str, Any]:
-    widths: dict[str, Any] = {"kernel_shape": _like(m.kernel, m.kernel_shape)}
-    return widths if m.bias is None else {**widths, "bias_shape": _like(m.bias, m.bias_shape)}
-
-
-def _like(variable: Any, shape: Sequence[int]) -> tuple[int, ...]:
-    """A variable's shape without the axes that vmap put in front."""
-    return tuple(variable.shape[variable.ndim - len(shape) :])
-
-
-def _conv(m: Any, cut: Cut) -> dict[str, Any]:
-    dense, kept = cut(m.kernel, -1)
-    groups = len(np.unique(kept // (dense // m.feature_group_count)))
-    return {
-        "in_features": m.kernel.shape[-2] * groups,
-        "out_features": m.kernel.shape[-1],
-        "feature_group_count": groups,
-        "kernel_shape": _like(m.kernel, m.kernel_shape),
-    }
-
-
-def _conv_transpose(m: Any, cut: Cut) -> dict[str, Any]:
-    into, out = (-1, -2) if m.transpose_kernel else (-2, -1)
-    return {
-        "in_features": m.kernel.shape[into],
-        "out_features": m.kernel.shape[out],
-        "kernel_shape": _like(m.kernel, m.kernel_shape),
-    }
-
-
-def _embed(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"num_embeddings": m.embedding.shape[-2], "features": m.embedding.shape[-1]}
-
-
-def _norm(m: Any, cut: Cut) -> dict[str, Any]:
-    held = [v for v in (getattr(m, name, None) for name in ("scale", "bias", "mean")) if v is not None]
-    return {"num_features": held[0].shape[-1]} if held and isinstance(m.num_features, int) else {}
-
-
-def _group_norm(m: Any, cut: Cut) -> dict[str, Any]:
-    variable = m.scale if m.scale is not None else m.bias
-    if variable is None:
-        return {}
-    _, kept = cut(variable, -1)
-    sizes = np.bincount(kept // m.group_size)
-    sizes = sizes[sizes > 0]
-    if len(set(sizes.tolist())) > 1:
-        raise _Unfit(
-            f"its GroupNorm of {m.num_groups} groups of {m.group_size} keeps groups of {sizes.tolist()} "
-            "features, and flax's has groups of one size"
-        )
-    widths = {"num_groups": len(sizes), "group_size": int(sizes[0])}
-    return {**widths, "num_features": len(kept)} if hasattr(m, "num_features") else widths
-
-
-def _attention(m: Any, cut: Cut) -> dict[str, Any]:
-    into, heads, width = m.query.kernel.shape[-3:]
-    return {
-        "in_features": into,
-        "num_heads": heads,
-        "head_dim": width,
-        "qkv_features": heads * width,
-        "out_features": m.out.kernel.shape[-1],
-        "num_kv_heads": m.key.kernel.shape[-2],
-        "in_kv_features": m.key.kernel.shape[-3],
-    }
-
-
-def _cell(hidden: str, into: str) -> Callable[[Any, Cut], dict[str, Any]]:
-    def widths(m: Any, cut: Cut) -> dict[str, Any]:
-        return {
-            "hidden_features": getattr(m, hidden).kernel.shape[-2],
-            "in_features": getattr(m, into).kernel.shape[-2],
-        }
-
-    return widths
-
-
-def _lora(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"in_features": m.lora_a.shape[-2], "out_features": m.lora_b.shape[-1]}
-
-
-_WIDTHS: dict[str, Callable[[Any, Cut], dict[str, Any]]] = {
-    "Linear": _linear,
-    "LinearGeneral": _linear_general,
-    "Einsum": _einsum,
-    "Conv": _conv,
-    "ConvTranspose": _conv_transpose,
-    "Embed": _embed,
-    "BatchNorm": _norm,
-    "LayerNorm": _norm,
-    "RMSNorm": _norm,
-    "InstanceNorm": _norm,
-    "GroupNorm": _group_norm,
-    "MultiHeadAttention": _attention,
-    "LSTMCell": _cell("hi", "ii"),
-    "OptimizedLSTMCell": _cell("dense_h", "dense_i"),
-    "SimpleCell": _cell("dense_h", "dense_i"),
-    "GRUCell": _cell("dense_h", "dense_i"),
-    "LoRA": _lora,
-}
-# Where a width takes part in the sum: attributes that, once changed, make another function.
-_NORMALISES = {
-    "LayerNorm": ("num_features", "its mean is over"),
-    "RMSNorm": ("num_features", "its mean is over"),
-    "GroupNorm": ("group_size", "its mean is over"),
-    "MultiHeadAttention": ("head_dim", "its scores are divided by the root of"),
-}
-
-Widths = dict[str, tuple[Any, dict[str, tuple[Any, Any]]]]
-
-
-def _put_right(nnx: Any, module: Any, plan: Plan) -> Widths:
-    """Sets the widths of flax's own modules to what their arrays say; returns old and new ones."""
-    paths = {
-        id(node): "/".join(map(str, path))
-        for path, node in nnx.iter_graph(module)
-        if isinstance(node, nnx.Variable)
-    }
-
-    def cut(variable: Any, axis: int) -> tuple[int, np.ndarray]:
-        path = paths[id(variable)]
-        dense = plan.shapes[path]
-        kept = plan.keep.get(path, {}).get(len(dense) + axis)
-        return dense[axis], np.arange(dense[axis]) if kept is None else kept
-
-    changes: Widths = {}
-    for path, part in nnx.iter_modules(module):
-        changed: dict[str, tuple[Any, Any]] = {}
-        for name, widths in _WIDTHS.items():
-            if not isinstance(part, getattr(nnx, name, ())):
-                continue
-            for attribute, new in widths(part, cut).items():
-                old = getattr(part, attribute, None)
-                if old is not None and old != new:
-                    setattr(part, attribute, new)
-                    changed[attribute] = (old, new)
-        if changed:
-            changes["/".join(map(str, path))] = (part, changed)
-    return changes
-
-
-def _culprits(widths: Widths) -> str:
-    """A sentence on the modules whose widths are part of what they compute."""
-    found = []
-    for path, (part, changed) in widths.items():
-        for kind in (cls.__name__ for cls in type(part).__mro__):
-            attribute, does = _NORMALISES.get(kind, (None, ""))
-            if attribute in changed:
-                old, new = changed[attribute]
-                found.append(f"{path} ({type(part).__name__}: {does} {new}, not {old})")
-    return f" Its widths are part of what it computes: {', '.join(found)}." if found else ""
-
-
-# --- the comparison
-
-
-def _disagreement_training(
-    nnx: Any, model: Any, module: Any, plan: Plan, inputs: Sequence[Any]
-) -> str | None:
-    """As `_disagreement`, after `train()`, where the model is another one then and runs."""
-    copies = [nnx.clone(model), nnx.clone(module)]
-    for copy in copies:
+    def training(model: Any) -> Any:
+        copy = nnx.clone(model)
         copy.train()
-        copy.set_attributes(deterministic=True, raise_if_not_found=False)
-    if nnx.split(copies[0])[0] == nnx.split(model)[0]:
-        return None
+        copy.set_attributes(deterministic=True, raise_if_not_found=False)  # noise cannot be compared
+        return copy
+
+    def evaluation(model: Any) -> Any:
+        copy = nnx.clone(model)
+        copy.eval()
+        return copy
+
+    modes = {"": (model, module)}
+    for name, switched in (("in training mode, ", training), ("in evaluation mode, ", evaluation)):
+        copies = switched(model), switched(module)
+        if all(nnx.split(copies[0])[0] != nnx.split(known)[0] for known, _ in modes.values()):
+            modes[name] = copies
+    return modes
+
+
+def _disagreement(
+    nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any], other_modes: bool
+) -> str | None:
+    """What shows that a small module computes something else than the function form; None for nothing."""
+    modes = _modes(nnx, model, module) if other_modes else {"": (model, module)}
+    compared = False
+    for name, (dense, native) in modes.items():
+        if name and not _runs(nnx, dense, inputs):
+            continue
+        alike = _compare(nnx, dense, native, small, inputs)
+        if isinstance(alike, str):
+            return name + alike
+        compared |= alike
+    return None if compared else "it draws random numbers, so that it cannot be compared: try model.eval()"
+
+
+def _runs(nnx: Any, model: Any, inputs: Sequence[Any]) -> bool:
+    """Whether a model takes the inputs in its mode: training may want more, or keys."""
+    arrays, rebuild = split_static(inputs)
+    evaluate = _functions(nnx, model)[0]
     try:
-        jax.eval_shape(lambda params, arrays: _functions(nnx, copies[0])[1](params, *arrays), *_args(nnx, copies[0], inputs))
+        jax.eval_shape(
+            lambda params, arrays: evaluate(params, *rebuild(arrays)), _split(nnx, model)[2], arrays
+        )
     except Exception:
-        return None  # it does not train on such inputs
-    wrong = _disagreement(nnx, *copies, plan, inputs)
-    return wrong and f"in training mode, {wrong}"
+        return False
+    return True
 
 
-def _args(nnx: Any, model: Any, inputs: Sequence[Any]) -> tuple[Any, Any]:
-    return _split(nnx, model)[2], inputs
+def _compare(nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any]) -> str | bool:
+    """How a small module differs, in words; else whether its outputs could be compared."""
+    arrays, rebuild = split_static(inputs)
+
+    def of_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, arrays: function(params, *rebuild(arrays))
+
+    step = _functions(nnx, model)[1]
+    native = of_arrays(_functions(nnx, module)[1])
+    dense = ops_of(of_arrays(step), _split(nnx, model)[2], arrays)
+    copy = "a copy with the small arrays"
+    try:
+        small.plan.check(_split(nnx, module)[2], "its variables")
+        ops = ops_of(native, small.params, arrays)
+    except Exception as error:
+        return f"{copy} raises {type(error).__name__}: {_short(error)}"
+    if numbers := new_numbers(ops, dense):
+        return f"{copy} computes with numbers that the dense one does not: {', '.join(numbers[:3])}"
+    if dense.draws:
+        return False  # noise of another shape is other noise
+    bound = bind(step, small.plan, state=_second)
+    try:
+        jax.eval_shape(of_arrays(bound), small.params, arrays)
+    except ValueError as error:
+        return f"the plan does not fit: {_short(error)}"
+    signed = set(leaf_paths(nnx.state(module, nnx.Param)))
+    wrong = compare(of_arrays(bound), native, small.params, arrays, signed.__contains__, dense.eps)
+    return True if wrong is None else f"{copy} {wrong}"
 
 
-def _disagreement(nnx: Any, model: Any, module: Any, plan: Plan, inputs: Sequence[Any]) -> str | None:
-    """What shows that a small module computes something else than the model under a plan."""
-    raise NotImplementedError
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= 200 else f"{text[:200]}..."

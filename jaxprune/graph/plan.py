@@ -1,5 +1,6 @@
 """A plan: which slices of which params stay. It moves any tree between the dense and the small."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.rules.shapes import take
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
@@ -71,7 +73,7 @@ class Plan:
         def cut(leaf: Any, path: str) -> Any:
             lead = leaf.ndim - len(self.shapes[path])
             for axis, kept in self.keep.get(path, {}).items():
-                leaf = take(leaf, lead + axis, kept)
+                leaf = _take(leaf, lead + axis, kept)
             return leaf
 
         return self._map(tree, lambda path: self.shapes[path], cut, "shrink")
@@ -189,3 +191,24 @@ class Plan:
                     f"{what}[{path!r}] has shape {tuple(leaf.shape)}; after compaction it has "
                     f"{self.small_shape(path)}. Pass small.params, or small.shrink(params)."
                 )
+
+
+def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:
+    """Slices of an array that may be sharded along the axis.
+
+    Where shardings are part of types (explicit mesh axes), the axis is gathered first, and sharded
+    again if its new size allows.
+    """
+    sharding = getattr(jax.typeof(leaf), "sharding", None)
+    spec = () if sharding is None else tuple(sharding.spec)
+    if sharding is None or axis >= len(spec) or spec[axis] is None:
+        return take(leaf, axis, kept)
+
+    def sharded(array: Any, along: Any) -> Any:
+        spec_there = PartitionSpec(*spec[:axis], along, *spec[axis + 1 :])
+        return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec_there))
+
+    cut = take(sharded(leaf, None), axis, kept)
+    names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
+    parts = math.prod(sharding.mesh.shape[name] for name in names)
+    return sharded(cut, spec[axis]) if len(kept) % parts == 0 else cut

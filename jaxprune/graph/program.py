@@ -1,5 +1,6 @@
 """A function of params with the constraints of all its axes, and the solutions of these."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class Linked:
       leaves: the params by path, as `jax.ShapeDtypeStruct`.
       graph: the axes of all values.
       values: the param values by path.
+      region: the function.
     """
 
     def __init__(
@@ -41,18 +43,18 @@ class Linked:
         self.leaves = array_leaves(params)
         arrays, rebuild = split_static(inputs)
         program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
-        self.graph, self._region, self.out_tree = program
-        link_region(self._region, self.graph)
+        self.graph, self.region, self.out_tree = program
+        link_region(self.region, self.graph)
         count = len(self.leaves)
-        self.values = dict(zip(self.leaves, self._region.inputs[:count], strict=True))
+        self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
         self._tie_outputs(state)
-        for value, name in zip(self._region.inputs[count:], leaf_paths(arrays), strict=True):
+        for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
                 self.graph.pin(node, f"it meets an axis of the input [{name}]")
 
     def _tie_outputs(self, state: Callable[[Any], Any] | None) -> None:
         """Ties the outputs that are new values of params to these, and pins the others."""
-        outputs = self._region.outputs
+        outputs = self.region.outputs
         tree = jax.tree.unflatten(self.out_tree, range(len(outputs)))
         new = [] if state is None else state(tree)
         tied = dict(zip(leaf_paths(new), jax.tree.leaves(new), strict=True))
@@ -81,7 +83,7 @@ class Linked:
         facts = Facts()
         for path, marks in zeros.items():
             facts.learn(self.values[path], marks)
-        run(self._region, facts, rule_for)
+        run(self.region, facts, rule_for)
         return facts
 
     def solve(self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True) -> Kept:
@@ -108,11 +110,17 @@ class Linked:
 
     def closes_over_tracers(self) -> bool:
         """Whether the function closed over arrays that are traced, so that it holds for one call."""
-        return ir.any_constant(self._region, lambda constant: isinstance(constant, Tracer))
+        return ir.any_constant(self.region, lambda constant: isinstance(constant, Tracer))
+
+    def values_of(self, wanted: Sequence[ir.Value], facts: Facts, leaves: Sequence[Any]) -> list[Any]:
+        """Some values of the dense function, from its params and inputs."""
+        everything = Kept(self.graph.find, defaultdict(lambda: True))
+        region = ir.Region(self.region.inputs, list(wanted), self.region.ops)
+        return Replay(everything, facts).run(region, leaves)
 
     def replay(self, kept: Kept, facts: Facts, leaves: Sequence[Any]) -> Any:
         """The function's output from small params and inputs."""
-        outputs = Replay(kept, facts).run(self._region, leaves)
+        outputs = Replay(kept, facts).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])
 
 

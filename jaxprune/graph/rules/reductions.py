@@ -200,7 +200,7 @@ def _flow_window(op: Op, facts: Facts) -> None:
     zeros: list[Vector | None] = [None] * len(output.shape)
     # Padding is 0 to a sum. To a maximum it is -inf, which a window wholly inside it gives.
     sums = op.name == "reduce_window_sum"
-    if sums or all(_touches(*_window(op, axis)) for axis in range(len(output.shape))):
+    if sums or all(windows_hold_an_entry(op, axis) for axis in range(len(output.shape))):
         zeros = [
             facts.zero(value, axis) if _window(op, axis) == (1, 1, (0, 0), 1, 1) else None
             for axis in range(len(output.shape))
@@ -208,9 +208,9 @@ def _flow_window(op: Op, facts: Facts) -> None:
     facts.learn(output, zeros, fill=0 if sums and facts.all_zero(value) else None)
 
 
-def _touches(window: int, stride: int, padding: tuple[int, int], base: int, dilation: int) -> bool:
+def windows_hold_an_entry(op: Op, axis: int) -> bool:
     """Whether every window is sure to hold an entry that is not padding."""
-    del stride
+    window, _, padding, base, dilation = _window(op, axis)
     return dilation == 1 and base == 1 and min(padding) >= 0 and max(padding) < window
 
 

@@ -1,0 +1,284 @@
+"""Folding of constant channels: what a filter without weights still gives, moved into what reads it.
+
+Filter masks leave biases and norms alive. A filter without weights then gives a channel that is
+constant, though not zero: relu(bias). What reads it, a matrix product or a convolution with a kernel
+of its own, can take the constant over: into its bias, where it has one and no padding comes between,
+else into its weights for one of the constant channels, which stands for all of them:
+`W[r] += sum_k (c_k / c_r) W[k]`, then `W[k] = 0`. The function does not change, and the channels
+have become needless. It is a step for deployment: gradients of what is folded are gone.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph.axes import Vector
+from jaxprune.graph.facts import Facts, both, either
+from jaxprune.graph.ir import Op, Region, Value
+from jaxprune.graph.program import Linked
+from jaxprune.graph.rules import elementwise, rule_for
+from jaxprune.graph.rules.reductions import windows_hold_an_entry
+from jaxprune.graph.rules.shapes import segments
+
+
+class Constants:
+    """Which slices of values hold one number that no input changes."""
+
+    def __init__(self, facts: Facts):
+        self._facts = facts
+        self._fixed: set[int] = set()
+        self._constant: dict[int, list[Vector | None]] = {}
+
+    def is_fixed(self, value: Value) -> bool:
+        """Whether a value follows from params and constants alone."""
+        return id(value) in self._fixed or value.constant is not None
+
+    def along(self, value: Value, axis: int) -> Vector | None:
+        """The slices along an axis that hold one number each; None if none is known to."""
+        known = self._constant.get(id(value), [None] * len(value.shape))[axis]
+        others = [n for a, n in enumerate(value.shape) if a != axis]
+        if self._facts.of(value).fill is not None or (self.is_fixed(value) and all(n == 1 for n in others)):
+            known = np.ones(value.shape[axis], bool)
+        return either(known, self._facts.zero(value, axis))
+
+    def is_number(self, value: Value) -> bool:
+        """Whether a value is one number that no input changes."""
+        return self.is_fixed(value) and all(n == 1 for n in value.shape)
+
+    def run(self, region: Region, fixed: Sequence[Value]) -> None:
+        """Goes through a region, of whose inputs some are fixed."""
+        self._fixed.update(map(id, fixed))
+        for op in region.ops:
+            if op.name in ("custom_jvp_call", "custom_vjp_call", "remat", "remat2", "checkpoint"):
+                self._through(op)
+            elif not op.regions:
+                self._learn(op)
+            if all(map(self.is_fixed, op.inputs)):
+                self._fixed.update(map(id, op.outputs))
+
+    def _through(self, op: Op) -> None:
+        body = op.regions["body"]
+        self._pass(op.inputs, body.inputs)
+        fixed = [b for a, b in zip(op.inputs, body.inputs, strict=True) if self.is_fixed(a)]
+        self.run(body, fixed)
+        self._pass(body.outputs, op.outputs)
+
+    def _pass(self, values: Sequence[Value], others: Sequence[Value]) -> None:
+        for value, other in zip(values, others, strict=True):
+            self._constant[id(other)] = [self.along(value, axis) for axis in range(len(value.shape))]
+
+    def _learn(self, op: Op) -> None:
+        for number, output in enumerate(op.outputs):
+            axes = range(len(output.shape))
+            if all(isinstance(n, int) for n in (*output.shape, *(n for v in op.inputs for n in v.shape))):
+                self._constant[id(output)] = [self._of(op, number, output, axis) for axis in axes]
+
+    def _of(self, op: Op, number: int, output: Value, axis: int) -> Vector | None:
+        """The constant slices of an op's output along an axis."""
+        value, params = op.inputs[0] if op.inputs else output, op.params
+        if rule_for(op.name) is elementwise:
+            marks: Vector | None = np.ones(output.shape[axis], bool)
+            for operand in op.inputs:
+                if not self.is_number(operand):
+                    # A single slice that is spread along the axis may vary along the others.
+                    spread = not operand.shape or operand.shape[axis] != output.shape[axis]
+                    marks = None if spread else both(marks, self.along(operand, axis))
+            return marks
+        if op.name == "broadcast_in_dim":
+            places = list(params["broadcast_dimensions"])
+            old = places.index(axis) if axis in places else None
+            if old is not None and value.shape[old] == output.shape[axis]:
+                return self.along(value, old)
+            return np.ones(output.shape[axis], bool) if self.is_number(value) else None
+        if op.name == "transpose":
+            return self.along(value, params["permutation"][axis])
+        if op.name == "squeeze":
+            left = [a for a in range(len(value.shape)) if a not in params["dimensions"]]
+            return self.along(value, left[axis])
+        if op.name in ("reduce_sum", "reduce_max", "reduce_min"):
+            left = [a for a in range(len(value.shape)) if a not in params["axes"]]
+            return self.along(value, left[axis])
+        if op.name in ("reduce_window_max", "reduce_window_sum"):
+            return self.along(value, axis) if _keeps_constants(op, axis) else None
+        if op.name == "slice":
+            marks = self.along(value, axis)
+            stride = 1 if params["strides"] is None else params["strides"][axis]
+            start, limit = params["start_indices"][axis], params["limit_indices"][axis]
+            return None if marks is None else marks[start:limit:stride]
+        if op.name == "concatenate" and params["dimension"] == axis:
+            marks_of = [self.along(v, axis) for v in op.inputs]
+            pairs = zip(marks_of, op.inputs, strict=True)
+            return np.concatenate([np.zeros(v.shape[axis], bool) if m is None else m for m, v in pairs])
+        if op.name == "reshape":
+            return self._reshaped(value, output, axis)
+        return None
+
+    def _reshaped(self, value: Value, output: Value, axis: int) -> Vector | None:
+        """A slice is constant where it lies within one slice that is."""
+        for segment in segments(value.shape, output.shape):
+            after = dict(segment.after)
+            if segment.sizes is None or axis not in after:
+                continue
+            for old, factors in segment.before:
+                marks = self.along(value, old)
+                if marks is not None and set(factors) <= set(after[axis]):
+                    grid = marks.reshape([s if f in factors else 1 for f, s in enumerate(segment.sizes)])
+                    sizes = [s if f in after[axis] else 1 for f, s in enumerate(segment.sizes)]
+                    return np.broadcast_to(grid, sizes).ravel()
+        return None
+
+
+def _keeps_constants(op: Op, axis: int) -> bool:
+    """Whether a window over one number gives one number, and leaves an axis alone."""
+    rank = range(len(op.outputs[0].shape))
+    if op.params["window_dimensions"][axis] != 1 or op.inputs[0].shape[axis] != op.outputs[0].shape[axis]:
+        return False
+    if op.name == "reduce_window_max":
+        return all(windows_hold_an_entry(op, a) for a in rank)
+    return all(tuple(op.params["padding"][a]) == (0, 0) for a in rank)
+
+
+def fold(linked: Linked, leaves: dict[str, Any], masks: dict[str, np.ndarray], inputs: Sequence[Any]) -> None:
+    """Folds constant channels into what reads them, in place.
+
+    Args:
+      linked: the function.
+      leaves: its params by path, masked.
+      masks: their masks by path.
+      inputs: the leaves of example inputs, to read the constants from.
+    """
+    facts = linked.facts({p: [_zero(m, axis) for axis in range(m.ndim)] for p, m in masks.items()})
+    constants = Constants(facts)
+    constants.run(linked.region, list(linked.values.values()))
+    sites = [site for op in linked.region.ops if (site := _site(op, linked, constants)) is not None]
+    if not sites:
+        return
+    numbers = _read(linked, facts, [site.image_axis for site in sites], [*leaves.values(), *inputs])
+    for site, number in zip(sites, numbers, strict=True):
+        site.fold(leaves, masks, number)
+
+
+def _zero(mask: np.ndarray, axis: int) -> Vector | None:
+    alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+    return None if alive.all() else ~alive
+
+
+class _Site:
+    """A matrix product or convolution that constants can be folded into.
+
+    Attributes:
+      image_axis: its input and the axis that it sums over.
+      kernel: the path of its kernel, with the axes that it sums over and that it gives.
+      bias: the path of the bias that is added to its output, or None.
+      marks: the constant slices of the input.
+    """
+
+    def __init__(
+        self,
+        image_axis: tuple[Value, int],
+        kernel: tuple[str, int, int],
+        bias: str | None,
+        marks: Vector,
+    ):
+        self.image_axis, self.kernel, self.bias, self.marks = image_axis, kernel, bias, marks
+
+    def fold(self, leaves: dict[str, Any], masks: dict[str, np.ndarray], numbers: np.ndarray) -> None:
+        path, summed, given = self.kernel
+        # With the summed axis first, a row for each slice of the input.
+        rows = np.moveaxis(np.asarray(leaves[path], np.float64).copy(), summed, 0)
+        alive = np.moveaxis(masks[path].copy(), summed, 0)
+        fold = np.flatnonzero(self.marks & alive.any(axis=tuple(range(1, alive.ndim))))
+        if self.bias is None:
+            fold = fold[np.argsort(-np.abs(numbers[fold]), kind="stable")]
+            if len(fold) and numbers[fold[0]] != 0:
+                fold, stands = fold[1:], fold[0]
+                rows[stands] += np.tensordot(numbers[fold] / numbers[stands], rows[fold], 1)
+                alive[stands] |= alive[fold].any(axis=0)
+        else:
+            moved = np.tensordot(numbers[fold], rows[fold], 1)
+            axis = given - (summed < given)
+            others = tuple(a for a in range(moved.ndim) if a != axis)
+            bias = np.asarray(leaves[self.bias], np.float64) + moved.sum(axis=others)
+            masks[self.bias] = masks[self.bias] | (bias != 0)
+            leaves[self.bias] = jnp.asarray(bias, leaves[self.bias].dtype)
+        rows[fold], alive[fold] = 0, False
+        leaves[path] = jnp.asarray(np.moveaxis(rows, 0, summed), leaves[path].dtype)
+        masks[path] = np.moveaxis(alive, 0, summed)
+
+
+def _site(op: Op, linked: Linked, constants: Constants) -> _Site | None:
+    """An op as a place to fold into, if it is one and there is something to fold."""
+    if op.name not in ("dot_general", "conv_general_dilated"):
+        return None
+    image, weights = op.inputs
+    if op.name == "dot_general":
+        (left, right), batch = op.params["dimension_numbers"]
+        if _own_param(weights, linked) is None:  # the kernel stands on the left, as in W @ x
+            image, weights, left, right = weights, image, right, left
+        if batch != ((), ()) or len(left) != 1 or len(weights.shape) != 2:
+            return None
+        axis, summed, given, bordered = left[0], right[0], 1 - right[0], False
+        out_axis = len(op.outputs[0].shape) - 1 if weights is op.inputs[1] else 0
+    else:
+        if op.params["feature_group_count"] > 1 or op.params["batch_group_count"] > 1:
+            return None
+        numbers = op.params["dimension_numbers"]
+        axis, summed, given = numbers.lhs_spec[1], numbers.rhs_spec[1], numbers.rhs_spec[0]
+        out_axis = numbers.out_spec[1]
+        bordered = any(tuple(p) != (0, 0) for p in op.params["padding"])
+        bordered |= any(d != 1 for d in op.params["lhs_dilation"])
+    kernel = _own_param(weights, linked)
+    marks = constants.along(image, axis)
+    if kernel is None or marks is None or not marks.any():
+        return None
+    bias = None if bordered else _own_bias(op.outputs[0], out_axis, linked)
+    return _Site((image, axis), (kernel, summed, given), bias, marks)
+
+
+def _readers(value: Value, linked: Linked) -> list[Op]:
+    return [op for op in linked.region.ops for given in op.inputs if given is value]
+
+
+def _own_param(value: Value, linked: Linked) -> str | None:
+    """The path of the param that a value is, up to its dtype, if nothing else reads it."""
+    while value.op is not None and value.op.name in ("convert_element_type", "copy"):
+        if len(_readers(value, linked)) != 1:
+            return None
+        value = value.op.inputs[0]
+    path = next((path for path, param in linked.values.items() if param is value), None)
+    read_once = len(_readers(value, linked)) == 1 and not any(o is value for o in linked.region.outputs)
+    return path if read_once else None
+
+
+def _own_bias(output: Value, axis: int, linked: Linked) -> str | None:
+    """The path of the bias that is added to a value along an axis, if nothing else reads either."""
+    readers = _readers(output, linked)
+    if len(readers) != 1 or readers[0].name != "add" or any(o is output for o in linked.region.outputs):
+        return None
+    (other,) = [v for v in readers[0].inputs if v is not output] or [None]
+    shape = other.shape if other is not None else ()
+    if other is None or len(shape) != len(output.shape) or shape[axis] != output.shape[axis]:
+        return None
+    while other.op is not None and other.op.name in ("broadcast_in_dim", "reshape"):
+        if len(_readers(other, linked)) != 1:
+            return None
+        other = other.op.inputs[0]
+    path = _own_param(other, linked)
+    return path if path is not None and other.shape == (output.shape[axis],) else None
+
+
+def _read(
+    linked: Linked, facts: Facts, wanted: Sequence[tuple[Value, int]], leaves: Sequence[Any]
+) -> list[np.ndarray]:
+    """The first entry of each slice of some values, along an axis each, in one run of the function."""
+
+    @jax.jit
+    def first(leaves):
+        values = linked.values_of([value for value, _ in wanted], facts, leaves)
+        pairs = zip(values, wanted, strict=True)
+        return [jnp.moveaxis(v, axis, 0).reshape(v.shape[axis], -1)[:, 0] for v, (_, axis) in pairs]
+
+    return [np.asarray(numbers, np.float64) for numbers in first(list(leaves))]
