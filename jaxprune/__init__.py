@@ -9,7 +9,7 @@ from jaxprune import distributions, graph, l0, metrics, penalties, schedules, sc
 from jaxprune.dynamic import rewiring, rigl, set_
 
 # Structured pruning: coupled channels, and the network without them
-from jaxprune.graph import Compacted, Plan, channel_groups, compact
+from jaxprune.graph import Compacted, CompactedModule, Plan, channel_groups, compact, compact_module
 
 # Iterative pruning and lottery tickets
 from jaxprune.lottery import (
@@ -43,6 +43,7 @@ from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [
     "Compacted",
+    "CompactedModule",
     "KeepMaskedState",
     "Plan",
     "Pruner",
@@ -59,6 +60,7 @@ __all__ = [
     "check_masks",
     "check_pruned",
     "compact",
+    "compact_module",
     "distributions",
     "error_barrier",
     "graph",

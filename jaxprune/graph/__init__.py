@@ -3,13 +3,16 @@
 from jaxprune.graph.compaction import Compacted, Stayed, compact
 from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
 from jaxprune.graph.macs import multiply_adds
+from jaxprune.graph.modules import CompactedModule, compact_module
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.report import Report
 from jaxprune.graph.rules import Frame, Rule, elementwise, register_rule
+from jaxprune.graph.widths import linen_widths
 
 __all__ = [
     "ChannelGroups",
     "Compacted",
+    "CompactedModule",
     "Frame",
     "Group",
     "Member",
@@ -19,7 +22,9 @@ __all__ = [
     "Stayed",
     "channel_groups",
     "compact",
+    "compact_module",
     "elementwise",
+    "linen_widths",
     "multiply_adds",
     "register_rule",
 ]

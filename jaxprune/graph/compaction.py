@@ -12,7 +12,7 @@ from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import Linked, close, split_static
+from jaxprune.graph.program import Linked, Zeros, close, split_static
 from jaxprune.graph.report import Report, report
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete
@@ -158,11 +158,11 @@ def compact(
         if fold_constants:
             given = apply_masks(params, masks)
             params, masks = _folded(linked, given, masks, inputs)
-        zeros = zero_slices(masks)
-        kept = close(linked, zeros)
+        arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
+        kept = close(linked, lambda dropped: zero_slices(arrays, dropped))
         kept = _rounded(linked, kept, multiple_of)
         plan = plan_of(linked, kept)
-        stayed = _stayed(linked, zeros, plan)
+        stayed = _stayed(linked, zero_slices(arrays), plan)
     masked = params if not is_concrete(params) and _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
     if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
@@ -187,15 +187,20 @@ def _abstract(tree: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def zero_slices(masks: Masks) -> dict[str, list[np.ndarray | None]]:
-    """The slices of each param of which the masks keep nothing."""
+def zero_slices(masks: dict[str, np.ndarray], dropped: Zeros | None = None) -> Zeros:
+    """The slices of each param of which the masks keep nothing but what is dropped."""
 
     def zero(mask: np.ndarray, axis: int) -> np.ndarray | None:
         alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
         return None if alive.all() else ~alive
 
-    arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
-    return {path: [zero(mask, axis) for axis in range(mask.ndim)] for path, mask in arrays.items()}
+    zeros = {}
+    for path, mask in masks.items():
+        for axis, gone in enumerate(() if dropped is None else dropped[path]):
+            if gone is not None:
+                mask = mask & ~np.expand_dims(gone, [a for a in range(mask.ndim) if a != axis])
+        zeros[path] = [zero(mask, axis) for axis in range(mask.ndim)]
+    return zeros
 
 
 def plan_of(linked: Linked, kept: Kept) -> Plan:
@@ -221,7 +226,8 @@ def _rounded(linked: Linked, kept: Kept, multiple_of: int) -> Kept:
                     seeds.append((node, state))
         if not seeds:
             return kept
-        kept = close(linked, linked.dropped(kept), [*linked.seeds(linked.dropped(kept)), *seeds])
+        dropped = linked.dropped(kept)
+        kept = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
 
 
 def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:

@@ -1,6 +1,8 @@
 """`channel_groups`: the channels of a function that can only go together."""
 
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -304,9 +306,9 @@ def _table(groups: ChannelGroups) -> str:
     width, left = 79, 33
     lines = [f"{'group':<25}{'units':>5}  members"]
     for group in groups.groups:
-        names = [f"{m.path}[{m.axis}]{_times(m)}" for m in group.members]
         name = group.name if len(group.name) <= 24 else "..." + group.name[-21:]
-        wrapped = textwrap.wrap(" ".join(names), width - left + 1, break_on_hyphens=False)
+        members = _listing([f"{m.path}[{m.axis}]{_times(m)}" for m in group.members])
+        wrapped = textwrap.wrap(members, width - left + 1, break_on_hyphens=False)
         lines.append(f"{name:<24}{group.units:>6}  {wrapped[0]}")
         lines += [" " * 32 + line for line in wrapped[1:]]
         if group.why_not is not None:
@@ -314,9 +316,22 @@ def _table(groups: ChannelGroups) -> str:
                 f"not removable: {group.why_not}", width, initial_indent="  ", subsequent_indent="    "
             )
     for whole in groups.whole:
-        names = " ".join(f"{path}[{axis}]" for path, axis in whole.members)
+        names = _listing([f"{path}[{axis}]" for path, axis in whole.members])
         lines += textwrap.wrap(f"Whole: {names}: {whole.why}.", width, subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def _listing(names: Sequence[str]) -> str:
+    """Names in order; those that differ by numbers in their path only stand as one, with a count."""
+    patterns = [re.sub(r"\d+(?=[^\[\]]*\[)", "*", name) for name in names]
+    count = Counter(patterns)
+    shown = []
+    for name, pattern in zip(names, patterns, strict=True):
+        if count[pattern] < 3:
+            shown.append(name)
+        elif (line := f"{pattern} ({count[pattern]})") not in shown:
+            shown.append(line)
+    return " ".join(shown)
 
 
 def _times(member: Member) -> str:

@@ -142,7 +142,13 @@ class _Builder:
         return self.region(ClosedJaxpr(jaxpr, ()), custom_depth)
 
     def inline(
-        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value], ops: list[Op], custom_depth: int
+        self,
+        jaxpr: Jaxpr,
+        consts: Sequence[Any],
+        inputs: Sequence[Value],
+        ops: list[Op],
+        custom_depth: int,
+        called_at: str = "an unknown line",
     ) -> list[Value]:
         """Appends a jaxpr's ops and returns its outputs."""
         env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -155,17 +161,17 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             args = [read(atom) for atom in eqn.invars]
-            name = eqn.primitive.name
+            name, source = eqn.primitive.name, source_line(eqn) or called_at
             if name in _INLINED:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth)
+                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source)
             elif name in ("custom_jvp_call", "custom_vjp_call") and custom_depth >= _CUSTOM_DEPTH:
                 inner = eqn.params["call_jaxpr"]
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth)
+                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source)
             else:
                 outputs = [self.value(var.aval) for var in eqn.outvars]
                 regions = self.regions(eqn, custom_depth)
-                op = Op(name, eqn.params, args, outputs, _binder(eqn), source_line(eqn), regions)
+                op = Op(name, eqn.params, args, outputs, _binder(eqn), source, regions)
                 for output in outputs:
                     output.op = op
                 ops.append(op)
@@ -276,12 +282,17 @@ def _binder(eqn: JaxprEqn) -> Callable[..., list[Any]]:
 def prune_dead(region: Region) -> Region:
     """A region without the ops whose outputs nobody reads: they would only ask for slices."""
     read = set(map(id, region.outputs))
-    ops = []
+    ops: list[Op] = []
     for op in reversed(region.ops):
         if op.bind.has_effects or any(id(output) in read for output in op.outputs):  # type: ignore[attr-defined]
             read.update(map(id, op.inputs))
             ops.append(op)
     return Region(region.inputs, region.outputs, ops[::-1])
+
+
+def read_by(region: Region) -> set[int]:
+    """The ids of the values that a region's ops and outputs read."""
+    return set(map(id, region.outputs)) | {id(value) for op in region.ops for value in op.inputs}
 
 
 def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
@@ -292,15 +303,15 @@ def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
     return any(any_constant(inner, holds) for op in region.ops for inner in op.regions.values())
 
 
-def source_line(eqn: JaxprEqn) -> str:
-    """The innermost line of code outside installed packages that led to an equation."""
+def source_line(eqn: JaxprEqn) -> str | None:
+    """The innermost line of code outside installed packages that led to an equation, if known."""
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
     for frame in frames:
         name = frame.file_name
         if not ("site-packages" in name or "dist-packages" in name or name.startswith(_OWN)):
             return f"{Path(name).name}:{frame.line_num}"
-    return "an unknown line"
+    return None
 
 
 _OWN = str(Path(__file__).parent)

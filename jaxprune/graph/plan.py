@@ -54,6 +54,21 @@ class Plan:
 
         return {p: [gone(p, axis, n) for axis, n in enumerate(s)] for p, s in self.shapes.items()}
 
+    def under(self, prefix: str) -> "Plan":
+        """The plan for a part of the params: that of `params["params"]` is `plan.under("params")`.
+
+        Raises:
+          ValueError: no path has the prefix.
+        """
+        start = prefix.rstrip("/") + "/"
+
+        def part(by_path: Mapping[str, Any]) -> dict[str, Any]:
+            return {path.removeprefix(start): x for path, x in by_path.items() if path.startswith(start)}
+
+        if not part(self.shapes):
+            raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
+        return Plan(part(self.shapes), part(self.keep))
+
     def shrink(self, tree: Any) -> Any:
         """A tree with the slices that go cut out of every part that mirrors a param.
 
@@ -106,13 +121,6 @@ class Plan:
         """Applies `change(leaf, path)` to the leaves that mirror a param of such shapes."""
         names, leaves = leaf_paths(tree), jax.tree.leaves(tree)
         owners = [self._owner(where, leaf, shape_of) for where, leaf in zip(names, leaves, strict=True)]
-        arrays = [where for where, leaf in zip(names, leaves, strict=True) if getattr(leaf, "ndim", 0)]
-        if arrays and all(owner is None for owner in owners):
-            shapes = ", ".join(f"{path} {shape_of(path)}" for path in self.shapes)
-            raise ValueError(
-                f"{name}: none of {', '.join(arrays)} ends in the path of a param and has its shape. The "
-                f"params are {shapes}."
-            )
         for leaf, owner, where in zip(leaves, owners, names, strict=True):
             path = self._longest_ending(where)
             if owner is None and path is not None and path in self.keep and getattr(leaf, "size", 1) > 1:
@@ -120,6 +128,14 @@ class Plan:
                     f"{name}: {where} is {describe(leaf)}, which belongs to params[{path!r}] by its path but "
                     f"is not shaped like it, {shape_of(path)}. Make it anew: tx.init(params)."
                 )
+        arrays = [where for where, leaf in zip(names, leaves, strict=True) if getattr(leaf, "ndim", 0)]
+        if arrays and all(owner is None for owner in owners):
+            shapes = ", ".join(f"{path} {shape_of(path)}" for path in self.shapes)
+            raise ValueError(
+                f"{name}: none of {', '.join(arrays)} ends in the path of a param and has its shape. The "
+                f"params are {shapes}. For a part of the params, as an optimizer sees them: "
+                "plan.under('params')."
+            )
         out = [
             leaf if owner is None else change(leaf, owner) for leaf, owner in zip(leaves, owners, strict=True)
         ]

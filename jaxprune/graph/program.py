@@ -48,6 +48,7 @@ class Linked:
         count = len(self.leaves)
         self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
         self._tie_outputs(state)
+        self._pin_unread()
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
                 self.graph.pin(node, f"it meets an axis of the input [{name}]")
@@ -77,6 +78,14 @@ class Linked:
             if number not in tied.values():
                 for node in value.axes:
                     self.graph.pin(node, f"it meets an axis of the output{f' [{name}]' if name else ''}")
+
+    def _pin_unread(self) -> None:
+        """What the function never reads stays as it is: it may be another function's."""
+        read = ir.read_by(self.region)
+        for value in self.values.values():
+            if id(value) not in read:
+                for node in value.axes:
+                    self.graph.pin(node, "the function never reads it")
 
     def facts(self, zeros: Zeros) -> Facts:
         """What follows from slices of params being zero."""
@@ -143,22 +152,28 @@ def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[
     return moving, rebuild
 
 
-def close(linked: Linked, zeros: Zeros, seeds: Sequence[tuple[int, State]] = ()) -> Kept:
+def close(
+    linked: Linked, zeros_given: Callable[[Zeros], Zeros], seeds: Sequence[tuple[int, State]] = ()
+) -> Kept:
     """The fewest slices to keep, such that only dropped slices have to be zero for it.
 
     First a dropped slice counts as zero, for there is nothing of it left, and what it made
     needless is dropped too, until nothing changes. Then only the slices of params that are
     dropped count as zero, and what was justified by other zeros is kept, until nothing changes:
     a kept slice may be trained, so that it happened to be zero must not matter.
+
+    Args:
+      linked: the function.
+      zeros_given: the slices of params that are zero, given that some are dropped.
+      seeds: what has to stay.
     """
-    zeros = {path: list(marks) for path, marks in zeros.items()}
+    dropped: Zeros = {path: [None] * len(value.axes) for path, value in linked.values.items()}
     while True:
-        kept = linked.solve(linked.facts(zeros), seeds)
-        more = _joined(zeros, linked.dropped(kept))
-        if _equal(more, zeros):
+        kept = linked.solve(linked.facts(zeros_given(dropped)), seeds)
+        more = _joined(dropped, linked.dropped(kept))
+        if _equal(more, dropped):
             break
-        zeros = more
-    dropped = linked.dropped(kept)
+        dropped = more
     while True:
         kept = linked.solve(linked.facts(dropped), [*linked.seeds(dropped), *seeds])
         fewer = linked.dropped(kept)
