@@ -149,7 +149,8 @@ def channel_groups(
       *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`; bools and strings are static.
       split: where an axis is split in several that could each lose slices (heads x head width),
         which of them does: `"major"`, the first (whole heads, whole groups of grouped-query
-        attention), `"minor"`, the last (the same places of every head), or the index of one.
+        attention), `"minor"`, the last (the same places of every head), or the index of one (1 of
+        keys x heads of a key x width: the same head of every key).
       state: as for `compact`: the outputs that are new values of params.
 
     Returns:
@@ -188,13 +189,20 @@ def _split(graph: AxisGraph, split: Split) -> None:
         product = products[0]
         always = graph.always_kept()
         free = [factor for factor in product.factors if not always.full(factor)]
-        place = {"major": 0, "minor": -1}.get(split, split) if isinstance(split, str) else split
-        chosen = free[min(place, len(free) - 1) if place >= 0 else max(place, -len(free))]  # type: ignore[operator]
+        chosen = _factor(product.factors, free, split)
         for factor in free:
             if graph.find(factor) != graph.find(chosen):
                 graph.pin(factor, f"split={split!r} takes slices from another axis of the product")
         if all(graph.find(factor) == graph.find(chosen) for factor in free):
             graph.pin(chosen, "it is a factor of a product twice")
+
+
+def _factor(factors: Sequence[int], free: Sequence[int], split: Split) -> int:
+    """The factor that loses slices: of those that could, the first, the last or the one at an index."""
+    if isinstance(split, str):
+        return free[0] if split == "major" else free[-1]
+    wanted = split if split >= 0 else len(factors) + split
+    return min(free, key=lambda factor: abs(factors.index(factor) - wanted))
 
 
 def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
