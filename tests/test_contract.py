@@ -1,5 +1,6 @@
 """The public contract: the calls that every user makes, as they are documented."""
 
+import os
 import subprocess
 import sys
 
@@ -164,7 +165,9 @@ def test_import_adds_little_to_importing_jax_and_optax():
         "import time; a = time.perf_counter(); import jax, optax; b = time.perf_counter()\n"
         "import jaxprune; c = time.perf_counter(); print((c - a) / (b - a))"
     )
-    ratios = [float(subprocess.check_output([sys.executable, "-c", code])) for _ in range(3)]
+    # With compiled modules, as every run but the first has them.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    ratios = [float(subprocess.check_output([sys.executable, "-c", code], env=env)) for _ in range(4)]
     assert min(ratios) < 1.2
 
 
@@ -173,3 +176,23 @@ def test_every_public_name_exists_and_is_documented():
         assert getattr(jp, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'prune_everything'"):
         jp.prune_everything  # noqa: B018
+
+
+def test_structured(problem):
+    params, loss_fn, (x, _) = problem
+    x2 = jnp.concatenate([x, x])
+
+    def apply_fn(params, x):
+        return Mlp().apply({"params": params}, x)
+
+    opt_state = optax.adam(1e-3).init(params)
+    groups = jp.channel_groups(apply_fn, params, x)
+    masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5, structure=jp.structures.channels(groups))
+    small = jp.compact(apply_fn, params, masks, x)
+    y = small.apply(small.params, x2)
+    assert small.params["Dense_0"]["kernel"].shape == (16, 8)
+    assert jnp.allclose(y, apply_fn(jp.apply_masks(params, masks), x2), atol=1e-5)
+    opt_state = small.shrink(opt_state)
+    assert opt_state[0].mu["Dense_1"]["kernel"].shape == (8, 4)
+    params = small.expand(small.params)
+    jp.check_pruned(params, masks)

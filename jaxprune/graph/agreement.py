@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from jaxprune.paths import leaf_paths
 from jaxprune.typing import Params
@@ -33,6 +32,8 @@ class Ops(NamedTuple):
 
 def ops_of(function: Function, params: Params, arrays: dict[str, Any]) -> Ops:
     """Traces a function and reads its ops, those of inner functions too."""
+    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # slow to import
+
     numbers: Counter[tuple[str, str]] = Counter()
     eps, draws = [0.0], [False]
 

@@ -13,6 +13,7 @@ and say with `need` which slices a reduction cannot do without.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import jax
@@ -145,7 +146,28 @@ def all_of(marks: Iterable[Vector | None]) -> Vector | None:
 
 
 def evaluate(op: Op, scalars: Sequence[Any]) -> Any:
-    """What an elementwise op makes of known numbers, or None if it cannot be said."""
+    """What an elementwise op makes of known numbers, or None if it cannot be said.
+
+    The sign of a zero is not known (0 * x has that of x), so it must not matter.
+    """
+    signs = [_signs(s, v.dtype) for s, v in zip(scalars, op.inputs, strict=True)]
+    first, *rest = (_evaluate_once(op, signed) for signed in product(*signs))
+    return first if all(np.array_equal(first, other, equal_nan=_has_nan(first)) for other in rest) else None
+
+
+def _signs(scalar: Any, dtype: Any) -> tuple[Any, ...]:
+    if not (is_zero(scalar) and jnp.issubdtype(dtype, jnp.inexact)):
+        return (scalar,)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return tuple(complex(*parts) for parts in product((0.0, -0.0), repeat=2))
+    return 0.0, -0.0
+
+
+def _has_nan(result: Any) -> bool:
+    return jnp.issubdtype(np.asarray(result).dtype, jnp.inexact)
+
+
+def _evaluate_once(op: Op, scalars: Sequence[Any]) -> Any:
     try:
         key = tuple((np.asarray(s).item(), v.dtype) for s, v in zip(scalars, op.inputs, strict=True))
         params = tuple(sorted(op.params.items(), key=lambda item: item[0]))

@@ -8,15 +8,17 @@ each body. Each axis of each value has a node in the program's `AxisGraph`.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from jaxprune.graph.axes import AxisGraph
+
+if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
+    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 _CUSTOM_DEPTH = 2  # derivatives of a custom rule that are taken by the rule itself
@@ -132,18 +134,18 @@ class _Builder:
         shape = tuple(aval.shape)
         return Value(shape, aval.dtype, tuple(map(self.graph.node, shape)), constant=constant)
 
-    def region(self, closed: ClosedJaxpr, custom_depth: int = 0) -> Region:
-        inputs = [self.value(var.aval) for var in closed.jaxpr.invars]
-        ops: list[Op] = []
-        outputs = self.inline(closed.jaxpr, closed.consts, inputs, ops, custom_depth)
-        return Region(inputs, outputs, ops)
+    def region(self, closed: "ClosedJaxpr", custom_depth: int = 0) -> Region:
+        return self.open_region(closed.jaxpr, closed.consts, custom_depth)
 
-    def open_region(self, jaxpr: Jaxpr, custom_depth: int) -> Region:
-        return self.region(ClosedJaxpr(jaxpr, ()), custom_depth)
+    def open_region(self, jaxpr: "Jaxpr", consts: Sequence[Any], custom_depth: int) -> Region:
+        inputs = [self.value(var.aval) for var in jaxpr.invars]
+        ops: list[Op] = []
+        outputs = self.inline(jaxpr, consts, inputs, ops, custom_depth)
+        return Region(inputs, outputs, ops)
 
     def inline(
         self,
-        jaxpr: Jaxpr,
+        jaxpr: "Jaxpr",
         consts: Sequence[Any],
         inputs: Sequence[Value],
         ops: list[Op],
@@ -157,7 +159,9 @@ class _Builder:
         )
 
         def read(atom: Any) -> Value:
-            return self.value(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+            return (
+                self.value(atom.aval, atom.val) if hasattr(atom, "val") else env[atom]
+            )  # a literal or a variable
 
         for eqn in jaxpr.eqns:
             args = [read(atom) for atom in eqn.invars]
@@ -178,7 +182,7 @@ class _Builder:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def regions(self, eqn: JaxprEqn, custom_depth: int) -> dict[str, Region]:
+    def regions(self, eqn: "JaxprEqn", custom_depth: int) -> dict[str, Region]:
         params, name = eqn.params, eqn.primitive.name
         if name == "scan":
             return {"body": self.region(params["jaxpr"], custom_depth)}
@@ -193,7 +197,7 @@ class _Builder:
                 for n, branch in enumerate(params["branches"])
             }
         if name in ("remat", "remat2", "checkpoint"):
-            return {"body": self.open_region(params["jaxpr"], custom_depth)}
+            return {"body": self.open_region(params["jaxpr"], (), custom_depth)}
         if name == "custom_jvp_call":
             return {
                 "body": self.region(params["call_jaxpr"], custom_depth),
@@ -212,13 +216,13 @@ def is_differentiable(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
-def _split_call(eqn: JaxprEqn) -> tuple[Callable[..., list[Any]], list[Any], list[bool]]:
+def _split_call(eqn: "JaxprEqn") -> tuple[Callable[..., list[Any]], list[Any], list[bool]]:
     """An equation as a function of its differentiable inputs; their avals, and which they are."""
     avals = [atom.aval for atom in eqn.invars]
     return _binder(eqn), avals, [is_differentiable(aval) for aval in avals]
 
 
-def _jvp_jaxpr(eqn: JaxprEqn) -> ClosedJaxpr:
+def _jvp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
     """An equation and its derivative, by its own rule.
 
     It maps all inputs and the tangents of the differentiable ones to the outputs and the tangents
@@ -240,7 +244,7 @@ def _jvp_jaxpr(eqn: JaxprEqn) -> ClosedJaxpr:
     return jax.make_jaxpr(jvp)(*map(_struct, avals), *(_struct(a) for a in avals if is_differentiable(a)))
 
 
-def _vjp_jaxpr(eqn: JaxprEqn) -> ClosedJaxpr:
+def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
     """The derivative of an equation backwards, by its own rule.
 
     It maps all inputs and the cotangents of the differentiable outputs to the cotangents of the
@@ -267,7 +271,7 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _binder(eqn: JaxprEqn) -> Callable[..., list[Any]]:
+def _binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
     def bind(*args: Any) -> list[Any]:
         bound = eqn.primitive.get_bind_params(eqn.params)
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
@@ -303,7 +307,7 @@ def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
     return any(any_constant(inner, holds) for op in region.ops for inner in op.regions.values())
 
 
-def source_line(eqn: JaxprEqn) -> str | None:
+def source_line(eqn: "JaxprEqn") -> str | None:
     """The innermost line of code outside installed packages that led to an equation, if known."""
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames

@@ -5,98 +5,23 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph.axes import AxisGraph, Vector
-from jaxprune.graph.facts import Facts, all_of, either, evaluate
+from jaxprune.graph.facts import Facts, Known, all_of, either, evaluate
 from jaxprune.graph.ir import Op, Value
 from jaxprune.graph.rules.base import Rule, as_it_was, register_rule
 
-_NAMES = [
-    "abs",
-    "acos",
-    "acosh",
-    "add",
-    "add_any",
-    "and",
-    "asin",
-    "asinh",
-    "atan",
-    "atan2",
-    "atanh",
-    "bessel_i0e",
-    "bessel_i1e",
-    "cbrt",
-    "ceil",
-    "clamp",
-    "clz",
-    "complex",
-    "conj",
-    "convert_element_type",
-    "copy",
-    "copy_p",
-    "cos",
-    "cosh",
-    "digamma",
-    "div",
-    "eq",
-    "eq_to",
-    "erf",
-    "erf_inv",
-    "erfc",
-    "exp",
-    "exp2",
-    "expm1",
-    "floor",
-    "ge",
-    "ge_to",
-    "gt",
-    "gt_to",
-    "igamma",
-    "igamma_grad_a",
-    "igammac",
-    "imag",
-    "integer_pow",
-    "is_finite",
-    "le",
-    "le_to",
-    "lgamma",
-    "log",
-    "log1p",
-    "logistic",
-    "lt",
-    "lt_to",
-    "max",
-    "min",
-    "mul",
-    "mulhi",
-    "ne",
-    "neg",
-    "nextafter",
-    "not",
-    "or",
-    "polygamma",
-    "population_count",
-    "pow",
-    "real",
-    "reduce_precision",
-    "regularized_incomplete_beta",
-    "rem",
-    "round",
-    "rsqrt",
-    "select_n",
-    "shift_left",
-    "shift_right_arithmetic",
-    "shift_right_logical",
-    "sign",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "stop_gradient",
-    "sub",
-    "tan",
-    "tanh",
-    "xor",
-    "zeta",
-]
+# fmt: off
+_NAMES = (
+    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
+    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type",
+    "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp",
+    "exp2", "expm1", "floor", "ge", "ge_to", "gt", "gt_to", "igamma", "igamma_grad_a", "igammac", "imag",
+    "integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "logistic", "lt", "lt_to", "max",
+    "min", "mul", "mulhi", "name", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count",
+    "pow", "real", "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n",
+    "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
+)
+# fmt: on
 
 
 def _matching_axes(value: Value, like: Value) -> list[int]:
@@ -124,7 +49,7 @@ def _flow(op: Op, facts: Facts) -> None:
     if all(fill is not None for fill in fills):
         return facts.learn(output, fill=evaluate(op, fills))
     along = [_matching_axes(value, output) for value in op.inputs]
-    zero_to_zero = _zeros_give_zero(op, facts)
+    zero_to_zero, signed = _zeros_give_zero(op, facts), _reads_sign(op)
 
     def zero(axis: int) -> Vector | None:
         marks = [k.zero[axis] if axis in a else None for k, a in zip(known, along, strict=True)]
@@ -143,6 +68,9 @@ def _flow(op: Op, facts: Facts) -> None:
         if not isinstance(size, (int, np.integer)):
             return None
         everywhere = np.broadcast_to(True, (int(size),))
+        triples = enumerate(zip(op.inputs, along, strict=True))
+        if any(n in signed and axis in a and _are_zeros(facts.of(v), axis) for n, (v, a) in triples):
+            return None
         pairs = zip(op.inputs, along, strict=True)
         return all_of(facts.alike(v, axis) if axis in a else everywhere for v, a in pairs)
 
@@ -161,6 +89,18 @@ def _zeros_give_zero(op: Op, facts: Facts) -> bool:
         return False
     result = evaluate(op, [0 if k.fill is None else k.fill for k in known])
     return result is not None and bool(result == 0)
+
+
+def _reads_sign(op: Op) -> tuple[int, ...]:
+    """The operands of which the sign of a zero matters: 1 / -0 is not 1 / 0."""
+    if op.name == "integer_pow":
+        return (0,) if op.params["y"] < 0 else ()
+    return {"atan2": (0, 1), "div": (1,), "pow": (0,), "rsqrt": (0,)}.get(op.name, ())
+
+
+def _are_zeros(known: Known, axis: int) -> bool:
+    """Whether the slices that are alike along an axis are so for being zero, of whatever sign."""
+    return known.zero[axis] is not None and (known.fill is not None or known.alike[axis] is None)
 
 
 elementwise = Rule(_link, _flow, as_it_was)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -46,6 +47,8 @@ def _known_take(op: Op) -> tuple[int, int, np.ndarray] | None:
         return None
     if numbers.operand_batching_dims or len(op.inputs[1].shape) != 2:
         return None
+    if any(not _equal(op.params["slice_sizes"][axis], op.inputs[0].shape[axis]) for axis in _windows(op)):
+        return None
     if "known take" not in op.memo:
         found, axis = concrete(op.inputs[1]), numbers.start_index_map[0]
         op.memo["known take"] = None
@@ -78,10 +81,7 @@ def _link_gather(op: Op, graph: AxisGraph) -> None:
 def _flow_gather(op: Op, facts: Facts) -> None:
     (operand, _), (output,) = op.inputs, op.outputs
     zeros: list[Vector | None] = [None] * len(output.shape)
-    fill = op.params["fill_value"]
-    # What is out of bounds is filled: with NaN, which no slice that stays escapes either, or with
-    # a number, which would not be zero.
-    if fill is not None and not np.isnan(fill) and fill != 0 and _known_take(op) is None:
+    if _fills_with_number(op) and _known_take(op) is None:
         return facts.learn(output)
     for axis, place in _windows(op).items():
         if _equal(op.params["slice_sizes"][axis], operand.shape[axis]):
@@ -91,6 +91,19 @@ def _flow_gather(op: Op, facts: Facts) -> None:
         zeros[known[1]] = None if zero is None else zero[known[2]]
     facts.learn(output, zeros, fill=0 if facts.all_zero(operand) else None)
     return None
+
+
+def _fills_with_number(op: Op) -> bool:
+    """Whether indices out of bounds read a number, which would not be zero.
+
+    NaN is none: it is read in all slices, and those that stay tell as much.
+    """
+    if lax.GatherScatterMode.from_any(op.params["mode"]) != lax.GatherScatterMode.FILL_OR_DROP:
+        return False
+    fill = op.params["fill_value"]
+    if fill is None:  # NaN for floats; the largest or smallest integer otherwise
+        return not jnp.issubdtype(op.outputs[0].dtype, jnp.inexact)
+    return not (np.isnan(fill) or fill == 0)
 
 
 def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:

@@ -17,8 +17,8 @@ from jaxprune.graph.rules.base import Frame, Rule, as_it_was, register_rule
 _COMBINE = {
     "reduce_max": jnp.maximum,
     "reduce_min": jnp.minimum,
-    "reduce_or": jnp.logical_or,
-    "reduce_and": jnp.logical_and,
+    "reduce_or": jnp.bitwise_or,  # of bools and of integers
+    "reduce_and": jnp.bitwise_and,
 }
 
 
