@@ -3,9 +3,10 @@
 import importlib.util
 import json
 
+import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import _bound, lottery
+from experiments.benchmarks import _bound, graph, lottery
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -45,3 +46,11 @@ def test_what_a_step_works_and_moves():
     backward = forward + 60 * (300 * 100 + 100 * 10)
     assert _bound.flops(params, batch_size=60) == 2 * (forward + backward)
     assert _bound.adam_bytes(params) == 266610 * 29
+
+
+def test_graph_benchmark_counts_what_it_times():
+    (line,) = graph.run_decoder(layers=2, width=64, hidden=96, heads=4)
+    # Of each layer its heads and its hidden width, and the residual stream.
+    assert "5 groups" in line
+    variables = jax.eval_shape(graph.ResNet50().init, jax.random.key(0), jnp.ones((1, 64, 64, 3)))
+    assert graph.size(variables["params"]) == 25_557_032

@@ -1,5 +1,10 @@
 """Compaction: equal to the masked network, in every way a function of params is used."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +240,34 @@ def test_params_and_functions_that_are_traced():
 
     expected = 2.0 * small.apply(small.params, *case.inputs)
     np.testing.assert_allclose(inside(case.params, 2.0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
+def test_sharded_params(explicit):
+    # A process of its own: the number of devices is fixed when JAX starts.
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", f"import _sharded_compaction as s; s.check({explicit})"],
+        cwd=pathlib.Path(__file__).parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 0
+
+
+def test_strict_dtype_promotion():
+    case = ZOO["layer_norm_two_pass"]()
+    with jax.numpy_dtype_promotion("strict"):
+        small = compacted("layer_norm_two_pass")[2]
+        small.apply(small.params, *case.inputs)
 
 
 def test_static_inputs():

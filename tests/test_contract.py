@@ -179,7 +179,7 @@ def test_every_public_name_exists_and_is_documented():
 
 
 def test_structured(problem):
-    params, loss_fn, (x, _) = problem
+    params, _loss_fn, (x, _) = problem
     x2 = jnp.concatenate([x, x])
 
     def apply_fn(params, x):

@@ -14,6 +14,7 @@ import numpy as np
 from zoo import ZOO, Case
 
 import jaxprune as jp
+from jaxprune.graph.compaction import with_state
 from jaxprune.paths import array_leaves
 
 # Compiled without optimisation: most of the time would go there.
@@ -113,12 +114,7 @@ def _shrunk(small, case, outputs):
     """A function's output with what is new values of params cut to the small shapes."""
     if case.state is None:
         return outputs
-    numbers = jax.tree.unflatten(jax.tree.structure(outputs), range(len(jax.tree.leaves(outputs))))
-    leaves = jax.tree.leaves(outputs)
-    cut = jax.tree.leaves(small.shrink(case.state(outputs)))
-    for number, leaf in zip(jax.tree.leaves(case.state(numbers)), cut, strict=True):
-        leaves[number] = leaf
-    return jax.tree.unflatten(jax.tree.structure(outputs), leaves)
+    return with_state(outputs, case.state, small.shrink(case.state(outputs)))
 
 
 def _moved(leaf, scale, rng):

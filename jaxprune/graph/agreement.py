@@ -103,10 +103,10 @@ def compare(
     with jax.default_matmul_precision("highest"):
         first, second = jax.jit(expected), jax.jit(got)
         for where, args in rounds.items():
-            gap = _gap(first(*args), second(*args))
-            if gap is not None and not gap <= eps**0.5:
-                return f"differs by {gap:.2g} of the largest entry {where}"
-            compared |= gap is not None
+            apart = gap(first(*args), second(*args))
+            if apart is not None and not apart <= eps**0.5:
+                return f"differs by {apart:.2g} of the largest entry {where}"
+            compared |= apart is not None
     return None if compared else "has no finite output to compare"
 
 
@@ -140,7 +140,7 @@ def _other_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
     return {name: other(leaf) for name, leaf in arrays.items()}
 
 
-def _gap(expected: Any, got: Any) -> float | None:
+def gap(expected: Any, got: Any) -> float | None:
     """The largest difference of two outputs, relative to the largest entry of the leaf it is in.
 
     Infinite where they are not laid out alike, or not finite in the same places; None where

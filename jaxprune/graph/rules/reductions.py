@@ -39,27 +39,30 @@ def _flow_left(op: Op, facts: Facts, empty: bool = False) -> None:
     facts.learn(op.outputs[0], zeros, fill=0 if empty or facts.all_zero(value) else None)
 
 
-def _alike_axis(op: Op) -> int | None:
-    """The one reduced axis of which alike slices may be counted: the last that is no single slice.
+def _alike_axis(op: Op, facts: Facts, besides_zero: bool) -> int | None:
+    """The one reduced axis of which alike slices may be counted: the last that has any.
 
     One is enough, and with two a slice of one would be cut across the other.
     """
-    axes = [axis for axis in op.params["axes"] if op.inputs[0].shape[axis] != 1]
-    return max(axes) if axes else None
+    (value,) = op.inputs
+    marks = (
+        facts.of(value).alike if besides_zero else [facts.alike(value, a) for a in range(len(value.shape))]
+    )
+    return max((axis for axis in op.params["axes"] if marks[axis] is not None), default=None)
 
 
 def _flow_sum(op: Op, facts: Facts) -> None:
-    (value,) = op.inputs
+    (value,), counted = op.inputs, _alike_axis(op, facts, besides_zero=True)
     for axis in op.params["axes"]:
         dispensable = facts.zero(value, axis)
-        if axis == _alike_axis(op):
+        if axis == counted:
             dispensable = either(dispensable, facts.alike(value, axis))
         facts.need(op, value, axis, dispensable)
     _flow_left(op, facts)
 
 
 def _emit_sum(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    (value,), axis = op.inputs, _alike_axis(op)
+    (value,), axis = op.inputs, _alike_axis(op, frame.facts, besides_zero=True)
     (total,) = op.bind(*args)
     left_out = 0 if axis is None else _left_out(value, axis, frame)
     if axis is not None and left_out:
@@ -80,14 +83,14 @@ def _left_out(value: Value, axis: int, frame: Frame) -> int:
 
 
 def _flow_extremum(op: Op, facts: Facts) -> None:
-    (value,) = op.inputs
+    (value,), counted = op.inputs, _alike_axis(op, facts, besides_zero=False)
     for axis in op.params["axes"]:
-        facts.need(op, value, axis, facts.alike(value, axis) if axis == _alike_axis(op) else None)
+        facts.need(op, value, axis, facts.alike(value, axis) if axis == counted else None)
     _flow_left(op, facts)
 
 
 def _emit_extremum(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    (value,), axis = op.inputs, _alike_axis(op)
+    (value,), axis = op.inputs, _alike_axis(op, frame.facts, besides_zero=False)
     (extremum,) = op.bind(*args)
     if axis is not None and frame.indices(value, axis) is not None:
         (other,) = op.bind(frame.representative(value, axis))
