@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
     Attributes:
       x: (points,) what is on the horizontal axis.
-      y: (points, seeds) in [0, 1].
+      y: (points, seeds), accuracies in [0, 1] unless `panels` is told otherwise.
     """
 
     x: Sequence[float]
@@ -53,6 +53,8 @@ def panels(
     curves: Sequence[tuple[str, Mapping[str, Curve]]],
     *,
     baseline: np.ndarray | None = None,
+    figure: str = "test accuracy (%)",
+    factor: float = 100,
 ) -> None:
     """Draws accuracies in panels, one per (x label, curves by name), and saves a PNG.
 
@@ -61,25 +63,27 @@ def panels(
       title: above all panels.
       curves: the panels; they share the vertical axis; the others are logarithmic.
       baseline: (seeds,) the dense network's figure, drawn as a level line.
+      figure: what the curves are of.
+      factor: what they are multiplied by.
     """
-    figure, axes = plt.subplots(
+    canvas, axes = plt.subplots(
         1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (x_label, lines) in zip(axes[0], curves, strict=True):
         for (name, curve), (colour, marker) in zip(lines.items(), _STYLES[: len(lines)], strict=True):
-            mean, spread = 100 * curve.y.mean(axis=1), 100 * curve.y.std(axis=1)
+            mean, spread = factor * curve.y.mean(axis=1), factor * curve.y.std(axis=1)
             axis.plot(curve.x, mean, color=colour, marker=marker, markersize=5, label=name)
             axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         if baseline is not None:
-            axis.axhline(100 * baseline.mean(), color="grey", linestyle="--", linewidth=1, label="dense")
+            axis.axhline(factor * baseline.mean(), color="grey", linestyle="--", linewidth=1, label="dense")
         _log_axis(axis, [x for curve in lines.values() for x in curve.x])
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("test accuracy (%)")
+    axes[0][0].set_ylabel(figure)
     axes[0][0].legend()
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    canvas.suptitle(title, fontsize=11)
+    canvas.savefig(path, dpi=150)
+    plt.close(canvas)
 
 
 def _log_axis(axis: Any, values: Sequence[float]) -> None:

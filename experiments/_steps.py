@@ -150,10 +150,15 @@ def flax_apply(model: Any) -> Apply:
     return apply
 
 
-def init(model: Any, examples: Examples, key: jax.Array) -> Any:
-    """The initial variables of a flax model."""
+def init(model: Any, examples: Examples) -> Callable[[jax.Array], Any]:
+    """`init(key)`, the initial variables of a flax model, compiled once."""
     x, _ = examples.batch(jnp.arange(1))
-    return {"batch_stats": {}} | jax.jit(model.init)(key, x)
+
+    @jax.jit
+    def variables(key: jax.Array) -> Any:
+        return {"batch_stats": {}} | model.init(key, x)
+
+    return variables
 
 
 def fitter(

@@ -40,7 +40,7 @@ def _flow_left(op: Op, facts: Facts, empty: bool = False) -> None:
 
 
 def _alike_axis(op: Op, facts: Facts, besides_zero: bool) -> int | None:
-    """The one reduced axis of which alike slices may be counted: the last that has any.
+    """The one reduced axis of which alike slices may be counted: the last that has several.
 
     One is enough, and with two a slice of one would be cut across the other.
     """
@@ -48,7 +48,8 @@ def _alike_axis(op: Op, facts: Facts, besides_zero: bool) -> int | None:
     marks = (
         facts.of(value).alike if besides_zero else [facts.alike(value, a) for a in range(len(value.shape))]
     )
-    return max((axis for axis in op.params["axes"] if marks[axis] is not None), default=None)
+    some = [a for a in op.params["axes"] if marks[a] is not None and value.shape[a] != 1]
+    return max(some, default=None)
 
 
 def _flow_sum(op: Op, facts: Facts) -> None:

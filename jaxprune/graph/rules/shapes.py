@@ -112,7 +112,7 @@ def segments(old: Sequence[Any], new: Sequence[Any]) -> list[Segment]:
     """
     before = [axis for axis, size in enumerate(old) if not (_is_static(size) and size == 1)]
     after = [axis for axis, size in enumerate(new) if not (_is_static(size) and size == 1)]
-    if 0 in (*old, *new):  # nothing in it, so nothing to say of factors
+    if any(_is_static(size) and size == 0 for size in (*old, *new)):  # no entries: no factors either
         return [Segment(None, [(a, ()) for a in before], [(a, ()) for a in after])]
     first, last = [], []
     while before and after and old[before[0]] == new[after[0]]:
