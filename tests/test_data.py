@@ -245,6 +245,7 @@ _HEADER = bytes([0, 0, 8, 1]) + struct.pack(">I", 3)
         (gzip.compress(_HEADER + b"ab"), r"holds 10 bytes, but .* shape \(3,\) holds 11"),
         (gzip.compress(_HEADER + b"abcd"), "holds 12 bytes"),
     ],
+    ids=["no gzip", "cut off", "empty", "wrong type", "too short", "too long"],  # a gzip holds the time
 )
 def test_damaged_idx_files(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "file.gz"

@@ -4,7 +4,7 @@ import jax
 import pytest
 from fuzz_compaction import run_case
 
-CASES = 60
+CASES = 40
 
 
 @pytest.mark.parametrize("first", range(0, CASES, 10))
