@@ -184,6 +184,7 @@ class Cutter:
         variables: Any,
         example: jax.Array,
         spared: Callable[[str, Member], bool] | None = None,
+        multiple_of: int = 1,
     ):
         """Reads the network's groups of coupled channels off its function.
 
@@ -192,6 +193,7 @@ class Cutter:
           variables: its variables; shapes are enough.
           example: one example, with its leading axis.
           spared: see `Network`.
+          multiple_of: what stays of each group is rounded up to a multiple of so many units.
         """
         self._logits, self._example = evaluation(apply), example
         self._shapes = jax.eval_shape(lambda: variables)
@@ -200,7 +202,7 @@ class Cutter:
             groups = groups.without(spared)
         self.groups = ChannelGroups(groups.removable(), groups.whole)
         self.macs = multiply_adds(self._logits, self._shapes, example)
-        self._structure = jp.structures.channels(self.groups, normalize=jnp.mean)
+        self._structure = jp.structures.channels(self.groups, normalize=jnp.mean, multiple_of=multiple_of)
         self._masks = {name: jax.jit(partial(self._prune, ranking)) for name, ranking in RANKINGS.items()}
 
     def cut(self, name: str, variables: Any, most: float, key: jax.Array | None = None) -> Cut:

@@ -69,6 +69,7 @@ class Config:
     ranking: Literal["global", "local", "isomorphic"] = flag(
         "isomorphic", "what iterative and scratch prune by"
     )
+    multiple_of: int = flag(1, "round widths up to a multiple of this many channels, heads or hidden units")
     rounds: int = flag(3, "of iterative pruning; at most the epochs of tuning")
     penalty: float = flag(1e-4, "weight of gradual's group lasso")
     batch_sizes: tuple[int, ...] = flag((1, 64), "to measure times at")
@@ -142,7 +143,8 @@ class Study:
         self.batch_size, self.steps = own.batch_size, _steps.steps_per_epoch(self.task.train, own.batch_size)
         shapes = jax.eval_shape(self.task.init, jax.random.key(0))
         self.example, _ = self.task.test.batch(jnp.arange(1))
-        self.cutter = _channels.Cutter(self.task.apply, shapes, self.example, self.network.spared)
+        spared, multiple_of = self.network.spared, chosen.multiple_of
+        self.cutter = _channels.Cutter(self.task.apply, shapes, self.example, spared, multiple_of)
         self.params = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
         self._dense_logits = jax.jit(_channels.evaluation(self.task.apply))
         self.score = self.scorer(self.task.apply)
@@ -239,7 +241,7 @@ class Study:
         pruner = jp.pruner(
             jp.scores.magnitude,
             sparsity=jp.schedules.cubic(cut.count / cut.units, begin_step=0, end_step=end),
-            structure=jp.structures.channels(groups),
+            structure=jp.structures.channels(groups, multiple_of=self.chosen.multiple_of),
             scope="layerwise",
             every=max(1, end // _GRADUAL_UPDATES),
         )

@@ -260,6 +260,10 @@ def test_as_few_units_go_as_leave_the_multiply_adds_asked_for(ranking):
             assert macs(first + 1, second + 1) > cutter.macs / ratio
     with pytest.raises(ValueError, match="no pruning of channels leaves 11 of the 152"):
         cutter.cut(ranking, variables, 11)
+    even = _channels.Cutter(apply, variables, x, multiple_of=2).cut(ranking, variables, macs(9, 7) / 2)
+    small = jp.compact(_channels.evaluation(apply), variables, even.masks, x)
+    assert [n % 2 for n, _ in cutter.widths(small.plan).values()] == [0, 0]
+    assert even.macs <= macs(9, 7) / 2
 
 
 def test_the_coupled_lasso_is_the_sum_of_units_norms():

@@ -230,6 +230,15 @@ def test_export_with_a_symbolic_batch():
     np.testing.assert_allclose(exported.call(small.params, several), expected, atol=1e-5)
 
 
+def test_abstract_params_give_a_plan():
+    params = mlp_params()
+    masks = jp.ones_masks(params)
+    masks["a"] = jax.tree.map(lambda m: m.at[..., 2].set(False), masks["a"])
+    small = jp.compact(mlp, jax.eval_shape(lambda: params), masks, X)
+    assert small.params["a"]["kernel"].shape == (5, 7)
+    assert small.report(X).params == jp.compact(mlp, params, masks, X).report(X).params
+
+
 def test_params_and_functions_that_are_traced():
     case, masks, small = compacted()
 

@@ -42,7 +42,8 @@ class Compacted:
         stayed: Sequence["Stayed"],
     ):
         self.plan, self.stayed = plan, tuple(stayed)
-        self.params, self.masks = plan.shrink(params), plan.shrink(masks)
+        self.params = jax.eval_shape(plan.shrink, params) if _abstract(params) else plan.shrink(params)
+        self.masks = plan.shrink(masks)
         self.function = function
         self.apply = self.bind(function, state=state)
 
@@ -111,7 +112,7 @@ def compact(
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
-      params: the dense params, a pytree of arrays.
+      params: the dense params, a pytree of arrays, or of `jax.ShapeDtypeStruct` to plan alone.
       masks: bool masks like `params`; or a `Plan`, as loaded from a file.
       *inputs: example inputs. Shapes may differ in later calls. Bools and strings among them are
         static.
@@ -165,7 +166,7 @@ def compact(
         kept = _rounded(linked, kept, multiple_of)
         plan = plan_of(linked, kept)
         stayed = _stayed(linked, zero_slices(arrays), plan)
-    masked = params if not is_concrete(params) and _abstract(params) else apply_masks(params, masks)
+    masked = params if _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
     if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
         _verify(apply_fn, masked if given is None else given, small, inputs, state)
