@@ -12,7 +12,6 @@ and say with `need` which slices a reduction cannot do without.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -169,32 +168,21 @@ def _has_nan(result: Any) -> bool:
 
 def _evaluate_once(op: Op, scalars: Sequence[Any]) -> Any:
     try:
-        key = tuple((np.asarray(s).item(), v.dtype) for s, v in zip(scalars, op.inputs, strict=True))
-        params = tuple(sorted(op.params.items(), key=lambda item: item[0]))
-        hash((key, params))
-    except (TypeError, ValueError):
+        # The sign of a zero and NaN are told apart by their text.
+        numbers = tuple(
+            (repr(np.asarray(s).item()), v.dtype) for s, v in zip(scalars, op.inputs, strict=True)
+        )
+        key = (op.name, numbers, tuple(sorted(op.params.items(), key=lambda item: item[0])))
+        hash(key)
+    except (TypeError, ValueError):  # a parameter that cannot be compared
         return _evaluate(op, scalars)
-    # The sign of a zero and NaN are told apart by their text.
-    name = (op.name, tuple((repr(s), str(d)) for s, d in key), params)
-    return _remembered(name, _Hidden(lambda: _evaluate(op, scalars)))
+    if key not in _EVALUATED:
+        _EVALUATED[key] = _evaluate(op, scalars)
+    return _EVALUATED[key]
 
 
-class _Hidden:
-    """A function that counts as equal to any other, so that a cache looks at the rest."""
-
-    def __init__(self, function: Callable[[], Any]):
-        self.function = function
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hidden)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@lru_cache(maxsize=4096)
-def _remembered(name: Any, hidden: _Hidden) -> Any:
-    return hidden.function()
+_EVALUATED: dict[Any, Any] = {}
+"""What ops made of numbers: the same few are asked for again and again, and each takes a compilation."""
 
 
 def _evaluate(op: Op, scalars: Sequence[Any]) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.graph.rules.shapes import take
+from jaxprune.graph.rules.slices import take
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
 
 _FORMAT = 1

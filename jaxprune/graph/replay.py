@@ -11,7 +11,7 @@ from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Value
 from jaxprune.graph.rules import elementwise, rule_for
-from jaxprune.graph.rules.shapes import take
+from jaxprune.graph.rules.slices import take
 
 
 class Replay:

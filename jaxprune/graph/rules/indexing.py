@@ -10,7 +10,7 @@ from jaxprune.graph.axes import AxisGraph, Vector
 from jaxprune.graph.facts import Facts, both
 from jaxprune.graph.ir import Op, concrete
 from jaxprune.graph.rules.base import Frame, Rule, as_it_was, register_rule
-from jaxprune.graph.rules.shapes import take_dense
+from jaxprune.graph.rules.slices import take_dense
 
 
 def _equal(a: Any, b: Any) -> bool:
