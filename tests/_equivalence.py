@@ -54,34 +54,86 @@ def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
 
 
 def check_facts(function, params, zeros, inputs, rng, nans=False):
-    """Evaluates a function one op at a time and looks at every slice that is claimed to be known."""
+    """Looks at every slice that is claimed to be known, of every value.
+
+    Args:
+      function, params, zeros, inputs: as for `Linked`.
+      rng: draws the tangents and cotangents that derivatives are tried on.
+      nans: whether what is said to be known may be NaN.
+
+    Raises:
+      Mismatch: a claim is wrong.
+
+    Returns:
+      How many claims were looked at.
+    """
     linked = Linked(function, params, inputs)
     facts = linked.facts(zeros)
-    seen = _Seen(facts, rng, nans)
-    leaves = [*jax.tree.leaves(params), *jax.tree.leaves(inputs)]
-    seen.run(linked.region, leaves)
-    return seen.claims
+    seen = _Seen(facts, rng)
+
+    def run(leaves):
+        seen.run(linked.region, leaves)
+        return [array for _, _, array in seen.values]
+
+    # Where a loop ends depends on values, so that it has to be run one op at a time.
+    evaluate = run if "while" in op_names(linked.region) else fast(run)
+    arrays = evaluate([*jax.tree.leaves(params), *jax.tree.leaves(inputs)])
+    pairs = zip(seen.values, arrays, strict=True)
+    return sum(_check(facts.of(value), np.asarray(array), where, nans) for (value, where, _), array in pairs)
+
+
+def op_names(region):
+    """The names of the primitives in a region and its bodies."""
+    names = {op.name for op in region.ops}
+    return names.union(*(op_names(inner) for op in region.ops for inner in op.regions.values()))
+
+
+def _check(known, array, where, nans):
+    """Raises `Mismatch` unless an array is what is known of it; how much that is."""
+    claims, wild = 0, np.isnan(array) & nans if is_float(array) else np.zeros(array.shape, bool)
+    if known.fill is not None:
+        claims += 1
+        same = (array == known.fill) | ((known.fill != known.fill) & (array != array))
+        if not (same | wild).all():
+            raise Mismatch(f"{where}: {array} is said to be {known.fill} everywhere")
+    for axis, zero in enumerate(known.zero):
+        if zero is not None:
+            claims += 1
+            slices = np.compress(zero, np.where(wild, 0, array), axis)
+            if (slices != 0).any():
+                raise Mismatch(f"{where}: slices {zero} of axis {axis} are said to be zero: {slices}")
+    for axis, alike in enumerate(known.alike):
+        if alike is not None and not wild.any():
+            claims += 1
+            slices = np.compress(alike, array, axis)
+            if slices.size:
+                first = np.broadcast_to(slices.take([0], axis), slices.shape)
+                assert_close(slices, first, f"{where}: alike along {axis}", 1e-11)
+    return claims
 
 
 class _Seen:
-    """An interpreter of regions that checks each value when it is made."""
+    """An interpreter of regions that notes each value and what it is."""
 
-    def __init__(self, facts, rng, nans):
-        self.facts, self.rng, self.nans, self.claims = facts, rng, nans, 0
+    def __init__(self, facts, rng):
+        self.facts, self.rng, self.values = facts, rng, []
+
+    def note(self, value, array, where):
+        if not jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            self.values.append((value, where, array))
+        return array
 
     def run(self, region, args):
         env = {}
 
         def read(value):
             if id(value) not in env:
-                self.check(value, value.constant, "a constant")
-                env[id(value)] = value.constant
+                env[id(value)] = self.note(value, value.constant, "a constant")
             return env[id(value)]
 
         def write(values, arrays, where):
             for value, array in zip(values, arrays, strict=True):
-                self.check(value, array, where)
-                env[id(value)] = array
+                env[id(value)] = self.note(value, array, where)
 
         write(region.inputs, args, "an input of a region")
         for op in region.ops:
@@ -103,8 +155,9 @@ class _Seen:
         return self.run(op.regions["body"], args)
 
     def cond(self, op, args):
-        outputs = [self.run(branch, args[1:]) for branch in op.regions.values()]
-        return outputs[int(np.clip(args[0], 0, len(outputs) - 1))]
+        every = [self.run(branch, args[1:]) for branch in op.regions.values()]
+        index = jnp.clip(args[0], 0, len(every) - 1)
+        return [jnp.stack(outputs)[index] for outputs in zip(*every, strict=True)]
 
     def scan(self, op, args):
         consts, carried = op.params["num_consts"], op.params["num_carry"]
@@ -146,29 +199,6 @@ class _Seen:
             if zero is not None:
                 np.moveaxis(tangent, axis, 0)[zero] = 0
         return jnp.asarray(tangent if self.facts.of(value).fill is None else 0 * tangent)
-
-    def check(self, value, array, where):
-        if jnp.issubdtype(value.dtype, jax.dtypes.extended):
-            return
-        known, array = self.facts.of(value), np.asarray(array)
-        if known.fill is not None:
-            self.claims += 1
-            same = (array == known.fill) | ((known.fill != known.fill) & (array != array))
-            if not (same | (self.nans & (array != array))).all():
-                raise Mismatch(f"{where}: {array} is said to be {known.fill} everywhere")
-        for axis, zero in enumerate(known.zero):
-            if zero is not None:
-                self.claims += 1
-                slices = np.compress(zero, array, axis)
-                if ((slices != 0) & ~(np.isnan(slices) & self.nans)).any():
-                    raise Mismatch(f"{where}: slices {zero} of axis {axis} are said to be zero: {slices}")
-        for axis, alike in enumerate(known.alike):
-            if alike is not None and not (self.nans and np.isnan(array).any()):
-                self.claims += 1
-                slices = np.compress(alike, array, axis)
-                if slices.size:
-                    first = np.broadcast_to(slices.take([0], axis), slices.shape)
-                    assert_close(slices, first, f"{where}: alike along {axis}", 1e-11)
 
 
 # Compaction: the masked network and the small one, and the small one with other numbers in it.

@@ -6,6 +6,7 @@ only host that is asked is this machine.
 
 import functools
 import gzip
+import importlib
 import importlib.util
 import io
 import os
@@ -461,6 +462,8 @@ def test_a_missing_package_is_named_with_its_remedy(
 def test_a_missing_image_decoder_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    # TFDS looks for the decoders once, when it is imported: not while they are hidden.
+    importlib.import_module("tensorflow_datasets.core.features.image_feature")
     for module in ("cv2", "PIL"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=r"opencv.*pillow.*'jaxprune\[experiments\]'"):

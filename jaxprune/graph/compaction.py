@@ -158,6 +158,7 @@ def compact(
         check_masks(masks, params)
         if not is_concrete(masks):
             raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")
+        linked.pin_unread()
         if fold_constants:
             given = apply_masks(params, masks)
             params, masks = _folded(linked, given, masks, inputs)

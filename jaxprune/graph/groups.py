@@ -176,6 +176,7 @@ def channel_groups(
     if not (split in ("major", "minor") or (isinstance(split, int) and not isinstance(split, bool))):
         raise ValueError(f"split must be 'major', 'minor' or an index, got {split!r}.")
     linked = Linked(apply_fn, params, inputs, state)
+    linked.pin_unread()
     graph = linked.graph.copy()
     _split(graph, split)
     groups = _unnamed_groups(linked, graph)

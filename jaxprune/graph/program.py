@@ -48,7 +48,6 @@ class Linked:
         count = len(self.leaves)
         self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
         self._tie_outputs(state)
-        self._pin_unread()
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
                 self.graph.pin(node, f"it meets an axis of the input [{name}]")
@@ -79,8 +78,8 @@ class Linked:
                 for node in value.axes:
                     self.graph.pin(node, f"it meets an axis of the output{f' [{name}]' if name else ''}")
 
-    def _pin_unread(self) -> None:
-        """What the function never reads stays as it is: it may be another function's."""
+    def pin_unread(self) -> None:
+        """Keeps params that the function never reads as they are: they may be another function's."""
         read = ir.read_by(self.region)
         for value in self.values.values():
             if id(value) not in read:
