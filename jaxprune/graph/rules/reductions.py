@@ -14,12 +14,7 @@ from jaxprune.graph.facts import Facts, either
 from jaxprune.graph.ir import Op, Value
 from jaxprune.graph.rules.base import Frame, Rule, as_it_was, register_rule
 
-_COMBINE = {
-    "reduce_max": jnp.maximum,
-    "reduce_min": jnp.minimum,
-    "reduce_or": jnp.bitwise_or,  # of bools and of integers
-    "reduce_and": jnp.bitwise_and,
-}
+_EXTREMA = ("reduce_max", "reduce_min", "reduce_or", "reduce_and")
 
 
 def _left(op: Op) -> list[tuple[int, int]]:
@@ -92,15 +87,18 @@ def _flow_extremum(op: Op, facts: Facts) -> None:
 
 def _emit_extremum(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     (value,), axis = op.inputs, _alike_axis(op, frame.facts, besides_zero=False)
-    (extremum,) = op.bind(*args)
-    if axis is not None and frame.indices(value, axis) is not None:
-        (other,) = op.bind(frame.representative(value, axis))
-        extremum = _COMBINE[op.name](extremum, other)
-    return [extremum]
+    kept = None if axis is None else frame.indices(value, axis)
+    if axis is None or kept is None:
+        return op.bind(*args)
+    # As many copies as slices went: where several are largest, the derivative is shared by all.
+    shape = list(args[0].shape)
+    shape[axis] = value.shape[axis] - len(kept)
+    others = jnp.broadcast_to(frame.representative(value, axis), shape)
+    return op.bind(jnp.concatenate([args[0], others], axis=axis))
 
 
 register_rule("reduce_sum", rule=Rule(_link_left, _flow_sum, _emit_sum))
-register_rule(*_COMBINE, rule=Rule(_link_left, _flow_extremum, _emit_extremum))
+register_rule(*_EXTREMA, rule=Rule(_link_left, _flow_extremum, _emit_extremum))
 
 
 def _link_whole_axes(op: Op, graph: AxisGraph) -> None:
