@@ -41,7 +41,8 @@ import jaxprune as jp
 from experiments import _channel_report, _channels, _data, _steps
 from experiments._channels import NETWORKS, RANKINGS, Cut, Small
 from experiments._checkpoint import Checkpoints, forget
-from experiments._config import Results, flag, parse
+from experiments._config import flag, parse
+from experiments._results import Results
 
 METHODS = ("global", "local", "isomorphic", "random", "iterative", "gradual", "scratch")
 

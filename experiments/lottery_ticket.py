@@ -38,8 +38,9 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
-from experiments._config import Results, flag, parse
+from experiments._config import flag, parse
 from experiments._models import MLP
+from experiments._results import Results
 
 CHAINS = ("ticket", "tune", "learning-rate")
 BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")

@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
-from experiments._config import Results, flag, parse
+from experiments._config import flag, parse
 from experiments._models import MLP
+from experiments._results import Results
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments import _data
-from experiments._config import Results, flag, parse
+from experiments._config import flag, parse
+from experiments._results import Results
 from experiments.benchmarks import _jax_lottery
 from experiments.benchmarks._turns import Worker
 

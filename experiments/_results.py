@@ -1,0 +1,57 @@
+"""What a study writes down: lines of figures, each with the settings and versions behind it."""
+
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+class Results:
+    """A folder of results: `results.jsonl`, one line per figure, and plots beside it.
+
+    Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
+    still says what it is. An earlier run's lines in the same folder are replaced.
+    """
+
+    def __init__(self, folder: str | Path, study: str, config: Any):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = self.folder / "results.jsonl"
+        self._common = {
+            "study": study,
+            "config": dataclasses.asdict(config),
+            "versions": versions(),
+            "command": command(),
+        }
+        self._file = self.path.open("w", encoding="utf-8")
+
+    def write(self, **figures: Any) -> None:
+        """Appends a line and flushes it, so that a killed run leaves what it had."""
+        self._file.write(json.dumps(figures | self._common) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def versions() -> dict[str, str]:
+    """The versions and the device that a figure depends on."""
+    packages = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {package: version(package) for package in packages}
+    return found | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+
+
+def command() -> str:
+    """The command that is running, as one would type it."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", None)
+    run = f"python -m {module}" if module else f"python {Path(sys.argv[0]).name}"
+    return shlex.join([*run.split(), *sys.argv[1:]])
