@@ -19,7 +19,7 @@ from jaxprune.prune import (
     pool,
     remove,
 )
-from jaxprune.schedules import Schedule, constant
+from jaxprune.schedules import Schedule, check_sparsity, constant
 from jaxprune.structures import Structure, elements
 from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts, to_go
 from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
@@ -38,6 +38,7 @@ def pruner(
     every: int = 1,
     floor: int = 1,
     memory: float = 0.0,
+    stop: float | None = None,
     seed: int = 0,
 ) -> Pruner:
     """A pruner that follows a schedule, acting every so many updates.
@@ -65,6 +66,9 @@ def pruner(
       memory: in [0, 1]. Every call scores, and its scores are added to `memory` times those of
         the calls before: 0 takes the present ones alone, 1 their sum over all calls (movement
         pruning, taylor over many batches), 0.99 a moving average.
+      stop: a sparsity of all that takes part together, at which pruning ends, whatever the
+        schedule goes on to. The update that would pass it removes, everywhere in proportion, as
+        many units fewer as make it meet it exactly.
       seed: for scores that need a key, where `update` is given none.
 
     Returns:
@@ -101,13 +105,14 @@ def pruner(
         raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
     if not 0 <= memory <= 1:
         raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory}.")
+    limit = None if stop is None else check_sparsity(stop, "stop")
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
     structure = elements() if structure is None else structure
 
     @lru_cache(maxsize=8)
     def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
-        return _table(schedules, grid, dict(sizes), structure, scope, of, floor)
+        return _table(schedules, grid, dict(sizes), structure, scope, of, floor, limit)
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
@@ -270,10 +275,12 @@ def _table(
     scope: str,
     of: str,
     floor: int,
+    limit: float | None,
 ) -> np.ndarray:
     """How many units are removed in total, by row and rank (one column for all if global).
 
-    Rows go to the schedule's end; without an end, until nothing changes any more.
+    Rows go to the schedule's end; without an end, until nothing changes any more; and never
+    beyond the limit, a sparsity of all units.
     """
     together, least = ranks(sizes, structure, scope), floors(sizes, structure, floor)
     units = rank_sizes(sizes, together)
@@ -287,7 +294,9 @@ def _table(
     def removed(remaining: dict[str, int], count: int) -> np.ndarray:
         return np.array(list(target_counts(asked(count), remaining, structure, scope).values()))
 
-    all_units = np.array(list(units.values()))
+    all_units, end = np.array(list(units.values())), None
+    if limit is not None:
+        (end,) = target_counts(limit, {"stop": int(all_units.sum())}, structure, "global").values()
     spare = rank_sizes({name: min(least[name], size) for name, size in sizes.items()}, together)
     most = all_units - np.array(list(spare.values()))
     if grid.last is not None:
@@ -302,6 +311,10 @@ def _table(
             target = rows[-1] + removed(dict(zip(units, (all_units - rows[-1]).tolist(), strict=True)), now)
         missed = target - most
         rows.append(np.minimum(target, most))
+        if end is not None and rows[-1].sum() >= end:
+            rows[-1] = rows[-2] + _shared_out(end - int(rows[-2].sum()), rows[-1] - rows[-2])
+            missed = np.zeros_like(most)
+            break
         _check_table_size(len(rows), len(most), grid)
         if grid.last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
             break
@@ -312,6 +325,14 @@ def _table(
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # No reason to score and select where nothing changes.
     return np.stack(rows).astype(np.int32)
+
+
+def _shared_out(count: int, most: np.ndarray) -> np.ndarray:
+    """A count shared out in proportion to `most`; the largest remainders, then the first, round up."""
+    share, remainder = np.divmod(most.astype(np.int64) * count, max(1, int(most.sum())))
+    first = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
+    share[first] += 1
+    return share.astype(most.dtype)
 
 
 def _check_table_size(rows: int, columns: int, grid: _Grid) -> None:

@@ -399,3 +399,46 @@ def test_a_factory_in_place_of_a_score_is_named():
 def test_rounds_are_counted(rounds):
     with pytest.raises(ValueError, match="rounds must be an integer of 0 or more"):
         jp.prune_rounds(params_of(), jp.pruner(jp.scores.magnitude, 0.5), rounds)
+
+
+@pytest.mark.parametrize("stop", [0.0, 0.55, 0.9])
+@pytest.mark.parametrize(
+    ("scope", "of"), [("global", "total"), ("layerwise", "total"), ("layerwise", "remaining")]
+)
+def test_stop_is_met_to_the_unit_and_changes_nothing_before(scope, of, stop):
+    rng = np.random.default_rng(0)
+    params = {
+        n: {"kernel": jnp.asarray(rng.normal(size=s))} for n, s in {"a": (10, 10), "b": (3, 11)}.items()
+    }
+    schedule = 0.3 if of == "remaining" else jp.schedules.geometric(0.3)
+    free, bounded = (
+        jp.pruner(jp.scores.magnitude, schedule, scope=scope, of=of, stop=s) for s in (None, stop)
+    )
+    end, states = round(stop * 133), [free.init(params), bounded.init(params)]
+    for _ in range(7):
+        before = states[1].masks
+        states = [pruner.update(state, params) for pruner, state in zip((free, bounded), states, strict=True)]
+        without, got = (133 - jp.metrics.nonzeros(state.masks) for state in states)
+        assert got == min(without, end)
+        if without <= end:
+            chex.assert_trees_all_equal(states[0].masks, states[1].masks)
+        elif scope == "layerwise" and jp.metrics.nonzeros(before) > 133 - end:
+            # The last update is shared out as the whole one would have been, but for rounding.
+            asked, cut = (
+                [
+                    int((old & ~new).sum())
+                    for old, new in zip(*map(jax.tree.leaves, (before, s.masks)), strict=True)
+                ]
+                for s in states
+            )
+            assert all(abs(c - a * sum(cut) / sum(asked)) < 1 for a, c in zip(asked, cut, strict=True))
+    nm = jp.pruner(
+        jp.scores.magnitude, 0.5, structure=jp.structures.nm(2, 4), stop=0.25, where=jp.matching("c")
+    )
+    state = nm.init({"c": jnp.ones((8, 4))})
+    assert int(nm.update(state, {"c": jnp.ones((8, 4))}).masks["c"].sum()) == 24
+
+
+def test_a_stop_that_is_no_sparsity_is_refused():
+    with pytest.raises(ValueError, match=r"stop must be in \[0, 1\)"):
+        jp.pruner(jp.scores.magnitude, 0.5, stop=1.0)
