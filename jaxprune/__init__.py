@@ -3,7 +3,18 @@
 Masks are pytrees that mirror the params; pure functions make and apply them inside `jit`.
 """
 
-from jaxprune import distributions, graph, l0, metrics, penalties, schedules, scores, selection, structures
+from jaxprune import (
+    distillation,
+    distributions,
+    graph,
+    l0,
+    metrics,
+    penalties,
+    schedules,
+    scores,
+    selection,
+    structures,
+)
 
 # Dynamic sparse training: masks that move
 from jaxprune.dynamic import rewiring, rigl, set_
@@ -61,6 +72,7 @@ __all__ = [
     "check_pruned",
     "compact",
     "compact_module",
+    "distillation",
     "distributions",
     "error_barrier",
     "graph",
