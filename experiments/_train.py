@@ -145,9 +145,12 @@ def epoch(
     params: Any,
     opt_state: Any,
     key: jax.Array,
-    split: Split,
+    split: Any,
+    losses: Callable[..., jax.Array] = nll,
 ) -> tuple[Any, Any]:
     """One pass over a split in random order; the last batch may be smaller.
+
+    `losses(model, params, x, y, key)` gets what `split.batch` gives, and returns a loss per image.
 
     On a CPU gradients are summed over a few images at a time, which keeps the intermediate values
     of small networks in the cache and is otherwise the same.
@@ -170,7 +173,7 @@ def epoch(
         def loss(params, part, index):
             x, y = split.batch(index)
             key = jax.random.fold_in(jax.random.fold_in(drop_key, number), part)
-            return jnp.sum(jnp.where(index >= 0, nll(model, params, x, y, key), 0)) / count
+            return jnp.sum(jnp.where(index >= 0, losses(model, params, x, y, key), 0)) / count
 
         def add(total, inputs):
             return jax.tree.map(jnp.add, total, jax.grad(loss)(params, *inputs)), None
