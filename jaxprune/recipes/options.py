@@ -1,0 +1,290 @@
+"""Names and options of a recipe, resolved against the functions they stand for.
+
+What may be written is read off the signatures themselves: a score, a schedule or an option that is
+added to the library can be used in a recipe at once, and none can go stale.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jaxprune import paths
+from jaxprune.recipes.document import Node, unknown
+from jaxprune.typing import ScoreFn, Where
+
+REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
+"""What a recipe may name where an option is a reduction."""
+
+_COMBINED = {"all_of": paths.all_of, "any_of": paths.any_of}
+
+
+class Call(NamedTuple):
+    """A function with its options, to be called when the rest of its arguments are there.
+
+    Attributes:
+      function: of the library, or one of the caller's.
+      options: keyword arguments; those that are calls themselves are made first.
+      inputs: the names of the arguments that only Python can give, such as `loss_fn`.
+      node: where it is written.
+      called: False for a function that is itself what is wanted, a score: options are bound to it.
+    """
+
+    function: Callable[..., Any]
+    options: Mapping[str, Any]
+    inputs: tuple[str, ...]
+    node: Node
+    called: bool = True
+
+    @property
+    def needs(self) -> set[str]:
+        """The names of all inputs that must be given."""
+        inner = [value.needs for value in self.options.values() if isinstance(value, Call)]
+        return set(self.inputs).union(*inner)
+
+    def make(self, given: Mapping[str, Any]) -> Any:
+        """Calls the function with its options and the inputs it takes.
+
+        Args:
+          given: inputs by name; `where` goes to functions that take one and have none written.
+
+        Raises:
+          RecipeError: an input is missing, or the function refuses its arguments.
+        """
+        if missing := [name for name in self.inputs if given.get(name) is None]:
+            calls = ", ".join(f"{name}=..." for name in missing)
+            self.node.fail(
+                f"{self.function.__name__} needs {' and '.join(missing)}, which a recipe cannot hold: pass "
+                f"{calls} to the recipe's pruner."
+            )
+        options = {key: v.make(given) if isinstance(v, Call) else v for key, v in self.options.items()}
+        taken = {key: given[key] for key in self.inputs}
+        if not self.called:
+            return _bound(self.function, options)
+        if "where" in given and "where" in inspect.signature(self.function).parameters:
+            taken["where"] = given["where"]
+        return attempt(self.node, lambda: self.function(**taken | options))
+
+
+def attempt(node: Node, make: Callable[[], Any]) -> Any:
+    """What `make` returns; what it refuses is said with the place of a node."""
+    try:
+        return make()
+    except (ValueError, TypeError, OverflowError) as error:
+        if type(error).__name__ == "RecipeError":
+            raise
+        node.fail(str(error))
+
+
+def named(
+    node: Node, functions: Mapping[str, Callable[..., Any]], what: str, hidden: Sequence[str] = ()
+) -> Call:
+    """A function by name, with options: `name`, `{name: {option: value}}` or `{name: value}`.
+
+    In the last form the value is that of the first option.
+
+    Args:
+      node: what is written.
+      functions: those it may name.
+      what: what they are, in the plural, for messages.
+      hidden: parameters that cannot be written, because the caller gives them.
+    """
+    if isinstance(node.value, dict):
+        if len(node.value) != 1:
+            node.fail(f"expected one of the {what} with its options, got {node.described()}.")
+        ((name, inner),) = node.value.items()
+    else:
+        name, inner = node.text(), None
+    if name not in functions:
+        (inner or node).fail(unknown(name, functions, what))
+    function = functions[name]
+    options, inputs, is_score = _parameters(function, hidden)
+    here = inner or node
+    if inner is None or inner.is_null:
+        written: dict[str, Node] = {}
+    elif isinstance(inner.value, dict):
+        written = inner.fields(options, what=f"options of {name}")
+    else:
+        if not options:
+            inner.fail(f"{name} has no options, got {inner.described()}.")
+        written = {next(iter(options)): inner}
+    required = [key for key, parameter in options.items() if parameter.default is parameter.empty]
+    if missing := [key for key in required if key not in written]:
+        here.fail(f"{name} needs {' and '.join(missing)}: write {{{name}: {{{missing[0]}: ...}}}}.")
+    values = {key: read(value, options[key].annotation) for key, value in written.items()}
+    return Call(function, values, tuple(inputs), here, called=not is_score)
+
+
+def read(node: Node, hint: Any) -> Any:
+    """The value of a node as a type wants it.
+
+    Raises:
+      RecipeError: it is of another type.
+    """
+    kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
+    if node.is_null and type(None) in kinds:
+        return None
+    of_kind = {"mapping": [], "list": [], "name": [], "scalar": []}
+    for kind in kinds:
+        if kind is not type(None):
+            of_kind[_shape(kind)].append(kind)
+    if isinstance(node.value, dict) and of_kind["mapping"]:
+        return _read_as(node, of_kind["mapping"][0])
+    if isinstance(node.value, list) and of_kind["list"]:
+        return _read_as(node, of_kind["list"][0])
+    if of_kind["name"] and (not of_kind["scalar"] or isinstance(_as_number(node), str)):
+        return _read_as(node, of_kind["name"][0])
+    ordered = of_kind["scalar"] + of_kind["name"] + of_kind["list"] + of_kind["mapping"]
+    return _read_as(node, ordered[0])
+
+
+def read_where(node: Node) -> Where:
+    """A predicate: `kernels`, a pattern, a list of these, or `all_of`, `any_of`, `not` of some."""
+    if isinstance(node.value, list):
+        if not node.value:
+            node.fail("an empty list takes in no leaf.")
+        return paths.any_of(*map(read_where, node.value))
+    if isinstance(node.value, dict):
+        if len(node.value) != 1:
+            node.fail(f"expected one of all_of, any_of and not, got {node.described()}.")
+        ((name, inner),) = node.value.items()
+        if name == "not":
+            return paths.not_(read_where(inner))
+        if name not in _COMBINED:
+            inner.fail(unknown(name, [*_COMBINED, "not"], "keys"))
+        if not isinstance(inner.value, list) or not inner.value:
+            inner.fail(f"expected a list of predicates, got {inner.described()}.")
+        return _COMBINED[name](*map(read_where, inner.value))
+    pattern = node.text()
+    return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
+
+
+def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
+    """A score by name, of `jaxprune.scores` or of the caller's."""
+    own = dict(scores or {})
+    call = named(node, public_scores() | own, "scores")
+    return call._replace(called=False, inputs=()) if call.function in own.values() else call
+
+
+def public_scores() -> dict[str, Callable[..., Any]]:
+    """The scores, and what makes scores, by name."""
+    from jaxprune import scores
+
+    return {name: getattr(scores, name) for name in scores.__all__}
+
+
+def inputs_of(functions: Iterable[Callable[..., Any]]) -> set[str]:
+    """The names of the arguments of functions that only Python can give."""
+    return {name for function in functions for name in _parameters(function, ())[1]}
+
+
+def defined_in(module: types.ModuleType, accepts: Callable[[inspect.Signature], bool]) -> dict[str, Any]:
+    """The public functions of a module whose signature is accepted."""
+    return {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and not name.startswith("_")
+        and accepts(inspect.signature(function))
+    }
+
+
+def _parameters(
+    function: Callable[..., Any], hidden: Sequence[str]
+) -> tuple[dict[str, inspect.Parameter], list[str], bool]:
+    """The options of a function, its inputs, and whether it is a score, not what makes one."""
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name not in hidden and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    is_score = "params" in parameters and "params" not in hidden
+    options, inputs = {}, []
+    for name, parameter in parameters.items():
+        kinds = [kind for kind in _alternatives(parameter.annotation) if kind is not type(None)]
+        required = parameter.default is parameter.empty
+        # A function that must be given is the caller's own; one with a default is a reduction.
+        functions = all(_shape(kind) == "name" and kind != Where and kind is not ScoreFn for kind in kinds)
+        if any(map(_is_data, kinds)) and not (required and functions):
+            options[name] = parameter
+        elif required and not is_score:
+            inputs.append(name)
+    return options, inputs, is_score
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return tuple(kind for part in typing.get_args(hint) for kind in _alternatives(part))
+    return (hint,)
+
+
+def _is_data(kind: Any) -> bool:
+    """Whether a recipe can hold values of a type."""
+    if kind in (type(None), bool, int, float, str) or kind is ScoreFn:
+        return True
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Literal, Callable):
+        return True
+    if origin in (tuple, list, Sequence):
+        return all(map(_is_data, _alternatives(parts[0])))
+    return origin in (dict, Mapping) and parts[0] is str and any(map(_is_data, _alternatives(parts[1])))
+
+
+def _shape(kind: Any) -> str:
+    """What a value of a type is written as."""
+    if kind is ScoreFn or typing.get_origin(kind) is Callable:
+        return "name"
+    shapes = {tuple: "list", list: "list", Sequence: "list", dict: "mapping", Mapping: "mapping"}
+    return shapes.get(typing.get_origin(kind), "scalar")
+
+
+def _read_as(node: Node, kind: Any) -> Any:
+    scalars = {bool: node.boolean, int: node.integer, float: node.number, str: node.text}
+    if kind in scalars:
+        return float(node.number()) if kind is float else scalars[kind]()
+    if kind == Where:
+        return read_where(node)
+    if kind is ScoreFn:
+        return read_score(node)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Callable:
+        name = node.text()
+        if name not in REDUCTIONS:
+            node.fail(unknown(name, REDUCTIONS, "reductions"))
+        return REDUCTIONS[name]
+    if origin is typing.Literal:
+        if node.plain() not in parts:
+            node.fail(unknown(node.text(), map(str, parts), "values"))
+        return node.plain()
+    if origin in (dict, Mapping):
+        return {key: read(value, parts[1]) for key, value in node.mapping().items()}
+    if not isinstance(node.value, list):
+        node.fail(f"expected a list, got {node.described()}.")
+    return tuple(read(item, parts[0]) for item in node.value)
+
+
+def _as_number(node: Node) -> Any:
+    """The plain value, numbers in quotes too as numbers."""
+    plain = node.plain()
+    if isinstance(plain, str):
+        try:
+            return node.number()
+        except ValueError:
+            return plain
+    return plain
+
+
+def _bound(score: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """A score with some of its options bound; with none, the score itself."""
+    if not options:
+        return score
+
+    def bound(params: Any, **inputs: Any) -> Any:
+        return score(params, **inputs | dict(options))
+
+    bound.__name__ = score.__name__
+    return bound

@@ -1,0 +1,281 @@
+"""`Recipe`, and reading one from a file, a text or a dict."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune import distillation
+from jaxprune.paths import array_leaves
+from jaxprune.recipes.document import Node, RecipeError, from_python, from_yaml, to_yaml
+from jaxprune.recipes.options import Call, attempt, named, read
+from jaxprune.recipes.sections import Section, inputs, read_section, together
+from jaxprune.schedules import check_sparsity
+from jaxprune.typing import Params, Pruner, ScoreFn
+
+VERSION = 1
+_KEYS = ("version", "study", "config", "prune", "distillation", "stop")
+
+
+class Stop(NamedTuple):
+    """When pruning ends, before its schedule does.
+
+    Attributes:
+      sparsity: the pruner itself ends here, to the unit; see `jaxprune.pruner`.
+      macs: multiply-adds of one example at or below which there is enough.
+      accuracy: in (0, 1]: what pruning must not fall below.
+    """
+
+    sparsity: float | None = None
+    macs: int | None = None
+    accuracy: float | None = None
+
+    def reached(self, *, macs: int | None = None, accuracy: float | None = None) -> str | None:
+        """Why to stop, if there is a reason: to be asked between levels, or now and then in training.
+
+        A `sparsity` needs no asking: the pruner removes nothing beyond it. Where the accuracy is the
+        reason, what was pruned before the last time of asking is what to keep.
+
+        Args:
+          macs: the multiply-adds that are left.
+          accuracy: of the pruned network, on examples that it is not reported on.
+
+        Returns:
+          A sentence, or None.
+
+        Raises:
+          ValueError: a figure that the rule asks for is missing.
+
+        Example:
+          >>> import jaxprune as jp
+          >>> stop = jp.recipes.Stop(accuracy=0.97)
+          >>> stop.reached(accuracy=0.98) is None
+          True
+          >>> stop.reached(accuracy=0.9612)
+          'accuracy 0.9612 is below 0.97'
+        """
+        if missing := [
+            name
+            for name, limit, figure in (("macs", self.macs, macs), ("accuracy", self.accuracy, accuracy))
+            if limit is not None and figure is None
+        ]:
+            raise ValueError(f"the stopping rule looks at {' and '.join(missing)}: pass {missing[0]}=...")
+        if self.accuracy is not None and accuracy is not None and not accuracy >= self.accuracy:
+            return f"accuracy {accuracy:.4g} is below {self.accuracy:g}"
+        if self.macs is not None and macs is not None and macs <= self.macs:
+            return f"{macs:,} MACs are at most {self.macs:,}"
+        return None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to prune, how much and when, as it was written.
+
+    Attributes:
+      data: the recipe as plain data: `parse(recipe.data)` is the same recipe again.
+      stop: when to stop pruning.
+      distillation: the options of `jaxprune.distillation.objective`, or None.
+    """
+
+    data: dict[str, Any]
+    stop: Stop = field(compare=False)
+    distillation: dict[str, Any] | None = field(compare=False)
+    _sections: tuple[Section, ...] = field(compare=False, repr=False)
+
+    @property
+    def end_step(self) -> int | None:
+        """The step at which pruning inside an optimizer ends; None for a recipe of levels."""
+        ends = [section.end_step for section in self._sections if section.end_step is not None]
+        return max(ends, default=None)
+
+    @property
+    def once(self) -> bool:
+        """Whether one update does it all, as of a plain number; else there are levels or steps."""
+        return all(section.once for section in self._sections)
+
+    def where(self, path: str, leaf: Any) -> bool:
+        """Which leaves take part, in any of its sections."""
+        return any(section.where(path, leaf) for section in self._sections)
+
+    def pruner(self, params: Params, *, key: jax.Array | None = None, **given: Any) -> Pruner:
+        """The pruner that does it, for `wrap_optax`, `lottery_ticket`, `prune_rounds`.
+
+        Args:
+          params: what will be pruned, against which the recipe is checked. Shapes are enough, unless it
+            rewires masks.
+          key: for the first masks of what is rewired, instead of the section's seed.
+          **given: what no text can hold and its scores or structures need: `loss_fn`, `apply_fn`, `x`,
+            `groups` (of `channels`; made from `apply_fn` and `x` if these are given). What is not needed
+            is not used.
+
+        Returns:
+          A `Pruner`; of several sections one that follows them all.
+
+        Raises:
+          RecipeError: it does not fit the params: a path or pattern that matches nothing, two sections
+            that take in the same leaf, a structure that does not fit a shape, an input that is missing.
+          TypeError: an argument that no recipe uses.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxprune as jp
+          >>> recipe = jp.recipes.parse({"prune": {"score": "magnitude", "sparsity": {"geometric": 0.5}}})
+          >>> params = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+          >>> masks = jp.prune_rounds(params, recipe.pruner(params), 2)
+          >>> int(masks["kernel"].sum())
+          2
+        """
+        if wrong := [name for name in given if name not in inputs()]:
+            raise TypeError(f"a recipe's pruner takes {', '.join(inputs())} and key; got {', '.join(wrong)}.")
+        by_leaf: dict[str, Section] = {}
+        for section in self._sections:
+            for path, leaf in array_leaves(params).items():
+                if not section.where(path, leaf):
+                    continue
+                if path in by_leaf:
+                    other = by_leaf[path].node
+                    section.node.fail(
+                        f"it takes in {path}, which {other.key} ({other.place}) takes in as well."
+                    )
+                by_leaf[path] = section
+        parts = [(s.pruner(params, given, self.stop.sparsity, key), s.where) for s in self._sections]
+        return together(parts)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, from which `parse` gives the same recipe.
+
+        Example:
+          >>> import jaxprune as jp
+          >>> prune = {"score": "magnitude", "sparsity": {"linear": {"sparsity": 0.8, "end_step": 9}}}
+          >>> print(jp.recipes.parse({"prune": prune}).to_yaml(), end="")
+          version: 1
+          prune:
+            score: magnitude
+            sparsity:
+              linear: {sparsity: 0.8, end_step: 9}
+        """
+        return to_yaml(self.data)
+
+
+def load(path: str | Path, scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
+    """Reads a recipe from a YAML file.
+
+    Args:
+      path: of the file.
+      scores: score functions of your own, by the names that the recipe calls them.
+
+    Raises:
+      RecipeError: what is wrong, with the line and the key.
+      OSError: the file cannot be read.
+      ImportError: PyYAML is not installed.
+    """
+    return parse_named(read_text(path), str(path), scores)
+
+
+def parse(source: str | Mapping[str, Any], scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
+    r"""Reads a recipe from a YAML text or from a dict.
+
+    Args:
+      source: the text, or the same as dicts, lists, numbers and texts.
+      scores: score functions of your own, by the names that the recipe calls them.
+
+    Raises:
+      RecipeError: what is wrong, with the line and the key.
+      ImportError: a text, and PyYAML is not installed.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> try:
+      ...     jp.recipes.parse("prune:\n  score: magnitude\n  sparcity: 0.9")
+      ... except jp.recipes.RecipeError as error:
+      ...     print(str(error).partition(" Allowed")[0])
+      recipe:3: prune.sparcity: unknown "sparcity". Did you mean sparsity?
+    """
+    return parse_named(source, "recipe", scores)
+
+
+def parse_named(source: Any, name: str, scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
+    """`parse`, with a name for messages."""
+    if isinstance(source, str):
+        return _read(from_yaml(source, name), scores)
+    if not isinstance(source, Mapping):
+        raise RecipeError(f"{name}: expected a YAML text or a dict, got {type(source).__name__}.")
+    return _read(from_python(source, name), scores)
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file.
+
+    Raises:
+      RecipeError: it is no UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: this is no text: {error}.") from None
+
+
+def check_version(nodes: Mapping[str, Node]) -> None:
+    """Checks the version of the format, if it is said."""
+    if "version" in nodes and (version := nodes["version"].integer()) != VERSION:
+        nodes["version"].fail(f"this jaxprune reads recipes of version {VERSION}, got {version}.")
+
+
+def _read(root: Node, scores: Mapping[str, ScoreFn] | None) -> Recipe:
+    nodes = root.fields(_KEYS)
+    check_version(nodes)
+    if "prune" not in nodes:
+        if "study" in nodes:
+            name = nodes["study"].text()
+            nodes["study"].fail(
+                f"this is the recipe of a whole study: run it by python -m experiments.{name} --recipe FILE."
+            )
+        root.fail(f"prune must be given; got {root.described()}.")
+    prune = nodes["prune"]
+    if isinstance(prune.value, list) and not prune.value:
+        prune.fail("an empty list prunes nothing.")
+    parts = prune.value if isinstance(prune.value, list) else [prune]
+    sections = tuple(read_section(part, scores) for part in parts)
+    stop = _read_stop(nodes["stop"], sections) if "stop" in nodes else Stop()
+    teaching = _read_distillation(nodes["distillation"]) if "distillation" in nodes else None
+    return Recipe({"version": VERSION, **root.plain()}, stop, teaching, sections)
+
+
+def _read_stop(node: Node, sections: tuple[Section, ...]) -> Stop:
+    hints = {"sparsity": float, "macs": int, "accuracy": float}
+    fields = node.fields(hints)
+    values: dict[str, Any] = {name: read(each, hints[name]) for name, each in fields.items()}
+    stop = Stop(**values)
+    if stop.macs is not None and stop.macs < 1:
+        fields["macs"].fail(f"expected a number of multiply-adds, 1 or more, got {stop.macs}.")
+    if stop.accuracy is not None and not 0 < stop.accuracy <= 1:
+        fields["accuracy"].fail(f"expected an accuracy in (0, 1] (97 % is 0.97), got {stop.accuracy}.")
+    if stop.sparsity is not None:
+        _check_stop(stop.sparsity, fields["sparsity"], sections)
+    return stop
+
+
+def _check_stop(sparsity: float, node: Node, sections: tuple[Section, ...]) -> None:
+    attempt(node, lambda: check_sparsity(sparsity))
+    if len(sections) > 1:
+        node.fail(
+            "with several sections under prune it is not said which stops: end their schedules instead."
+        )
+    section = next(iter(sections))
+    if section.rewire is not None:
+        node.fail("rewired masks have the same sparsity all the time.")
+    last = section.targets.ends
+    ends = len(last) == len(section.targets.each) and section.options.get("of", "total") == "total"
+    if ends and max(last) < sparsity:
+        node.fail(f"it is never reached: {section.targets.node.key} ends at {max(last):g}.")
+
+
+def _read_distillation(node: Node) -> dict[str, Any]:
+    # As if it were written `objective: {...}`, without what only Python can give.
+    objective = {"objective": distillation.objective}
+    node.mapping("a mapping such as {temperature: 4, alpha: 0.9}")
+    call: Call = named(node._replace(value={"objective": node}), objective, "losses", ("apply_fn", "teacher"))
+    stand_in: Any = len  # what it is given does not matter: it checks its options
+    attempt(node, lambda: distillation.objective(stand_in, stand_in, **call.options))
+    return dict(call.options)

@@ -1,0 +1,324 @@
+"""A section of a recipe: what is pruned, where and by how much, and the `Pruner` that does it."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune import distributions, dynamic, schedules, structures
+from jaxprune.graph import channel_groups
+from jaxprune.masks import intersect
+from jaxprune.paths import kernels, leaf_paths, selected
+from jaxprune.prune import prune_once
+from jaxprune.pruners import pruner
+from jaxprune.recipes.document import Node, unknown
+from jaxprune.recipes.options import (
+    Call,
+    attempt,
+    defined_in,
+    inputs_of,
+    named,
+    public_scores,
+    read,
+    read_score,
+)
+from jaxprune.schedules import Schedule
+from jaxprune.scores import magnitude
+from jaxprune.structures import Structure, elements
+from jaxprune.targets import per_pool, ranks, target_counts
+from jaxprune.typing import Params, Pruner, PrunerState, ScoreFn, Where
+
+# `score` stands for `scores`; what a pruner stops at is said for the whole recipe.
+_PRUNER = {
+    name: parameter.annotation
+    for name, parameter in inspect.signature(pruner).parameters.items()
+    if name not in ("scores", "sparsity", "structure", "stop")
+}
+_KEYS = ("score", "sparsity", "structure", *_PRUNER, "rewire")
+_REWIRED = ("score", "sparsity", "structure", "scope", "where", "floor", "seed", "rewire")
+
+_STRUCTURES = {
+    name: getattr(structures, name)
+    for name in structures.__all__
+    if inspect.isfunction(getattr(structures, name))
+}
+_SCHEDULES = defined_in(schedules, lambda signature: signature.return_annotation is Schedule)
+_DISTRIBUTIONS = defined_in(
+    distributions,
+    lambda s: next(iter(s.parameters), "") == "params" and s.return_annotation == dict[str, float],
+)
+_DYNAMIC = {
+    name.rstrip("_"): function
+    for name, function in defined_in(dynamic, lambda s: s.return_annotation is Pruner).items()
+}
+
+
+class Targets(NamedTuple):
+    """How much goes: what `sparsity` says.
+
+    Attributes:
+      of: `of(params, where)` gives what `jaxprune.pruner` takes as sparsity.
+      each: the schedules and numbers in it that are known without params.
+      by_path: whether it is a dict by path.
+      node: where it is written.
+    """
+
+    of: Callable[[Params, Where], Any]
+    each: tuple[float | Schedule, ...]
+    by_path: bool
+    node: Node
+
+    @property
+    def ends(self) -> list[float]:
+        """The numbers, and what the schedules that have an end come to."""
+        last = []
+        for each in self.each:
+            if not isinstance(each, Schedule):
+                last.append(each)
+            elif each.end_step is not None:
+                last.append(float(each(np.float64(each.end_step))))
+        return last
+
+
+class Section(NamedTuple):
+    """One pruner's part of a recipe.
+
+    Attributes:
+      score: what matters.
+      targets: how much goes.
+      structure: which entries go together.
+      options: the other arguments of `jaxprune.pruner` that are written.
+      rewire: what moves the masks that the rest of the section makes once, if anything does.
+      node: where it is written.
+    """
+
+    score: Call
+    targets: Targets
+    structure: Call | None
+    options: dict[str, Any]
+    rewire: Call | None
+    node: Node
+
+    @property
+    def where(self) -> Where:
+        """Which leaves take part."""
+        return self.options.get("where", kernels)
+
+    @property
+    def end_step(self) -> int | None:
+        """The step at which it ends; None if it counts levels."""
+        if self.rewire is not None:
+            return self.rewire.options.get("end_step")
+        ends = [each.end_step for each in self.targets.each if isinstance(each, Schedule)]
+        return ends[0] if ends else None
+
+    @property
+    def once(self) -> bool:
+        """Whether one update does it all: a plain number, or one by path, of the total."""
+        plain = not any(isinstance(each, Schedule) for each in self.targets.each)
+        return self.rewire is None and plain and self.options.get("of", "total") == "total"
+
+    def pruner(self, params: Params, given: Mapping[str, Any], stop: float | None, key: Any) -> Pruner:
+        """The pruner of the section.
+
+        Raises:
+          RecipeError: it does not fit the params, or an input is missing.
+        """
+        given = {**given, "where": self.where}
+        attempt(self._at("where"), lambda: selected(params, self.where))
+        structure = self._structure(params, given)
+        targets = attempt(self.targets.node, lambda: self.targets.of(params, self.where))
+        score = self.score.make(given)
+        self._try_out(params, targets, structure)
+        if self.rewire is None:
+            return pruner(score, targets, structure=structure, stop=stop, **self.options)
+        return self._rewired(params, score, targets, structure, {**given, "key": key})
+
+    def _at(self, name: str) -> Node:
+        return self.node.value.get(name, self.node)
+
+    def _structure(self, params: Params, given: Mapping[str, Any]) -> Structure:
+        if self.structure is None:
+            return elements()
+        apply_fn, x = given.get("apply_fn"), given.get("x")
+        if "groups" in self.structure.needs and given.get("groups") is None and apply_fn is not None:
+            if x is None:
+                self.structure.node.fail("apply_fn is given and x is not: pass x=..., an example input.")
+            groups = attempt(self.structure.node, lambda: channel_groups(apply_fn, params, x))
+            given = {**given, "groups": groups}
+        return self.structure.make(given)
+
+    def _try_out(self, params: Params, targets: Any, structure: Structure) -> None:
+        """Traces an update by magnitude, which finds what does not fit the params before any training."""
+        options = {**self.options, "memory": 0.0}
+        stand_in = pruner(magnitude, targets, structure=structure, **options)
+
+        def update(params: Params) -> Any:
+            return stand_in.update(stand_in.init(params), params)
+
+        with warnings.catch_warnings():  # it would warn again where it prunes
+            warnings.simplefilter("ignore")
+            attempt(self.node, lambda: jax.eval_shape(update, params))
+
+    def _rewired(
+        self, params: Params, score: ScoreFn, targets: Any, structure: Structure, given: Mapping[str, Any]
+    ) -> Pruner:
+        assert self.rewire is not None
+        options = {name: value for name, value in self.options.items() if name != "seed"}
+        key = given["key"]
+        own = jax.random.key(self.options.get("seed", 0)) if key is None else key
+        masks = attempt(
+            self.node,
+            lambda: prune_once(params, score, targets, structure=structure, key=own, **options),
+        )
+        return self.rewire.make({**given, "masks": masks, "structure": structure})
+
+
+def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
+    """A section, checked as far as it can be without params."""
+    rewired = isinstance(node.value, dict) and "rewire" in node.value
+    fields = node.fields(_REWIRED if rewired else _KEYS, ("score", "sparsity"))
+    options = {name: read(fields[name], hint) for name, hint in _PRUNER.items() if name in fields}
+    for name, value in options.items():
+        attempt(fields[name], lambda name=name, value=value: pruner(magnitude, 0.5, **{name: value}))
+    structure = None
+    if "structure" in fields:
+        structure = named(fields["structure"], _STRUCTURES, "structures")
+    rewire = None
+    if rewired:
+        rewire = named(fields["rewire"], _DYNAMIC, "ways to rewire", hidden=("masks", "structure", "where"))
+        rewire = rewire._replace(inputs=("masks", "structure"))
+        if rewire.needs == {"masks", "structure"}:  # its own options can be looked at, by the smallest masks
+            rewire.make({"masks": {"kernel": np.array([[True, False]])}, "structure": elements()})
+    targets = _read_targets(fields["sparsity"])
+    section = Section(read_score(fields["score"], scores), targets, structure, options, rewire, node)
+    _check(section, fields)
+    return section
+
+
+def _check(section: Section, fields: Mapping[str, Node]) -> None:
+    """What can be said of a section's parts together, without params."""
+    known = section.structure is None or not section.structure.needs
+    structure = section._structure({}, {}) if known else None
+    scope = section.options.get("scope", "global")
+    if structure is not None:
+        attempt(fields.get("scope", section.node), lambda: ranks((), structure, scope))
+    targets = section.targets
+    if targets.by_path:
+        attempt(targets.node, lambda: per_pool({"": 0}, {"": 0}, "sparsity", None, scope))
+    if section.rewire is not None and not all(isinstance(each, float) for each in targets.each):
+        targets.node.fail("the masks that are rewired are made once: give a number, no schedule.")
+    for sparsity in targets.ends:
+        attempt(
+            targets.node, lambda s=sparsity: target_counts(s, {"": 100}, structure or elements(), "layerwise")
+        )
+
+
+def _read_targets(node: Node) -> Targets:
+    """A number; a schedule; a distribution over leaves; or `per_path`, any of the first two by path."""
+    if not isinstance(node.value, dict):
+        value = float(node.number())
+        attempt(node, lambda: schedules.check_sparsity(value))
+        return Targets(lambda params, where: value, (value,), False, node)
+    name = next(iter(node.value), "")
+    if len(node.value) == 1 and name == "per_path":
+        return _per_path(node.value[name])
+    if len(node.value) == 1 and name in _DISTRIBUTIONS:
+        # `params` and `where` are the section's.
+        call = named(node, _DISTRIBUTIONS, "distributions", hidden=("params", "where"))
+        call = call._replace(inputs=("params",))
+        value = call.options.get("sparsity")
+        if value is not None:
+            attempt(call.node, lambda: schedules.check_sparsity(value))
+        each = () if value is None else (value,)
+        return Targets(lambda params, where: call.make({"params": params, "where": where}), each, True, node)
+    if len(node.value) != 1 or name not in _SCHEDULES:
+        known = ["per_path", *_SCHEDULES, *_DISTRIBUTIONS]
+        if len(node.value) == 1:
+            node.value[name].fail(unknown(name, known, "keys"))
+        node.fail(f"expected a number, or one of {', '.join(known)}; got {node.described()}.")
+    return _schedule(node, name)
+
+
+def _schedule(node: Node, name: str) -> Targets:
+    inner = node.value[name]
+    leaves = inner.value.get("sparsity") if isinstance(inner.value, dict) else inner
+    if leaves is None or not isinstance(leaves.value, dict) or leaves is inner:
+        schedule = named(node, _SCHEDULES, "schedules").make({})
+        return Targets(lambda params, where: schedule, (schedule,), False, node)
+    # The same schedule for each leaf, to a target of its own.
+    targets = _read_targets(leaves)
+    if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
+        leaves.fail("expected a number, a distribution or per_path with numbers.")
+    plain = inner._replace(value={**inner.value, "sparsity": leaves._replace(value=0.0)})
+    first = named(node._replace(value={name: plain}), _SCHEDULES, "schedules")
+
+    def to(sparsity: float) -> Schedule:
+        return first._replace(options={**first.options, "sparsity": sparsity}).make({})
+
+    def of(params: Params, where: Where) -> dict[str, Schedule]:
+        return {path: to(s) for path, s in targets.of(params, where).items()}
+
+    each = tuple(to(value) for value in targets.each if isinstance(value, float))
+    return Targets(of, each, True, node)
+
+
+def _per_path(node: Node) -> Targets:
+    leaves = {path: _read_targets(inner) for path, inner in node.mapping().items()}
+    if not leaves:
+        node.fail("it is empty, so nothing would be pruned.")
+    for path, targets in leaves.items():
+        if targets.by_path:
+            node.value[path].fail("expected a number or a schedule.")
+    each = tuple(value for targets in leaves.values() for value in targets.each)
+    by_path = {path: targets.each[0] for path, targets in leaves.items()}
+    attempt(node, lambda: pruner(magnitude, by_path))
+    return Targets(lambda params, where: by_path, each, True, node)
+
+
+def inputs() -> list[str]:
+    """The names of what Python may have to give to a recipe, whatever it holds."""
+    return sorted({"apply_fn", "x"} | inputs_of([*public_scores().values(), *_STRUCTURES.values()]))
+
+
+def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
+    """Several pruners of disjoint leaves as one.
+
+    They share their masks, so that what one prunes in the leaves of another (coupled channels) counts
+    there too. The state is a `PrunerState` whose `row` has an entry for each of them, and whose
+    scores are, leaf by leaf, those of the one that takes part there.
+    """
+    if len(sections) == 1:
+        return sections[0][0]
+    pruners = [each for each, _ in sections]
+    remembers = any(each.remembers for each in pruners)
+
+    def merged(params: Params, old: Any, new: Any, where: Where) -> Any:
+        leaves = zip(leaf_paths(params), *map(jax.tree.leaves, (params, old, new)), strict=True)
+        chosen = [after if where(path, leaf) else before for path, leaf, before, after in leaves]
+        return jax.tree.unflatten(jax.tree.structure(params), chosen)
+
+    def init_fn(params: Params) -> PrunerState:
+        states = [each.init(params) for each in pruners]
+        masks = intersect(*[state.masks for state in states])
+        kept = [state.scores for each, state in zip(pruners, states, strict=True) if each.remembers]
+        rows = jnp.stack([state.row for state in states])
+        return PrunerState(masks, states[0].step, rows, kept[0] if kept else ())
+
+    def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+        masks, scores, rows = state.masks, state.scores, []
+        step = state.step
+        for number, (each, where) in enumerate(sections):
+            own = PrunerState(masks, state.step, state.row[number], state.scores if each.remembers else ())
+            own = each.update(own, params, grads=grads, key=key, **extra)
+            masks, step = own.masks, own.step
+            rows.append(own.row)
+            if each.remembers:
+                scores = merged(params, scores, own.scores, where)
+        return PrunerState(masks, step, jnp.stack(rows), scores)
+
+    return Pruner(init_fn, update_fn, any(each.regrows for each in pruners), remembers)
