@@ -21,24 +21,31 @@ def _key_name(key: Any) -> str:
     return str(key)
 
 
-def _path_parts(tree: Any) -> list[tuple[str, ...]]:
-    """The path of each leaf as a tuple of names, in `jax.tree.leaves` order.
+def keyed_leaves(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves of a tree with their paths as tuples of JAX's keys, in `jax.tree.leaves` order.
 
     A flax nnx Variable is a node of its own with one child called `value`. That last name is
     dropped, so that nnx and linen say `dense/kernel` alike; it is kept where a sibling shares
     the node (an attention block with arrays called `query`, `key` and `value`).
     """
-    keyed = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    keyed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     siblings: dict[tuple, int] = {}
-    for path in keyed:
+    for path, _ in keyed:
         siblings[path[:-1]] = siblings.get(path[:-1], 0) + 1
 
-    def parts(path):
+    def short(path):
         if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and siblings[path[:-1]] == 1:
-            path = path[:-1]
-        return tuple(_key_name(key) for key in path)
+            return path[:-1]
+        return path
 
-    return [parts(path) for path in keyed]
+    return [(short(path), leaf) for path, leaf in keyed]
+
+
+def _path_parts(tree: Any) -> list[tuple[str, ...]]:
+    """The path of each leaf as a tuple of names, in `jax.tree.leaves` order."""
+    return [tuple(_key_name(key) for key in path) for path, _ in keyed_leaves(tree)]
 
 
 def leaf_paths(tree: Any) -> list[str]:

@@ -1,0 +1,57 @@
+"""Writing a file so that, whatever happens, it is the old one or the new one, whole."""
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file to write in, which takes the place of `path` if the block ends without an error.
+
+    It lies in the same folder, is flushed to the disk before it is renamed, and is removed if the
+    block raises (a full disk, say). The file keeps the permissions of the one it replaces; a new one
+    has those that the process gives to new files. A symbolic link stays, and what it points to is
+    replaced.
+
+    Yields:
+      The path of the new, empty file.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxprune.io.atomic import replacing
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> with replacing(folder / "a.txt") as new:
+      ...     _ = new.write_text("whole")
+      >>> [file.name for file in folder.iterdir()], (folder / "a.txt").read_text()
+      (['a.txt'], 'whole')
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file in it.")
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes the new name last through a power cut, where folders can be flushed (not on Windows)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

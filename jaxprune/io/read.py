@@ -1,0 +1,194 @@
+"""`load`: what `save` wrote, checked to the last bit."""
+
+import mmap as memory_map
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.io import trees
+from jaxprune.io.coding import Pattern, decode, from_planes
+from jaxprune.io.format import BITS, DTYPES, Entry, FileError, Header, channels, padded, read_head
+from jaxprune.paths import describe, is_array
+from jaxprune.typing import Masks, Params
+
+
+class Saved(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+      params: the params, numpy arrays.
+      masks: their masks; None if they were saved without.
+      metadata: the dict that was saved with them.
+    """
+
+    params: Params
+    masks: Masks | None
+    metadata: dict[str, Any]
+
+
+def load(
+    path: str | os.PathLike[str],
+    like: Any = None,
+    *,
+    mmap: bool = True,
+    max_bytes: int = 1 << 33,
+) -> Saved:
+    """Reads a file that `save` wrote.
+
+    All of the file is read once, and every byte is under a checksum. Leaves that are stored whole are
+    read-only views of the file, which the system maps into memory and shares between processes; the
+    others are decoded. Nothing in a file is ever executed, and a file that is damaged, or made to do
+    harm, raises `FileError`. The arrays are numpy's: `jax.tree.map(jnp.asarray, params)` puts them
+    on a device.
+
+    Args:
+      path: of the file.
+      like: a tree of arrays or `jax.ShapeDtypeStruct`, for the structure of the result: paths, shapes
+        and dtypes must be the file's. Without it, params are nested dicts, and lists where the steps of
+        a path were places in a sequence (or in a node without names).
+      mmap: map the file into memory, rather than read a copy. Writing to the file in place, as `save`
+        never does, would then change arrays that were loaded.
+      max_bytes: how much memory decoded leaves may take in all, 8 GiB unless told otherwise. A few bytes
+        can say that a billion entries are pruned, so a stranger's file could ask for any amount.
+
+    Returns:
+      A `Saved`.
+
+    Raises:
+      FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, or does
+        not match `like`; the message names the file and the leaf.
+      OSError: the file cannot be read.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
+      >>> file = os.path.join(tempfile.mkdtemp(), "params")
+      >>> size = jp.io.save(file, {"layers": [{"w": jnp.eye(3)}]}, metadata={"step": 7})
+      >>> jp.io.load(file).params["layers"][0]["w"].tolist()
+      [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+      >>> jp.io.load(file).metadata
+      {'step': 7}
+    """
+    try:
+        data = _contents(path, mmap)
+        header = read_head(data)
+        needed = sum(entry.decoded for _, entry in header.entries)
+        if needed > max_bytes:
+            raise FileError(
+                f"decoded, it takes {needed} bytes, and max_bytes={max_bytes} are allowed. If you trust the "
+                f"file, pass max_bytes={needed}"
+            )
+        if like is not None:
+            _check_like(like, header)
+        params, masks = {}, {}
+        for offset, entry in header.entries:
+            try:
+                params[entry.path], masks[entry.path] = _decode(data[offset:], entry)
+            except (ValueError, MemoryError) as error:
+                raise FileError(f"{trees.show(entry.path)[:200]!r}: {error or 'out of memory'}") from None
+    except FileError as error:
+        raise FileError(f"{os.fspath(path)}: {error}.") from None
+    masked = any(entry.mask for _, entry in header.entries)
+
+    def tree(leaves: dict[trees.Path, Any]) -> Any:
+        if like is None:
+            return trees.build(leaves, header.hollow)
+        found = [leaf for _, _, leaf in trees.match(like, leaves, "like")]
+        return jax.tree.unflatten(jax.tree.structure(like), found)
+
+    return Saved(tree(params), tree(masks) if masked else None, header.metadata)
+
+
+def _contents(path: str | os.PathLike[str], mmap: bool) -> memoryview:
+    if not mmap:
+        return memoryview(Path(path).read_bytes())
+    with Path(path).open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+            return memoryview(b"")
+        return memoryview(memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ))
+
+
+def _check_like(like: Any, header: Header) -> None:
+    """Checks paths, shapes and dtypes before any leaf is read."""
+    try:
+        pairs = trees.match(like, {entry.path: entry for _, entry in header.entries}, "like")
+    except ValueError as error:
+        raise FileError(f"its leaves are not those of like; {error}") from None
+    for where, leaf, entry in pairs:
+        name = trees.show(where)
+        if not is_array(leaf):
+            raise TypeError(f"like[{name!r}] is a {type(leaf).__name__}, which has no shape and dtype.")
+        got = f"{entry.dtype}[{', '.join(map(str, entry.shape))}]"
+        if got != describe(leaf):
+            raise FileError(f"{name!r} is {got}, but {describe(leaf)} in like")
+
+
+def _decode(data: memoryview, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
+    """A leaf and its mask, from the bytes at its offset on."""
+    lengths = entry.lengths
+    used = sum(lengths)
+    section = data[: padded(used)]
+    if zlib.crc32(section) != entry.crc:
+        raise FileError("its checksum is wrong: the file is damaged")
+    if any(section[used:]):
+        raise FileError("the padding after it is not zero")
+    ends = np.cumsum(lengths).tolist()
+    values, scales, unary, low = (section[end - size : end] for end, size in zip(ends, lengths, strict=True))
+    whole = np.broadcast_to(np.True_, entry.shape) if entry.mask == "all" else None
+    if entry.kept is None and not entry.int8:
+        return _values(values, entry).reshape(entry.shape), whole
+    array = np.zeros(entry.shape, DTYPES[entry.dtype])
+    keep = np.zeros(entry.shape, bool) if entry.mask == "kept" else None
+    if entry.kept is None:
+        places: Any = np.arange(entry.size) if channels(entry.shape) > 1 else slice(None)
+    else:
+        places = decode(Pattern(entry.kept, entry.k, unary, low), entry.size)
+    _put(array, places, _scaled(values, scales, places, entry) if entry.int8 else _values(values, entry))
+    if keep is not None:
+        _put(keep, places, True)
+    return array, whole if keep is None else keep
+
+
+def _put(array: np.ndarray, places: Any, values: Any) -> None:
+    """Sets entries of an array; a bool vector of places may end before the array does."""
+    flat = array.reshape(-1)
+    if isinstance(places, np.ndarray) and places.dtype == bool:
+        flat = flat[: places.size]
+    flat[places] = values
+
+
+def _values(data: memoryview, entry: Entry) -> np.ndarray:
+    """The stored values of a leaf that is not quantized."""
+    dtype = DTYPES[entry.dtype]
+    if entry.bits == 0:
+        return np.ones(entry.stored, bool)
+    if entry.stored == 0:
+        return np.zeros(0, dtype)
+    if entry.bits < 8:
+        bits = from_planes(np.frombuffer(data, np.uint8), BITS[entry.dtype], entry.stored)
+        return bits.view(dtype)
+    values = np.frombuffer(data, dtype)
+    return values if sys.byteorder == "little" else values.byteswap()
+
+
+def _scaled(data: memoryview, scales: memoryview, places: Any, entry: Entry) -> np.ndarray:
+    """The values of a quantized leaf, in its dtype."""
+    scale = np.frombuffer(scales, "<f4")
+    if not (np.isfinite(scale).all() and (scale >= 0).all()):
+        raise FileError("its scales are not finite and positive")
+    if isinstance(places, np.ndarray) and places.dtype == bool:
+        places = np.flatnonzero(places)
+    per_value = scale[places % len(scale)] if len(scale) > 1 else scale
+    dtype = DTYPES[entry.dtype]
+    largest = min(_largest(dtype), _largest(np.dtype(np.float32)))
+    with np.errstate(over="ignore"):  # as in `dequantize`: infinity is clipped in the next line
+        product = np.frombuffer(data, np.int8).astype(np.float32) * per_value
+    return np.clip(product, -largest, largest).astype(dtype)
+
+
+def _largest(dtype: np.dtype) -> float:
+    return float(jax.numpy.finfo(dtype).max)

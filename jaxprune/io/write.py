@@ -1,0 +1,245 @@
+"""`save`: masked params in one small file."""
+
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.io import trees
+from jaxprune.io.atomic import replacing
+from jaxprune.io.coding import encode, planes
+from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
+from jaxprune.paths import describe, is_array, is_concrete, kernels
+from jaxprune.quantization import quantize
+from jaxprune.typing import Masks, Params, Where
+
+_Section = list[Any]
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: Params,
+    masks: Masks | None = None,
+    *,
+    int8: bool | Where = False,
+    metadata: dict[str, Any] | None = None,
+) -> int:
+    """Writes params, and masks, to one file, in as few bytes as each leaf needs.
+
+    Of a leaf with zeros only the rest is stored, with a code for where it lies: a bitmask, or the
+    gaps in between, in the fewest bytes; at 90 % sparsity .46 bits an entry, at 98 % .14, within 3 % of
+    what any code needs. A leaf that would be no smaller is stored as it is.
+
+    The file takes the place of an older one at once, when it is whole and on the disk: who reads, or
+    finds it after a crash, has the old one or the new one.
+
+    Args:
+      path: of the file.
+      params: a pytree of arrays. Its structure is stored as paths: dicts (keys are strings or
+        integers), lists, tuples, NamedTuples, flax and nnx states, equinox modules, None.
+      masks: bool masks like `params`. What they prune is stored as pruned, whatever it is: it comes
+        back as +0. Without masks, whatever is not +0 to the bit (-0, NaN) comes back as it was.
+      int8: quantize values, see `jaxprune.quantization`: True for the floating-point leaves that
+        `kernels` names, or `where(path, leaf)`. They come back as floats again, changed by rounding.
+      metadata: a dict that is the same after JSON and back.
+
+    Returns:
+      The size of the file in bytes.
+
+    Raises:
+      ValueError: masks that do not mirror `params`; int8 values that are not finite; no leaves.
+      TypeError: a leaf that is not an array of numbers; metadata that JSON does not hold.
+      OSError: the file cannot be written. Nothing is left of it then, and an older one is untouched.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(10000.0).reshape(100, 100), "bias": jnp.ones(100)}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.9)
+      >>> file = os.path.join(tempfile.mkdtemp(), "params")
+      >>> jp.io.save(file, params, masks) < 0.14 * 4 * 10100  # of the bytes of dense params
+      True
+      >>> loaded = jp.io.load(file)
+      >>> bool((loaded.params["kernel"] == jp.apply_masks(params, masks)["kernel"]).all())
+      True
+      >>> int(loaded.masks["kernel"].sum())
+      1000
+    """
+    flat = trees.flatten(params, "params")
+    if not flat.leaves:
+        raise ValueError("params has no leaves: there is nothing to save.")
+    keep = None if masks is None else _mirrored(masks, flat.leaves)
+    quantized = _chooser(int8, flat.leaves)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
+        raise TypeError(
+            "metadata must be a dict that JSON gives back as it was: string keys; strings, finite numbers, "
+            f"bools, None, lists and dicts. Got {metadata!r:.200}"
+        )
+    entries, sections = [], []
+    for where, leaf in flat.leaves.items():
+        entry, section = _encode(
+            where, _array(leaf, where), None if keep is None else keep[where], quantized(where, leaf)
+        )
+        entries.append(entry)
+        sections.append(section)
+    with replacing(path) as new, new.open("wb") as file:
+        file.write(write_head(entries, flat.hollow, metadata))
+        for section in sections:
+            for piece in section:
+                file.write(piece)
+        return file.tell()
+
+
+def _array(leaf: Any, where: trees.Path) -> np.ndarray:
+    """A leaf as a numpy array of a dtype that files hold."""
+    name = f"params[{trees.show(where)!r}]"
+    if not is_array(leaf):
+        raise TypeError(f"{name} is a {type(leaf).__name__}, not an array. Save the arrays alone.")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{name} is {leaf.dtype}, a typed PRNG key. Save jax.random.key_data(key) in its place."
+        )
+    if not is_concrete(leaf):
+        raise TypeError(f"{name} is a {type(leaf).__name__}, which holds no values now. Save outside of jit.")
+    array = np.asarray(leaf)
+    if array.dtype.name not in DTYPES:
+        raise TypeError(f"{name} is of dtype {array.dtype}; files hold {', '.join(DTYPES)}.")
+    return array
+
+
+def _mirrored(masks: Masks, leaves: dict[trees.Path, Any]) -> dict[trees.Path, np.ndarray]:
+    """The masks by the paths of the params."""
+    try:
+        pairs = trees.match(masks, leaves, "masks")
+    except ValueError as error:
+        raise ValueError(f"masks must have the tree structure of params; {error}.") from None
+    paths = {trees.plain(where): where for where in leaves}
+    out = {}
+    for where, mask, leaf in pairs:
+        name = f"masks[{trees.show(where)!r}]"
+        if not is_array(mask) or mask.dtype != jnp.bool_:
+            what = describe(mask) if is_array(mask) else f"a {type(mask).__name__}"
+            raise TypeError(f"{name} is {what}, but masks are bool arrays. Pass mask != 0.")
+        if tuple(mask.shape) != tuple(np.shape(leaf)):
+            raise ValueError(f"{name} has shape {tuple(mask.shape)}, its param has {tuple(np.shape(leaf))}.")
+        out[paths[trees.plain(where)]] = np.asarray(mask)
+    return out
+
+
+def _chooser(int8: bool | Where, leaves: dict[trees.Path, Any]) -> Callable[[trees.Path, Any], bool]:
+    """Which leaves are quantized."""
+    if int8 is False:
+        return lambda where, leaf: False
+
+    def quantizable(leaf: Any) -> bool:
+        return is_array(leaf) and str(leaf.dtype) in QUANTIZABLE
+
+    if int8 is True:
+        chosen = {
+            where for where, leaf in leaves.items() if quantizable(leaf) and kernels(trees.show(where), leaf)
+        }
+    elif callable(int8):
+        chosen = {where for where, leaf in leaves.items() if int8(trees.show(where), leaf)}
+        for where in chosen:
+            if not quantizable(leaves[where]):
+                raise TypeError(
+                    f"int8 takes in params[{trees.show(where)!r}], but only leaves of dtype "
+                    f"{', '.join(QUANTIZABLE)} can be quantized."
+                )
+    else:
+        raise TypeError(f"int8 must be a bool or a function of (path, leaf), got {int8!r}.")
+    if not chosen:
+        raise ValueError(
+            "int8 matches no leaf, so nothing would be quantized; the leaves are "
+            f"{', '.join(map(trees.show, leaves))}. Pass for example int8=jaxprune.matching('*/kernel')."
+        )
+    return lambda where, leaf: where in chosen
+
+
+def _through_json(value: Any) -> Any:
+    try:
+        return json.loads(to_json(value))
+    except (TypeError, ValueError, RecursionError):
+        return None
+
+
+def _encode(
+    where: trees.Path, array: np.ndarray, mask: np.ndarray | None, int8: bool
+) -> tuple[Entry, _Section]:
+    """The entry and the section of a leaf, in its smaller form."""
+    whole = mask is None or bool(mask.all())
+    if not whole:
+        assert mask is not None
+        array = np.where(mask, array, np.zeros((), array.dtype))
+    entry = Entry(
+        where, array.dtype.name, array.shape, int8=int8,
+        mask=None if mask is None else "all" if whole else "kept",
+    )  # fmt: skip
+    scales = b""
+    if int8:
+        array, scales = _quantized(array, where)
+    values = np.asarray(array, order="C").reshape(-1)
+    if whole:
+        keep = _nonzero(values)
+    else:
+        assert mask is not None
+        keep = np.asarray(mask, order="C").reshape(-1)
+    dense = _finish(entry, [_bytes(values, entry.bits), scales])
+    if not keep.size or keep.all():
+        return dense
+    pattern = encode(keep)
+    entry = entry._replace(kept=pattern.kept, k=pattern.k, unary=len(pattern.unary))
+    if whole and _total(entry) >= _total(dense[0]):
+        return dense
+    return _finish(entry, [_bytes(values[keep], entry.bits), scales, pattern.unary, pattern.low])
+
+
+def _total(entry: Entry) -> int:
+    return padded(sum(entry.lengths)) + len(to_json(write_entry(entry)))
+
+
+def _quantized(array: np.ndarray, where: trees.Path) -> tuple[np.ndarray, bytes]:
+    with np.errstate(over="ignore"):  # what overflows is refused in the next line
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"params[{trees.show(where)!r}] has {np.count_nonzero(~np.isfinite(array))} values that are not "
+            "finite in float32, so it has no scale. Leave it out with int8=where."
+        )
+    values, scale = quantize(array)
+    return np.asarray(values), np.asarray(scale, "<f4").tobytes()
+
+
+def _nonzero(values: np.ndarray) -> np.ndarray:
+    """Which entries are not +0 to the bit."""
+    if values.dtype == bool:
+        return values
+    if values.dtype.itemsize > 8:
+        return np.asarray(values.view(np.uint64).reshape(values.size, -1).any(axis=1))
+    return np.asarray(values.view(f"u{values.dtype.itemsize}") != 0)
+
+
+def _bytes(values: np.ndarray, bits: int) -> Any:
+    """Flat values as a file has them: little-endian, in planes if narrower than a byte."""
+    if bits < 8:
+        return planes(values.view(np.uint8), bits)
+    foreign = ">" if sys.byteorder == "little" else "="
+    if values.dtype.itemsize > 1 and values.dtype.byteorder == foreign:
+        values = values.byteswap()
+    return values.view(np.uint8).data
+
+
+def _finish(entry: Entry, section: _Section) -> tuple[Entry, _Section]:
+    """The entry with its checksum, and the section with its padding."""
+    length = sum(map(len, section))
+    section = [*section, bytes(padded(length) - length)]
+    crc = 0
+    for piece in section:
+        crc = zlib.crc32(piece, crc)
+    return entry._replace(crc=crc), section
