@@ -11,7 +11,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, with a marker each.
-_STYLES = (
+STYLES = (
     ("#0072B2", "o"),
     ("#D55E00", "s"),
     ("#009E73", "^"),
@@ -70,7 +70,7 @@ def panels(
         1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (x_label, lines) in zip(axes[0], curves, strict=True):
-        for (name, curve), (colour, marker) in zip(lines.items(), _STYLES[: len(lines)], strict=True):
+        for (name, curve), (colour, marker) in zip(lines.items(), STYLES[: len(lines)], strict=True):
             mean, spread = factor * curve.y.mean(axis=1), factor * curve.y.std(axis=1)
             axis.plot(curve.x, mean, color=colour, marker=marker, markersize=5, label=name)
             axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)

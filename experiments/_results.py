@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+
+import jaxprune as jp
 
 
 class Results:
     """A folder of results: `results.jsonl`, one line per figure, and plots beside it.
 
     Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
-    still says what it is. An earlier run's lines in the same folder are replaced.
+    still says what it is. An earlier run's lines in the same folder are replaced. `experiments.report` makes
+    a page of them; for it a line may also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
     """
 
     def __init__(self, folder: str | Path, study: str, config: Any):
@@ -36,11 +40,45 @@ class Results:
         self._file.write(json.dumps(figures | self._common) + "\n")
         self._file.flush()
 
+    def keep_masks(self, name: str, masks: Any) -> str:
+        """Writes the masks of one network beside the lines, a bit for each entry, for pictures of them.
+
+        Args:
+          name: of the file, without an ending; a file of that name is replaced.
+          masks: a pytree of bool arrays; its leaves of two and more axes are written.
+
+        Returns:
+          The file, relative to the folder: what the line's field `masks` says.
+        """
+        file = Path("masks") / f"{name}.npz"
+        (self.folder / file).parent.mkdir(exist_ok=True)
+        packed = {}
+        for path, leaf in _matrices(masks).items():
+            packed[f"bits {path}"], packed[f"shape {path}"] = np.packbits(leaf), np.array(leaf.shape)
+        with (self.folder / file).open("wb") as stream:
+            np.savez_compressed(stream, **packed)
+        return file.as_posix()
+
     def __enter__(self) -> "Results":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+
+def layers(masks: Any) -> dict[str, list[int]]:
+    """What is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
+
+    Example:
+      >>> layers({"fc/kernel": np.array([[True, False, True]]), "fc/bias": np.array([True])})
+      {'fc/kernel': [2, 3]}
+    """
+    return {path: [int(leaf.sum()), leaf.size] for path, leaf in _matrices(masks).items()}
+
+
+def _matrices(masks: Any) -> dict[str, np.ndarray]:
+    leaves = zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True)
+    return {path: np.asarray(leaf) for path, leaf in leaves if leaf.ndim >= 2}
 
 
 def versions() -> dict[str, str]:

@@ -32,7 +32,7 @@ import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
-from experiments._results import Results
+from experiments._results import Results, layers
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "moved": sum(int((new & ~old).sum()) for new, old in pairs),
                     "seed": seed,
                     "accuracy": float(figures[index]),
+                    "layers": layers(masks),
                 }
+                if index == 0 and sparsity == max(config.sparsities, default=None):
+                    line["masks"] = results.keep_masks(method, masks)
                 results.write(**line)
                 lines.append(line)
             bar.update()

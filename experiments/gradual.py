@@ -29,7 +29,7 @@ import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
-from experiments._results import Results
+from experiments._results import Results, layers
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "kept": jp.metrics.nonzeros(own[1]),
                     "seed": seed,
                     "accuracy": float(figures[index]),
+                    "layers": layers(own[1]),
                 }
+                if index == 0 and sparsity == max(config.sparsities, default=None):
+                    line["masks"] = results.keep_masks(method, own[1])
                 results.write(**line)
                 lines.append(line)
 

@@ -29,7 +29,7 @@ import jaxprune as jp
 from experiments import _data, _plots, _train
 from experiments._config import flag, parse
 from experiments._models import LeNet
-from experiments._results import Results
+from experiments._results import Results, layers
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             if method == "structured":
                 compacted = without_dead_channels(first(params), first(masks), test_split)
             ratio = speed(first(dense), first(params)) if config.timing_runs else None
+            kept = [layers(jax.tree.map(operator.itemgetter(i), masks)) for i in range(len(config.seeds))]
             for index, seed in enumerate(config.seeds):
                 own = file_bytes(jax.tree.map(operator.itemgetter(index), params))
                 line = {
@@ -296,7 +297,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                     **(compacted if index == 0 else {}),
                     "file_ratio": dense_bytes[index] / own,
                     "masked_speed_up": ratio,
+                    "layers": kept[index],
                 }
+                if index == 0 and amount == max(config.amounts, default=None):
+                    line["masks"] = results.keep_masks(method, first(masks))
                 results.write(**line)
                 lines.append(line)
 

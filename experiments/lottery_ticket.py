@@ -40,7 +40,7 @@ from experiments import _data, _plots, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
 from experiments._models import MLP
-from experiments._results import Results
+from experiments._results import Results, layers
 
 CHAINS = ("ticket", "tune", "learning-rate")
 BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")
@@ -246,6 +246,7 @@ class Study:
                     "early_stop_accuracy": float(stopped[index]),
                     "early_stop_epoch": begin + int(losses.argmin()) + 1,
                     "held_out_losses": [round(float(loss), 5) for loss in losses],
+                    "layers": layers(own),
                 }
             )
         return lines
@@ -269,6 +270,14 @@ def run(config: Config) -> list[dict[str, Any]]:
         results = stack.enter_context(Results(config.out, "lottery_ticket", config))
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
+        def measured(method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
+            """A level's lines; the first seed's masks of a method's last level are kept."""
+            new = study.lines(method, level, masks, fit)
+            if level and level == max(chosen.branch_levels if method in BRANCHES else (chosen.levels,)):
+                first = jax.tree.map(operator.itemgetter(0), masks)
+                new[0]["masks"] = results.keep_masks(method, first)
+            return new
+
         def add(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for line in new:
                 results.write(**line)
@@ -289,10 +298,10 @@ def run(config: Config) -> list[dict[str, Any]]:
             for ticket in study.chain(method, after, fits):
                 level = int(ticket.level)
                 dense = ticket.trained if level == 0 else dense
-                own += add(study.lines(method, level, ticket.masks, fits[0]))
+                own += add(measured(method, level, ticket.masks, fits[0]))
                 if method == "ticket" and level in chosen.branch_levels:
                     for branch in branches:
-                        own += add(study.lines(branch, level, *study.branch(branch, ticket, dense)))
+                        own += add(measured(branch, level, *study.branch(branch, ticket, dense)))
                 checkpoints.save(level, (ticket, dense), own)
     return lines
 

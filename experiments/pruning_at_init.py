@@ -36,7 +36,7 @@ import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
-from experiments._results import Results
+from experiments._results import Results, layers
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,10 @@ def run(config: Config) -> list[dict[str, Any]]:
                     "connected": bool(connected(widths, own, batch[0])),
                     "seed": seed,
                     "accuracy": float(figures[index]),
+                    "layers": layers(own),
                 }
+                if index == 0 and compression == max(config.compressions, default=None):
+                    line["masks"] = results.keep_masks(method, own)
                 results.write(**line)
                 lines.append(line)
             bar.update()

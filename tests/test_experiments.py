@@ -174,7 +174,7 @@ def test_lottery_study(tmp_path, capsys):
     again = lottery_ticket.run(
         _config.parse(lottery_ticket.Config, [*flags.split(), "--train-size", "400", "--out", str(out)])
     )
-    assert again == [{k: line[k] for k in again[0]} for line in lines]
+    assert again == [{k: line[k] for k in own} for own, line in zip(again, lines, strict=True)]
 
 
 def test_the_articles_preset_prunes_a_tenth_of_every_layer(tmp_path):
