@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments import _recipes
+from jaxprune.recipes import RecipeError
+
 C = TypeVar("C")
 
 
@@ -18,17 +21,30 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     Fields are int, float, str, `Literal[...]`, tuples of one of these (`--seeds 0,1,2`), or any of
     them `| None`; a bool that is False by default is a flag without a value.
     The help of a field is its metadata `{"help": ...}`, see `flag`.
+
+    `--recipe FILE` takes the settings that an earlier run left in its `recipe.yaml`; flags beside it
+    win. A config with a field made by `recipe_file` takes that file without a flag.
     """
     parser = argparse.ArgumentParser(
         prog=f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', None) or Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    fields = dataclasses.fields(typing.cast("Any", config))
     hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(typing.cast("Any", config)):
+    files = [field for field in fields if _recipes.is_file(field)]
+    for field in files:
+        parser.add_argument(field.name, metavar="RECIPE", help=field.metadata["help"])
+    if not files:
+        text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
+        parser.add_argument("--recipe", metavar="FILE", help=text)
+    for field in fields:
+        if field in files:
+            continue
         if hints[field.name] is bool:
             name = f"--{field.name.replace('_', '-')}"
-            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(name, action=action, default=field.default, help=field.metadata["help"])
             continue
         kind, choices = _reader(hints[field.name])
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
@@ -41,7 +57,19 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
             help=field.metadata["help"] + default,
             metavar=None if choices else kind.__name__,
         )
-    return config(**vars(parser.parse_args(argv)))
+    recipe = getattr(parser.parse_args(argv), files[0].name if files else "recipe")
+    if recipe is not None:
+        try:
+            parser.set_defaults(**_recipes.settings(recipe, config))
+        except (RecipeError, OSError) as error:
+            raise SystemExit(str(error)) from None
+    given = vars(parser.parse_args(argv))
+    return config(**{field.name: given[field.name] for field in fields})
+
+
+def recipe_file(text: str) -> Any:
+    """The field of a config that is the file of a recipe, with its help; the first of its fields."""
+    return dataclasses.field(metadata={"help": text, "file": True})
 
 
 def flag(default: Any, text: str) -> Any:

@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,21 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from experiments import _recipes
 
 
 class Results:
-    """A folder of results: `results.jsonl`, one line per figure, and plots beside it.
+    """A folder of results: `results.jsonl`, one line per figure, `recipe.yaml` to repeat them, and plots.
 
     Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
     still says what it is. An earlier run's lines in the same folder are replaced. `experiments.report` makes
     a page of them; for it a line may also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
     """
 
-    def __init__(self, folder: str | Path, study: str, config: Any):
+    def __init__(self, folder: str | Path, study: str, config: Any, recipe: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        _recipes.save_study(self.folder, study, config, recipe)
         self.path = self.folder / "results.jsonl"
         self._common = {
             "study": study,
