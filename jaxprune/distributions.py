@@ -1,5 +1,6 @@
 """Distributions: how much each leaf gives, as targets by path for `scope="layerwise"`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 
 from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.schedules import check_sparsity
+from jaxprune.sensitivity_result import Point, Sensitivity
 from jaxprune.typing import Params, Where
 
 
@@ -112,3 +114,64 @@ def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, A
         raise ValueError(f"quality must be 0 or more, got {quality}.")
     leaves = array_leaves(params)
     return {path: quality * jnp.std(leaves[path]) for path in selected(params, where)}
+
+
+def from_sensitivity(
+    result: Sensitivity, tolerance: float = 0.01, *, interpolate: bool = False
+) -> dict[str, float]:
+    """What each tensor, or group of coupled channels, can spare when it alone is pruned.
+
+    That is the highest level up to which the metric never drops by more than the tolerance. What
+    cannot take the lowest level is skipped: its target is 0. Pruned all together they cost more
+    than the tolerance: losses add up, roughly.
+
+    Args:
+      result: from `jaxprune.sensitivity`.
+      tolerance: by how much the metric may be worse than the dense network's, in its own unit:
+        0.01 of an accuracy is one point.
+      interpolate: whether to go on, along a straight line, to where the metric crosses the
+        tolerance between two levels. Nothing was evaluated there.
+
+    Returns:
+      Sparsity by path or group, for `scope="layerwise"` and the structure that was analysed; what
+      was pruned together has one.
+
+    Raises:
+      ValueError: a negative tolerance, or nothing can take the lowest level.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[3.0], [1.0]]), "c": jnp.array([[4.0], [1.5]])}
+      >>> found = jp.sensitivity(lambda p: jnp.sum(p["a"] * p["c"]), params, levels=(0.5,))
+      >>> jp.distributions.from_sensitivity(found, tolerance=1.5)
+      {'a': 0.5, 'c': 0.5}
+      >>> jp.distributions.from_sensitivity(found, tolerance=0.75, interpolate=True)
+      {'a': 0.25, 'c': 0.25}
+
+    References:
+      Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 3.2.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
+    targets = {name: _spared(result.of(name), tolerance, interpolate) for name in result.pools}
+    if not any(targets.values()):
+        best = min(result.points, key=lambda point: np.nan_to_num(point.drop, nan=np.inf))
+        raise ValueError(
+            f"nothing stays within tolerance={tolerance:g} of {result.metric}={result.dense:.6g} at the "
+            f"lowest level, {result.points[0].sparsity:g}. The least drop of all points is {best.drop:.6g}, "
+            f"of {best.name} at {best.sparsity:g}. Analyse lower levels, or raise the tolerance."
+        )
+    return {pool: target for name, target in targets.items() for pool in result.pools[name]}
+
+
+def _spared(points: Sequence[Point], tolerance: float, interpolate: bool) -> float:
+    """The sparsity up to which no drop exceeds the tolerance."""
+    spared, last_drop = 0.0, 0.0
+    for point in points:
+        if not point.drop <= tolerance:
+            if not interpolate or not np.isfinite(point.drop):
+                break
+            share = (tolerance - last_drop) / (point.drop - last_drop)
+            return float(spared + share * (point.sparsity - spared))
+        spared, last_drop = point.sparsity, point.drop
+    return spared

@@ -234,17 +234,28 @@ def remove(masks: Masks, units: Units, counts: Counts, together: Ranks, floors: 
     gone = _lowest_units(units, counts, together, floors)
     if is_concrete(units.alive, counts, gone):
         _say_what_was_not_done(units, counts, together, floors, gone)
-    entries = units.expand({name: ~gone[name] for name in gone})
     before = array_leaves(masks, "masks")
+    changed = kept_entries(units, {name: ~gone[name] for name in gone}, before)
+    if not any(floors.values()) and is_concrete(before, changed):
+        _say_what_collapsed({path: (before[path], mask) for path, mask in changed.items()})
+    return jax.tree.unflatten(jax.tree.structure(masks), list((before | changed).values()))
+
+
+def kept_entries(
+    units: Units, keep: Mapping[str, jax.Array], before: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """The masks of the leaves that units lie in, given the units that stay and the masks before.
+
+    Raises:
+      ValueError: the units lie in leaves that the masks do not have.
+    """
+    entries = units.expand(keep)
     if unknown := [path for path in entries if path not in before]:
         raise ValueError(
             f"the units have entries in {', '.join(unknown)}, which the params do not have. For groups of "
             "{'params': ..., 'batch_stats': ...} and params alone, pass groups.under('params')."
         )
-    after = {path: before[path] & entries[path] if path in entries else before[path] for path in before}
-    if not any(floors.values()) and is_concrete(before, after):
-        _say_what_collapsed({path: (before[path], after[path]) for path in entries})
-    return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
+    return {path: before[path] & mask for path, mask in entries.items()}
 
 
 def _lowest_units(

@@ -1,0 +1,231 @@
+"""Units ranked once, and pruned at any counts: what trying out many sparsities is made of.
+
+Removing k units of a pool, then more, removes a superset, so one ranking gives the masks for every
+k: the units of a rank below k go. The ranking is made on the host, where sorting is several times
+faster than in XLA on a CPU and compiles nothing; masks are made on the device by one program,
+whatever the counts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.masks import apply_masks, like_params, ones_masks
+from jaxprune.paths import array_leaves, is_array, is_concrete, selected
+from jaxprune.prune import check_choices, evaluate, kept_entries, pool
+from jaxprune.structures import Structure, Units, elements
+from jaxprune.targets import floors
+from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
+
+# One for all calls: what is compiled for a structure is found again by its function.
+ELEMENTS = elements()
+
+Counts = tuple[int, ...]
+"""How many units go from each pool, in the order of the pools."""
+
+
+class Ranked(NamedTuple):
+    """The units of a model by pool, ranked. Dicts are in the order of the pools.
+
+    Attributes:
+      params: the params, exactly 0 where the masks to start from prune.
+      masks: the masks to start from.
+      structure: what pools entries into units.
+      chosen: the leaves that take part.
+      scores: the scores of these.
+      units: by pool, the units' scores.
+      ranks: by pool, int32: how many units go before each; those pruned before come last.
+      sizes: by pool, how many units there are, those pruned before included.
+      alive: by pool, how many are left.
+      least: by pool, how many stay at least.
+    """
+
+    params: Params
+    masks: Masks
+    structure: Structure
+    chosen: tuple[str, ...]
+    scores: dict[str, jax.Array]
+    units: dict[str, np.ndarray]
+    ranks: dict[str, jax.Array]
+    sizes: dict[str, int]
+    alive: dict[str, int]
+    least: dict[str, int]
+
+    def most(self, name: str) -> int:
+        """How many units can go from a pool."""
+        return max(0, self.alive[name] - self.least[name])
+
+    def to_go(self, targets: Mapping[str, int]) -> Counts:
+        """How many units go, by how many of each pool should be gone in all; at most what can."""
+
+        def more(name: str) -> int:
+            target = targets.get(name, 0) - (self.sizes[name] - self.alive[name])
+            return min(max(target, 0), self.most(name))
+
+        return tuple(more(name) for name in self.sizes)
+
+    def masks_of(self, counts: Counts) -> Masks:
+        """The masks without so many units of each pool."""
+        kept = _kept(*self._inputs(), np.array(counts, np.int32), self.structure.pool, self.chosen)
+        return with_leaves(self.masks, kept)
+
+    def pruned(self, rows: Sequence[Counts]) -> tuple[dict[str, jax.Array], jax.Array]:
+        """What pruning does, for each row of counts.
+
+        Returns:
+          The leaves that it touches, by path, pruned; and int32 how many units of each pool are left.
+          Both have a leading axis of rows, if there are several.
+        """
+        counts = np.array(rows[0] if len(rows) == 1 else rows, np.int32)
+        return _pruned(self.params, *self._inputs(), counts, self.structure.pool, self.chosen)
+
+    def _inputs(self) -> tuple[Any, Any, Any]:
+        return self.scores, self.masks, self.ranks
+
+
+def with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
+    """A tree with some leaves, by path, replaced."""
+    whole = array_leaves(tree) | leaves
+    return jax.tree.unflatten(jax.tree.structure(tree), list(whole.values()))
+
+
+def rank(
+    params: Params,
+    scores: ScoreFn | Scores,
+    structure: Structure | None,
+    where: Where,
+    masks: Masks | None,
+    floor: int,
+    grads: Any,
+    key: Any,
+    extra: Mapping[str, Any],
+    name: str,
+) -> Ranked:
+    """Scores the params, pools the scores into units and ranks those of each pool.
+
+    Args:
+      params: a pytree of arrays; see `prune_once` for it and for what follows.
+      scores: a function, or a tree of scores.
+      structure: which entries go together.
+      where: which leaves take part.
+      masks: masks to start from.
+      floor: how many units of each pool stay at least.
+      grads: for the score.
+      key: for the score.
+      extra: for the score.
+      name: of the function that asks, for the messages.
+
+    Returns:
+      A `Ranked`.
+
+    Raises:
+      ValueError: as `prune_once`.
+      TypeError: as `prune_once`; params that are traced.
+    """
+    check_choices("layerwise", "total", floor)
+    if not is_concrete(params, masks):
+        raise TypeError(f"{name} counts and ranks on the host, so it cannot run under jit or vmap.")
+    structure = ELEMENTS if structure is None else structure
+    chosen = tuple(selected(params, where))
+    is_tree = jax.tree.structure(scores) == jax.tree.structure(params)
+    if callable(scores) and not (is_tree and all(map(is_array, jax.tree.leaves(scores)))):
+        scores = _compiled(scores, extra)
+    tree = evaluate(scores, params, grads=grads, key=key, **extra)
+    if masks is None:
+        masks = jax.jit(ones_masks)(params)
+    else:
+        masks = like_params(masks, params)
+        params = jax.jit(apply_masks)(params, masks)
+    leaves = array_leaves(tree, "scores")
+    picked = {path: leaves[path] for path in chosen}
+    units, alive, bad = _pooled(picked, masks, structure.pool, chosen)
+    if found := [path for path, number in bad.items() if number]:
+        path = found[0]
+        raise ValueError(
+            f"scores[{path!r}] has {int(bad[path])} entries that are NaN or inf, which cannot be ranked. "
+            "Check the params and gradients they come from; to spare a leaf use where=..."
+        )
+    units, alive = jax.device_get((units, alive))
+    names: list[str] = []  # in their order, which dicts lose on the way through jit
+
+    def name_units(scores, masks):
+        names.extend(_units(scores, masks, structure.pool, chosen).scores)
+
+    jax.eval_shape(name_units, picked, masks)
+    units, alive = ({name: tree[name] for name in names} for tree in (units, alive))
+    living = {name: int(mask.sum()) for name, mask in alive.items()}
+    return Ranked(
+        params=params,
+        masks=masks,
+        structure=structure,
+        chosen=chosen,
+        scores=picked,
+        units=units,
+        ranks={name: jax.device_put(_ranks(units[name], alive[name])) for name in units},
+        sizes={name: mask.size for name, mask in alive.items()},
+        alive=living,
+        least=floors(living, structure, floor),
+    )
+
+
+def _compiled(score: Any, extra: Mapping[str, Any]) -> Callable[..., Any]:
+    """A score function as one program; inputs that are no arrays are static."""
+    names = [name for name, value in extra.items() if not all(map(is_array, jax.tree.leaves(value)))]
+    return jax.jit(score, static_argnames=names)
+
+
+def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Each unit's place in the order of removal; of equal scores the first goes first."""
+    flat = scores.ravel()
+    order = np.argsort(flat, kind="stable") if alive.all() else np.lexsort((flat, ~alive.ravel()))
+    ranks = np.empty(flat.size, np.int32)
+    ranks[order] = np.arange(flat.size, dtype=np.int32)
+    return ranks.reshape(scores.shape)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _pooled(scores: Any, masks: Masks, pool_units: Any, chosen: tuple[str, ...]) -> Any:
+    """The units' scores, which are left, and by leaf how many scores cannot be ranked."""
+    units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
+    bad = {path: jnp.sum(~jnp.isfinite(scores[path]) & before[path]) for path in chosen}
+    return units.scores, units.alive, bad
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _kept(
+    scores: Any, masks: Masks, ranks: Any, counts: jax.Array, pool_units: Any, chosen: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """The masks of the leaves that units lie in, without so many units of each pool."""
+    units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
+    keep = {name: ranks[name] >= counts[index] for index, name in enumerate(units.scores)}
+    return kept_entries(units, keep, before)
+
+
+@partial(jax.jit, static_argnums=(5, 6))
+def _pruned(
+    params: Params,
+    scores: Any,
+    masks: Masks,
+    ranks: Any,
+    counts: jax.Array,
+    pool_units: Any,
+    chosen: tuple[str, ...],
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """See `Ranked.pruned`."""
+    leaves = array_leaves(params)
+
+    def one(counts):
+        kept = _kept(scores, masks, ranks, counts, pool_units, chosen)
+        left = _units(scores, array_leaves(masks, "masks") | kept, pool_units, chosen).alive
+        pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()}
+        return pruned, jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in left.values()])
+
+    return one(counts) if counts.ndim == 1 else jax.vmap(one)(counts)
+
+
+def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
+    return pool(scores, masks, list(chosen), Structure(pool_units))

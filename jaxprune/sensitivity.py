@@ -1,0 +1,304 @@
+"""Sensitivity analysis: one tensor at a time is pruned at several levels, and the network evaluated."""
+
+import contextlib
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.paths import describe, is_array, kernels
+from jaxprune.ranked import Counts, Ranked, rank, with_leaves
+from jaxprune.schedules import check_sparsity
+from jaxprune.scores import magnitude
+from jaxprune.sensitivity_result import Point, Sensitivity
+from jaxprune.structures import Structure
+from jaxprune.targets import target_counts
+from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def sensitivity(
+    evaluate: Callable[..., Any],
+    params: Params,
+    data: Any = None,
+    *,
+    levels: Sequence[float] = LEVELS,
+    scores: ScoreFn | Scores = magnitude,
+    structure: Structure | None = None,
+    where: Where = kernels,
+    together: Mapping[str, str | Sequence[str]] | None = None,
+    masks: Masks | None = None,
+    floor: int = 1,
+    metric: str | None = None,
+    maximize: bool = True,
+    at_once: int | None = None,
+    jit: bool = True,
+    grads: Any = None,
+    key: jax.Array | None = None,
+    **extra: Any,
+) -> Sensitivity:
+    """How much the network suffers when one tensor at a time is pruned, at several levels.
+
+    Each tensor is pruned once to each level, as `prune_once` would with `scope="layerwise"`, the
+    others whole, and the network is evaluated without any training. The units of a tensor are
+    ranked once for all levels. Whatever the number of tensors and levels, a handful of programs
+    is compiled, and what it takes beyond the evaluations is next to nothing. Points that have
+    equal masks are evaluated once.
+
+    With `structure=jaxprune.structures.channels(groups)` what is pruned alone is a group of coupled
+    channels, with all that can only go together with it.
+
+    Args:
+      evaluate: `evaluate(params) -> scalar`, of the test accuracy, say; or a dict of scalars, of
+        which `metric` names the one that counts. `evaluate(params, data)` if data are given.
+      params: a pytree of arrays.
+      data: what `evaluate` evaluates on, a pytree of arrays. An `evaluate` that closes over large
+        arrays works too, but XLA then compiles them into the program, which takes long.
+      levels: sparsities in (0, 1), rising.
+      scores: as for `prune_once`.
+      structure: as for `prune_once`; `slices(axis=-1, norm=1)` prunes filters by their L1 norm.
+      where: which leaves take part.
+      together: sets of what is pruned at equal ratios, in place of each alone (the stages of a
+        network): names of paths or groups, or shell patterns of them, by the set's name.
+      masks: masks to start from. Levels are of the total, what these prune included.
+      floor: how many units of each tensor stay at least.
+      metric: its name. Needed if `evaluate` returns a dict.
+      maximize: whether more is better. False for a loss.
+      at_once: how many points are evaluated in one call, vectorised. Each takes as much memory as
+        an evaluation does. By default 1 on a CPU, where XLA runs a batch of small networks no
+        faster, and convolutions with different kernels much slower; elsewhere all levels.
+      jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
+      grads: gradients like `params`, for scores that need them.
+      key: a PRNG key, for scores that need it.
+      **extra: passed on to the score.
+
+    Returns:
+      A `Sensitivity`.
+
+    Raises:
+      ValueError: no levels, or levels out of range or not rising; sets that overlap or match
+        nothing; and as `prune_once`.
+      TypeError: an `evaluate` that returns something else or cannot be traced; and as `prune_once`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[3.0, 1.0], [2.0, 4.0]]), "out": jnp.array([[1.0], [-5.0]])}
+      >>> def evaluate(params, x):
+      ...     return jnp.sum(x @ params["a"] @ params["out"])
+      >>> found = jp.sensitivity(evaluate, params, jnp.ones((1, 2)), levels=(0.25, 0.5), maximize=False)
+      >>> print(found)
+      metric with one pruned alone; with nothing pruned -20.000
+      pruned      25%      50%
+      a       -15.000  -17.000
+      out     -20.000  -25.000
+      out at 25%: nothing was removed
+      >>> jp.distributions.from_sensitivity(found, tolerance=2.0)
+      {'a': 0.0, 'out': 0.5}
+
+    References:
+      Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 3.2;
+      Han et al., "Learning both Weights and Connections", NIPS 2015, figure 6.
+    """
+    asked = _checked_levels(levels)
+    if not callable(evaluate):
+        raise TypeError(f"sensitivity needs a function evaluate(params), got {evaluate!r}.")
+    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "sensitivity")
+    sets = _sets(together, tuple(ranked.ranks))
+    plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
+    nothing = (0,) * len(ranked.ranks)
+    rows = tuple(dict.fromkeys((nothing, *plan.values())))
+    if at_once is None:
+        at_once = 1 if jax.default_backend() == "cpu" or not jit else len(asked)
+    _check_at_once(at_once, jit)
+    inputs = () if data is None else (data,)
+    inputs = () if data is None else (data,)
+    seen = dict(zip(rows, _evaluated(evaluate, inputs, ranked, rows, at_once, jit, metric), strict=True))
+    chosen = metric or next(iter(seen[nothing].figures))
+    dense = seen[nothing].figures[chosen]
+
+    def points(name: str) -> Iterable[Point]:
+        pools, before = sets[name], {_left(seen[nothing], sets[name]): 0.0}
+        for level in asked:
+            figures, kept = seen[plan[name, level]]
+            left, size = _left(seen[plan[name, level]], pools), sum(ranked.sizes[pool] for pool in pools)
+            gone = (size - sum(left)) / max(size, 1) * ranked.structure.max_sparsity
+            drop = dense - figures[chosen] if maximize else figures[chosen] - dense
+            notes = _notes(ranked, pools, level, kept, before.get(left))
+            before.setdefault(left, level)
+            yield Point(
+                *(name, level, gone, sum(left), size, figures[chosen], drop, notes),
+                {other: value for other, value in figures.items() if other != chosen},
+            )
+
+    return Sensitivity(
+        points=tuple(point for name in sets for point in points(name)),
+        dense=dense,
+        metric=chosen,
+        maximize=maximize,
+        pools=sets,
+        others={name: value for name, value in seen[nothing].figures.items() if name != chosen},
+    )
+
+
+class _Seen(NamedTuple):
+    """What came of pruning some units.
+
+    Attributes:
+      figures: what `evaluate` returned, by name.
+      kept: by pool, how many units are left.
+    """
+
+    figures: dict[str, float]
+    kept: dict[str, int]
+
+
+def _left(seen: _Seen, pools: Sequence[str]) -> tuple[int, ...]:
+    return tuple(seen.kept[pool] for pool in pools)
+
+
+def _notes(
+    ranked: Ranked, pools: Sequence[str], level: float, kept: Mapping[str, int], same_as: float | None
+) -> tuple[str, ...]:
+    """What is to be said of a point; `same_as` is the lower level at which as much was removed."""
+    notes = []
+    if same_as is not None:
+        notes.append(f"the same as at {100 * same_as:g}%" if same_as else "nothing was removed")
+    targets = _targets(ranked, pools, level)
+    if any(
+        targets[pool] > ranked.sizes[pool] - min(ranked.least[pool], ranked.alive[pool]) for pool in pools
+    ):
+        notes.append(f"floor={max(ranked.least[pool] for pool in pools)} kept units that were to go")
+    if any(ranked.alive[pool] and not kept[pool] for pool in pools):
+        notes.append("nothing is left (layer collapse)")
+    return tuple(notes)
+
+
+def _checked_levels(levels: Iterable[float]) -> tuple[float, ...]:
+    asked = tuple(check_sparsity(level, "levels") for level in levels)
+    if not asked or asked[0] == 0 or any(a >= b for a, b in itertools.pairwise(asked)):
+        raise ValueError(f"levels must be one or more sparsities in (0, 1), rising, got {asked}.")
+    return asked
+
+
+def _check_at_once(at_once: Any, jit: bool) -> None:
+    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"at_once must be an integer of 1 or more (points per call), got {at_once!r}.")
+    if at_once > 1 and not jit:
+        raise ValueError(f"at_once={at_once} needs an evaluate that JAX can trace: leave out jit=False.")
+
+
+def _sets(together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, ...]) -> dict:
+    """By name, what is pruned together: the sets first, then each pool that is in none."""
+    sets: dict[str, tuple[str, ...]] = {}
+    taken: dict[str, str] = {}
+    for name, patterns in (together or {}).items():
+        found: list[str] = []
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            # Names of groups hold brackets, which patterns take for something else.
+            matches = [pattern] if pattern in pools else fnmatch.filter(pools, pattern)
+            if not matches:
+                raise ValueError(
+                    f"together[{name!r}] names {pattern!r}, which is none of {', '.join(pools)}."
+                )
+            found += [pool for pool in matches if pool not in found]
+        for pool in found:
+            if pool in taken:
+                raise ValueError(f"together names {pool!r} twice, in {taken[pool]!r} and in {name!r}.")
+            taken[pool] = name
+        sets[name] = tuple(found)
+    alone = [pool for pool in pools if pool not in taken]
+    if clash := [pool for pool in alone if pool in sets]:
+        raise ValueError(
+            f"together has a set named as {clash[0]!r}, which is not in it. Choose another name."
+        )
+    return sets | {pool: (pool,) for pool in alone}
+
+
+def _targets(ranked: Ranked, pools: Sequence[str], level: float) -> dict[str, int]:
+    """How many of a pool's units should be gone in all."""
+    return target_counts(level, {pool: ranked.sizes[pool] for pool in pools}, ranked.structure, "layerwise")
+
+
+def _counts(ranked: Ranked, pools: Sequence[str], level: float) -> Counts:
+    return ranked.to_go(_targets(ranked, pools, level))
+
+
+def _evaluated(
+    evaluate: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    ranked: Ranked,
+    rows: Sequence[Counts],
+    at_once: int,
+    jit: bool,
+    metric: str | None,
+) -> list[_Seen]:
+    """The network pruned of each row's units, evaluated."""
+
+    def pruned(leaves, params, inputs):
+        return evaluate(with_leaves(params, leaves), *inputs)
+
+    # Compiled as the function it is, one that was compiled before is not compiled again.
+    alone = jax.jit(evaluate) if jit else evaluate
+    several = jax.jit(jax.vmap(pruned, in_axes=(0, None, None)))
+    outputs: list[Any] = []
+    for start in range(0, len(rows), at_once):
+        some = list(rows[start : start + at_once])
+        leaves, left = ranked.pruned(some + some[:1] * (at_once - len(some)))
+        with _said_if_not_traceable():
+            if at_once == 1:
+                figures = alone(with_leaves(ranked.params, leaves), *inputs)
+            else:
+                figures = several(leaves, ranked.params, inputs)
+        outputs.append((_named(figures, metric, at_once), left))
+        jax.block_until_ready(outputs[-2:-1])  # what is under way takes memory: two calls at most
+    seen = []
+    for figures, left in jax.device_get(outputs):
+        for index, kept in enumerate(np.reshape(left, (at_once, -1)).tolist()):
+            own = {name: float(np.ravel(value)[index]) for name, value in figures.items()}
+            seen.append(_Seen(own, dict(zip(ranked.ranks, kept, strict=True))))
+    return seen[: len(rows)]
+
+
+@contextlib.contextmanager
+def _said_if_not_traceable() -> Iterator[None]:
+    try:
+        yield
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        raise TypeError(
+            "evaluate cannot be traced: it looks at values, as float(...), numpy and `if` do. Leave that to "
+            f"after the analysis, or pass jit=False to call it as it is. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _named(figures: Any, metric: str | None, at_once: int) -> dict[str, Any]:
+    """What `evaluate` returned, by name, checked.
+
+    Raises:
+      ValueError: a dict in which there is no `metric`.
+      TypeError: something else than real scalars.
+    """
+    if not isinstance(figures, Mapping):
+        figures = {metric or "metric": figures}
+    elif metric not in figures:
+        raise ValueError(
+            f"evaluate returns {', '.join(map(str, figures))}; metric= must say which of them counts, "
+            f"got {metric!r}."
+        )
+    for name, value in figures.items():
+        array = value if is_array(value) else np.asarray(value)
+        if array.size != at_once or array.ndim != (at_once > 1) or not _is_real(array.dtype):
+            got = describe(array) if is_array(value) else type(value).__name__
+            raise TypeError(
+                f"evaluate must return one real number, or a dict of them; {name!r} is {got}. For figures of "
+                "single examples, return their mean."
+            )
+    return dict(figures)
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
