@@ -19,6 +19,9 @@ from jaxprune import (
     structures,
 )
 
+# How much to prune for a budget
+from jaxprune.budget import Budget, budget
+
 # Dynamic sparse training: masks that move
 from jaxprune.dynamic import rewiring, rigl, set_
 
@@ -48,14 +51,21 @@ from jaxprune.paths import all_of, any_of, kernels, leaf_paths, matching, not_
 from jaxprune.prune import prune_once
 from jaxprune.pruners import prune_rounds, pruner
 
-# What the pieces are made of, to write your own; straight-through masks; the brain surgeon
+# Schedules of your own
 from jaxprune.schedules import Schedule
+
+# How much each tensor, or group of channels, can spare
+from jaxprune.sensitivity import sensitivity
+from jaxprune.sensitivity_result import Sensitivity
+
+# Straight-through masks, the brain surgeon, and what the pieces are made of
 from jaxprune.straight_through import straight_through
 from jaxprune.structures import Structure, Units
 from jaxprune.surgeon import optimal_brain_surgeon
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [
+    "Budget",
     "Compacted",
     "CompactedModule",
     "KeepMaskedState",
@@ -63,6 +73,7 @@ __all__ = [
     "Pruner",
     "PrunerState",
     "Schedule",
+    "Sensitivity",
     "Structure",
     "Ticket",
     "Units",
@@ -70,6 +81,7 @@ __all__ = [
     "all_of",
     "any_of",
     "apply_masks",
+    "budget",
     "channel_groups",
     "check_masks",
     "check_pruned",
@@ -104,6 +116,7 @@ __all__ = [
     "schedules",
     "scores",
     "selection",
+    "sensitivity",
     "set_",
     "shuffled_masks",
     "straight_through",
