@@ -118,12 +118,16 @@ def column(figures: Sequence[Figure], percent: bool = False, whole: bool = False
     factor = 100 if percent else 1
     found = [f for f in figures if f.found]
     spread = any(f.sd > 0 for f in found)
-    write = _writer([factor * f.mean for f in found], 2 if percent else None, whole and not spread)
+    # Means of counts need no more than two digits.
+    digits = 2 if percent or (whole and all(f.mean < 100 for f in found)) else None
+    write = _writer([factor * f.mean for f in found], digits, whole and not spread)
 
     def text(figure: Figure) -> str:
         if not figure.found:
             return "-"
-        own = write(factor * figure.mean) + (f" ± {write(factor * figure.sd, True)}" if spread else "")
+        own = write(factor * figure.mean)
+        if spread and figure.found > 1:
+            own += f" ± {write(factor * figure.sd, True)}"
         return own if figure.found == figure.lines else f"{own} [{figure.found}/{figure.lines}]"
 
     return [text(figure) for figure in figures]

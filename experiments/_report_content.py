@@ -106,9 +106,10 @@ def _same(same: dict[str, Any]) -> Table:
 
 def _part(part: Part, anchor: str) -> Iterator[Block]:
     figure = curves.headline(part)
+    same = dict(part.same)
     for name, value in part.same.items():  # a study's own words come first
         if isinstance(value, str) and re.search("note|remark|comment", name.lower()):
-            yield Text(f"{name.capitalize()}: {value}")
+            yield Text(f"{name.capitalize()}: {same.pop(name)}")
     if figure is not None:
         if text := _baseline(part, figure):
             yield Text(text)
@@ -123,8 +124,8 @@ def _part(part: Part, anchor: str) -> Iterator[Block]:
             yield Images(images)
     if part.figures:
         yield _every_figure(part)
-    if part.same:
-        yield _same(part.same)
+    if same:
+        yield _same(same)
     if part.remarks:
         yield _remarks(part)
 
@@ -180,7 +181,7 @@ def _by_method(part: Part, figure: str) -> Table | None:
         for values in rows
     ]  # fmt: skip
     heads = [_head(part, name) for name in part.levels] + [
-        ", ".join(map(groups.show, method)) for method in methods
+        ", ".join(curves.named(method)) or "all" for method in methods
     ]
     return Table(f"{_head(part, figure)}{_meaning(table)}", heads, table, len(part.levels))
 
@@ -197,9 +198,8 @@ def _every_figure(part: Part) -> Table:
         own += [str(len(group.lines))] * (len(lines) > 1) + [texts[index] for texts in columns.values()]
         rows.append([Cell(text) for text in own])
     heads += ["lines"] * (len(lines) > 1) + list(columns)
-    caption = f"Every figure{_meaning(rows)}"
-    if len(lines) == 1 and max(lines) > 1:
-        caption += f", of {max(lines)} lines each"
+    each = f", of {max(lines)} lines each" if len(lines) == 1 and max(lines) > 1 else ""
+    caption = f"Every figure{each}{_meaning(rows)}"
     if len(part.groups) > len(shown):
         caption += f"; the first {len(shown)} of {len(part.groups):,} rows, the others are in the files"
     labels = len(part.factors) + len(part.levels)

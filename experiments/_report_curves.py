@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from experiments import _report_groups as groups
 from experiments._plots import STYLES
@@ -157,7 +158,12 @@ def levels(part: Part, group: Group, skip: int = 0) -> str:
 
 def label(part: Part, group: Group, skip: int = 0) -> str:
     """A group by its factors, and by all levels but the first few."""
-    return ", ".join([*map(groups.show, group.factors), *filter(None, [levels(part, group, skip)])]) or "all"
+    return ", ".join(filter(None, [*named(group.factors), levels(part, group, skip)])) or "all"
+
+
+def named(factors: tuple) -> list[str]:
+    """The factors that a group has."""
+    return [groups.show(value) for value in factors if value is not None]
 
 
 def baseline(part: Part, figure: str) -> Figure | None:
@@ -245,7 +251,7 @@ def _speed(part: Part) -> Axis | None:
 
 
 def _sparsity(part: Part) -> Axis | None:
-    for name in ("sparsity", "amount", "achieved"):
+    for name in ("sparsity", "achieved"):
         if _has(part, name):
             title = f"{name}, %" if in_percent(part, name) else name
             factor = 100 if in_percent(part, name) else 1
@@ -282,7 +288,7 @@ def _ratio_axis(plot: Any, values: Sequence[float]) -> None:
         if len(ticks) >= 4:
             break
     if len(ticks) < 3:
-        ticks = [float(f"{tick:.3g}") for tick in np.linspace(low * 1.05, high / 1.05, 4)]
+        ticks = [x for x in MaxNLocator(5).tick_values(low, high) if low <= x <= high]
     plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     plot.minorticks_off()
 

@@ -9,7 +9,8 @@ Every field is one of these, found out in this order:
 - figures: all other numbers. They are averaged over the lines that have the same factors and levels;
 - remarks: all else.
 
-Lines that have different factors are in different parts, each with tables of its own.
+Lines that have different factors are in different parts, each with tables of its own, unless those of one
+have some of the factors of the other and measure the same.
 """
 
 import math
@@ -98,11 +99,25 @@ def parts(lines: Sequence[Line]) -> list[Part]:
     every = [line.fields for line in lines]
     names = list(dict.fromkeys(name for fields in every for name in fields))
     texts = [n for n in names if _is_text(n, every) and not _constant(n, every) and _crossed(n, every)]
+    shapes = [tuple(name for name in texts if isinstance(line.fields.get(name), str)) for line in lines]
+    measured: dict[tuple, set[str]] = {}
+    for shape, fields in zip(shapes, every, strict=True):
+        own = {name for name, value in fields.items() if _is_number(value) and _is_result(name)}
+        measured.setdefault(shape, set()).update(own)
+    joined = {shape: _wider(shape, measured) for shape in measured}
     found: dict[tuple, list[Line]] = {}
-    for line in lines:
-        own = tuple(name for name in texts if isinstance(line.fields.get(name), str))
-        found.setdefault(own, []).append(line)
+    for shape, line in zip(shapes, lines, strict=True):
+        found.setdefault(joined[shape], []).append(line)
     return [_part(list(factors), own) for factors, own in found.items()]
+
+
+def _wider(shape: tuple, measured: Mapping[tuple, set[str]]) -> tuple:
+    """The most factors beside which lines with these stand: others' too, if they measure the same.
+
+    So a dense network that has no criterion is the baseline of those that have one.
+    """
+    beside = [other for other in measured if set(shape) < set(other) and measured[shape] & measured[other]]
+    return max(beside, key=len, default=shape)
 
 
 def numbers(values: Sequence[Any]) -> list[float]:
@@ -150,6 +165,7 @@ def is_ratio(name: str) -> bool:
 
 def _part(factors: list[str], lines: list[Line]) -> Part:
     every = [line.fields for line in lines]
+    factors = [n for n in factors if len(lines) == 1 or not _constant(n, every)]
     names = [
         n for n in dict.fromkeys(n for fields in every for n in fields) if n not in factors and n != "seed"
     ]

@@ -1,6 +1,8 @@
 """A report as Markdown, its pictures in files beside it; tables stay within 80 columns where they can."""
 
 import re
+import textwrap
+import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
 
 from experiments._report_blocks import Block, Code, Contents, Heading, Images, Table, Text, clean
@@ -33,12 +35,8 @@ def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dic
         if isinstance(block, Images):
             for image in block.images:
                 files[image.name] = _on_white(image.data) if image.name.endswith(".svg") else image.data
-                text += [
-                    f"![{_escape(image.caption)}]({folder}/{image.name})",
-                    "",
-                    _escape(image.caption),
-                    "",
-                ]
+                alt = _escape(re.split("[:;]", image.caption)[0])
+                text += [f"![{alt}]({_address(folder)}/{image.name})", "", *_paragraph(image.caption), ""]
         elif isinstance(block, Contents):
             text += [
                 f"- [{_escape(link.text)}](#{named[link.anchor]}): {_escape(link.about)}"
@@ -55,13 +53,13 @@ def _block(block: Block) -> Iterator[str]:
         case Heading(level, text, _):
             yield f"{'#' * level} {_escape(text)}"
         case Text(text):
-            yield _escape(text)
+            yield from _paragraph(text)
         case Code(text):
             # A fence longer than any in the text.
             fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
             yield from (f"{fence}bash", clean(text), fence)
         case Table():
-            yield from (_escape(block.caption), "")
+            yield from (*_paragraph(block.caption), "")
             yield from _table(block)
 
 
@@ -101,13 +99,22 @@ def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int)
             yield f"| {' | '.join(rules)} |"
 
 
+def _paragraph(text: str) -> list[str]:
+    """Lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
+    lines = textwrap.wrap(_escape(text), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
+
+
+def _address(folder: str) -> str:
+    return urllib.parse.quote(clean(folder))
+
+
 def _escape(text: str) -> str:
-    """Text as Markdown that shows it as it is."""
+    """Text as Markdown that shows it as it is, but for what means something at the start of a line."""
     text = " ".join(clean(text).split())
     text = re.sub(r"([\\`*$|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words mean nothing, and brackets only before a parenthesis.
-    text = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text).replace("](", "]\\(").replace("![", "!\\[")
-    return re.sub(r"^([#>+-]|\d+\.)", r"\\\1", text)
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text).replace("](", "]\\(").replace("![", "!\\[")
 
 
 def _slug(text: str, seen: dict[str, int]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.image import imsave
 
 _MOST_CELLS = 96  # of a side; larger kernels are averaged over blocks
 _MOST_TILES = 1024  # filters drawn one by one
-_SIDE = 200  # pixels that a picture is enlarged to, at least
+_SIDE = 220  # pixels that the longer side is enlarged to, more or less
 
 
 class Picture(NamedTuple):
@@ -154,7 +154,7 @@ def _to_own_maximum(image: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _picture(path: str, caption: str, image: np.ndarray) -> Picture:
-    times = max(1, _SIDE // max(image.shape))
+    times = max(1, round(_SIDE / max(image.shape)))
     large = np.kron(image, np.ones((times, times)))
     colours = mpl.colormaps["cividis"].with_extremes(bad="#808080")
     file = io.BytesIO()
