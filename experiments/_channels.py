@@ -20,7 +20,7 @@ from experiments import _data, _steps
 from experiments._models import LeNet
 from experiments._nets import Decoder, ResNet, ViT
 from experiments._steps import Apply, Examples
-from jaxprune.graph import ChannelGroups, Group, Member, multiply_adds
+from jaxprune.graph import ChannelGroups, Group, Member
 
 _CONTEXT = 128  # of the decoder, in characters
 
@@ -201,7 +201,7 @@ class Cutter:
         if spared is not None:
             groups = groups.without(spared)
         self.groups = ChannelGroups(groups.removable(), groups.whole)
-        self.macs = multiply_adds(self._logits, self._shapes, example)
+        self.macs = jp.metrics.macs(self._logits, self._shapes, example).total
         self._structure = jp.structures.channels(self.groups, normalize=jnp.mean, multiple_of=multiple_of)
         self._masks = {name: jax.jit(partial(self._prune, ranking)) for name, ranking in RANKINGS.items()}
 
@@ -251,7 +251,7 @@ class Cutter:
             small = jp.compact(self._logits, variables, masks, self._example, verify=False)
             return small.apply(small.params, x)
 
-        return multiply_adds(small_logits, self._shapes, self._example)
+        return jp.metrics.macs(small_logits, self._shapes, self._example).total
 
     def widths(self, plan: jp.Plan) -> dict[str, list[int]]:
         """How many units of each group stay, and of how many."""

@@ -258,7 +258,7 @@ class Study:
     def figures(self, run: Run) -> dict[str, Any]:
         """All that is reported of a run but its method."""
         small, variables = run.small.compacted, run.variables
-        macs = jp.graph.multiply_adds(small.apply, variables, self.example)
+        macs = jp.metrics.macs(small.apply, variables, self.example).total
         logits, masked = jax.jit(small.apply), jax.jit(small.expand)(variables)
         errors, speed_ups = [], {}
         for size in self.chosen.batch_sizes:

@@ -558,20 +558,3 @@ def test_a_report_says_what_was_gained():
     assert "time" in text
     with pytest.raises(ValueError, match="needs inputs"):
         small.report(rounds=3)
-
-
-def test_multiply_adds():
-    count = jp.graph.multiply_adds
-    x, w = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 2, 6))
-
-    def conv(x, w):
-        return jax.lax.conv_general_dilated(
-            x, w, (2, 2), "SAME", feature_group_count=2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    assert count(conv, x, w) == 2 * 4 * 4 * 6 * 3 * 3 * 2
-    assert (
-        count(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), jnp.ones((3, 4, 5)), jnp.ones((3, 5, 6))) == 360
-    )
-    looped = lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, length=7)[0]  # noqa: E731
-    assert count(looped, jnp.ones((2, 3)), jnp.ones((3, 3))) == 7 * 18

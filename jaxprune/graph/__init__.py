@@ -2,7 +2,6 @@
 
 from jaxprune.graph.compaction import Compacted, Stayed, compact
 from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
-from jaxprune.graph.macs import multiply_adds
 from jaxprune.graph.modules import CompactedModule, compact_module
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.report import Report
@@ -25,6 +24,5 @@ __all__ = [
     "compact_module",
     "elementwise",
     "linen_widths",
-    "multiply_adds",
     "register_rule",
 ]

@@ -13,8 +13,9 @@ from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import Linked, Zeros, close, split_static
+from jaxprune.graph.program import Linked, Zeros, close
 from jaxprune.graph.report import Report, report
+from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete
 from jaxprune.typing import Masks, Params

@@ -7,7 +7,6 @@ each body. Each axis of each value has a node in the program's `AxisGraph`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.axes import AxisGraph
+from jaxprune.jaxprs import abstract, binder, source_line
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -116,14 +116,6 @@ def trace(function: Callable[..., Any], *arguments: Any) -> Program:
     return Program(builder.graph, prune_dead(region), out_trees[-1])
 
 
-def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a leaf."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
-
-
 class _Builder:
     """Turns jaxprs into regions whose axes are nodes of one graph."""
 
@@ -175,7 +167,7 @@ class _Builder:
             else:
                 outputs = [self.value(var.aval) for var in eqn.outvars]
                 regions = self.regions(eqn, custom_depth)
-                op = Op(name, eqn.params, args, outputs, _binder(eqn), source, regions)
+                op = Op(name, eqn.params, args, outputs, binder(eqn), source, regions)
                 for output in outputs:
                     output.op = op
                 ops.append(op)
@@ -219,7 +211,7 @@ def is_differentiable(value: Any) -> bool:
 def _split_call(eqn: "JaxprEqn") -> tuple[Callable[..., list[Any]], list[Any], list[bool]]:
     """An equation as a function of its differentiable inputs; their avals, and which they are."""
     avals = [atom.aval for atom in eqn.invars]
-    return _binder(eqn), avals, [is_differentiable(aval) for aval in avals]
+    return binder(eqn), avals, [is_differentiable(aval) for aval in avals]
 
 
 def _jvp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
@@ -271,18 +263,6 @@ def _struct(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
 
 
-def _binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
-    def bind(*args: Any) -> list[Any]:
-        bound = eqn.primitive.get_bind_params(eqn.params)
-        subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
-        with eqn.ctx.manager:
-            out = eqn.primitive.bind(*subfuns, *args, **params)
-        return list(out) if eqn.primitive.multiple_results else [out]
-
-    bind.has_effects = bool(eqn.effects)  # type: ignore[attr-defined]
-    return bind
-
-
 def prune_dead(region: Region) -> Region:
     """A region without the ops whose outputs nobody reads: they would only ask for slices."""
     read = set(map(id, region.outputs))
@@ -305,20 +285,6 @@ def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
     if any(value.constant is not None and holds(value.constant) for value in read):
         return True
     return any(any_constant(inner, holds) for op in region.ops for inner in op.regions.values())
-
-
-def source_line(eqn: "JaxprEqn") -> str | None:
-    """The innermost line of code outside installed packages that led to an equation, if known."""
-    traceback = eqn.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    for frame in frames:
-        name = frame.file_name
-        if not ("site-packages" in name or "dist-packages" in name or name.startswith(_OWN)):
-            return f"{Path(name).name}:{frame.line_num}"
-    return None
-
-
-_OWN = str(Path(__file__).parent)
 
 
 def concrete(value: Value) -> np.ndarray | None:

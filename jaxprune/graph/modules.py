@@ -11,8 +11,8 @@ from jax.extend.core import Literal
 from jaxprune.graph.agreement import compare, new_numbers, ops_of
 from jaxprune.graph.compaction import Compacted, bind, compact
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import split_static
 from jaxprune.graph.widths import Changes, UnfitError, culprits, put_right
+from jaxprune.jaxprs import split_static
 from jaxprune.masks import check_masks, like_params
 from jaxprune.paths import array_leaves, is_concrete, leaf_paths
 from jaxprune.typing import Masks, Params

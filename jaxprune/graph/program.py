@@ -14,7 +14,8 @@ from jaxprune.graph.axes import Kept, State, Vector
 from jaxprune.graph.facts import Facts, run
 from jaxprune.graph.replay import Replay
 from jaxprune.graph.rules import link_region, rule_for
-from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.jaxprs import split_static
+from jaxprune.paths import array_leaves, describe, leaf_paths
 from jaxprune.typing import Params
 
 Zeros = Mapping[str, Sequence[Vector | None]]
@@ -130,25 +131,6 @@ class Linked:
         """The function's output from small params and inputs."""
         outputs = Replay(kept, facts).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])
-
-
-def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The arrays and numbers among some inputs by path, and how to put others in their place.
-
-    What is neither (a bool such as `train=True`, a string, a function) stays as it is.
-    """
-    leaves, treedef = jax.tree.flatten(tuple(inputs))
-    names = leaf_paths(tuple(inputs)) if leaves else []
-    moving = {
-        name: leaf
-        for name, leaf in zip(names, leaves, strict=True)
-        if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
-    }
-
-    def rebuild(arrays: dict[str, Any]) -> Any:
-        return treedef.unflatten([arrays.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
-
-    return moving, rebuild
 
 
 def close(

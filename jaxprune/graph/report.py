@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.graph.macs import multiply_adds
-from jaxprune.graph.program import split_static
+from jaxprune.jaxprs import split_static
+from jaxprune.metrics.macs import macs as count_macs
 
 
 class Report(NamedTuple):
@@ -18,7 +18,7 @@ class Report(NamedTuple):
 
     Attributes:
       params: entries of all params, dense and small.
-      macs: multiply-adds of one call, dense and small; see `multiply_adds`.
+      macs: multiply-adds of one call, dense and small; see `metrics.macs`.
       seconds: the median time of a compiled call, dense and small; None if not measured.
       axes: by path, the dense and the small shape of each param that got smaller.
       stayed: what the masks remove that had to stay, and why.
@@ -60,8 +60,8 @@ def report(small: Any, *inputs: Any, rounds: int = 0) -> Report:
     if inputs:
         dense = jax.eval_shape(small.expand, small.params)
         macs = (
-            multiply_adds(small.function, dense, *inputs),
-            multiply_adds(small.apply, small.params, *inputs),
+            count_macs(small.function, dense, *inputs).total,
+            count_macs(small.apply, small.params, *inputs).total,
         )
     if rounds:
         seconds = _times(small, inputs, rounds)

@@ -14,6 +14,7 @@ from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.facts import Facts, Known, both, run
 from jaxprune.graph.ir import Op, Region, Value, is_differentiable
 from jaxprune.graph.rules.base import Frame, Rule, register_rule, rule_for
+from jaxprune.jaxprs import scan_split
 
 
 def _tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip: int = 0) -> None:
@@ -193,17 +194,9 @@ register_rule("cond", rule=Rule(_link_cond, _flow_cond, _emit_cond))
 # Loops: what is carried round has the same slices each time.
 
 
-def _scan_counts(op: Op) -> tuple[int, int]:
-    """How many of a scan's inputs are constants of its body, and how many are carried round."""
-    if "ft_in" in op.params:  # jax 0.12
-        consts, carried, _ = op.params["ft_in"].unpack()
-        return len(list(consts)), len(list(carried))
-    return op.params["num_consts"], op.params["num_carry"]
-
-
 def _link_scan(op: Op, graph: AxisGraph) -> None:
     body = op.regions["body"]
-    consts, carried = _scan_counts(op)
+    consts, carried = scan_split(op.params)
     _tie(graph, op.inputs[: consts + carried], body.inputs[: consts + carried])
     _tie(graph, op.inputs[consts + carried :], body.inputs[consts + carried :], skip=1)
     _tie(graph, op.outputs[:carried], body.outputs[:carried])
@@ -215,7 +208,7 @@ def _link_scan(op: Op, graph: AxisGraph) -> None:
 
 def _flow_scan(op: Op, facts: Facts) -> None:
     body = op.regions["body"]
-    consts, carried = _scan_counts(op)
+    consts, carried = scan_split(op.params)
     _pass(facts, op.inputs[:consts], body.inputs[:consts])
     for value, inner in zip(op.inputs[consts + carried :], body.inputs[consts + carried :], strict=True):
         known = facts.of(value)
@@ -250,7 +243,7 @@ def _same(a: Known, b: Known) -> bool:
 
 def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     params, body = op.params, op.regions["body"]
-    consts, carried = _scan_counts(op)
+    consts, carried = scan_split(op.params)
 
     def step(carry, xs):
         out = frame.run(body, [*args[:consts], *carry, *xs])

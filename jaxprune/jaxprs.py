@@ -1,0 +1,74 @@
+"""What walking a jaxpr takes: applying an equation, where it came from, arguments split into arrays."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from jaxprune.paths import is_array, leaf_paths
+
+if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
+    from jax.extend.core import JaxprEqn
+
+_OWN = str(Path(__file__).parent) + "/"
+
+
+def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """The arrays and numbers among some inputs by path, and how to put others in their place.
+
+    What is neither (a bool such as `train=True`, a string, a function) stays as it is.
+    """
+    leaves, treedef = jax.tree.flatten(tuple(inputs))
+    names = leaf_paths(tuple(inputs)) if leaves else []
+    moving = {
+        name: leaf
+        for name, leaf in zip(names, leaves, strict=True)
+        if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
+    }
+
+    def rebuild(arrays: dict[str, Any]) -> Any:
+        return treedef.unflatten([arrays.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)])
+
+    return moving, rebuild
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a leaf."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+
+
+def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
+    """Applies an equation's primitive as it was to new inputs, giving a list of outputs."""
+
+    def bind(*args: Any) -> list[Any]:
+        bound = eqn.primitive.get_bind_params(eqn.params)
+        subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
+        with eqn.ctx.manager:
+            out = eqn.primitive.bind(*subfuns, *args, **params)
+        return list(out) if eqn.primitive.multiple_results else [out]
+
+    bind.has_effects = bool(eqn.effects)  # type: ignore[attr-defined]
+    return bind
+
+
+def scan_split(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs are constants of its body, and how many are carried round."""
+    if "ft_in" in params:  # jax 0.12
+        consts, carried, _ = params["ft_in"].unpack()
+        return len(list(consts)), len(list(carried))
+    return params["num_consts"], params["num_carry"]
+
+
+def source_line(eqn: "JaxprEqn") -> str | None:
+    """The innermost line of code outside installed packages that led to an equation, if known."""
+    traceback = eqn.source_info.traceback
+    frames = [] if traceback is None else traceback.frames
+    for frame in frames:
+        name = frame.file_name
+        if not ("site-packages" in name or "dist-packages" in name or name.startswith(_OWN)):
+            return f"{Path(name).name}:{frame.line_num}"
+    return None

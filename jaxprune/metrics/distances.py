@@ -1,0 +1,98 @@
+"""How alike two masks are."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxprune.masks import check_masks
+from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.typing import Masks, Where
+
+
+class Overlap(NamedTuple):
+    """What two masks have in common.
+
+    Attributes:
+      both: entries that both keep.
+      either: entries that at least one keeps.
+      size: all entries.
+      overlap: `both` over the fewer of the two counts: 1 if one mask contains the other.
+      jaccard: `both / either`: 1 if they are equal.
+      hamming: the fraction of entries in which they differ.
+      chance: what `both` would be on average for masks with as many entries in each leaf, drawn at random.
+      deviation: the standard deviation of that.
+      chance_jaccard: `chance / (kept by one + kept by the other - chance)`.
+    """
+
+    both: int
+    either: int
+    size: int
+    overlap: float
+    jaccard: float
+    hamming: float
+    chance: float
+    deviation: float
+    chance_jaccard: float
+
+
+def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Overlap]:
+    """Compares two masks leaf by leaf and together, with what chance alone would give.
+
+    With a and b entries kept of n in a leaf, random masks share `a b / n` on average, with variance
+    `a b (n - a) (n - b) / (n^2 (n - 1))` (hypergeometric). Two pruned networks that share little
+    more than that were not led to the same subnetwork, but perhaps to the same density of each layer.
+
+    Args:
+      masks, others: two masks of the same params.
+      where: which leaves are compared.
+
+    Returns:
+      An `Overlap` for each leaf by its path, and for all of them under "prunable". Where a count to
+      divide by is 0, the ratio is 1: empty masks are equal.
+
+    Raises:
+      ValueError: masks that do not mirror each other, or a `where` that matches nothing.
+      TypeError: a mask that is not bool, or is traced.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> a = {"kernel": jnp.array([[True, True, False, False]])}
+      >>> b = {"kernel": jnp.array([[True, False, True, False]])}
+      >>> found = jp.metrics.overlap(a, b)["prunable"]
+      >>> found.both, round(found.jaccard, 3), found.chance
+      (1, 0.333, 1.0)
+    """
+    check_masks(others, masks)
+    check_masks(masks, others)
+    if not is_concrete(masks, others):
+        raise TypeError("overlap counts on the host: call it outside of jit, on masks that have values.")
+    first, second = array_leaves(masks), array_leaves(others)
+    paths = [path for path, leaf in first.items() if where(path, leaf)] or selected(masks, where)
+    counts = {}
+    for path in paths:
+        a, b = np.asarray(first[path]), np.asarray(second[path])
+        counts[path] = tuple(map(int, map(np.count_nonzero, (a, b, a & b)))) + (a.size,)
+    return {path: _overlap([counts[path]]) for path in paths} | {"prunable": _overlap(list(counts.values()))}
+
+
+def _overlap(counts: list[tuple[int, ...]]) -> Overlap:
+    one, other, both, size = (sum(column) for column in zip(*counts, strict=True))
+    either = one + other - both
+    chance = sum(a * b / n for a, b, _, n in counts if n)
+    variance = sum(a * b * (n - a) * (n - b) / (n * n * (n - 1)) for a, b, _, n in counts if n > 1)
+
+    def ratio(part: float, whole: float) -> float:
+        return part / whole if whole else 1.0
+
+    return Overlap(
+        both,
+        either,
+        size,
+        ratio(both, min(one, other)),
+        ratio(both, either),
+        (either - both) / size if size else 0.0,
+        chance,
+        math.sqrt(variance),
+        ratio(chance, one + other - chance),
+    )
