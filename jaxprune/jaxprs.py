@@ -9,8 +9,13 @@ import jax
 from jaxprune.paths import is_array, leaf_paths
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
-    from jax.extend.core import JaxprEqn
+    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+# Primitives that call one jaxpr, once, on their inputs.
+CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call"),
+)
 _OWN = str(Path(__file__).parent) + "/"
 
 
@@ -53,6 +58,18 @@ def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
 
     bind.has_effects = bool(eqn.effects)  # type: ignore[attr-defined]
     return bind
+
+
+def called_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
+    """The jaxpr that an equation of one of `CALLS` calls."""
+    return close(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
+
+
+def close(jaxpr: "Jaxpr | ClosedJaxpr") -> "ClosedJaxpr":
+    """A jaxpr that holds its constants, of one that may have none."""
+    from jax.extend.core import ClosedJaxpr
+
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 def scan_split(params: dict[str, Any]) -> tuple[int, int]:

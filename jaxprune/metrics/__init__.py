@@ -1,6 +1,29 @@
-"""Metrics: what was asked, what was achieved."""
+"""Metrics: what was asked, what was achieved, and what it costs; each number says what it counts."""
 
-from jaxprune.metrics.macs import Macs, macs
+from jaxprune.metrics.activations import Activation, Activations, activation_sparsity
+from jaxprune.metrics.cost import Cost, cost
+from jaxprune.metrics.distances import Overlap, overlap
+from jaxprune.metrics.latency import Latency, latency
+from jaxprune.metrics.macs import Macs, Operation, macs
 from jaxprune.metrics.sizes import Sparsity, collapsed, density, nonzeros, sparsity, table
 
-__all__ = ["Macs", "Sparsity", "collapsed", "density", "macs", "nonzeros", "sparsity", "table"]
+__all__ = [
+    "Activation",
+    "Activations",
+    "Cost",
+    "Latency",
+    "Macs",
+    "Operation",
+    "Overlap",
+    "Sparsity",
+    "activation_sparsity",
+    "collapsed",
+    "cost",
+    "density",
+    "latency",
+    "macs",
+    "nonzeros",
+    "overlap",
+    "sparsity",
+    "table",
+]

@@ -72,7 +72,7 @@ def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Ov
     counts = {}
     for path in paths:
         a, b = np.asarray(first[path]), np.asarray(second[path])
-        counts[path] = tuple(map(int, map(np.count_nonzero, (a, b, a & b)))) + (a.size,)
+        counts[path] = (*(int(np.count_nonzero(kept)) for kept in (a, b, a & b)), a.size)
     return {path: _overlap([counts[path]]) for path in paths} | {"prunable": _overlap(list(counts.values()))}
 
 

@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import abstract, binder, scan_split, source_line
+from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, close, scan_split, source_line
 from jaxprune.masks import check_masks
 from jaxprune.metrics.products import PRODUCTS
 from jaxprune.paths import is_array, leaf_paths
 from jaxprune.typing import Masks
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
-    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+    from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 
 class Operation(NamedTuple):
@@ -218,9 +218,8 @@ class _Counter:
             fields[4] += times * unpadded
             if name == "ragged_dot_general":
                 self.notes.append(f"{name} at {source}: all rows count, whatever the group sizes")
-        elif name in _CALLS:
-            inner = _closed(params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"])
-            return self.walk(inner, known, stack, source, times)
+        elif name in CALLS:
+            return self.walk(called_jaxpr(eqn), known, stack, source, times)
         elif name == "scan":
             self.scan(eqn, known, stack, source, times)
         elif name == "while":
@@ -239,11 +238,11 @@ class _Counter:
             manual = params.get("manual_axes", params.get("newly_manual_axes", ()))
             shards = math.prod(params["mesh"].shape[axis] for axis in manual)
             local = [k and _Known(k.leaves, None) for k in known]
-            self.walk(_closed(params["jaxpr"]), local, stack, source, times * shards)
+            self.walk(close(params["jaxpr"]), local, stack, source, times * shards)
         elif name in _UNCOUNTED:
             self.notes.append(f"{name} at {source}: not counted")
         else:
-            for inner in map(_closed, _jaxprs(params)):
+            for inner in map(close, _jaxprs(params)):
                 self.walk(inner, [None] * len(inner.jaxpr.invars), (*stack, id(inner)), source, times)
         return None
 
@@ -295,21 +294,11 @@ class _Counter:
         return None if whole is masked else np.asarray((masked != 0) | (whole == 0))
 
 
-_CALLS = (
-    *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),
-    *("custom_jvp_call", "custom_vjp_call"),
-)
 _UNCOUNTED = (
     *("pallas_call", "ffi_call", "pure_callback", "io_callback", "cholesky", "eig", "eigh", "fft", "lu"),
     *("householder_product", "qr", "geqrf", "schur", "svd", "triangular_solve", "tridiagonal_solve"),
     *("scaled_dot", "scaled_matmul_wrapper", "dot_product_attention_fwd_wrapper"),
 )
-
-
-def _closed(jaxpr: "Jaxpr | ClosedJaxpr") -> "ClosedJaxpr":
-    from jax.extend.core import ClosedJaxpr  # importing it takes longer than all of jaxprune
-
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
