@@ -76,7 +76,7 @@ def encode(keep: np.ndarray) -> Pattern:
       >>> keep = np.arange(1000) % 50 == 0
       >>> pattern = encode(keep)
       >>> pattern.kept, pattern.k, len(pattern.unary) + len(pattern.low)
-      (20, 4, 20)
+      (20, 5, 20)
       >>> decode(pattern, keep.size)[:4].tolist()
       [0, 50, 100, 150]
     """
@@ -111,7 +111,7 @@ def fits(kept: int, k: int, unary: int, size: int) -> bool:
 
     It also keeps all sums in `decode` below twice `size`.
     """
-    if not 0 <= kept <= size:
+    if not (0 <= kept <= size and 0 <= k < 64):
         return False
     if kept == 0:
         return k == 0 and unary == 0

@@ -200,7 +200,9 @@ def read_head(data: memoryview) -> Header:
     if zlib.crc32(text, zlib.crc32(data[16:32], zlib.crc32(data[:12]))) != crc:
         raise FileError("the header's checksum is wrong: the file is damaged")
     try:
-        parts = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        parts = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite
+        )
         found = _read_parts(parts)
     except (ValueError, RecursionError) as error:
         raise FileError(f"the header cannot be read: {error}") from None
@@ -239,7 +241,7 @@ def _entry(leaf: Any) -> Entry:
     sparse = {"kept", "k", "unary"} if "kept" in leaf else set()
     _need(required | sparse <= leaf.keys() <= required | sparse | optional, "a leaf has other keys")
     path = _path(leaf["path"])
-    name = trees.show(path)
+    name = trees.show(path)[:200]
     dtype, shape, mask = leaf["dtype"], leaf["shape"], leaf.get("mask")
     _need(isinstance(dtype, str) and dtype in DTYPES, f"{name!r} has an unknown dtype, {dtype!r:.40}")
     _need(isinstance(shape, list) and len(shape) <= 32 and all(map(_count, shape)), f"{name!r} has no shape")
@@ -290,5 +292,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _no_constant(name: str) -> Any:
-    raise FileError(f"{name} is no JSON")
+def _no_number(text: str) -> Any:
+    raise FileError(f"{text[:40]} is no JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
