@@ -166,13 +166,12 @@ class Cut(NamedTuple):
     Attributes:
       masks: like the variables.
       macs: the multiply-adds, for one example, that are left.
-      count, units: how many units were asked to go, and of how many in all.
+      sparsity: the share of the units that was asked to go.
     """
 
     masks: Any
     macs: int
-    count: int
-    units: int
+    sparsity: float
 
 
 class Cutter:
@@ -203,7 +202,6 @@ class Cutter:
         self.groups = ChannelGroups(groups.removable(), groups.whole)
         self.macs = jp.metrics.macs(self._logits, self._shapes, example).total
         self._structure = jp.structures.channels(self.groups, normalize=jnp.mean, multiple_of=multiple_of)
-        self._masks = {name: jax.jit(partial(self._prune, ranking)) for name, ranking in RANKINGS.items()}
 
     def cut(self, name: str, variables: Any, most: float, key: jax.Array | None = None) -> Cut:
         """Prunes as few units as leave at most so many multiply-adds.
@@ -213,36 +211,17 @@ class Cutter:
         Raises:
           ValueError: it cannot be done with one unit of each group left.
         """
-        units = sum(group.units for group in self.groups)
-        low, high = 0, Cut(None, 0, units, units)  # too many multiply-adds; few enough
-        while high.count - low > 1:
-            count = (low + high.count) // 2
-            masks = self._masks[name](variables, self._counts(name, count / units), key)
-            macs = self._macs_of(masks)
-            if macs > most:
-                low = count
-            else:
-                high = Cut(masks, macs, count, units)
-        if high.masks is None:
-            raise ValueError(
-                f"no pruning of channels leaves {most:,.0f} of the {self.macs:,} multiply-adds; ask for "
-                "smaller --targets"
-            )
-        return high
-
-    def _counts(self, name: str, sparsity: float) -> Any:
-        """How many units go, by what is ranked together; as jaxprune rounds."""
-        scope, sizes = RANKINGS[name].scope, {}
-        for group in self.groups:
-            rank = {"global": "", "layerwise": group.name, "isomorphic": group.kind}[scope]
-            sizes[rank] = sizes.get(rank, 0) + group.units
-        counts = {rank: round(sparsity * size) for rank, size in sizes.items()}
-        return counts[""] if scope == "global" else counts
-
-    def _prune(self, ranking: Ranking, variables: Any, counts: Any, key: jax.Array | None) -> Any:
-        scope, scores = ranking
-        structure = self._structure
-        return jp.prune_once(variables, scores, count=counts, structure=structure, scope=scope, key=key)
+        scope, scores = RANKINGS[name]
+        found = jp.budget(
+            self._macs_of,
+            variables,
+            at_most=most,
+            scores=scores,
+            scope=scope,
+            structure=self._structure,
+            key=key,
+        )
+        return Cut(found.masks, int(found.value), found.sparsity)
 
     def _macs_of(self, masks: Any) -> int:
         """The multiply-adds of the compacted network, of which only the shapes are worked out."""

@@ -241,7 +241,7 @@ class Study:
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
         pruner = jp.pruner(
             jp.scores.magnitude,
-            sparsity=jp.schedules.cubic(cut.count / cut.units, begin_step=0, end_step=end),
+            sparsity=jp.schedules.cubic(cut.sparsity, begin_step=0, end_step=end),
             structure=jp.structures.channels(groups, multiple_of=self.chosen.multiple_of),
             scope="layerwise",
             every=max(1, end // _GRADUAL_UPDATES),

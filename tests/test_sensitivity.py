@@ -235,8 +235,9 @@ def test_names_of_groups_are_no_patterns():
 
 def test_any_score_and_several_figures():
     params, key = drawn(14), jax.random.key(3)
-    grads = jax.grad(lambda p: (network(p) ** 2).sum())(params)
+    grads = jax.jit(jax.grad(lambda p: (network(p) ** 2).sum()))(params)
 
+    @jax.jit
     def figures(params):
         out = network(params)
         return {"accuracy": (out.argmax(-1) == 0).mean(), "loss": jnp.square(out).mean()}
