@@ -1,0 +1,377 @@
+"""Distillation: what a teacher is worth to a smaller, an untrained and a pruned network.
+
+Three parts, to be run together or apart:
+
+- student: an article's. LeNet teaches a student of conv -> flatten -> linear,
+  as it is there (linear in the pixels) and with a relu; and the true ratios of
+  parameters, multiply-adds and file size. The article's loss is the sum of
+  hard and soft cross-entropy, whose gradients are twice as large: labels at
+  twice the rate are its control.
+- few: LeNet-300-100 learns from few images, from their labels or from a
+  teacher that has seen all images, at several temperatures.
+- pruning: LeNet-300-100 is pruned level after level by magnitude and tuned
+  after each, by labels or by the dense network's answers too, for the same
+  epochs; with all images and with few, there also by a teacher that has
+  seen all.
+
+    python -m experiments.distillation                   # digits, embedded
+    python -m experiments.distillation --dataset mnist
+    python -m experiments.distillation --dataset mnist --parts few
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _distill, _plots, _tables, _train
+from experiments._config import flag, parse
+from experiments._distill import Mix
+from experiments._models import MLP, LeNet
+from experiments._results import Results
+from experiments.lenet import PRESETS as LENET
+from experiments.lenet import file_bytes, optimizers
+
+PARTS = ("student", "few", "pruning")
+STUDENTS = {"conv-linear": False, "conv-relu-linear": True}  # whether there is a relu
+# What the student learns from; the last from the flags.
+LABELS, TWICE, SUM, MIX = "labels", "labels, 2x rate", "labels + T=1", "mix"
+DENSE, TAUGHT = "dense teacher", "full teacher"
+
+
+class Sizes(NamedTuple):
+    """What a data set fixes; every field can be given as a flag, and then wins."""
+
+    epochs: int
+    tune_epochs: int
+    few: int
+    few_epochs: int
+    few_tune_epochs: int
+    teacher_epochs: int
+    student_epochs: int
+    student_batch_size: int
+
+
+SIZES = {
+    "digits": Sizes(30, 10, 100, 150, 50, 20, 30, 64),
+    "mnist": Sizes(10, 5, 500, 150, 50, 20, 60, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    parts: tuple[str, ...] = flag(PARTS, f"of {', '.join(PARTS)}")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    temperatures: tuple[float, ...] = flag((1.0, 2.0, 4.0, 8.0), "of the part few")
+    temperature: float = flag(4.0, "of the other parts")
+    alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest")
+    sparsities: tuple[float, ...] = flag(
+        (0.5, 0.8, 0.9, 0.95, 0.98, 0.99), "fractions removed, level after level, biases not counted"
+    )
+    epochs: int | None = flag(None, "of dense LeNet-300-100 on all images")
+    tune_epochs: int | None = flag(None, "of tuning after each level, on all images")
+    few: int | None = flag(None, "how many images are few")
+    few_epochs: int | None = flag(None, "of dense LeNet-300-100 on few images")
+    few_tune_epochs: int | None = flag(None, "of tuning after each level, on few images")
+    teacher_epochs: int | None = flag(None, "of LeNet, the student's teacher")
+    student_epochs: int | None = flag(None, "of every student")
+    student_batch_size: int | None = flag(None, "images per step of every student")
+    lr: float = flag(1.2e-3, "learning rate of Adam, for LeNet-300-100")
+    batch_size: int = flag(60, "images per step, for LeNet-300-100")
+    train_size: int | None = flag(None, "of all images, use this many only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/distillation", "folder for results.jsonl and the plots")
+
+
+def settings(config: Config) -> Sizes:
+    """The data set's settings with what the flags change.
+
+    Raises:
+      ValueError: a part that does not exist, or a number out of its range.
+    """
+    if unknown := [part for part in config.parts if part not in PARTS]:
+        raise ValueError(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
+    for sparsity in config.sparsities:
+        jp.schedules.check_sparsity(sparsity, "sparsities")
+    for temperature in (*config.temperatures, config.temperature):
+        if not temperature > 0:
+            raise ValueError(f"temperatures must be positive, got {temperature}.")
+    if not 0 <= config.alpha <= 1:
+        raise ValueError(f"alpha must be 0 to 1, got {config.alpha}.")
+    given = {name: getattr(config, name) for name in Sizes._fields}
+    return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def student_mixes(config: Config) -> dict[str, Mix]:
+    """What a student learns from, by name."""
+    return {
+        LABELS: _distill.LABELS,
+        TWICE: Mix(scale=2),
+        # Half the sum of hard and soft cross-entropy, but for a constant, is this mixture.
+        SUM: Mix(temperature=1, alpha=0.5, scale=2),
+        MIX: Mix(config.temperature, config.alpha),
+    }
+
+
+class Dense(NamedTuple):
+    """LeNet-300-100, trained on some images by their labels.
+
+    Attributes:
+      init, params: before and after, with a leading seed axis.
+      images: those it was trained on.
+      fit: trains such networks on them; see `_distill.fitter`.
+    """
+
+    init: Any
+    params: Any
+    images: _train.Split
+    fit: Callable[..., Any]
+
+
+class Study:
+    """What the parts share: the settings, the dense networks, and where lines go."""
+
+    def __init__(self, config: Config, results: Results, bar: tqdm):
+        self.config, self.sizes, self.results, self.bar = config, settings(config), results, bar
+        self.lines: list[dict[str, Any]] = []
+        if set(config.parts) & {"few", "pruning"}:
+            self._train_dense()
+
+    def splits(self, size: int | None = None) -> tuple[_train.Split, _train.Split]:
+        """All training images, and the test images."""
+        config = self.config
+        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        return _train.splits(data)
+
+    def keys(self, purpose: int) -> jax.Array:
+        """A key for each seed."""
+        return _train.seed_keys(self.config.seeds, purpose)
+
+    def record(
+        self, accuracies: np.ndarray, own: Callable[[int], dict[str, Any]] | None = None, **same: Any
+    ) -> None:
+        """Writes a line for each seed: what is the same for all, and `own(index)`."""
+        for index, seed in enumerate(self.config.seeds):
+            line = same | {"seed": seed, "accuracy": float(accuracies[index])} | (own(index) if own else {})
+            self.results.write(**line)
+            self.lines.append(line)
+
+    def _train_dense(self) -> None:
+        train, test = self.splits()
+        if not 1 <= self.sizes.few <= len(train.y):
+            raise ValueError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
+        few = train._replace(x=train.x[: self.sizes.few], y=train.y[: self.sizes.few])
+        self.accuracy = _train.evaluator(MLP(), test)
+        self.dense = {
+            "all": self._dense("all", train, self.sizes.epochs, 0),
+            "few": self._dense("few", few, self.sizes.few_epochs, 2),
+        }
+        # What the network that has seen all images says of the few.
+        self.told = _distill.answerer(MLP(), few)(self.dense["all"].params)
+
+    def _dense(self, images: str, split: _train.Split, epochs: int, purpose: int) -> Dense:
+        self.bar.set_description(f"dense, {images} images")
+        fit = _distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
+        init = _train.init(MLP(), split, self.keys(purpose))
+        params = fit(init, jp.ones_masks(init), self.keys(purpose + 1), epochs, self.bar)
+        same = {"part": "dense", "images": images, "method": LABELS, "sparsity": 0.0}
+        self.record(self.accuracy(params), train_images=len(split.y), epochs=epochs, **same)
+        return Dense(init, params, split, fit)
+
+
+# --- the parts
+
+
+def student(study: Study) -> None:
+    """LeNet teaches the article's student."""
+    sizes, config = study.sizes, study.config
+    train, test = study.splits(size=28)
+    im2col = jax.default_backend() == "cpu"
+    lenet = dataclasses.replace(
+        LENET["digits" if config.dataset == "digits" else "sane"], epochs=sizes.teacher_epochs
+    )
+    # The article's rate and momentum.
+    networks: dict[str, tuple] = {
+        "LeNet": (LeNet(im2col), optimizers(lenet, len(train.y))[0], lenet.batch_size, lenet.epochs)
+    }
+    for name, relu in STUDENTS.items():
+        own = _distill.Student(relu, im2col), optax.sgd(0.01, 0.2)
+        networks[name] = (*own, sizes.student_batch_size, sizes.student_epochs)
+    answers = None
+    for number, (name, (model, optimizer, batch_size, epochs)) in enumerate(networks.items()):
+        fit = _distill.fitter(model, optimizer, batch_size, train)
+        accuracy = _train.evaluator(model, test)
+        init = _train.init(model, train, study.keys(10 + 2 * number))
+        first = jax.tree.map(operator.itemgetter(0), init)
+        image, _ = train.batch(jnp.arange(1))
+        costs = {
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(first)),
+            "macs": jp.metrics.macs(
+                lambda params, x, m=model: m.apply({"params": params}, x), first, image
+            ).total,
+        }
+        for method, mix in ({LABELS: _distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
+            study.bar.set_description(f"{name}, {method}")
+            keys = study.keys(11 + 2 * number)
+            params = fit(init, jp.ones_masks(init), keys, epochs, study.bar, answers, mix)
+
+            def size(index: int, params: Any = params) -> dict[str, int]:
+                return {"file_bytes": file_bytes(jax.tree.map(operator.itemgetter(index), params))}
+
+            same = {
+                "part": "student",
+                "network": name,
+                "method": method,
+                "mix": mix._asdict(),
+                "epochs": epochs,
+            }
+            study.record(accuracy(params), size, sparsity=0.0, **same, **costs)
+            if name == "LeNet":
+                answers = _distill.answerer(model, train)(params)
+
+
+def few(study: Study) -> None:
+    """LeNet-300-100 learns from few images, and from what the one that has seen all says of them."""
+    config, dense = study.config, study.dense["few"]
+    for temperature in config.temperatures:
+        study.bar.set_description(f"few images, T={temperature:g}")
+        mix = Mix(temperature, config.alpha)
+        ones, keys, epochs = jp.ones_masks(dense.init), study.keys(3), study.sizes.few_epochs
+        # The same first weights and order of images as by labels: those of the dense network.
+        params = dense.fit(dense.init, ones, keys, epochs, study.bar, study.told, mix)
+        same = {"part": "few", "images": "few", "method": f"T={temperature:g}", "temperature": temperature}
+        study.record(
+            study.accuracy(params), sparsity=0.0, train_images=len(dense.images.y), epochs=epochs, **same
+        )
+
+
+def pruning(study: Study) -> None:
+    """LeNet-300-100 is pruned level after level and tuned after each, with a teacher and without."""
+    for images, epochs in (("all", study.sizes.tune_epochs), ("few", study.sizes.few_tune_epochs)):
+        dense = study.dense[images]
+        mix, ways = Mix(study.config.temperature, study.config.alpha), {}
+        ways[LABELS] = (None, _distill.LABELS)
+        ways[DENSE] = (_distill.answerer(MLP(), dense.images)(dense.params), mix)
+        if images == "few":
+            ways[TAUGHT] = (study.told, mix)
+        for method, (answers, mix) in ways.items():
+            params, masks = dense.params, jp.ones_masks(dense.params)
+            for level, sparsity in enumerate(sorted(study.config.sparsities), start=1):
+                study.bar.set_description(f"{images} images, {method} {sparsity:.0%}")
+                masks = _distill.prune(params, masks, sparsity)
+                before = study.accuracy(jp.apply_masks(params, masks))
+                keys = study.keys(100 + level)
+                params = dense.fit(params, masks, keys, epochs, study.bar, answers, mix)
+                same = {"part": "pruning", "images": images, "method": method, "sparsity": sparsity}
+                line = _distill.figures(params, masks, before)
+                study.record(
+                    study.accuracy(params), line, train_images=len(dense.images.y), epochs=epochs, **same
+                )
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    sizes, parts, levels = settings(config), set(config.parts), len(config.sparsities)
+    total = (sizes.epochs + sizes.few_epochs) * bool(parts & {"few", "pruning"})
+    students = sizes.student_epochs * len(STUDENTS) * len(student_mixes(config))
+    total += (sizes.teacher_epochs + students) * ("student" in parts)
+    total += len(config.temperatures) * sizes.few_epochs * ("few" in parts)
+    total += levels * (2 * sizes.tune_epochs + 3 * sizes.few_tune_epochs) * ("pruning" in parts)
+    with Results(config.out, "distillation", config) as results, tqdm(total=total, unit="epoch") as bar:
+        study = Study(config, results, bar)
+        for name, part in (("student", student), ("few", few), ("pruning", pruning)):
+            if name in parts:
+                part(study)
+    return study.lines
+
+
+# --- tables and plots
+
+
+def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
+    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    text = ["accuracy in %, mean and s.d. over seeds"]
+
+    def own(**keys: Any) -> list[dict[str, Any]]:
+        return [line for line in lines if all(line.get(key) == value for key, value in keys.items())]
+
+    if "student" in config.parts:
+        text += ["", f"{'':>16}{'parameters':>15}{'MACs':>17}{'file, bytes':>20}"]
+        teacher = own(part="student", network="LeNet")
+        for name in ("LeNet", *STUDENTS):
+            group = own(part="student", network=name)
+            row = f"{name:>16}"
+            for figure, width in (("parameters", 7), ("macs", 9), ("file_bytes", 12)):
+                dense, size = (np.mean([line[figure] for line in some]) for some in (teacher, group))
+                row += f"{size:>{width},.0f} {f'(1/{dense / size:.2f})':>7}"
+            text.append(row)
+        methods = list(student_mixes(config))
+        text += ["", f"taught by LeNet ({_tables.cell(teacher)}), {group[0]['epochs']} epochs"]
+        text += _tables.by_method(
+            own(part="student"), {name: name for name in STUDENTS}, "network", methods, heading="student"
+        )
+    for images in ("all", "few") if set(config.parts) & {"few", "pruning"} else ():
+        dense = own(part="dense", images=images)
+        count = dense[0]["train_images"]
+        text += ["", f"LeNet-300-100 on {count} images, {dense[0]['epochs']} epochs: {_tables.cell(dense)}"]
+        if images == "few" and "few" in config.parts:
+            text += ["", "the same, taught by the network that has seen all      more than by labels"]
+            for temperature in config.temperatures:
+                group = own(part="few", temperature=temperature)
+                gain = _train.percent(
+                    [a["accuracy"] - b["accuracy"] for a, b in zip(group, dense, strict=True)]
+                )
+                text.append(f"{f'T={temperature:g}':>14}{_tables.cell(group):>20}{gain:>40}")
+        if "pruning" in config.parts:
+            group = own(part="pruning", images=images)
+            rows = {s: f"{s:.1%}" for s in sorted(config.sparsities)}
+            methods = list(dict.fromkeys(line["method"] for line in group))
+            text += ["", f"pruned level after level, {group[0]['epochs']} epochs of tuning after each"]
+            text += _tables.by_method(group, rows, "sparsity", methods, heading="sparsity")
+    return "\n".join(text)
+
+
+def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str]:
+    """Accuracy against compression, `pruning-all.png` and `pruning-few.png`, for the part pruning."""
+    names = []
+    for images in ("all", "few") if "pruning" in config.parts else ():
+        group = [line for line in lines if (line["part"], line.get("images")) == ("pruning", images)]
+        dense = [line for line in lines if (line["part"], line.get("images")) == ("dense", images)]
+        methods = list(dict.fromkeys(line["method"] for line in group))
+        names.append(f"pruning-{images}.png")
+        _plots.panels(
+            Path(config.out) / names[-1],
+            f"LeNet-300-100, {data}, {group[0]['train_images']} images; {group[0]['epochs']} epochs a level, "
+            f"{len(config.seeds)} seeds",
+            [("compression (weights)", _plots.by_method(group, methods, sorted(config.sparsities)))],
+            baseline=np.array([line["accuracy"] for line in dense]),
+        )
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    _train.use_cores(config.seeds)
+    with _data.said_plainly():
+        lines = run(config)
+    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+    print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
+    print(summarise(lines, config))
+    print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config, data)])} to {config.out}")
+
+
+if __name__ == "__main__":
+    main()
