@@ -1,0 +1,342 @@
+"""Runs a pruning recipe: what, how much and when is read from a YAML file.
+
+A recipe whose schedule counts steps prunes while the network trains. Any other
+prunes the trained network, once for a plain number, else level by level, and
+trains on each time. If the recipe distills, the dense network is the teacher;
+if it has a stopping rule, that is looked at after each epoch, or level, on
+images held out from the training: pruning that goes below the accuracy floor is
+taken back.
+
+    python -m experiments.recipe experiments/recipes/gradual-magnitude.yaml
+    python -m experiments.recipe RECIPE --dataset mnist --model lenet
+
+The pruned network is left in one small file for each seed, which
+`jaxprune.io.load` reads.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _train
+from experiments._config import flag, parse, recipe_file
+from experiments._distill import LABELS, Mix, Taught, losses
+from experiments._models import MLP, LeNet
+from experiments._results import Results, layers
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of a run."""
+
+    recipe: str = recipe_file(
+        "a YAML file; one that an earlier run left in its folder brings its flags with it"
+    )
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    model: Literal["mlp", "lenet"] = flag("mlp", "mlp is LeNet-300-100")
+    seeds: tuple[int, ...] = flag((0,), "comma-separated")
+    epochs: int = flag(15, "of the dense network; of a recipe in steps, of each network")
+    tune_epochs: int = flag(5, "of training after each pruning")
+    levels: int | None = flag(
+        None, "how often to prune, if nothing stops it (default: 1 for a number, else 10)"
+    )
+    rewind: Literal["weights", "nothing"] = flag(
+        "nothing", "what a level starts from; weights are the first ones"
+    )
+    lr: float = flag(1.2e-3, "learning rate of Adam")
+    batch_size: int = flag(60, "images per step")
+    score_images: int = flag(500, "images in the batch of scores that need gradients or the loss")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks")
+
+
+class Run(NamedTuple):
+    """A pruned network.
+
+    Attributes:
+      params, masks: of the network.
+      level: how many prunings, or epochs, lie behind it.
+      reason: why pruning stopped before its schedule; None if it did not.
+    """
+
+    params: Any
+    masks: Any
+    level: int
+    reason: str | None = None
+
+
+class Study:
+    """A recipe, the data, the network, and one seed's training."""
+
+    def __init__(self, config: Config, recipe: jp.recipes.Recipe):
+        self.config, self.recipe = config, recipe
+        size = 28 if config.model == "lenet" and config.dataset == "digits" else None
+        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        train, self.test = _train.splits(data)
+        self.train, self.held_out = _train.hold_out(train, 1 / 12)
+        self.steps = -(-len(self.train.y) // config.batch_size)
+        self.example = self.train.batch(jnp.arange(1))[0]
+        self.batch = self.train.batch(jnp.arange(min(config.score_images, len(self.train.y))))
+        lenet = config.model == "lenet"
+        self.model: Any = LeNet(im2col=jax.default_backend() == "cpu") if lenet else MLP()
+        # The same function, as XLA has it: its convolutions are what is analysed and counted.
+        self.plain: Any = LeNet(im2col=False) if lenet else self.model
+        self.adam = optax.adam(config.lr)
+        self._grads = jax.jit(jax.grad(self.loss))
+        self._correct = jax.jit(partial(_correct, self.model))
+        self._answers = jax.jit(
+            lambda params, split: self.apply(params, split.batch(jnp.arange(len(split.y)))[0])
+        )
+        self._untaught = jnp.zeros((len(self.train.y), 10))
+
+    def apply(self, params: Any, x: jax.Array) -> Any:
+        """The network in evaluation mode."""
+        return self.plain.apply({"params": params}, x)
+
+    def loss(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """What scores of the loss are made of."""
+        x, y = batch
+        return optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y).mean()
+
+    def accuracy(self, params: Any, split: _train.Split) -> float:
+        """On a split, in [0, 1]."""
+        return int(self._correct(params, split)) / len(split.y)
+
+    def macs(self, masks: Any) -> int:
+        """The multiply-adds of one image that the masks leave."""
+        shapes = jax.eval_shape(lambda: jax.tree.map(lambda mask: jnp.zeros(mask.shape), masks))
+        return jp.metrics.macs(self.apply, shapes, self.example, masks=masks).total
+
+    def pruner(self, params: Any, seed: int) -> jp.Pruner:
+        """The recipe's, whose scores get a batch."""
+        key = _train.seed_keys((seed,), purpose=3)[0]
+        pruner = self.recipe.pruner(params, key=key, loss_fn=self.loss, apply_fn=self.apply, x=self.example)
+
+        def update(state: Any, params: Any, **inputs: Any) -> Any:
+            return pruner.update(state, params, **{"batch": self.batch, **inputs})
+
+        return pruner._replace(update=update)
+
+    def mix(self, teacher: Any) -> tuple[Any, Mix]:
+        """A teacher's answers, and how the recipe learns from them."""
+        if self.recipe.distillation is None or teacher is None:
+            return self._untaught, LABELS
+        return self._answers(teacher, self.train), Mix(**self.recipe.distillation)
+
+    def epoch(self, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
+        """`run(params, opt_state, key, answers, mix)`, an epoch with an optimizer made from its state."""
+
+        @_train.jit
+        def run(params, opt_state, key, answers, mix, split):
+            taught, size = Taught(split, answers, mix), self.config.batch_size
+            tx = optimizer_of(opt_state)
+            return _train.epoch(self.model, tx, size, params, opt_state, key, taught, losses)
+
+        return lambda params, opt_state, key, answers, mix: run(
+            params, opt_state, key, answers, Mix(*map(jnp.float32, mix)), self.train
+        )
+
+    def fitter(self) -> Callable[..., Any]:
+        """`fit(params, masks, key, epochs, bar, teacher=None)`, under fixed masks."""
+        run = self.epoch(lambda state: jp.keep_masked(self.adam, state.masks))
+
+        def fit(params: Any, masks: Any, key: jax.Array, epochs: int, bar: tqdm, teacher: Any = None) -> Any:
+            answers, mix = self.mix(teacher)
+            params = jp.apply_masks(params, masks)
+            opt_state = jp.keep_masked(self.adam, masks).init(params)
+            for number in range(epochs):
+                params, opt_state = run(params, opt_state, jax.random.fold_in(key, number), answers, mix)
+                bar.update()
+            return params
+
+        return fit
+
+    def stops(self, params: Any, masks: Any) -> tuple[str | None, bool]:
+        """Why to stop, and whether it is that the accuracy fell too low."""
+        accuracy, stop = self.accuracy(params, self.held_out), self.recipe.stop
+        macs = None if stop.macs is None else self.macs(masks)
+        low = stop.accuracy is not None and accuracy < stop.accuracy
+        return stop.reached(accuracy=accuracy, macs=macs), low
+
+    def in_levels(self, dense: Any, first: Any, seed: int, fit: Any, bar: tqdm) -> Run:
+        """Prunes a trained network, once or level by level, and trains on."""
+        pruner, key = self.pruner(dense, seed), _train.seed_keys((seed,), purpose=2)[0]
+        update = jax.jit(pruner.update)
+        state = pruner.init(dense)
+        last = Run(dense, state.masks, 0)
+        for level in range(1, levels(self.config, self.recipe) + 1):
+            grads = self._grads(last.params, self.batch)
+            state = update(state, last.params, grads=grads, key=jax.random.fold_in(key, level))
+            if jp.metrics.nonzeros(state.masks) == jp.metrics.nonzeros(last.masks):
+                return last._replace(reason="nothing more is removed")
+            start = first if self.config.rewind == "weights" else last.params
+            epochs = self.config.epochs if self.config.rewind == "weights" else self.config.tune_epochs
+            params = fit(start, state.masks, jax.random.fold_in(key, level), epochs, bar, dense)
+            reason, low = self.stops(params, state.masks)
+            if low:
+                return last._replace(reason=reason)
+            last = Run(params, state.masks, level, reason)
+            if reason is not None:
+                return last
+        return last
+
+    def in_steps(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
+        """Trains from the first weights with pruning inside the optimizer."""
+        tx = jp.wrap_optax(self.adam, self.pruner(first, seed))
+        run, key = self.epoch(lambda state: tx), _train.seed_keys((seed,), purpose=1)[0]
+        opt_state: Any = tx.init(first)
+        answers, mix = self.mix(dense)
+        # Masks that a recipe starts from are already in the state.
+        params, reason = jp.apply_masks(first, opt_state.pruner.masks), None
+        before = params, opt_state.inner, opt_state.pruner.masks
+        for number in range(self.config.epochs):
+            params, opt_state = run(params, opt_state, jax.random.fold_in(key, number), answers, mix)
+            bar.update()
+            if reason is not None:
+                continue
+            masks = optax.tree.get(opt_state, "masks")
+            if jp.metrics.sparsity(masks, self.recipe.where).prunable:
+                reason, low = self.stops(params, masks)
+                if low:
+                    params, inner, masks = before
+                    opt_state = jp.KeepMaskedState(inner, masks)
+                elif reason is not None:
+                    opt_state = jp.KeepMaskedState(opt_state.inner, masks)
+                if reason is not None:  # for the rest the masks stay
+                    run = self.epoch(lambda state: jp.keep_masked(self.adam, state.masks))
+            before = params, opt_state.inner, masks
+        return Run(params, optax.tree.get(opt_state, "masks"), self.config.epochs, reason)
+
+    def figures(self, params: Any, masks: Any) -> dict[str, Any]:
+        """All that is reported of a network."""
+        jp.check_pruned(params, masks)
+        achieved = jp.metrics.sparsity(masks, self.recipe.where)
+        return {
+            "sparsity": achieved.prunable,
+            "sparsity_model": achieved.model,
+            "kept": jp.metrics.nonzeros(masks),
+            "macs": self.macs(masks),
+            "accuracy": self.accuracy(params, self.test),
+            "held_out_accuracy": self.accuracy(params, self.held_out),
+            "layers": layers(masks),
+        }
+
+    def compacted(self, pruned: Run) -> dict[str, Any]:
+        """The network without its dead channels, measured; nothing where it has none, or a layer of them."""
+        if jp.metrics.collapsed(pruned.masks):
+            return {}
+        small = jp.compact(self.apply, pruned.params, pruned.masks, self.example, fold_constants=True)
+        size = sum(leaf.size for leaf in jax.tree.leaves(small.params))
+        if size == sum(leaf.size for leaf in jax.tree.leaves(pruned.params)):
+            return {}
+        x, _ = self.test.batch(jnp.arange(min(100, len(self.test.y))))
+        gap = jnp.abs(small.apply(small.params, x) - self.apply(pruned.params, x)).max()
+        macs = jp.metrics.macs(small.apply, small.params, self.example).total
+        return {"compact_params": size, "compact_macs": macs, "compact_difference": float(gap)}
+
+
+def levels(config: Config, recipe: jp.recipes.Recipe) -> int:
+    """How often to prune at most."""
+    if config.levels is not None:
+        return config.levels
+    return 1 if recipe.once else 10
+
+
+def _correct(model: Any, params: Any, split: _train.Split) -> jax.Array:
+    predict = partial(model.apply, {"params": params})
+    return _train.total(lambda log_probs, y: log_probs.argmax(-1) == y, predict, split, 500)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
+    recipe = jp.recipes.load(config.recipe)
+    if min(config.epochs, config.tune_epochs, levels(config, recipe)) < 1 or not config.seeds:
+        raise ValueError("epochs, tune_epochs and levels must be 1 or more, and there must be a seed.")
+    study = Study(config, recipe)
+    end, total = recipe.end_step, config.epochs * study.steps
+    if end is not None and end > total:
+        raise ValueError(
+            f"{config.recipe} prunes until step {end:,}, and {config.epochs} epochs have {total:,} steps: "
+            f"ask for --epochs {-(-end // study.steps)} or more."
+        )
+    epochs = 2 * config.epochs
+    if end is None:
+        each = config.epochs if config.rewind == "weights" else config.tune_epochs
+        epochs = config.epochs + levels(config, recipe) * each
+    lines: list[dict[str, Any]] = []
+    bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
+    with Results(config.out, "recipe", config, recipe.data) as results, bar:
+
+        def record(method: str, seed: int, figures: dict[str, Any]) -> None:
+            line = {"method": method, "seed": seed, **figures}
+            results.write(**line)
+            lines.append(line)
+
+        fit = study.fitter()
+        for seed in config.seeds:
+            keys = _train.seed_keys((seed,), purpose=0)
+            first = jax.tree.map(operator.itemgetter(0), _train.init(study.model, study.train, keys))
+            ones = jp.ones_masks(first)
+            bar.set_description(f"dense, seed {seed}")
+            dense = fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
+            record("dense", seed, study.figures(dense, ones))
+            bar.set_description(f"{Path(config.recipe).stem}, seed {seed}")
+            if end is None:
+                pruned = study.in_levels(dense, first, seed, fit, bar)
+            else:
+                pruned = study.in_steps(dense, first, seed, bar)
+            file = Path(config.out) / f"seed-{seed}.jaxprune"
+            size = jp.io.save(file, pruned.params, pruned.masks)
+            dense_size = 4 * sum(leaf.size for leaf in jax.tree.leaves(pruned.params))
+            figures = study.figures(pruned.params, pruned.masks)
+            figures |= {"level": pruned.level, "stopped": pruned.reason, **study.compacted(pruned)}
+            record("pruned", seed, figures | {"file_bytes": size, "dense_bytes": dense_size})
+    return lines
+
+
+def summarise(lines: Sequence[dict[str, Any]]) -> str:
+    """The lines as a table of at most 80 columns, and why pruning stopped."""
+    text = ["seed  network  sparsity  of model      kept        MACs  accuracy %  file x"]
+    for line in lines:
+        smaller = f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""
+        row = f"{line['seed']:>4}  {line['method']:<7}  {line['sparsity']:>8.2%}  {line['sparsity_model']:>8.2%}"
+        row += f"{line['kept']:>10,}{line['macs']:>12,}  {100 * line['accuracy']:>10.2f}  {smaller:>6}"
+        text.append(row)
+    text += ["", "without the channels that are dead:"] * any("compact_macs" in line for line in lines)
+    for line in lines:
+        if "compact_macs" in line:
+            text.append(
+                f"seed {line['seed']}: {line['compact_params']:,} parameters, {line['compact_macs']:,} MACs, "
+                f"outputs differ by at most {line['compact_difference']:.0e}"
+            )
+    for line in lines:
+        if line.get("stopped"):
+            text.append(f"seed {line['seed']} stopped: {line['stopped']}")
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a recipe from the command line."""
+    config = parse(Config, argv, __doc__)
+    try:
+        with _data.said_plainly():
+            lines = run(config)
+    except (jp.recipes.RecipeError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    print(f"\n{config.recipe}: {config.model} on {config.dataset}")
+    print(summarise(lines))
+    print(f"\nWrote results.jsonl, recipe.yaml and seed-*.jaxprune to {config.out}")
+
+
+if __name__ == "__main__":
+    main()
