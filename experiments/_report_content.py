@@ -142,7 +142,7 @@ def _figures(part: Part, name: str, own: Sequence[Group]) -> list[str]:
     if all(isinstance(x, bool) for x in values if x is not None):
         return [f"{f.mean * f.found:.0f} of {f.found}" if f.found else "-" for f in found]
     whole = all(isinstance(x, int) for x in values if x is not None)
-    return blocks.column(found, curves.in_percent(part, name), whole)
+    return blocks.column(found, name in part.percent, whole)
 
 
 def _finite(group: Group, name: str) -> list[float]:
@@ -150,7 +150,7 @@ def _finite(group: Group, name: str) -> list[float]:
 
 
 def _head(part: Part, name: str) -> str:
-    title = f"{name}, %" if curves.in_percent(part, name) else name
+    title = f"{name}, %" if name in part.percent else name
     return f"{title}, median (least to most)" if name in part.lists else title
 
 
@@ -158,8 +158,8 @@ def _baseline(part: Part, figure: str) -> str | None:
     found = curves.baseline(part, figure)
     if found is None or not found.found:
         return None
-    text = blocks.column([found], curves.in_percent(part, figure))[0]
-    unit = " %" if curves.in_percent(part, figure) else ""
+    text = blocks.column([found], figure in part.percent)[0]
+    unit = " %" if figure in part.percent else ""
     return f"Nothing pruned: {figure} {text}{unit}."
 
 

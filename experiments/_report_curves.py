@@ -20,6 +20,7 @@ from experiments._report_groups import Figure, Group, Part
 # Stands for the colour of the text in an SVG, until the page or the file says which that is.
 INK = "#123456"
 _MOST_CURVES = 16
+_MOST = 1e30  # numbers beyond are not drawn
 _HEADLINES = (
     r"(^|\.)accuracy$",
     "accuracy$",
@@ -82,7 +83,7 @@ def draw(part: Part, figure: str, axis: Axis, salt: str) -> tuple[str, str] | No
     Returns:
       The SVG and what it shows, in words; None if there is nothing to draw.
     """
-    factor = 100 if in_percent(part, figure) else 1
+    factor = 100 if figure in part.percent else 1
     curves = _curves(part, figure, axis)
     if not curves:
         return None
@@ -136,15 +137,9 @@ def draw(part: Part, figure: str, axis: Axis, salt: str) -> tuple[str, str] | No
     return file.getvalue(), f"{figure} against {axis.title}{spread}{more}."
 
 
-def in_percent(part: Part, figure: str) -> bool:
-    """Whether a figure is shown in percent: its name is that of a fraction, and so are its values."""
-    found = [x for group in part.groups for x in _values(group, figure)]
-    return groups.is_ratio(figure) and all(-1e-9 <= x <= 1 + 1e-9 for x in found if math.isfinite(x))
-
-
 def level(part: Part, name: str, value: Any) -> str:
     """A level as text, in percent if its name and values say so."""
-    if value is not None and in_percent(part, name):
+    if value is not None and name in part.percent:
         return f"{100 * value:.6g}"
     return groups.show(value)
 
@@ -152,7 +147,7 @@ def level(part: Part, name: str, value: Any) -> str:
 def levels(part: Part, group: Group, skip: int = 0) -> str:
     """All levels of a group but the first few, as text: "sparsity 98 %"."""
     named = list(zip(part.levels, group.levels, strict=True))[skip:]
-    percent = {name: " %" * in_percent(part, name) for name, _ in named}
+    percent = {name: " %" * (name in part.percent) for name, _ in named}
     return ", ".join(f"{name} {level(part, name, value)}{percent[name]}" for name, value in named)
 
 
@@ -185,7 +180,7 @@ def _curves(part: Part, figure: str, axis: Axis) -> dict[str, list[tuple[float, 
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for group in part.groups:
         x, y = axis.of(group), group.figure(figure)
-        if group.baseline or x is None or not y.found or not math.isfinite(y.mean + y.sd):
+        if group.baseline or x is None or not y.found or max(abs(x), abs(y.mean), y.sd) > _MOST:
             continue
         curves.setdefault(label(part, group, skip=1), []).append((x, y.mean, y.sd))
     return {name: sorted(points) for name, points in curves.items()}
@@ -253,8 +248,8 @@ def _speed(part: Part) -> Axis | None:
 def _sparsity(part: Part) -> Axis | None:
     for name in ("sparsity", "achieved"):
         if _has(part, name):
-            title = f"{name}, %" if in_percent(part, name) else name
-            factor = 100 if in_percent(part, name) else 1
+            title = f"{name}, %" if name in part.percent else name
+            factor = 100 if name in part.percent else 1
 
             def of(group: Group, name: str = name, factor: int = factor) -> float | None:
                 value = _mean(group, name)

@@ -78,6 +78,7 @@ class Part(NamedTuple):
     Attributes:
       factors, levels, figures: names of fields.
       lists: names of figures that are lists of numbers.
+      percent: names of figures and levels that are shown in percent: called fractions, and between 0 and 1.
       remarks: fields that are neither, and are not the same in all lines.
       same: fields that are, with their values.
       groups: the lines, sorted by level within each combination of factors.
@@ -88,6 +89,7 @@ class Part(NamedTuple):
     levels: list[str]
     figures: list[str]
     lists: list[str]
+    percent: set[str]
     remarks: list[str]
     same: dict[str, Any]
     groups: list[Group]
@@ -158,11 +160,6 @@ def show(value: Any) -> str:
     return str(value)
 
 
-def is_ratio(name: str) -> bool:
-    """Whether a field is a fraction that people read in percent, by the last part of its name."""
-    return re.search("accuracy|sparsity|density|achieved|amount", name.rpartition(".")[2].lower()) is not None
-
-
 def _part(factors: list[str], lines: list[Line]) -> Part:
     every = [line.fields for line in lines]
     factors = [n for n in factors if len(lines) == 1 or not _constant(n, every)]
@@ -189,7 +186,8 @@ def _part(factors: list[str], lines: list[Line]) -> Part:
     for key in sorted(found, key=rank):
         names_, values = key[: len(factors)], key[len(factors) :]
         groups.append(Group(names_, values, found[key], _is_baseline(names_, levels, values)))
-    return Part(factors, levels, figures, lists, remarks, same, groups, repeats)
+    percent = {name for name in (*figures, *levels) if _is_fraction(name, every)}
+    return Part(factors, levels, figures, lists, percent, remarks, same, groups, repeats)
 
 
 def _levels(factors: list[str], numeric: list[str], lines: list[Line]) -> tuple[list[str], int]:
@@ -276,6 +274,12 @@ def _is_series(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
 
 def _is_result(name: str) -> bool:
     return re.search(f"(^|[._])({_RESULTS})s?($|[._])", name.lower()) is not None
+
+
+def _is_fraction(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
+    if not re.search("accuracy|sparsity|density|achieved|amount", name.rpartition(".")[2].lower()):
+        return False
+    return all(-1e-9 <= x <= 1 + 1e-9 for x in numbers([f.get(name) for f in every]) if math.isfinite(x))
 
 
 def _is_number(value: Any) -> bool:

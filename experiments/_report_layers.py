@@ -13,6 +13,7 @@ from experiments._report_read import Line, natural
 
 _MOST_COLUMNS = 24
 _MOST_PICTURES = 12  # networks whose masks are shown, in a section
+_MOST_KERNELS = 24  # of each of them
 _UNITS = {"layers": "weights", "kept": "weights", "widths": "channels"}
 
 
@@ -54,9 +55,10 @@ def pictures(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
         own = title if seed is None else f"{title}, seed {groups.show(seed)}"
         yield Heading(4, own, f"{anchor}-masks-{number}")
         name = f"{anchor}-mask-{number}"
-        yield Images(
-            [Image(f"{name}-{i}.png", p.png, p.caption, p.width) for i, p in enumerate(found, start=1)]
-        )
+        images = [Image(f"{name}-{i}.png", p.png, p.caption, p.width) for i, p in enumerate(found, start=1)]
+        yield Images(images[:_MOST_KERNELS])
+        if len(images) > _MOST_KERNELS:
+            yield Text(f"The first {_MOST_KERNELS} of {len(images)} pictures.")
     if len(shown) > _MOST_PICTURES:
         yield Text(f"{len(shown) - _MOST_PICTURES} more masks are not shown.")
 

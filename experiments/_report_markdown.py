@@ -35,7 +35,7 @@ def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dic
         if isinstance(block, Images):
             for image in block.images:
                 files[image.name] = _on_white(image.data) if image.name.endswith(".svg") else image.data
-                alt = _escape(re.split("[:;]", image.caption)[0])
+                alt = _escape(re.split("[:;,]", image.caption)[0])
                 text += [f"![{alt}]({_address(folder)}/{image.name})", "", *_paragraph(image.caption), ""]
         elif isinstance(block, Contents):
             text += [

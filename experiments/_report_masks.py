@@ -2,20 +2,21 @@
 
 import io
 import math
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import matplotlib as mpl
 import numpy as np
 
+import jaxprune as jp
 from experiments._report_read import Line, natural
 
 mpl.use("Agg")
 from matplotlib.image import imsave
 
 _MOST_CELLS = 96  # of a side; larger kernels are averaged over blocks
+_MOST_BYTES = 1 << 30  # of masks in a file
 _MOST_TILES = 1024  # filters drawn one by one
 _SIDE = 220  # pixels that the longer side is enlarged to, more or less
 
@@ -37,10 +38,10 @@ class Picture(NamedTuple):
 
 
 def load(line: Line) -> dict[str, np.ndarray]:
-    """The masks that a line names, by path, in natural order.
+    """The masks of two and more axes that a line names, by path, in natural order.
 
     Raises:
-      ValueError: the file is not there, is not below the line's folder, or holds no masks; it says so.
+      ValueError: the file is not there, is not below the line's folder, or is damaged; it says so.
     """
     assert line.masks is not None
     name = Path(line.masks)
@@ -48,35 +49,15 @@ def load(line: Line) -> dict[str, np.ndarray]:
         raise ValueError(
             f"the masks of {line.file}, line {line.number}, are not below its folder: {line.masks}"
         )
-    file = line.file.parent / name
     try:
-        with np.load(file, allow_pickle=False) as packed:
-            found = {}
-            for key in packed.files:
-                if key.startswith("shape "):
-                    shape = tuple(int(n) for n in packed[key])
-                    bits = packed[f"bits {key[6:]}"]
-                    size = math.prod(shape)
-                    if (
-                        len(shape) < 2
-                        or min(shape) < 1
-                        or bits.dtype != np.uint8
-                        or bits.size != -(-size // 8)
-                    ):
-                        raise ValueError("the bits do not fit the shape")
-                    found[key[6:]] = np.unpackbits(bits, count=size).reshape(shape).astype(bool)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        TypeError,
-        ArithmeticError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
+        tree = jp.io.load(line.file.parent / name, max_bytes=_MOST_BYTES).params
+    except (OSError, ValueError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
         raise ValueError(f"the masks of {line.file}, line {line.number}, cannot be read: {reason}") from None
+    leaves = dict(zip(jp.leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+    found = {
+        path: leaf for path, leaf in leaves.items() if leaf.dtype == bool and leaf.ndim >= 2 and leaf.size
+    }
     return {path: found[path] for path in sorted(found, key=natural)}
 
 

@@ -44,22 +44,18 @@ class Results:
         self._file.flush()
 
     def keep_masks(self, name: str, masks: Any) -> str:
-        """Writes the masks of one network beside the lines, a bit for each entry, for pictures of them.
+        """Writes the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
 
         Args:
           name: of the file, without an ending; a file of that name is replaced.
-          masks: a pytree of bool arrays; its leaves of two and more axes are written.
+          masks: a pytree of bool arrays.
 
         Returns:
           The file, relative to the folder: what the line's field `masks` says.
         """
-        file = Path("masks") / f"{name}.npz"
+        file = Path("masks") / f"{name}.jp"
         (self.folder / file).parent.mkdir(exist_ok=True)
-        packed = {}
-        for path, leaf in _matrices(masks).items():
-            packed[f"bits {path}"], packed[f"shape {path}"] = np.packbits(leaf), np.array(leaf.shape)
-        with (self.folder / file).open("wb") as stream:
-            np.savez_compressed(stream, **packed)
+        jp.io.save(self.folder / file, masks)
         return file.as_posix()
 
     def __enter__(self) -> "Results":
@@ -76,12 +72,8 @@ def layers(masks: Any) -> dict[str, list[int]]:
       >>> layers({"fc/kernel": np.array([[True, False, True]]), "fc/bias": np.array([True])})
       {'fc/kernel': [2, 3]}
     """
-    return {path: [int(leaf.sum()), leaf.size] for path, leaf in _matrices(masks).items()}
-
-
-def _matrices(masks: Any) -> dict[str, np.ndarray]:
     leaves = zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True)
-    return {path: np.asarray(leaf) for path, leaf in leaves if leaf.ndim >= 2}
+    return {path: [int(np.sum(leaf)), leaf.size] for path, leaf in leaves if leaf.ndim >= 2}
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path 
         text, files = _report_markdown.document(title, blocks, folder.name)
         written[Path(markdown)] = text.encode()
         written |= {folder / name: data for name, data in files.items()}
-    sources = {line.file.resolve() for line in lines}
+    sources = {file.resolve() for file in {line.file for line in lines}}
     for file, data in written.items():
         if file.resolve() in sources:
             raise ReportError(f"{file} is one of the results; give another name to write to.")
