@@ -11,8 +11,8 @@ channels of conv1, conv2 and fc1. Biases are never pruned.
 """
 
 import dataclasses
-import io
 import operator
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -210,10 +210,9 @@ def without_dead_channels(params: Any, masks: Any, split: _train.Split) -> dict[
 
 
 def file_bytes(params: Any) -> int:
-    """Bytes of a compressed numpy file of the params."""
-    file = io.BytesIO()
-    np.savez_compressed(file, **dict(zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)))
-    return file.tell()
+    """Bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        return jp.io.save(Path(folder) / "params", params)
 
 
 def optimizers(training: Training, train_size: int) -> tuple[Any, Any]:
