@@ -1,15 +1,13 @@
 """What compaction gained, as a table."""
 
 import math
-import statistics
 import textwrap
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.jaxprs import split_static
+from jaxprune.metrics.latency import latency
 from jaxprune.metrics.macs import macs as count_macs
 
 
@@ -19,7 +17,8 @@ class Report(NamedTuple):
     Attributes:
       params: entries of all params, dense and small.
       macs: multiply-adds of one call, dense and small; see `metrics.macs`.
-      seconds: the median time of a compiled call, dense and small; None if not measured.
+      seconds: the median time of a call, dense and small, see `metrics.latency`; None if not
+        measured.
       axes: by path, the dense and the small shape of each param that got smaller.
       stayed: what the masks remove that had to stay, and why.
     """
@@ -70,20 +69,13 @@ def report(small: Any, *inputs: Any, rounds: int = 0) -> Report:
 
 
 def _times(small: Any, inputs: Any, rounds: int) -> tuple[float, float]:
-    """The median time of a call of each, taken in turn, compiled and warm."""
-    arrays, rebuild = split_static(inputs)
-    calls = []
-    for function, params in ((small.function, small.expand(small.params)), (small.apply, small.params)):
-        compiled = jax.jit(lambda params, arrays, function=function: function(params, *rebuild(arrays)))
-        jax.block_until_ready(compiled(params, arrays))
-        calls.append((compiled, params))
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for (compiled, params), taken in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(params, arrays))
-            taken.append(time.perf_counter() - start)
-    return statistics.median(times[0]), statistics.median(times[1])
+    """The median time of a call of each."""
+    calls = {
+        "dense": (small.function, small.expand(small.params), *inputs),
+        "small": (small.apply, small.params, *inputs),
+    }
+    times = latency(calls, rounds)
+    return times["dense"].median, times["small"].median
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -5,7 +5,8 @@ from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.distances import Overlap, overlap
 from jaxprune.metrics.latency import Latency, latency
 from jaxprune.metrics.macs import Macs, Operation, macs
-from jaxprune.metrics.sizes import Sparsity, collapsed, density, nonzeros, sparsity, table
+from jaxprune.metrics.sizes import Sparsity, collapsed, compression, density, nonzeros, sparsity, table
+from jaxprune.metrics.summary import Row, Summary, summary
 
 __all__ = [
     "Activation",
@@ -15,9 +16,12 @@ __all__ = [
     "Macs",
     "Operation",
     "Overlap",
+    "Row",
     "Sparsity",
+    "Summary",
     "activation_sparsity",
     "collapsed",
+    "compression",
     "cost",
     "density",
     "latency",
@@ -25,5 +29,6 @@ __all__ = [
     "nonzeros",
     "overlap",
     "sparsity",
+    "summary",
     "table",
 ]

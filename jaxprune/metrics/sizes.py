@@ -1,5 +1,6 @@
-"""Metrics: what was asked, what was achieved."""
+"""How many entries are left, and what that is of the whole."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jaxprune.typing import Masks, Params, Where
 
 
 class Sparsity(NamedTuple):
-    """The fraction removed, of what may be pruned and of everything, as floats (arrays under `jit`).
+    """A fraction or a ratio, of what may be pruned and of everything; floats (arrays under `jit`).
 
     Attributes:
       prunable: of the entries of the leaves that take part.
@@ -29,7 +30,7 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     `sparsity = 1 - nonzeros / size`, counted in integers on the host; under `jit` in float32.
 
     Args:
-      tree: masks, or params.
+      tree: masks, or params, or one array, all of which counts as prunable then.
       where: which leaves count as prunable.
 
     Returns:
@@ -44,8 +45,7 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
       Sparsity(prunable=0.5, model=0.25)
     """
     leaves = array_leaves(tree)
-    # A mask is bool, but takes part if its param does: `where` sees shapes, not dtypes.
-    prunable = [path for path, leaf in leaves.items() if where(path, leaf)] or selected(tree, where)
+    prunable = _prunable(tree, leaves, where)
 
     def fraction(paths):
         size = sum(leaves[path].size for path in paths)
@@ -67,6 +67,40 @@ def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     """
     removed = sparsity(tree, where)
     return Sparsity(1 - removed.prunable, 1 - removed.model)
+
+
+def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
+    """How many times fewer entries are left, `size / nonzeros`, as ShrinkBench defines the ratio.
+
+    `model` divides all entries by those kept and those that cannot be pruned (biases, norms), which is
+    what papers should quote; `prunable` leaves these out on both sides. 90 % sparsity is 10 x of
+    the prunable entries, and less of the model.
+
+    Args:
+      tree: masks, or params, or one array.
+      where: which leaves count as prunable.
+
+    Returns:
+      Two floats of 1 or more; infinity where nothing is left.
+
+    Raises:
+      ValueError: an empty tree, or a `where` that matches nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> jp.metrics.compression({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)}).prunable
+      2.0
+
+    References:
+      Blalock et al. 2020, "What is the state of neural network pruning?", section 6.
+    """
+    leaves = array_leaves(tree)
+
+    def ratio(paths):
+        size, left = (sum(count(leaves[path]) for path in paths) for count in (_size, _nonzeros))
+        return size / left if left else math.inf if size else 1.0
+
+    return Sparsity(ratio(_prunable(tree, leaves, where)), ratio(leaves))
 
 
 def nonzeros(tree: Any) -> int:
@@ -137,6 +171,18 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
     return tuple(
         path for path, leaf in array_leaves(tree).items() if where(path, leaf) and not _nonzeros(leaf)
     )
+
+
+def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
+    """The paths of the leaves that take part: of a bare array, that one."""
+    if list(leaves) == [""]:
+        return [""]
+    # A mask is bool, but takes part if its param does: `where` sees shapes, not dtypes.
+    return [path for path, leaf in leaves.items() if where(path, leaf)] or selected(tree, where)
+
+
+def _size(leaf: Any) -> int:
+    return leaf.size
 
 
 def _traced_zeros(leaf: Any) -> jax.Array:
