@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import _bound, graph, lottery
+from experiments.benchmarks import _bound, graph, latency, lottery
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -54,3 +54,15 @@ def test_graph_benchmark_counts_what_it_times():
     assert "5 groups" in line
     variables = jax.eval_shape(graph.ResNet50().init, jax.random.key(0), jnp.ones((1, 64, 64, 3)))
     assert graph.size(variables["params"]) == 25_557_032
+
+
+def test_latency_benchmark_counts_what_it_times(capsys):
+    argv = ["--width", "32", "--layers", "2", "--batch", "4", "--rounds", "2", "--sparsity", "0.75"]
+    latency.main(argv)
+    table = capsys.readouterr().out
+    assert [line.split()[0] for line in table.splitlines()[3:]] == ["dense", "masked", "sparse", "compacted"]
+    assert max(map(len, table.splitlines())) <= 80
+    size = 32 * 32 + 32 * 10
+    assert f" {4 * size:,} " in table
+    assert f" {4 * (size - round(0.75 * size)):,} " in table
+    assert f" {4 * (32 * 16 + 16 * 10):,} " in table  # half of the hidden units

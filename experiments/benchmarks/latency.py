@@ -1,0 +1,128 @@
+"""What pruning does to the time of a call: masked, sparse and compacted against dense.
+
+A multi-layer perceptron is pruned by magnitude in two ways: entry by entry, and by whole hidden
+units. Entry by entry, the masked network holds its zeros and multiplies by them (masked), or its
+kernels are stored as compressed rows (sparse, `jax.experimental.sparse.BCSR`). Without its dead
+units it is a smaller dense network (compacted). Multiply-adds say what each could gain at most.
+
+    python -m experiments.benchmarks.latency
+    python -m experiments.benchmarks.latency --sparsity 0.98 --batch 1
+
+All calls are compiled, warm and taken in turn; ratios are of medians, with those of the quartiles.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import sparse
+
+import jaxprune as jp
+from experiments._config import flag, parse
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    width: int = flag(1024, "units of the input and of each hidden layer")
+    layers: int = flag(3, "kernels, the last of 10 outputs")
+    batch: int = flag(64, "rows in a call")
+    sparsity: float = flag(0.95, "of the masks, entry by entry")
+    units: float = flag(0.5, "the fraction of hidden units removed")
+    rounds: int = flag(20, "measurements of each")
+
+
+def apply_fn(params: Any, x: Any) -> Any:
+    """A perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
+    for number in range(len(params)):
+        x = jax.nn.relu(x) if number else x
+        x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
+    return x
+
+
+def sparse_apply(params: Any, x: Any) -> Any:
+    """The same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
+    for number in range(len(params)):
+        x = jax.nn.relu(x) if number else x
+        x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
+    return x
+
+
+def init(key: Any, config: Config) -> Any:
+    """Params with He's initialisation."""
+    widths = [config.width] * config.layers + [10]
+    keys = jax.random.split(key, config.layers)
+    return {
+        f"layer{number}": {
+            "kernel": jax.random.normal(keys[number], (m, n)) * jnp.sqrt(2 / m),
+            "bias": jnp.zeros(n),
+        }
+        for number, (m, n) in enumerate(itertools.pairwise(widths))
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A line for each way: multiply-adds and median time, and how many times fewer than dense."""
+    params, x = (
+        init(jax.random.key(0), config),
+        jax.random.normal(jax.random.key(1), (config.batch, config.width)),
+    )
+    masks = jp.prune_once(params, jp.scores.magnitude, sparsity=config.sparsity)
+    masked = jp.apply_masks(params, masks)
+    rows = {
+        name: {"kernel": sparse.BCSR.fromdense(p["kernel"].T), "bias": p["bias"]}
+        for name, p in masked.items()
+    }
+    structure = jp.structures.channels(jp.channel_groups(apply_fn, params, x))
+    pruner = jp.pruner(jp.scores.magnitude, config.units, structure=structure)
+    cut = jax.jit(lambda params: pruner.update(pruner.init(params), params).masks)(params)
+    small = jp.compact(apply_fn, params, cut, x)
+    gap = jnp.max(jnp.abs(sparse_apply(rows, x) - apply_fn(masked, x)))
+    if not gap < 1e-3:
+        raise RuntimeError(f"the sparse network differs from the masked one by {gap}.")
+
+    calls = {
+        "dense": (apply_fn, params, x),
+        "masked": (apply_fn, masked, x),
+        "sparse": (sparse_apply, rows, x),
+        "compacted": (small.apply, small.params, x),
+    }
+    times = jp.metrics.latency(calls, rounds=config.rounds)
+    dense = jp.metrics.macs(apply_fn, params, x).total
+    alive = jp.metrics.macs(apply_fn, params, x, masks=masks).total
+    counts = {"dense": dense, "masked": alive, "sparse": alive}
+    counts["compacted"] = jp.metrics.macs(small.apply, small.params, x).total
+    return [
+        {
+            "way": way,
+            "macs": counts[way],
+            "macs_ratio": dense / counts[way],
+            "speed_up": times["dense"].median / time.median,
+            "speed_up_low": times["dense"].median / time.high,
+            "speed_up_high": times["dense"].median / time.low,
+        }
+        for way, time in times.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    config = parse(Config, argv, __doc__)
+    print(f"{config.layers} layers of {config.width}, batch {config.batch}, {jax.devices()[0].device_kind}")
+    print(
+        f"masked and sparse: {config.sparsity:.0%} of the weights; compacted: {config.units:.0%} of the units"
+    )
+    print(f"{'':<12}{'MACs':>14}{'MACs x':>9}{'speed x':>9}  (quartiles)")
+    for line in run(config):
+        print(
+            f"{line['way']:<12}{line['macs']:>14,}{line['macs_ratio']:>9.2f}{line['speed_up']:>9.2f}"
+            f"  ({line['speed_up_low']:.2f}-{line['speed_up_high']:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()
