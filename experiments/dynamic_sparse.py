@@ -29,7 +29,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _tables, _train
+from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
@@ -60,25 +60,38 @@ def epochs(config: Config) -> int:
     return {"mnist": 10, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
-def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any]]:
-    """For each method of sparse training an optimizer, as a function of the first masks and a key."""
-    adam = optax.adam(config.lr)
+def moves(config: Config, steps: int) -> dict[str, Any]:
+    """When masks move, and how much of them."""
     end = steps * 3 // 4
-    moves = {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
+    return {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
+
+
+def recipe(config: Config, method: str, sparsity: float, steps: int) -> jp.recipes.Recipe:
+    """What a method prunes by: random masks, which move or not, or the cubic schedule from dense."""
+    if method == "gradual":
+        begin, end = steps // 10, steps * 3 // 4
+        cubic = {"sparsity": sparsity, "begin_step": begin, "end_step": end}
+        every = max(1, (end - begin) // config.mask_updates)
+        return jp.recipes.parse(
+            {"prune": {"score": "magnitude", "sparsity": {"cubic": cubic}, "every": every}}
+        )
+    prune: dict[str, Any] = {"score": "random", "scope": "layerwise", "sparsity": {"erk": sparsity}}
+    if method != "static":
+        prune["rewire"] = {method: moves(config, steps)}
+    return jp.recipes.parse({"prune": prune})
+
+
+def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any]]:
+    """For each method of sparse training an optimizer, as a function of the first masks and a key.
+
+    As `recipe`, but with masks that are given, so that each is compiled once for all sparsities.
+    """
+    adam, when = optax.adam(config.lr), moves(config, steps)
     return {
         "static": _train.fixed(adam),
-        "set": lambda masks, key: jp.wrap_optax(adam, jp.set_(masks, seed=key, **moves)),
-        "rigl": lambda masks, key: jp.wrap_optax(adam, jp.rigl(masks, **moves)),
+        "set": lambda masks, key: jp.wrap_optax(adam, jp.set_(masks, seed=key, **when)),
+        "rigl": lambda masks, key: jp.wrap_optax(adam, jp.rigl(masks, **when)),
     }
-
-
-def gradual_optimizer(config: Config, sparsity: float, steps: int) -> Callable[..., Any]:
-    """The same for gradual pruning from dense, along the cubic schedule."""
-    begin, end = steps // 10, steps * 3 // 4
-    cubic = jp.schedules.cubic(sparsity, begin_step=begin, end_step=end)
-    every = max(1, (end - begin) // config.mask_updates)
-    tx = jp.wrap_optax(optax.adam(config.lr), jp.pruner(jp.scores.magnitude, cubic, every=every))
-    return lambda masks, key: tx
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -133,10 +146,15 @@ def run(config: Config) -> list[dict[str, Any]]:
         fits = {method: fitter(optimizer) for method, optimizer in sparse_optimizers(config, steps).items()}
         train_and_record("dense", 0.0, ones, fits["static"])
         for sparsity in config.sparsities:
+            for method in METHODS:
+                own = recipe(config, method, sparsity, steps)
+                _recipes.save_method(config.out, f"{method}-{sparsity:g}", own)
             masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(init, mask_keys)
             for method, fit in fits.items():
                 train_and_record(method, sparsity, masks, fit)
-            gradual = fitter(gradual_optimizer(config, sparsity, steps))
+            pruner = recipe(config, "gradual", sparsity, steps).pruner(jax.tree.map(lambda x: x[0], init))
+            tx = jp.wrap_optax(optax.adam(config.lr), pruner)
+            gradual = fitter(lambda masks, key, tx=tx: tx)
             train_and_record("gradual", sparsity, ones, gradual)
     return lines
 

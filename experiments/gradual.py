@@ -26,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _tables, _train
+from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
@@ -59,15 +59,17 @@ METHODS = {
 }
 
 
-def gradual_pruner(config: Config, sparsity: float, scope: str, steps_per_epoch: int) -> jp.Pruner:
-    """The cubic schedule in steps, with its cadence."""
+def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -> jp.recipes.Recipe:
+    """What a method prunes by: along the cubic schedule in steps, or in one go."""
+    if method == "one-shot":
+        return jp.recipes.parse({"prune": {"score": "magnitude", "sparsity": sparsity}})
+    if method == "random":
+        return jp.recipes.parse({"prune": {"score": "random", "sparsity": sparsity, "scope": "layerwise"}})
     begin, end = config.begin_epoch * steps_per_epoch, config.end_epoch * steps_per_epoch
-    return jp.pruner(
-        jp.scores.magnitude,
-        sparsity=jp.schedules.cubic(sparsity, begin_step=begin, end_step=end),
-        scope=scope,
-        every=max(1, (end - begin) // config.mask_updates),
-    )
+    cubic = {"sparsity": sparsity, "begin_step": begin, "end_step": end}
+    every = max(1, (end - begin) // config.mask_updates)
+    prune = {"score": "magnitude", "sparsity": {"cubic": cubic}, "scope": method, "every": every}
+    return jp.recipes.parse({"prune": prune})
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -113,20 +115,25 @@ def run(config: Config) -> list[dict[str, Any]]:
         half_trained = fit(init, ones, keys, before, bar)
         record("dense", 0.0, fit(half_trained, ones, tune_keys, config.tune_epochs, bar), ones)
         for sparsity in config.sparsities:
+            pruners = {}
+            for method in METHODS:
+                own = recipe(config, method, sparsity, steps_per_epoch)
+                pruners[method] = own.pruner(jax.tree.map(operator.itemgetter(0), init))
+                _recipes.save_method(config.out, f"{method}-{sparsity:g}", own)
             for scope in ("global", "layerwise"):
                 bar.set_description(f"{METHODS[scope]} {sparsity:.0%}")
-                tx = jp.wrap_optax(adam, gradual_pruner(config, sparsity, scope, steps_per_epoch))
+                tx = jp.wrap_optax(adam, pruners[scope])
                 gradually = _train.fitter(model, tx, config.batch_size, train_split)
                 params, opt_state = gradually(init, keys, config.epochs, bar)
                 record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
 
             bar.set_description(f"{METHODS['one-shot']} {sparsity:.0%}")
-            prune = partial(jp.prune_once, scores=jp.scores.magnitude, sparsity=sparsity)
+            prune = partial(jp.prune_rounds, pruner=pruners["one-shot"], rounds=1)
             masks = jax.vmap(prune)(half_trained)
             record("one-shot", sparsity, fit(half_trained, masks, tune_keys, config.tune_epochs, bar), masks)
 
             bar.set_description(f"{METHODS['random']} {sparsity:.0%}")
-            prune = partial(jp.prune_once, scores=jp.scores.random, sparsity=sparsity, scope="layerwise")
+            prune = partial(jp.prune_rounds, pruner=pruners["random"], rounds=1)
             masks = jax.vmap(prune)(init, key=mask_keys)
             record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
     return lines

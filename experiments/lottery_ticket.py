@@ -36,7 +36,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _tables, _train
+from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
 from experiments._models import MLP
@@ -138,10 +138,11 @@ def settings(config: Config) -> Preset:
     return chosen
 
 
-def layer_pruner(rate: float, last_rate: float, last: str) -> jp.Pruner:
+def recipe(rate: float, last_rate: float, last: str) -> jp.recipes.Recipe:
     """Magnitude pruning of each layer by a fraction of what is left, per level."""
     rates = {f"fc{index}/kernel": rate for index in (1, 2, 3)} | {last: last_rate}
-    return jp.pruner(jp.scores.magnitude, rates, scope="layerwise", of="remaining")
+    prune = {"score": "magnitude", "sparsity": {"per_path": rates}, "scope": "layerwise", "of": "remaining"}
+    return jp.recipes.parse({"prune": prune})
 
 
 def vmapped(pruner: jp.Pruner) -> jp.Pruner:
@@ -176,7 +177,8 @@ class Study:
             ones = jp.ones_masks(self.init)
             self.init = whole_run(late)(self.init, ones, self.train_keys).params
             self.other_init = whole_run(late)(self.other_init, ones, self.train_keys).params
-        pruner = layer_pruner(self.settings.rate, self.settings.last_rate, "fc3/kernel")
+        self.recipe = recipe(self.settings.rate, self.settings.last_rate, "fc3/kernel")
+        pruner = self.recipe.pruner(jax.tree.map(operator.itemgetter(0), self.init))
         self.pruner = vmapped(pruner)
         # The level is traced, so this is compiled once for all of them.
         self.one_shot = jax.jit(
@@ -268,6 +270,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         stores = {method: stack.enter_context(Checkpoints(folder / method, same)) for method in chains}
         study = Study(config)
         results = stack.enter_context(Results(config.out, "lottery_ticket", config))
+        _recipes.save_method(config.out, "ticket", study.recipe)
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
         def measured(method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _tables, _train
+from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
@@ -66,12 +66,26 @@ def epochs(config: Config) -> int:
     return {"mnist": 8, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
+def recipe(method: str, compression: float, rounds: int) -> jp.recipes.Recipe:
+    """What a method prunes by."""
+    sparsity = 1 - 1 / compression
+    # After k of n rounds the density is d^(k/n).
+    levels = {"geometric": 1 - (1 - sparsity) ** (1 / rounds)}
+    methods: dict[str, dict[str, Any]] = {
+        "random": {"scope": "layerwise"},
+        "erk": {"score": "random", "scope": "layerwise", "sparsity": {"erk": sparsity}},
+        "synflow-1": {"score": "synflow"},
+        "synflow": {"sparsity": levels},
+    }
+    default = {"score": method, "sparsity": sparsity, "floor": 0}
+    return jp.recipes.parse({"prune": default | methods.get(method, {})})
+
+
 def criteria(
     widths: tuple[int, ...], batch: tuple[jax.Array, jax.Array], compression: float, rounds: int
 ) -> dict[str, Callable[[Any, jax.Array], Any]]:
     """For each method `masks(params, key)`, which keep 1/compression of the weights."""
     raw = MLP(widths, logits=True)
-    sparsity = 1 - 1 / compression
 
     def loss_fn(params, batch, temperature=1.0):
         x, y = batch
@@ -81,26 +95,21 @@ def criteria(
     def apply_fn(params, x):
         return raw.apply({"params": params}, x)
 
-    prune = partial(jp.prune_once, sparsity=sparsity, floor=0)
-    grasp = jp.scores.grasp(partial(loss_fn, temperature=200.0))
-    flow = jp.scores.synflow(apply_fn, batch[0])
-    # After k of n rounds the density is d^(k/n).
-    levels = jp.schedules.geometric(1 - (1 - sparsity) ** (1 / rounds))
-    slow_flow = jp.pruner(flow, levels, floor=0)
+    params = jax.eval_shape(lambda key: raw.init(key, batch[0])["params"], jax.random.key(0))
 
-    def erk(params, key):
-        densities = jp.distributions.erk(params, sparsity)
-        return jp.prune_once(params, jp.scores.random, densities, key=key, scope="layerwise", floor=0)
+    def masks_of(method: str) -> Callable[[Any, jax.Array], Any]:
+        own = recipe(method, compression, rounds)
+        # The only loss that a score here is made of is that of GraSP, which takes it at a temperature.
+        given = {"loss_fn": partial(loss_fn, temperature=200.0), "apply_fn": apply_fn, "x": batch[0]}
+        pruner, times = own.pruner(params, **given), 1 if own.once else rounds
 
-    return {
-        "random": lambda params, key: prune(params, jp.scores.random, key=key, scope="layerwise"),
-        "erk": erk,
-        "magnitude": lambda params, key: prune(params, jp.scores.magnitude),
-        "snip": lambda params, key: prune(params, jp.scores.snip, grads=jax.grad(loss_fn)(params, batch)),
-        "grasp": lambda params, key: prune(params, grasp, batch=batch),
-        "synflow-1": lambda params, key: prune(params, flow),
-        "synflow": lambda params, key: jp.prune_rounds(params, slow_flow, rounds),
-    }
+        def masks(params: Any, key: jax.Array) -> Any:
+            grads = jax.grad(loss_fn)(params, batch) if method == "snip" else None
+            return jp.prune_rounds(params, pruner, times, key=key, grads=grads, batch=batch)
+
+        return masks
+
+    return {method: masks_of(method) for method in METHODS}
 
 
 def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
@@ -157,6 +166,9 @@ def run(config: Config) -> list[dict[str, Any]]:
 
         train_and_record("dense", 1, jp.ones_masks(init))
         for compression in config.compressions:
+            for method in METHODS:
+                own = recipe(method, compression, config.rounds)
+                _recipes.save_method(config.out, f"{method}-{compression:g}x", own)
             for method, masks_of in criteria(widths, batch, compression, config.rounds).items():
                 masks = jax.jit(_train.over_seeds(masks_of))(init, mask_keys)
                 train_and_record(method, compression, masks)

@@ -309,7 +309,8 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     text = ["seed  network  sparsity  of model      kept        MACs  accuracy %  file x"]
     for line in lines:
         smaller = f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""
-        row = f"{line['seed']:>4}  {line['method']:<7}  {line['sparsity']:>8.2%}  {line['sparsity_model']:>8.2%}"
+        row = f"{line['seed']:>4}  {line['method']:<7}"
+        row += f"  {line['sparsity']:>8.2%}  {line['sparsity_model']:>8.2%}"
         row += f"{line['kept']:>10,}{line['macs']:>12,}  {100 * line['accuracy']:>10.2f}  {smaller:>6}"
         text.append(row)
     text += ["", "without the channels that are dead:"] * any("compact_macs" in line for line in lines)

@@ -27,6 +27,7 @@ from experiments import (
     lottery_ticket,
     pruning_at_init,
 )
+from experiments._results import layers
 
 # The founding article's table, by fraction pruned per round: parameters left, size ratio, MACs ratio
 # in its count; for channels also which are alive, and what is left when they are taken out.
@@ -119,6 +120,12 @@ def test_gradual_study(tmp_path, capsys):
     for line in lines[2:]:
         assert line["kept"] == 300 + 100 + 10 + weights - round(0.9 * weights)
         assert line["achieved"] == pytest.approx(0.9, abs=1e-9)
+        assert line["kept"] == 410 + sum(kept for kept, _ in line["layers"].values())
+        assert [size for _, size in line["layers"].values()] == [64 * 300, 300 * 100, 100 * 10]
+        assert ("masks" in line) == (line["seed"] == 0)
+        if "masks" in line:
+            masks = jp.io.load(out / line["masks"]).params
+            assert layers(masks) == line["layers"]
     assert is_png(out / "accuracy.png")
     again = gradual.run(_config.parse(gradual.Config, [*flags.split(), "--out", str(tmp_path / "again")]))
     assert [line["accuracy"] for line in again] == [line["accuracy"] for line in lines]
@@ -136,7 +143,7 @@ LEFT = {0: 266200, 1: 213060, 3: 136511, 6: 70051, 7: 56094, 9: 35981, 12: 18506
 
 def test_the_counts_of_lenet_300_100_are_the_papers():
     params = _models.MLP().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
-    pruner = lottery_ticket.layer_pruner(0.2, 0.1, "fc3/kernel")
+    pruner = lottery_ticket.recipe(0.2, 0.1, "fc3/kernel").pruner(params)
     state = pruner.init(params)
     for level in range(20):
         if level in LEFT:
