@@ -343,8 +343,10 @@ def _probabilities(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, j
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    log_q = jax.nn.log_softmax(logits.astype(_wide(logits)))
+    # Looked at as numpy, on the host: in a traced function even constants become tracers.
+    values = np.asarray(labels) if is_concrete(labels) else None
     labels = jnp.asarray(labels)
+    log_q = jax.nn.log_softmax(logits.astype(_wide(logits)))
     if labels.shape == logits.shape:
         weights = labels.astype(log_q.dtype)
         return -jnp.sum(jnp.where(weights == 0, 0, weights * log_q), axis=-1)
@@ -356,10 +358,8 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels of shape {labels.shape} must be integers, got {describe(labels)}.")
     last = logits.shape[-1] - 1
-    if is_concrete(labels) and labels.size:
-        values = np.asarray(labels)  # on the host: in a traced function even constants compare as tracers
-        if values.min() < 0 or values.max() > last:
-            raise ValueError(f"labels must be 0 to {last}, got {values.min()} to {values.max()}.")
+    if values is not None and values.size and (values.min() < 0 or values.max() > last):
+        raise ValueError(f"labels must be 0 to {last}, got {values.min()} to {values.max()}.")
     known = (labels >= 0) & (labels <= last)
     picked = jnp.take_along_axis(log_q, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(known, -picked, jnp.nan)
