@@ -265,11 +265,8 @@ class Study:
             x, _ = self.task.test.batch(jnp.arange(size) % len(self.task.test.y))
             difference = self._dense_logits(masked, x) - logits(variables, x)
             errors.append(float(jnp.abs(difference).max()))
-            speed_ups[str(size)] = _channels.speed_up(
-                lambda x=x: self._dense_logits(masked, x),
-                lambda x=x: logits(variables, x),
-                self.chosen.timing_runs,
-            )
+            calls = {"dense": (self._dense_logits, masked, x), "small": (logits, variables, x)}
+            speed_ups[str(size)] = _channels.speed_up(calls, self.chosen.timing_runs)
         before = run.before and self.measures(run.before)
         return {
             **self.measures(self.scorer(run.small.apply)(variables)),

@@ -31,10 +31,11 @@ def latency(
     calls: Mapping[str, tuple[Any, ...]],
     rounds: int = 20,
     donate: Sequence[int] = (),
+    compiled: bool = True,
 ) -> dict[str, Latency]:
     """Measures compiled calls in turn, so that what slows the machine slows all of them.
 
-    Each function is compiled by `jax.jit` and called twice before it is measured. A measurement goes
+    Each function is compiled by `jax.jit`, and called twice before it is measured. A measurement goes
     from the call to the output being ready (`jax.block_until_ready`), over as many calls in a row as
     take about a millisecond. The order changes from round to round.
 
@@ -44,6 +45,7 @@ def latency(
       rounds: how often each is measured.
       donate: the arguments whose buffers the call may write to, counted from 0. They are copied
         before each call; copying is not measured.
+      compiled: False to call the functions as they are, op by op if they are not jitted.
 
     Returns:
       A `Latency` for each name. Times depend on the machine: quote their ratios.
@@ -60,7 +62,7 @@ def latency(
     """
     if not calls or rounds < 1:
         raise ValueError(f"latency needs calls and rounds >= 1, got {len(calls)} calls and rounds={rounds}.")
-    timers = {name: _timer(name, call, tuple(donate)) for name, call in calls.items()}
+    timers = {name: _timer(name, call, tuple(donate), compiled) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for number in range(rounds):
@@ -77,7 +79,7 @@ def _latency(times: Sequence[float]) -> Latency:
     return Latency(median, low, high, len(times))
 
 
-def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...]) -> Callable[[], float]:
+def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...], compiled: bool) -> Callable[[], float]:
     """Measures one call, once it is warm."""
     function, *arguments = call
     if not all(0 <= n < len(arguments) for n in donate):
@@ -85,9 +87,10 @@ def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...]) -> Callabl
     pieces = [split_static([argument]) for argument in arguments]
     given = [jax.tree.map(jnp.asarray, arrays) for arrays, _ in pieces]
 
-    @jax.jit(donate_argnums=donate)
-    def compiled(*arrays: Any) -> Any:
+    def plain(*arrays: Any) -> Any:
         return function(*(rebuild(own)[0] for own, (_, rebuild) in zip(arrays, pieces, strict=True)))
+
+    run = jax.jit(plain, donate_argnums=donate) if compiled else plain
 
     def batch(repeats: int) -> float:
         copies = [
@@ -97,7 +100,7 @@ def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...]) -> Callabl
         jax.block_until_ready(copies)
         start = time.perf_counter()
         for number in range(repeats):
-            jax.block_until_ready(compiled(*copies[number if donate else 0]))
+            jax.block_until_ready(run(*copies[number if donate else 0]))
         return (time.perf_counter() - start) / repeats
 
     batch(1)
