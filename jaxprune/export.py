@@ -1,0 +1,384 @@
+"""Networks as files that run elsewhere: StableHLO by `jax.export`, ONNX by jax2onnx.
+
+Each takes a function and params, whatever they are: `apply_fn` and dense params, or
+`jp.apply_masks(params, masks)`, or the `small.apply` and `small.params` of `jp.compact`. Both formats
+are dense, so a masked network's file is as large as the dense one's; only a compacted one is smaller.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export  # jax does not import it by itself
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.io.atomic import replacing
+from jaxprune.io.format import FileError
+from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
+from jaxprune.paths import array_leaves, describe, is_concrete
+from jaxprune.typing import Params
+
+__all__ = ["Program", "load", "onnx", "stablehlo"]
+
+
+class Program:
+    """An exported function: `program(params, *inputs)`, or `program(*inputs)` if params are frozen.
+
+    It may be called under `jit`. Params may be of another kind of tree than those it was made of, as
+    long as paths, shapes and dtypes are the same.
+
+    Attributes:
+      exported: the `jax.export.Exported` behind it, which takes the params as a flat dict by path.
+      frozen: whether the params are constants of the program.
+    """
+
+    def __init__(self, exported: jax.export.Exported):
+        self.exported = exported
+        arguments, _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        self.frozen = len(arguments) == 1
+        self._params, self._inputs = ({}, *arguments) if self.frozen else arguments
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the program.
+
+        Raises:
+          TypeError: another number of inputs, or an input that is no array: what was none was fixed.
+          ValueError: params of other paths, shapes or dtypes, by name; inputs of other shapes.
+        """
+        wanted = len(self._inputs) + (not self.frozen)
+        if len(arguments) != wanted:
+            names = [*(() if self.frozen else ("params",)), *(f"input {n}" for n in range(len(self._inputs)))]
+            raise TypeError(
+                f"the program takes {wanted} arguments ({', '.join(names)}), got {len(arguments)}. "
+                "What was no array when it was exported is part of it."
+            )
+        inputs = arguments if self.frozen else arguments[1:]
+        for number, leaf in enumerate(jax.tree.leaves(inputs)):
+            if isinstance(leaf, (bool, str)) or callable(leaf):
+                raise TypeError(
+                    f"leaf {number} of the inputs is {leaf!r}, but the program takes arrays alone."
+                )
+        if self.frozen:
+            return self.exported.call(inputs)
+        leaves = array_leaves(arguments[0])
+        if leaves.keys() != self._params.keys():
+            missing = ", ".join(sorted(self._params.keys() - leaves.keys())) or "none"
+            extra = ", ".join(sorted(leaves.keys() - self._params.keys())) or "none"
+            raise ValueError(f"params are not those of the program. Missing: {missing}. Not in it: {extra}.")
+        for path, leaf in leaves.items():
+            if describe(leaf) != describe(self._params[path]):
+                raise ValueError(
+                    f"params[{path!r}] is {describe(leaf)}; the program takes {describe(self._params[path])}."
+                )
+        return self.exported.call(leaves, inputs)
+
+    def to_bytes(self) -> bytes:
+        """The program as bytes, which `jax.export.deserialize` reads too.
+
+        Raises:
+          ValueError: inputs or outputs are in containers that `jax.export` does not know.
+        """
+        return bytes(self.exported.serialize())
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Writes the bytes to a file, whole or not at all, and returns how many they are."""
+        data = self.to_bytes()
+        with replacing(path) as new:
+            new.write_bytes(data)
+        return len(data)
+
+
+def stablehlo(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    frozen: bool = False,
+    batch: str | None = "b",
+    platforms: Sequence[str] | None = None,
+) -> Program:
+    """Exports a function as StableHLO, which later versions of JAX, TensorFlow and others run.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: a pytree of arrays.
+      *inputs: examples, arrays or `jax.ShapeDtypeStruct`, in containers or not. Bools, strings and
+        functions are static: they become part of the program, which takes the other inputs alone.
+      frozen: make params constants of the program, which then takes the inputs alone. Otherwise the
+        program takes params too, and its file does not hold them.
+      batch: the name of the first axis of every array among the inputs, which may then have any size;
+        None for the sizes of the examples.
+      platforms: where the program is to run, as in `("cpu", "cuda", "tpu")`; by default where it is made.
+
+    Returns:
+      A `Program`.
+
+    Raises:
+      ValueError: first axes of different sizes; or the function cannot be traced without knowing the
+        size of the batch.
+      TypeError: an input in which static values and arrays are mixed.
+
+    Example:
+      >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"w": jnp.ones((3, 2))}
+      >>> program = jp.export.stablehlo(lambda params, x: x @ params["w"], params, jnp.ones((1, 3)))
+      >>> file = os.path.join(tempfile.mkdtemp(), "program")
+      >>> size = program.save(file)
+      >>> jp.export.load(file)(params, jnp.ones((5, 3))).shape
+      (5, 2)
+    """
+    arrays, function = _arrays_alone(apply_fn, inputs)
+    specs = _specs(arrays, batch)
+    leaves, treedef = array_leaves(params), jax.tree.structure(params)
+
+    def by_path(leaves: dict[str, Any], inputs: Any) -> Any:
+        return function(treedef.unflatten([leaves[path] for path in paths]), inputs)
+
+    paths = list(leaves)
+    export = jax.export.export(
+        jax.jit((lambda inputs: by_path(leaves, inputs)) if frozen else by_path), platforms=platforms
+    )
+    arguments = (specs,) if frozen else ({path: abstract(leaf) for path, leaf in leaves.items()}, specs)
+    return Program(_with_batch(batch, lambda: export(*arguments)))
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Reads a program that `Program.save` wrote. It is a program: load what you trust.
+
+    Raises:
+      FileError: a ValueError: the file is not a program.
+    """
+    data = bytearray(Path(path).read_bytes())
+    try:
+        return Program(jax.export.deserialize(data))
+    except Exception as error:  # what a parser of another's format may raise
+        raise FileError(
+            f"{os.fspath(path)}: not an exported program ({type(error).__name__}: {error})."
+        ) from None
+
+
+def onnx(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    batch: str | None = "b",
+    path: str | os.PathLike[str] | None = None,
+    verify: bool = True,
+) -> bytes:
+    """Exports a function as ONNX, with the params as its constants.
+
+    The function is traced by JAX first, and what jax2onnx sees is primitives alone, so flax, equinox
+    and plain functions, dense or compacted, are all the same to it. Calls are inlined, and axes that a
+    maximum over windows leaves alone are made one, since onnxruntime pools over three axes at most.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: a pytree of arrays.
+      *inputs: examples, as for `stablehlo`.
+      batch: as for `stablehlo`.
+      path: a file to write the model to, whole or not at all.
+      verify: run the model under onnxruntime, on the inputs and (with a symbolic batch) on twice as
+        many, and compare its outputs with the function's; not done for inputs without values.
+
+    Returns:
+      The model as bytes. `onnxruntime.InferenceSession(model)` takes them; inputs are in the order of
+      `jax.tree.leaves(inputs)`, outputs in that of the output's leaves.
+
+    Raises:
+      ImportError: jax2onnx or onnxruntime is not installed.
+      NotImplementedError: jax2onnx, or onnxruntime, cannot do what the function does; the message says what.
+      RuntimeError: the model gives other outputs than the function.
+      ValueError, TypeError: as for `stablehlo`.
+    """
+    convert, runtime = _packages()
+    arrays, function = _arrays_alone(apply_fn, inputs)
+    leaves, treedef = jax.tree.flatten(_specs(arrays, batch))
+
+    def flat(*leaves: Any) -> list[Any]:
+        return jax.tree.leaves(function(params, treedef.unflatten(leaves)))
+
+    closed = _with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
+    try:
+        with _quiet():
+            model = convert(lambda *given: _replay(closed.jaxpr, closed.consts, given), inputs=leaves)
+        model = model.SerializeToString()
+    except Exception as error:  # what another package may raise
+        raise NotImplementedError(
+            f"jax2onnx cannot convert the function ({type(error).__name__}: {error}). "
+            "jp.export.stablehlo can."
+        ) from error
+    if verify and is_concrete(arrays, params):
+        _compare(runtime, model, function, params, arrays)
+        if batch is not None:
+            _compare(runtime, model, function, params, jax.tree.map(_twice, arrays))
+    if path is not None:
+        with replacing(path) as new:
+            new.write_bytes(model)
+    return model
+
+
+def _packages() -> tuple[Callable[..., Any], Any]:
+    try:
+        with _quiet():
+            import onnxruntime
+            from jax2onnx import to_onnx
+    except ImportError as error:
+        raise ImportError(f"ONNX files need more packages ({error}): pip install 'jaxprune[onnx]'") from None
+    return to_onnx, onnxruntime
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what jax2onnx says of its own making: of jax's deprecations, of plugins that do not load."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _arrays_alone(
+    apply_fn: Callable[..., Any], inputs: Sequence[Any]
+) -> tuple[tuple[Any, ...], Callable[..., Any]]:
+    """The inputs that are arrays, and the function of params and a tuple of these."""
+    moving = []
+    for number, given in enumerate(inputs):
+        arrays, _ = split_static((given,))
+        if arrays and len(arrays) < len(jax.tree.leaves(given)):
+            raise TypeError(
+                f"input {number} mixes arrays with what is none; pass them as inputs of their own."
+            )
+        if arrays:
+            moving.append(number)
+
+    def function(params: Params, arrays: Sequence[Any]) -> Any:
+        every = list(inputs)
+        for number, array in zip(moving, arrays, strict=True):
+            every[number] = array
+        return apply_fn(params, *every)
+
+    return tuple(inputs[number] for number in moving), function
+
+
+def _specs(inputs: Any, batch: str | None) -> Any:
+    """Shapes and dtypes of the inputs, the first axis of each a symbol."""
+    specs = jax.tree.map(abstract, inputs)
+    if batch is None:
+        return specs
+    sizes = sorted({leaf.shape[0] for leaf in jax.tree.leaves(specs) if leaf.shape})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the first axes of the inputs have the sizes {', '.join(map(str, sizes))}, so not all are the "
+            "batch. Pass batch=None, and jax.ShapeDtypeStruct with symbolic sizes where you want them."
+        )
+    (symbol,) = jax.export.symbolic_shape(batch)
+    return jax.tree.map(
+        lambda leaf: leaf.update(shape=(symbol, *leaf.shape[1:])) if leaf.shape else leaf, specs
+    )
+
+
+def _with_batch(batch: str | None, trace: Callable[[], Any]) -> Any:
+    try:
+        return trace()
+    except Exception as error:
+        if batch is None or not ("symbolic" in str(error) or "Inconclusive" in type(error).__name__):
+            raise
+        raise ValueError(
+            f"the function cannot be traced with a batch of any size {batch!r} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Pass batch=None for that of the examples."
+        ) from error
+
+
+def _replay(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """Applies a jaxpr, with calls inlined and maxima over windows as ONNX takes them."""
+    env = dict(zip(jaxpr.invars, inputs, strict=True)) | dict(zip(jaxpr.constvars, consts, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if hasattr(atom, "val") else env[atom]
+
+    for eqn in jaxpr.eqns:
+        given = list(map(read, eqn.invars))
+        if eqn.primitive.name in CALLS:
+            inner = called_jaxpr(eqn)
+            out = _replay(inner.jaxpr, inner.consts, given)
+        elif eqn.primitive.name == "reduce_window_max":
+            out = [_window_max(given[0], eqn)]
+        else:
+            out = binder(eqn)(*given)
+        env.update(zip(eqn.outvars, out, strict=True))
+    return list(map(read, jaxpr.outvars))
+
+
+def _window_max(x: jax.Array, eqn: Any) -> Any:
+    """`reduce_window_max` with all axes that it leaves alone made one, the first.
+
+    jax2onnx pools over every axis, and onnxruntime over three at most.
+    """
+    names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    settings = {name: tuple(eqn.params[name]) for name in names}
+    padding = tuple(map(tuple, eqn.params["padding"]))
+    alone = [
+        axis for axis in range(x.ndim)
+        if all(values[axis] == 1 for values in settings.values()) and padding[axis] == (0, 0)
+    ]  # fmt: skip
+    moving = [axis for axis in range(x.ndim) if axis not in alone]
+    if x.ndim <= 3 or not moving:
+        return binder(eqn)(x)[0]
+    order = [*alone, *moving]
+    front = [x.shape[axis] for axis in alone]
+    rows = jnp.transpose(x, order).reshape(-1, *(x.shape[axis] for axis in moving))
+    # Bound as it was, so with no -inf to start from: padding is never the largest.
+    pooled = eqn.primitive.bind(
+        rows,
+        padding=((0, 0), *(padding[axis] for axis in moving)),
+        **{name: (1, *(values[axis] for axis in moving)) for name, values in settings.items()},
+    )
+    return jnp.transpose(pooled.reshape(*front, *pooled.shape[1:]), np.argsort(order).tolist())
+
+
+def _twice(leaf: Any) -> Any:
+    leaf = np.asarray(leaf)
+    return np.concatenate([leaf, leaf]) if leaf.ndim else leaf
+
+
+def _compare(runtime: Any, model: bytes, function: Any, params: Params, inputs: Any) -> None:
+    """Runs a model beside its function.
+
+    Raises:
+      RuntimeError: they differ by more than a thousandth of the largest output.
+    """
+    wanted = list(map(np.asarray, jax.tree.leaves(function(params, inputs))))
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well
+    try:
+        session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]
+        leaves = map(np.asarray, jax.tree.leaves(inputs))
+        got = session.run(None, dict(zip(names, leaves, strict=True)))
+    except Exception as error:  # what another package may raise
+        raise NotImplementedError(f"onnxruntime cannot run the model that jax2onnx made: {error}") from error
+    for number, (ours, theirs) in enumerate(zip(wanted, got, strict=True)):
+        theirs = np.asarray(theirs)
+        if ours.shape != theirs.shape:
+            raise RuntimeError(
+                f"output {number} of the ONNX model has shape {theirs.shape}, not {ours.shape}."
+            )
+        difference = np.abs(theirs.astype(np.float64) - ours.astype(np.float64))
+        largest = np.abs(ours.astype(np.float64)).max(initial=0.0)
+        if not difference.max(initial=0.0) <= 1e-3 * largest + 1e-6:
+            raise RuntimeError(
+                f"output {number} of the ONNX model differs by {difference.max():.3g} from the function's, "
+                f"whose largest is {largest:.3g}. This is a bug in jax2onnx or in jaxprune; "
+                "jp.export.stablehlo gives the function itself."
+            )
