@@ -6,6 +6,7 @@ Masks are pytrees that mirror the params; pure functions make and apply them ins
 from jaxprune import (
     distillation,
     distributions,
+    export,
     graph,
     io,
     l0,
@@ -90,6 +91,7 @@ __all__ = [
     "distillation",
     "distributions",
     "error_barrier",
+    "export",
     "graph",
     "intersect",
     "io",
