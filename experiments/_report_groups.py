@@ -13,6 +13,7 @@ Lines that have different factors are in different parts, each with tables of it
 have some of the factors of the other and measure the same.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -125,7 +126,7 @@ def _wider(shape: tuple, measured: Mapping[tuple, set[str]]) -> tuple:
 def numbers(values: Sequence[Any]) -> list[float]:
     """All numbers among values and in lists of them; truth counts as 1."""
     flat = (x for value in values for x in (value if isinstance(value, list) else (value,)))
-    return [_float(x) for x in flat if _is_number(x)]
+    return [float(x) for x in flat if _is_number(x)]
 
 
 def over(values: Sequence[float], lines: int) -> Figure:
@@ -152,7 +153,7 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
-        return str(value) if abs(value) < 10**15 else f"{_float(value):.6g}"
+        return str(value) if abs(value) < 10**15 else f"{value:.6g}"
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list):
@@ -180,7 +181,7 @@ def _part(factors: list[str], lines: list[Line]) -> Part:
 
     def rank(key: tuple) -> tuple:
         own = key[len(factors) :]
-        return order[key[: len(factors)]], tuple(-math.inf if x is None else _float(x) for x in own)
+        return order[key[: len(factors)]], tuple(-math.inf if x is None else float(x) for x in own)
 
     groups = []
     for key in sorted(found, key=rank):
@@ -205,7 +206,7 @@ def _levels(factors: list[str], numeric: list[str], lines: list[Line]) -> tuple[
 
     names = [n for n in numeric if not _is_result(n)]
     names = [n for n in names if not _constant(n, every) and _crossed(n, every)]
-    names = [n for n in names if not any(isinstance(f.get(n), float) and math.isnan(f[n]) for f in every)]
+    names = [n for n in names if all(f.get(n) is None or math.isfinite(f[n]) for f in every)]
     if not seeded:
         # Without seeds a number that never comes back tells nothing apart, unless it counts.
         names = [n for n in names if not rank(n)[1] or not rank(n)[0] or _counts(n, factors, every)]
@@ -228,9 +229,9 @@ def _counts(name: str, factors: list[str], every: Sequence[Mapping[str, Any]]) -
     found: dict[tuple, list[float]] = {}
     for fields in every:
         if fields.get(name) is not None:
-            found.setdefault(tuple(fields.get(f) for f in factors), []).append(_float(fields[name]))
-    steps = [np.diff(values) for values in found.values() if len(values) > 1]
-    return bool(steps) and (all((s > 0).all() for s in steps) or all((s < 0).all() for s in steps))
+            found.setdefault(tuple(fields.get(f) for f in factors), []).append(float(fields[name]))
+    steps = [step for values in found.values() for step in itertools.pairwise(values)]
+    return bool(steps) and (all(a < b for a, b in steps) or all(a > b for a, b in steps))
 
 
 def _key(line: Line, factors: Sequence[str], levels: Sequence[str]) -> tuple:
@@ -284,13 +285,6 @@ def _is_fraction(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-def _float(value: Any) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # a whole number beyond the floats
-        return math.inf if value > 0 else -math.inf
 
 
 def _is_baseline(factors: tuple, levels: Sequence[str], values: tuple) -> bool:

@@ -170,7 +170,10 @@ def _read_file(file: Path) -> tuple[list[Line], bool]:
 
 
 def _line(file: Path, number: int, row: bytes) -> Line:
-    data = json.loads(row.decode("utf-8"))
+    # Whole numbers beyond the floats are infinite, here and for all that follows.
+    data = json.loads(
+        row.decode("utf-8"), parse_int=lambda digits: (int if len(digits) < 300 else float)(digits)
+    )
     if not isinstance(data, dict):
         raise ValueError(f"got a {type(data).__name__}")
     layers, rest = {}, {}
