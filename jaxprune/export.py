@@ -358,7 +358,7 @@ def _compare(runtime: Any, model: bytes, function: Any, params: Params, inputs: 
     Raises:
       RuntimeError: they differ by more than a thousandth of the largest output.
     """
-    wanted = list(map(np.asarray, jax.tree.leaves(function(params, inputs))))
+    wanted = list(map(np.asarray, jax.tree.leaves(jax.jit(function)(params, inputs))))
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well
     try:
