@@ -145,12 +145,13 @@ def ranges(medians: Sequence[float], figures: Sequence[Figure]) -> list[str]:
 def _writer(values: Sequence[float], digits: int | None, whole: bool) -> Callable[..., str]:
     """How numbers of a column are written, from its size: whole, with fixed digits, or with an exponent."""
     sizes = [abs(x) for x in values if x and math.isfinite(x)]
-    most, least = max(sizes, default=1.0), min(sizes, default=1.0)
+    most = max(sizes, default=1.0)
+    least = min((size for size in sizes if size > 1e-12 * most), default=1.0)  # the rest is rounding
     if whole and most < 1e15:
         return lambda x, deviation=False: f"{x:,.0f}"
     if digits is None:
         if most >= 1e9 or most < 1e-2 or most / least > 1e5:
-            return lambda x, deviation=False: f"{x:.1e}" if deviation else f"{x:.3g}"
+            return lambda x, deviation=False: f"{x:.2g}" if deviation else f"{x:.3g}"
         digits = max(0, min(6, 3 - math.floor(math.log10(most))))
     return lambda x, deviation=False: f"{x:,.{digits}f}"
 

@@ -11,6 +11,7 @@ from experiments import _report_blocks as blocks
 from experiments import _report_curves as curves
 from experiments import _report_groups as groups
 from experiments import _report_layers as layers
+from experiments import _report_names as names
 from experiments._report_blocks import Block, Cell, Code, Heading, Image, Images, Table, Text
 from experiments._report_groups import Group, Part
 from experiments._report_read import Line, Section, differing, distinct
@@ -42,13 +43,15 @@ def _title(section: Section) -> str:
 def _section(section: Section, anchor: str) -> Iterator[Block]:
     parts = groups.parts(section.lines)
     yield Text(_lead(section.lines, parts))
-    if len(parts) > 1 and (shared := _shared(parts)):
-        yield _same(shared)
+    shared = _shared(parts) if len(parts) > 1 else {}
+    yield from _remarked(shared)
+    if rest := {name: value for name, value in shared.items() if not _is_remark(name, value)}:
+        yield _same(rest)
     for number, part in enumerate(parts, start=1):
         own = f"{anchor}-{number}" if len(parts) > 1 else anchor
         if len(parts) > 1:
             yield Heading(3, _part_title(part), own)
-        yield from _part(part, own)
+        yield from _part(part._replace(same={k: v for k, v in part.same.items() if k not in shared}), own)
     yield from layers.sparsity(parts, anchor)
     yield from layers.pictures(parts, anchor)
     yield from _runs(section, anchor)
@@ -92,6 +95,15 @@ def _shared(parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
+def _is_remark(name: str, value: Any) -> bool:
+    return isinstance(value, str) and re.search("note|remark|comment", name.lower()) is not None
+
+
+def _remarked(same: dict[str, Any]) -> Iterator[Block]:
+    """A study's own words about all of its lines."""
+    yield from (Text(f"{k.capitalize()}: {v}") for k, v in same.items() if _is_remark(k, v))
+
+
 def _part_title(part: Part) -> str:
     for name, value in part.same.items():
         if isinstance(value, str) and len(value) < 40:
@@ -106,10 +118,7 @@ def _same(same: dict[str, Any]) -> Table:
 
 def _part(part: Part, anchor: str) -> Iterator[Block]:
     figure = curves.headline(part)
-    same = dict(part.same)
-    for name, value in part.same.items():  # a study's own words come first
-        if isinstance(value, str) and re.search("note|remark|comment", name.lower()):
-            yield Text(f"{name.capitalize()}: {same.pop(name)}")
+    yield from _remarked(part.same)
     if figure is not None:
         if text := _baseline(part, figure):
             yield Text(text)
@@ -124,8 +133,8 @@ def _part(part: Part, anchor: str) -> Iterator[Block]:
             yield Images(images)
     if part.figures:
         yield _every_figure(part)
-    if same:
-        yield _same(same)
+    if rest := {name: value for name, value in part.same.items() if not _is_remark(name, value)}:
+        yield _same(rest)
     if part.remarks:
         yield _remarks(part)
 
@@ -155,19 +164,20 @@ def _head(part: Part, name: str) -> str:
 
 
 def _baseline(part: Part, figure: str) -> str | None:
-    found = curves.baseline(part, figure)
-    if found is None or not found.found:
+    found = names.baselines(part, figure)
+    if not found or len(found) > 12:
         return None
-    text = blocks.column([found], figure in part.percent)[0]
+    texts = blocks.column(list(found.values()), figure in part.percent)
     unit = " %" if figure in part.percent else ""
-    return f"Nothing pruned: {figure} {text}{unit}."
+    named = (f"{text}{unit}{f' ({name})' if name else ''}" for name, text in zip(found, texts, strict=True))
+    return f"Nothing pruned: {figure} {'; '.join(named)}."
 
 
 def _by_method(part: Part, figure: str) -> Table | None:
     """A row for each level, a column for each combination of factors: what a study prints."""
     if not part.factors or not part.levels or figure in part.lists:
         return None
-    own = [group for group in part.groups if not curves.own_method(part, group)]
+    own = [group for group in part.groups if not names.own_method(group)]
     methods = list(dict.fromkeys(group.factors for group in own))
     rows = sorted(
         {g.levels: None for g in own}, key=lambda values: tuple(-np.inf if x is None else x for x in values)
@@ -176,13 +186,13 @@ def _by_method(part: Part, figure: str) -> Table | None:
         return None
     texts = dict(zip(((g.factors, g.levels) for g in own), _figures(part, figure, own), strict=True))
     table = [
-        [*(Cell(curves.level(part, name, x)) for name, x in zip(part.levels, values, strict=True)),
+        [*(Cell(names.level(part, name, x)) for name, x in zip(part.levels, values, strict=True)),
          *(Cell(texts.get((method, values), "-")) for method in methods)]
         for values in rows
     ]  # fmt: skip
-    heads = [_head(part, name) for name in part.levels] + [
-        ", ".join(curves.named(method)) or "all" for method in methods
-    ]
+    if len(texts) < len(rows) * len(methods) / 3:  # most of it would be empty
+        return None
+    heads = [_head(part, name) for name in part.levels] + list(map(names.namer(part), methods))
     return Table(f"{_head(part, figure)}{_meaning(table)}", heads, table, len(part.levels))
 
 
@@ -193,7 +203,7 @@ def _every_figure(part: Part) -> Table:
     heads = [*part.factors, *(_head(part, name) for name in part.levels)]
     rows = []
     for index, group in enumerate(shown):
-        levels = (curves.level(part, name, x) for name, x in zip(part.levels, group.levels, strict=True))
+        levels = (names.level(part, name, x) for name, x in zip(part.levels, group.levels, strict=True))
         own = [*map(groups.show, group.factors), *levels]
         own += [str(len(group.lines))] * (len(lines) > 1) + [texts[index] for texts in columns.values()]
         rows.append([Cell(text) for text in own])

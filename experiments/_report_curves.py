@@ -4,6 +4,7 @@ import io
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from experiments import _report_groups as groups
+from experiments import _report_names as names
 from experiments._plots import STYLES
 from experiments._report_blocks import clean
-from experiments._report_groups import Figure, Group, Part
+from experiments._report_groups import Group, Part
 
 # Stands for the colour of the text in an SVG, until the page or the file says which that is.
 INK = "#123456"
@@ -30,6 +32,7 @@ _HEADLINES = (
     "(^|[._])loss$",
     "error",
 )
+_ONE_LAYER = {"layer", "path", "tensor"}
 _SIZES = "params|nonzero|kept|macs|flops|density|sparsity|achieved|bytes|ratio"
 
 
@@ -88,7 +91,11 @@ def draw(part: Part, figure: str, axis: Axis, salt: str) -> tuple[str, str] | No
     if not curves:
         return None
     shown = dict(list(curves.items())[:_MOST_CURVES])
-    rows = math.ceil(len(shown) / 3)
+    dense = dict(list(names.baselines(part, figure).items())[:3])
+    labels = [f" {_short(name)}" for name in shown] + [
+        f" {_short(f'nothing pruned, {name}' if name else 'nothing pruned')}" for name in dense
+    ]
+    columns = min(3, max(1, 84 // (max(map(len, labels)) + 7)))
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
@@ -100,35 +107,33 @@ def draw(part: Part, figure: str, axis: Axis, salt: str) -> tuple[str, str] | No
     }
     with mpl.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters
-        canvas = Canvas(figsize=(5.4, 3.5 + 0.24 * rows), layout="constrained")
+        canvas = Canvas(figsize=(5.4, 3.5 + 0.24 * math.ceil(len(labels) / columns)), layout="constrained")
         plot: Any = canvas.subplots()
         banded = False
-        for index, (name, points) in enumerate(shown.items()):
+        for index, points in enumerate(shown.values()):
             colour, marker = STYLES[index % len(STYLES)]
             colour = INK if colour == "#000000" else colour
             x, mean, sd = (np.array(column) for column in zip(*points, strict=True))
             mean, sd = factor * mean, factor * sd
             line = "none" if axis.measured else ("-", "--")[index // len(STYLES) % 2]
-            plot.plot(
-                x, mean, color=colour, marker=marker, markersize=5, linestyle=line, label=f" {_short(name)}"
-            )
+            plot.plot(x, mean, color=colour, marker=marker, markersize=5, linestyle=line, label=labels[index])
             banded = banded or bool((sd > 0).any())
             if axis.measured:
                 plot.errorbar(x, mean, sd, fmt="none", ecolor=colour, alpha=0.5)
             elif (sd > 0).any():
                 plot.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2, linewidth=0)
-        dense = baseline(part, figure)
-        if dense is not None and dense.found:
-            plot.axhline(
-                factor * dense.mean, color="#808080", linestyle="--", linewidth=1, label="nothing pruned"
-            )
+        for index, found in enumerate(dense.values()):
+            if abs(found.mean) <= _MOST:
+                line = ("--", ":", "-.")[index]
+                label = labels[len(shown) + index]
+                plot.axhline(factor * found.mean, color="#808080", linestyle=line, linewidth=1, label=label)
         if axis.log:
             _ratio_axis(plot, [point[0] for points in shown.values() for point in points])
         plot.set_xlabel(_short(axis.title, 60))
         plot.set_ylabel(_short(f"{figure}, %" if factor == 100 else figure, 40))
         plot.grid(alpha=0.3)
         plot.spines[["top", "right"]].set_visible(False)
-        canvas.legend(loc="outside lower center", ncols=min(3, len(shown) + 1), frameon=False, fontsize=9)
+        canvas.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
         file = io.StringIO()
         keys = ("Date", "Creator", "Format", "Type")
         canvas.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(keys))
@@ -137,53 +142,27 @@ def draw(part: Part, figure: str, axis: Axis, salt: str) -> tuple[str, str] | No
     return file.getvalue(), f"{figure} against {axis.title}{spread}{more}."
 
 
-def level(part: Part, name: str, value: Any) -> str:
-    """A level as text, in percent if its name and values say so."""
-    if value is not None and name in part.percent:
-        return f"{100 * value:.6g}"
-    return groups.show(value)
-
-
-def levels(part: Part, group: Group, skip: int = 0) -> str:
-    """All levels of a group but the first few, as text: "sparsity 98 %"."""
-    named = list(zip(part.levels, group.levels, strict=True))[skip:]
-    percent = {name: " %" * (name in part.percent) for name, _ in named}
-    return ", ".join(f"{name} {level(part, name, value)}{percent[name]}" for name, value in named)
-
-
-def label(part: Part, group: Group, skip: int = 0) -> str:
-    """A group by its factors, and by all levels but the first few."""
-    return ", ".join(filter(None, [*named(group.factors), levels(part, group, skip)])) or "all"
-
-
-def named(factors: tuple) -> list[str]:
-    """The factors that a group has."""
-    return [groups.show(value) for value in factors if value is not None]
-
-
-def baseline(part: Part, figure: str) -> Figure | None:
-    """A figure of all lines where nothing is pruned."""
-    own = [line for group in part.groups if group.baseline for line in group.lines]
-    return groups.over(groups.numbers([line.fields.get(figure) for line in own]), len(own)) if own else None
-
-
-def own_method(part: Part, group: Group) -> bool:
-    """Whether a group is the baseline by name, a method of its own without levels to vary."""
-    return group.baseline and any(str(name).lower() in groups.BASELINES for name in group.factors)
-
-
 def _values(group: Group, figure: str) -> list[float]:
     return groups.numbers([line.fields.get(figure) for line in group.lines])
 
 
 def _curves(part: Part, figure: str, axis: Axis) -> dict[str, list[tuple[float, float, float]]]:
-    curves: dict[str, list[tuple[float, float, float]]] = {}
+    curves: dict[tuple, list[tuple[float, float, float]]] = {}
+    called: dict[tuple, str] = {}
+    name = names.namer(part)
     for group in part.groups:
         x, y = axis.of(group), group.figure(figure)
         if group.baseline or x is None or not y.found or max(abs(x), abs(y.mean), y.sd) > _MOST:
             continue
-        curves.setdefault(label(part, group, skip=1), []).append((x, y.mean, y.sd))
-    return {name: sorted(points) for name, points in curves.items()}
+        key = (group.factors, group.levels[1:])
+        called[key] = ", ".join(filter(None, [name(group.factors), names.levels(part, group, skip=1)]))
+        curves.setdefault(key, []).append((x, y.mean, y.sd))
+    # Names that look alike are told apart by a number.
+    alike = Counter(called.values())
+    return {
+        called[key] if alike[called[key]] == 1 else f"{called[key]} ({number})": sorted(points)
+        for number, (key, points) in enumerate(curves.items(), start=1)
+    }
 
 
 def _mean(group: Group, name: str) -> float | None:
@@ -197,10 +176,10 @@ def _has(part: Part, name: str) -> bool:
 
 
 def _over_baseline(part: Part, name: str) -> Callable[[Group], float | None] | None:
-    dense = baseline(part, name)
-    if dense is None or not dense.found or dense.mean <= 0:
+    values = {found.mean for found in names.baselines(part, name).values()}
+    value = values.pop() if len(values) == 1 else 0.0
+    if value <= 0:
         return None
-    value = dense.mean
     return lambda group: _quotient(value, _mean(group, name))
 
 
@@ -213,6 +192,8 @@ def _compression(part: Part) -> Axis | None:
         ratio = _over_baseline(part, name) if _has(part, name) else None
         if ratio:
             return Axis("compression (parameters)", ratio, log=True)
+    if set(part.factors) & _ONE_LAYER:  # whose density is not that of the network
+        return None
     for name, one in (("compression", None), ("density", 0), ("achieved", 1), ("sparsity", 1)):
         if not _has(part, name):
             continue
@@ -288,6 +269,6 @@ def _ratio_axis(plot: Any, values: Sequence[float]) -> None:
     plot.minorticks_off()
 
 
-def _short(text: str, most: int = 26) -> str:
+def _short(text: str, most: int = 40) -> str:
     text = " ".join(clean(text).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."

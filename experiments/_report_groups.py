@@ -3,7 +3,7 @@
 Every field is one of these, found out in this order:
 
 - the replicate: `seed`;
-- factors: fields of text, and settings that differ, if every seed has the same values of them;
+- factors: fields of text but notes and the like, and settings that differ, if every seed has the same values;
 - levels: numeric fields that are needed to tell the lines of one run and seed apart. Again every seed must
   have the same values of them; names such as `sparsity` come first, names such as `accuracy` never;
 - figures: all other numbers. They are averaged over the lines that have the same factors and levels;
@@ -31,6 +31,7 @@ _RESULTS = (
     "accuracy|acc|loss|error|score|seconds|time|speed|ratio|bits|nats|macs|flops|params|nonzero|kept|achieved|bytes|"
     "difference|perplexity"
 )
+_WORDS = "note|remark|comment|reason|message|stopped"  # said of a line, and no factor
 BASELINES = ("dense", "baseline", "unpruned")
 # The value of a level at which nothing is pruned.
 _NEUTRAL = {"sparsity": 0, "amount": 0, "level": 0, "density": 1, "compression": 1, "target": 1}
@@ -101,7 +102,8 @@ def parts(lines: Sequence[Line]) -> list[Part]:
     """The lines of a section in parts, in order of appearance."""
     every = [line.fields for line in lines]
     names = list(dict.fromkeys(name for fields in every for name in fields))
-    texts = [n for n in names if _is_text(n, every) and not _constant(n, every) and _crossed(n, every)]
+    texts = [n for n in names if _is_text(n, every) and not re.search(_WORDS, n.lower())]
+    texts = [n for n in texts if not _constant(n, every) and _crossed(n, every)]
     shapes = [tuple(name for name in texts if isinstance(line.fields.get(name), str)) for line in lines]
     measured: dict[tuple, set[str]] = {}
     for shape, fields in zip(shapes, every, strict=True):
@@ -183,10 +185,9 @@ def _part(factors: list[str], lines: list[Line]) -> Part:
         own = key[len(factors) :]
         return order[key[: len(factors)]], tuple(-math.inf if x is None else float(x) for x in own)
 
-    groups = []
-    for key in sorted(found, key=rank):
-        names_, values = key[: len(factors)], key[len(factors) :]
-        groups.append(Group(names_, values, found[key], _is_baseline(names_, levels, values)))
+    pure = _baselines(list(found), len(factors), levels)
+    split = len(factors)
+    groups = [Group(k[:split], k[split:], found[k], k in pure) for k in sorted(found, key=rank)]
     percent = {name for name in (*figures, *levels) if _is_fraction(name, every)}
     return Part(factors, levels, figures, lists, percent, remarks, same, groups, repeats)
 
@@ -287,8 +288,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _is_baseline(factors: tuple, levels: Sequence[str], values: tuple) -> bool:
-    if any(isinstance(name, str) and name.lower() in BASELINES for name in factors):
-        return True
-    known = [(value, _NEUTRAL[name]) for name, value in zip(levels, values, strict=True) if name in _NEUTRAL]
-    return bool(known) and all(value == neutral for value, neutral in known)
+def _baselines(keys: Sequence[tuple], factors: int, levels: Sequence[str]) -> set[tuple]:
+    """The groups where nothing is pruned: those that are called so, or else those whose levels say so."""
+
+    def named(key: tuple) -> bool:
+        return any(isinstance(name, str) and name.lower() in BASELINES for name in key[:factors])
+
+    def neutral(key: tuple) -> bool:
+        known = [
+            (value, _NEUTRAL[n]) for n, value in zip(levels, key[factors:], strict=True) if n in _NEUTRAL
+        ]
+        return bool(known) and all(value == other for value, other in known)
+
+    return set(filter(named, keys)) or set(filter(neutral, keys))

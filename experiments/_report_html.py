@@ -53,7 +53,8 @@ pre { background: var(--shade); padding: .7rem .9rem; white-space: pre-wrap; fon
 @media print { :root { color-scheme: light; --back: #fff; --text: #000; --line: #bbb; --quiet: #333; --shade: #eee;
     --bar: #9cc3de; --mark: #fff1c2; }
   body { max-width: none; font-size: 10pt; padding: 0; } .scroll { overflow: visible; }
-  th, td { padding: .15rem .4rem; white-space: normal; }
+  th, td { padding: .15rem .4rem; font-size: 7.5pt; } thead th { white-space: normal; min-width: 2.5rem; }
+  .images figure { max-width: 48%; }
   * { print-color-adjust: exact; } figure, tr { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } }
 """
 

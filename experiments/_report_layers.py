@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from experiments import _report_curves as curves
 from experiments import _report_groups as groups
 from experiments import _report_masks as masks
+from experiments import _report_names as names
 from experiments._report_blocks import Block, Cell, Heading, Image, Images, Table, Text
 from experiments._report_groups import Group, Part
 from experiments._report_read import Line, natural
@@ -19,11 +19,11 @@ _UNITS = {"layers": "weights", "kept": "weights", "widths": "channels"}
 
 def sparsity(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
     """A table with bars for each field of layers, where each combination of factors is sparsest."""
-    names = list(dict.fromkeys(name for part in parts for x in _lines(part.groups) for name in x.layers))
+    fields = list(dict.fromkeys(name for part in parts for x in _lines(part.groups) for name in x.layers))
     # Counts alone say less than [kept, size] of the same paths.
-    if "layers" in names and "kept" in names:
-        names.remove("kept")
-    tables = [table for name in names for part in parts if (table := _table(name, part))]
+    if "layers" in fields and "kept" in fields:
+        fields.remove("kept")
+    tables = [table for name in fields for part in parts if (table := _table(name, part))]
     if tables:
         yield Heading(3, "Sparsity of each layer", f"{anchor}-layers")
         yield from tables
@@ -32,7 +32,7 @@ def sparsity(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
 def pictures(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
     """The masks that lines name."""
     shown = [
-        (curves.label(part, group), line)
+        (names.label(part, group), line)
         for part in parts
         for group in part.groups
         for line in group.lines
@@ -73,9 +73,9 @@ def _table(name: str, part: Part) -> Table | None:
     if not sparsest or len(sparsest) > _MOST_COLUMNS:
         return None
     # Said once where it is the same for all.
-    levels = {curves.levels(part, group) for group in sparsest}
+    levels = {names.levels(part, group) for group in sparsest}
     at = f", {levels.pop()}" if len(levels) == 1 and part.levels else ""
-    heads = [curves.label(part, group, skip=len(part.levels) if at else 0) for group in sparsest]
+    heads = [names.namer(part)(group.factors) if at else names.label(part, group) for group in sparsest]
     sizes = _sizes(name, part)
     columns = [_removed(name, group, sizes) for group in sparsest]
     rows = []
