@@ -38,7 +38,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _channel_report, _channels, _data, _steps
+from experiments import _channel_report, _channels, _data, _recipes, _steps
 from experiments._channels import NETWORKS, RANKINGS, Cut, Small
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
@@ -132,6 +132,18 @@ class Run(NamedTuple):
     before: _steps.Score | None
 
 
+def recipe(method: str, cut: Cut, multiple_of: int, end_step: int | None = None) -> jp.recipes.Recipe:
+    """What is pruned to where `cut` came to: at once, or along a cubic schedule."""
+    ranking, sparsity = RANKINGS.get(method, RANKINGS["local"]), cut.sparsity
+    prune: dict[str, Any] = {"score": ranking.scores.__name__, "scope": ranking.scope, "sparsity": sparsity}
+    channels: dict[str, Any] = {"normalize": "mean", "multiple_of": multiple_of}
+    if end_step is not None:
+        del channels["normalize"]  # each group is ranked by itself
+        prune["sparsity"] = {"cubic": {"sparsity": sparsity, "begin_step": 0, "end_step": end_step}}
+        prune["every"] = max(1, end_step // _GRADUAL_UPDATES)
+    return jp.recipes.parse({"prune": prune | {"structure": {"channels": channels}}})
+
+
 class Study:
     """A network, its data, and one seed's dense training."""
 
@@ -199,9 +211,11 @@ class Study:
         if method == "iterative":
             return self._iterative(target, dense, seed, bar)
         if method == "gradual":
-            return self._gradual(self.cutter.cut("local", dense, most), dense, seed, bar)
+            return self._gradual(target, self.cutter.cut("local", dense, most), dense, seed, bar)
         ranking = method if method in RANKINGS else self.chosen.ranking
         cut = self.cutter.cut(ranking, dense, most, _key(seed, "random"))
+        own = recipe(ranking, cut, self.chosen.multiple_of)
+        _recipes.save_method(str(self.chosen.out), f"{method}-{target:g}x-seed-{seed}", own)
         small = _channels.compact(self.task.apply, dense, cut.masks, self.example)
         variables, before = small.compacted.params, None
         if method == "scratch":
@@ -234,18 +248,14 @@ class Study:
         assert result is not None
         return result
 
-    def _gradual(self, cut: Cut, dense: Any, seed: int, bar: tqdm) -> Run:
+    def _gradual(self, target: float, cut: Cut, dense: Any, seed: int, bar: tqdm) -> Run:
         """Pruning inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
         epochs = self.tune_epochs
         groups = self.cutter.groups.under("params")
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
-        pruner = jp.pruner(
-            jp.scores.magnitude,
-            sparsity=jp.schedules.cubic(cut.sparsity, begin_step=0, end_step=end),
-            structure=jp.structures.channels(groups, multiple_of=self.chosen.multiple_of),
-            scope="layerwise",
-            every=max(1, end // _GRADUAL_UPDATES),
-        )
+        own = recipe("gradual", cut, self.chosen.multiple_of, end)
+        _recipes.save_method(str(self.chosen.out), f"gradual-{target:g}x-seed-{seed}", own)
+        pruner = own.pruner(dense["params"], groups=groups)
         penalty = _channels.penalised(groups, self.chosen.penalty)
         inner = optax.chain(penalty, self.optimizer(self.tune_lr, epochs))
         fit = self.fitter(self.task.apply, jp.wrap_optax(inner, pruner))

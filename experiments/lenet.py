@@ -26,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _train
+from experiments import _data, _plots, _recipes, _train
 from experiments._config import flag, parse
 from experiments._models import LeNet
 from experiments._results import Results, layers
@@ -112,6 +112,22 @@ METHODS = {
         lambda kernel: kernel.shape[-1],
     ),
 }
+
+
+def recipe(name: str, amount: float) -> jp.recipes.Recipe:
+    """What a method prunes by, round after round; as `Method.prune` with its counts."""
+    methods: dict[str, dict[str, Any]] = {
+        "random": {"score": "random"},
+        "l1": {"score": "magnitude"},
+        "structured": {
+            "score": "magnitude",
+            "where": ["conv1/kernel", "conv2/kernel", "fc1/kernel"],
+            "structure": {"slices": {"axis": -1, "norm": 1}},
+        },
+    }
+    same = {"sparsity": amount, "of": "remaining", "scope": "layerwise", "floor": 0}
+    return jp.recipes.parse({"prune": methods[name] | same})
+
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 
@@ -315,6 +331,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         for name, method in METHODS.items():
             prune = jax.jit(jax.vmap(method.prune, in_axes=(0, 0, 0, None)))
             for amount in config.amounts:
+                _recipes.save_method(config.out, f"{name}-{amount:g}", recipe(name, amount))
                 bar.set_description(f"{method.title} {amount:.0%}")
                 params, masks, left = dense, ones, method.sizes(first(dense))
                 before = np.zeros(len(config.seeds))
