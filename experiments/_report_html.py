@@ -54,7 +54,7 @@ pre { background: var(--shade); padding: .7rem .9rem; white-space: pre-wrap; fon
     --bar: #9cc3de; --mark: #fff1c2; }
   body { max-width: none; font-size: 10pt; padding: 0; } .scroll { overflow: visible; }
   th, td { padding: .15rem .4rem; font-size: 7.5pt; } thead th { white-space: normal; min-width: 2.5rem; }
-  .images figure { max-width: 48%; }
+  thead .label { white-space: nowrap; } .images { gap: .5rem; } .images figure { max-width: 48%; }
   * { print-color-adjust: exact; } figure, tr { break-inside: avoid; } h2, h3, h4 { break-after: avoid; } }
 """
 

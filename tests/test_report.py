@@ -529,6 +529,7 @@ def test_a_browser_shows_it_whole_and_runs_nothing(browser, tmp_path):
         assert browser.run(links)
         # What is called like a script is text.
         assert browser.run("document.scripts.length") == 0
+        assert browser.run("document.querySelectorAll('style').length") == 1
         assert browser.run("[...document.querySelectorAll('*')].every(x => !x.onerror && !x.onload)")
         assert HOSTILE in browser.run("document.body.innerText")
         requests = [p["request"]["url"] for m, p in browser.events if m == "Network.requestWillBeSent"]
