@@ -55,16 +55,18 @@ def panels(
     baseline: np.ndarray | None = None,
     figure: str = "test accuracy (%)",
     factor: float = 100,
+    logarithmic: bool = True,
 ) -> None:
     """Draws accuracies in panels, one per (x label, curves by name), and saves a PNG.
 
     Args:
       path: the file.
       title: above all panels.
-      curves: the panels; they share the vertical axis; the others are logarithmic.
+      curves: the panels; they share the vertical axis.
       baseline: (seeds,) the dense network's figure, drawn as a level line.
       figure: what the curves are of.
       factor: what they are multiplied by.
+      logarithmic: whether the horizontal axes are, as compressions need.
     """
     canvas, axes = plt.subplots(
         1, len(curves), figsize=(5.2 * len(curves), 4.2), sharey=True, squeeze=False, layout="constrained"
@@ -76,11 +78,13 @@ def panels(
             axis.fill_between(curve.x, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         if baseline is not None:
             axis.axhline(factor * baseline.mean(), color="grey", linestyle="--", linewidth=1, label="dense")
-        _log_axis(axis, [x for curve in lines.values() for x in curve.x])
+        if logarithmic:
+            _log_axis(axis, [x for curve in lines.values() for x in curve.x])
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
+        if axis is axes[0][0] or lines.keys() != curves[0][1].keys():
+            axis.legend()
     axes[0][0].set_ylabel(figure)
-    axes[0][0].legend()
     canvas.suptitle(title, fontsize=11)
     canvas.savefig(path, dpi=150)
     plt.close(canvas)

@@ -6,7 +6,7 @@ faster than in XLA on a CPU and compiles nothing; masks are made on the device b
 whatever the counts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,27 +70,24 @@ class Ranked(NamedTuple):
 
     def masks_of(self, counts: Counts) -> Masks:
         """The masks without so many units of each pool."""
-        kept = _kept(*self._inputs(), np.array(counts, np.int32), self.structure.pool, self.chosen)
-        return with_leaves(self.masks, kept)
+        kept = _kept(*self.inputs(), np.array(counts, np.int32), self.structure.pool, self.chosen)
+        return _with_leaves(self.masks, kept)
 
-    def pruned(self, rows: Sequence[Counts]) -> tuple[dict[str, jax.Array], jax.Array]:
-        """What pruning does, for each row of counts.
+    def pruned(self, counts: Counts) -> tuple[Params, dict[str, int]]:
+        """The params without so many units of each pool, and how many of each are left."""
+        static = (self.structure.pool, self.chosen, self.structure.spans_leaves)
+        params, left = _pruned(self.params, *self.inputs(), np.array(counts, np.int32), *static)
+        return params, self.left(counts, left)
 
-        Returns:
-          The leaves that it touches, by path, pruned; and int32 how many units of each pool are left.
-          Both have a leading axis of rows, if there are several.
-        """
-        counts = np.array(rows[0] if len(rows) == 1 else rows, np.int32)
-        return _pruned(self.params, *self._inputs(), counts, self.structure.pool, self.chosen)
+    def left(self, counts: Counts, measured: Any) -> dict[str, int]:
+        """How many units of each pool are left, from what `pruned_params` says of them."""
+        if measured is None:
+            measured = np.array(list(self.alive.values())) - counts
+        return dict(zip(self.sizes, np.asarray(measured).tolist(), strict=True))
 
-    def _inputs(self) -> tuple[Any, Any, Any]:
+    def inputs(self) -> tuple[Any, ...]:
+        """What `pruned_params` takes beside the params and counts, all arrays."""
         return self.scores, self.masks, self.ranks
-
-
-def with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
-    """A tree with some leaves, by path, replaced."""
-    whole = array_leaves(tree) | leaves
-    return jax.tree.unflatten(jax.tree.structure(tree), list(whole.values()))
 
 
 def rank(
@@ -135,14 +132,12 @@ def rank(
     if callable(scores) and not (is_tree and all(map(is_array, jax.tree.leaves(scores)))):
         scores = _compiled(scores, extra)
     tree = evaluate(scores, params, grads=grads, key=key, **extra)
-    if masks is None:
-        masks = jax.jit(ones_masks)(params)
-    else:
+    if masks is not None:
         masks = like_params(masks, params)
         params = jax.jit(apply_masks)(params, masks)
     leaves = array_leaves(tree, "scores")
     picked = {path: leaves[path] for path in chosen}
-    units, alive, bad = _pooled(picked, masks, structure.pool, chosen)
+    masks, units, alive, bad = _pooled(params, picked, masks, structure.pool, chosen)
     if found := [path for path, number in bad.items() if number]:
         path = found[0]
         raise ValueError(
@@ -150,12 +145,7 @@ def rank(
             "Check the params and gradients they come from; to spare a leaf use where=..."
         )
     units, alive = jax.device_get((units, alive))
-    names: list[str] = []  # in their order, which dicts lose on the way through jit
-
-    def name_units(scores, masks):
-        names.extend(_units(scores, masks, structure.pool, chosen).scores)
-
-    jax.eval_shape(name_units, picked, masks)
+    names = _in_order(units, picked, masks, structure, chosen)
     units, alive = ({name: tree[name] for name in names} for tree in (units, alive))
     living = {name: int(mask.sum()) for name, mask in alive.items()}
     return Ranked(
@@ -187,12 +177,30 @@ def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
     return ranks.reshape(scores.shape)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _pooled(scores: Any, masks: Masks, pool_units: Any, chosen: tuple[str, ...]) -> Any:
-    """The units' scores, which are left, and by leaf how many scores cannot be ranked."""
+def _in_order(
+    units: Mapping[str, Any], scores: Any, masks: Masks, structure: Structure, chosen: tuple[str, ...]
+) -> list[str]:
+    """The pools in their order, which dicts lose on the way through jit."""
+    if units.keys() == set(chosen):
+        return list(chosen)
+    names: list[str] = []
+
+    def note(scores, masks):
+        names.extend(_units(scores, masks, structure.pool, chosen).scores)
+
+    jax.eval_shape(note, scores, masks)
+    return names
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _pooled(
+    params: Params, scores: Any, masks: Masks | None, pool_units: Any, chosen: tuple[str, ...]
+) -> Any:
+    """The masks, the units' scores, which are left, and by leaf how many scores cannot be ranked."""
+    masks = ones_masks(params) if masks is None else masks
     units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
     bad = {path: jnp.sum(~jnp.isfinite(scores[path]) & before[path]) for path in chosen}
-    return units.scores, units.alive, bad
+    return masks, units.scores, units.alive, bad
 
 
 @partial(jax.jit, static_argnums=(4, 5))
@@ -205,8 +213,7 @@ def _kept(
     return kept_entries(units, keep, before)
 
 
-@partial(jax.jit, static_argnums=(5, 6))
-def _pruned(
+def pruned_params(
     params: Params,
     scores: Any,
     masks: Masks,
@@ -214,17 +221,30 @@ def _pruned(
     counts: jax.Array,
     pool_units: Any,
     chosen: tuple[str, ...],
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """See `Ranked.pruned`."""
+    count_left: bool,
+) -> tuple[Params, jax.Array | None]:
+    """The params without so many units of each pool, which may be traced; see `Ranked`.
+
+    Also, int32, how many units of each pool are left, if `count_left` says so. A structure may
+    round counts of coupled channels; units in one leaf go as they are told, and need no counting.
+    """
+    kept = _kept(scores, masks, ranks, counts, pool_units, chosen)
     leaves = array_leaves(params)
+    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()}
+    left = None
+    if count_left:
+        alive = _units(scores, _with_leaves(masks, kept), pool_units, chosen).alive
+        left = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in alive.values()])
+    return _with_leaves(params, pruned), left
 
-    def one(counts):
-        kept = _kept(scores, masks, ranks, counts, pool_units, chosen)
-        left = _units(scores, array_leaves(masks, "masks") | kept, pool_units, chosen).alive
-        pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()}
-        return pruned, jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in left.values()])
 
-    return one(counts) if counts.ndim == 1 else jax.vmap(one)(counts)
+_pruned = partial(jax.jit, static_argnums=(5, 6, 7))(pruned_params)
+
+
+def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
+    """A tree with some leaves, by path, replaced."""
+    whole = array_leaves(tree) | leaves
+    return jax.tree.unflatten(jax.tree.structure(tree), list(whole.values()))
 
 
 def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:

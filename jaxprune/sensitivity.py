@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.paths import describe, is_array, kernels
-from jaxprune.ranked import Counts, Ranked, rank, with_leaves
+from jaxprune.ranked import Counts, Ranked, pruned_params, rank
 from jaxprune.schedules import check_sparsity
 from jaxprune.scores import magnitude
 from jaxprune.sensitivity_result import Point, Sensitivity
@@ -116,8 +117,11 @@ def sensitivity(
         at_once = 1 if jax.default_backend() == "cpu" or not jit else len(asked)
     _check_at_once(at_once, jit)
     inputs = () if data is None else (data,)
-    inputs = () if data is None else (data,)
-    seen = dict(zip(rows, _evaluated(evaluate, inputs, ranked, rows, at_once, jit, metric), strict=True))
+    if jit:
+        found = _swept(evaluate, inputs, ranked, rows, len(asked), at_once, metric)
+    else:
+        found = _looped(evaluate, inputs, ranked, rows, metric)
+    seen = dict(zip(rows, found, strict=True))
     chosen = metric or next(iter(seen[nothing].figures))
     dense = seen[nothing].figures[chosen]
 
@@ -228,40 +232,94 @@ def _counts(ranked: Ranked, pools: Sequence[str], level: float) -> Counts:
     return ranked.to_go(_targets(ranked, pools, level))
 
 
-def _evaluated(
+def _looped(
     evaluate: Callable[..., Any],
     inputs: tuple[Any, ...],
     ranked: Ranked,
     rows: Sequence[Counts],
-    at_once: int,
-    jit: bool,
     metric: str | None,
-) -> list[_Seen]:
-    """The network pruned of each row's units, evaluated."""
+) -> Iterator[_Seen]:
+    """The network pruned of each row's units, evaluated one after the other."""
+    for counts in rows:
+        params, left = ranked.pruned(counts)
+        yield _Seen(_floats(_named(evaluate(params, *inputs), metric)), left)
 
-    def pruned(leaves, params, inputs):
-        return evaluate(with_leaves(params, leaves), *inputs)
 
-    # Compiled as the function it is, one that was compiled before is not compiled again.
-    alone = jax.jit(evaluate) if jit else evaluate
-    several = jax.jit(jax.vmap(pruned, in_axes=(0, None, None)))
-    outputs: list[Any] = []
-    for start in range(0, len(rows), at_once):
-        some = list(rows[start : start + at_once])
-        leaves, left = ranked.pruned(some + some[:1] * (at_once - len(some)))
+def _swept(
+    evaluate: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    ranked: Ranked,
+    rows: Sequence[Counts],
+    in_a_call: int,
+    at_once: int,
+    metric: str | None,
+) -> Iterator[_Seen]:
+    """The network pruned of each row's units, evaluated in a loop of one program."""
+    sweep, structure = _sweep_of(evaluate), ranked.structure
+    static = (structure.pool, ranked.chosen, structure.spans_leaves, at_once, metric)
+    rounds = -(-in_a_call // at_once)
+    for start in range(0, len(rows), rounds * at_once):
+        some = rows[start : start + rounds * at_once]
+        counts = np.zeros((rounds * at_once, len(rows[0])), np.int32)
+        counts[: len(some)] = some
+        due = np.int32(-(-len(some) // at_once))
         with _said_if_not_traceable():
-            if at_once == 1:
-                figures = alone(with_leaves(ranked.params, leaves), *inputs)
-            else:
-                figures = several(leaves, ranked.params, inputs)
-        outputs.append((_named(figures, metric, at_once), left))
-        jax.block_until_ready(outputs[-2:-1])  # what is under way takes memory: two calls at most
-    seen = []
-    for figures, left in jax.device_get(outputs):
-        for index, kept in enumerate(np.reshape(left, (at_once, -1)).tolist()):
-            own = {name: float(np.ravel(value)[index]) for name, value in figures.items()}
-            seen.append(_Seen(own, dict(zip(ranked.ranks, kept, strict=True))))
-    return seen[: len(rows)]
+            outputs = sweep(
+                ranked.params,
+                ranked.inputs(),
+                counts.reshape(rounds, at_once, -1),
+                due,
+                inputs,
+                *static,
+            )
+        # From rounds x rows of each to rows.
+        figures, left = jax.tree.map(np.concatenate, jax.device_get(outputs))
+        for index, row in enumerate(some):
+            own = {name: values[index] for name, values in figures.items()}
+            yield _Seen(_floats(own), ranked.left(row, None if left is None else left[index]))
+
+
+_SWEEPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+"""What is compiled of each `evaluate`, as long as that is there: another seed needs no compiling."""
+
+
+def _sweep_of(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """`sweep(params, ranked, counts, due, inputs, *static)`: figures, and units left, of rows of counts.
+
+    Counts are rounds x rows x pools, of which `due` rounds are evaluated; so are the results.
+    """
+    try:
+        found, alive = _SWEEPS.get(evaluate), weakref.ref(evaluate)
+    except TypeError:  # it cannot be hashed, or not be referred to
+        found, alive = None, lambda: evaluate
+    if found is not None:
+        return found
+
+    def sweep(params, ranked, counts, due, inputs, pool_units, chosen, count_left, at_once, metric):
+        function: Any = alive()
+        scores, masks, ranks = ranked
+
+        def one(row):
+            pruned, left = pruned_params(params, scores, masks, ranks, row, pool_units, chosen, count_left)
+            return _named(function(pruned, *inputs), metric), left
+
+        def several(rows):
+            # A batch of one is not vectorised: XLA runs a batch of one convolution slower than one.
+            if at_once > 1:
+                return jax.vmap(one)(rows)
+            return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], one(rows[0]))
+
+        def body(number, found):
+            return jax.tree.map(lambda all_, new: all_.at[number].set(new), found, several(counts[number]))
+
+        shapes = jax.eval_shape(several, counts[0])
+        nothing = jax.tree.map(lambda leaf: jnp.zeros((len(counts), *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, due, body, nothing)
+
+    compiled = jax.jit(sweep, static_argnums=(5, 6, 7, 8, 9))
+    with contextlib.suppress(TypeError):
+        _SWEEPS[evaluate] = compiled
+    return compiled
 
 
 @contextlib.contextmanager
@@ -275,7 +333,7 @@ def _said_if_not_traceable() -> Iterator[None]:
         ) from error
 
 
-def _named(figures: Any, metric: str | None, at_once: int) -> dict[str, Any]:
+def _named(figures: Any, metric: str | None) -> dict[str, Any]:
     """What `evaluate` returned, by name, checked.
 
     Raises:
@@ -291,7 +349,8 @@ def _named(figures: Any, metric: str | None, at_once: int) -> dict[str, Any]:
         )
     for name, value in figures.items():
         array = value if is_array(value) else np.asarray(value)
-        if array.size != at_once or array.ndim != (at_once > 1) or not _is_real(array.dtype):
+        real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+        if array.shape != () or not real:
             got = describe(array) if is_array(value) else type(value).__name__
             raise TypeError(
                 f"evaluate must return one real number, or a dict of them; {name!r} is {got}. For figures of "
@@ -300,5 +359,5 @@ def _named(figures: Any, metric: str | None, at_once: int) -> dict[str, Any]:
     return dict(figures)
 
 
-def _is_real(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+def _floats(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import dataclasses
+import gc
 import io
 import itertools
 import json
 import sys
+import weakref
 from functools import lru_cache, partial
 
 import jax
@@ -136,10 +138,21 @@ def test_a_handful_of_programs():
             found = jp.sensitivity(evaluate, params, data, levels=levels, at_once=at_once)
         assert len(found.points) == 100
         assert 1 <= len(programs) <= 5, programs
+    times, negative = len(traced), jax.tree.map(jnp.negative, params)
     with compilations() as programs:  # as for another seed, or on other data
-        jp.sensitivity(evaluate, jax.tree.map(jnp.negative, params), again, levels=levels)
-    assert [name for name in programs if "evaluate" in name or "pruned" in name] == []
-    assert len(traced) == 2  # once by itself, once vectorised
+        jp.sensitivity(evaluate, negative, again, levels=levels)
+    assert (programs, len(traced)) == ([], times)
+
+
+def test_what_was_evaluated_is_not_kept():
+    def evaluate(params):
+        return params["a"]["kernel"].sum()
+
+    jp.sensitivity(evaluate, drawn(0), levels=(0.5,))
+    alive = weakref.ref(evaluate)
+    del evaluate
+    gc.collect()
+    assert alive() is None
 
 
 @contextlib.contextmanager

@@ -1,0 +1,378 @@
+"""How much each layer can spare, alone, and what the answer is worth.
+
+A network is trained. Then, one layer at a time, it is pruned by magnitude at several
+levels, and its accuracy on held-out training images is measured, without any tuning:
+
+- weights: single weights of a layer;
+- filters: whole columns of a layer's kernel by their L1 norm; not of the last layer;
+- channels: coupled channels, with their biases and all that reads them.
+
+From that come targets: each layer at the highest level that costs no more than a
+tolerance, when it alone is pruned. The network is pruned to these (by-layer), and to as
+few weights, or just fewer, by one sparsity for all layers (uniform) and by one ranking of
+all (global); test accuracies are from before and after a little fine-tuning. In the
+global ranking of filters and channels norms are divided by their number or mean, which
+makes those of different layers comparable.
+
+    python -m experiments.sensitivity                       # LeNet, digits, embedded
+    python -m experiments.sensitivity --dataset mnist
+    python -m experiments.sensitivity --network mlp         # LeNet-300-100
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _plots, _tables, _train
+from experiments._config import flag, parse
+from experiments._models import MLP, LeNet
+from experiments._results import Results, layers
+
+_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the study."""
+
+    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
+    network: Literal["lenet", "mlp"] = flag("lenet", "LeNet, or the perceptron 300-100-10")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried")
+    tolerances: tuple[float, ...] = flag((0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer")
+    epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)")
+    tune_epochs: int | None = flag(None, "of fine-tuning (default: 1, for digits 5)")
+    lr: float = flag(1.2e-3, "learning rate of Adam")
+    batch_size: int = flag(60, "images per step")
+    held_out: float = flag(1 / 6, "share of the training images that the analysis measures on")
+    train_size: int | None = flag(None, "use this many training images only")
+    test_size: int | None = flag(None, "use this many test images only")
+    out: str | None = flag(None, "folder of the results (default: results/sensitivity/<network>)")
+
+
+KINDS = ("weights", "filters", "channels")
+METHODS = ("by-layer", "uniform", "global")
+_EPOCHS = {"mnist": (8, 1), "digits": (60, 5)}
+MODELS = {"lenet": LeNet(), "mlp": MLP()}
+_TITLES = {"lenet": "LeNet", "mlp": "LeNet-300-100"}
+
+
+class Kind(NamedTuple):
+    """What is pruned: keywords of `jaxprune.prune_once`, besides the scores.
+
+    Attributes:
+      structure: for the analysis, by-layer and uniform.
+      ranked_globally: for global, where norms of groups of different sizes are made comparable.
+      where: which leaves take part.
+    """
+
+    structure: jp.Structure
+    ranked_globally: jp.Structure
+    where: Callable[[str, Any], bool] = jp.kernels
+
+
+def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
+    """The kinds of pruning, for a network's params or their shapes."""
+    # The same network: LeNet's own convolutions, not products of patches.
+    model = LeNet(im2col=False) if network == "lenet" else MODELS[network]
+    groups = jp.channel_groups(lambda params, x: model.apply({"params": params}, x), params, image)
+    last = {"lenet": "fc2/*", "mlp": "fc3/*"}[network]
+    columns = jp.structures.slices(axis=-1, norm=1)
+    return {
+        "weights": Kind(jp.structures.elements(), jp.structures.elements()),
+        "filters": Kind(
+            columns,
+            jp.structures.slices(axis=-1, norm=jnp.mean),
+            jp.all_of(jp.kernels, jp.not_(jp.matching(last))),
+        ),
+        "channels": Kind(
+            jp.structures.channels(groups, norm=1),
+            jp.structures.channels(groups, norm=1, normalize=jnp.mean),
+        ),
+    }
+
+
+def settings(config: Config) -> tuple[int, int, str]:
+    """The epochs of training and of tuning, and the folder; those asked for or those that fit."""
+    epochs, tune_epochs = _EPOCHS[config.dataset]
+    return (
+        epochs if config.epochs is None else config.epochs,
+        tune_epochs if config.tune_epochs is None else config.tune_epochs,
+        config.out or f"results/sensitivity/{config.network}",
+    )
+
+
+def _accuracy(model: Any) -> Callable[[Any, _train.Split], jax.Array]:
+    """`accuracy(params, split)`."""
+
+    def hits(log_probs: jax.Array, y: jax.Array) -> jax.Array:
+        return log_probs.argmax(-1) == y
+
+    def accuracy(params: Any, split: _train.Split) -> jax.Array:
+        def predict(x: jax.Array) -> Any:
+            return model.apply({"params": params}, x)
+
+        return _train.total(hits, predict, split, 500) / len(split.y)
+
+    return accuracy
+
+
+class Study:
+    """A network, its data, and what is measured of both."""
+
+    def __init__(self, config: Config):
+        if not config.tolerances or min(config.tolerances) < 0:
+            raise ValueError(f"tolerances must be one or more, of 0 or above, got {config.tolerances}.")
+        if not 0 < config.held_out < 1:
+            raise ValueError(f"held_out must be a share in (0, 1), got {config.held_out}.")
+        size = 28 if config.network == "lenet" else None
+        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        train, test = _train.splits(data)
+        self.train, self.held_out = _train.hold_out(train, config.held_out)
+        self.config, self.model, self.note = config, MODELS[config.network], data.note
+        self.epochs, self.tune_epochs, self.out = settings(config)
+        adam = optax.adam(config.lr)
+        self.fit = _train.masked_fitter(self.model, adam, config.batch_size, self.train)
+        self.accuracy = _train.evaluator(self.model, test)
+        self.init = _train.init(self.model, train, _train.seed_keys(config.seeds, purpose=0))
+        self.right = _accuracy(self.model)
+        self.image, _ = test.batch(jnp.arange(1))
+        own = jax.eval_shape(lambda tree: jax.tree.map(operator.itemgetter(0), tree), self.init)
+        self.kinds = kinds(config.network, own, self.image)
+
+    def keys(self, purpose: int) -> jax.Array:
+        """A key for each seed."""
+        return _train.seed_keys(self.config.seeds, purpose)
+
+    def analyse(self, params: Any, kind: Kind) -> jp.Sensitivity:
+        """The sensitivities of one seed's network."""
+        return jp.sensitivity(
+            self.right,  # one function for all seeds, which compiles once
+            params,
+            self.held_out,
+            levels=self.config.levels,
+            structure=kind.structure,
+            where=kind.where,
+            metric="held-out accuracy",
+        )
+
+    def masks(self, params: Any, kind: Kind, targets: Mapping[str, float]) -> dict[str, Any]:
+        """The masks of each method, with as many weights: those that the targets leave."""
+        by_layer = jp.prune_once(
+            params,
+            jp.scores.magnitude,
+            targets,
+            scope="layerwise",
+            structure=kind.structure,
+            where=kind.where,
+        )
+
+        def left(masks: Any) -> int:
+            kernels = [m for path, m in _leaves(masks).items() if jp.kernels(path, m)]
+            return jp.metrics.nonzeros(kernels)
+
+        def match(scope: str, structure: jp.Structure) -> Any:
+            most = left(by_layer)
+            return jp.budget(
+                left, params, at_most=most, scope=scope, structure=structure, where=kind.where
+            ).masks
+
+        return {
+            "by-layer": by_layer,
+            "uniform": match("layerwise", kind.structure),
+            "global": match("global", kind.ranked_globally),
+        }
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return dict(zip(jp.leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Runs the study, writes its lines, and returns them."""
+    study = Study(config)
+    seeds = config.seeds
+    lines: list[dict[str, Any]] = []
+    cells = len(KINDS) * len(config.tolerances) * len(METHODS)
+    total = study.epochs + cells * study.tune_epochs
+    with Results(study.out, "sensitivity", config) as results, tqdm(total=total, unit="epoch") as bar:
+
+        def record(index: int, **figures: Any) -> None:
+            line = figures | {"seed": seeds[index], "note": study.note}
+            results.write(**line)
+            lines.append(line)
+
+        bar.set_description("dense")
+        ones = jp.ones_masks(study.init)
+        dense = study.fit(study.init, ones, study.keys(1), study.epochs, bar)
+        for index, accuracy in enumerate(study.accuracy(dense)):
+            record(index, figure="dense", method="dense", accuracy=float(accuracy))
+        each = [jax.tree.map(operator.itemgetter(index), dense) for index in range(len(seeds))]
+        for name, kind in study.kinds.items():
+            bar.set_description(f"sensitivity of {name}")
+            found = [study.analyse(params, kind) for params in each]
+            for index, result in enumerate(found):
+                for point in result.points:
+                    own = {"layer": point.name, "level": point.sparsity, "achieved": point.achieved}
+                    own |= {"kept": point.kept, "units": point.size, "notes": list(point.notes)}
+                    own |= {"held_out_accuracy": point.metric, "drop": point.drop}
+                    record(index, figure="sensitivity", kind=name, **own)
+            for tolerance in config.tolerances:
+                bar.set_description(f"{name}, {tolerance:g}")
+                targets = [_targets(result, tolerance) for result in found]
+                if None in targets:  # some network has no layer that can take the lowest level
+                    bar.update(len(METHODS) * study.tune_epochs)
+                    continue
+                masks = [study.masks(p, kind, t or {}) for p, t in zip(each, targets, strict=True)]
+                for method in METHODS:
+                    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m[method] for m in masks))
+                    before = study.accuracy(jp.apply_masks(dense, own))
+                    tuned = study.fit(dense, own, study.keys(2), study.tune_epochs, bar)
+                    after = study.accuracy(tuned)
+                    for index, mask in enumerate(m[method] for m in masks):
+                        jp.check_pruned(jax.tree.map(operator.itemgetter(index), tuned), mask)
+                        record(
+                            index,
+                            figure="pruned",
+                            kind=name,
+                            method=method,
+                            tolerance=tolerance,
+                            targets=targets[index] if method == "by-layer" else None,
+                            sparsity=jp.metrics.sparsity(mask).prunable,
+                            before=float(before[index]),
+                            accuracy=float(after[index]),
+                            layers=layers(mask),
+                        )
+    return lines
+
+
+def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | None:
+    """None if no layer stays within the tolerance."""
+    try:
+        return jp.distributions.from_sensitivity(result, tolerance)
+    except ValueError:
+        return None
+
+
+def summarise(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
+    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    dense = [line for line in lines if line["figure"] == "dense"]
+    text = [f"dense: {_tables.cell(dense)} % of the test images", ""]
+    points = [line for line in lines if line["figure"] == "sensitivity"]
+    levels = sorted({line["level"] for line in points})
+    width = max(18, *(len(line["layer"]) for line in points))
+    fitting = (80 - width) // 6
+    text.append("drop in held-out accuracy with one layer pruned, points, means over seeds")
+    for start in range(0, len(levels), fitting):
+        some = levels[start : start + fitting]
+        text.append(" " * width + "".join(f"{level:>6.0%}" for level in some))
+        for kind in KINDS:
+            text.append(kind)
+            for layer in dict.fromkeys(line["layer"] for line in points if line["kind"] == kind):
+                own = [line for line in points if (line["kind"], line["layer"]) == (kind, layer)]
+                drops = [np.mean([x["drop"] for x in own if x["level"] == level]) for level in some]
+                text.append(f"  {layer:<{width - 2}}" + "".join(f"{100 * drop:>6.1f}" for drop in drops))
+    for kind in KINDS:
+        text += ["", *_comparison(lines, config, kind)]
+    return "\n".join(text)
+
+
+def _comparison(lines: Sequence[Mapping[str, Any]], config: Config, kind: str) -> list[str]:
+    """Accuracies of one kind, by tolerance and method."""
+    text = [
+        f"{kind}: test accuracy in %, before | after tuning, means (and s.d.) over seeds",
+        "tolerance  sparsity" + "".join(f"{method:>20}" for method in METHODS),
+    ]
+    for tolerance in config.tolerances:
+        own = [
+            x for x in lines if x["figure"] == "pruned" and (x["kind"], x["tolerance"]) == (kind, tolerance)
+        ]
+        if not own:
+            text.append(f"{tolerance:>9.1%}  no layer, of some seed, can take the lowest level")
+            continue
+        sparsity = np.mean([line["sparsity"] for line in own if line["method"] == "by-layer"])
+        row = f"{tolerance:>9.1%}{sparsity:>10.1%}"
+        for method in METHODS:
+            before, after = (
+                100 * np.array([line[figure] for line in own if line["method"] == method])
+                for figure in ("before", "accuracy")
+            )
+            row += f"{before.mean():.1f} | {after.mean():.2f} ({after.std():.1f})".rjust(20)
+        text.append(row)
+    return text
+
+
+def plot_drops(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
+    """The drops of each layer against its sparsity, as `sensitivity.png`."""
+    panels = []
+    for kind in KINDS:
+        own = [x for x in lines if x["figure"] == "sensitivity" and x["kind"] == kind]
+        curves = {}
+        for layer in dict.fromkeys(line["layer"] for line in own):
+            cells = [
+                [x["drop"] for x in own if (x["layer"], x["level"]) == (layer, v)] for v in config.levels
+            ]
+            curves[layer] = _plots.Curve([100 * level for level in config.levels], np.array(cells))
+        panels.append((f"% of its {kind} pruned, of one layer alone", curves))
+    _plots.panels(
+        Path(settings(config)[2]) / "sensitivity.png",
+        f"{_TITLES[config.network]}, {config.dataset}: sensitivity; {len(config.seeds)} seeds",
+        panels,
+        figure="drop in held-out accuracy (points)",
+        logarithmic=False,
+    )
+
+
+def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
+    """Accuracies against compression of the weights, before and after tuning, as `accuracy.png`."""
+    pruned = [line for line in lines if line["figure"] == "pruned"]
+    panels = []
+    for kind in KINDS:
+        tolerances = [t for t in config.tolerances if any(_is(line, kind, t) for line in pruned)]
+        if not tolerances:
+            continue
+        curves = {}
+        for figure, label in (("before", "untuned"), ("accuracy", "tuned")):
+            for method in METHODS:
+                cells = [[x for x in pruned if _is(x, kind, t) and x["method"] == method] for t in tolerances]
+                x = [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in cells]
+                curves[f"{method}, {label}"] = _plots.Curve(
+                    x, np.array([[line[figure] for line in c] for c in cells])
+                )
+        panels.append((f"compression ({kind})", curves))
+    _plots.panels(
+        Path(settings(config)[2]) / "accuracy.png",
+        f"{_TITLES[config.network]} pruned by sensitivity, {config.dataset}; {len(config.seeds)} seeds",
+        panels,
+        baseline=np.array([line["accuracy"] for line in lines if line["figure"] == "dense"]),
+    )
+
+
+def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:
+    return (line["kind"], line["tolerance"]) == (kind, tolerance)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the study from the command line."""
+    config = parse(Config, argv, __doc__)
+    _train.use_cores(config.seeds)
+    with _data.said_plainly():
+        lines = run(config)
+    print(f"\n{_TITLES[config.network]} on {lines[0]['note']}")
+    print(summarise(lines, config))
+    plot_drops(lines, config)
+    plot(lines, config)
+    print(f"\nWrote results.jsonl and plots to {settings(config)[2]}")
+
+
+if __name__ == "__main__":
+    main()
