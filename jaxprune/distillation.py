@@ -80,7 +80,7 @@ def soft_targets(
 def hard_and_soft(
     logits: jax.Array,
     teacher_logits: jax.Array,
-    labels: jax.Array,
+    labels: jax.typing.ArrayLike,
     temperature: float | jax.Array = 4.0,
     alpha: float | jax.Array = 0.9,
 ) -> jax.Array:
@@ -342,7 +342,7 @@ def _probabilities(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, j
     return p, q, jnp.where(p > 0, log_p - log_q, 0)
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def _cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     # Looked at as numpy, on the host: in a traced function even constants become tracers.
     values = np.asarray(labels) if is_concrete(labels) else None
     labels = jnp.asarray(labels)

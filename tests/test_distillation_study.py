@@ -1,0 +1,170 @@
+"""The distillation study in small, and what it is built of."""
+
+import json
+import operator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tqdm import tqdm
+
+import jaxprune as jp
+from experiments import _data, _distill, _train, distillation
+from experiments._distill import Mix
+from experiments._models import MLP
+
+
+def read(folder):
+    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+
+
+def select(lines, **keys):
+    return [line for line in lines if all(line.get(key) == value for key, value in keys.items())]
+
+
+def test_only_one_convolution_and_linear_layer_have_the_students_parameters():
+    # One channel in, k out, windows s x s at all places of a 28 x 28 image; biases.
+    found = [
+        (k, s)
+        for k in range(1, 200)
+        for s in range(1, 29)
+        if k * (s * s + 1) + 10 * k * (29 - s) ** 2 + 10 == 18811
+    ]
+    assert found == [(3, 4)]
+    params = _distill.Student().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    assert params["conv"]["kernel"].shape == (4, 4, 1, 3)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 18811
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_the_articles_student_is_linear_in_the_pixels(relu):
+    model = _distill.Student(relu=relu)
+    a, b = jax.random.normal(jax.random.key(1), (2, 1, 28, 28, 1))
+    stack = jnp.concatenate([a, b, a + b, jnp.zeros_like(a)])
+    variables = model.init(jax.random.key(0), stack)
+    rows = np.asarray(jax.jit(model.apply)(variables, stack), np.float64)
+    rows -= rows.mean(1, keepdims=True)  # of log-probabilities: logits, up to what all classes share
+    bent = np.abs(rows[0] + rows[1] - rows[2] - rows[3]).max()
+    assert (bent > 0.01) == relu
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return _train.splits(_data.load("digits", train=130, test=50))
+
+
+def test_learning_from_labels_is_what_the_other_studies_do(digits):
+    train, _ = digits
+    model, adam = MLP(widths=(16, 10)), optax.adam(1e-2)
+    keys = _train.seed_keys((0, 1), 0)
+    params = _train.init(model, train, keys)
+    masks = jax.vmap(lambda params: jp.prune_once(params, jp.scores.magnitude, sparsity=0.5))(params)
+    bar = tqdm(disable=True)
+    usual = _train.masked_fitter(model, adam, 60, train)(params, masks, keys, 3, bar)
+    fit = _distill.fitter(model, adam, 60, train)
+    ours = fit(params, masks, keys, 3, bar)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, usual)
+
+    # A teacher's answers are its log-probabilities, image by image; a student that is the teacher and learns
+    # from it alone stays as it is.
+    answers = _distill.answerer(model, train, chunk=50)(usual)
+    assert answers.shape == (2, 130, 10)
+    x, _ = train.batch(jnp.arange(130))
+    of_second = model.apply({"params": jax.tree.map(operator.itemgetter(1), usual)}, x)
+    np.testing.assert_allclose(answers[1], of_second, rtol=1e-4, atol=1e-5)
+    same = fit(usual, masks, keys, 3, bar, answers, Mix(4.0, 1.0))
+    moved = [jnp.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (same, usual)), strict=True)]
+    learned = fit(params, masks, keys, 30, bar, answers, Mix(4.0, 1.0))
+    gap = jnp.abs(_distill.answerer(model, train)(learned) - answers).mean()
+    assert gap < jnp.abs(_distill.answerer(model, train)(params) - answers).mean() / 2
+    assert max(moved) < 0.1
+
+
+def run_small(folder, flags):
+    distillation.main(["--train-size", "400", "--test-size", "100", *flags.split(), "--out", str(folder)])
+    lines = read(folder)
+    for line in lines:
+        assert line["study"] == "distillation"
+        assert line["config"]["alpha"] == 0.9
+        assert 0 <= line["accuracy"] <= 1
+    return lines
+
+
+def check_width(text, folder):
+    assert max(len(line) for line in text.splitlines() if str(folder) not in line) <= 80
+
+
+def test_the_students_true_ratios(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        distillation, "STUDENTS", {"conv-linear": False}
+    )  # the other one has the same numbers
+    lines = run_small(tmp_path, "--parts student --seeds 0 --teacher-epochs 1 --student-epochs 2")
+    text = capsys.readouterr().out
+    check_width(text, tmp_path)
+    assert [line["method"] for line in lines] == [
+        "labels",
+        "labels",
+        "labels, 2x rate",
+        "labels + T=1",
+        "mix",
+    ]
+    assert [line["network"] for line in lines] == ["LeNet"] + 4 * ["conv-linear"]
+    sizes = [(line["parameters"], line["macs"]) for line in lines]
+    assert sizes == [(21840, 480500)] + 4 * [(18811, 25 * 25 * 16 * 3 + 1875 * 10)]
+    for line in lines:
+        assert 4 * line["parameters"] * 0.85 < line["file_bytes"] < 4 * line["parameters"] + 3000
+    assert "(1/1.16)" in text
+    assert "(1/9.86)" in text
+    assert "pruned" not in text
+
+
+def test_few_images_and_pruning(tmp_path, capsys):
+    flags = (
+        "--parts few,pruning --seeds 0,1 --epochs 30 --few 60 --few-epochs 100 --tune-epochs 2 "
+        "--few-tune-epochs 2 --temperatures 1,4 --sparsities 0.9,0.5"
+    )
+    lines = run_small(tmp_path, flags)
+    text = capsys.readouterr().out
+    check_width(text, tmp_path)
+    assert "student" not in text
+
+    plain, taught = select(lines, part="dense", images="few"), select(lines, part="few", temperature=4.0)
+    assert [line["train_images"] for line in (*plain, *taught)] == [60] * 4
+    gain = np.mean([a["accuracy"] - b["accuracy"] for a, b in zip(taught, plain, strict=True)])
+    assert gain > 0.01
+    assert f"{100 * gain:.2f} +- " in text
+
+    weights = 64 * 300 + 300 * 100 + 100 * 10
+    pruned = select(lines, part="pruning")
+    assert len(pruned) == 2 * 2 * (2 + 3)
+    for line in pruned:
+        assert line["kept"] == 410 + weights - round(line["sparsity"] * weights)
+        assert line["achieved"] == pytest.approx(line["sparsity"], abs=1e-5)
+        assert sum(kept for kept, _ in line["layers"].values()) == line["kept"] - 410
+    # Every way begins with the same network, loses the same weights first, and has the same epochs.
+    for images in ("all", "few"):
+        first = select(pruned, images=images, sparsity=0.5, seed=1)
+        assert len({line["accuracy_before_tuning"] for line in first}) == 1
+        assert len({line["epochs"] for line in first}) == 1
+        assert (tmp_path / f"pruning-{images}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"parts": ("students",)}, "no part students; parts are student, few, pruning"),
+        ({"temperatures": (1.0, 0.0)}, "temperatures must be positive, got 0.0"),
+        ({"temperature": -1.0}, "temperatures must be positive, got -1.0"),
+        ({"alpha": 1.1}, "alpha must be 0 to 1, got 1.1"),
+        ({"sparsities": (1.0,)}, "sparsities"),
+        ({"parts": ("few",), "few": 51, "train_size": 50}, "few must be 1 to 50 images, got 51"),
+    ],
+    ids=range(6),
+)
+def test_settings_that_are_refused_before_anything_is_trained(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        distillation.run(distillation.Config(**settings, out=str(tmp_path)))
+    assert not (tmp_path / "results.jsonl").exists() or not read(tmp_path)
