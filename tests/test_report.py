@@ -537,3 +537,13 @@ def test_a_browser_shows_it_whole_and_runs_nothing(browser, tmp_path):
         assert all(url.startswith("data:") for url in requests[1:])
         complaints = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
         assert [event for event in browser.events if event[0] in complaints] == []
+
+
+def test_a_copy_of_results_is_noticed(tmp_path):
+    lines = study(methods=("small",))
+    for name in ("one", "copy"):
+        write(tmp_path / "runs" / name / "results.jsonl", lines)
+    page = made(tmp_path, tmp_path / "runs")
+    assert "9 of the lines say what lines of other files say: given twice, they count twice." in " ".join(
+        page.text
+    )
