@@ -65,19 +65,21 @@ class LeNet(nn.Module):
     """The article's LeNet: two 5 x 5 convolutions and two dense layers, 21,840 parameters.
 
     conv1 (1->10), max-pool, relu; conv2 (10->20), dropout of channels, max-pool, relu; fc1
-    (320->50), relu, dropout; fc2 (50->10); log-softmax.
+    (320->50), relu, dropout; fc2 (50->10); log-softmax. `widths` are those of the first three.
     """
 
     im2col: bool = True
+    widths: tuple[int, int, int] = (10, 20, 50)
 
     @nn.compact
     def __call__(self, x, train: bool = False):
         """x: (batch, 28, 28, 1), normalised -> log-probabilities (batch, 10)."""
-        x = nn.relu(max_pool_2x2(ValidConv(10, 5, self.im2col, name="conv1")(x)))
-        x = ValidConv(20, 5, self.im2col, name="conv2")(x)
+        conv1, conv2, fc1 = self.widths
+        x = nn.relu(max_pool_2x2(ValidConv(conv1, 5, self.im2col, name="conv1")(x)))
+        x = ValidConv(conv2, 5, self.im2col, name="conv2")(x)
         x = nn.Dropout(0.5, broadcast_dims=(1, 2), deterministic=not train)(x)
         x = nn.relu(max_pool_2x2(x)).reshape(x.shape[0], -1)
-        x = nn.relu(dense(x, 50, "fc1"))
+        x = nn.relu(dense(x, fc1, "fc1"))
         x = nn.Dropout(0.5, deterministic=not train)(x)
         return nn.log_softmax(dense(x, 10, "fc2"))
 
