@@ -66,3 +66,10 @@ def test_latency_benchmark_counts_what_it_times(capsys):
     assert f" {4 * size:,} " in table
     assert f" {4 * (size - round(0.75 * size)):,} " in table
     assert f" {4 * (32 * 16 + 16 * 10):,} " in table  # half of the hidden units
+
+
+def test_files_benchmark_stays_above_the_bound():
+    (line,) = files.run(files.Config(millions=0.3, sparsities=(0.9,), rounds=1))
+    assert line["bound"] < line["ours"] < 1.03 * line["bound"]
+    assert line["int8"] < line["ours"] < line["numpy"]
+    assert max(map(len, files.summarise([line]).splitlines())) <= 80

@@ -83,7 +83,7 @@ def encode(keep: np.ndarray) -> Pattern:
     kept = int(np.count_nonzero(keep))
     if kept == 0:
         return Pattern(0, 0, b"", b"")
-    if 2 * kept > keep.size:
+    if 2 * kept >= keep.size:  # the only k that fits, or the best: with k = 1 it takes 2 bits for each kept
         return _bitmask(keep, kept)
     places = np.flatnonzero(keep)
     gaps = np.diff(places, prepend=-1).astype(np.uint32 if keep.size < 2**32 else np.uint64) - np.uint8(1)
@@ -120,30 +120,25 @@ def fits(kept: int, k: int, unary: int, size: int) -> bool:
 
 
 def decode(pattern: Pattern, size: int) -> np.ndarray:
-    """Which entries are kept, for a pattern that `fits`: what indexes the flat leaf.
-
-    Returns:
-      The positions in ascending order; where k is 0, a bool vector of at most `size` entries, after
-      which none is kept.
+    """The positions of the kept entries in ascending order, for a pattern that `fits`.
 
     Raises:
       ValueError: the bits say other than `kept`, or run past `size`.
     """
     ones = np.unpackbits(np.frombuffer(pattern.unary, np.uint8), bitorder="little").view(bool)
-    marked = int(np.count_nonzero(ones))
-    if marked != pattern.kept:
-        raise ValueError(f"{marked} entries are marked as kept, not {pattern.kept}")
-    if marked and not ones[-8:].any():
+    ends = np.flatnonzero(ones)
+    if len(ends) != pattern.kept:
+        raise ValueError(f"{len(ends)} entries are marked as kept, not {pattern.kept}")
+    if len(ends) and not ones[-8:].any():
         raise ValueError("bytes follow the last mark")
     if pattern.k == 0:
-        if ones[size:].any():
+        if len(ends) and ends[-1] >= size:
             raise ValueError(f"an entry after the last of {size} is marked as kept")
-        return ones[:size]
-    ends = np.flatnonzero(ones)
-    low = from_planes(np.frombuffer(pattern.low, np.uint8), pattern.k, marked, np.uint64)
+        return ends
+    low = from_planes(np.frombuffer(pattern.low, np.uint8), pattern.k, pattern.kept, np.uint64)
     # Before anything is shifted or summed: where the last entry comes to lie, without overflow.
-    dropped = ((int(ends[-1]) + 1 - marked) << pattern.k) + int(low.sum())
-    if dropped + marked > size:
+    dropped = ((int(ends[-1]) + 1 - pattern.kept) << pattern.k) + int(low.sum())
+    if dropped + pattern.kept > size:
         raise ValueError(f"the gaps run past the last of {size} entries")
     gaps = ((np.diff(ends, prepend=-1) - 1) << pattern.k) + low.astype(np.int64)
     return np.cumsum(gaps + 1) - 1

@@ -147,18 +147,12 @@ def _decode(data: memoryview, entry: Entry) -> tuple[np.ndarray, np.ndarray | No
         places: Any = np.arange(entry.size) if channels(entry.shape) > 1 else slice(None)
     else:
         places = decode(Pattern(entry.kept, entry.k, unary, low), entry.size)
-    _put(array, places, _scaled(values, scales, places, entry) if entry.int8 else _values(values, entry))
+    array.reshape(-1)[places] = (
+        _scaled(values, scales, places, entry) if entry.int8 else _values(values, entry)
+    )
     if keep is not None:
-        _put(keep, places, True)
+        keep.reshape(-1)[places] = True
     return array, whole if keep is None else keep
-
-
-def _put(array: np.ndarray, places: Any, values: Any) -> None:
-    """Sets entries of an array; a bool vector of places may end before the array does."""
-    flat = array.reshape(-1)
-    if isinstance(places, np.ndarray) and places.dtype == bool:
-        flat = flat[: places.size]
-    flat[places] = values
 
 
 def _values(data: memoryview, entry: Entry) -> np.ndarray:
@@ -180,8 +174,6 @@ def _scaled(data: memoryview, scales: memoryview, places: Any, entry: Entry) -> 
     scale = np.frombuffer(scales, "<f4")
     if not (np.isfinite(scale).all() and (scale >= 0).all()):
         raise FileError("its scales are not finite and positive")
-    if isinstance(places, np.ndarray) and places.dtype == bool:
-        places = np.flatnonzero(places)
     per_value = scale[places % len(scale)] if len(scale) > 1 else scale
     dtype = DTYPES[entry.dtype]
     largest = min(_largest(dtype), _largest(np.dtype(np.float32)))
