@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import _bound, graph, latency, lottery
+from experiments.benchmarks import _bound, files, graph, latency, lottery
 
 TORCH = importlib.util.find_spec("torch") is not None
 
