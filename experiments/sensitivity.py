@@ -37,6 +37,7 @@ from experiments._config import flag, parse
 from experiments._models import MLP, LeNet
 from experiments._results import Results, layers
 
+_KINDS = ("weights", "filters", "channels")
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -47,6 +48,7 @@ class Config:
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
     network: Literal["lenet", "mlp"] = flag("lenet", "LeNet, or the perceptron 300-100-10")
     seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    kinds: tuple[str, ...] = flag(_KINDS, "of pruning, comma-separated")
     levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried")
     tolerances: tuple[float, ...] = flag((0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer")
     epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)")
@@ -59,7 +61,6 @@ class Config:
     out: str | None = flag(None, "folder of the results (default: results/sensitivity/<network>)")
 
 
-KINDS = ("weights", "filters", "channels")
 METHODS = ("by-layer", "uniform", "global")
 _EPOCHS = {"mnist": (8, 1), "digits": (60, 5)}
 MODELS = {"lenet": LeNet(), "mlp": MLP()}
@@ -87,8 +88,9 @@ def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
     groups = jp.channel_groups(lambda params, x: model.apply({"params": params}, x), params, image)
     last = {"lenet": "fc2/*", "mlp": "fc3/*"}[network]
     columns = jp.structures.slices(axis=-1, norm=1)
+    single = jp.structures.elements()
     return {
-        "weights": Kind(jp.structures.elements(), jp.structures.elements()),
+        "weights": Kind(single, single),
         "filters": Kind(
             columns,
             jp.structures.slices(axis=-1, norm=jnp.mean),
@@ -132,6 +134,8 @@ class Study:
     def __init__(self, config: Config):
         if not config.tolerances or min(config.tolerances) < 0:
             raise ValueError(f"tolerances must be one or more, of 0 or above, got {config.tolerances}.")
+        if unknown := set(config.kinds) - set(_KINDS):
+            raise ValueError(f"there is no kind {', '.join(sorted(unknown))}; kinds are {', '.join(_KINDS)}.")
         if not 0 < config.held_out < 1:
             raise ValueError(f"held_out must be a share in (0, 1), got {config.held_out}.")
         size = 28 if config.network == "lenet" else None
@@ -202,7 +206,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     study = Study(config)
     seeds = config.seeds
     lines: list[dict[str, Any]] = []
-    cells = len(KINDS) * len(config.tolerances) * len(METHODS)
+    cells = len(config.kinds) * len(config.tolerances) * len(METHODS)
     total = study.epochs + cells * study.tune_epochs
     with Results(study.out, "sensitivity", config) as results, tqdm(total=total, unit="epoch") as bar:
 
@@ -217,7 +221,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         for index, accuracy in enumerate(study.accuracy(dense)):
             record(index, figure="dense", method="dense", accuracy=float(accuracy))
         each = [jax.tree.map(operator.itemgetter(index), dense) for index in range(len(seeds))]
-        for name, kind in study.kinds.items():
+        for name in config.kinds:
+            kind = study.kinds[name]
             bar.set_description(f"sensitivity of {name}")
             found = [study.analyse(params, kind) for params in each]
             for index, result in enumerate(found):
@@ -236,10 +241,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 for method in METHODS:
                     own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m[method] for m in masks))
                     before = study.accuracy(jp.apply_masks(dense, own))
-                    tuned = study.fit(dense, own, study.keys(2), study.tune_epochs, bar)
-                    after = study.accuracy(tuned)
+                    after = study.accuracy(study.fit(dense, own, study.keys(2), study.tune_epochs, bar))
                     for index, mask in enumerate(m[method] for m in masks):
-                        jp.check_pruned(jax.tree.map(operator.itemgetter(index), tuned), mask)
                         record(
                             index,
                             figure="pruned",
@@ -275,13 +278,13 @@ def summarise(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     for start in range(0, len(levels), fitting):
         some = levels[start : start + fitting]
         text.append(" " * width + "".join(f"{level:>6.0%}" for level in some))
-        for kind in KINDS:
+        for kind in config.kinds:
             text.append(kind)
             for layer in dict.fromkeys(line["layer"] for line in points if line["kind"] == kind):
                 own = [line for line in points if (line["kind"], line["layer"]) == (kind, layer)]
                 drops = [np.mean([x["drop"] for x in own if x["level"] == level]) for level in some]
                 text.append(f"  {layer:<{width - 2}}" + "".join(f"{100 * drop:>6.1f}" for drop in drops))
-    for kind in KINDS:
+    for kind in config.kinds:
         text += ["", *_comparison(lines, config, kind)]
     return "\n".join(text)
 
@@ -314,7 +317,7 @@ def _comparison(lines: Sequence[Mapping[str, Any]], config: Config, kind: str) -
 def plot_drops(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
     """The drops of each layer against its sparsity, as `sensitivity.png`."""
     panels = []
-    for kind in KINDS:
+    for kind in config.kinds:
         own = [x for x in lines if x["figure"] == "sensitivity" and x["kind"] == kind]
         curves = {}
         for layer in dict.fromkeys(line["layer"] for line in own):
@@ -336,7 +339,7 @@ def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
     """Accuracies against compression of the weights, before and after tuning, as `accuracy.png`."""
     pruned = [line for line in lines if line["figure"] == "pruned"]
     panels = []
-    for kind in KINDS:
+    for kind in config.kinds:
         tolerances = [t for t in config.tolerances if any(_is(line, kind, t) for line in pruned)]
         if not tolerances:
             continue

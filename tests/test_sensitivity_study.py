@@ -15,13 +15,13 @@ FLAGS = "--network mlp --train-size 600 --test-size 60 --epochs 4 --tune-epochs 
 
 
 def test_the_study(tmp_path, capsys):
-    flags = f"{FLAGS} --levels 0.3,0.6,0.9 --tolerances 0,0.1 --out {tmp_path}"
+    flags = f"{FLAGS} --kinds weights,channels --levels 0.3,0.6,0.9 --tolerances 0,0.1 --out {tmp_path}"
     sensitivity.main(flags.split())
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     for picture in ("sensitivity.png", "accuracy.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     points = [line for line in lines if line["figure"] == "sensitivity"]
-    layers = {"weights": 3, "filters": 2, "channels": 2}
+    layers = {"weights": 3, "channels": 2}
     for kind, count in layers.items():
         own = [line for line in points if line["kind"] == kind]
         assert len(own) == count * 3 * 2
@@ -72,6 +72,8 @@ def test_channels_of_both_networks_are_found():
 def test_flags_that_make_no_sense():
     with pytest.raises(ValueError, match="tolerances must be one or more, of 0 or above"):
         sensitivity.Study(sensitivity.Config(tolerances=()))
+    with pytest.raises(ValueError, match="there is no kind rows; kinds are weights, filters, channels"):
+        sensitivity.Study(sensitivity.Config(kinds=("rows",)))
     with pytest.raises(ValueError, match=r"held_out must be a share in \(0, 1\), got 1"):
         sensitivity.Study(sensitivity.Config(held_out=1))
 
