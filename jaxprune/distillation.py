@@ -360,6 +360,7 @@ def _cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array
     last = logits.shape[-1] - 1
     if values is not None and values.size and (values.min() < 0 or values.max() > last):
         raise ValueError(f"labels must be 0 to {last}, got {values.min()} to {values.max()}.")
+    labels = labels.astype(jnp.int32)  # a small integer's type may not hold the number of classes
     known = (labels >= 0) & (labels <= last)
     picked = jnp.take_along_axis(log_q, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(known, -picked, jnp.nan)

@@ -215,6 +215,13 @@ def test_hard_and_soft(pair, alpha):
     np.testing.assert_allclose(mixed(z, t, smooth, 4.0, alpha), expected, rtol=1e-5)
 
 
+def test_labels_of_a_small_type_among_many_classes():
+    z = np.zeros((2, 300), np.float32)
+    for dtype, labels in ((np.uint8, [0, 255]), (np.int8, [0, 127])):
+        losses = mixed(z, z, np.array(labels, dtype), 1.0, 0.5)
+        np.testing.assert_allclose(losses, 0.5 * np.log(300), rtol=1e-6)
+
+
 def test_the_sum_of_two_cross_entropies_is_twice_a_mixture(pair):
     # An article's loss: its gradient is that of both terms.
     z, t = pair
