@@ -62,8 +62,8 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "digits": Sizes(30, 10, 100, 150, 50, 20, 30, 64),
-    "mnist": Sizes(5, 5, 500, 150, 50, 20, 60, 1024),
+    "digits": Sizes(30, 10, 100, 150, 50, 20, 20, 64),
+    "mnist": Sizes(5, 3, 500, 150, 50, 10, 20, 256),
 }
 
 
@@ -78,7 +78,7 @@ class Config:
     temperature: float = flag(4.0, "of the other parts")
     alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest")
     sparsities: tuple[float, ...] = flag(
-        (0.5, 0.8, 0.9, 0.95, 0.98, 0.99), "fractions removed, level after level, biases not counted"
+        (0.8, 0.9, 0.95, 0.98, 0.99), "fractions removed, level after level, biases not counted"
     )
     epochs: int | None = flag(None, "of dense LeNet-300-100 on all images")
     tune_epochs: int | None = flag(None, "of tuning after each level, on all images")
