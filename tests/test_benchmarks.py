@@ -70,6 +70,6 @@ def test_latency_benchmark_counts_what_it_times(capsys):
 
 def test_files_benchmark_stays_above_the_bound():
     (line,) = files.run(files.Config(millions=0.3, sparsities=(0.9,), rounds=1))
-    assert line["bound"] < line["ours"] < 1.03 * line["bound"]
+    assert line["bound"] < line["ours"] < 1.05 * line["bound"]  # and biases, which stay
     assert line["int8"] < line["ours"] < line["numpy"]
     assert max(map(len, files.summarise([line]).splitlines())) <= 80
