@@ -112,14 +112,15 @@ def _ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> f
 
 def summarise(lines: Sequence[dict[str, float]]) -> str:
     """The ratios as a table."""
-    heads = ("bound", "ours", "int8", "numpy", "save", "load")
+    sizes, times = ("bound", "ours", "int8", "numpy"), ("save", "load")
     text = [
-        "ratios to dense safetensors: sizes of the entropy bound, jp.io.save, the same with",
-        "8-bit values, numpy compressed; times of jp.io.save and jp.io.load",
-        "sparsity" + "".join(f"{head:>9}" for head in heads),
+        "ratios to dense safetensors. Sizes: the entropy bound, jp.io.save, the same with",
+        "8-bit values, numpy compressed. Times: jp.io.save, jp.io.load",
+        "sparsity" + "".join(f"{head:>9}" for head in (*sizes, *times)),
     ]
     for line in lines:
-        text.append(f"{line['sparsity']:>8.0%}" + "".join(f"{line[head]:>9.4f}" for head in heads))
+        cells = [f"{line[head]:>9.4f}" for head in sizes] + [f"{line[head]:>9.2f}" for head in times]
+        text.append(f"{line['sparsity']:>8.0%}" + "".join(cells))
     return "\n".join(text)
 
 
