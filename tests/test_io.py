@@ -333,6 +333,8 @@ def test_what_cannot_be_saved_is_said(file):
         (({},), ValueError, "no leaves"),
         (({"a": {"w": 1.0}},), TypeError, r"params\['a/w'\] is a float, not an array"),
         (({"w": jax.random.key(0)},), TypeError, r"params\['w'\] is key<fry>\[?\]?.*key_data"),
+        (({"w": np.ones((1,) * 33)},), ValueError, "the params cannot be saved: 'w' has no shape"),
+        (({"w": np.ones((0, 2**58), np.int8)},), ValueError, "a shape that no machine holds"),
         (({"w": np.array(["x"])},), TypeError, r"params\['w'\] is of dtype <U1; files hold bool"),
         (({True: w["w"], False: w["w"]},), TypeError, "key False, a bool"),
         (({(1, 2): w["w"]},), TypeError, r"key \(1, 2\), a tuple"),

@@ -166,10 +166,18 @@ def write_entry(entry: Entry) -> dict[str, Any]:
 
 
 def write_head(entries: Sequence[Entry], hollow: Mapping[trees.Path, str], metadata: Any) -> bytes:
-    """The bytes of a file before its sections."""
+    """The bytes of a file before its sections.
+
+    Raises:
+      ValueError: what `read_head` would refuse.
+    """
     nodes = [[write_entry(Entry(path, "bool", ()))["path"], kind] for path, kind in hollow.items()]
     parts = {"metadata": metadata, "hollow": nodes, "leaves": [write_entry(entry) for entry in entries]}
     text = to_json(parts).encode("ascii")
+    try:
+        _read_parts(json.loads(text))
+    except FileError as error:  # a tree so odd that its file could not be read
+        raise ValueError(f"the params cannot be saved: {error}.") from None
     text += b" " * (padded(len(text)) - len(text))
     if len(text) > LONGEST_HEADER:
         raise ValueError(f"the header would take {len(text)} bytes; {LONGEST_HEADER} are allowed.")
