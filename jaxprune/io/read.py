@@ -43,9 +43,9 @@ def load(
     All of the file is read once, and every byte is under a checksum. Leaves that are stored whole, as
     all are that have few zeros, are read-only views of the file, which the system maps into memory and
     shares between processes; the others are decoded, as are bools, 4-bit and quantized values. Masks
-    that keep everything are read-only views of one True. Nothing in a file is ever executed, and a file that is damaged, or made to do
-    harm, raises `FileError`. The arrays are numpy's: `jax.tree.map(jnp.asarray, params)` puts them
-    on a device.
+    that keep everything are read-only views of one True. Nothing in a file is ever executed, and a file
+    that is damaged, or made to do harm, raises `FileError`. The arrays are numpy's:
+    `jax.tree.map(jnp.asarray, params)` puts them on a device.
 
     Args:
       path: of the file.
