@@ -82,8 +82,10 @@ class Program:
         """The program as bytes, which `jax.export.deserialize` reads too.
 
         Raises:
+          ImportError: flatbuffers is not installed.
           ValueError: inputs or outputs are in containers that `jax.export` does not know.
         """
+        _need_flatbuffers()
         return bytes(self.exported.serialize())
 
     def save(self, path: str | os.PathLike[str]) -> int:
@@ -151,8 +153,10 @@ def load(path: str | os.PathLike[str]) -> Program:
     """Reads a program that `Program.save` wrote. It is a program: load what you trust.
 
     Raises:
+      ImportError: flatbuffers is not installed.
       FileError: a ValueError: the file is not a program.
     """
+    _need_flatbuffers()
     data = bytearray(Path(path).read_bytes())
     try:
         return Program(jax.export.deserialize(data))
@@ -160,6 +164,13 @@ def load(path: str | os.PathLike[str]) -> Program:
         raise FileError(
             f"{os.fspath(path)}: not an exported program ({type(error).__name__}: {error})."
         ) from None
+
+
+def _need_flatbuffers() -> None:
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError:
+        raise ImportError("files of jax.export need flatbuffers: pip install 'jaxprune[export]'") from None
 
 
 def onnx(
