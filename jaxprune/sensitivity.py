@@ -37,7 +37,7 @@ def sensitivity(
     floor: int = 1,
     metric: str | None = None,
     maximize: bool = True,
-    at_once: int | None = None,
+    at_once: int = 1,
     jit: bool = True,
     grads: Any = None,
     key: jax.Array | None = None,
@@ -49,7 +49,8 @@ def sensitivity(
     others whole, and the network is evaluated without any training. The units of a tensor are
     ranked once for all levels. Whatever the number of tensors and levels, a handful of programs
     is compiled, and what it takes beyond the evaluations is next to nothing. Points that have
-    equal masks are evaluated once.
+    equal masks are evaluated once. As with `jax.jit`, a function that was analysed before is not
+    compiled again for other params of the same shapes.
 
     With `structure=jaxprune.structures.channels(groups)` what is pruned alone is a group of coupled
     channels, with all that can only go together with it.
@@ -70,9 +71,10 @@ def sensitivity(
       floor: how many units of each tensor stay at least.
       metric: its name. Needed if `evaluate` returns a dict.
       maximize: whether more is better. False for a loss.
-      at_once: how many points are evaluated in one call, vectorised. Each takes as much memory as
-        an evaluation does. By default 1 on a CPU, where XLA runs a batch of small networks no
-        faster, and convolutions with different kernels much slower; elsewhere all levels.
+      at_once: how many points are evaluated side by side, by `vmap`; each takes as much memory as an
+        evaluation does. One by one, in a loop of one program, is the fastest on a CPU, where XLA is
+        slow at batches of convolutions with different kernels. Small networks on an accelerator
+        gain from more.
       jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
@@ -106,6 +108,7 @@ def sensitivity(
       Han et al., "Learning both Weights and Connections", NIPS 2015, figure 6.
     """
     asked = _checked_levels(levels)
+    _check_at_once(at_once, jit)
     if not callable(evaluate):
         raise TypeError(f"sensitivity needs a function evaluate(params), got {evaluate!r}.")
     ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "sensitivity")
@@ -113,9 +116,6 @@ def sensitivity(
     plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
     nothing = (0,) * len(ranked.ranks)
     rows = tuple(dict.fromkeys((nothing, *plan.values())))
-    if at_once is None:
-        at_once = 1 if jax.default_backend() == "cpu" or not jit else len(asked)
-    _check_at_once(at_once, jit)
     inputs = () if data is None else (data,)
     if jit:
         found = _swept(evaluate, inputs, ranked, rows, len(asked), at_once, metric)
