@@ -87,9 +87,11 @@ def losses(model: Any, params: Any, x: jax.Array, lesson: Any, key: jax.Array) -
 
 
 def init(model: Any, split: _train.Split, keys: jax.Array) -> Any:
-    """`_train.init`, compiled as a whole, which is quicker than one operation after another."""
-    one = split._replace(x=split.x[:1], y=split.y[:1])
-    return jax.jit(partial(_train.init, model, one))(keys)
+    """`_train.init`, compiled as a whole, and once for all splits of such images."""
+    return _init(model, split._replace(x=split.x[:1], y=split.y[:1]), keys)
+
+
+_init = jax.jit(_train.init, static_argnums=0)
 
 
 def fitter(

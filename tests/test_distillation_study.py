@@ -75,7 +75,15 @@ def test_labels_alone_are_learned_as_in_the_other_studies(digits):
 def test_a_student_comes_near_its_teacher_or_stays_there(digits):
     train, _ = digits
     model, keys, bar = MLP(widths=(16, 10)), _train.seed_keys((0, 1), 0), tqdm(disable=True)
-    params = _distill.init(model, train, keys)
+    rng = np.random.default_rng(0)
+    shapes = {"fc1": (64, 16), "fc2": (16, 10)}  # for each of two seeds
+    params = {
+        name: {
+            "kernel": rng.normal(0, 0.2, (2, *shape)).astype(np.float32),
+            "bias": np.zeros((2, shape[1]), np.float32),
+        }
+        for name, shape in shapes.items()
+    }
     masks = _distill.prune(params, jp.ones_masks(params), 0.5)
     fit, answer = (
         _distill.fitter(model, optax.adam(1e-2), 60, train),
