@@ -336,28 +336,30 @@ def plot_drops(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
 
 
 def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
-    """Accuracies against compression of the weights, before and after tuning, as `accuracy.png`."""
+    """Accuracies against compression of the weights, as `untuned.png` and `tuned.png`."""
     pruned = [line for line in lines if line["figure"] == "pruned"]
-    panels = []
-    for kind in config.kinds:
-        tolerances = [t for t in config.tolerances if any(_is(line, kind, t) for line in pruned)]
-        if not tolerances:
-            continue
-        curves = {}
-        for figure, label in (("before", "untuned"), ("accuracy", "tuned")):
+    for figure, name in (("before", "untuned"), ("accuracy", "tuned")):
+        panels = []
+        for kind in config.kinds:
+            cells = {t: [line for line in pruned if _is(line, kind, t)] for t in config.tolerances}
+            cells = {tolerance: cell for tolerance, cell in cells.items() if cell}
+            if not cells:
+                continue
+            curves = {}
             for method in METHODS:
-                cells = [[x for x in pruned if _is(x, kind, t) and x["method"] == method] for t in tolerances]
-                x = [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in cells]
-                curves[f"{method}, {label}"] = _plots.Curve(
-                    x, np.array([[line[figure] for line in c] for c in cells])
-                )
-        panels.append((f"compression ({kind})", curves))
-    _plots.panels(
-        Path(settings(config)[2]) / "accuracy.png",
-        f"{_TITLES[config.network]} pruned by sensitivity, {config.dataset}; {len(config.seeds)} seeds",
-        panels,
-        baseline=np.array([line["accuracy"] for line in lines if line["figure"] == "dense"]),
-    )
+                own = [[line for line in cell if line["method"] == method] for cell in cells.values()]
+                x = [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in own]
+                curves[method] = _plots.Curve(x, np.array([[line[figure] for line in cell] for cell in own]))
+            panels.append((f"compression ({kind})", curves))
+        if not panels:
+            continue
+        _plots.panels(
+            Path(settings(config)[2]) / f"{name}.png",
+            f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
+            f"{len(config.seeds)} seeds",
+            panels,
+            baseline=np.array([line["accuracy"] for line in lines if line["figure"] == "dense"]),
+        )
 
 
 def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:

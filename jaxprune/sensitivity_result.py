@@ -113,17 +113,16 @@ class Sensitivity:
             ) from None
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axes = figure.subplots()
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, max(len(self.pools), 1)))
+        colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(self.pools)))
         for index, name in enumerate(self.pools):
-            points = self.of(name)
-            x, y = [0.0, *(p.achieved for p in points)], [self.dense, *(p.metric for p in points)]
+            x, y = zip(*((point.achieved, point.metric) for point in self.of(name)), strict=True)
             marker = "os^Dv<>P*X"[index % 10]
             axes.plot(x, y, color=colours[index], marker=marker, markersize=4, label=name)
         axes.axhline(self.dense, color="grey", linestyle="--", linewidth=1, label="nothing pruned")
         axes.set_xlabel("sparsity of what is pruned, alone")
         axes.set_ylabel(self.metric)
         axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small", ncols=-(-len(self.pools) // 24))
         figure.savefig(path, dpi=150)
 
     def __str__(self) -> str:

@@ -18,7 +18,7 @@ def test_the_study(tmp_path, capsys):
     flags = f"{FLAGS} --kinds weights,channels --levels 0.3,0.6,0.9 --tolerances 0,0.1 --out {tmp_path}"
     sensitivity.main(flags.split())
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    for picture in ("sensitivity.png", "accuracy.png"):
+    for picture in ("sensitivity.png", "untuned.png", "tuned.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     points = [line for line in lines if line["figure"] == "sensitivity"]
     layers = {"weights": 3, "channels": 2}
