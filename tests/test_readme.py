@@ -13,7 +13,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_blocks_run_in_order(capsys):
+def test_python_blocks_run_in_order(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     assert len(blocks("python")) >= 3
     for block in blocks("python"):
