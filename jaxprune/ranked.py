@@ -6,7 +6,8 @@ faster than in XLA on a CPU and compiles nothing; masks are made on the device b
 whatever the counts.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -128,10 +129,7 @@ def rank(
         raise TypeError(f"{name} counts and ranks on the host, so it cannot run under jit or vmap.")
     structure = ELEMENTS if structure is None else structure
     chosen = tuple(selected(params, where))
-    is_tree = jax.tree.structure(scores) == jax.tree.structure(params)
-    if callable(scores) and not (is_tree and all(map(is_array, jax.tree.leaves(scores)))):
-        scores = _compiled(scores, extra)
-    tree = evaluate(scores, params, grads=grads, key=key, **extra)
+    tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
         masks = like_params(masks, params)
         params = jax.jit(apply_masks)(params, masks)
@@ -162,10 +160,18 @@ def rank(
     )
 
 
-def _compiled(score: Any, extra: Mapping[str, Any]) -> Callable[..., Any]:
-    """A score function as one program; inputs that are no arrays are static."""
-    names = [name for name, value in extra.items() if not all(map(is_array, jax.tree.leaves(value)))]
-    return jax.jit(score, static_argnames=names)
+def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
+    """The scores as `prune_once` has them, of a function as one program if it can be traced."""
+    mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
+    if callable(scores) and not (mirrored and all(map(is_array, jax.tree.leaves(scores)))):
+        # What is no array is static.
+        static = [name for name, x in inputs.items() if not all(map(is_array, jax.tree.leaves(x)))]
+        if all(isinstance(inputs[name], Hashable) for name in static):
+            with contextlib.suppress(
+                jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError
+            ):
+                return evaluate(jax.jit(scores, static_argnames=static), params, **inputs)
+    return evaluate(scores, params, **inputs)
 
 
 def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:

@@ -275,6 +275,17 @@ def test_any_score_and_several_figures():
         jp.sensitivity(figures, params)
 
 
+def test_a_score_that_cannot_be_compiled():
+    params = drawn(17)
+
+    def in_numpy(params, *, exponents, **_):
+        return jax.tree.map(lambda leaf: jnp.asarray(abs(np.asarray(leaf)) ** sum(exponents)), params)
+
+    for exponents in ([1, 1], (1, 1)):  # one of them cannot be hashed
+        found = jp.sensitivity(evaluate, params, levels=LEVELS, scores=in_numpy, exponents=exponents)
+        assert found == jp.sensitivity(evaluate, params, levels=LEVELS)
+
+
 def test_n_of_m_groups():
     params, structure = drawn(15), jp.structures.nm(1, 2)
     found = jp.sensitivity(evaluate, params, levels=(0.25, 0.5), structure=structure)
