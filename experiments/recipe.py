@@ -17,7 +17,7 @@ The pruned network is left in one small file for each seed, which
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -92,11 +92,6 @@ class Study:
         # The same function, as XLA has it: its convolutions are what is analysed and counted.
         self.plain: Any = LeNet(im2col=False) if lenet else self.model
         self.adam = optax.adam(config.lr)
-        self._grads = jax.jit(jax.grad(self.loss))
-        self._correct = jax.jit(partial(_correct, self.model))
-        self._answers = jax.jit(
-            lambda params, split: self.apply(params, split.batch(jnp.arange(len(split.y)))[0])
-        )
         self._untaught = jnp.zeros((len(self.train.y), 10))
 
     def apply(self, params: Any, x: jax.Array) -> Any:
@@ -110,7 +105,7 @@ class Study:
 
     def accuracy(self, params: Any, split: _train.Split) -> float:
         """On a split, in [0, 1]."""
-        return int(self._correct(params, split)) / len(split.y)
+        return int(_correct(self.model, params, split)) / len(split.y)
 
     def macs(self, masks: Any) -> int:
         """The multiply-adds of one image that the masks leave."""
@@ -131,35 +126,21 @@ class Study:
         """A teacher's answers, and how the recipe learns from them."""
         if self.recipe.distillation is None or teacher is None:
             return self._untaught, LABELS
-        return self._answers(teacher, self.train), Mix(**self.recipe.distillation)
+        return _answers(self.model, teacher, self.train), Mix(**self.recipe.distillation)
 
-    def epoch(self, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
-        """`run(params, opt_state, key, answers, mix)`, an epoch with an optimizer made from its state."""
-
-        @_train.jit
-        def run(params, opt_state, key, answers, mix, split):
-            taught, size = Taught(split, answers, mix), self.config.batch_size
-            tx = optimizer_of(opt_state)
-            return _train.epoch(self.model, tx, size, params, opt_state, key, taught, losses)
-
-        return lambda params, opt_state, key, answers, mix: run(
-            params, opt_state, key, answers, Mix(*map(jnp.float32, mix)), self.train
-        )
-
-    def fitter(self) -> Callable[..., Any]:
-        """`fit(params, masks, key, epochs, bar, teacher=None)`, under fixed masks."""
-        run = self.epoch(lambda state: jp.keep_masked(self.adam, state.masks))
-
-        def fit(params: Any, masks: Any, key: jax.Array, epochs: int, bar: tqdm, teacher: Any = None) -> Any:
-            answers, mix = self.mix(teacher)
-            params = jp.apply_masks(params, masks)
-            opt_state = jp.keep_masked(self.adam, masks).init(params)
-            for number in range(epochs):
-                params, opt_state = run(params, opt_state, jax.random.fold_in(key, number), answers, mix)
-                bar.update()
-            return params
-
-        return fit
+    def fit(
+        self, params: Any, masks: Any, key: jax.Array, epochs: int, bar: tqdm, teacher: Any = None
+    ) -> Any:
+        """Trains under fixed masks."""
+        answers, mix = self.mix(teacher)
+        params = jp.apply_masks(params, masks)
+        opt_state: Any = jp.keep_masked(self.adam, masks).init(params)
+        run = _masked_epoch(self.model, self.config.lr, self.config.batch_size)
+        for number in range(epochs):
+            own = jax.random.fold_in(key, number)
+            params, opt_state = run(params, opt_state, own, answers, mix, self.train)
+            bar.update()
+        return params
 
     def stops(self, params: Any, masks: Any) -> tuple[str | None, bool]:
         """Why to stop, and whether it is that the accuracy fell too low."""
@@ -168,20 +149,23 @@ class Study:
         low = stop.accuracy is not None and accuracy < stop.accuracy
         return stop.reached(accuracy=accuracy, macs=macs), low
 
-    def in_levels(self, dense: Any, first: Any, seed: int, fit: Any, bar: tqdm) -> Run:
+    def in_levels(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
         """Prunes a trained network, once or level by level, and trains on."""
         pruner, key = self.pruner(dense, seed), _train.seed_keys((seed,), purpose=2)[0]
-        update = jax.jit(pruner.update)
+
+        @jax.jit
+        def update(state: Any, params: Any, key: jax.Array) -> Any:
+            return pruner.update(state, params, grads=jax.grad(self.loss)(params, self.batch), key=key)
+
         state = pruner.init(dense)
         last = Run(dense, state.masks, 0)
         for level in range(1, levels(self.config, self.recipe) + 1):
-            grads = self._grads(last.params, self.batch)
-            state = update(state, last.params, grads=grads, key=jax.random.fold_in(key, level))
+            state = update(state, last.params, jax.random.fold_in(key, level))
             if jp.metrics.nonzeros(state.masks) == jp.metrics.nonzeros(last.masks):
                 return last._replace(reason="nothing more is removed")
             start = first if self.config.rewind == "weights" else last.params
             epochs = self.config.epochs if self.config.rewind == "weights" else self.config.tune_epochs
-            params = fit(start, state.masks, jax.random.fold_in(key, level), epochs, bar, dense)
+            params = self.fit(start, state.masks, jax.random.fold_in(key, level), epochs, bar, dense)
             reason, low = self.stops(params, state.masks)
             if low:
                 return last._replace(reason=reason)
@@ -193,14 +177,16 @@ class Study:
     def in_steps(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
         """Trains from the first weights with pruning inside the optimizer."""
         tx = jp.wrap_optax(self.adam, self.pruner(first, seed))
-        run, key = self.epoch(lambda state: tx), _train.seed_keys((seed,), purpose=1)[0]
+        run = _epoch(self.model, self.config.batch_size, lambda opt_state: tx)
+        key = _train.seed_keys((seed,), purpose=1)[0]
         opt_state: Any = tx.init(first)
         answers, mix = self.mix(dense)
         # Masks that a recipe starts from are already in the state.
         params, reason = jp.apply_masks(first, opt_state.pruner.masks), None
         before = params, opt_state.inner, opt_state.pruner.masks
         for number in range(self.config.epochs):
-            params, opt_state = run(params, opt_state, jax.random.fold_in(key, number), answers, mix)
+            own = jax.random.fold_in(key, number)
+            params, opt_state = run(params, opt_state, own, answers, mix, self.train)
             bar.update()
             if reason is not None:
                 continue
@@ -213,7 +199,7 @@ class Study:
                 elif reason is not None:
                     opt_state = jp.KeepMaskedState(opt_state.inner, masks)
                 if reason is not None:  # for the rest the masks stay
-                    run = self.epoch(lambda state: jp.keep_masked(self.adam, state.masks))
+                    run = _masked_epoch(self.model, self.config.lr, self.config.batch_size)
             before = params, opt_state.inner, masks
         return Run(params, optax.tree.get(opt_state, "masks"), self.config.epochs, reason)
 
@@ -235,7 +221,9 @@ class Study:
         """The network without its dead channels, measured; nothing where it has none, or a layer of them."""
         if jp.metrics.collapsed(pruned.masks):
             return {}
-        small = jp.compact(self.apply, pruned.params, pruned.masks, self.example, fold_constants=True)
+        small = jp.compact(
+            self.apply, pruned.params, pruned.masks, self.example, fold_constants=True, verify=False
+        )
         size = sum(leaf.size for leaf in jax.tree.leaves(small.params))
         if size == sum(leaf.size for leaf in jax.tree.leaves(pruned.params)):
             return {}
@@ -252,9 +240,42 @@ def levels(config: Config, recipe: jp.recipes.Recipe) -> int:
     return 1 if recipe.once else 10
 
 
+# What does not depend on the recipe is compiled once, however many are run.
+
+
+@partial(jax.jit, static_argnums=0)
 def _correct(model: Any, params: Any, split: _train.Split) -> jax.Array:
     predict = partial(model.apply, {"params": params})
     return _train.total(lambda log_probs, y: log_probs.argmax(-1) == y, predict, split, 500)
+
+
+@partial(jax.jit, static_argnums=0)
+def _answers(model: Any, params: Any, split: _train.Split) -> jax.Array:
+    return jax.lax.map(
+        lambda index: model.apply({"params": params}, split.batch(index[None])[0])[0],
+        jnp.arange(len(split.y)),
+        batch_size=500,
+    )
+
+
+@lru_cache(maxsize=8)
+def _masked_epoch(model: Any, lr: float, batch_size: int) -> Callable[..., Any]:
+    adam = optax.adam(lr)
+    return _epoch(model, batch_size, lambda opt_state: jp.keep_masked(adam, opt_state.masks))
+
+
+def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
+
+    @_train.jit
+    def run(params, opt_state, key, answers, mix, split):
+        taught = Taught(split, answers, mix)
+        tx = optimizer_of(opt_state)
+        return _train.epoch(model, tx, batch_size, params, opt_state, key, taught, losses)
+
+    return lambda params, opt_state, key, answers, mix, split: run(
+        params, opt_state, key, answers, Mix(*map(jnp.float32, mix)), split
+    )
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -282,17 +303,16 @@ def run(config: Config) -> list[dict[str, Any]]:
             results.write(**line)
             lines.append(line)
 
-        fit = study.fitter()
         for seed in config.seeds:
             keys = _train.seed_keys((seed,), purpose=0)
             first = jax.tree.map(operator.itemgetter(0), _train.init(study.model, study.train, keys))
             ones = jp.ones_masks(first)
             bar.set_description(f"dense, seed {seed}")
-            dense = fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
+            dense = study.fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
             record("dense", seed, study.figures(dense, ones))
             bar.set_description(f"{Path(config.recipe).stem}, seed {seed}")
             if end is None:
-                pruned = study.in_levels(dense, first, seed, fit, bar)
+                pruned = study.in_levels(dense, first, seed, bar)
             else:
                 pruned = study.in_steps(dense, first, seed, bar)
             file = Path(config.out) / f"seed-{seed}.jaxprune"
