@@ -125,10 +125,12 @@ def rank(
       TypeError: as `prune_once`; params that are traced.
     """
     check_choices("layerwise", "total", floor)
-    if not is_concrete(params, masks):
-        raise TypeError(f"{name} counts and ranks on the host, so it cannot run under jit or vmap.")
     structure = ELEMENTS if structure is None else structure
     chosen = tuple(selected(params, where))
+    if not is_concrete(params, masks):
+        raise TypeError(
+            f"{name} counts and ranks on the host, so it cannot run under jit or vmap: params must have values."
+        )
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
         masks = like_params(masks, params)

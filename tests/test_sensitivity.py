@@ -424,6 +424,7 @@ def with_nan(params):
         ({"where": jp.matching("conv*")}, ValueError, "matches no leaf"),
         ({"params": with_nan(drawn(0))}, ValueError, r"scores\['head/kernel'\] has 1 entries that are NaN"),
         ({"structure": jp.structures.slices(axis=3)}, ValueError, r"slices\(axis=3\) on params"),
+        ({"params": drawn(0) | {"activation": jnp.tanh}}, TypeError, "'activation'.* not an array"),
         ({"together": {"s": "conv*"}}, ValueError, r"together\['s'\] names 'conv\*', which is none of a/k"),
         ({"together": {"s": "a/*", "t": "*"}}, ValueError, "names 'a/kernel' twice, in 's' and in 't'"),
         ({"together": {"a/kernel": "head/*"}}, ValueError, "a set named as 'a/kernel'"),
