@@ -200,7 +200,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table of at most 80 columns; means over seeds."""
-    text = [f"{'':<29}{'params':>7}{'MACs':>8}{'file':>7}{'program':>8}{'speed':>6}{'accuracy %':>15}"]
+    text = [f"{'':<29}{'nonzero':>7}{'MACs':>8}{'file':>7}{'program':>8}{'speed':>6}{'accuracy %':>15}"]
     for step, title in STEPS.items():
         own = [line for line in lines if line["step"] == step]
         mean = {key: np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes")}
