@@ -14,7 +14,6 @@ The pruned network is left in one small file for each seed, which
 `jaxprune.io.load` reads.
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -92,6 +91,7 @@ class Study:
         # The same function, as XLA has it: its convolutions are what is analysed and counted.
         self.plain: Any = LeNet(im2col=False) if lenet else self.model
         self.adam = optax.adam(config.lr)
+        self.init = jax.jit(lambda key: self.model.init(key, self.example)["params"])
         self._untaught = jnp.zeros((len(self.train.y), 10))
 
     def apply(self, params: Any, x: jax.Array) -> Any:
@@ -304,8 +304,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             lines.append(line)
 
         for seed in config.seeds:
-            keys = _train.seed_keys((seed,), purpose=0)
-            first = jax.tree.map(operator.itemgetter(0), _train.init(study.model, study.train, keys))
+            first = study.init(_train.seed_keys((seed,), purpose=0)[0])
             ones = jp.ones_masks(first)
             bar.set_description(f"dense, seed {seed}")
             dense = study.fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)

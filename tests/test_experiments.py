@@ -127,7 +127,8 @@ def test_gradual_study(tmp_path, capsys):
             masks = jp.io.load(out / line["masks"]).params
             assert layers(masks) == line["layers"]
     assert is_png(out / "accuracy.png")
-    again = gradual.run(_config.parse(gradual.Config, [*flags.split(), "--out", str(tmp_path / "again")]))
+    repeat = ["--recipe", str(out / "recipe.yaml"), "--out", str(tmp_path / "again")]
+    again = gradual.run(_config.parse(gradual.Config, repeat))
     assert [line["accuracy"] for line in again] == [line["accuracy"] for line in lines]
     table = capsys.readouterr().out
     assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
@@ -177,10 +178,8 @@ def test_lottery_study(tmp_path, capsys):
     table = capsys.readouterr().out
     assert widest(table, tmp_path) <= 80
     assert all(method in table for method in lottery_ticket.METHODS)
-    # The same command again only reports; --fresh trains anew, and gets the same.
-    again = lottery_ticket.run(
-        _config.parse(lottery_ticket.Config, [*flags.split(), "--train-size", "400", "--out", str(out)])
-    )
+    # The same settings again only report; --fresh trains anew, and gets the same.
+    again = lottery_ticket.run(_config.parse(lottery_ticket.Config, ["--recipe", str(out / "recipe.yaml")]))
     assert again == [{k: line[k] for k in own} for own, line in zip(again, lines, strict=True)]
 
 
