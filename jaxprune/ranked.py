@@ -129,7 +129,7 @@ def rank(
     chosen = tuple(selected(params, where))
     if not is_concrete(params, masks):
         raise TypeError(
-            f"{name} counts and ranks on the host, so it cannot run under jit or vmap: params must have values."
+            f"{name} counts and ranks on the host, so it cannot run under jit or vmap: give it values."
         )
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
