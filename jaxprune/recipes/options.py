@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune import paths
-from jaxprune.recipes.document import Node, unknown
+from jaxprune.recipes.document import Node, RecipeError, unknown
 from jaxprune.typing import ScoreFn, Where
 
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
@@ -73,9 +73,9 @@ def attempt(node: Node, make: Callable[[], Any]) -> Any:
     """What `make` returns; what it refuses is said with the place of a node."""
     try:
         return make()
+    except RecipeError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
-        if type(error).__name__ == "RecipeError":
-            raise
         node.fail(str(error))
 
 
