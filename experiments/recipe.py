@@ -287,8 +287,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     end, total = recipe.end_step, config.epochs * study.steps
     if end is not None and end > total:
         raise jp.recipes.RecipeError(
-            f"{config.recipe}: it prunes until step {end:,}, and {config.epochs} epochs have {total:,} steps: "
-            f"ask for --epochs {-(-end // study.steps)} or more."
+            f"{config.recipe}: it prunes until step {end:,}, and {config.epochs} epochs have {total:,} "
+            f"steps: ask for --epochs {-(-end // study.steps)} or more."
         )
     epochs = 2 * config.epochs
     if end is None:
