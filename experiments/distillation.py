@@ -237,7 +237,7 @@ def student(study: Study) -> None:
                 "mix": mix._asdict(),
                 "epochs": epochs,
             }
-            study.record(accuracy(params), size, sparsity=0.0, **same, **costs)
+            study.record(accuracy(params), size, **same, **costs)
             if name == "LeNet":
                 answers = _distill.answerer(model, train)(params)
 
@@ -251,10 +251,8 @@ def few(study: Study) -> None:
         ones, keys, epochs = jp.ones_masks(dense.init), study.keys(3), study.sizes.few_epochs
         # The same first weights and order of images as by labels: those of the dense network.
         params = dense.fit(dense.init, ones, keys, epochs, study.bar, study.told, mix)
-        same = {"part": "few", "images": "few", "method": f"T={temperature:g}", "temperature": temperature}
-        study.record(
-            study.accuracy(params), sparsity=0.0, train_images=len(dense.images.y), epochs=epochs, **same
-        )
+        same = {"part": "few", "images": "few", "method": TAUGHT, "temperature": temperature}
+        study.record(study.accuracy(params), train_images=len(dense.images.y), epochs=epochs, **same)
 
 
 def pruning(study: Study) -> None:
