@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.rules.slices import take
+from jaxprune.io.atomic import replacing
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
 
 _FORMAT = 1
@@ -156,11 +156,11 @@ class Plan:
         return path if tuple(leaf.shape[leaf.ndim - len(shape) :]) == shape else None
 
     def save(self, file: str | PathLike[str]) -> None:
-        """Writes the plan to a `.npz` file of small integer arrays; nothing in it is code."""
+        """Writes the plan, whole or not at all, to a `.npz` file of small integer arrays, none of it code."""
         arrays = {f"shape:{path}": np.asarray(shape, np.int64) for path, shape in self.shapes.items()}
         for path, axes in self.keep.items():
             arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
-        with Path(file).open("wb") as stream:
+        with replacing(file) as new, new.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, format=np.int64(_FORMAT), **arrays)
 
     @classmethod
