@@ -7,10 +7,12 @@ are dense, so a masked network's file is as large as the dense one's; only a com
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -215,7 +217,7 @@ def onnx(
 
     closed = _with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
     try:
-        with _quiet():
+        with _contained():
             model = convert(lambda *given: _replay(closed.jaxpr, closed.consts, given), inputs=leaves)
         model = model.SerializeToString()
     except Exception as error:  # what another package may raise
@@ -235,7 +237,7 @@ def onnx(
 
 def _packages() -> tuple[Callable[..., Any], Any]:
     try:
-        with _quiet():
+        with _contained():
             import onnxruntime
             from jax2onnx import to_onnx
     except ImportError as error:
@@ -244,10 +246,19 @@ def _packages() -> tuple[Callable[..., Any], Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what jax2onnx says of its own making: of jax's deprecations, of plugins that do not load."""
+def _contained() -> Iterator[None]:
+    """Keeps to itself what jax2onnx does beside its work.
+
+    It logs and warns of its own making (jax's deprecations, plugins that do not load), and its import
+    replaces functions of jax for the whole process: `jnp.cumsum` by one that takes fewer arguments.
+    """
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
+    public = [
+        (module, dict(vars(module)))
+        for name, module in list(sys.modules.items())
+        if (name == "jax" or name.startswith("jax.")) and isinstance(module, ModuleType)
+    ]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
@@ -257,6 +268,10 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+        for module, before in public:
+            for name, value in before.items():
+                if vars(module).get(name) is not value:
+                    setattr(module, name, value)
 
 
 def _arrays_alone(

@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 
 import equinox
 import flax.linen as nn
@@ -220,6 +222,20 @@ def test_onnx_computes_the_same(variants, tmp_path, net):
             (got,) = run(model, random((batch, *x.shape[1:]), batch))
             close(got, output)
     assert sizes["compacted"] < sizes["dense"] == sizes["masked"]
+
+
+@needs_onnx
+def test_onnx_leaves_jax_as_it_is():
+    """Importing jax2onnx replaces jnp.cumsum: in a process of its own, where nothing has imported it."""
+    code = """
+import jax, jax.numpy as jnp, jaxprune as jp
+before = {m: dict(vars(m)) for m in (jax, jax.numpy, jax.lax, jax.nn)}
+jp.export.onnx(lambda params, x: x @ params["w"], {"w": jnp.ones((3, 2))}, jnp.ones((1, 3)))
+changed = [n for m, names in before.items() for n, v in names.items() if vars(m)[n] is not v]
+assert not changed, changed
+assert jnp.cumsum(jnp.ones((2, 3)), 0).shape == (2, 3)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_onnx

@@ -9,7 +9,7 @@ import pytest
 
 import jaxprune as jp
 from experiments import sensitivity
-from experiments.benchmarks import sensitivity as benchmark
+from experiments.benchmarks import sensitivity_cost as benchmark
 
 FLAGS = "--network mlp --train-size 600 --test-size 60 --epochs 4 --tune-epochs 1 --seeds 0,1"
 

@@ -1,6 +1,6 @@
 """What a sensitivity analysis costs beside its forward evaluations alone.
 
-    python -m experiments.benchmarks.sensitivity
+    python -m experiments.benchmarks.sensitivity_cost
 
 Networks of 10 kernels at 10 levels: 100 evaluations. Evaluations alone are 100 calls of the
 compiled function, one after another, on the same params. Both are timed in turns, compiled
