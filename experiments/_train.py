@@ -74,7 +74,11 @@ def jit(function: Callable) -> Callable:
     """
     if jax.default_backend() != "cpu":
         return jax.jit(function)
-    options = {"xla_cpu_copy_insertion_use_region_analysis": True, "xla_cpu_prefer_vector_width": 512}
+    options = {
+        "xla_cpu_copy_insertion_use_region_analysis": True,
+        "xla_cpu_prefer_vector_width": 512,
+        "xla_backend_optimization_level": 3,  # XLA's default, also where XLA_FLAGS ask for less
+    }
     return jax.jit(function, compiler_options=options)
 
 

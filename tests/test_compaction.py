@@ -22,9 +22,10 @@ import jaxprune as jp
 REFUSED = {"hidden_cumsum", "hidden_sort", "hidden_top_k", "hidden_argmax"}
 
 
-@pytest.mark.parametrize("name", list(ZOO))
+# Every other model and what is refused: `python tests/zoo_check.py` checks all of them, at 30 % and 70 %, in
+# both precisions.
+@pytest.mark.parametrize("name", [name for n, name in enumerate(ZOO) if n % 2 == 0 or name in REFUSED])
 def test_a_model_of_the_zoo_is_equal_when_compacted(name):
-    # The command `python tests/zoo_check.py` checks all of them at 30 % and 70 %, in both precisions.
     errors = compare(ZOO[name](), 0.5, jnp.float32, split="minor" if name == "shufflenet" else "major")
     assert max(errors.output, errors.gradient) <= tolerance(name, jnp.float32)
     assert (errors.removed > 0.1) == (name not in REFUSED)
