@@ -38,6 +38,23 @@ def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[
     return moving, rebuild
 
 
+def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple["ClosedJaxpr", dict[str, Any]]:
+    """The jaxpr of a function, and its inputs by path in the jaxpr's order.
+
+    Paths are those of the tuple of arguments; see `of_first` for those of the first.
+    """
+    arrays, rebuild = split_static(arguments)
+    inputs = {name: arrays[name] for name in sorted(arrays)}  # as jax orders the keys of a dict
+    shapes = {name: abstract(leaf) for name, leaf in inputs.items()}
+    return jax.make_jaxpr(lambda arrays: function(*rebuild(arrays)))(shapes), inputs
+
+
+def of_first(name: str) -> str | None:
+    """From a path in a tuple of arguments to that in the first of them; None for the others."""
+    first, _, rest = name.partition("/")
+    return rest if first == "0" else None
+
+
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """The shape and dtype of a leaf."""
     if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -273,6 +274,17 @@ def test_a_constants_zeros_are_not_pruned():
     assert macs(function, W, X, masks=jp.ones_masks(W)).total == 18
     alive = HALF["kernel"] | (triangle == 0)
     assert macs(function, W, X, masks=HALF).total == 2 * np.count_nonzero(alive)
+
+
+def test_masks_belong_to_params_by_path_not_by_order():
+    class Layers(NamedTuple):
+        up: Any
+        down: Any
+
+    params, up = Layers(np.ones((3, 4)), np.ones((4, 2))), np.arange(12).reshape(3, 4) % 3 > 0
+    masks = {"up": up, "down": np.ones((4, 2), bool)}  # a dict's leaves come in another order
+    found = macs(lambda params, x: x @ params.up @ params.down, params, X, masks=masks)
+    assert found.by_path() == {"up": 2 * 8, "down": 16}
 
 
 def test_what_macs_asks_for():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, scan_split, source_line, split_static
+from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, scan_split, source_line, trace
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -88,14 +88,10 @@ def activation_sparsity(
         raise ValueError(
             "activation_sparsity needs params and inputs: activation_sparsity(function, params, x)."
         )
-    arrays, rebuild = split_static(arguments)
-    closed = jax.make_jaxpr(lambda arrays: function(*rebuild(arrays)))(
-        {name: abstract(leaf) for name, leaf in arrays.items()}
-    )
-    names = sorted(arrays)
-    depends = [not (name == "0" or name.startswith("0/")) for name in names]
+    closed, inputs = trace(function, arguments)
+    depends = [of_first(name) is None for name in inputs]
     watcher = _Watcher()
-    counts = jax.jit(lambda values: watcher.run(closed, values, depends)[1])([arrays[name] for name in names])
+    counts = jax.jit(lambda values: watcher.run(closed, values, depends)[1])(list(inputs.values()))
     found = [
         Activation(*seen, int(np.asarray(count).sum(dtype=np.int64)), int(np.prod(seen[2], dtype=np.int64)))
         for seen, count in zip(watcher.seen, counts, strict=True)

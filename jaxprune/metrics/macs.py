@@ -9,10 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, close, scan_split, source_line
+from jaxprune.jaxprs import (
+    CALLS,
+    binder,
+    called_jaxpr,
+    close,
+    of_first,
+    scan_split,
+    source_line,
+    split_static,
+    trace,
+)
 from jaxprune.masks import check_masks
 from jaxprune.metrics.products import PRODUCTS
-from jaxprune.paths import is_array, leaf_paths
+from jaxprune.paths import is_array
 from jaxprune.typing import Masks
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -106,30 +116,13 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
         raise ValueError("macs needs the function's arguments, or their shapes: macs(function, params, x).")
     if masks is not None:
         check_masks(masks, arguments[0])
-    leaves, treedef = jax.tree.flatten(arguments)
-    moving = [n for n, leaf in enumerate(leaves) if is_array(leaf) or isinstance(leaf, _NUMBERS)]
-    moving = [n for n in moving if not isinstance(leaves[n], bool)]
-
-    def flat(*arrays: Any) -> Any:
-        return function(*treedef.unflatten(_replaced(leaves, moving, arrays)))
-
-    closed = jax.make_jaxpr(flat)(*(abstract(leaves[n]) for n in moving))
-    known = _params(arguments[0], masks)
+    closed, inputs = trace(function, arguments)
+    kept = {} if masks is None else split_static([masks])[0]
     counter = _Counter(masked=masks is not None)
-    counter.walk(closed, [known[n] if n < len(known) else None for n in moving])
+    counter.walk(closed, [_known(name, leaf, kept.get(name)) for name, leaf in inputs.items()])
     operations = tuple(Operation(*found) for found in counter.found.values())
     total, unpadded = sum(o.total for o in operations), sum(o.unpadded for o in operations)
     return Macs(total, unpadded, operations, tuple(dict.fromkeys(counter.notes)))
-
-
-_NUMBERS = (int, float, complex)
-
-
-def _replaced(leaves: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
-    new = list(leaves)
-    for place, other in zip(places, others, strict=True):
-        new[place] = other
-    return new
 
 
 class _Known(NamedTuple):
@@ -145,25 +138,20 @@ class _Known(NamedTuple):
     values: Callable[[], tuple[Any, Any]] | None
 
 
-def _params(params: Any, masks: Masks | None) -> list[_Known | None]:
-    """What is known of each leaf of the first argument."""
+def _known(name: str, leaf: Any, mask: Any) -> _Known | None:
+    """What is known of an input: of a leaf of the first argument its path, and its mask if there is one."""
+    path = of_first(name)
+    if path is None or not is_array(leaf):
+        return None
+    here = frozenset({(math.prod(leaf.shape), path)})
+    if mask is None or not jnp.issubdtype(leaf.dtype, jnp.number):
+        return _Known(here, None)
 
-    def leaf_of(path: str, leaf: Any, mask: Any) -> _Known | None:
-        if not is_array(leaf):
-            return None
-        here = frozenset({(math.prod(leaf.shape), path)})
-        if masks is None or not jnp.issubdtype(leaf.dtype, jnp.number):
-            return _Known(here, None)
+    def values() -> tuple[Any, Any]:
+        whole = (1 + np.random.default_rng(0).random(leaf.shape, np.float32)).astype(leaf.dtype)
+        return whole, whole if np.all(mask) else np.where(mask, whole, np.zeros_like(whole))
 
-        def values() -> tuple[Any, Any]:
-            whole = (1 + np.random.default_rng(0).random(leaf.shape, np.float32)).astype(leaf.dtype)
-            return whole, whole if np.all(mask) else np.where(mask, whole, np.zeros_like(whole))
-
-        return _Known(here, values)
-
-    leaves = jax.tree.leaves(params)
-    given = [None] * len(leaves) if masks is None else jax.tree.leaves(masks)
-    return list(map(leaf_of, leaf_paths(params), leaves, given))
+    return _Known(here, values)
 
 
 class _Counter:

@@ -96,11 +96,15 @@ def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     """
     leaves = array_leaves(tree)
 
-    def ratio(paths):
-        size, left = (sum(count(leaves[path]) for path in paths) for count in (_size, _nonzeros))
-        return size / left if left else math.inf if size else 1.0
+    def of(paths):
+        return ratio(sum(leaves[path].size for path in paths), sum(_nonzeros(leaves[path]) for path in paths))
 
-    return Sparsity(ratio(_prunable(tree, leaves, where)), ratio(leaves))
+    return Sparsity(of(_prunable(tree, leaves, where)), of(leaves))
+
+
+def ratio(whole: int, left: int) -> float:
+    """How many times fewer are left: infinity if nothing is; 1 if there was nothing."""
+    return whole / left if left else math.inf if whole else 1.0
 
 
 def nonzeros(tree: Any) -> int:
@@ -179,10 +183,6 @@ def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
         return [""]
     # A mask is bool, but takes part if its param does: `where` sees shapes, not dtypes.
     return [path for path, leaf in leaves.items() if where(path, leaf)] or selected(tree, where)
-
-
-def _size(leaf: Any) -> int:
-    return leaf.size
 
 
 def _traced_zeros(leaf: Any) -> jax.Array:

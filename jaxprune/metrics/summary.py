@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.masks import check_masks
 from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.macs import Macs, macs
-from jaxprune.metrics.sizes import nonzeros
+from jaxprune.metrics.sizes import nonzeros, ratio
 from jaxprune.paths import array_leaves, is_concrete, kernels
 from jaxprune.typing import Masks, Params, Where
 
@@ -204,10 +204,10 @@ def summary(
     entries = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(small.params)) if small else None
     return Summary(
         tuple(rows),
-        _ratio(whole.size, whole.kept),
-        _ratio(dense.total, dense.total if under is None else under.total),
-        None if entries is None else _ratio(whole.size, entries),
-        None if smaller is None else _ratio(dense.total, smaller.total),
+        ratio(whole.size, whole.kept),
+        ratio(dense.total, dense.total if under is None else under.total),
+        None if entries is None else ratio(whole.size, entries),
+        None if smaller is None else ratio(dense.total, smaller.total),
         dense,
         under,
         smaller,
@@ -235,10 +235,6 @@ def _kept(leaves: dict[str, Any], masks: Masks | None, where: Where) -> dict[str
         path: nonzeros(leaf) if where(path, leaf) and is_concrete(leaf) else math.prod(leaf.shape)
         for path, leaf in leaves.items()
     }
-
-
-def _ratio(whole: float, left: float) -> float:
-    return whole / left if left else math.inf if whole else 1.0
 
 
 _HEADS = ["param", "shape", "size", "kept", "sparsity", "MACs", "MACs masked", "MACs compacted"]
