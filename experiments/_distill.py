@@ -86,14 +86,6 @@ def losses(model: Any, params: Any, x: jax.Array, lesson: Any, key: jax.Array) -
     return mix.scale * jp.distillation.hard_and_soft(log_probs, answers, y, mix.temperature, mix.alpha)
 
 
-def init(model: Any, split: _train.Split, keys: jax.Array) -> Any:
-    """`_train.init`, compiled as a whole, and once for all splits of such images."""
-    return _init(model, split._replace(x=split.x[:1], y=split.y[:1]), keys)
-
-
-_init = jax.jit(_train.init, static_argnums=0)
-
-
 def fitter(
     model: Any, optimizer: optax.GradientTransformation, batch_size: int, split: _train.Split
 ) -> Callable[..., Any]:

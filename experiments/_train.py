@@ -127,7 +127,15 @@ def seed_keys(seeds: tuple[int, ...], purpose: int) -> jax.Array:
 
 
 def init(model: Any, split: Split, keys: jax.Array) -> Any:
-    """Initial params of a flax model for each key; leaves have a leading seed axis."""
+    """Initial params of a flax model for each key; leaves have a leading seed axis.
+
+    One program, and one for all splits of such images.
+    """
+    return _init(model, split._replace(x=split.x[:1], y=split.y[:1]), keys)
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(model: Any, split: Split, keys: jax.Array) -> Any:
     image, _ = split.batch(jnp.arange(1))
     return jax.vmap(lambda key: model.init(key, image)["params"])(keys)
 

@@ -19,11 +19,9 @@ holds; they are computed with in float32.
 """
 
 import operator
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -37,6 +35,7 @@ from experiments import _data, _distill, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import LeNet
 from experiments._results import Results
+from experiments.lenet import file_bytes
 
 HALF = (5, 10, 25)  # the widths that half of the channels leave
 STEPS = {
@@ -156,14 +155,12 @@ def as_int8(params: Any) -> Any:
 def figures(network: Network, index: int, image: jax.Array) -> dict[str, Any]:
     """What one seed's network costs to hold and to run."""
     apply, params, masks = network.of_seed(index)
-    with tempfile.TemporaryDirectory() as folder:
-        size = jp.io.save(Path(folder) / "params", params, masks, int8=network.int8)
     return {
         "accuracy": float(network.accuracy[index]),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "nonzero": jp.metrics.nonzeros(params if masks is None else masks),
         "macs": jp.metrics.macs(apply, params, image).total,
-        "file_bytes": size,
+        "file_bytes": file_bytes(params, masks, network.int8),
         "program_bytes": len(jp.export.stablehlo(apply, params, image, frozen=True).to_bytes()),
     }
 

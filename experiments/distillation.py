@@ -184,7 +184,7 @@ class Study:
     def _dense(self, images: str, split: _train.Split, epochs: int, purpose: int) -> Dense:
         self.bar.set_description(f"dense, {images} images")
         fit = _distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
-        init = _distill.init(MLP(), split, self.keys(purpose))
+        init = _train.init(MLP(), split, self.keys(purpose))
         params = fit(init, jp.ones_masks(init), self.keys(purpose + 1), epochs, self.bar)
         same = {"part": "dense", "images": images, "method": LABELS, "sparsity": 0.0}
         self.record(self.accuracy(params), train_images=len(split.y), epochs=epochs, **same)
@@ -213,7 +213,7 @@ def student(study: Study) -> None:
     for number, (name, (model, optimizer, batch_size, epochs)) in enumerate(networks.items()):
         fit = _distill.fitter(model, optimizer, batch_size, train)
         accuracy = _train.evaluator(model, test)
-        init = _distill.init(model, train, study.keys(10 + 2 * number))
+        init = _train.init(model, train, study.keys(10 + 2 * number))
         first = jax.tree.map(operator.itemgetter(0), init)
         image, _ = train.batch(jnp.arange(1))
         costs = {
