@@ -1,6 +1,5 @@
 """Structures whose units each lie in one leaf: entries, slices, blocks, N:M groups."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from jax import lax
 
 from jaxprune.selection import ordered_bits
 from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.structures.sharding import check_whole, join, split
 
 
 class _LeafUnits(NamedTuple):
@@ -112,7 +112,7 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
 
     Raises:
       ValueError: a side below 1, or sides and axes of different number; on use, a leaf with no
-        such axis.
+        such axis, or one that is known to be sharded through blocks.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -132,29 +132,21 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
 
     def pool_leaf(path, scores, mask):
         side = dict(zip(_axes(path, scores, along, name), sides, strict=True))
+        check_whole(path, scores, side, name)
+        beyond = [-size % side.get(axis, 1) for axis, size in enumerate(scores.shape)]
         # Each tiled axis becomes two: which block, and where within it (reduced away).
-        padded, split, within = [], [], []
-        for a, size in enumerate(scores.shape):
-            if a in side:
-                count = math.ceil(size / side[a])
-                padded.append((0, count * side[a] - size))
-                split += [count, side[a]]
-                within.append(len(split) - 1)
-            else:
-                padded.append((0, 0))
-                split.append(size)
+        within = tuple(axis + 1 + number for number, axis in enumerate(sorted(side)))
 
         def tile(array):
-            return jnp.pad(array, padded).reshape(split)
+            return split(jnp.pad(array, [(0, pad) for pad in beyond]), side)
 
         def expand(keep):
-            tiles = jnp.broadcast_to(jnp.expand_dims(keep, within), split)
-            whole = tiles.reshape([size + pad for size, (_, pad) in zip(scores.shape, padded, strict=True)])
-            return whole[tuple(slice(size) for size in scores.shape)]
+            tiles = jnp.broadcast_to(jnp.expand_dims(keep, within), inside.shape)
+            return join(tiles, within)[tuple(slice(size) for size in scores.shape)]
 
         inside = tile(mask)
-        pooled = reduce(jnp.where(inside, tile(scores), 0), tuple(within))
-        return _LeafUnits(pooled, jnp.any(inside, axis=tuple(within)), expand)
+        pooled = reduce(jnp.where(inside, tile(scores), 0), within)
+        return _LeafUnits(pooled, jnp.any(inside, axis=within), expand)
 
     return _leafwise(pool_leaf, name)
 
@@ -178,7 +170,8 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
       A `Structure`.
 
     Raises:
-      ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide.
+      ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide, or one that
+        is known to be sharded through groups.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -203,8 +196,13 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
                 f"{size}, which {m} does not divide. Leave the leaf out with where=..., or choose "
                 "another axis or group."
             )
+        check_whole(path, scores, {along: m}, name)
         stays, cost, dense = _groups(scores, mask, n, m, along)
-        return _LeafUnits(cost, dense, lambda keep: stays | jnp.repeat(keep, m, axis=along))
+
+        def expand(keep):
+            return join(stays | jnp.expand_dims(keep, along + 1), (along + 1,))
+
+        return _LeafUnits(cost, dense, expand)
 
     return _leafwise(pool_leaf, name, max_sparsity=1 - n / m)
 
@@ -216,11 +214,10 @@ def _groups(
     """What pruning each group of m entries along an axis would do.
 
     Returns:
-      The entries that would stay, in the leaf's shape; for each group the sum of those that would
-      go, and whether there are any, both with the axis shorter by m.
+      The entries that would stay, the axis split in two: which group, and where within it; for each
+      group the sum of those that would go, and whether there are any, both with the axis shorter by m.
     """
-    split = (*scores.shape[:axis], scores.shape[axis] // m, m, *scores.shape[axis + 1 :])
-    grouped, inside = scores.reshape(split), mask.reshape(split)
+    grouped, inside = split(scores, {axis: m}), split(mask, {axis: m})
     # How many of its group go before an entry: the pruned, the lower, the equal at a lower index.
     # All m * m comparisons fuse into one pass; a sort would not. They are of bits, so that NaN
     # ranks highest here too, and exactly n stay.
@@ -233,7 +230,7 @@ def _groups(
     before = jnp.sum(lower | ~jnp.expand_dims(inside, within), axis=within + 1, dtype=jnp.int32)
     stays = inside & (before >= m - n)
     cost = jnp.sum(jnp.where(inside & ~stays, grouped, 0), axis=within)
-    return stays.reshape(scores.shape), cost, jnp.sum(inside, axis=within, dtype=jnp.int32) > n
+    return stays, cost, jnp.sum(inside, axis=within, dtype=jnp.int32) > n
 
 
 def _axes(path: str, leaf: jax.Array, axes: tuple[int, ...], name: str) -> tuple[int, ...]:
