@@ -1,0 +1,205 @@
+"""The time of a train step that prunes, as a multiple of the dense step.
+
+Adam trains perceptrons: LeNet-300-100 on batches of 60, alone and eight seeds side by side by
+jax.vmap, and one of 30 million parameters on batches of 64. Ways, each beside the dense step of its
+own framework:
+
+- masked: jaxprune's wrap_optax, with bool masks in its state;
+- packed: the same with masks of one bit per entry;
+- fixed: jaxprune's keep_masked, whose masks never change;
+- argsort: what jaxpruner does, restated in plain JAX: params are multiplied by uint8 masks, which
+  an argsort of all magnitudes makes anew under lax.cond;
+- torch: torch.nn.utils.prune, whose hooks multiply by masks in each forward pass. It is left out
+  where PyTorch is not installed.
+
+A plain step updates no masks. The update is the step in which masks are updated, to a global
+sparsity, as a multiple of the same program's plain step; large argsorts are left out, as they
+take seconds, unless asked for by --slow.
+
+    python -m experiments.benchmarks.train_step
+    python -m experiments.benchmarks.train_step --networks lenet --rounds 51
+
+The contenders take turns, round after round. Figures are medians of the ratios within a round, with
+their quartiles. What needs no clock is counted in the compiled programs and said below the table.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments._config import flag, parse
+from experiments.benchmarks._machine import machine
+from experiments.benchmarks._markdown import show
+from experiments.benchmarks._turns import Worker
+
+NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
+OURS = ("masked", "packed", "fixed")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    networks: tuple[str, ...] = flag(("lenet", "seeds", "large"), "of these, in this order")
+    width: int = flag(3600, "units of each of the large network's three hidden layers")
+    rounds: int = flag(15, "rounds in which each way has one turn; the large network has 5 at most")
+    turn: float = flag(0.06, "seconds of a turn of plain steps, about; one step at least")
+    slow: bool = flag(False, "also time the argsort of the large network")
+
+
+SMALL = Config(networks=("lenet", "seeds"), rounds=2, turn=0.001)
+
+
+class Network(NamedTuple):
+    """A network of the benchmark.
+
+    Attributes:
+      title: what the table calls it.
+      widths: from inputs to outputs.
+      batch: rows in a step.
+      seeds: how many side by side by vmap; 0 for one alone.
+      rounds: turns of each way.
+      argsort: whether the argsort route's update is timed.
+    """
+
+    title: str
+    widths: tuple[int, ...]
+    batch: int
+    seeds: int
+    rounds: int
+    argsort: bool
+
+
+def networks(config: Config) -> list[Network]:
+    """The networks asked for.
+
+    Raises:
+      SystemExit: a name that is none.
+    """
+    lenet, wide = (784, 300, 100, 10), (784, *[config.width] * 3, 10)
+    size = sum(m * n + n for m, n in itertools.pairwise(wide))
+    known = {
+        "lenet": Network("LeNet-300-100", lenet, 60, 0, config.rounds, True),
+        "seeds": Network("8 seeds of it", lenet, 60, 8, config.rounds, True),
+        "large": Network(f"{size / 1e6:.0f} M params", wide, 64, 0, min(config.rounds, 5), config.slow),
+    }
+    if unknown := [name for name in config.networks if name not in known]:
+        raise SystemExit(f"--networks has {', '.join(unknown)}; it may have {', '.join(known)}.")
+    return [known[name] for name in config.networks]
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A line for each network and way, and what the compiled programs say."""
+    lines: list[dict[str, Any]] = []
+    facts: list[dict[str, Any]] = []
+    has_torch = importlib.util.find_spec("torch") is not None
+    for network in networks(config):
+        shape = {"widths": network.widths, "batch": network.batch}
+        ways = ("dense", *OURS[: 2 if network.seeds else 3], "argsort")
+        with contextlib.ExitStack() as stack:
+            ours = stack.enter_context(
+                Worker(
+                    "experiments.benchmarks._jax_steps:JaxSteps",
+                    **shape,
+                    seeds=network.seeds,
+                    ways=ways,
+                    updates=network.rounds + 1,
+                )
+            )
+            workers = dict.fromkeys(ways, ours)
+            if has_torch and not network.seeds:
+                target = "experiments.benchmarks._torch_steps:TorchSteps"
+                theirs = stack.enter_context(Worker(target, **shape, sparsity=0.9))
+                workers |= dict.fromkeys(("torch dense", "torch"), theirs)
+            lines += _measured(network, workers, config.turn)
+            facts += [
+                {"network": network.title, "way": way, **ours("facts", way)} for way in ("masked", "packed")
+            ]
+    lines.append({"note": _said(facts), "facts": facts})
+    if not has_torch:
+        lines.append({"note": NO_TORCH})
+    return lines
+
+
+def _measured(network: Network, workers: Mapping[str, Worker], turn: float) -> list[dict[str, Any]]:
+    """Plain steps and updates of all ways, in turn."""
+    updating = [
+        way
+        for way in workers
+        if way in ("masked", "packed", "torch") or (way == "argsort" and network.argsort)
+    ]
+    counts = {}
+    for way, worker in workers.items():
+        if way in updating:
+            worker("update", way)
+        worker("plain", way, 2)
+        counts[way] = int(np.clip(turn / worker("plain", way, 2), 1, 90))
+    plain: dict[str, list[float]] = {way: [] for way in workers}
+    update: dict[str, list[float]] = {way: [] for way in updating}
+    turns: list[Callable[[], None]] = []
+    for way, worker in workers.items():
+        turns.append(partial(_timed, plain[way], worker, "plain", way, counts[way]))
+        if way in updating:
+            turns.append(partial(_timed, update[way], worker, "update", way))
+    for number in range(network.rounds):
+        for one in turns if number % 2 == 0 else turns[::-1]:
+            one()
+    dense = {way: "torch dense" if way == "torch" else "dense" for way in workers}
+    return [
+        {
+            "network": network.title,
+            "way": way,
+            "step": np.divide(plain[way], plain[dense[way]]).tolist(),
+            "update": np.divide(update[way], plain[way]).tolist() if way in update else None,
+            "dense": np.divide(plain[way], plain["dense"]).tolist(),
+        }
+        for way in workers
+        if way != "dense"
+    ]
+
+
+def _timed(times: list[float], worker: Worker, method: str, *arguments: Any) -> None:
+    times.append(worker(method, *arguments))
+
+
+def _said(facts: Sequence[Mapping[str, Any]]) -> str:
+    """What the compiled programs of jaxprune hold, in words, the worst of all of them."""
+    most = {name: max(fact[name] for fact in facts) for name in ("sorts", "host", "traces")}
+    kept = sum(fact["leaves"] - fact["aliased"] for fact in facts)
+    return (
+        f"jaxprune's programs: {most['sorts']} sorts, {most['host']} calls of the host, "
+        f"{kept} arrays not\nupdated in place, {most['traces']} further compilations, and no transfer "
+        "(jax.transfer_guard)."
+    )
+
+
+def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table: a plain step over the dense one, and over JAX's; an update over a plain step."""
+    table = [("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")]
+    for line in lines:
+        if "note" in line or line["way"] == "torch dense":
+            continue
+        low, middle, high = np.percentile(line["step"], [25, 50, 75])
+        update = "-" if line["update"] is None else f"{np.median(line['update']):.2f}"
+        beside = f"{np.median(line['dense']):.2f}"
+        row = (line["network"], line["way"], f"{middle:.3f}", f"({low:.2f}-{high:.2f})", beside, update)
+        table.append(row)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    config = parse(Config, argv, __doc__)
+    lines = run(config)
+    print(machine())
+    print(show("a train step that prunes, as a multiple of the dense one", rows(lines), lines))
+
+
+if __name__ == "__main__":
+    main()
