@@ -59,6 +59,9 @@ from jaxprune.schedules import Schedule
 from jaxprune.sensitivity import sensitivity
 from jaxprune.sensitivity_result import Sensitivity
 
+# Sparse inference: the masked network with products that skip its zeros
+from jaxprune.sparse import SparseParams, Sparsified, sparsify
+
 # Straight-through masks, the brain surgeon, and what the pieces are made of
 from jaxprune.straight_through import straight_through
 from jaxprune.structures import Structure, Units
@@ -75,6 +78,8 @@ __all__ = [
     "PrunerState",
     "Schedule",
     "Sensitivity",
+    "SparseParams",
+    "Sparsified",
     "Structure",
     "Ticket",
     "Units",
@@ -121,6 +126,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "sparsify",
     "straight_through",
     "structures",
     "wrap_optax",

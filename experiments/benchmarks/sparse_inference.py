@@ -1,0 +1,199 @@
+"""What sparse kernels do to the time of a call, at which sparsity and batch: against dense.
+
+A multi-layer perceptron is pruned by magnitude, and called as it is (dense), with its zeros (masked), by
+`jp.sparsify` with measured forms (measure) and by its rule (rule), and with every kernel as
+`jax.experimental.sparse.BCSR` written by hand (bcsr). Beside them, in processes of their own, the same
+network on SciPy's and PyTorch's compressed rows, where these are installed.
+
+    python -m experiments.benchmarks.sparse_inference
+    python -m experiments.benchmarks.sparse_inference --batches 64 --sparsities 0.95,0.98
+    python -m experiments.benchmarks.sparse_inference --layers 1 --ways csr,padded --width 1024
+    python -m experiments.benchmarks.sparse_inference --structure blocks --ways blocks,compact,measure
+
+All calls are compiled, warm and taken in turn; figures are medians, as ratios to dense: 2.0 is twice as fast.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import sparse
+
+import jaxprune as jp
+from experiments._config import flag, parse
+from experiments.benchmarks._turns import Worker
+
+PEERS = ("scipy", "torch")
+FORMS = ("csr", "padded", "blocks", "compact")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    width: int = flag(2048, "units of the input and of each layer")
+    layers: int = flag(3, "kernels")
+    batches: tuple[int, ...] = flag((1, 8, 64, 512), "rows in a call")
+    sparsities: tuple[float, ...] = flag((0.8, 0.9, 0.95, 0.98, 0.99), "of all kernels together")
+    structure: Literal["entries", "blocks", "units"] = flag("entries", "what is pruned; blocks are 64 x 64")
+    ways: tuple[str, ...] = flag(
+        ("masked", "measure", "rule", "bcsr", *PEERS), f"what runs beside dense; also {', '.join(FORMS)}"
+    )
+    rounds: int = flag(9, "measurements of each")
+
+
+def apply_fn(params: Any, x: Any) -> Any:
+    """A perceptron with relu between its layers: (batch, width) -> (batch, width)."""
+    for number in range(len(params)):
+        x = jax.nn.relu(x) if number else x
+        x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
+    return x
+
+
+def bcsr_apply(params: Any, x: Any) -> Any:
+    """The same, written by hand for kernels that are BCSR and stored transposed."""
+    for number in range(len(params)):
+        x = jax.nn.relu(x) if number else x
+        x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
+    return x
+
+
+def network(config: Config, sparsity: float) -> tuple[Any, Any]:
+    """Params with He's initialisation, and masks."""
+    keys = jax.random.split(jax.random.key(0), config.layers)
+    shape = (config.width, config.width)
+    params = {
+        f"layer{number}": {
+            "kernel": jax.random.normal(key, shape) * math.sqrt(2 / config.width),
+            "bias": jnp.zeros(config.width),
+        }
+        for number, key in enumerate(keys)
+    }
+    structure = {
+        "entries": jp.structures.elements,
+        "blocks": partial(jp.structures.blocks, (64, 64)),
+        "units": partial(jp.structures.slices, axis=-1),
+    }[config.structure]()
+    return params, jp.prune_once(params, jp.scores.magnitude, sparsity=sparsity, structure=structure)
+
+
+def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
+    """Seconds of a compiled call, over as many in a row as take about two milliseconds."""
+    run = jax.jit(function)
+
+    def seconds(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            jax.block_until_ready(run(*arguments))
+        return (time.perf_counter() - start) / repeats
+
+    seconds(2)
+    repeats = max(1, min(1000, math.ceil(2e-3 / seconds(1))))
+    return lambda: seconds(repeats)
+
+
+def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
+    """A line for each way at one batch and sparsity."""
+    params, masks = network(config, sparsity)
+    masked = jp.apply_masks(params, masks)
+    x = jax.random.normal(jax.random.key(1), (batch, config.width))
+    want = np.asarray(apply_fn(masked, x))
+    turns, notes = {"dense": timer(apply_fn, params, x)}, {}
+
+    def check(way: str, output: Any) -> None:
+        gap = float(np.max(np.abs(np.asarray(output) - want)))
+        if not gap < 1e-3:
+            raise RuntimeError(f"{way} at {sparsity:.0%} differs from the masked network by {gap}.")
+
+    with ExitStack() as stack:
+        for way in config.ways:
+            if way in PEERS:
+                if find_spec(way) is None:
+                    continue
+                kernels, biases = (
+                    [np.asarray(layer[name]) for layer in masked.values()] for name in ("kernel", "bias")
+                )
+                settings = {"library": way, "kernels": kernels, "biases": biases, "x": np.asarray(x)}
+                peer = stack.enter_context(Worker("experiments.benchmarks._sparse_peers:Peer", **settings))
+                check(way, peer("output"))
+                turns[way] = partial(peer, "measure")
+                continue
+            function, given = apply_fn, masked
+            if way == "bcsr":
+                function = bcsr_apply
+                given = {
+                    name: p | {"kernel": sparse.BCSR.fromdense(p["kernel"].T)} for name, p in masked.items()
+                }
+            elif way != "masked":
+                paths = [path for path in jp.leaf_paths(params) if path.endswith("kernel")]
+                choose: Any = way if way in ("measure", "rule") else dict.fromkeys(paths, way)
+                try:
+                    fast = jp.sparsify(apply_fn, params, masks, x, choose=choose)
+                except ValueError as error:  # this form does not suit these masks
+                    notes[way] = str(error)
+                    continue
+                function, given = fast.apply, fast.params
+                notes[way] = ", ".join(dict.fromkeys(fast.forms.values()))
+            check(way, jax.jit(function)(given, x))
+            turns[way] = timer(function, given, x)
+        seconds: dict[str, list[float]] = {way: [] for way in turns}
+        names = list(turns)
+        for number in range(config.rounds):
+            first = number % len(names)
+            for way in names[first:] + names[:first]:
+                seconds[way].append(turns[way]())
+    median = {way: statistics.median(times) for way, times in seconds.items()}
+    return [
+        {
+            "batch": batch,
+            "sparsity": sparsity,
+            "way": way,
+            "speed_up": median["dense"] / median[way],
+            "seconds": median[way],
+            "note": notes.get(way, ""),
+        }
+        for way in turns
+    ]
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
+    for way in config.ways:
+        if way not in ("masked", "measure", "rule", "bcsr", *FORMS, *PEERS):
+            raise ValueError(f"there is no way {way!r}: see --help.")
+    pairs = itertools.product(config.batches, config.sparsities)
+    return [line for batch, sparsity in pairs for line in case(config, batch, sparsity)]
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A row for each batch and sparsity, a column for each way but dense; 80 columns wide at most."""
+    ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
+    text = [f"{'batch':>5}{'sparsity':>9}" + "".join(f"{way:>8}" for way in ways) + "  measured, rule"]
+    for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
+        by = {line["way"]: line for line in some}
+        cells = "".join(f"{by[way]['speed_up']:>8.2f}" if way in by else f"{'-':>8}" for way in ways)
+        forms = "; ".join(by[way]["note"] for way in ("measure", "rule") if way in by)
+        text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {forms}"[:80])
+    return "\n".join(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    config = parse(Config, argv, __doc__)
+    print(f"{config.layers} kernels of {config.width} x {config.width}, {config.structure} pruned,")
+    print(f"{jax.devices()[0].device_kind}; times faster than dense, medians of {config.rounds}")
+    print(table(run(config)))
+
+
+if __name__ == "__main__":
+    main()

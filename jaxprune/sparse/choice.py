@@ -1,0 +1,199 @@
+"""Which form a kernel is stored in: by rule, or by measuring."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.metrics.latency import latency
+from jaxprune.sparse.forms import FORMS, stored_entries
+from jaxprune.sparse.layers import Layer, sparse
+
+# Measured by `python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded`, and
+# with `--structure blocks --ways blocks` (or units, compact), N of 512, 1024 and 2048, in float32, on two
+# cores of an AMD EPYC (Zen 5, AVX-512). For so many rows or fewer: the forms in the order they are tried,
+# each with the density (entries stored, of the dense kernel's) below which it beats the dense product, and
+# how many entries the kernel must have.
+_BREAK_EVEN = (
+    (4, (("padded", 0.10, 2**20), ("blocks", 0.40, 2**18), ("compact", 0.80, 2**16))),
+    (32, (("csr", 0.06, 2**16), ("blocks", 0.06, 2**18), ("compact", 0.80, 2**16))),
+    (
+        math.inf,
+        (("csr", 0.06, 2**16), ("padded", 0.11, 2**18), ("blocks", 0.08, 2**20), ("compact", 0.80, 2**16)),
+    ),
+)
+_ELSEWHERE = (("compact", 0.80, 2**16),)  # other platforms: what was not measured there is not trusted
+
+MARGIN = 1.05  # how many times faster something has to be to be chosen by measuring
+_CLEAR = 1.5  # and to be chosen whatever it does to its neighbours
+
+
+class Kernel(NamedTuple):
+    """A kernel that may be stored in another form.
+
+    Attributes:
+      label: what it is called: its param's path, with a number if the param is several kernels.
+      path: its param.
+      layer: its product, of those with the most rows.
+      array: its values, with zeros.
+      matrix: the same as (outputs, inputs).
+    """
+
+    label: str
+    path: str
+    layer: Layer
+    array: Any
+    matrix: np.ndarray
+
+
+class Chosen(NamedTuple):
+    """What was chosen for a kernel.
+
+    Attributes:
+      form: the form's name, or "dense".
+      arrays: the kernel in that form; None if dense.
+      gain: how many times faster than the dense product it was; None if not measured.
+      why: the reason.
+    """
+
+    form: str
+    arrays: Any
+    gain: float | None
+    why: str
+
+
+def density(kernel: Kernel) -> float:
+    """The fraction of the kernel's entries that are not zero."""
+    return np.count_nonzero(kernel.matrix) / max(kernel.matrix.size, 1)
+
+
+def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
+    """The form that the caller chose.
+
+    Raises:
+      ValueError: it does not suit the kernel.
+    """
+    form = forms.get(kernel.path, "dense")
+    if form == "dense":
+        return Chosen("dense", None, None, "as chosen" if kernel.path in forms else "choose does not name it")
+    arrays = FORMS[form].pack(kernel.matrix)
+    if isinstance(arrays, str):
+        raise ValueError(
+            f"choose has {form!r} for {kernel.path!r}, which it does not suit: {arrays}. "
+            "'csr' suits every kernel; 'dense' leaves it."
+        )
+    return Chosen(form, arrays, None, "as chosen")
+
+
+def by_rule(kernel: Kernel) -> Chosen:
+    """The form that should be fastest, by figures measured once, on another machine."""
+    size, rows = kernel.matrix.size, kernel.layer.rows
+
+    def stored(form: str) -> tuple[Any, float]:
+        arrays = FORMS[form].pack(kernel.matrix)
+        return arrays, math.inf if isinstance(arrays, str) else stored_entries(arrays) / max(size, 1)
+
+    if not kernel.matrix.any():
+        return Chosen("compact", stored("compact")[0], None, "it is all zeros")
+    limits = next(limits for most, limits in _BREAK_EVEN if rows <= most)
+    for form, below, entries in limits if jax.default_backend() == "cpu" else _ELSEWHERE:
+        arrays, part = stored(form) if size >= entries else (None, math.inf)
+        if part <= below:
+            return Chosen(form, arrays, None, f"{part:.1%} stored; it pays up to {below:.0%}")
+    why = f"{density(kernel):.1%} of {size:,} entries are left, too many or of too few to pay"
+    return Chosen("dense", None, None, f"{why} for {rows} rows")
+
+
+def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) -> Chosen:
+    """The form that is fastest here, each form and the dense product being timed in turn.
+
+    Args:
+      kernel: the kernel.
+      rounds: how often each is timed.
+      known: what was measured before, by shape: kernels alike are measured once. It is added to.
+    """
+    packed, layer = _candidates(kernel), kernel.layer
+    if not packed:
+        return Chosen("dense", None, None, f"{density(kernel):.1%} is left: too much for any form")
+    key = (layer.outputs, layer.inputs, layer.other, layer.dtype)
+    key = (*key, *((name, round(stored_entries(arrays), -3)) for name, arrays in packed.items()))
+    if key not in known:
+        numbers = np.random.default_rng(0).standard_normal(layer.other.shape, np.float32)
+        other = jnp.asarray(numbers).astype(layer.other.dtype)
+        calls: dict[str, tuple[Any, ...]] = {"dense": (layer.dense, kernel.array, other)}
+        for name, arrays in packed.items():
+            calls[name] = (partial(sparse, layer, FORMS[name]), arrays, other)
+        times = latency(calls, rounds)
+        known[key] = {name: times["dense"].median / times[name].median for name in packed}
+    gains = known[key]
+    best = max(gains, key=lambda name: gains[name])
+    figures = ", ".join(f"{name} {gain:.2f} x" for name, gain in gains.items())
+    if gains[best] < MARGIN:
+        return Chosen("dense", None, gains[best], f"nothing is faster: {figures}")
+    return Chosen(best, packed[best], gains[best], f"the fastest of {figures}")
+
+
+def _candidates(kernel: Kernel) -> dict[str, Any]:
+    """The forms that may be faster than a dense product, packed."""
+    names = ["blocks", "compact"]
+    if density(kernel) <= 0.5 and not (kernel.matrix.size and not kernel.matrix.any()):
+        names.append("padded")
+        if jax.default_backend() == "cpu" and kernel.layer.rows > 2:  # of one row its sums are scalar
+            names.append("csr")
+    packed = {name: FORMS[name].pack(kernel.matrix) for name in names}
+    return {name: arrays for name, arrays in packed.items() if not isinstance(arrays, str)}
+
+
+def together(
+    alone: Mapping[str, Chosen],
+    ruled: Mapping[str, Chosen],
+    time: Callable[[Mapping[str, Mapping[str, Chosen]]], Mapping[str, float]],
+) -> tuple[dict[str, Chosen], float | None]:
+    """The kernels that make the whole call fastest, of a few sets of them; none if dense is.
+
+    A product that is faster alone may cost more than it gains, by turning what its neighbours read;
+    or less, where they agree. So the call is timed with all the kernels that gained alone, with those
+    that clearly did, and with what the rule says.
+
+    Args:
+      alone: what measuring chose for each alone, by key.
+      ruled: what the rule did.
+      time: from sets, each from keys to what is chosen, to how many times faster than dense the call was.
+
+    Returns:
+      What is chosen for each, and how many times faster the call is; None if nothing was timed.
+    """
+    gained = {key: one for key, one in alone.items() if one.form != "dense"}
+    sets = {
+        "all": gained,
+        "clear": {key: one for key, one in gained.items() if (one.gain or 0) >= _CLEAR},
+        "rule": {key: one for key, one in ruled.items() if one.form != "dense"},
+    }
+    tried: dict[str, dict[str, Chosen]] = {}
+    seen: list[dict[str, str]] = []
+    for name, some in sets.items():
+        forms = {key: one.form for key, one in some.items()}
+        if forms and forms not in seen:
+            seen.append(forms)
+            tried[name] = some
+    if not tried:
+        return dict(alone), None
+    gains = time(tried)
+    best = max(gains, key=lambda name: gains[name])
+    winner = tried[best] if gains[best] >= MARGIN else {}
+    result = {}
+    for key, one in alone.items():
+        if key in winner and winner[key].form == one.form:
+            result[key] = one
+        elif key in winner:
+            result[key] = winner[key]._replace(why=f"the whole call is faster so; alone {one.why}")
+        elif one.form == "dense":
+            result[key] = one
+        else:
+            why = f"the whole call is no faster with it; alone {one.why}"
+            result[key] = Chosen("dense", None, one.gain, why)
+    return result, gains[best] if winner else 1.0

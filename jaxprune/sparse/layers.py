@@ -1,0 +1,161 @@
+"""A product by a kernel as a product of matrices, whatever axes it sums over."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.jaxprs import binder
+from jaxprune.sparse.forms import Form
+from jaxprune.sparse.walk import Product
+
+
+class Layer(NamedTuple):
+    """A product whose kernel can be stored in another form.
+
+    Attributes:
+      key: the same for products by the same kernel over the same axes, in whatever trace.
+      outputs, inputs: the kernel as a matrix.
+      rows: how many rows of inputs meet it.
+      source: the line of the user's code.
+      other: shape and dtype of the other operand.
+      dtype: of the sums: float32 for narrower floats, as dense products have it.
+      matrix: from the kernel's array to (outputs, inputs).
+      gather: from the other operand to (rows, inputs).
+      scatter: from (rows, outputs) to what the equation gives.
+      dense: the equation itself, of kernel and other operand.
+      precision: that of the equation.
+    """
+
+    key: str
+    outputs: int
+    inputs: int
+    rows: int
+    source: str
+    other: jax.ShapeDtypeStruct
+    dtype: Any
+    matrix: Callable[[np.ndarray], np.ndarray]
+    gather: Callable[[Any], Any]
+    scatter: Callable[[Any], Any]
+    dense: Callable[[Any, Any], Any]
+    precision: Any
+
+
+def layer(product: Product) -> Layer | str:
+    """A product as a layer, or why it has to stay dense."""
+    eqn = product.eqn
+    kernel, other = (eqn.invars[n].aval for n in (product.side, 1 - product.side))
+    if eqn.primitive.name == "ragged_dot_general":
+        return "which rows of a ragged product meet it is known only when it runs"
+    if not all(jnp.issubdtype(aval.dtype, jnp.inexact) for aval in (kernel, other, eqn.outvars[0].aval)):
+        return "its product is not one of floating-point numbers"
+    if eqn.params.get("out_sharding") is not None:
+        return "its product says how its output is sharded"
+    axes = _dot(product) if eqn.primitive.name == "dot_general" else _pointwise(product)
+    if isinstance(axes, str):
+        return axes
+    order, to_rows, to_out = axes
+    free, summed = order
+    outputs, inputs = (math.prod(kernel.shape[axis] for axis in axes) for axes in order)
+    struct = jax.ShapeDtypeStruct(other.shape, other.dtype)
+    rows = jax.eval_shape(to_rows, struct).shape[0]
+    out = eqn.outvars[0].aval
+    run = binder(eqn)
+    dtype = jnp.promote_types(jnp.result_type(kernel.dtype, other.dtype), jnp.float32)
+    return Layer(
+        key=f"{product.kernel.key} {summed}",
+        outputs=outputs,
+        inputs=inputs,
+        rows=rows,
+        source=product.source,
+        other=struct,
+        dtype=jnp.promote_types(dtype, out.dtype),
+        matrix=lambda array: np.transpose(array, (*free, *summed)).reshape(outputs, inputs),
+        gather=to_rows,
+        scatter=lambda y: to_out(y).astype(out.dtype),
+        dense=lambda kernel, other: run(*((kernel, other) if product.side == 0 else (other, kernel)))[0],
+        precision=eqn.params["precision"],
+    )
+
+
+def _dot(product: Product) -> Any:
+    """Of `dot_general`: the kernel's axes, how to get to rows, and back."""
+    eqn, side = product.eqn, product.side
+    sums, batches = eqn.params["dimension_numbers"]
+    if batches[0]:
+        return "its product is batched: each place of the batch has a kernel of its own"
+    shape = eqn.invars[1 - side].aval.shape
+    free = _rest(eqn.invars[side].aval.shape, sums[side])
+    own = _rest(shape, sums[1 - side])
+    kernel_sizes = [eqn.invars[side].aval.shape[axis] for axis in free]
+    row_sizes = [shape[axis] for axis in own]
+    summed = math.prod(shape[axis] for axis in sums[1 - side])
+
+    def to_rows(x: Any) -> Any:
+        return jnp.transpose(x, (*own, *sums[1 - side])).reshape(math.prod(row_sizes), summed)
+
+    def to_out(y: Any) -> Any:
+        if side:
+            return y.reshape(*row_sizes, *kernel_sizes)
+        return y.T.reshape(*kernel_sizes, *row_sizes)
+
+    return (free, tuple(sums[side])), to_rows, to_out
+
+
+def _pointwise(product: Product) -> Any:
+    """Of a convolution by a kernel of one place, which is a product over channels."""
+    eqn, params = product.eqn, product.eqn.params
+    if product.side == 0:
+        return "it is the input of a convolution"
+    images, kernel, out = params["dimension_numbers"]
+    shape = eqn.invars[1].aval.shape
+    window = [shape[axis] for axis in kernel[2:]]
+    if any(size != 1 for size in window):
+        return f"a convolution of {'x'.join(map(str, window))} places stays dense"
+    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
+        return "a convolution in groups stays dense"
+    if any(low or high for low, high in params["padding"]) or any(n != 1 for n in params["lhs_dilation"]):
+        return "a convolution that pads or spreads its input stays dense"
+    order = (images[0], *images[2:], images[1])  # image, places, channel
+
+    def to_rows(x: Any) -> Any:
+        x = jnp.transpose(x, order)
+        strides = (1, *params["window_strides"], 1)
+        return lax.slice(x, [0] * x.ndim, x.shape, strides).reshape(-1, x.shape[-1])
+
+    sizes = [eqn.outvars[0].aval.shape[axis] for axis in (out[0], *out[2:], out[1])]
+    back = [(out[0], *out[2:], out[1]).index(axis) for axis in range(len(sizes))]
+    return (kernel[:1], kernel[1:]), to_rows, lambda y: jnp.transpose(y.reshape(sizes), back)
+
+
+def _rest(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
+    return tuple(axis for axis in range(len(shape)) if axis not in axes)
+
+
+def sparse(layer: Layer, form: Form, arrays: Any, other: Any) -> Any:
+    """What a layer's equation gives, from the stored kernel."""
+    return layer.scatter(_rows(layer, form, arrays)(layer.gather(other)))
+
+
+def _rows(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
+    """The product of rows, which `vmap` gives more rows: these are what the forms are fast for."""
+
+    def product(arrays: Any, x: Any) -> Any:
+        return form.product(arrays, x, layer.outputs, layer.dtype, layer.precision)
+
+    multiply: Any = jax.custom_batching.custom_vmap(product)
+
+    def batched_rule(size: int, batched: Any, arrays: Any, x: Any) -> Any:
+        if any(jax.tree.leaves(batched[0])):
+            raise ValueError(
+                "sparse kernels cannot be batched by vmap: give params in_axes=None, and map over inputs."
+            )
+        y = multiply(arrays, x.reshape(size * x.shape[1], x.shape[2]))
+        return y.reshape(size, x.shape[1], layer.outputs), True
+
+    multiply.def_vmap(batched_rule)
+    return lambda x: multiply(arrays, x)

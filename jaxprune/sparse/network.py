@@ -1,0 +1,389 @@
+"""`sparsify`: the masked network with products that skip its zeros."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
+from jaxprune.masks import apply_masks, like_params
+from jaxprune.metrics.latency import latency
+from jaxprune.paths import array_leaves, is_array, is_concrete
+from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
+from jaxprune.sparse.forms import FORMS
+from jaxprune.sparse.layers import Layer, layer, sparse
+from jaxprune.sparse.report import Row, SparseReport
+from jaxprune.sparse.walk import PRODUCTS, Known, Product, Visitor, materialised, param, walk
+from jaxprune.typing import Masks, Params
+
+
+class SparseParams(NamedTuple):
+    """The params of a sparse network: a pytree, to be passed through `jit` as an argument.
+
+    Attributes:
+      leaves: by path, the params that are still read as they were, masked.
+      kernels: by path, the arrays of the kernels stored in another form.
+    """
+
+    leaves: dict[str, Any]
+    kernels: dict[str, Any]
+
+
+class Sparsified(NamedTuple):
+    """A network whose products skip zeros, as `sparsify` returns it.
+
+    Attributes:
+      apply: `apply(params, *inputs)`, compiled; any batch size, also under `jit` and, over the inputs,
+        `vmap`. The forms are those chosen for the example inputs.
+      params: the `SparseParams`.
+      report: what was chosen for each kernel, why, and its bytes; print it.
+    """
+
+    apply: Callable[..., Any]
+    params: SparseParams
+    report: SparseReport
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """By path, the form of each kernel; give it as `choose=` to have the same again."""
+        return {row.path.partition("#")[0]: row.form for row in self.report.rows}
+
+
+def sparsify(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    masks: Masks,
+    *inputs: Any,
+    choose: Literal["measure", "rule"] | Mapping[str, str] = "measure",
+    rounds: int = 9,
+) -> Sparsified:
+    """The masked network, for inference, with kernels stored so that their zeros cost nothing.
+
+    The function is traced, and where a product has an operand made of a masked param alone (itself, or
+    transposed, reshaped, cast, masked again), it is replaced by one with that kernel in a sparse form:
+
+    - "csr": compressed sparse rows, by `jax.experimental.sparse.BCSR`;
+    - "padded": the n-th entries of all rows side by side, rows filled up to the longest; N:M sparsity
+      takes no filling;
+    - "blocks": blocks of 64, 32 or 16 x as many that are not zero, where others are zero as a whole;
+    - "compact": a dense kernel without the rows and columns that are zero;
+    - "dense": as it was, with its zeros.
+
+    Calls (`jit`, `remat`, custom derivatives) are gone into; convolutions of one place are products.
+    Other convolutions, batched products and kernels inside `scan`, `while` and `cond` stay dense, and
+    the report says so. Sums of bfloat16 and float16 are in float32.
+
+    Entries that are pruned are skipped: where the dense network multiplies a zero by infinity or NaN
+    it gives NaN, and this one does not. It is for inference: to train on, keep the masked network.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: a pytree of arrays.
+      masks: bool masks like `params`.
+      *inputs: example inputs, of the batch size to be fast for. Bools and strings are static.
+      choose: "measure" times each kernel's forms against its dense product, here, on inputs of its
+        shape, then the whole call against the dense one, and keeps what is faster: nothing is made slower
+        by it. "rule" decides by density and shape, without running anything. A dict from paths to forms is
+        a choice of one's own; what it does not name stays dense.
+      rounds: how often "measure" times each contender.
+
+    Returns:
+      A `Sparsified`. It warns (UserWarning) if there is no kernel that could be stored otherwise.
+
+    Raises:
+      ValueError: masks that do not mirror `params`; a choice of forms that there are not, for kernels
+        that there are not, or that do not suit.
+      TypeError: params or masks are traced; inputs without values, which cannot be measured with.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"w": jnp.arange(1.0, 65.0).reshape(8, 8)}
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.9)
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["w"])
+      >>> fast = jp.sparsify(apply_fn, params, masks, jnp.ones((2, 8)), choose={"w": "csr"})
+      >>> print(fast.report)
+      kernel                  shape          sparsity form       stored of dense     x
+      w                       8x8              90.62% csr          84 B      33%     -
+      w: csr: as chosen
+      stored: 84 B of 256 B
+      >>> fast.apply(fast.params, jnp.ones((5, 8))).shape
+      (5, 8)
+
+    References:
+      Gale et al. 2020, "Sparse GPU kernels for deep learning": sparse products beat dense ones from
+      some sparsity on, which depends on shape and machine. Here it is measured.
+    """
+    leaves, dead, masked = _checked(params, masks)
+    _check_choose(choose, leaves, rounds)
+    arrays = split_static(inputs)[0]
+    if choose == "measure" and not is_concrete(arrays):
+        raise TypeError(
+            "choose='measure' runs the function, so it needs inputs with values; 'rule' does not."
+        )
+    network = _Network(apply_fn, jax.tree.structure(params), leaves)
+    kernels, reasons = _kernels(network, inputs, dead)
+    reasons = {path: reasons.get(path, "no product multiplies by it") for path in dead} | reasons
+    if not kernels:
+        what = "; ".join(f"{path}: {why}" for path, why in reasons.items()) or "the masks prune nothing"
+        warnings.warn(f"sparsify leaves the network dense: {what}.", UserWarning, stacklevel=2)
+    gain, chosen = None, {}
+    if choose == "measure":
+        known: dict[Any, dict[str, float]] = {}
+        alone = {key: by_measure(kernel, rounds, known) for key, kernel in kernels.items()}
+
+        def time(sets: Mapping[str, Mapping[str, Chosen]]) -> dict[str, float]:
+            calls: dict[str, tuple[Any, ...]] = {"dense": (apply_fn, masked, *inputs)}
+            for name, some in sets.items():
+                built, stored = network.built(kernels, some, inputs)
+                calls[name] = (built, stored, *inputs)
+            times = latency(calls, max(rounds, 5))
+            return {name: times["dense"].median / times[name].median for name in sets}
+
+        ruled = {key: by_rule(kernel) for key, kernel in kernels.items()}
+        chosen, gain = together(alone, ruled, time)
+    else:
+        for key, kernel in kernels.items():
+            chosen[key] = by_rule(kernel) if choose == "rule" else given(kernel, choose)
+    if isinstance(choose, Mapping):
+        for path in choose:
+            if choose[path] != "dense" and path not in {kernel.path for kernel in kernels.values()}:
+                why = reasons.get(path, "its mask prunes nothing")
+                raise ValueError(f"choose has {choose[path]!r} for {path!r}, which has to stay dense: {why}.")
+    apply, stored = network.built(kernels, chosen, inputs)
+    rows = [_row(kernel, leaves, dead, chosen[key]) for key, kernel in kernels.items()]
+    taken = {kernel.path for kernel in kernels.values()}
+    for path, why in reasons.items():
+        if path not in taken:
+            size = _bytes(leaves[path])
+            shape = tuple(leaves[path].shape)
+            rows.append(Row(path, shape, dead[path] / leaves[path].size, "dense", size, size, None, why))
+    platform = jax.default_backend()
+    return Sparsified(apply, stored, SparseReport(tuple(rows), gain, max(rounds, 5), platform))
+
+
+def _checked(params: Params, masks: Masks) -> tuple[dict[str, Any], dict[str, int], Params]:
+    """The masked params by path, how many entries of each are pruned where some are, and as a tree."""
+    if not is_concrete(params, masks):
+        raise TypeError(
+            "sparsify looks at the values of params and masks, so they cannot be traced or abstract: "
+            "call it outside jit, and pass the .params of what it returns through jit."
+        )
+    alike = like_params(masks, params)
+    removed = {path: int(np.sum(~np.asarray(m))) for path, m in array_leaves(alike, "masks").items()}
+    tree = apply_masks(jax.tree.map(jnp.asarray, params), alike)
+    return array_leaves(tree), {path: count for path, count in removed.items() if count}, tree
+
+
+def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
+    if rounds < 1:
+        raise ValueError(f"sparsify times each contender rounds >= 1 times, got rounds={rounds}.")
+    if isinstance(choose, Mapping):
+        for path, form in choose.items():
+            if path not in leaves:
+                raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
+            if form not in (*FORMS, "dense"):
+                raise ValueError(
+                    f"choose has {form!r} for {path!r}, but the forms are {', '.join(FORMS)} and dense."
+                )
+    elif choose not in ("measure", "rule"):
+        raise ValueError(f"choose is 'measure', 'rule' or a dict from paths to forms, got {choose!r}.")
+
+
+def _kernels(
+    network: "_Network", inputs: Sequence[Any], dead: Mapping[str, int]
+) -> tuple[dict[str, Kernel], dict[str, str]]:
+    """The kernels that may be stored otherwise, by key, and why other masked params stay dense."""
+    found: dict[str, tuple[str, Layer, Known, int]] = {}
+    reasons: dict[str, str] = {}
+    leaves = network.leaves
+
+    def pruned(paths: Sequence[str]) -> list[str]:
+        return sorted((path for path in paths if path in dead), key=lambda path: -leaves[path].size)
+
+    def product(product: Product, other: Any) -> list[Any]:
+        del other
+        if paths := pruned(product.kernel.paths):
+            made = layer(product)
+            if isinstance(made, str):
+                reasons.setdefault(paths[0], f"{made} ({product.source})")
+            elif made.key not in found or found[made.key][1].rows < made.rows:
+                found[made.key] = paths[0], made, product.kernel, product.side
+        return [None] * len(product.eqn.outvars)
+
+    def other(eqn: Any, args: list[Any]) -> list[Any]:
+        paths = pruned([path for arg in args if isinstance(arg, Known) for path in arg.paths])
+        if paths and _has_product(eqn):
+            for path in paths:
+                reasons.setdefault(path, f"its product is inside {eqn.primitive.name!r}, which runs as it is")
+        return [None] * len(eqn.outvars)
+
+    network.walk(inputs, leaves, Visitor(product, other), [None])
+    kernels, times = {}, {}
+    for key, (path, made, known, _) in found.items():
+        times[path] = times.get(path, 0) + 1
+        label = path if times[path] == 1 else f"{path}#{times[path]}"
+        array = known.value()
+        kernels[key] = Kernel(label, path, made, array, made.matrix(np.asarray(array)))
+    return kernels, reasons
+
+
+def _has_product(eqn: Any) -> bool:
+    from jax.extend.core import jaxprs_in_params
+
+    return any(
+        inner.primitive.name in PRODUCTS or _has_product(inner)
+        for jaxpr in jaxprs_in_params(eqn.params)
+        for inner in jaxpr.eqns
+    )
+
+
+def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], chosen: Chosen) -> Row:
+    leaf = leaves[kernel.path]
+    dense = kernel.matrix.nbytes
+    stored = dense if chosen.arrays is None else sum(map(_bytes, jax.tree.leaves(chosen.arrays)))
+    sparsity = dead[kernel.path] / leaf.size
+    return Row(kernel.label, tuple(leaf.shape), sparsity, chosen.form, dense, stored, chosen.gain, chosen.why)
+
+
+def _bytes(array: Any) -> int:
+    return array.size * array.dtype.itemsize
+
+
+class _Network:
+    """A function of params that can be run with some of its kernels in other forms."""
+
+    def __init__(self, function: Callable[..., Any], treedef: Any, leaves: dict[str, Any]):
+        self.function, self.treedef, self.leaves = function, treedef, leaves
+        self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
+
+    def walk(
+        self, inputs: Sequence[Any], leaves: Mapping[str, Any], visitor: Visitor, data: Sequence[Any] = ()
+    ) -> Any:
+        """The function's output. `data` stands for the inputs, if what they hold does not matter."""
+        return self.traced(inputs)(leaves, split_static(inputs)[0], visitor, data)
+
+    def traced(self, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The function for inputs of some shapes."""
+        trees = []
+
+        def flat(*arguments: Any) -> list[Any]:
+            out, tree = jax.tree.flatten(self.function(*arguments))
+            trees.append(tree)
+            return out
+
+        closed, order = trace(flat, (self.shapes, *inputs))
+
+        def run(
+            leaves: Mapping[str, Any], arrays: Mapping[str, Any], visitor: Visitor, data: Any = ()
+        ) -> Any:
+            def value(name: str) -> Any:
+                path = of_first(name)
+                if path is not None:
+                    return param(path, lambda: leaves[path])
+                first, _, rest = name.partition("/")
+                number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
+                return None if data else arrays[number]
+
+            outputs = walk(closed, [value(name) for name in order], visitor)
+            return None if data else trees[-1].unflatten([jnp.asarray(materialised(o)) for o in outputs])
+
+        run.traced = any(isinstance(const, Tracer) for const in closed.consts)  # type: ignore[attr-defined]
+        return run
+
+    def built(
+        self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
+    ) -> tuple[Callable[..., Any], SparseParams]:
+        """The function of `SparseParams`, and these."""
+        forms = {
+            key: (kernels[key].label, FORMS[one.form])
+            for key, one in chosen.items()
+            if one.arrays is not None
+        }
+        stored = {kernels[key].label: jax.tree.map(jnp.asarray, chosen[key].arrays) for key in forms}
+        apply = _applied(self, forms)
+        read: set[str] = set()
+        everything = SparseParams(self.leaves, stored)
+        arrays, rebuild = split_static(inputs)
+        # Of the params, those are kept that are read when it runs.
+        jax.eval_shape(
+            lambda params, arrays: self.walk(
+                rebuild(arrays), _Watched(params.leaves, read), _visitor(params.kernels, forms)
+            ),
+            everything,
+            arrays,
+        )
+        whole = {path for path in self.leaves if path not in {kernels[key].path for key in forms}}
+        leaves = {path: leaf for path, leaf in self.leaves.items() if path in read | whole}
+        return apply, SparseParams(leaves, stored)
+
+
+class _Watched(dict):
+    """Leaves by path that note which are read."""
+
+    def __init__(self, leaves: Mapping[str, Any], read: set[str]):
+        super().__init__(leaves)
+        self._read = read
+
+    def __getitem__(self, path: str) -> Any:
+        self._read.add(path)
+        return super().__getitem__(path)
+
+
+class _Left(dict):
+    """Leaves by path, without those that are stored in another form alone."""
+
+    def __missing__(self, path: str) -> Any:
+        raise ValueError(
+            f"for inputs of these shapes the function reads params[{path!r}] in another way than for those "
+            "that sparsify saw, and it is stored in a sparse form alone. Call sparsify with inputs like "
+            f"these, or choose 'dense' for {path!r}."
+        )
+
+
+def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, Any]]) -> Visitor:
+    def product(product: Product, other: Any) -> list[Any] | None:
+        made = layer(product)
+        if isinstance(made, str) or made.key not in forms:
+            return None
+        label, form = forms[made.key]
+        return [sparse(made, form, stored[label], other)]
+
+    return Visitor(product, lambda eqn, args: binder(eqn)(*map(materialised, args)))
+
+
+def _applied(network: _Network, forms: Mapping[str, tuple[str, Any]]) -> Callable[..., Any]:
+    programs: dict[Any, Callable[..., Any]] = {}
+
+    def apply(params: SparseParams, *inputs: Any) -> Any:
+        if not isinstance(params, SparseParams):
+            raise TypeError(
+                f"apply takes the .params of what sparsify returned, got a {type(params).__name__}."
+            )
+        arrays, _ = split_static(inputs)
+        leaves, treedef = jax.tree.flatten(inputs)
+        key = (treedef, tuple(_signature(leaf) for leaf in leaves), jnp.result_type(float))
+        program = programs.get(key)
+        if program is None:
+            traced = network.traced(inputs)
+
+            def run(params: SparseParams, arrays: Any) -> Any:
+                return traced(_Left(params.leaves), arrays, _visitor(params.kernels, forms))
+
+            if traced.traced:  # it closed over values of the trace it is in, and holds for this call
+                return run(params, arrays)
+            program = programs[key] = jax.jit(run)
+        return program(params, arrays)
+
+    return apply
+
+
+def _signature(leaf: Any) -> Any:
+    if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
+        struct = abstract(leaf)
+        return struct.shape, struct.dtype, struct.weak_type
+    return leaf
