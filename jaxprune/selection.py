@@ -159,4 +159,6 @@ def _largest_with_fewer_below(
         candidate = key | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
         return jnp.where(below(candidate) < count, candidate, key)
 
-    return lax.fori_loop(0, bits, set_bit, jnp.zeros((), dtype))
+    # No key is below 0; in a shard_map this 0 varies over the mesh axes that the counts vary over.
+    zero = jnp.zeros((), dtype)
+    return lax.fori_loop(0, bits, set_bit, jnp.asarray(below(zero) - 0 * count).astype(dtype))
