@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune.graph.groups import ChannelGroups, Group, Member
 from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.structures.sharding import everywhere
 from jaxprune.typing import Where
 
 
@@ -148,7 +149,7 @@ def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) 
     shape = (*leaf.shape[: member.axis], units, slices, *leaf.shape[member.axis + 1 :])
     picked = picked.reshape(shape)
     others = tuple(a for a in range(picked.ndim) if a != member.axis)
-    return reduce(picked, others)
+    return everywhere(reduce(picked, others))
 
 
 def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:

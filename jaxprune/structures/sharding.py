@@ -83,6 +83,13 @@ def join(array: jax.Array, within: tuple[int, ...]) -> jax.Array:
     return _reshaped(array, shape, spec)
 
 
+def everywhere(array: jax.Array) -> jax.Array:
+    """The array whole on every device, of explicit mesh axes: for what is small and read by all."""
+    if not any(_spec(array)):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(_type(array).mesh, PartitionSpec()))
+
+
 def _type(array: Any) -> Any:
     """The sharding as the type has it: None but for explicit mesh axes."""
     return getattr(jax.typeof(array), "sharding", None)

@@ -1,0 +1,57 @@
+"""Pruning of params that lie on several devices: shardings, masks to the bit, and what is moved."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import _hlo
+import _sharding
+import pytest
+
+CONDITIONAL = """
+%small (x: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(%x), to_apply=%add
+}
+
+%large (x: f32[8]) -> f32[8] {
+  %g = (f32[8]{0}, bf16[64,32]{1,0}) all-gather-start(%x), dimensions={0}
+  ROOT %d = bf16[64,32]{1,0} all-gather-done(%g)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %outside = f32[1000]{0} all-to-all(%y), dimensions={0}
+  ROOT %c = f32[8] conditional(%i, %x, %x), branch_computations={%small, %large}
+}
+"""
+
+
+def test_collectives_are_read_off_a_program():
+    assert _hlo.moved(CONDITIONAL) == [("all-reduce", 8), ("all-gather", 2048), ("all-to-all", 1000)]
+    inside = _hlo.branches(CONDITIONAL)
+    assert sorted(_hlo.moved(inside)) == [("all-gather", 2048), ("all-reduce", 8)]
+    _hlo.check_small(inside, 2048)
+    with pytest.raises(AssertionError, match="all-gather"):
+        _hlo.check_small(inside, 2047)
+    with pytest.raises(AssertionError, match="sorts"):
+        _hlo.check_small("%s = f32[8]{0} sort(%x), dimensions={0}", 8)
+
+
+def test_on_eight_devices():
+    # A process of its own: the number of devices is fixed when JAX starts. One for all checks.
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import _sharding; _sharding.run()"],
+        cwd=pathlib.Path(__file__).parent,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
+            "JAX_PLATFORMS": "cpu",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    wanted = [f"{check.__name__} {kind.name} ok" for kind in _sharding.KINDS for check in _sharding.CHECKS]
+    assert done.stdout.splitlines() == wanted, done.stderr
