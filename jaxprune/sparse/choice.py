@@ -19,11 +19,11 @@ from jaxprune.sparse.layers import Layer, sparse
 # each with the density (entries stored, of the dense kernel's) below which it beats the dense product, and
 # how many entries the kernel must have.
 _BREAK_EVEN = (
-    (4, (("padded", 0.10, 2**20), ("blocks", 0.40, 2**18), ("compact", 0.80, 2**16))),
+    (4, (("padded", 0.12, 2**20), ("blocks", 0.40, 2**18), ("compact", 0.80, 2**16))),
     (32, (("csr", 0.06, 2**16), ("blocks", 0.06, 2**18), ("compact", 0.80, 2**16))),
     (
         math.inf,
-        (("csr", 0.06, 2**16), ("padded", 0.11, 2**18), ("blocks", 0.08, 2**20), ("compact", 0.80, 2**16)),
+        (("csr", 0.06, 2**16), ("padded", 0.14, 2**20), ("blocks", 0.08, 2**20), ("compact", 0.80, 2**16)),
     ),
 )
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # other platforms: what was not measured there is not trusted
@@ -77,13 +77,13 @@ def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
     Raises:
       ValueError: it does not suit the kernel.
     """
-    form = forms.get(kernel.path, "dense")
-    if form == "dense":
-        return Chosen("dense", None, None, "as chosen" if kernel.path in forms else "choose does not name it")
+    form = forms.get(kernel.label, forms.get(kernel.path))
+    if form is None or form == "dense":
+        return Chosen("dense", None, None, "as chosen" if form else "choose does not name it")
     arrays = FORMS[form].pack(kernel.matrix)
     if isinstance(arrays, str):
         raise ValueError(
-            f"choose has {form!r} for {kernel.path!r}, which it does not suit: {arrays}. "
+            f"choose has {form!r} for {kernel.label!r}, which it does not suit: {arrays}. "
             "'csr' suits every kernel; 'dense' leaves it."
         )
     return Chosen(form, arrays, None, "as chosen")

@@ -158,4 +158,13 @@ def _rows(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
         return y.reshape(size, x.shape[1], layer.outputs), True
 
     multiply.def_vmap(batched_rule)
-    return lambda x: multiply(arrays, x)
+    inference: Any = jax.custom_jvp(multiply)
+
+    @inference.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        raise TypeError(
+            "what sparsify returns is for inference and has no derivative: take gradients of apply_fn on "
+            "jaxprune.apply_masks(params, masks)."
+        )
+
+    return lambda x: inference(arrays, x)

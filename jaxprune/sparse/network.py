@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
-from jaxprune.paths import array_leaves, is_array, is_concrete
+from jaxprune.paths import array_leaves, is_array, is_concrete, leaf_paths
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer, sparse
@@ -50,7 +50,7 @@ class Sparsified(NamedTuple):
     @property
     def forms(self) -> dict[str, str]:
         """By path, the form of each kernel; give it as `choose=` to have the same again."""
-        return {row.path.partition("#")[0]: row.form for row in self.report.rows}
+        return {row.path: row.form for row in self.report.rows}
 
 
 def sparsify(
@@ -78,7 +78,8 @@ def sparsify(
     the report says so. Sums of bfloat16 and float16 are in float32.
 
     Entries that are pruned are skipped: where the dense network multiplies a zero by infinity or NaN
-    it gives NaN, and this one does not. It is for inference: to train on, keep the masked network.
+    it gives NaN, and this one does not. It is for inference, and has no derivative: to train,
+    keep the masked network.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
@@ -88,7 +89,8 @@ def sparsify(
       choose: "measure" times each kernel's forms against its dense product, here, on inputs of its
         shape, then the whole call against the dense one, and keeps what is faster: nothing is made slower
         by it. "rule" decides by density and shape, without running anything. A dict from paths to forms is
-        a choice of one's own; what it does not name stays dense.
+        a choice of one's own; what it does not name stays dense. A param that is read along other axes
+        too is several kernels: "path" names all of them, and "path#2" the second.
       rounds: how often "measure" times each contender.
 
     Returns:
@@ -150,8 +152,9 @@ def sparsify(
         for key, kernel in kernels.items():
             chosen[key] = by_rule(kernel) if choose == "rule" else given(kernel, choose)
     if isinstance(choose, Mapping):
+        names = {name for kernel in kernels.values() for name in (kernel.path, kernel.label)}
         for path in choose:
-            if choose[path] != "dense" and path not in {kernel.path for kernel in kernels.values()}:
+            if choose[path] != "dense" and path not in names:
                 why = reasons.get(path, "its mask prunes nothing")
                 raise ValueError(f"choose has {choose[path]!r} for {path!r}, which has to stay dense: {why}.")
     apply, stored = network.built(kernels, chosen, inputs)
@@ -184,7 +187,7 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
         raise ValueError(f"sparsify times each contender rounds >= 1 times, got rounds={rounds}.")
     if isinstance(choose, Mapping):
         for path, form in choose.items():
-            if path not in leaves:
+            if path not in leaves and path.rpartition("#")[0] not in leaves:
                 raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
             if form not in (*FORMS, "dense"):
                 raise ValueError(
@@ -357,27 +360,27 @@ def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, Any]]) ->
 
 
 def _applied(network: _Network, forms: Mapping[str, tuple[str, Any]]) -> Callable[..., Any]:
-    programs: dict[Any, Callable[..., Any]] = {}
+    programs: dict[Any, tuple[Callable[..., Any], list[tuple[int, str]]]] = {}
 
     def apply(params: SparseParams, *inputs: Any) -> Any:
         if not isinstance(params, SparseParams):
             raise TypeError(
                 f"apply takes the .params of what sparsify returned, got a {type(params).__name__}."
             )
-        arrays, _ = split_static(inputs)
         leaves, treedef = jax.tree.flatten(inputs)
         key = (treedef, tuple(_signature(leaf) for leaf in leaves), jnp.result_type(float))
-        program = programs.get(key)
-        if program is None:
-            traced = network.traced(inputs)
+        if key not in programs:
+            traced, arrays = network.traced(inputs), split_static(inputs)[0]
 
             def run(params: SparseParams, arrays: Any) -> Any:
                 return traced(_Left(params.leaves), arrays, _visitor(params.kernels, forms))
 
             if traced.traced:  # it closed over values of the trace it is in, and holds for this call
                 return run(params, arrays)
-            program = programs[key] = jax.jit(run)
-        return program(params, arrays)
+            names = [(number, name) for number, name in enumerate(leaf_paths(inputs)) if name in arrays]
+            programs[key] = jax.jit(run), names
+        program, names = programs[key]
+        return program(params, {name: leaves[number] for number, name in names})
 
     return apply
 
