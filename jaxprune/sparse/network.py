@@ -12,12 +12,13 @@ from jax.core import Tracer
 from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
+from jaxprune.metrics.products import PRODUCTS
 from jaxprune.paths import array_leaves, is_array, is_concrete, leaf_paths
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer, sparse
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.sparse.walk import PRODUCTS, Known, Product, Visitor, materialised, param, walk
+from jaxprune.sparse.walk import Known, Product, Visitor, materialised, param, walk
 from jaxprune.typing import Masks, Params
 
 
@@ -129,7 +130,8 @@ def sparsify(
         )
     network = _Network(apply_fn, jax.tree.structure(params), leaves)
     kernels, reasons = _kernels(network, inputs, dead)
-    reasons = {path: reasons.get(path, "no product multiplies by it") for path in dead} | reasons
+    taken = {kernel.path for kernel in kernels.values()}
+    reasons |= {path: "no product multiplies by it" for path in dead if path not in taken | reasons.keys()}
     if not kernels:
         what = "; ".join(f"{path}: {why}" for path, why in reasons.items()) or "the masks prune nothing"
         warnings.warn(f"sparsify leaves the network dense: {what}.", UserWarning, stacklevel=2)
@@ -158,8 +160,11 @@ def sparsify(
                 why = reasons.get(path, "its mask prunes nothing")
                 raise ValueError(f"choose has {choose[path]!r} for {path!r}, which has to stay dense: {why}.")
     apply, stored = network.built(kernels, chosen, inputs)
-    rows = [_row(kernel, leaves, dead, chosen[key]) for key, kernel in kernels.items()]
-    taken = {kernel.path for kernel in kernels.values()}
+    rows = []
+    for key, kernel in kernels.items():
+        row = _row(kernel, leaves, dead, chosen[key])
+        more = f"; elsewhere dense: {reasons[kernel.path]}" if kernel.path in reasons else ""
+        rows.append(row._replace(why=row.why + more))
     for path, why in reasons.items():
         if path not in taken:
             size = _bytes(leaves[path])
@@ -171,14 +176,17 @@ def sparsify(
 
 def _checked(params: Params, masks: Masks) -> tuple[dict[str, Any], dict[str, int], Params]:
     """The masked params by path, how many entries of each are pruned where some are, and as a tree."""
+    traced = TypeError(
+        "sparsify looks at the values of params and masks, so they cannot be traced or abstract: "
+        "call it outside jit, and pass the .params of what it returns through jit."
+    )
     if not is_concrete(params, masks):
-        raise TypeError(
-            "sparsify looks at the values of params and masks, so they cannot be traced or abstract: "
-            "call it outside jit, and pass the .params of what it returns through jit."
-        )
+        raise traced
     alike = like_params(masks, params)
-    removed = {path: int(np.sum(~np.asarray(m))) for path, m in array_leaves(alike, "masks").items()}
     tree = apply_masks(jax.tree.map(jnp.asarray, params), alike)
+    if not is_concrete(tree):  # inside jit even what is made of constants is traced
+        raise traced
+    removed = {path: int(np.sum(~np.asarray(m))) for path, m in array_leaves(alike, "masks").items()}
     return array_leaves(tree), {path: count for path, count in removed.items() if count}, tree
 
 
@@ -201,7 +209,7 @@ def _kernels(
     network: "_Network", inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The kernels that may be stored otherwise, by key, and why other masked params stay dense."""
-    found: dict[str, tuple[str, Layer, Known, int]] = {}
+    found: dict[str, tuple[str, Layer, Known]] = {}
     reasons: dict[str, str] = {}
     leaves = network.leaves
 
@@ -215,7 +223,7 @@ def _kernels(
             if isinstance(made, str):
                 reasons.setdefault(paths[0], f"{made} ({product.source})")
             elif made.key not in found or found[made.key][1].rows < made.rows:
-                found[made.key] = paths[0], made, product.kernel, product.side
+                found[made.key] = paths[0], made, product.kernel
         return [None] * len(product.eqn.outvars)
 
     def other(eqn: Any, args: list[Any]) -> list[Any]:
@@ -225,9 +233,9 @@ def _kernels(
                 reasons.setdefault(path, f"its product is inside {eqn.primitive.name!r}, which runs as it is")
         return [None] * len(eqn.outvars)
 
-    network.walk(inputs, leaves, Visitor(product, other), [None])
+    network.traced(inputs)(leaves, None, Visitor(product, other))
     kernels, times = {}, {}
-    for key, (path, made, known, _) in found.items():
+    for key, (path, made, known) in found.items():
         times[path] = times.get(path, 0) + 1
         label = path if times[path] == 1 else f"{path}#{times[path]}"
         array = known.value()
@@ -264,14 +272,11 @@ class _Network:
         self.function, self.treedef, self.leaves = function, treedef, leaves
         self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
 
-    def walk(
-        self, inputs: Sequence[Any], leaves: Mapping[str, Any], visitor: Visitor, data: Sequence[Any] = ()
-    ) -> Any:
-        """The function's output. `data` stands for the inputs, if what they hold does not matter."""
-        return self.traced(inputs)(leaves, split_static(inputs)[0], visitor, data)
-
     def traced(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The function for inputs of some shapes."""
+        """The function for inputs of some shapes: `run(leaves, arrays, visitor)`.
+
+        Without arrays it visits the equations, and gives nothing.
+        """
         trees = []
 
         def flat(*arguments: Any) -> list[Any]:
@@ -281,19 +286,19 @@ class _Network:
 
         closed, order = trace(flat, (self.shapes, *inputs))
 
-        def run(
-            leaves: Mapping[str, Any], arrays: Mapping[str, Any], visitor: Visitor, data: Any = ()
-        ) -> Any:
+        def run(leaves: Mapping[str, Any], arrays: Mapping[str, Any] | None, visitor: Visitor) -> Any:
             def value(name: str) -> Any:
                 path = of_first(name)
                 if path is not None:
                     return param(path, lambda: leaves[path])
                 first, _, rest = name.partition("/")
                 number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
-                return None if data else arrays[number]
+                return None if arrays is None else arrays[number]
 
             outputs = walk(closed, [value(name) for name in order], visitor)
-            return None if data else trees[-1].unflatten([jnp.asarray(materialised(o)) for o in outputs])
+            if arrays is None:
+                return None
+            return trees[-1].unflatten([jnp.asarray(materialised(output)) for output in outputs])
 
         run.traced = any(isinstance(const, Tracer) for const in closed.consts)  # type: ignore[attr-defined]
         return run
@@ -311,15 +316,13 @@ class _Network:
         apply = _applied(self, forms)
         read: set[str] = set()
         everything = SparseParams(self.leaves, stored)
-        arrays, rebuild = split_static(inputs)
-        # Of the params, those are kept that are read when it runs.
-        jax.eval_shape(
-            lambda params, arrays: self.walk(
-                rebuild(arrays), _Watched(params.leaves, read), _visitor(params.kernels, forms)
-            ),
-            everything,
-            arrays,
-        )
+        traced = self.traced(inputs)
+
+        def watched(params: SparseParams, arrays: Any) -> Any:
+            return traced(_Watched(params.leaves, read), arrays, _visitor(params.kernels, forms))
+
+        jax.eval_shape(watched, everything, split_static(inputs)[0])
+        # What is stored in another form alone, and not read when it runs, is left out.
         whole = {path for path in self.leaves if path not in {kernels[key].path for key in forms}}
         leaves = {path: leaf for path, leaf in self.leaves.items() if path in read | whole}
         return apply, SparseParams(leaves, stored)

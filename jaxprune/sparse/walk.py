@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.jaxprs import CALLS, binder, called_jaxpr, source_line
+from jaxprune.metrics.products import PRODUCTS
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -84,9 +85,6 @@ class Visitor(NamedTuple):
 
     product: Callable[[Product, Any], list[Any] | None]
     other: Callable[["JaxprEqn", list[Any]], list[Any]]
-
-
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 def walk(
