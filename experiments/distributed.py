@@ -98,7 +98,7 @@ def set_up(config: Config) -> None:
     """Makes JAX see the devices, and the other processes; it must come before anything else of JAX."""
     if config.reproducible:
         # The CPU's matrix products are cut up by the number of threads, which depends on the devices.
-        os.environ["PJRT_NPROC"] = str(config.parts)
+        os.environ["PJRT_NPROC"] = str(2 * config.parts)
     if config.devices is not None:
         if config.devices % config.processes:
             raise SystemExit(
@@ -107,6 +107,8 @@ def set_up(config: Config) -> None:
         try:
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", config.devices // config.processes)
+            # Simulated devices share threads. Steps sent ahead can take those that one's last device needs.
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
         except RuntimeError:
             raise SystemExit(
                 "--devices has to be set before JAX is used: run the study as a command"
@@ -257,7 +259,7 @@ def check(config: Config) -> list[dict[str, Any]]:
         own = dataclasses.replace(config, **places, check=False, probe=probe, out=str(out))
         print(f"{layout.devices} devices, {layout.processes} processes", file=sys.stderr)
         start_processes(own, quiet=True)
-        (line,) = map(json.loads, (out / "results.jsonl").read_text(encoding="utf-8").splitlines())
+        line = line_of(out)
         kept.append(jax.tree.leaves(jp.io.load(out / line["masks"]).params))
         pairs = list(zip(kept[0], kept[-1], strict=True))
         differing = sum(int(np.sum(np.asarray(a) != np.asarray(b))) for a, b in pairs)
@@ -266,6 +268,12 @@ def check(config: Config) -> list[dict[str, Any]]:
         if len({line[f"probe_{name}"] for line in lines}) > 1:
             raise SystemExit(f"{summarise(lines)}\n\nmasks of the same params ({name}) differ")
     return lines
+
+
+def line_of(folder: Path) -> dict[str, Any]:
+    """The line that a run left in its folder."""
+    (text,) = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    return json.loads(text)
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
