@@ -1,0 +1,172 @@
+"""How much faster a network is without half of its channels, against its multiply-adds.
+
+ResNet-20 and a small ViT lose half of their coupled channels by magnitude and are compacted. The
+speed-up of the forward pass is set beside the ratio of multiply-adds, which it could be at most if
+every width ran at the same rate. Cuts:
+
+- each group: half of every group of coupled channels, the residual stream's included;
+- blocks of 16: as many from all groups together, what stays rounded up to multiples of 16;
+- inside: half of each group that is inside a block (heads and hidden units), the stream whole.
+
+A CPU works on 8 or 16 numbers at once, so a convolution of 8 output channels takes about as long
+as one of 16; ResNet-20's first stage has 16. "wide" is ResNet-20 with twice the channels.
+torch-pruning cuts half of each group of the same ResNet-20 in PyTorch, and is compared with its own
+dense network; without it (pip install torch torch-pruning) its row is left out.
+
+    python -m experiments.benchmarks.compaction
+    python -m experiments.benchmarks.compaction --networks vit --rounds 31
+
+Dense and compacted take turns in one process. "of it" is the speed-up over the ratio of MACs; cost
+is the time to find the groups, rank and cut them, in dense forward passes, compiling included.
+"""
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxprune as jp
+from experiments import _channels, _steps
+from experiments._config import flag, parse
+from experiments._nets import ResNet, ViT
+from experiments.benchmarks._machine import machine
+from experiments.benchmarks._markdown import show
+from experiments.benchmarks._turns import Worker
+from jaxprune.graph import ChannelGroups
+
+NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): its row is left out."
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    networks: tuple[str, ...] = flag(("resnet20", "wide", "vit"), "of these, in this order")
+    batch: int = flag(64, "images in a forward pass")
+    share: float = flag(0.5, "of the channels that goes")
+    rounds: int = flag(9, "measurements of each")
+
+
+SMALL = Config(networks=("vit",), batch=2, rounds=2)
+TITLES = {"resnet20": "ResNet-20", "wide": "ResNet-20, wide", "vit": "ViT"}
+
+
+class Cut(NamedTuple):
+    """A way to choose channels: what is ranked together, rounded to what, and which are spared."""
+
+    scope: str
+    multiple_of: int = 1
+    spared: Callable[..., bool] | None = None
+
+
+def cuts(name: str) -> dict[str, Cut]:
+    """The cuts of a network."""
+    found = {"each group": Cut("layerwise")}
+    if name == "vit":
+        return found | {"inside": Cut("layerwise", spared=_channels.NETWORKS["vit"].spared)}
+    return found | {"blocks of 16": Cut("global", 16)}
+
+
+def model(name: str) -> Any:
+    """The flax module.
+
+    Raises:
+      SystemExit: a name that is none.
+    """
+    if name not in TITLES:
+        raise SystemExit(f"--networks has {name}; it may have {', '.join(TITLES)}.")
+    if name == "vit":
+        return ViT()
+    return ResNet(20, widths=(32, 64, 128) if name == "wide" else (16, 32, 64))
+
+
+def measure(name: str, config: Config) -> list[dict[str, Any]]:
+    """A line for each cut of a network."""
+    module = model(name)
+    x = jax.random.normal(jax.random.key(1), (config.batch, 32, 32, 3))
+    variables = jax.jit(module.init)(jax.random.key(0), x[:1])
+    logits = _channels.evaluation(_steps.flax_apply(module))
+    calls: dict[str, tuple[Any, ...]] = {"dense": (logits, variables, x)}
+    costs = {}
+    for way, cut in cuts(name).items():
+        began = time.perf_counter()
+        small = compacted(logits, variables, x[:1], cut, config.share)
+        costs[way] = time.perf_counter() - began
+        calls[way] = (small.apply, small.params, x)
+    times = jp.metrics.latency(calls, rounds=config.rounds)
+    macs = {way: jp.metrics.macs(*call).total for way, call in calls.items()}
+    return [
+        {
+            "network": TITLES[name],
+            "cut": way,
+            "macs_ratio": macs["dense"] / macs[way],
+            "speed_up": times["dense"].median / times[way].median,
+            "low": times["dense"].median / times[way].high,
+            "high": times["dense"].median / times[way].low,
+            "cost": costs[way] / times["dense"].median,
+        }
+        for way in costs
+    ]
+
+
+def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: float) -> Any:
+    """The smaller network."""
+    groups = jp.channel_groups(logits, variables, example, split="major")
+    groups = groups if cut.spared is None else groups.without(cut.spared)
+    groups = ChannelGroups(groups.removable(), groups.whole)
+    structure = jp.structures.channels(groups, normalize=jnp.mean, multiple_of=cut.multiple_of)
+
+    @jax.jit
+    def choose(variables: Any) -> Any:
+        with warnings.catch_warnings():  # rounding widths up misses the share, as it is meant to
+            warnings.simplefilter("ignore", UserWarning)
+            return jp.prune_once(variables, jp.scores.magnitude, share, scope=cut.scope, structure=structure)
+
+    return jp.compact(logits, variables, choose(variables), example, verify=False)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A line for each network and cut."""
+    lines = [line for name in config.networks for line in measure(name, config)]
+    if "resnet20" not in config.networks:
+        return lines
+    if not all(importlib.util.find_spec(name) for name in ("torch", "torch_pruning")):
+        return [*lines, {"note": NO_TORCH}]
+    target = "experiments.benchmarks._torch_channels:TorchChannels"
+    with Worker(target, widths=(16, 32, 64), batch=config.batch, share=config.share) as worker:
+        found = worker("measure", config.rounds)
+    low, middle, high = np.percentile(found.pop("speed_up"), [25, 50, 75]).tolist()
+    spread = {"speed_up": middle, "low": low, "high": high}
+    return [*lines, {"network": TITLES["resnet20"], "cut": "torch-pruning", **found, **spread}]
+
+
+def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table."""
+    table = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
+    for line in lines:
+        if "note" in line:
+            continue
+        spread = f"({line['low']:.2f}-{line['high']:.2f})"
+        share = f"{line['speed_up'] / line['macs_ratio']:.2f}"
+        ratios = f"{line['macs_ratio']:.2f}", f"{line['speed_up']:.2f}"
+        table.append((line["network"], line["cut"], *ratios, spread, share, f"{line['cost']:.0f}"))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    config = parse(Config, argv, __doc__)
+    lines = run(config)
+    print(machine())
+    title = f"a forward pass on {config.batch} images without {config.share:.0%} of the channels"
+    print(show(title, rows(lines), lines))
+
+
+if __name__ == "__main__":
+    main()
