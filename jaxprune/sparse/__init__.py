@@ -1,6 +1,7 @@
 """Sparse inference: the masked network with products that skip its zeros."""
 
-from jaxprune.sparse.network import SparseParams, Sparsified, sparsify
+from jaxprune.sparse.network import Sparsified, sparsify
+from jaxprune.sparse.replay import SparseParams
 from jaxprune.sparse.report import SparseReport
 
 __all__ = ["SparseParams", "SparseReport", "Sparsified", "sparsify"]

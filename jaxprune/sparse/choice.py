@@ -133,8 +133,8 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
     best = max(gains, key=lambda name: gains[name])
     figures = ", ".join(f"{name} {gain:.2f} x" for name, gain in gains.items())
     if gains[best] < MARGIN:
-        return Chosen("dense", None, gains[best], f"nothing is faster: {figures}")
-    return Chosen(best, packed[best], gains[best], f"the fastest of {figures}")
+        return Chosen("dense", None, gains[best], f"measured {figures}")
+    return Chosen(best, packed[best], gains[best], f"measured {figures}")
 
 
 def _candidates(kernel: Kernel) -> dict[str, Any]:

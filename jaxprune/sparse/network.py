@@ -7,31 +7,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
+from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
 from jaxprune.metrics.products import PRODUCTS
-from jaxprune.paths import array_leaves, is_array, is_concrete, leaf_paths
+from jaxprune.paths import array_leaves, is_concrete
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
 from jaxprune.sparse.forms import FORMS
-from jaxprune.sparse.layers import Layer, layer, sparse
+from jaxprune.sparse.layers import Layer, layer
+from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.sparse.walk import Known, Product, Visitor, materialised, param, walk
+from jaxprune.sparse.walk import Known, Product, Visitor
 from jaxprune.typing import Masks, Params
-
-
-class SparseParams(NamedTuple):
-    """The params of a sparse network: a pytree, to be passed through `jit` as an argument.
-
-    Attributes:
-      leaves: by path, the params that are still read as they were, masked.
-      kernels: by path, the arrays of the kernels stored in another form.
-    """
-
-    leaves: dict[str, Any]
-    kernels: dict[str, Any]
 
 
 class Sparsified(NamedTuple):
@@ -128,7 +116,7 @@ def sparsify(
         raise TypeError(
             "choose='measure' runs the function, so it needs inputs with values; 'rule' does not."
         )
-    network = _Network(apply_fn, jax.tree.structure(params), leaves)
+    network = Network(apply_fn, jax.tree.structure(params), leaves)
     kernels, reasons = _kernels(network, inputs, dead)
     taken = {kernel.path for kernel in kernels.values()}
     reasons |= {path: "no product multiplies by it" for path in dead if path not in taken | reasons.keys()}
@@ -143,8 +131,7 @@ def sparsify(
         def time(sets: Mapping[str, Mapping[str, Chosen]]) -> dict[str, float]:
             calls: dict[str, tuple[Any, ...]] = {"dense": (apply_fn, masked, *inputs)}
             for name, some in sets.items():
-                built, stored = network.built(kernels, some, inputs)
-                calls[name] = (built, stored, *inputs)
+                calls[name] = (*network.stored(kernels, some, inputs), *inputs)
             times = latency(calls, max(rounds, 5))
             return {name: times["dense"].median / times[name].median for name in sets}
 
@@ -159,7 +146,7 @@ def sparsify(
             if choose[path] != "dense" and path not in names:
                 why = reasons.get(path, "its mask prunes nothing")
                 raise ValueError(f"choose has {choose[path]!r} for {path!r}, which has to stay dense: {why}.")
-    apply, stored = network.built(kernels, chosen, inputs)
+    apply, stored = network.stored(kernels, chosen, inputs)
     rows = []
     for key, kernel in kernels.items():
         row = _row(kernel, leaves, dead, chosen[key])
@@ -206,7 +193,7 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
 
 
 def _kernels(
-    network: "_Network", inputs: Sequence[Any], dead: Mapping[str, int]
+    network: Network, inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The kernels that may be stored otherwise, by key, and why other masked params stay dense."""
     found: dict[str, tuple[str, Layer, Known]] = {}
@@ -263,133 +250,3 @@ def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], cho
 
 def _bytes(array: Any) -> int:
     return array.size * array.dtype.itemsize
-
-
-class _Network:
-    """A function of params that can be run with some of its kernels in other forms."""
-
-    def __init__(self, function: Callable[..., Any], treedef: Any, leaves: dict[str, Any]):
-        self.function, self.treedef, self.leaves = function, treedef, leaves
-        self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
-
-    def traced(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The function for inputs of some shapes: `run(leaves, arrays, visitor)`.
-
-        Without arrays it visits the equations, and gives nothing.
-        """
-        trees = []
-
-        def flat(*arguments: Any) -> list[Any]:
-            out, tree = jax.tree.flatten(self.function(*arguments))
-            trees.append(tree)
-            return out
-
-        closed, order = trace(flat, (self.shapes, *inputs))
-
-        def run(leaves: Mapping[str, Any], arrays: Mapping[str, Any] | None, visitor: Visitor) -> Any:
-            def value(name: str) -> Any:
-                path = of_first(name)
-                if path is not None:
-                    return param(path, lambda: leaves[path])
-                first, _, rest = name.partition("/")
-                number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
-                return None if arrays is None else arrays[number]
-
-            outputs = walk(closed, [value(name) for name in order], visitor)
-            if arrays is None:
-                return None
-            return trees[-1].unflatten([jnp.asarray(materialised(output)) for output in outputs])
-
-        run.traced = any(isinstance(const, Tracer) for const in closed.consts)  # type: ignore[attr-defined]
-        return run
-
-    def built(
-        self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
-    ) -> tuple[Callable[..., Any], SparseParams]:
-        """The function of `SparseParams`, and these."""
-        forms = {
-            key: (kernels[key].label, FORMS[one.form])
-            for key, one in chosen.items()
-            if one.arrays is not None
-        }
-        stored = {kernels[key].label: jax.tree.map(jnp.asarray, chosen[key].arrays) for key in forms}
-        apply = _applied(self, forms)
-        read: set[str] = set()
-        everything = SparseParams(self.leaves, stored)
-        traced = self.traced(inputs)
-
-        def watched(params: SparseParams, arrays: Any) -> Any:
-            return traced(_Watched(params.leaves, read), arrays, _visitor(params.kernels, forms))
-
-        jax.eval_shape(watched, everything, split_static(inputs)[0])
-        # What is stored in another form alone, and not read when it runs, is left out.
-        whole = {path for path in self.leaves if path not in {kernels[key].path for key in forms}}
-        leaves = {path: leaf for path, leaf in self.leaves.items() if path in read | whole}
-        return apply, SparseParams(leaves, stored)
-
-
-class _Watched(dict):
-    """Leaves by path that note which are read."""
-
-    def __init__(self, leaves: Mapping[str, Any], read: set[str]):
-        super().__init__(leaves)
-        self._read = read
-
-    def __getitem__(self, path: str) -> Any:
-        self._read.add(path)
-        return super().__getitem__(path)
-
-
-class _Left(dict):
-    """Leaves by path, without those that are stored in another form alone."""
-
-    def __missing__(self, path: str) -> Any:
-        raise ValueError(
-            f"for inputs of these shapes the function reads params[{path!r}] in another way than for those "
-            "that sparsify saw, and it is stored in a sparse form alone. Call sparsify with inputs like "
-            f"these, or choose 'dense' for {path!r}."
-        )
-
-
-def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, Any]]) -> Visitor:
-    def product(product: Product, other: Any) -> list[Any] | None:
-        made = layer(product)
-        if isinstance(made, str) or made.key not in forms:
-            return None
-        label, form = forms[made.key]
-        return [sparse(made, form, stored[label], other)]
-
-    return Visitor(product, lambda eqn, args: binder(eqn)(*map(materialised, args)))
-
-
-def _applied(network: _Network, forms: Mapping[str, tuple[str, Any]]) -> Callable[..., Any]:
-    programs: dict[Any, tuple[Callable[..., Any], list[tuple[int, str]]]] = {}
-
-    def apply(params: SparseParams, *inputs: Any) -> Any:
-        if not isinstance(params, SparseParams):
-            raise TypeError(
-                f"apply takes the .params of what sparsify returned, got a {type(params).__name__}."
-            )
-        leaves, treedef = jax.tree.flatten(inputs)
-        key = (treedef, tuple(_signature(leaf) for leaf in leaves), jnp.result_type(float))
-        if key not in programs:
-            traced, arrays = network.traced(inputs), split_static(inputs)[0]
-
-            def run(params: SparseParams, arrays: Any) -> Any:
-                return traced(_Left(params.leaves), arrays, _visitor(params.kernels, forms))
-
-            if traced.traced:  # it closed over values of the trace it is in, and holds for this call
-                return run(params, arrays)
-            names = [(number, name) for number, name in enumerate(leaf_paths(inputs)) if name in arrays]
-            programs[key] = jax.jit(run), names
-        program, names = programs[key]
-        return program(params, {name: leaves[number] for number, name in names})
-
-    return apply
-
-
-def _signature(leaf: Any) -> Any:
-    if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
-        struct = abstract(leaf)
-        return struct.shape, struct.dtype, struct.weak_type
-    return leaf

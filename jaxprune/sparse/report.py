@@ -61,7 +61,7 @@ class SparseReport(NamedTuple):
                 f"{row.sparsity:>9.2%} {row.form:<8}{_bytes(row.stored):>9}{part:>9}{gain:>6}"
             )
         for row in self.rows:
-            text = f"{_short(row.path, 40)}: {row.form}: {row.why}"
+            text = f"{row.path}: {row.form}: {row.why}"
             lines += textwrap.wrap(text, 78, subsequent_indent="  ")
         stored, dense = (sum(getattr(row, name) for row in self.rows) for name in ("stored", "dense"))
         lines.append(f"stored: {_bytes(stored)} of {_bytes(dense)}")
