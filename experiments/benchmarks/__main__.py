@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments._config import flag, parse
 from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import markdown, notes, show
+from experiments.benchmarks._markdown import markdown, remarks, show
 
 NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
 
@@ -37,8 +37,8 @@ def section(name: str, small: bool) -> str:
     title, table = (module.__doc__ or name).strip().partition("\n")[0].rstrip("."), module.rows(lines)
     print(show(f"{name}: {title}", table, lines), end="\n\n", flush=True)
     command = f"`python -m experiments.benchmarks.{name}`"
-    remarks = "\n\n".join(" ".join(note.split()) for note in notes(lines))
-    return "\n\n".join([f"## {title}", command, markdown(table), *([remarks] if remarks else [])])
+    said = [" ".join(remark.split()) for remark in remarks(lines)]
+    return "\n\n".join([f"## {title}", command, markdown(table), *said])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,14 +39,14 @@ def markdown(rows: Rows) -> str:
     return "\n".join([_line(header), f"|{marks}|", *map(_line, rest)])
 
 
-def notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a benchmark says beside its figures: the lines that are a note."""
-    return [str(line["note"]) for line in lines if "note" in line]
+def remarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a benchmark says beside its figures: the lines that are a remark."""
+    return [str(line["remark"]) for line in lines if "remark" in line]
 
 
 def show(title: str, rows: Rows, lines: Sequence[Mapping[str, Any]]) -> str:
-    """A title, the table and the notes below it, for the terminal."""
-    return "\n".join([title, "", plain(rows), *notes(lines)])
+    """A title, the table and the remarks below it, for the terminal."""
+    return "\n".join([title, "", plain(rows), *remarks(lines)])
 
 
 def _line(cells: Sequence[str]) -> str:

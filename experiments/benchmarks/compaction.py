@@ -137,7 +137,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     if "resnet20" not in config.networks:
         return lines
     if not all(importlib.util.find_spec(name) for name in ("torch", "torch_pruning")):
-        return [*lines, {"note": NO_TORCH}]
+        return [*lines, {"remark": NO_TORCH}]
     target = "experiments.benchmarks._torch_channels:TorchChannels"
     with Worker(target, widths=(16, 32, 64), batch=config.batch, share=config.share) as worker:
         found = worker("measure", config.rounds)
@@ -150,7 +150,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table."""
     table = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
     for line in lines:
-        if "note" in line:
+        if "remark" in line:
             continue
         spread = f"({line['low']:.2f}-{line['high']:.2f})"
         share = f"{line['speed_up'] / line['macs_ratio']:.2f}"

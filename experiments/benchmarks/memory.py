@@ -123,7 +123,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: multiples of the params' bytes."""
     table = [("program", "way", "masks", "new", "temporaries", "extra")]
     for line in lines:
-        if "note" in line:
+        if "remark" in line:
             continue
         parts = [line["masks"], line["new"], line["temporaries"], line["new"] + line["temporaries"]]
         table.append((line["program"], line["way"], *(f"{part / line['params']:.2f}" for part in parts)))

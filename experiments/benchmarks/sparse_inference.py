@@ -52,6 +52,9 @@ class Config:
     rounds: int = flag(9, "measurements of each")
 
 
+SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule"), rounds=2)
+
+
 def apply_fn(params: Any, x: Any) -> Any:
     """A perceptron with relu between its layers: (batch, width) -> (batch, width)."""
     for number in range(len(params)):
@@ -185,6 +188,16 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         forms = "; ".join(by[way]["note"] for way in ("measure", "rule") if way in by)
         text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {forms}"[:80])
     return "\n".join(text)
+
+
+def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The same figures as rows of text, header first, for `python -m experiments.benchmarks`."""
+    ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
+    found = [("batch", "sparsity", *ways)]
+    for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
+        by = {line["way"]: f"{line['speed_up']:.2f}" for line in some}
+        found.append((str(batch), f"{sparsity:.0%}", *(by.get(way, "-") for way in ways)))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

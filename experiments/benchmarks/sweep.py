@@ -84,14 +84,14 @@ def run(config: Config) -> list[dict[str, Any]]:
                 over = "one by one" if worker is ours else "torch"
                 ratios = np.divide(times, quick).tolist()
                 lines.append({"sweep": sweep, "points": count, "over": over, "speed_up": ratios})
-    return lines if has_torch else [*lines, {"note": NO_TORCH}]
+    return lines if has_torch else [*lines, {"remark": NO_TORCH}]
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: how many times as fast the sweep is."""
     table = [("sweep", "points", "against", "times as fast", "(quartiles)")]
     for line in lines:
-        if "note" not in line:
+        if "remark" not in line:
             low, middle, high = np.percentile(line["speed_up"], [25, 50, 75])
             spread = f"({low:.1f}-{high:.1f})"
             table.append((line["sweep"], str(line["points"]), line["over"], f"{middle:.1f}", spread))

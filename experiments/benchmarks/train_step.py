@@ -121,9 +121,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             facts += [
                 {"network": network.title, "way": way, **ours("facts", way)} for way in ("masked", "packed")
             ]
-    lines.append({"note": _said(facts), "facts": facts})
+    lines.append({"remark": _said(facts), "facts": facts})
     if not has_torch:
-        lines.append({"note": NO_TORCH})
+        lines.append({"remark": NO_TORCH})
     return lines
 
 
@@ -183,7 +183,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: a plain step over the dense one, and over JAX's; an update over a plain step."""
     table = [("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")]
     for line in lines:
-        if "note" in line or line["way"] == "torch dense":
+        if "remark" in line or line["way"] == "torch dense":
             continue
         low, middle, high = np.percentile(line["step"], [25, 50, 75])
         update = "-" if line["update"] is None else f"{np.median(line['update']):.2f}"
