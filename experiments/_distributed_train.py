@@ -6,7 +6,7 @@ FSDP) and, of matrices inside the blocks, over "tensor" as well. The batch is sh
 
 import hashlib
 import pydoc_data.topics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -272,24 +272,22 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-def probe(params: Any, shardings: Any) -> str:
-    """One fingerprint of masks made in several ways, each compiled, of params that all processes have.
+def prober(shardings: Any) -> Callable[[Any], str]:
+    """`probe(params)`, one fingerprint of masks made in several ways of params that all processes have.
 
-    Globally and by layer, of the params as they are and rounded to few values, so that most scores
-    tie and the order of entries decides; by `prune_once`, and by a pruner's updates.
+    Of the params as they are and rounded to few values, so that most scores tie and the order of
+    entries decides; of all together by `prune_once`, and by layer by a pruner's updates, compiled.
     """
-    coarse = jax.tree.map(lambda leaf: np.round(leaf * 64) / np.float32(64), params)
-    pruner = jp.pruner(jp.scores.magnitude, jp.schedules.linear(0.8, begin_step=0, end_step=2))
+    halves = jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.5), scope="layerwise")
+    start, update = jax.jit(halves.init), jax.jit(halves.update)
+    once = jax.jit(partial(jp.prune_once, scores=jp.scores.magnitude, sparsity=0.5))
 
-    @jax.jit
-    def masks(params: Any) -> Any:
-        ways = {scope: jp.prune_once(params, jp.scores.magnitude, 0.5, scope=scope) for scope in _SCOPES}
-        state = pruner.init(params)
-        for _ in range(2):
-            state = pruner.update(state, params)
-        return ways | {"pruner": state.masks}
+    def probe(params: Any) -> str:
+        masks = []
+        for tree in (params, jax.tree.map(lambda leaf: np.round(leaf * 64) / np.float32(64), params)):
+            placed = put(tree, shardings)
+            state = update(update(start(placed), placed), placed)
+            masks.append(gather((once(placed), state.masks)))
+        return fingerprint(masks)
 
-    return fingerprint([gather(masks(put(tree, shardings))) for tree in (params, coarse)])
-
-
-_SCOPES: Sequence[str] = ("global", "layerwise")
+    return probe

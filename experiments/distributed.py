@@ -178,9 +178,10 @@ def train(config: Config) -> dict[str, Any]:
         "layers": layers(masks),
         "note": text.note,
     }
+    probe = _distributed_train.prober(shardings)
     for name in (_FIRST, _LAST) if config.probe else ():
         saved = jp.io.load(Path(str(config.probe)) / name, like=params).params
-        line[f"probe_{name}"] = _distributed_train.probe(jax.tree.map(np.asarray, saved), shardings)
+        line[f"probe_{name}"] = probe(jax.tree.map(np.asarray, saved))
     if leads:
         with Results(config.out, "distributed", config) as results:
             results.write(**line, masks=results.keep_masks("last", masks))

@@ -10,6 +10,10 @@ import _sharding
 import pytest
 
 CONDITIONAL = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
 %small (x: f32[8]) -> f32[8] {
   ROOT %r = f32[8]{0} all-reduce(%x), to_apply=%add
 }
