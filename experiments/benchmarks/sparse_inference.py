@@ -179,14 +179,16 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A row for each batch and sparsity, a column for each way but dense; 80 columns wide at most."""
+    """A row for each batch and sparsity, a column for each way but dense, and the forms it was given."""
     ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
-    text = [f"{'batch':>5}{'sparsity':>9}" + "".join(f"{way:>8}" for way in ways) + "  measured, rule"]
+    forms = [way for way in ("measure", "rule") if way in ways]
+    chosen = f"  {'; '.join(forms)}:" if forms else ""
+    text = [f"{'batch':>5}{'sparsity':>9}" + "".join(f"{way:>8}" for way in ways) + chosen]
     for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
         by = {line["way"]: line for line in some}
         cells = "".join(f"{by[way]['speed_up']:>8.2f}" if way in by else f"{'-':>8}" for way in ways)
-        forms = "; ".join(by[way]["note"] for way in ("measure", "rule") if way in by)
-        text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {forms}"[:80])
+        notes = "; ".join(by[way]["note"] for way in forms)
+        text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {notes}".rstrip()[:80])
     return "\n".join(text)
 
 

@@ -19,11 +19,16 @@ from jaxprune.sparse.layers import Layer, sparse
 # each with the density (entries stored, of the dense kernel's) below which it beats the dense product, and
 # how many entries the kernel must have.
 _BREAK_EVEN = (
-    (4, (("padded", 0.12, 2**20), ("blocks", 0.40, 2**18), ("compact", 0.80, 2**16))),
-    (32, (("csr", 0.06, 2**16), ("blocks", 0.06, 2**18), ("compact", 0.80, 2**16))),
+    (4, (("blocks", 0.60, 2**18), ("padded", 0.12, 2**20), ("compact", 0.80, 2**16))),
+    (32, (("blocks", 0.35, 2**18), ("csr", 0.06, 2**16), ("compact", 0.80, 2**16))),
     (
         math.inf,
-        (("csr", 0.06, 2**16), ("padded", 0.14, 2**20), ("blocks", 0.08, 2**20), ("compact", 0.80, 2**16)),
+        (
+            ("blocks", 0.25, 2**20),
+            ("csr", 0.06, 2**16),
+            ("padded", 0.14, 2**20),
+            ("compact", 0.80, 2**16),
+        ),
     ),
 )
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # other platforms: what was not measured there is not trusted

@@ -4,11 +4,12 @@ A kernel is a matrix of (outputs, inputs) here. A form packs it, in numpy, into 
 multiplies rows of inputs by these: (rows, inputs) -> (rows, outputs). Forms were kept that won somewhere
 in `python -m experiments.benchmarks.sparse_inference --layers 1`, with 2048 x 2048 kernels on a CPU:
 
-- `csr` for 8 to some hundred rows and scattered entries. XLA's product of compressed rows on a CPU runs
-  on one thread, over the rows as its innermost axis; so activations are turned to (inputs, rows), and
-  between two such kernels XLA leaves them so.
-- `padded` for one row or few, and for very many: gathers and sums that XLA compiles, on all threads.
-- `blocks` where whole blocks are zero: products of blocks, as dense ones are, from half the blocks on.
+- `csr` for 8 rows of inputs or more, and scattered entries of which few are left. XLA's product of
+  compressed rows on a CPU runs on one thread, over the rows of inputs as its innermost axis; so activations
+  are turned to (inputs, rows), and between two such kernels XLA leaves them so.
+- `padded` for one row or few, and for many at about 90 %: gathers and sums that XLA compiles, on all threads.
+- `blocks` where whole blocks are zero: products of blocks, as dense ones are; for one row from half the
+  blocks on.
 - `compact` where whole rows or columns are zero: one dense product of what is left.
 
 N:M sparsity has as many entries in each row, so that `padded` stores it without padding. `BCOO` and
@@ -25,6 +26,7 @@ from jax import lax
 
 _BLOCK_SIZES = (64, 32, 16)
 _WASTE = 2  # entries stored over those that are not zero, at most: rows are filled up to the longest
+_BLOCK_WASTE = 4  # the same of blocks: an entry of theirs costs far less
 _FEW_ROWS = 8  # below this many rows of inputs, loops run over the outputs, one entry of each at a time
 _TURN = 4  # entries of a row summed in a turn of the loop otherwise: sums are read and written less often
 _GROUP = 1024  # what a turn of a loop costs beside its rows, in rows
@@ -137,7 +139,7 @@ def _padded_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
 def _blocks_pack(matrix: np.ndarray) -> Any:
     tiled = [_tiles(matrix, size) for size in _BLOCK_SIZES if not any(n % size for n in matrix.shape)]
     least = min((_blocks_stored(tiles) for tiles in tiled), default=math.inf)
-    if not 0 < least <= min(_WASTE * np.count_nonzero(matrix), 0.95 * matrix.size):
+    if not 0 < least <= min(_BLOCK_WASTE * np.count_nonzero(matrix), 0.95 * matrix.size):
         return f"no whole blocks of {', '.join(map(str, _BLOCK_SIZES))} that are zero"
     tiles = next(tiles for tiles in tiled if _blocks_stored(tiles) <= 1.25 * least)  # larger ones are faster
     alive = tiles.any(axis=(2, 3))
