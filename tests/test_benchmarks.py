@@ -2,11 +2,18 @@
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 
-from experiments.benchmarks import _bound, files, graph, latency, lottery
+from experiments.benchmarks import __main__ as benchmarks
+from experiments.benchmarks import _bound, _jax_steps, files, graph, latency, lottery, memory
+from experiments.benchmarks._machine import machine
+from experiments.benchmarks._markdown import markdown, plain
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -73,3 +80,89 @@ def test_files_benchmark_stays_above_the_bound():
     assert line["bound"] < line["ours"] < 1.05 * line["bound"]  # and biases, which stay
     assert line["int8"] < line["ours"] < line["numpy"]
     assert max(map(len, files.summarise([line]).splitlines())) <= 80
+
+
+def test_all_benchmarks_write_one_page(tmp_path, capsys):
+    only = ["train_step", "sweep", "compaction", "sparse_inference", "memory"]
+    page = tmp_path / "page.md"
+    benchmarks.main(["--small", "--only", ",".join(only), "--out", str(page)])
+    text = page.read_text()
+    sections = dict(zip(only, text.split("\n## ")[1:], strict=True))
+    for name, section in sections.items():
+        assert f"`python -m experiments.benchmarks.{name}`" in section
+        header, _, *rows = [line for line in section.splitlines() if line.startswith("|")]
+        assert rows
+        assert {row.count("|") for row in rows} == {header.count("|")}
+    assert text.startswith(f"# Benchmarks\n\n{machine()}")
+
+    # What needs no clock holds of the small programs too.
+    assert "programs: 0 sorts, 0 calls of the host, 0 arrays not updated in place, 0 further" in text
+    steps = [row.split("|")[1:3] for row in sections["train_step"].splitlines() if row.startswith("| LeNet")]
+    ways = ["masked", "packed", "fixed", "argsort", *(["torch"] if TORCH else [])]
+    assert [way.strip() for _, way in steps] == ways
+    assert ("PyTorch is not installed" in sections["sweep"]) is not TORCH
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= max(80, len(machine()), len(f"Wrote {page}"))
+
+
+def test_a_benchmark_that_is_none_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="--only has speed; it may have selection"):
+        benchmarks.main(["--only", "speed", "--out", str(tmp_path / "page.md")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_benchmark_counts_masks():
+    lines = {(line["program"], line["way"]): line for line in memory.run(memory.SMALL)}
+    # float32 params: a bool is a quarter of 4 bytes, a bit a thirty-second of that, padded per leaf.
+    for program in ("one-shot", "train step"):
+        masked, packed = lines[program, "masked"], lines[program, "packed"]
+        assert masked["masks"] * 4 == masked["params"]
+        assert masked["params"] / 32 <= packed["masks"] < masked["masks"] / 4
+    assert lines["one-shot", "masked"]["new"] == lines["one-shot", "masked"]["masks"]
+    assert lines["train step", "dense"]["masks"] == 0
+    assert lines["one-shot", "argsort"]["temporaries"] > lines["one-shot", "masked"]["temporaries"]
+
+
+def test_the_argsort_route_keeps_the_largest():
+    rng = np.random.default_rng(0)
+    params = {
+        f"layer{number}": {"kernel": rng.normal(size=shape).astype(np.float32), "bias": np.zeros(3)}
+        for number, shape in enumerate(((5, 4), (4, 3)))
+    }
+    masks = _jax_steps.argsort_masks(params, jnp.float32(0.75))
+    sizes = np.sort(np.abs(np.concatenate([layer["kernel"].ravel() for layer in params.values()])))
+    for name, mask in masks.items():
+        np.testing.assert_array_equal(mask, np.abs(params[name]["kernel"]) >= sizes[-8])
+
+
+def test_tables_have_as_many_columns_as_their_header():
+    rows = [("way", "a|b"), ("dense", "1.00")]
+    assert markdown(rows).splitlines() == [r"| way | a\|b |", "|---|---:|", "| dense | 1.00 |"]
+    assert plain(rows).splitlines() == ["way     a|b", "dense  1.00"]
+    with pytest.raises(ValueError, match="zip"):
+        plain([*rows, ("short",)])
+
+
+def _value(text: str) -> float:
+    """What arithmetic of the page on scaling amounts to, units included."""
+    units = {"M": 1e6, "MB": 1e6, "GB": 1e9, "GB/s": 1e9, "ms": 1e-3, "%": 1e-2}
+    text = text.replace(",", "")
+    text = re.sub(r"([\d.]+) (GB/s|MB|GB|M|ms|%)", lambda m: f"({m[1]} * {units[m[2]]})", text)
+    assert re.fullmatch(r"[\d.e+*/() x-]+", text), text
+    return eval(text.replace("x", "*"))
+
+
+def test_the_sums_on_the_page_about_scaling_are_right():
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    sums = re.findall(r"((?:\d|\()[\d., x+/()e]*?) = (\d[\d.,e]*\d|\d)( %)?", page)
+    sums = [(left, right + percent) for left, right, percent in sums]
+    assert len(sums) >= 10
+    table = [re.findall(r"[^|]+", line) for line in page.splitlines() if line.startswith("| ")]
+    cells = [(row[1].strip(), row[2].strip()) for row in table if len(row) == 3]
+    cells = [(left, right) for left, right in cells if re.search(r" [x/] [\d(]", left)]
+    assert len(cells) >= 8
+    for left, right in sums + cells:
+        digits = re.split(r"[^\d.,]", right)[0].rstrip(",.")
+        unit = 10.0 ** -len(digits.partition(".")[2])
+        last = _value(right) / float(digits.replace(",", "")) * unit  # one in the last digit given
+        assert abs(_value(left) - _value(right)) <= 0.51 * last, (left, right)

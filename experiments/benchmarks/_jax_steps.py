@@ -124,7 +124,7 @@ class Contender:
         self.state = (own, jax.jit(begin)(own))
         self.batch, self.updated = (x, y), 0
         self.compiled = jax.jit(counted, donate_argnums=(0, 1))
-        self.text = self.compiled.lower(*self.state, x, y).compile().as_text()
+        self.text = self.compiled.lower(*self.state, x, y).compile().as_text() or ""
         self.traces = 0
 
     def steps(self, count: int) -> float:

@@ -2,10 +2,10 @@
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 
 def machine() -> str:
@@ -20,7 +20,7 @@ def machine() -> str:
     devices = jax.devices()
     return (
         f"{_processor()}, {cores} cores, Python {platform.python_version()}, jax {jax.__version__}, "
-        f"jaxlib {jaxlib.__version__}, {len(devices)} x {devices[0].device_kind}"
+        f"jaxlib {version('jaxlib')}, {len(devices)} x {devices[0].device_kind}"
     )
 
 

@@ -1,5 +1,6 @@
 """Rows of text as tables: for the terminal and in Markdown."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def remarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def show(title: str, rows: Rows, lines: Sequence[Mapping[str, Any]]) -> str:
     """A title, the table and the remarks below it, for the terminal."""
-    return "\n".join([title, "", plain(rows), *remarks(lines)])
+    return "\n".join([textwrap.fill(title, 80), "", plain(rows), *remarks(lines)])
 
 
 def _line(cells: Sequence[str]) -> str:

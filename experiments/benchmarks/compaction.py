@@ -53,8 +53,8 @@ class Config:
     rounds: int = flag(9, "measurements of each")
 
 
-SMALL = Config(networks=("vit",), batch=2, rounds=2)
-TITLES = {"resnet20": "ResNet-20", "wide": "ResNet-20, wide", "vit": "ViT"}
+SMALL = Config(networks=("tiny",), batch=2, rounds=2)
+TITLES = {"resnet20": "ResNet-20", "wide": "ResNet-20, wide", "vit": "ViT", "tiny": "ViT, tiny"}
 
 
 class Cut(NamedTuple):
@@ -68,7 +68,7 @@ class Cut(NamedTuple):
 def cuts(name: str) -> dict[str, Cut]:
     """The cuts of a network."""
     found = {"each group": Cut("layerwise")}
-    if name == "vit":
+    if name in ("vit", "tiny"):
         return found | {"inside": Cut("layerwise", spared=_channels.NETWORKS["vit"].spared)}
     return found | {"blocks of 16": Cut("global", 16)}
 
@@ -83,6 +83,8 @@ def model(name: str) -> Any:
         raise SystemExit(f"--networks has {name}; it may have {', '.join(TITLES)}.")
     if name == "vit":
         return ViT()
+    if name == "tiny":
+        return ViT(patch=8, dim=16, depth=1, heads=2, mlp=16)
     return ResNet(20, widths=(32, 64, 128) if name == "wide" else (16, 32, 64))
 
 
@@ -148,7 +150,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table."""
-    table = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
+    table: list[tuple[str, ...]] = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
     for line in lines:
         if "remark" in line:
             continue

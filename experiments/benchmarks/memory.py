@@ -104,7 +104,7 @@ def _line(
     program: str, way: str, params: Any, masks: Any, function: Any, *arguments: Any, donate: Any = ()
 ) -> dict[str, Any]:
     compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
-    found = compiled.memory_analysis()
+    found: Any = compiled.memory_analysis()
     return {
         "program": program,
         "way": way,
@@ -121,7 +121,7 @@ def _bytes(tree: Any) -> int:
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: multiples of the params' bytes."""
-    table = [("program", "way", "masks", "new", "temporaries", "extra")]
+    table: list[tuple[str, ...]] = [("program", "way", "masks", "new", "temporaries", "extra")]
     for line in lines:
         if "remark" in line:
             continue

@@ -89,7 +89,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: how many times as fast the sweep is."""
-    table = [("sweep", "points", "against", "times as fast", "(quartiles)")]
+    table: list[tuple[str, ...]] = [("sweep", "points", "against", "times as fast", "(quartiles)")]
     for line in lines:
         if "remark" not in line:
             low, middle, high = np.percentile(line["speed_up"], [25, 50, 75])

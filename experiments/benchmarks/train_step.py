@@ -53,7 +53,7 @@ class Config:
     slow: bool = flag(False, "also time the argsort of the large network")
 
 
-SMALL = Config(networks=("lenet", "seeds"), rounds=2, turn=0.001)
+SMALL = Config(networks=("lenet",), rounds=2, turn=0.001)
 
 
 class Network(NamedTuple):
@@ -112,7 +112,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     updates=network.rounds + 1,
                 )
             )
-            workers = dict.fromkeys(ways, ours)
+            workers: dict[str, Worker] = dict.fromkeys(ways, ours)
             if has_torch and not network.seeds:
                 target = "experiments.benchmarks._torch_steps:TorchSteps"
                 theirs = stack.enter_context(Worker(target, **shape, sparsity=0.9))
@@ -181,7 +181,9 @@ def _said(facts: Sequence[Mapping[str, Any]]) -> str:
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The table: a plain step over the dense one, and over JAX's; an update over a plain step."""
-    table = [("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")]
+    table: list[tuple[str, ...]] = [
+        ("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")
+    ]
     for line in lines:
         if "remark" in line or line["way"] == "torch dense":
             continue
