@@ -124,7 +124,8 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
     packed, layer = _candidates(kernel), kernel.layer
     if not packed:
         return Chosen("dense", None, None, f"{density(kernel):.1%} is left: too much for any form")
-    key = (layer.outputs, layer.inputs, layer.other, layer.dtype)
+    summed = layer.key.partition(" ")[2]
+    key = (layer.outputs, layer.inputs, layer.other, layer.dtype, kernel.array.shape, summed)
     key = (*key, *((name, round(stored_entries(arrays), -3)) for name, arrays in packed.items()))
     if key not in known:
         numbers = np.random.default_rng(0).standard_normal(layer.other.shape, np.float32)
