@@ -96,9 +96,10 @@ def recipe(config: Config) -> jp.recipes.Recipe:
 
 def set_up(config: Config) -> None:
     """Makes JAX see the devices, and the other processes; it must come before anything else of JAX."""
-    if config.reproducible:
-        # The CPU's matrix products are cut up by the number of threads, which depends on the devices.
-        os.environ["PJRT_NPROC"] = str(2 * config.parts)
+    if config.reproducible or config.devices:
+        # Simulated devices wait for one another in threads of one pool, which must not run out of them. And a
+        # CPU's products are cut up by their number: it must not depend on the devices for these to agree.
+        os.environ["PJRT_NPROC"] = str(4 * max(config.parts, config.devices or 1))
     if config.devices is not None:
         if config.devices % config.processes:
             raise SystemExit(
