@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from jaxprune.control import update_if
 from jaxprune.masks import check_masks, like_params, ones_masks
+from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.prune import all_finite, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
-from jaxprune.selection import count_true, lowest, ordered_bits
+from jaxprune.selection import Request, select_arrays
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
@@ -235,11 +236,10 @@ def _moved(
     if structure.max_sparsity == 1:
         there = pool(highs, everything, chosen, structure)
         survivors = _without_lowest(here, part)
-        counts = {path: count_true(here.alive[path]) - count_true(survivors[path]) for path in survivors}
-        grown = {
-            path: lowest([~ordered_bits(there.scores[path])], [~survivors[path]], counts[path])[0]
-            for path in survivors
-        }
+        counts = {path: _count(here.alive[path]) - _count(survivors[path]) for path in survivors}
+        # The highest are the lowest of what orders the other way.
+        least = {path: ~ordered_bits(there.scores[path]) for path in survivors}
+        grown = _lowest_of_each(least, {path: ~survivors[path] for path in survivors}, counts)
         after = there.expand({path: survivors[path] | grown[path] for path in survivors})
     else:
         # N:M: entries move inside their group. What survives outranks all that may grow, and the
@@ -258,12 +258,25 @@ def _moved(
 
 def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
     """For each pool the units alive, without the lowest `part` of them."""
+    counts = {
+        path: jnp.round(part * _count(alive).astype(jnp.float32)).astype(jnp.int32)
+        for path, alive in units.alive.items()
+    }
+    gone = _lowest_of_each(units.scores, units.alive, counts)
+    return {path: units.alive[path] & ~mask for path, mask in gone.items()}
 
-    def survivors(scores, alive):
-        count = jnp.round(part * count_true(alive).astype(jnp.float32)).astype(jnp.int32)
-        return alive & ~lowest([scores], [alive], count)[0]
 
-    return {path: survivors(scores, units.alive[path]) for path, scores in units.scores.items()}
+def _lowest_of_each(
+    scores: dict[str, jax.Array], alive: dict[str, jax.Array], counts: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """For each pool the lowest of its units, in one selection."""
+    request = Request(tuple(range(len(scores))), tuple(counts[path] for path in scores), (0,) * len(scores))
+    gone = select_arrays(list(scores.values()), [alive[path] for path in scores], request)
+    return dict(zip(scores, gone, strict=True))
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    return jnp.sum(mask, dtype=jnp.int32)
 
 
 def _most(dtype: Any) -> jax.Array:

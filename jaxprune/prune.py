@@ -7,6 +7,7 @@ steps again and again, with a count that a schedule gives.
 import inspect
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,13 +15,15 @@ import jax.numpy as jnp
 
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
-from jaxprune.selection import lowest, removable
+from jaxprune.recompute import Recipe, with_recipes
+from jaxprune.selection import Request, Source, select, select_arrays
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import (
     SCOPES,
     Counts,
     Ranks,
     checked_counts,
+    pool_sizes,
     rank_sizes,
     ranks,
     sparsity_counts,
@@ -30,6 +33,7 @@ from jaxprune.targets import (
     floors as floors_of,
 )
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
+from jaxprune.wide import to_numpy
 
 
 def prune_once(
@@ -110,9 +114,10 @@ def prune_once(
             f"sparsity={sparsity}, count={count}, threshold={threshold}."
         )
     chosen = selected(params, where)
-    masks = ones_masks(params) if masks is None else like_params(masks, params)
-    tree = evaluate(scores, params, grads=grads, key=key, **extra)
-    units = pool(tree, masks, chosen, structure)
+    whole = masks is None
+    masks = ones_masks(params) if whole else like_params(masks, params)
+    tree, recipes = scored(scores, params, grads=grads, key=key, **extra)
+    units = pool(tree, masks, chosen, structure, recipes, whole)
     # A threshold is the same for all, so every pool has its own count.
     together = ranks(units.scores, structure, scope if threshold is None else "layerwise")
     if sparsity is not None:
@@ -121,7 +126,8 @@ def prune_once(
         counts = checked_counts(count, units, together, scope)
     else:
         counts = threshold_counts(threshold, units)
-    return remove(masks, units, counts, together, floors_of(units.scores, structure, floor))
+    of_all = sparsity is not None and of == "total"
+    return remove(masks, units, counts, together, floors_of(units.scores, structure, floor), of_all)
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:
@@ -156,6 +162,13 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
     return scores
 
 
+def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:
+    """What `evaluate` gives, and under `jit` by path the recipes of scores that are cheap to compute."""
+    if is_concrete(params, inputs):
+        return evaluate(scores, params, **inputs), {}
+    return with_recipes(lambda: evaluate(scores, params, **inputs))
+
+
 def _check_takes(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> None:
     """Checks that a function can be called as a score is; a factory of scores mostly cannot."""
     try:
@@ -173,11 +186,33 @@ def _check_takes(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> None
 def all_finite(scores: Scores, masks: Masks, chosen: list[str]) -> jax.Array:
     """Whether all scores that count are finite: those of the chosen leaves that are not pruned."""
     leaves, kept = array_leaves(scores, "scores"), array_leaves(masks, "masks")
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaves[path]) | ~kept[path]) for path in chosen]))
+
+    def finite(leaf: jax.Array, kept: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.array(True)
+        # The largest size is NaN if one is, and no copy is made to find it.
+        return jnp.max(jnp.where(kept, jnp.abs(leaf), 0), initial=0) < jnp.inf
+
+    return jnp.all(jnp.stack([finite(leaves[path], kept[path]) for path in chosen]))
 
 
-def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) -> Units:
+def pool(
+    scores: Scores,
+    masks: Masks,
+    chosen: list[str],
+    structure: Structure,
+    recipes: Mapping[str, Recipe] = MappingProxyType({}),
+    whole: bool = False,
+) -> Units:
     """The scores of the chosen leaves, pooled into the structure's units.
+
+    Args:
+      scores: a tree of scores.
+      masks: the masks now in force.
+      chosen: the leaves that take part.
+      structure: what pools.
+      recipes: by path, how to compute scores again.
+      whole: whether the masks are known to prune nothing.
 
     Raises:
       ValueError: NaN or inf scores (where values can be looked at), or a leaf that the structure
@@ -185,9 +220,9 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
       TypeError: scores that are not real, or mix floating-point and integer leaves.
     """
     leaves, before = array_leaves(scores, "scores"), array_leaves(masks, "masks")
-    picked = {path: jnp.asarray(leaves[path]) for path in chosen}
-    floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in picked.items()}
-    for path, leaf in picked.items():
+    raw = {path: jnp.asarray(leaves[path]) for path in chosen}
+    floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in raw.items()}
+    for path, leaf in raw.items():
         if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
         if is_concrete(leaf):
@@ -199,9 +234,7 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
                     f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
                     "Check the params and gradients they come from; to spare a leaf use where=..."
                 )
-        # What is pruned already may have any score, such as the gradient of a square root at 0.
-        picked[path] = jnp.where(before[path], leaf, jnp.zeros((), leaf.dtype))
-    dtypes = [leaf.dtype for leaf in picked.values()]
+    dtypes = [leaf.dtype for leaf in raw.values()]
     if any(floating.values()):
         if not all(floating.values()):
             integers = ", ".join(path for path, is_float in floating.items() if not is_float)
@@ -210,12 +243,35 @@ def pool(scores: Scores, masks: Masks, chosen: list[str], structure: Structure) 
         dtypes.append(jnp.dtype(jnp.float32))
     with jax.numpy_dtype_promotion("standard"):  # on purpose, so also where promotion is made strict
         dtype = jnp.result_type(*dtypes)
-    return structure.pool(
-        {path: leaf.astype(dtype) for path, leaf in picked.items()}, {path: before[path] for path in chosen}
-    )
+    # What is pruned already may have any score, such as the gradient of a square root at 0.
+    picked = {
+        path: (leaf if whole else jnp.where(before[path], leaf, jnp.zeros((), leaf.dtype))).astype(dtype)
+        for path, leaf in raw.items()
+    }
+    units = structure.pool(picked, {path: before[path] for path in chosen})
+    same = {path for path, leaf in picked.items() if units.scores.get(path) is leaf}
+    # Where all units are entries of one dtype, they are ranked in it: half as many bits take half the time.
+    narrow = len(same) == len(units.scores) and len(set(dtypes[: len(raw)])) == 1
+    recipes = {path: recipes.get(path, Recipe(lambda leaf: leaf, raw[path])) for path in same}
+    rank_dtype = dtypes[0] if narrow else dtype
+
+    def source(path: str) -> Source:
+        compute, inputs = recipes[path]
+        # Where masks have values, one program serves those that prune nothing as well.
+        alive = None if whole and not is_concrete(raw[path]) else before[path]
+        return Source(lambda given: (compute(given[0]).astype(rank_dtype), given[1]), (inputs, alive))
+
+    return units._replace(sources={path: source(path) for path in same})
 
 
-def remove(masks: Masks, units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int]) -> Masks:
+def remove(
+    masks: Masks,
+    units: Units,
+    counts: Counts,
+    together: Ranks,
+    floors: Mapping[str, int],
+    of_all: bool = False,
+) -> Masks:
     """Masks without the lowest units.
 
     Args:
@@ -224,6 +280,7 @@ def remove(masks: Masks, units: Units, counts: Counts, together: Ranks, floors: 
       counts: how many units go, by rank; beyond what the floors allow none go.
       together: the pools of each rank.
       floors: how many units of each pool stay at least.
+      of_all: whether the counts include what is pruned already.
 
     Returns:
       Masks like `masks`, keeping a subset.
@@ -231,9 +288,9 @@ def remove(masks: Masks, units: Units, counts: Counts, together: Ranks, floors: 
     Raises:
       ValueError: the units lie in leaves that the masks do not have.
     """
-    gone = _lowest_units(units, counts, together, floors)
+    gone = _lowest_units(units, counts, together, floors, of_all)
     if is_concrete(units.alive, counts, gone):
-        _say_what_was_not_done(units, counts, together, floors, gone)
+        _say_what_was_not_done(units, counts, together, floors, of_all, gone)
     before = array_leaves(masks, "masks")
     changed = kept_entries(units, {name: ~gone[name] for name in gone}, before)
     if not any(floors.values()) and is_concrete(before, changed):
@@ -259,24 +316,24 @@ def kept_entries(
 
 
 def _lowest_units(
-    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int]
+    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int], of_all: bool
 ) -> dict[str, jax.Array]:
     """For each pool, the units that go."""
-
-    def at_most(count, alive, spare):
-        available = sum(jnp.sum(a, dtype=jnp.int32) for a in alive) - spare
-        return jnp.clip(count, 0, jnp.maximum(available, 0))
-
-    gone: dict[str, jax.Array] = {}
-    for rank, names in together.items():
-        scores, alive, spare = [units.scores[n] for n in names], [units.alive[n] for n in names], 0
-        if len(names) == 1:
-            spare = floors[names[0]]
-        else:
-            alive = [removable(s, a, floors[n]) for n, s, a in zip(names, scores, alive, strict=True)]
-        lows = lowest(scores, alive, at_most(counts[rank], alive, spare))
-        gone.update(zip(names, lows, strict=True))
-    return gone
+    names = [name for members in together.values() for name in members]
+    request = Request(
+        groups=tuple(number for number, members in enumerate(together.values()) for _ in members),
+        counts=tuple(counts[rank] for rank in together),
+        floors=tuple(floors[name] for name in names),
+        of_all=of_all,
+    )
+    stored = {name: Source(lambda given: given, (units.scores[name], units.alive[name])) for name in names}
+    sources = [units.sources.get(name, stored[name]) for name in names]
+    if is_concrete(request.counts, [source.inputs for source in sources]):
+        read = [source.read(source.inputs) for source in sources]
+        gone = select_arrays([scores for scores, _ in read], [alive for _, alive in read], request)
+    else:
+        gone = select(sources, request)
+    return dict(zip(names, gone, strict=True))
 
 
 def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
@@ -291,17 +348,24 @@ def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
 
 
 def _say_what_was_not_done(
-    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int], gone: dict[str, jax.Array]
+    units: Units,
+    counts: Counts,
+    together: Ranks,
+    floors: Mapping[str, int],
+    of_all: bool,
+    gone: dict[str, jax.Array],
 ) -> None:
     """Warns where a target was missed, and where only the floor kept a leaf from being emptied."""
     done = {name: int(jnp.sum(mask)) for name, mask in gone.items()}
     alive = {name: int(jnp.sum(mask)) for name, mask in units.alive.items()}
     got, left = rank_sizes(done, together), rank_sizes(alive, together)
     floor = max(floors.values())
-    for name, number in counts.items():
+    before = rank_sizes(pool_sizes(units), together) if of_all else left
+    for name, count in counts.items():
+        number = int(to_numpy(count)) - (before[name] - left[name])
         if number < 0:
             warnings.warn(
-                f"{name}: {-int(number)} more units are pruned already than the target asks for. Masks "
+                f"{name}: {-number} more units are pruned already than the target asks for. Masks "
                 "only ever grow, so nothing was removed.",
                 stacklevel=4,
             )
@@ -310,14 +374,14 @@ def _say_what_was_not_done(
             if left[name] > got[name]:
                 reason = f"floor={floor} units of each leaf stay. floor=0 lets a leaf be emptied"
             warnings.warn(
-                f"{name}: {got[name]} of the {int(number)} units asked for were removed, because {reason}.",
+                f"{name}: {got[name]} of the {number} units asked for were removed, because {reason}.",
                 stacklevel=4,
             )
     shared = [name for names in together.values() if len(names) > 1 for name in names]
     full = [name for name in shared if floors[name] and alive[name] - done[name] <= floors[name]]
     if not full:
         return
-    loose = _lowest_units(units, counts, together, dict.fromkeys(floors, 0))
+    loose = _lowest_units(units, counts, together, dict.fromkeys(floors, 0), of_all)
     if spared := [name for name in full if int(jnp.sum(loose[name])) > done[name]]:
         warnings.warn(
             f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "

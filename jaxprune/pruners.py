@@ -18,11 +18,14 @@ from jaxprune.prune import (
     evaluate,
     pool,
     remove,
+    scored,
 )
+from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity, constant
 from jaxprune.structures import Structure, elements
-from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts, to_go
+from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts
 from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
+from jaxprune.wide import take, wide
 
 _MAX_TABLE = 2**20
 
@@ -130,8 +133,11 @@ def pruner(
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
             return evaluate(scores, params, grads=grads, key=rng, **extra)
 
-        def tree_now(state: PrunerState) -> Scores:
-            return state.scores if memory else scores_now(state.step)
+        def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recipe]]:
+            if memory:
+                return state.scores, {}
+            rng = jax.random.fold_in(jax.random.key(seed), state.step) if key is None else key
+            return scored(scores, params, grads=grads, key=rng, **extra)
 
         state = state._replace(step=state.step + 1)
         sound: Any = True
@@ -146,19 +152,20 @@ def pruner(
             state = state._replace(scores=total)
 
         alive = jax.eval_shape(
-            lambda state: pool(tree_now(state), state.masks, chosen, structure).alive, state
+            lambda state: pool(tree_now(state)[0], state.masks, chosen, structure).alive, state
         )
         sizes = {name: units.size for name, units in alive.items()}
         targets = table(tuple(sizes.items()))
         row = jnp.minimum(grid.row(state.step), len(targets) - 1)
 
         def advance(state: PrunerState) -> PrunerState:
-            tree = tree_now(state)
-            units = pool(tree, state.masks, chosen, structure)
-            now = jnp.asarray(targets)[row]
-            together = ranks(units.scores, structure, scope)
-            counts = to_go(dict(zip(together, now, strict=True)), units, together)
-            masks = remove(state.masks, units, counts, together, floors(units.scores, structure, floor))
+            tree, recipes = tree_now(state)
+            units = pool(tree, state.masks, chosen, structure, recipes)
+            together, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
+            # In two halves, because a count may be more than an int32 holds.
+            now = jax.tree.map(lambda half: jnp.asarray(half)[row], wide(targets))
+            counts = {rank: take(now, column) for column, rank in enumerate(together)}
+            masks = remove(state.masks, units, counts, together, least, of_all=True)
             finite = all_finite(tree, state.masks, chosen)
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
             return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
@@ -324,7 +331,7 @@ def _table(
         _say_missed(units, missed, max(least.values()))
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # No reason to score and select where nothing changes.
-    return np.stack(rows).astype(np.int32)
+    return np.stack(rows)
 
 
 def _shared_out(count: int, most: np.ndarray) -> np.ndarray:

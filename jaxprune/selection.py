@@ -1,25 +1,69 @@
-"""Exact selection: the k lowest of many scores, without sorting or concatenating them.
+"""Exact selection: the lowest of many scores, without sorting, copying or concatenating them.
 
 Everything here ranks by the pair (score, position): equal scores are ordered by leaf, then by
 row-major index within the leaf, and the earlier goes first. So the number removed is always the
 number asked for, and removing k, then more, removes a superset.
 
-A float is mapped to an unsigned integer with the same order. The k-th lowest is then found one
-bit at a time, from the top: each bit costs one pass that counts the keys below a candidate. The
-passes are elementwise and a sum, so they fuse, vectorise and shard, and counts are integers.
+A score is mapped to an integer with the same order, its key. What is looked for is a threshold:
+the largest key with no more than k keys below it. Each pass over the scores counts the keys below
+15 bounds, which cut the range that is left into 16 parts, so 4 bits are found in a pass: a float32
+takes at most 8 passes, half precision 4. Passes are comparisons and sums, and nothing else: they
+read each leaf where it lies, fuse with what the scores are computed from, vectorise, and shard,
+where only the counts move between devices. On a CPU a pass takes little more than reading the
+scores (`python -m experiments.benchmarks.selection`), far less than one scatter into a histogram.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxprune import wide
 from jaxprune.control import update_if
+from jaxprune.ordering import limits, ordered_bits
+from jaxprune.paths import is_concrete
+from jaxprune.search import MAX_COUNT, Keys, Range, count_below, narrow, whole
+from jaxprune.wide import Count, Wide, to_numpy
 
-_MAX_TOTAL = 2**31 - 1
+_BITS, _TIE_BITS = 4, 2
+"""How many bits a pass finds of a threshold, and of a place among ties. Code grows with them."""
+
+_HOST_ENTRIES = 2**20
+"""Up to so many entries, sorting them on the host takes less time than compiling a search."""
+
+
+class Source(NamedTuple):
+    """Where the scores of one leaf come from.
+
+    Attributes:
+      read: from the inputs, the scores and which entries are alive, None for all. It is run anew
+        in every pass, so that scores which are cheap to compute are never stored.
+      inputs: a pytree of arrays.
+    """
+
+    read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
+    inputs: Any
+
+
+class Request(NamedTuple):
+    """What to select.
+
+    Attributes:
+      groups: by leaf, the number of its group, in rising order. A group is ranked together.
+      counts: by group, how many go; integers or `Wide`, as the floors.
+      floors: by leaf, how many of the entries alive stay at least.
+      of_all: whether the counts include what is not alive, which has gone already; a bool.
+    """
+
+    groups: tuple[int, ...]
+    counts: tuple[Any, ...]
+    floors: Any
+    of_all: Any = False
 
 
 def removed_count(sparsity: float, size: int) -> int:
@@ -35,130 +79,296 @@ def removed_count(sparsity: float, size: int) -> int:
     return round(float(sparsity) * size)
 
 
-def ordered_bits(scores: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the scores.
-
-    Args:
-      scores: floating-point or integer array of any shape. -0.0 and 0.0 are equal; NaN, of either
-        sign, ranks above +inf.
-
-    Returns:
-      uint32 for scores of up to 32 bits, else uint64, of the same shape.
-
-    Raises:
-      TypeError: bool or complex scores.
-    """
-    dtype = scores.dtype
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-        raise TypeError(f"scores must be floating-point or integer, got {jnp.dtype(dtype).name}.")
-    if jnp.issubdtype(dtype, jnp.unsignedinteger):
-        return scores if dtype.itemsize == 8 else scores.astype(jnp.uint32)
-    wide = dtype.itemsize == 8
-    unsigned = jnp.uint64 if wide else jnp.uint32
-    sign = jnp.array(1 << (63 if wide else 31), unsigned)
-    if jnp.issubdtype(dtype, jnp.signedinteger):
-        signed = scores if wide else scores.astype(jnp.int32)
-        return lax.bitcast_convert_type(signed, unsigned) ^ sign
-    bits = lax.bitcast_convert_type(scores if wide else scores.astype(jnp.float32), unsigned)
-    # Negative floats order backwards, so all their bits flip; positive ones move above them.
-    # -0.0 (the sign bit alone) is made 0.0 first. This is done on the bits, not by arithmetic,
-    # which may flush subnormals to zero.
-    bits = jnp.where(bits == sign, jnp.zeros_like(bits), bits)
-    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
-    return jnp.where(jnp.isnan(scores), jnp.array(~jnp.zeros((), unsigned)), ordered)
-
-
-@jax.jit
-def lowest(
-    scores: Sequence[jax.Array], alive: Sequence[jax.Array], count: jax.Array | int
-) -> list[jax.Array]:
+def lowest(scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], count: Any) -> list[jax.Array]:
     """The `count` lowest scores among those alive, over all arrays together.
 
     Args:
       scores: arrays of any shapes, of one common dtype.
-      alive: bool arrays of the same shapes: which entries may be chosen.
-      count: how many, an integer (it may be traced); at most the number alive.
+      alive: bool arrays of the same shapes: which entries may be chosen; None for all.
+      count: how many, an integer (it may be traced). Where fewer are alive, all are chosen.
 
     Returns:
       bool arrays of the same shapes with exactly `count` entries True. Of equal scores the
       earlier array, then the lower row-major index, is chosen first.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.selection import lowest
+      >>> [mask.tolist() for mask in lowest([jnp.array([3, 1]), jnp.array([2, 1])], [None, None], 2)]
+      [[False, True], [False, True]]
+    """
+    same = (0,) * len(scores)
+    return select_arrays(scores, alive, Request(same, (count,), same))
+
+
+def select_arrays(
+    scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], request: Request
+) -> list[jax.Array]:
+    """`select` from arrays, as one compiled program; of few that have values, on the host."""
+    if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], request):
+        return _select_on_host(scores, alive, request)
+    arrays = list(zip(scores, alive, strict=True))
+    big = _is_big(array.shape for array in scores)
+    counts, floors = tuple(_as_count(count, big) for count in request.counts), _as_count(request.floors, big)
+    return _selected(arrays, counts, floors, request.of_all, request.groups)
+
+
+@partial(jax.jit, static_argnums=4)
+def _selected(
+    arrays: Any, counts: Any, floors: Count, of_all: Any, groups: tuple[int, ...]
+) -> list[jax.Array]:
+    sources = [Source(lambda pair: pair, pair) for pair in arrays]
+    return select(sources, Request(groups, counts, floors, of_all))
+
+
+def _is_for_host(arrays: Sequence[Any], request: Request) -> bool:
+    if not is_concrete(arrays, request.counts, request.floors, request.of_all):
+        return False
+    here = all(not isinstance(a, jax.Array) or {d.platform for d in a.devices()} == {"cpu"} for a in arrays)
+    alone = all(not isinstance(a, jax.Array) or len(a.devices()) == 1 for a in arrays)
+    return here and alone and sum(a.size for a in arrays) <= _HOST_ENTRIES
+
+
+def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Request) -> list[jax.Array]:
+    """`select`, by sorting."""
+    values = [np.asarray(array).ravel() for array in scores]
+    living = [
+        np.ones(v.size, bool) if a is None else np.asarray(a).ravel()
+        for v, a in zip(values, alive, strict=True)
+    ]
+    may = [
+        max(int(a.sum()) - int(floor), 0) for a, floor in zip(living, to_numpy(request.floors), strict=True)
+    ]
+    gone = [np.zeros(v.size, bool) for v in values]
+    for group, count in enumerate(request.counts):
+        members = [i for i, number in enumerate(request.groups) if number == group]
+        # Numbers of up to 16 bits are sorted as wider ones, and a NaN of either sign comes last.
+        joined = np.concatenate(
+            [values[i] if values[i].dtype.itemsize >= 4 else values[i].astype(np.float32) for i in members]
+        )
+        leaf = np.repeat(members, [values[i].size for i in members])
+        left = np.concatenate([living[i] for i in members])
+        order = np.flatnonzero(left)[np.argsort(joined[left], kind="stable")]
+        for i in members:  # the highest of each leaf stay
+            order = np.delete(order, np.flatnonzero(leaf[order] == i)[may[i] :])
+        number = int(to_numpy(count)) - (int((~left).sum()) if request.of_all else 0)
+        chosen = np.zeros(joined.size, bool)
+        chosen[order[: max(number, 0)]] = True
+        for i in members:
+            gone[i] = chosen[leaf == i]
+    return [jnp.asarray(mask.reshape(array.shape)) for mask, array in zip(gone, scores, strict=True)]
+
+
+def _is_big(shapes: Iterable[tuple[int, ...]]) -> bool:
+    """Whether leaves have more entries together than an int32 counts."""
+    return sum(map(math.prod, shapes)) > MAX_COUNT
+
+
+def _as_count(value: Any, big: bool) -> Count:
+    if big:
+        return wide.wide(value)
+    value = value if isinstance(value, (jax.Array, Wide)) else np.minimum(value, MAX_COUNT)
+    return wide.narrow(value)
+
+
+def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
+    """The lowest of each group of leaves.
+
+    Args:
+      sources: the scores by leaf, all of one dtype.
+      request: what to select.
+
+    Returns:
+      For each leaf a bool array, True where an entry is alive and goes. Of each group exactly its
+      count go, or as many as its floors let go.
+
     Raises:
-      ValueError: more than 2**31 - 1 entries in total.
+      ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
-    if sum(array.size for array in scores) > _MAX_TOTAL:
-        raise ValueError(f"cannot rank more than {_MAX_TOTAL} entries together; use scope='layerwise'.")
-    count = jnp.asarray(count, jnp.int32)
-    keys = [ordered_bits(array) for array in scores]
+    number, shapes = len(sources), [_read(source).keys.shape for source in sources]
+    if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
+        raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
+    big = _is_big(shapes)
+    groups = _Groups(request.groups)
+    targets = groups.spread([_as_count(count, big) for count in request.counts])
+    sizes = _as_count(np.array([math.prod(shape) for shape in shapes]), big)
+    floors = _as_count(request.floors, big)
+    least, most = limits(_dtype(sources[0]))
+    start = whole(least, most, jnp.broadcast_to(_zero(sources), (number,)), big)
+    nothing = wide.none(start.below)
 
-    def below(bound):
-        return sum(count_true(a & (key < bound)) for key, a in zip(keys, alive, strict=True))
+    def count(bounds: jax.Array) -> tuple[Count, Count]:
+        bounds, now = _anew(bounds, sources)
+        return _stacked([count_below(_read(source), bounds[:, i]) for i, source in enumerate(now)], big)
 
-    threshold = _largest_with_fewer_below(below, count, keys[0].dtype)
-    chosen = [a & (key < threshold) for key, a in zip(keys, alive, strict=True)]
-    ties = [a & (key == threshold) for key, a in zip(keys, alive, strict=True)]
+    def may_go(alive: Count) -> Count:
+        return wide.maximum(alive - floors, nothing)
 
-    # The ties fill what is left of `count`, the first leaf first.
-    left = count - sum(map(count_true, chosen))
-    result = []
-    for strictly_below, tied in zip(chosen, ties, strict=True):
-        available = count_true(tied)
-        taken = jnp.clip(left, 0, available)
-        left = left - taken
-        # Mostly one entry ties, with itself, and all are taken or none.
-        some = update_if((taken > 0) & (taken < available), partial(_first, count=taken), tied & (taken > 0))
-        result.append(strictly_below | some)
-    return result
+    def goal(alive: Count) -> Count:
+        gone = wide.where(request.of_all, groups.total(sizes - alive), nothing)
+        return wide.maximum(targets - gone, nothing)
+
+    def shares(found: Range) -> Count:
+        # By leaf, how many go: what is below the threshold; then at it, the first leaf first.
+        cap = may_go(found.alive)
+        below, upto = wide.minimum(found.below, cap), wide.minimum(found.upto, cap)
+        left = goal(found.alive) - groups.total(below) - groups.before(upto - below)
+        return below + wide.maximum(wide.minimum(left, upto - below), nothing)
+
+    def search(round_: Any, now: tuple[Range, Count]) -> tuple[Range, Count]:
+        # First for a threshold by group. Then a leaf that its floor keeps from giving all that is
+        # below gets one of its own.
+        before, share = now
+        alone = round_ == 1
+
+        def go(counts: Count, alive: Count) -> Count:
+            return wide.where(alone, counts, groups.total(wide.minimum(counts, may_go(alive))))
+
+        found = wide.where(alone, before.lowered(share, least), start)
+        found = narrow(found, count, go, lambda alive: wide.where(alone, share, goal(alive)), most, _BITS)
+        return found, wide.where(alone, share, shares(found))
+
+    found, share = lax.fori_loop(0, 2, search, (start, nothing))
+    ends = _ends(sources, found.low, share - found.below, found.upto - found.below)
+    return [_below(*each) for each in zip(sources, found.low, *ends, strict=True)]
 
 
-@partial(jax.jit, static_argnames="floor")
-def removable(scores: jax.Array, alive: jax.Array, floor: int) -> jax.Array:
-    """The entries that may go if the `floor` highest must stay.
+def _dtype(source: Source) -> Any:
+    return jax.eval_shape(source.read, source.inputs)[0].dtype
+
+
+def _read(source: Source) -> Keys:
+    scores, alive = source.read(source.inputs)
+    keys = ordered_bits(scores)
+    if alive is not None:
+        keys = jnp.where(alive, keys, limits(scores.dtype)[1])
+    return Keys(keys, alive)
+
+
+def _at(source: Source, key: jax.Array) -> jax.Array:
+    """The entries alive whose key this is."""
+    keys, alive = _read(source)
+    return keys == key if alive is None else alive & (keys == key)
+
+
+def _zero(sources: Sequence[Source]) -> jax.Array:
+    """A zero of a type that varies over devices, in a shard_map, as the scores do: a loop keeps it."""
+    return sum((jnp.sum(_read(source).keys & 0, dtype=jnp.int32) for source in sources), jnp.int32(0))
+
+
+def _anew(bounds: Any, sources: Sequence[Source]) -> tuple[Any, list[Source]]:
+    """The sources, to be read in a loop after its bounds are known.
+
+    Else the compiler takes what is read out of the loop, and stores it.
+    """
+    bounds, inputs = lax.optimization_barrier((bounds, [source.inputs for source in sources]))
+    return bounds, [source._replace(inputs=i) for source, i in zip(sources, inputs, strict=True)]
+
+
+def _stacked(by_leaf: Sequence[Count], big: bool) -> tuple[Count, Count]:
+    """Counts below bounds, of shape (bounds, leaves), and of what is alive, from those by leaf."""
+    counts = wide.stack([wide.wide(counts) for counts in by_leaf] if big else by_leaf)
+    return wide.take(counts, slice(-1)), wide.take(counts, -1)
+
+
+class _Groups:
+    """Sums over the leaves of each group, given back for each of its leaves. Leaves are the last axis."""
+
+    def __init__(self, groups: tuple[int, ...]):
+        self._groups, numbers = groups, np.array(groups)
+        self._start = np.searchsorted(numbers, numbers, "left")
+        self._end = np.searchsorted(numbers, numbers, "right")
+
+    def spread(self, values: Sequence[Any]) -> Any:
+        """By leaf, the value of its group."""
+        return wide.stack([values[group] for group in self._groups])
+
+    def total(self, counts: Count) -> Count:
+        """By leaf, the sum over its group."""
+        if len(set(self._groups)) == len(self._groups):
+            return counts
+        if len(set(self._groups)) == 1:
+            zeros = jax.tree.map(jnp.zeros_like, counts)
+            return wide.total(counts) + zeros
+        sums = wide.running(counts)
+        return wide.take(sums, (..., self._end)) - wide.take(sums, (..., self._start))
+
+    def before(self, counts: Count) -> Count:
+        """By leaf, the sum over the leaves of its group that come before it."""
+        sums = wide.running(counts)
+        return wide.take(sums, slice(-1)) - wide.take(sums, self._start)
+
+
+def _below(source: Source, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+    """What is alive below a key, and of the entries at it those before a place in row-major order."""
+    keys, alive = _read(source)
+    rows, places = _positions(keys.shape)
+    first = (rows < row) | ((rows == row) & (places < place))
+    gone = (keys < key) | ((keys == key) & first)
+    return gone if alive is None else gone & alive
+
+
+def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) -> tuple[Any, Any]:
+    """By leaf, the place before which so many entries have the leaf's key: its row, and that in the row.
 
     Args:
-      scores: array of any shape.
-      alive: bool array of the same shape: which entries are still there.
-      floor: how many of those alive must stay.
-
-    Returns:
-      bool array: `alive` without its `floor` highest entries.
+      sources: the scores by leaf.
+      keys: by leaf, a key.
+      take: by leaf, how many entries.
+      tied: by leaf, how many have the key.
     """
-    if floor == 0:
-        return alive
-    return lowest([scores], [alive], jnp.maximum(count_true(alive) - floor, 0))[0]
+    # Mostly one entry is at a threshold, by itself, and goes or stays.
+    none = wide.none(take)
+    all_, some = ~(take < tied), none < take
+    open_, zeros = some & ~all_, jnp.zeros_like(keys, jnp.int32)
+    shapes, big = [_read(source).keys.shape for source in sources], isinstance(take, Wide)
+
+    def search(wanted: jax.Array, take: Count, places: Callable[[int, jax.Array], Keys]) -> Range:
+        def count(bounds: jax.Array) -> tuple[Count, Count]:
+            (bounds, level), now = _anew((bounds, keys), sources)
+
+            def counted(i: int) -> Count:
+                def below(_: Any) -> Count:
+                    return count_below(places(i, _at(now[i], level[i])), bounds[:, i])
+
+                nothing = jax.eval_shape(below, None)
+                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zeros[0], nothing)
+                return update_if(wanted[i], below, nothing) if math.prod(shapes[i]) > 1 else nothing
+
+            return _stacked([counted(i) for i in range(len(sources))], big)
+
+        most = jnp.int32(min(MAX_COUNT, max(map(math.prod, shapes))))
+        start = whole(jnp.int32(0), most, zeros, big)._replace(open=wanted)
+        return narrow(start, count, lambda counts, alive: counts, lambda alive: take, most, _TIE_BITS)
+
+    def of_rows(i: int, at: jax.Array) -> Keys:
+        return Keys(jnp.where(at, _positions(shapes[i])[0], MAX_COUNT), at)
+
+    def in_row(i: int, at: jax.Array) -> Keys:
+        row, place = _positions(shapes[i])
+        at &= row == rows[i]
+        return Keys(jnp.where(at, place, MAX_COUNT), at)
+
+    rows = jnp.where(some & all_, MAX_COUNT, zeros)
+    long = np.array([math.prod(shape) > MAX_COUNT for shape in shapes])
+    if long.any():
+        found = search(open_ & long, take, of_rows)
+        rows = jnp.where(open_ & long, found.low, rows)
+        take = wide.where(open_ & long, take - found.below, take)
+    return rows, jnp.where(open_, search(open_, take, in_row).low, 0)
 
 
-def count_true(mask: jax.Array) -> jax.Array:
-    """How many entries of a mask are True, an int32 scalar."""
-    return jnp.sum(mask, dtype=jnp.int32)
+def _positions(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """For each entry, in row-major order, the number of its row and its place there.
 
-
-def _first(mask: jax.Array, count: jax.Array) -> jax.Array:
-    """The first `count` True entries of a mask in row-major order."""
-    index = lax.iota(jnp.uint32, mask.size).reshape(mask.shape)
-    bound = _largest_with_fewer_below(lambda bound: count_true(mask & (index < bound)), count, jnp.uint32)
-    return mask & (index <= bound)
-
-
-def _largest_with_fewer_below(
-    below: Callable[[jax.Array], Any], count: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """The largest key with fewer than `count` keys below it: the `count`-th lowest, from 1.
-
-    Args:
-      below: how many keys are below a bound; it must not decrease with the bound.
-      count: int32 scalar. For 0 the result is 0, which has no key below it.
-      dtype: the keys' unsigned integer type.
-
-    Returns:
-      A scalar key.
+    A row is as many of the last axes together as have no more than 2**31 - 1 entries.
     """
-    bits = jnp.iinfo(dtype).bits
+    first = next(a for a in range(len(shape) + 1) if math.prod(shape[a:]) <= MAX_COUNT)
 
-    def set_bit(i, key):
-        candidate = key | (jnp.ones((), dtype) << jnp.asarray(bits - 1 - i, dtype))
-        return jnp.where(below(candidate) < count, candidate, key)
+    def flat(axes: range) -> jax.Array:
+        place = jnp.zeros(shape, jnp.int32)
+        for axis in axes:
+            place = place * shape[axis] + lax.broadcasted_iota(jnp.int32, shape, axis)
+        return place
 
-    # No key is below 0; in a shard_map this 0 varies over the mesh axes that the counts vary over.
-    zero = jnp.zeros((), dtype)
-    return lax.fori_loop(0, bits, set_bit, jnp.asarray(below(zero) - 0 * count).astype(dtype))
+    return flat(range(first)), flat(range(first, len(shape)))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxprune.paths import is_concrete
 from jaxprune.schedules import check_sparsity
+from jaxprune.search import count_true
 from jaxprune.selection import removed_count
 from jaxprune.structures import Structure, Units
 from jaxprune.typing import PerPath
@@ -115,12 +116,6 @@ def per_pool(
     return {name: value.get(name, default) for name in pools}
 
 
-def to_go(targets: Counts, units: Units, together: Ranks) -> Counts:
-    """Counts in addition to what is pruned already, from counts of the total."""
-    gone = {name: jnp.sum(~alive, dtype=jnp.int32) for name, alive in units.alive.items()}
-    return {rank: targets[rank] - sum(gone[name] for name in names) for rank, names in together.items()}
-
-
 def pool_sizes(units: Units) -> dict[str, int]:
     """How many units each pool has, those that are pruned included."""
     return {name: alive.size for name, alive in units.alive.items()}
@@ -129,14 +124,14 @@ def pool_sizes(units: Units) -> dict[str, int]:
 def sparsity_counts(
     sparsity: Any, units: Units, structure: Structure, together: Ranks, scope: str, of: str
 ) -> Counts:
-    """How many units go to reach a sparsity, of the total or of what remains.
+    """How many units a sparsity removes, of the total, those pruned before included, or of what remains.
 
     Raises:
       TypeError: `of="remaining"` under masks that are traced.
     """
     if of == "total":
         sizes = rank_sizes(pool_sizes(units), together)
-        return to_go(target_counts(sparsity, sizes, structure, scope), units, together)
+        return target_counts(sparsity, sizes, structure, scope)
     if not is_concrete(units.alive):
         raise TypeError(
             "of='remaining' counts what is left on the host, but the masks are traced. Under jit use "
@@ -181,6 +176,5 @@ def threshold_counts(threshold: Any, units: Units) -> Counts:
         if is_concrete(bound) and math.isnan(bound):
             raise ValueError(f"threshold is nan for {name}: no score is below it.")
     return {
-        name: jnp.sum(units.alive[name] & (scores < bounds[name]), dtype=jnp.int32)
-        for name, scores in units.scores.items()
+        name: count_true(units.alive[name] & (scores < bounds[name])) for name, scores in units.scores.items()
     }

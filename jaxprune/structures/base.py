@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.selection import Source
+
 Norm = float | Callable[..., jax.Array]
 """How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
 
@@ -24,11 +26,14 @@ class Units(NamedTuple):
       scores: for each pool, an array with one score per unit.
       alive: for each pool, a bool array of the same shape: has the unit anything left to remove?
       expand: from a dict like `alive`, True for the units to keep, to a bool mask for each leaf.
+      sources: for pools whose units are entries, where selection reads their scores; a structure
+        leaves it empty.
     """
 
     scores: dict[str, jax.Array]
     alive: dict[str, jax.Array]
     expand: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
+    sources: Mapping[str, Source] = MappingProxyType({})
 
 
 class Structure(NamedTuple):

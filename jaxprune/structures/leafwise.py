@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.selection import ordered_bits
+from jaxprune.ordering import ordered_bits
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.structures.sharding import check_whole, join, split
 

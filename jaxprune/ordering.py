@@ -1,0 +1,50 @@
+"""Scores as integers of the same order, which can be compared and cut into ranges exactly."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def ordered_bits(scores: jax.Array) -> jax.Array:
+    """Signed integers in the order of the scores.
+
+    Args:
+      scores: floating-point or integer array of any shape. -0.0 and 0.0 are equal; NaN, of either
+        sign, ranks above +inf.
+
+    Returns:
+      int32 for scores of up to 32 bits, else int64, of the same shape.
+
+    Raises:
+      TypeError: bool or complex scores.
+    """
+    dtype = scores.dtype
+    if jnp.issubdtype(dtype, jnp.unsignedinteger) and dtype.itemsize >= 4:
+        signed = jnp.int32 if dtype.itemsize == 4 else jnp.int64
+        return lax.bitcast_convert_type(scores, signed) ^ jnp.array(jnp.iinfo(signed).min, signed)
+    if jnp.issubdtype(dtype, jnp.integer):
+        return scores if dtype.itemsize == 8 else scores.astype(jnp.int32)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"scores must be floating-point or integer, got {jnp.dtype(dtype).name}.")
+    if dtype.itemsize == 1:
+        return ordered_bits(scores.astype(jnp.float32))
+    bits = lax.bitcast_convert_type(scores, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[dtype.itemsize])
+    # A float is a sign and a magnitude, and magnitudes order as integers, NaN above infinity. All
+    # this is done on the bits, not by arithmetic, which may flush subnormals to zero.
+    top = jnp.iinfo(bits.dtype).max
+    infinity = jnp.array(jnp.inf, dtype).view(bits.dtype)
+    if dtype.itemsize == 2:
+        bits = bits.astype(jnp.int32)
+    magnitude = bits & top
+    signed = jnp.where(bits < 0, -magnitude, magnitude)
+    return jnp.where(magnitude > infinity.astype(bits.dtype), jnp.array(top, bits.dtype), signed)
+
+
+def limits(dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A range, as small as is simple, that holds all `ordered_bits` of scores of a dtype."""
+    bits = jax.eval_shape(ordered_bits, jax.ShapeDtypeStruct((), dtype)).dtype
+    half = jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
+    info = jnp.iinfo(jnp.int16 if half else bits)
+    return jnp.array(info.min, bits), jnp.array(info.max, bits)

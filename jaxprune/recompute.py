@@ -1,0 +1,103 @@
+"""Scores that are computed again wherever they are read, rather than stored.
+
+A selection reads the scores of a leaf several times. Where they are a few operations on each entry
+of the params or the gradients, as |w| or |w g| are, computing them again costs less than writing
+them down: what is read has the same size, and nothing of the size of the params is added to the
+memory. Which these are is read off the jaxpr of the score.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from jaxprune.jaxprs import CALLS, binder, called_jaxpr
+from jaxprune.paths import array_leaves
+
+if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
+    from jax.extend.core import Jaxpr, JaxprEqn
+
+_CHEAP = frozenset(
+    (
+        *("abs", "neg", "sign", "square", "integer_pow", "add", "sub", "mul", "div", "max", "min", "copy"),
+        *("convert_element_type", "stop_gradient", "select_n", "broadcast_in_dim", "is_finite"),
+        *("and", "or", "not", "xor", "eq", "ne", "lt", "le", "gt", "ge"),
+    )
+)
+_MOST_EQUATIONS = 12
+
+
+class Recipe(NamedTuple):
+    """How an array is computed.
+
+    Attributes:
+      compute: from the inputs, the array.
+      inputs: arrays, no more of its size than it is made of.
+    """
+
+    compute: Callable[[Any], jax.Array]
+    inputs: Any
+
+
+def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recipe]]:
+    """The tree of arrays that a function gives, and by path the recipes of those cheap to compute again.
+
+    The function is traced once; what it is computed from, it closes over.
+    """
+    from jax.extend.core import Literal, jaxpr_as_fun
+
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+    tree = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)())
+    consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    made_by = {var: eqn for eqn in closed.jaxpr.eqns for var in eqn.outvars}
+    recipes = {}
+    for path, out in zip(array_leaves(tree, "scores"), closed.jaxpr.outvars, strict=True):
+        if isinstance(out, Literal) or out not in made_by | consts:
+            continue
+        eqns = _leading_to(out, made_by)
+        if eqns is not None:
+            needed = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)] or [out]
+            used = list(dict.fromkeys(v for v in needed if v in consts))
+            recipes[path] = Recipe(_runner(eqns, used, out), [consts[v] for v in used])
+    return tree, recipes
+
+
+def _leading_to(out: Any, made_by: dict[Any, "JaxprEqn"]) -> list["JaxprEqn"] | None:
+    """The equations that an array comes from, in order; None if they are too many, or not cheap."""
+    eqns: dict[int, JaxprEqn] = {}
+
+    def visit(var: Any) -> bool:
+        eqn = None if hasattr(var, "val") else made_by.get(var)
+        if eqn is None or id(eqn) in eqns:
+            return True
+        if not _is_cheap(eqn) or len(eqns) >= _MOST_EQUATIONS or not all(map(visit, eqn.invars)):
+            return False
+        eqns[id(eqn)] = eqn
+        return True
+
+    return list(eqns.values()) if visit(out) else None
+
+
+def _is_cheap(eqn: "JaxprEqn") -> bool:
+    """Whether an equation works on each entry by itself, and quickly."""
+    if eqn.primitive.name in CALLS:
+        inner: Jaxpr = called_jaxpr(eqn).jaxpr
+        return len(inner.eqns) <= _MOST_EQUATIONS and all(map(_is_cheap, inner.eqns))
+    spreads = eqn.primitive.name == "broadcast_in_dim" and jax.typeof(eqn.invars[0]).shape
+    return eqn.primitive.name in _CHEAP and not eqn.effects and not spreads
+
+
+def _runner(eqns: list["JaxprEqn"], inputs: list[Any], out: Any) -> Callable[[Any], jax.Array]:
+    """The array that some equations make of arrays."""
+
+    def run(arrays: Any) -> jax.Array:
+        values = dict(zip(inputs, arrays, strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if hasattr(var, "val") else values[var]
+
+        for eqn in eqns:
+            values.update(zip(eqn.outvars, binder(eqn)(*map(read, eqn.invars)), strict=True))
+        return values[out]
+
+    return run

@@ -1,0 +1,64 @@
+"""Counts in two halves, against Python's integers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprune import wide
+
+INTEGERS = st.lists(st.integers(-(2**44), 2**44), min_size=5, max_size=5)
+SETTINGS = settings(deadline=None, max_examples=30, derandomize=True)
+
+
+@given(INTEGERS, INTEGERS)
+@SETTINGS
+def test_arithmetic_and_order(a, b):
+    x, y = wide.wide(a), wide.wide(b)
+    a, b = np.array(a), np.array(b)
+    for got, expected in [
+        (x + y, a + b),
+        (x - y, a - b),
+        (wide.minimum(x, y), np.minimum(a, b)),
+        (wide.maximum(x, y), np.maximum(a, b)),
+        (wide.total(x), a.sum(keepdims=True)),
+        (wide.running(x), np.concatenate([[0], np.cumsum(a)])),
+        (wide.where(a > 0, x, y), np.where(a > 0, a, b)),
+        (wide.stack([x, y]), np.stack([a, b])),
+        (wide.take(x, 2), a[2]),
+        (wide.none(x), np.zeros(5)),
+    ]:
+        np.testing.assert_array_equal(wide.to_numpy(got), expected)
+        low = np.asarray(got.low)
+        assert low.dtype == np.int32 and (low >= 0).all() and (low < 2**16).all()
+    np.testing.assert_array_equal(x < y, a < b)
+    assert not (x < x).any()
+
+
+@given(st.lists(st.integers(-(2**28), 2**28), min_size=5, max_size=5))
+@SETTINGS
+def test_plain_counts_are_added_up_alike(a):
+    x = wide.narrow(wide.wide(a))
+    np.testing.assert_array_equal(x, a)
+    np.testing.assert_array_equal(wide.total(x), [sum(a)])
+    np.testing.assert_array_equal(wide.running(x), np.concatenate([[0], np.cumsum(a)]))
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=3, max_size=3))
+@SETTINGS
+def test_of_int32_arrays(values):
+    np.testing.assert_array_equal(wide.to_numpy(wide.wide(jnp.array(values, jnp.int32))), values)
+
+
+def test_of_anything_that_counts():
+    assert wide.to_numpy(wide.wide(2**40 + 7)) == 2**40 + 7
+    assert wide.to_numpy(wide.wide(np.int64(-3))) == -3
+    assert wide.to_numpy(5) == 5
+    again = wide.wide(12)
+    assert wide.wide(again) is again
+
+
+def test_the_sum_of_many_counts_carries():
+    total = jax.jit(wide.sum_all)(jnp.full((300, 400), 2**30 + 5, jnp.int32))
+    assert wide.to_numpy(total) == 300 * 400 * (2**30 + 5)
