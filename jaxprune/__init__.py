@@ -40,7 +40,16 @@ from jaxprune.lottery import (
 )
 
 # Masks: made, applied, checked
-from jaxprune.masks import apply_masks, check_masks, check_pruned, intersect, ones_masks
+from jaxprune.masks import (
+    PackedMask,
+    apply_masks,
+    check_masks,
+    check_pruned,
+    intersect,
+    ones_masks,
+    pack_masks,
+    unpack_masks,
+)
 
 # Pruning inside an optax optimizer
 from jaxprune.optimizer import KeepMaskedState, WrapOptaxState, keep_masked, wrap_optax
@@ -73,6 +82,7 @@ __all__ = [
     "Compacted",
     "CompactedModule",
     "KeepMaskedState",
+    "PackedMask",
     "Plan",
     "Pruner",
     "PrunerState",
@@ -111,6 +121,7 @@ __all__ = [
     "not_",
     "ones_masks",
     "optimal_brain_surgeon",
+    "pack_masks",
     "penalties",
     "prune_once",
     "prune_rounds",
@@ -129,6 +140,7 @@ __all__ = [
     "sparsify",
     "straight_through",
     "structures",
+    "unpack_masks",
     "wrap_optax",
 ]
 

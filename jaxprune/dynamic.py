@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.control import update_if
-from jaxprune.masks import check_masks, like_params, ones_masks
+from jaxprune.masks import check_masks, like_params, ones_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.prune import all_finite, evaluate, pool
@@ -215,8 +215,8 @@ def rewiring(
                 for number, score in enumerate((drop, grow))
             )
             part = fraction / 2 * (1 + jnp.cos(jnp.pi / end_step * state.step.astype(jnp.float32)))
-            masks = _moved(state.masks, lows, highs, part, chosen, structure)
-            return state._replace(masks=masks, row=state.row + 1)
+            masks = _moved(unpack_masks(state.masks), lows, highs, part, chosen, structure)
+            return state._replace(masks=packed_like(masks, state.masks), row=state.row + 1)
 
         due = (state.step % every == 0) & (state.step < end_step)
         return update_if(due, move, state)

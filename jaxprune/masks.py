@@ -1,8 +1,14 @@
 """Masks: making, applying, combining and checking them."""
 
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from jaxprune import sharding
 from jaxprune.paths import array_leaves, check_mirrors, describe, leaf_paths
 from jaxprune.typing import Masks, Params
 
@@ -95,6 +101,87 @@ def like_params(masks: Masks, params: Params) -> Masks:
     check_masks(masks, params)
     by_path = array_leaves(masks, "masks")
     return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaf_paths(params)])
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["shape"])
+@dataclass(frozen=True)
+class PackedMask:
+    """A mask of one bit per entry.
+
+    Attributes:
+      bits: uint8 array, eight entries of the last axis in each byte, the first in the lowest bit.
+      shape: of the mask.
+    """
+
+    bits: jax.Array
+    shape: tuple[int, ...]
+
+
+def pack_masks(masks: Masks) -> Any:
+    """The masks with one bit per entry, along each leaf's last axis: an eighth of the memory.
+
+    Args:
+      masks: bool masks.
+
+    Returns:
+      A tree with a `PackedMask` in place of each leaf, sharded as the leaf is. `wrap_optax` keeps
+      such with `packed=True`.
+
+    Raises:
+      TypeError: a mask is not bool.
+      ValueError: the last axis is sharded (over explicit mesh axes, or in an array that has a value)
+        in parts that 8 does not divide.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> packed = jp.pack_masks({"w": jnp.array([True, False, True, True])})
+      >>> packed["w"].bits.tolist(), jp.unpack_masks(packed)["w"].tolist()
+      ([13], [True, False, True, True])
+    """
+    for path, mask in array_leaves(masks, "masks").items():
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"masks[{path!r}] is {describe(mask)}, but masks are bool. Pass mask != 0.")
+        if mask.ndim:
+            sharding.check_whole(path, mask, {mask.ndim - 1: 8}, "pack_masks")
+
+    def pack(mask: jax.Array) -> PackedMask:
+        rows = jnp.atleast_1d(mask)
+        last = rows.ndim - 1
+        if rest := -rows.shape[last] % 8:
+            rows = jnp.pad(rows, [(0, 0)] * last + [(0, rest)])
+        eights = sharding.split(rows, {last: 8}).astype(jnp.uint8)
+        place = lax.broadcasted_iota(jnp.uint8, (8,), 0)
+        return PackedMask(jnp.sum(eights << place, axis=-1, dtype=jnp.uint8), mask.shape)
+
+    return jax.tree.map(pack, masks)
+
+
+def unpack_masks(packed: Any) -> Masks:
+    """The bool masks of packed ones; what is not packed stays as it is.
+
+    Under `jit` this fuses into what the masks are used for, which then reads one bit per entry.
+    """
+
+    def unpack(mask: Any) -> Any:
+        if not isinstance(mask, PackedMask):
+            return mask
+        eights = mask.bits[..., None] >> lax.broadcasted_iota(jnp.uint8, (8,), 0)
+        rows = sharding.join((eights & 1).astype(bool), (eights.ndim - 1,))
+        size = mask.shape[-1] if mask.shape else 1
+        rows = rows if rows.shape[-1] == size else lax.slice_in_dim(rows, 0, size, axis=-1)
+        return rows if mask.shape else rows[0]
+
+    return jax.tree.map(unpack, packed, is_leaf=_is_packed)
+
+
+def packed_like(masks: Masks, like: Any) -> Any:
+    """The bool masks, packed if others are."""
+    is_packed = any(map(_is_packed, jax.tree.leaves(like, is_leaf=_is_packed)))
+    return pack_masks(masks) if is_packed else masks
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, PackedMask)
 
 
 def check_masks(masks: Masks, params: Params) -> None:

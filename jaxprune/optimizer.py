@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.masks import apply_masks, check_masks, intersect, like_params
-from jaxprune.paths import mirrors
+from jaxprune.masks import apply_masks, check_masks, intersect, like_params, pack_masks, unpack_masks
+from jaxprune.paths import is_concrete, mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
+from jaxprune.zeros import Zeros, zero_where
 
 
 class WrapOptaxState(NamedTuple):
@@ -37,15 +38,15 @@ class KeepMaskedState(NamedTuple):
 
 
 def wrap_optax(
-    optimizer: optax.GradientTransformation, pruner: Pruner
+    optimizer: optax.GradientTransformation, pruner: Pruner, *, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that also prunes: the one line that a training loop needs.
 
     Each update first asks the pruner for masks, from the params and the gradients as they come in.
-    The wrapped optimizer sees gradients and params that are 0 where the *old* masks prune, so
-    norms, clipping and momenta are those of the masked network. Its update is replaced by -p where
-    the *new* masks prune, so `optax.apply_updates` gives exactly 0 there; and so are moments and
-    whatever else in its state mirrors the params. Entries that the new masks bring back (`rigl`)
+    The wrapped optimizer sees gradients, params and moments that are 0 where these masks prune, so
+    norms and clipping are those of the masked network. Its update is replaced by -p there, so
+    `optax.apply_updates` gives exactly 0; and whatever in its state mirrors the params is 0 there.
+    Entries that the new masks bring back (`rigl`)
     start from exactly 0, with the state of a new optimizer; in an update where a pruner that
     regrows changes masks, the wrapped optimizer takes no step, and its counters stand still.
 
@@ -57,6 +58,8 @@ def wrap_optax(
     Args:
       optimizer: any optax transform; extra arguments of `update` reach it and the score.
       pruner: a `Pruner`, as from `jaxprune.pruner`.
+      packed: whether the state keeps its masks with one bit per entry, an eighth of the memory;
+        `jaxprune.unpack_masks` gives the masks of such a state.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `WrapOptaxState`. `update` raises
@@ -91,12 +94,14 @@ def wrap_optax(
             zero = jnp.zeros((), jnp.int32)
             state = PrunerState(params, zero, zero, params if pruner.remembers else ())
             return WrapOptaxState(inner.init(params), state)
-        return WrapOptaxState(inner.init(params), pruner.init(_fast(params)))
+        state = pruner.init(_fast(params))
+        state = state._replace(masks=pack_masks(state.masks)) if packed else state
+        return WrapOptaxState(inner.init(params), state)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_params(params, "wrap_optax")
         pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
-        before, after = state.pruner.masks, pruned.masks
+        before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
         updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
         return updates, WrapOptaxState(inner_state, pruned)
@@ -198,8 +203,9 @@ def _masked_update(
     before: Masks,
     after: Masks,
     extra: dict[str, Any],
+    regrows: bool = False,
 ) -> tuple[Any, Any]:
-    """One step of the wrapped optimizer on the masked network, then the projection on new masks."""
+    """One step of the wrapped optimizer on the masked network, and the projection on its masks."""
 
     def step_or_zero(mask, update, param):
         if update is None or not jnp.issubdtype(param.dtype, jnp.inexact):
@@ -211,19 +217,51 @@ def _masked_update(
     def is_none(leaf):
         return leaf is None
 
-    grads = jax.tree.map(lambda g, m: _clear(m, g), grads, before, is_leaf=is_none)
-    masked_params = apply_masks(params, _like(params, before))
-    updates, inner_state = inner.update(grads, inner_state, masked_params, **extra)
-    # What comes back was 0 until now, and starts from there.
-    stays = intersect(before, after)
+    # What the old masks prune and the new ones keep was 0 until now, and starts from there. Where
+    # masks only shrink the old ones are not needed, and XLA can write the new ones over them.
+    stays = intersect(before, after) if regrows else after
+    kept, state, fast = jax.tree.leaves(stays), inner_state, _fast(params)
+
+    def cleared(state: Any, which: list[int | None]) -> Any:
+        leaves, treedef = jax.tree.flatten(state)
+        return treedef.unflatten(
+            [leaf if i is None else _clear(kept[i], leaf) for leaf, i in zip(leaves, which, strict=True)]
+        )
+
+    grads = jax.tree.map(lambda g, m: _clear(m, g), grads, stays, is_leaf=is_none)
+    masked_params = apply_masks(params, _like(params, stays))
+    # Moments are cleared on their way in, where that fuses with the optimizer's own reading of them
+    # and they can be written in place; and on their way out only if they need not be 0 by then.
+    state = cleared(state, twins(state, fast))
+    updates, new_state = inner.update(grads, state, masked_params, **extra)
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
-    leaves, treedef = jax.tree.flatten(_forget_searches(inner_state, before, after))
-    kept = jax.tree.leaves(stays)
-    indices = twins(inner_state, _fast(params))
-    leaves = [leaf if i is None else _clear(kept[i], leaf) for leaf, i in zip(leaves, indices, strict=True)]
-    return updates, jax.tree.unflatten(treedef, leaves)
+    again = twins(new_state, fast)
+    zero = _zero_by_itself(inner, grads, state, masked_params, extra)
+    again = [None if z is None or i in z else i for i, z in zip(again, zero, strict=True)]
+    return updates, cleared(_forget_searches(new_state, before, after), again)
+
+
+def _zero_by_itself(
+    inner: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: Any,
+    params: Params,
+    extra: dict[str, Any],
+) -> list[Zeros]:
+    """For each leaf of the optimizer's new state, of which params it is 0 wherever they are pruned.
+
+    That takes a jaxpr, which is made where one is made anyway; outside `jit` nothing is said to be.
+    """
+    if is_concrete(grads, state, params):
+        return [frozenset()] * len(jax.tree.leaves(state))
+    given = (grads, state, params)
+    closed = jax.make_jaxpr(lambda grads, state, params: inner.update(grads, state, params, **extra)[1])(
+        *given
+    )
+    indices = twins(given, _fast(params))
+    return zero_where(closed, [frozenset() if i is None else frozenset((i,)) for i in indices])
 
 
 def _regrowing_update(
@@ -244,7 +282,7 @@ def _regrowing_update(
         return still, jax.tree.map(lambda old, new: jnp.where(changed, old, new), state, stepped)
 
     resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
-    updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra)
+    updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra, True)
 
     # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
     grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.control import update_if
-from jaxprune.masks import apply_masks, ones_masks
+from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
 from jaxprune.paths import is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
-    evaluate,
     pool,
     remove,
     scored,
@@ -129,30 +128,28 @@ def pruner(
             raise ValueError("pruner.update needs params: the scores are of them.")
         chosen = selected(params, where)
 
-        def scores_now(step: jax.Array) -> Scores:
+        def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            return evaluate(scores, params, grads=grads, key=rng, **extra)
+            return scored(scores, params, grads=grads, key=rng, **extra)
 
         def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recipe]]:
-            if memory:
-                return state.scores, {}
-            rng = jax.random.fold_in(jax.random.key(seed), state.step) if key is None else key
-            return scored(scores, params, grads=grads, key=rng, **extra)
+            return (state.scores, {}) if memory else scores_now(state.step)
 
         state = state._replace(step=state.step + 1)
         sound: Any = True
         if memory:
-            now = scores_now(state.step)
-            sound = all_finite(now, state.masks, chosen)
+            now, _ = scores_now(state.step)
+            masks = unpack_masks(state.masks)
+            sound = all_finite(now, masks, chosen)
             if is_concrete(sound):
-                pool(now, state.masks, chosen, structure)  # says which scores are not finite
+                pool(now, masks, chosen, structure)  # says which scores are not finite
             total = jax.tree.map(
                 lambda s, new: jnp.where(sound, memory * s + new.astype(s.dtype), s), state.scores, now
             )
             state = state._replace(scores=total)
 
         alive = jax.eval_shape(
-            lambda state: pool(tree_now(state)[0], state.masks, chosen, structure).alive, state
+            lambda state: pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive, state
         )
         sizes = {name: units.size for name, units in alive.items()}
         targets = table(tuple(sizes.items()))
@@ -160,14 +157,16 @@ def pruner(
 
         def advance(state: PrunerState) -> PrunerState:
             tree, recipes = tree_now(state)
-            units = pool(tree, state.masks, chosen, structure, recipes)
+            before = unpack_masks(state.masks)
+            units = pool(tree, before, chosen, structure, recipes)
             together, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
             # In two halves, because a count may be more than an int32 holds.
             now = jax.tree.map(lambda half: jnp.asarray(half)[row], wide(targets))
             counts = {rank: take(now, column) for column, rank in enumerate(together)}
-            masks = remove(state.masks, units, counts, together, least, of_all=True)
-            finite = all_finite(tree, state.masks, chosen)
-            masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, state.masks)
+            masks = remove(before, units, counts, together, least, of_all=True)
+            finite = all_finite(tree, before, chosen)
+            masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, before)
+            masks = packed_like(masks, state.masks)
             return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
 
         due = (row > state.row) & sound

@@ -83,7 +83,8 @@ def _is_cheap(eqn: "JaxprEqn") -> bool:
     if eqn.primitive.name in CALLS:
         inner: Jaxpr = called_jaxpr(eqn).jaxpr
         return len(inner.eqns) <= _MOST_EQUATIONS and all(map(_is_cheap, inner.eqns))
-    spreads = eqn.primitive.name == "broadcast_in_dim" and jax.typeof(eqn.invars[0]).shape
+    of_array = any(getattr(var.aval, "shape", ()) for var in eqn.invars)
+    spreads = eqn.primitive.name == "broadcast_in_dim" and of_array
     return eqn.primitive.name in _CHEAP and not eqn.effects and not spreads
 
 

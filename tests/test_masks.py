@@ -118,3 +118,25 @@ def test_two_leaves_at_one_path_are_refused():
     params = {"a": {"b": jnp.ones((2, 2))}, "a/b": jnp.ones((2, 2))}
     with pytest.raises(ValueError, match="several leaves at the path 'a/b'"):
         jp.prune_once(params, jp.scores.magnitude, 0.5)
+
+
+@given(hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=11)))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_packing_is_numpys_and_undone(mask):
+    packed = jp.pack_masks({"w": jnp.asarray(mask)})["w"]
+    expected = np.packbits(np.atleast_1d(mask), axis=-1, bitorder="little")
+    assert packed.shape == mask.shape and packed.bits.dtype == jnp.uint8
+    np.testing.assert_array_equal(packed.bits, expected)
+    again = jp.unpack_masks({"w": packed})["w"]
+    assert again.dtype == jnp.bool_
+    np.testing.assert_array_equal(again, mask)
+
+
+def test_packing_takes_bools():
+    with pytest.raises(TypeError, match=r"masks\['w'\] is float32\[3\].*but masks are bool"):
+        jp.pack_masks({"w": jnp.ones(3)})
+
+
+def test_what_is_not_packed_stays():
+    masks = {"w": jnp.array([True, False])}
+    assert jp.unpack_masks(masks)["w"] is masks["w"]

@@ -1060,3 +1060,33 @@ def test_strict_dtype_promotion():
         assert history == list(KEPT[:8])
         _, opt_state, _ = train(jp.keep_masked(make(), half_masks()), 2)
         assert kept(opt_state.masks) == 40
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: jp.pruner(jp.scores.magnitude, jp.schedules.cubic(0.8, end_step=4)), None]
+)
+def test_packed_masks_train_as_bool_ones(make):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (6, 11)), "bias": jnp.ones(11)}
+    sparse = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+    pruner = make() if make else jp.set_(sparse, fraction=0.5, every=2, end_step=5)
+
+    def train(packed):
+        tx = jp.wrap_optax(optax.adam(0.1), pruner, packed=packed)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(jax.tree.map(jnp.sin, params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        now, state = params, tx.init(params)
+        for _ in range(6):
+            now, state = step(now, state)
+        return now, optax.tree.get(state, "masks")
+
+    (plain, masks), (same, packed) = train(False), train(True)
+    assert packed["kernel"].bits.shape == (6, 2)
+    jax.tree.map(np.testing.assert_array_equal, jp.unpack_masks(packed), masks)
+    # Two programs may round a fused product and sum differently.
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), same, plain)
+    assert not masks["kernel"].all()
+    jp.check_pruned(same, masks)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.groups import ChannelGroups, Group, Member
+from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
-from jaxprune.structures.sharding import everywhere
 from jaxprune.typing import Where
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.ordering import ordered_bits
+from jaxprune.sharding import check_whole, join, split
 from jaxprune.structures.base import Norm, Structure, Units, reducer
-from jaxprune.structures.sharding import check_whole, join, split
 
 
 class _LeafUnits(NamedTuple):
