@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune.control import update_if
 from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
@@ -238,8 +239,10 @@ class _Grid:
     def row(self, step: jax.Array) -> jax.Array:
         """The row last passed after `step` calls."""
         if self.end is None or self.last is None:
-            return step // self.every
-        passed = jnp.where(step < self.begin, 0, (step - self.begin) // self.every + 1)
+            return lax.div(step, jnp.full_like(step, self.every))
+        # Rounded towards 0, as is enough here, because rounding down takes several operations more.
+        since = step - self.begin
+        passed = jnp.where(since < 0, 0, lax.div(since, jnp.full_like(since, self.every)) + 1)
         return jnp.where(step >= self.end, self.last, passed)
 
 

@@ -41,7 +41,7 @@ def test_rules():
         (optax.chain(optax.clip_by_global_norm(1.0), optax.rmsprop(0.1, momentum=0.9)), True),
         (optax.apply_if_finite(optax.lion(0.1), 3), True),
         (optax.adabelief(0.1), False),
-        (optax.contrib.muon(0.1), False),
+        (optax.contrib.muon(0.1), True),
     ],
     ids=["adam", "adamw", "momentum", "clipped", "if_finite", "adabelief", "muon"],
 )

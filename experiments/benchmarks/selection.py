@@ -1,0 +1,179 @@
+"""The time of choosing global masks, as a multiple of reading the scores once.
+
+Kernels of 30 uneven leaves are pruned by magnitude. One reading is jnp.sum(jnp.abs(leaf)) of each.
+Ways, each to masks, under jit where JAX makes them:
+
+- jaxprune: prune_once, global; in bfloat16; with masks to start from; and layerwise;
+- argsort: what jaxpruner does, restated: one vector of all scores, argsorted;
+- sort: the threshold by jnp.sort of that vector;
+- histogram: no masks, but a single pass of 2,048 bins by scatter, of the several it would take;
+- numpy.partition: the threshold, of a vector on the host;
+- torch: torch.nn.utils.prune.global_unstructured, and torch.topk; left out where PyTorch is not
+  installed.
+
+    python -m experiments.benchmarks.selection
+    python -m experiments.benchmarks.selection --millions 200
+
+The contenders take turns, round after round, PyTorch in a process of its own. Figures are medians of
+the ratios within a round, with their quartiles. jaxprune's masks are compared with numpy's argsort,
+entry by entry, first.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxprune as jp
+from experiments._config import flag, parse
+from experiments.benchmarks._jax_steps import argsort_masks
+from experiments.benchmarks._machine import machine
+from experiments.benchmarks._markdown import show
+from experiments.benchmarks._turns import Worker
+
+READ = "read once"
+TORCH = ("torch global_unstructured", "torch.topk")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of the benchmark."""
+
+    millions: float = flag(20.0, "of params")
+    leaves: int = flag(30, "of these, the largest thirty times the smallest")
+    sparsity: float = flag(0.9, "of the masks")
+    rounds: int = flag(7, "in which each way has one turn")
+    seed: int = flag(0, "of the params")
+
+
+SMALL = Config(millions=0.02, leaves=3, rounds=2)
+
+
+def sizes(config: Config) -> tuple[int, ...]:
+    """How many entries each leaf has: multiples of 16."""
+    shares = np.linspace(1, config.leaves, config.leaves)
+    return tuple(16 * max(1, round(config.millions * 1e6 * s / shares.sum() / 16)) for s in shares)
+
+
+def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
+    """From kernels by path to masks, or to what is said above."""
+
+    def prune(params: Any, **how: Any) -> Any:
+        return jp.prune_once(params, jp.scores.magnitude, sparsity=sparsity, **how)
+
+    def joined(params: Any) -> jax.Array:
+        return jnp.concatenate([jnp.abs(leaf).ravel() for leaf in params.values()])
+
+    def by_sort(params: Any) -> Any:
+        scores = joined(params)
+        least = jnp.sort(scores)[round(sparsity * scores.size)]
+        return {name: jnp.abs(leaf) >= least for name, leaf in params.items()}
+
+    def histogram(params: Any) -> Any:
+        bits = jax.lax.bitcast_convert_type(joined(params), jnp.int32)
+        return jnp.zeros(2048, jnp.int32).at[bits >> 20].add(1)
+
+    def argsort(params: Any) -> Any:
+        layers = {name: {"kernel": leaf} for name, leaf in params.items()}
+        return argsort_masks(layers, jnp.float32(sparsity))
+
+    return {
+        READ: lambda params: sum(jnp.sum(jnp.abs(leaf)) for leaf in params.values()),
+        "jaxprune": prune,
+        "jaxprune, bfloat16": prune,
+        "jaxprune, from masks": lambda params: prune(params, masks=jax.tree.map(lambda p: p > -1, params)),
+        "jaxprune, layerwise": lambda params: prune(params, scope="layerwise"),
+        "argsort": argsort,
+        "sort": by_sort,
+        "histogram": histogram,
+    }
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """A line for each way: the ratios of its times to those of one reading."""
+    rng = np.random.default_rng(config.seed)
+    flat = [rng.standard_normal(size, dtype=np.float32) for size in sizes(config)]
+    params = {f"layer{i:02d}/kernel": jnp.asarray(leaf.reshape(-1, 16)) for i, leaf in enumerate(flat)}
+    host = np.abs(np.concatenate(flat))
+    count, memory = round(config.sparsity * host.size), {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for way, function in ways(config.sparsity).items():
+        given = params
+        if way.endswith("bfloat16"):
+            given = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
+        compiled = jax.jit(function).lower(given).compile()
+        memory[way] = compiled.memory_analysis().temp_size_in_bytes / (4 * host.size)  # type: ignore[union-attr]
+        calls[way] = lambda compiled=compiled, given=given: jax.block_until_ready(compiled(given))
+    _check(calls["jaxprune"](), host, count)
+    calls["numpy.partition"] = lambda: np.partition(host, count)
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    with ExitStack() as stack:
+        theirs: Any = None
+        if importlib.util.find_spec("torch") is not None:
+            target = "experiments.benchmarks._torch_selection:TorchSelection"
+            settings = {"sizes": sizes(config), "seed": config.seed, "sparsity": config.sparsity}
+            theirs = stack.enter_context(Worker(target, **settings))
+            times |= {way: [] for way in TORCH}
+        for _ in range(config.rounds + 1):
+            for way, call in calls.items():
+                began = time.perf_counter()
+                call()
+                times[way].append(time.perf_counter() - began)
+            for way in TORCH if theirs is not None else ():
+                times[way].append(theirs("seconds", way))
+    # The first round warms up.
+    ratios = {way: [t / r for t, r in zip(ts, times[READ], strict=True)][1:] for way, ts in times.items()}
+    lines: list[dict[str, Any]] = [
+        {"way": way, "ratios": values, "temporaries": memory.get(way)} for way, values in ratios.items()
+    ]
+    ours = np.array(ratios["jaxprune"])
+    rivals = {
+        way: float(np.median(np.array(ratios[way]) / ours)) for way in ("argsort", *TORCH) if way in ratios
+    }
+    faster = ", ".join(f"{ratio:.0f} x as fast as {way}" for way, ratio in rivals.items())
+    exact = f"jaxprune's masks are numpy's, all {host.size:,} entries."
+    lines.append({"remark": f"{exact} It is {faster}."})
+    if theirs is None:
+        lines.append({"remark": "PyTorch is not installed (pip install torch), so its rows are left out."})
+    return lines
+
+
+def _check(masks: Any, scores: np.ndarray, count: int) -> None:
+    """Compares masks with a stable argsort. Raises RuntimeError."""
+    expected = np.ones(scores.size, bool)
+    expected[np.argsort(scores, kind="stable")[:count]] = False
+    got = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
+    if not np.array_equal(got, expected):
+        raise RuntimeError(
+            f"{int((got != expected).sum())} of {scores.size} entries differ from numpy's argsort."
+        )
+
+
+def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table: multiples of one reading, and temporaries as multiples of the params' bytes."""
+    table: list[tuple[str, ...]] = [("way", "x read", "(quartiles)", "temporaries")]
+    for line in lines:
+        if "remark" not in line:
+            low, middle, high = np.percentile(line["ratios"], [25, 50, 75])
+            used = "-" if line["temporaries"] is None else f"{line['temporaries']:.2f}"
+            table.append((line["way"], f"{middle:.1f}", f"({low:.1f}-{high:.1f})", used))
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the benchmark from the command line."""
+    config = parse(Config, argv, __doc__)
+    lines = run(config)
+    print(machine())
+    title = f"global masks of {config.millions:g} M params in {config.leaves} leaves, {config.sparsity:.0%} pruned"
+    print(show(title, rows(lines), lines))
+
+
+if __name__ == "__main__":
+    main()
