@@ -10,12 +10,12 @@ import numpy as np
 class TorchSelection:
     """The same kernels, in a worker process."""
 
-    def __init__(self, sizes: tuple[int, ...], seed: int, sparsity: float):
+    def __init__(self, shapes: list[tuple[int, ...]], seed: int, sparsity: float):
         """Makes the kernels."""
         self.torch: Any = importlib.import_module("torch")
         self.prune = importlib.import_module("torch.nn.utils.prune")
         rng = np.random.default_rng(seed)
-        draw = [rng.standard_normal(size, dtype=np.float32) for size in sizes]
+        draw = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes]
         self.kernels = [self.torch.from_numpy(kernel) for kernel in draw]
         self.sparsity = sparsity
 
@@ -28,7 +28,7 @@ class TorchSelection:
             layers.append((layer, "weight"))
         began = time.perf_counter()
         if way == "torch.topk":
-            scores = self.torch.cat([kernel.abs() for kernel in self.kernels])
+            scores = self.torch.cat([kernel.abs().ravel() for kernel in self.kernels])
             keep = len(scores) - round(self.sparsity * len(scores))
             least = self.torch.topk(scores, keep, sorted=False).values.min()
             _ = [kernel.abs() >= least for kernel in self.kernels]

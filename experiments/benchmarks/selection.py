@@ -55,10 +55,11 @@ class Config:
 SMALL = Config(millions=0.02, leaves=3, rounds=2)
 
 
-def sizes(config: Config) -> tuple[int, ...]:
-    """How many entries each leaf has: multiples of 16."""
+def shapes(config: Config) -> list[tuple[int, int]]:
+    """The leaves' shapes, about square."""
     shares = np.linspace(1, config.leaves, config.leaves)
-    return tuple(16 * max(1, round(config.millions * 1e6 * s / shares.sum() / 16)) for s in shares)
+    sides = np.sqrt(config.millions * 1e6 * shares / shares.sum())
+    return [(round(side), round(side)) for side in sides]
 
 
 def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
@@ -98,9 +99,9 @@ def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
 def run(config: Config) -> list[dict[str, Any]]:
     """A line for each way: the ratios of its times to those of one reading."""
     rng = np.random.default_rng(config.seed)
-    flat = [rng.standard_normal(size, dtype=np.float32) for size in sizes(config)]
-    params = {f"layer{i:02d}/kernel": jnp.asarray(leaf.reshape(-1, 16)) for i, leaf in enumerate(flat)}
-    host = np.abs(np.concatenate(flat))
+    drawn = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes(config)]
+    params = {f"layer{i:02d}/kernel": jnp.asarray(leaf) for i, leaf in enumerate(drawn)}
+    host = np.abs(np.concatenate([leaf.ravel() for leaf in drawn]))
     count, memory = round(config.sparsity * host.size), {}
     calls: dict[str, Callable[[], Any]] = {}
     for way, function in ways(config.sparsity).items():
@@ -113,11 +114,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     _check(calls["jaxprune"](), host, count)
     calls["numpy.partition"] = lambda: np.partition(host, count)
     times: dict[str, list[float]] = {way: [] for way in calls}
+    has_torch = importlib.util.find_spec("torch") is not None
     with ExitStack() as stack:
         theirs: Any = None
-        if importlib.util.find_spec("torch") is not None:
+        if has_torch:
             target = "experiments.benchmarks._torch_selection:TorchSelection"
-            settings = {"sizes": sizes(config), "seed": config.seed, "sparsity": config.sparsity}
+            settings = {"shapes": shapes(config), "seed": config.seed, "sparsity": config.sparsity}
             theirs = stack.enter_context(Worker(target, **settings))
             times |= {way: [] for way in TORCH}
         for _ in range(config.rounds + 1):
@@ -125,8 +127,9 @@ def run(config: Config) -> list[dict[str, Any]]:
                 began = time.perf_counter()
                 call()
                 times[way].append(time.perf_counter() - began)
-            for way in TORCH if theirs is not None else ():
-                times[way].append(theirs("seconds", way))
+            if has_torch:
+                for way in TORCH:
+                    times[way].append(theirs("seconds", way))
     # The first round warms up.
     ratios = {way: [t / r for t, r in zip(ts, times[READ], strict=True)][1:] for way, ts in times.items()}
     lines: list[dict[str, Any]] = [
@@ -138,8 +141,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     faster = ", ".join(f"{ratio:.0f} x as fast as {way}" for way, ratio in rivals.items())
     exact = f"jaxprune's masks are numpy's, all {host.size:,} entries."
-    lines.append({"remark": f"{exact} It is {faster}."})
-    if theirs is None:
+    lines.append({"remark": f"{exact}\nIt is {faster}."})
+    if not has_torch:
         lines.append({"remark": "PyTorch is not installed (pip install torch), so its rows are left out."})
     return lines
 
@@ -171,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    title = f"global masks of {config.millions:g} M params in {config.leaves} leaves, {config.sparsity:.0%} pruned"
+    title = f"{config.sparsity:.0%} of {config.millions:g} M params in {config.leaves} leaves pruned"
     print(show(title, rows(lines), lines))
 
 
