@@ -83,7 +83,7 @@ def test_files_benchmark_stays_above_the_bound():
 
 
 def test_all_benchmarks_write_one_page(tmp_path, capsys):
-    only = ["train_step", "sweep", "compaction", "sparse_inference", "memory"]
+    only = ["selection", "train_step", "sweep", "compaction", "sparse_inference", "memory"]
     page = tmp_path / "page.md"
     benchmarks.main(["--small", "--only", ",".join(only), "--out", str(page)])
     text = page.read_text()
@@ -118,7 +118,8 @@ def test_memory_benchmark_counts_masks():
         masked, packed = lines[program, "masked"], lines[program, "packed"]
         assert masked["masks"] * 4 == masked["params"]
         assert masked["params"] / 32 <= packed["masks"] < masked["masks"] / 4
-    assert lines["one-shot", "masked"]["new"] == lines["one-shot", "masked"]["masks"]
+    # And a pointer for each leaf.
+    assert 0 <= lines["one-shot", "masked"]["new"] - lines["one-shot", "masked"]["masks"] < 100
     assert lines["train step", "dense"]["masks"] == 0
     assert lines["one-shot", "argsort"]["temporaries"] > lines["one-shot", "masked"]["temporaries"]
 

@@ -47,7 +47,8 @@ def remarks(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def show(title: str, rows: Rows, lines: Sequence[Mapping[str, Any]]) -> str:
     """A title, the table and the remarks below it, for the terminal."""
-    return "\n".join([textwrap.fill(title, 80), "", plain(rows), *remarks(lines)])
+    said = [textwrap.fill(line, 80) for remark in remarks(lines) for line in remark.splitlines()]
+    return "\n".join([textwrap.fill(title, 80), "", plain(rows), *said])
 
 
 def _line(cells: Sequence[str]) -> str:
