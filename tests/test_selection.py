@@ -35,9 +35,15 @@ def selections(draw):
     return scores, alive, draw(st.integers(0, sum(int(a.sum()) for a in alive)))
 
 
+COMPILED = jax.jit(selection.lowest)
+
+
 def chosen_by_jaxprune(scores, alive, count):
+    """By the compiled search; what is sorted on the host, as few values are, must be the same."""
     arrays = [jnp.asarray(s) for s in scores], [jnp.asarray(a) for a in alive]
-    return [np.asarray(mask) for mask in selection.lowest(*arrays, count)]
+    masks = [np.asarray(mask) for mask in COMPILED(*arrays, jnp.int32(count))]
+    assert_same([np.asarray(mask) for mask in selection.lowest(*arrays, count)], masks)
+    return masks
 
 
 def assert_same(got, expected):
@@ -184,20 +190,15 @@ def batch():
     return scores, alive, jnp.array([0, 1, 3, 5, 8, 9], jnp.int32)
 
 
-def test_the_count_may_be_traced(batch):
-    scores, alive, _ = batch
-    traced = jax.jit(lambda count: selection.lowest([scores[0][0]], [alive[0][0]], count))
-    for count in range(int(alive[0][0].sum()) + 1):
-        assert_same(traced(count), selection.lowest([scores[0][0]], [alive[0][0]], count))
-
-
 def test_compiled_equals_operation_by_operation(batch):
     scores, alive, _ = batch
     args = [s[1] for s in scores], [a[1] for a in alive]
     for count in (0, 4):
-        compiled = selection.lowest(*args, count)
+        compiled = COMPILED(*args, jnp.int32(count))
         with jax.disable_jit():
-            assert_same(selection.lowest(*args, count), compiled)
+            sources = [selection.Source(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
+            request = selection.Request((0, 0), (count,), (0, 0))
+            assert_same(selection.select(sources, request), compiled)
 
 
 def test_vmap_equals_a_loop(batch):
@@ -217,7 +218,7 @@ def test_vmap_equals_a_loop(batch):
 
 def test_counts_are_exact_where_single_precision_is_not():
     size = 2**24 + 3  # not a float32
-    masks = selection.lowest([jnp.zeros(size)], [jnp.ones(size, bool)], 2**24 + 1)
+    masks = COMPILED([jnp.zeros(size)], [jnp.ones(size, bool)], jnp.int32(2**24 + 1))
     assert int(masks[0].sum()) == 2**24 + 1
     assert not masks[0][-2:].any()  # all tie, so the last two stay
 
@@ -260,6 +261,11 @@ def test_leaves_counted_in_parts(in_parts, data):
     assert_same([np.asarray(mask) for mask in got], oracle.lowest(scores, alive, count))
 
 
+@jax.jit
+def in_groups(scores, alive, counts, floors, of_all):
+    return selection.select_arrays(scores, alive, selection.Request((0, 1, 1, 1), counts, floors, of_all))
+
+
 @pytest.mark.parametrize("of_all", [False, True])
 @given(data=st.data())
 @SETTINGS
@@ -269,8 +275,11 @@ def test_groups_floors_and_counts_of_all(of_all, data):
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
     counts = [data.draw(st.integers(0, sum(scores[i].size for i in leaves))) for leaves in members]
+    arrays = [jnp.asarray(s) for s in scores], [jnp.asarray(a) for a in alive]
     request = selection.Request((0, 1, 1, 1), tuple(counts), floors, of_all)
-    got = selection.select_arrays([jnp.asarray(s) for s in scores], [jnp.asarray(a) for a in alive], request)
+    on_host = selection.select_arrays(*arrays, request)
+    got = in_groups(*arrays, tuple(map(jnp.int32, counts)), jnp.array(floors), of_all)
+    assert_same([np.asarray(mask) for mask in on_host], [np.asarray(mask) for mask in got])
 
     may = without_floors(scores, alive, floors)
     expected = []
