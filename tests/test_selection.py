@@ -238,26 +238,31 @@ def test_an_axis_that_cannot_be_indexed_raises():
 
 @pytest.fixture(scope="module")
 def in_parts():
-    """`selection.lowest`, traced as if an int32 counted no further than to 4."""
-    traced = jax.jit(lambda scores, alive, count: selection.lowest(scores, alive, count))
-    shapes = [(3, 4), (2, 3, 2), (4,)]
+    """`selection.lowest`, compiled as if an int32 counted no further than to 4."""
+    shapes = [(3, 4), (2, 2, 3), (4,)]  # no more rows either
+    given = [jnp.zeros(s) for s in shapes], [jnp.ones(s, bool) for s in shapes], jnp.int32(3)
     with pytest.MonkeyPatch.context() as patch:
         for module in (search, selection):
             patch.setattr(module, "MAX_COUNT", 4)
-        traced([jnp.zeros(s) for s in shapes], [jnp.ones(s, bool) for s in shapes], jnp.int32(3))
-    return shapes, traced
+        # Compiled here, so that it is never traced again without the patch.
+        return shapes, jax.jit(lambda *given: selection.select_arrays(*request_of(*given))).lower(
+            *given
+        ).compile()
+
+
+def request_of(scores, alive, count):
+    return scores, alive, selection.Request((0, 0, 0), (count,), (0, 0, 0))
 
 
 @given(data=st.data())
 @SETTINGS
 def test_leaves_counted_in_parts(in_parts, data):
     """As leaves of more than 2**31 - 1 entries are."""
-    shapes, traced = in_parts
+    shapes, compiled = in_parts
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
     count = data.draw(st.integers(0, sum(int(a.sum()) for a in alive)))
-    got = traced(list(map(jnp.asarray, scores)), list(map(jnp.asarray, alive)), jnp.int32(count))
-    assert traced._cache_size() == 1
+    got = compiled(list(map(jnp.asarray, scores)), list(map(jnp.asarray, alive)), jnp.int32(count))
     assert_same([np.asarray(mask) for mask in got], oracle.lowest(scores, alive, count))
 
 

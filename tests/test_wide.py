@@ -25,7 +25,7 @@ def test_arithmetic_and_order(a, b):
         (wide.total(x), a.sum(keepdims=True)),
         (wide.running(x), np.concatenate([[0], np.cumsum(a)])),
         (wide.where(a > 0, x, y), np.where(a > 0, a, b)),
-        (wide.stack([x, y]), np.stack([a, b])),
+        (wide.stack([x, y]), np.stack([a, b], axis=-1)),
         (wide.take(x, 2), a[2]),
         (wide.none(x), np.zeros(5)),
     ]:
