@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxprune import wide
 from jaxprune.control import update_if
@@ -44,10 +45,13 @@ class Source(NamedTuple):
       read: from the inputs, the scores and which entries are alive, None for all. It is run anew
         in every pass, so that scores which are cheap to compute are never stored.
       inputs: a pytree of arrays.
+      names: in a `shard_map`, by axis of the leaf the mesh axes that it is sharded over; the leaf is
+        then the part on this device. Empty elsewhere.
     """
 
     read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
     inputs: Any
+    names: tuple[tuple[str, ...], ...] = ()
 
 
 class Request(NamedTuple):
@@ -79,13 +83,20 @@ def removed_count(sparsity: float, size: int) -> int:
     return round(float(sparsity) * size)
 
 
-def lowest(scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], count: Any) -> list[jax.Array]:
+def lowest(
+    scores: Sequence[jax.Array],
+    alive: Sequence[jax.Array | None],
+    count: Any,
+    specs: Sequence[PartitionSpec] | None = None,
+) -> list[jax.Array]:
     """The `count` lowest scores among those alive, over all arrays together.
 
     Args:
       scores: arrays of any shapes, of one common dtype.
       alive: bool arrays of the same shapes: which entries may be chosen; None for all.
       count: how many, an integer (it may be traced). Where fewer are alive, all are chosen.
+      specs: inside `jax.shard_map`, how each whole array is sharded, as in its `in_specs`; the lowest
+        are then those of the whole arrays, in their order. Without it each device ranks its own part.
 
     Returns:
       bool arrays of the same shapes with exactly `count` entries True. Of equal scores the
@@ -98,7 +109,17 @@ def lowest(scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], count
       [[False, True], [False, True]]
     """
     same = (0,) * len(scores)
-    return select_arrays(scores, alive, Request(same, (count,), same))
+    request = Request(same, (count,), same)
+    if specs is None:
+        return select_arrays(scores, alive, request)
+    arrays = zip(scores, alive, specs, strict=True)
+    return select([Source(lambda pair: pair, (s, a), _names(spec, s.ndim)) for s, a, spec in arrays], request)
+
+
+def _names(spec: PartitionSpec, axes: int) -> tuple[tuple[str, ...], ...]:
+    """By axis, the mesh axes that a spec shards it over."""
+    each = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    return (*each, *[()] * (axes - len(each)))
 
 
 def select_arrays(
@@ -185,7 +206,7 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
     Raises:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
-    number, shapes = len(sources), [_read(source).keys.shape for source in sources]
+    number, shapes = len(sources), list(map(_shape, sources))
     if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
     big = _is_big(shapes)
@@ -198,8 +219,8 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
     nothing = wide.none(start.below)
 
     def count(bounds: jax.Array) -> tuple[Count, Count]:
-        bounds, now = _anew(bounds, sources)
-        return _stacked([count_below(_read(source), bounds[:, i]) for i, source in enumerate(now)], big)
+        now = _anew(bounds, sources)
+        return _stacked([_count(source, _read(source), bounds[:, i], big) for i, source in enumerate(now)])
 
     def may_go(alive: Count) -> Count:
         return wide.maximum(alive - floors, nothing)
@@ -252,22 +273,46 @@ def _at(source: Source, key: jax.Array) -> jax.Array:
 
 
 def _zero(sources: Sequence[Source]) -> jax.Array:
-    """A zero of a type that varies over devices, in a shard_map, as the scores do: a loop keeps it."""
-    return sum((jnp.sum(_read(source).keys & 0, dtype=jnp.int32) for source in sources), jnp.int32(0))
+    """A zero of a type that varies over devices, in a shard_map, as the counts do: a loop keeps it."""
+    zero = jnp.int32(0)
+    for source in sources:
+        zero += _over_devices(source, jnp.sum(_read(source).keys & 0, dtype=jnp.int32))
+    return zero
 
 
-def _anew(bounds: Any, sources: Sequence[Source]) -> tuple[Any, list[Source]]:
-    """The sources, to be read in a loop after its bounds are known.
+def _shape(source: Source) -> tuple[int, ...]:
+    """The shape of the whole leaf."""
+    shape = _read(source).keys.shape
+    return tuple(
+        n * math.prod(map(lax.axis_size, names))
+        for n, names in zip(shape, source.names or [()] * len(shape), strict=True)
+    )
+
+
+def _over_devices(source: Source, counts: Count) -> Count:
+    """The sum of counts over the devices that a leaf is sharded over."""
+    names = tuple(name for each in source.names for name in each)
+    return wide.across(counts, names) if names else counts
+
+
+def _count(source: Source, leaf: Keys, bounds: jax.Array, big: bool) -> Count:
+    """`count_below` of the whole leaf, `Wide` if counts are big."""
+    counts = count_below(leaf, bounds)
+    return _over_devices(source, wide.wide(counts) if big else counts)
+
+
+def _anew(after: Any, sources: Sequence[Source]) -> list[Source]:
+    """The sources, to be read in a loop after something that it computes.
 
     Else the compiler takes what is read out of the loop, and stores it.
     """
-    bounds, inputs = lax.optimization_barrier((bounds, [source.inputs for source in sources]))
-    return bounds, [source._replace(inputs=i) for source, i in zip(sources, inputs, strict=True)]
+    # Each by itself, as in a shard_map what comes out together varies over the same devices.
+    return [source._replace(inputs=lax.optimization_barrier((after, source.inputs))[1]) for source in sources]
 
 
-def _stacked(by_leaf: Sequence[Count], big: bool) -> tuple[Count, Count]:
+def _stacked(by_leaf: Sequence[Count]) -> tuple[Count, Count]:
     """Counts below bounds, of shape (bounds, leaves), and of what is alive, from those by leaf."""
-    counts = wide.stack([wide.wide(counts) for counts in by_leaf] if big else by_leaf)
+    counts = wide.stack(by_leaf)
     return wide.take(counts, slice(-1)), wide.take(counts, -1)
 
 
@@ -302,7 +347,7 @@ class _Groups:
 def _below(source: Source, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
     """What is alive below a key, and of the entries at it those before a place in row-major order."""
     keys, alive = _read(source)
-    rows, places = _positions(keys.shape)
+    rows, places = _positions(source)
     first = (rows < row) | ((rows == row) & (places < place))
     gone = (keys < key) | ((keys == key) & first)
     return gone if alive is None else gone & alive
@@ -321,31 +366,31 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
     none = wide.none(take)
     all_, some = ~(take < tied), none < take
     open_, zeros = some & ~all_, jnp.zeros_like(keys, jnp.int32)
-    shapes, big = [_read(source).keys.shape for source in sources], isinstance(take, Wide)
+    shapes, big = list(map(_shape, sources)), isinstance(take, Wide)
 
     def search(wanted: jax.Array, take: Count, places: Callable[[int, jax.Array], Keys]) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
-            (bounds, level), now = _anew((bounds, keys), sources)
+            now = _anew(bounds, sources)
 
             def counted(i: int) -> Count:
                 def below(_: Any) -> Count:
-                    return count_below(places(i, _at(now[i], level[i])), bounds[:, i])
+                    return _count(now[i], places(i, _at(now[i], keys[i])), bounds[:, i], big)
 
                 nothing = jax.eval_shape(below, None)
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zeros[0], nothing)
                 return update_if(wanted[i], below, nothing) if math.prod(shapes[i]) > 1 else nothing
 
-            return _stacked([counted(i) for i in range(len(sources))], big)
+            return _stacked([counted(i) for i in range(len(sources))])
 
         most = jnp.int32(min(MAX_COUNT, max(map(math.prod, shapes))))
         start = whole(jnp.int32(0), most, zeros, big)._replace(open=wanted)
         return narrow(start, count, lambda counts, alive: counts, lambda alive: take, most, _TIE_BITS)
 
     def of_rows(i: int, at: jax.Array) -> Keys:
-        return Keys(jnp.where(at, _positions(shapes[i])[0], MAX_COUNT), at)
+        return Keys(jnp.where(at, _positions(sources[i])[0], MAX_COUNT), at)
 
     def in_row(i: int, at: jax.Array) -> Keys:
-        row, place = _positions(shapes[i])
+        row, place = _positions(sources[i])
         at &= row == rows[i]
         return Keys(jnp.where(at, place, MAX_COUNT), at)
 
@@ -358,17 +403,21 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
     return rows, jnp.where(open_, search(open_, take, in_row).low, 0)
 
 
-def _positions(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """For each entry, in row-major order, the number of its row and its place there.
+def _positions(source: Source) -> tuple[jax.Array, jax.Array]:
+    """For each entry, in row-major order of the whole leaf, the number of its row and its place there.
 
     A row is as many of the last axes together as have no more than 2**31 - 1 entries.
     """
+    shape, own = _shape(source), _read(source).keys.shape
     first = next(a for a in range(len(shape) + 1) if math.prod(shape[a:]) <= MAX_COUNT)
 
     def flat(axes: range) -> jax.Array:
-        place = jnp.zeros(shape, jnp.int32)
+        place = jnp.zeros(own, jnp.int32)
         for axis in axes:
-            place = place * shape[axis] + lax.broadcasted_iota(jnp.int32, shape, axis)
+            index = lax.broadcasted_iota(jnp.int32, own, axis)
+            if source.names and source.names[axis]:
+                index += lax.axis_index(source.names[axis]) * own[axis]
+            place = place * shape[axis] + index
         return place
 
     return flat(range(first)), flat(range(first, len(shape)))

@@ -111,6 +111,12 @@ def total(counts: Count) -> Count:
     return _carried(sums.high, sums.low) if isinstance(sums, Wide) else sums
 
 
+def across(counts: Count, names: tuple[str, ...]) -> Count:
+    """The sum over devices along some mesh axes, in a `shard_map`; of up to 2**15 devices."""
+    sums = jax.tree.map(lambda part: lax.psum(part, names), counts)
+    return _carried(sums.high, sums.low) if isinstance(sums, Wide) else sums
+
+
 def running(counts: Count) -> Count:
     """Sums along the last axis of up to 2**15 counts: 0, the first, the first two, ... all."""
 

@@ -306,6 +306,29 @@ def models_of_their_own(kind):
         )
 
 
+def one_network_in_parts(kind):
+    """In a shard_map that says how leaves are sharded, the lowest are those of the whole leaves."""
+    mesh = mesh_of(kind)
+    host = with_ties({"both": (12, 4), "one": (16,), "rows": (8, 6), "whole": (3, 5)})
+    specs = {"both": P("data", "tensor"), "one": P("tensor"), "rows": P(("data", "tensor")), "whole": P()}
+    scores = {name: np.abs(leaf) for name, leaf in host.items()}
+    alive = {name: np.random.default_rng(2).random(leaf.shape) < 0.8 for name, leaf in host.items()}
+
+    def choose(scores, alive, count):
+        gone = jp.selection.lowest(list(scores.values()), list(alive.values()), count, list(specs.values()))
+        return dict(zip(scores, gone, strict=True))
+
+    with jax.set_mesh(mesh):
+        here = put(scores, specs, mesh), put(alive, specs, mesh)
+        program = jax.jit(jax.shard_map(choose, in_specs=(specs, specs, P()), out_specs=specs))
+        for count in (0, 1, 37, 60, 90):
+            got = jax.tree.map(np.asarray, program(*here, jnp.int32(count)))
+            wanted = oracle.lowest(list(scores.values()), list(alive.values()), count)
+            assert_same(got, dict(zip(scores, wanted, strict=True)))
+        text = program.lower(*here, jnp.int32(5)).compile().as_text()
+    assert "all-gather" not in text
+
+
 def parts_of_unequal_size(kind):
     """Axes that the devices do not divide, as XLA may shard them inside a program."""
     if kind == AxisType.Explicit:
@@ -331,6 +354,7 @@ CHECKS = (
     structures,
     coupled_channels,
     models_of_their_own,
+    one_network_in_parts,
     parts_of_unequal_size,
 )
 
