@@ -138,9 +138,7 @@ def pack_masks(masks: Masks) -> Any:
       >>> packed["w"].bits.tolist(), jp.unpack_masks(packed)["w"].tolist()
       ([13], [True, False, True, True])
     """
-    for path, mask in array_leaves(masks, "masks").items():
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"masks[{path!r}] is {describe(mask)}, but masks are bool. Pass mask != 0.")
+    for path, mask in _bool_leaves(masks).items():
         if mask.ndim:
             sharding.check_whole(path, mask, {mask.ndim - 1: 8}, "pack_masks")
 
@@ -196,9 +194,16 @@ def check_masks(masks: Masks, params: Params) -> None:
       >>> jp.check_masks({"w": jnp.ones(3, bool)}, {"w": jnp.ones(3)})
     """
     check_mirrors(masks, params, "masks")
-    for path, mask in array_leaves(masks, "masks").items():
+    _bool_leaves(masks)
+
+
+def _bool_leaves(masks: Masks) -> dict[str, Any]:
+    """The masks by path. Raises TypeError for one that is not bool."""
+    leaves = array_leaves(masks, "masks")
+    for path, mask in leaves.items():
         if mask.dtype != jnp.bool_:
             raise TypeError(f"masks[{path!r}] is {describe(mask)}, but masks are bool. Pass mask != 0.")
+    return leaves
 
 
 def check_pruned(params: Params, masks: Masks) -> None:

@@ -46,9 +46,9 @@ def wrap_optax(
     The wrapped optimizer sees gradients, params and moments that are 0 where these masks prune, so
     norms and clipping are those of the masked network. Its update is replaced by -p there, so
     `optax.apply_updates` gives exactly 0; and whatever in its state mirrors the params is 0 there.
-    Entries that the new masks bring back (`rigl`)
-    start from exactly 0, with the state of a new optimizer; in an update where a pruner that
-    regrows changes masks, the wrapped optimizer takes no step, and its counters stand still.
+    Entries that the new masks bring back (`rigl`) start from exactly 0, with the state of a new
+    optimizer; in an update where a pruner that regrows changes masks, the wrapped optimizer takes
+    no step, and its counters stand still.
 
     It must be the outermost transform: what is chained after it would change the -p, and what
     passes raw gradients on at times (`optax.conditionally_transform`) would lose it.

@@ -145,9 +145,8 @@ def _selected(
 def _is_for_host(arrays: Sequence[Any], request: Request) -> bool:
     if not is_concrete(arrays, request.counts, request.floors, request.of_all):
         return False
-    here = all(not isinstance(a, jax.Array) or {d.platform for d in a.devices()} == {"cpu"} for a in arrays)
-    alone = all(not isinstance(a, jax.Array) or len(a.devices()) == 1 for a in arrays)
-    return here and alone and sum(a.size for a in arrays) <= _HOST_ENTRIES
+    places = [[device.platform for device in a.devices()] for a in arrays if isinstance(a, jax.Array)]
+    return all(place == ["cpu"] for place in places) and sum(a.size for a in arrays) <= _HOST_ENTRIES
 
 
 def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Request) -> list[jax.Array]:

@@ -109,7 +109,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         if way.endswith("bfloat16"):
             given = {name: leaf.astype(jnp.bfloat16) for name, leaf in params.items()}
         compiled = jax.jit(function).lower(given).compile()
-        memory[way] = compiled.memory_analysis().temp_size_in_bytes / (4 * host.size)  # type: ignore[union-attr]
+        found: Any = compiled.memory_analysis()
+        memory[way] = found.temp_size_in_bytes / (4 * host.size)
         calls[way] = lambda compiled=compiled, given=given: jax.block_until_ready(compiled(given))
     _check(calls["jaxprune"](), host, count)
     calls["numpy.partition"] = lambda: np.partition(host, count)
