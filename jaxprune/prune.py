@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
 from jaxprune.recompute import Recipe, with_recipes
-from jaxprune.selection import Request, Source, select, select_arrays
+from jaxprune.selection import Request, select, select_arrays
+from jaxprune.sources import Source
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import (
     SCOPES,

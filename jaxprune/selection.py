@@ -26,9 +26,20 @@ from jax.sharding import PartitionSpec
 
 from jaxprune import wide
 from jaxprune.control import update_if
-from jaxprune.ordering import limits, ordered_bits
+from jaxprune.ordering import limits
 from jaxprune.paths import is_concrete
-from jaxprune.search import MAX_COUNT, Keys, Range, count_below, narrow, whole
+from jaxprune.search import MAX_COUNT, Keys, Range, narrow, whole
+from jaxprune.sources import (
+    Source,
+    count_whole,
+    dtype_of,
+    entries_at,
+    positions,
+    read_anew,
+    read_keys,
+    whole_shape,
+    zero_of,
+)
 from jaxprune.wide import Count, Wide, to_numpy
 
 _BITS, _TIE_BITS = 4, 2
@@ -36,22 +47,6 @@ _BITS, _TIE_BITS = 4, 2
 
 _HOST_ENTRIES = 2**20
 """Up to so many entries, sorting them on the host takes less time than compiling a search."""
-
-
-class Source(NamedTuple):
-    """Where the scores of one leaf come from.
-
-    Attributes:
-      read: from the inputs, the scores and which entries are alive, None for all. It is run anew
-        in every pass, so that scores which are cheap to compute are never stored.
-      inputs: a pytree of arrays.
-      names: in a `shard_map`, by axis of the leaf the mesh axes that it is sharded over; the leaf is
-        then the part on this device. Empty elsewhere.
-    """
-
-    read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
-    inputs: Any
-    names: tuple[tuple[str, ...], ...] = ()
 
 
 class Request(NamedTuple):
@@ -205,7 +200,7 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
     Raises:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
-    number, shapes = len(sources), list(map(_shape, sources))
+    number, shapes = len(sources), list(map(whole_shape, sources))
     if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
     big = _is_big(shapes)
@@ -213,13 +208,13 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
     targets = groups.spread([_as_count(count, big) for count in request.counts])
     sizes = _as_count(np.array([math.prod(shape) for shape in shapes]), big)
     floors = _as_count(request.floors, big)
-    least, most = limits(_dtype(sources[0]))
-    start = whole(least, most, jnp.broadcast_to(_zero(sources), (number,)), big)
+    least, most = limits(dtype_of(sources[0]))
+    start = whole(least, most, jnp.broadcast_to(zero_of(sources), (number,)), big)
     nothing = wide.none(start.below)
 
     def count(bounds: jax.Array) -> tuple[Count, Count]:
-        now = _anew(bounds, sources)
-        return _stacked([_count(source, _read(source), bounds[:, i], big) for i, source in enumerate(now)])
+        now = read_anew(bounds, sources)
+        return _stacked([count_whole(s, read_keys(s), bounds[:, i], big) for i, s in enumerate(now)])
 
     def may_go(alive: Count) -> Count:
         return wide.maximum(alive - floors, nothing)
@@ -251,62 +246,6 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
     found, share = lax.fori_loop(0, 2, search, (start, nothing))
     ends = _ends(sources, found.low, share - found.below, found.upto - found.below)
     return [_below(*each) for each in zip(sources, found.low, *ends, strict=True)]
-
-
-def _dtype(source: Source) -> Any:
-    return jax.eval_shape(source.read, source.inputs)[0].dtype
-
-
-def _read(source: Source) -> Keys:
-    scores, alive = source.read(source.inputs)
-    keys = ordered_bits(scores)
-    if alive is not None:
-        keys = jnp.where(alive, keys, limits(scores.dtype)[1])
-    return Keys(keys, alive)
-
-
-def _at(source: Source, key: jax.Array) -> jax.Array:
-    """The entries alive whose key this is."""
-    keys, alive = _read(source)
-    return keys == key if alive is None else alive & (keys == key)
-
-
-def _zero(sources: Sequence[Source]) -> jax.Array:
-    """A zero of a type that varies over devices, in a shard_map, as the counts do: a loop keeps it."""
-    zero = jnp.int32(0)
-    for source in sources:
-        zero += _over_devices(source, jnp.sum(_read(source).keys & 0, dtype=jnp.int32))
-    return zero
-
-
-def _shape(source: Source) -> tuple[int, ...]:
-    """The shape of the whole leaf."""
-    shape = _read(source).keys.shape
-    return tuple(
-        n * math.prod(map(lax.axis_size, names))
-        for n, names in zip(shape, source.names or [()] * len(shape), strict=True)
-    )
-
-
-def _over_devices(source: Source, counts: Count) -> Count:
-    """The sum of counts over the devices that a leaf is sharded over."""
-    names = tuple(name for each in source.names for name in each)
-    return wide.across(counts, names) if names else counts
-
-
-def _count(source: Source, leaf: Keys, bounds: jax.Array, big: bool) -> Count:
-    """`count_below` of the whole leaf, `Wide` if counts are big."""
-    counts = count_below(leaf, bounds)
-    return _over_devices(source, wide.wide(counts) if big else counts)
-
-
-def _anew(after: Any, sources: Sequence[Source]) -> list[Source]:
-    """The sources, to be read in a loop after something that it computes.
-
-    Else the compiler takes what is read out of the loop, and stores it.
-    """
-    # Each by itself, as in a shard_map what comes out together varies over the same devices.
-    return [source._replace(inputs=lax.optimization_barrier((after, source.inputs))[1]) for source in sources]
 
 
 def _stacked(by_leaf: Sequence[Count]) -> tuple[Count, Count]:
@@ -345,8 +284,8 @@ class _Groups:
 
 def _below(source: Source, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
     """What is alive below a key, and of the entries at it those before a place in row-major order."""
-    keys, alive = _read(source)
-    rows, places = _positions(source)
+    keys, alive = read_keys(source)
+    rows, places = positions(source)
     first = (rows < row) | ((rows == row) & (places < place))
     gone = (keys < key) | ((keys == key) & first)
     return gone if alive is None else gone & alive
@@ -365,15 +304,15 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
     none = wide.none(take)
     all_, some = ~(take < tied), none < take
     open_, zeros = some & ~all_, jnp.zeros_like(keys, jnp.int32)
-    shapes, big = list(map(_shape, sources)), isinstance(take, Wide)
+    shapes, big = list(map(whole_shape, sources)), isinstance(take, Wide)
 
     def search(wanted: jax.Array, take: Count, places: Callable[[int, jax.Array], Keys]) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
-            now = _anew(bounds, sources)
+            now = read_anew(bounds, sources)
 
             def counted(i: int) -> Count:
                 def below(_: Any) -> Count:
-                    return _count(now[i], places(i, _at(now[i], keys[i])), bounds[:, i], big)
+                    return count_whole(now[i], places(i, entries_at(now[i], keys[i])), bounds[:, i], big)
 
                 nothing = jax.eval_shape(below, None)
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zeros[0], nothing)
@@ -386,10 +325,10 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
         return narrow(start, count, lambda counts, alive: counts, lambda alive: take, most, _TIE_BITS)
 
     def of_rows(i: int, at: jax.Array) -> Keys:
-        return Keys(jnp.where(at, _positions(sources[i])[0], MAX_COUNT), at)
+        return Keys(jnp.where(at, positions(sources[i])[0], MAX_COUNT), at)
 
     def in_row(i: int, at: jax.Array) -> Keys:
-        row, place = _positions(sources[i])
+        row, place = positions(sources[i])
         at &= row == rows[i]
         return Keys(jnp.where(at, place, MAX_COUNT), at)
 
@@ -400,23 +339,3 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
         rows = jnp.where(open_ & long, found.low, rows)
         take = wide.where(open_ & long, take - found.below, take)
     return rows, jnp.where(open_, search(open_, take, in_row).low, 0)
-
-
-def _positions(source: Source) -> tuple[jax.Array, jax.Array]:
-    """For each entry, in row-major order of the whole leaf, the number of its row and its place there.
-
-    A row is as many of the last axes together as have no more than 2**31 - 1 entries.
-    """
-    shape, own = _shape(source), _read(source).keys.shape
-    first = next(a for a in range(len(shape) + 1) if math.prod(shape[a:]) <= MAX_COUNT)
-
-    def flat(axes: range) -> jax.Array:
-        place = jnp.zeros(own, jnp.int32)
-        for axis in axes:
-            index = lax.broadcasted_iota(jnp.int32, own, axis)
-            if source.names and source.names[axis]:
-                index += lax.axis_index(source.names[axis]) * own[axis]
-            place = place * shape[axis] + index
-        return place
-
-    return flat(range(first)), flat(range(first, len(shape)))

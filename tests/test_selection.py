@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxprune import ordering, search, selection
+from jaxprune import ordering, search, selection, sources
 
 SETTINGS = settings(
     deadline=None, max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -196,9 +196,9 @@ def test_compiled_equals_operation_by_operation(batch):
     for count in (0, 4):
         compiled = COMPILED(*args, jnp.int32(count))
         with jax.disable_jit():
-            sources = [selection.Source(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
+            read = [sources.Source(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
             request = selection.Request((0, 0), (count,), (0, 0))
-            assert_same(selection.select(sources, request), compiled)
+            assert_same(selection.select(read, request), compiled)
 
 
 def test_vmap_equals_a_loop(batch):
@@ -242,7 +242,7 @@ def in_parts():
     shapes = [(3, 4), (2, 2, 3), (4,)]  # no more rows either
     given = [jnp.zeros(s) for s in shapes], [jnp.ones(s, bool) for s in shapes], jnp.int32(3)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (search, selection):
+        for module in (search, sources, selection):
             patch.setattr(module, "MAX_COUNT", 4)
         # Compiled here, so that it is never traced again without the patch.
         return shapes, jax.jit(lambda *given: selection.select_arrays(*request_of(*given))).lower(
@@ -306,8 +306,8 @@ def test_scores_are_read_and_not_stored():
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def masks(*params):
-        sources = [selection.Source(lambda p: (jnp.abs(p), None), p) for p in params]
-        return selection.select(sources, selection.Request((0, 0, 0), (150_000,), (1, 1, 1)))
+        read = [sources.Source(lambda p: (jnp.abs(p), None), p) for p in params]
+        return selection.select(read, selection.Request((0, 0, 0), (150_000,), (1, 1, 1)))
 
     compiled = jax.jit(masks, compiler_options={"xla_backend_optimization_level": 2}).lower(*params).compile()
     size = sum(4 * p.size for p in params)
