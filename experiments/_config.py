@@ -5,11 +5,12 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from experiments import _recipes
+from experiments._limits import Bound, Limits, flag_name, shown
 from jaxprune.recipes import RecipeError
 
 C = TypeVar("C")
@@ -19,8 +20,8 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     """Reads flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
 
     Fields are int, float, str, `Literal[...]`, tuples of one of these (`--seeds 0,1,2`), or any of
-    them `| None`; a bool that is False by default is a flag without a value.
-    The help of a field is its metadata `{"help": ...}`, see `flag`.
+    them `| None`; a bool that is False by default is a flag without a value. What a value may be is
+    declared beside the field, see `flag`; any other ends the command with a sentence that says so.
 
     `--recipe FILE` takes the settings that an earlier run left in its `recipe.yaml`; flags beside it
     win. A config with a field made by `recipe_file` takes that file without a flag.
@@ -29,6 +30,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
         prog=f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', None) or Path(sys.argv[0]).stem}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     fields = dataclasses.fields(typing.cast("Any", config))
     hints = typing.get_type_hints(config)
@@ -41,21 +43,19 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     for field in fields:
         if field in files:
             continue
+        text, name = field.metadata["help"], flag_name(field.name)
         if hints[field.name] is bool:
-            name = f"--{field.name.replace('_', '-')}"
             action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=field.default, help=field.metadata["help"])
+            parser.add_argument(name, action=action, default=field.default, help=text)
             continue
-        kind, choices = _reader(hints[field.name])
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        default = "" if field.default is None else f" (default: {shown})"
+        kind, read = _reader(hints[field.name])
+        value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=kind,
-            choices=choices,
+            name,
+            type=_checked(read, field.metadata["limits"]),
             default=field.default,
-            help=field.metadata["help"] + default,
-            metavar=None if choices else kind.__name__,
+            help=text if field.default is None else f"{text} (default: {value})",
+            metavar=kind,
         )
     recipe = getattr(parser.parse_args(argv), files[0].name if files else "recipe")
     if recipe is not None:
@@ -64,6 +64,9 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
         except (RecipeError, OSError) as error:
             raise SystemExit(str(error)) from None
     given = vars(parser.parse_args(argv))
+    for field in fields:
+        if field not in files and (wrong := field.metadata["limits"].beside(given[field.name], given)):
+            parser.error(f"argument {flag_name(field.name)}: {wrong}")
     return config(**{field.name: given[field.name] for field in fields})
 
 
@@ -72,24 +75,75 @@ def recipe_file(text: str) -> Any:
     return dataclasses.field(metadata={"help": text, "file": True})
 
 
-def flag(default: Any, text: str) -> Any:
-    """A field of a config with its help."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def flag(
+    default: Any,
+    text: str,
+    *,
+    at_least: Bound = None,
+    above: Bound = None,
+    at_most: Bound = None,
+    below: Bound = None,
+    among: Sequence[str] = (),
+    repeats: bool = False,
+    empty: bool = False,
+    path: Literal["folder", "file"] | None = None,
+) -> Any:
+    """A field of a config with its help, and what its value may be.
+
+    The limits of a tuple are those of each item. Whatever is declared, numbers are finite, whole ones
+    below 2^31, and texts are printable and not empty.
+
+    Args:
+      default: the value where the flag is not given.
+      text: what `--help` says of it.
+      at_least, above, at_most, below: bounds of a number; the name of another field for its value,
+        as in `flag(3, "of these ...", below="epochs")`.
+      among: the texts that are allowed.
+      repeats: whether a tuple may have the same item twice.
+      empty: whether a tuple may have no items.
+      path: whether a text is a folder, or a file, to write to, which must be possible then.
+    """
+    limits = Limits(at_least, above, at_most, below, tuple(among), repeats, empty, path)
+    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 
-def _reader(hint: Any) -> tuple[Any, tuple | None]:
-    """How to read a flag of a type, and the values it may take."""
+def _checked(read: Callable[[str], Any], limits: Limits) -> Callable[[str], Any]:
+    """Reads the text of a flag, within its limits."""
+
+    def checked(text: str) -> Any:
+        value = read(text)
+        if wrong := limits.problem(value):
+            raise argparse.ArgumentTypeError(wrong)
+        return value
+
+    return checked
+
+
+def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
+    """What a value of a type is called, and how it is read."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _reader(next(a for a in arguments if a is not type(None)))
     if origin is typing.Literal:
-        return str, arguments
+        return f"{{{','.join(arguments)}}}", _choice(arguments)
     if origin is tuple:
-        item, _ = _reader(arguments[0])
+        name, read = _reader(arguments[0])
+        return f"{name},...", lambda text: tuple(map(read, text.split(","))) if text else ()
 
-        def items(text: str) -> tuple:
-            return tuple(item(part) for part in text.split(",") if part)
+    def scalar(text: str) -> Any:
+        try:
+            return hint(text)
+        except ValueError:
+            wanted = "a whole number" if hint is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
 
-        items.__name__ = f"{item.__name__},..."
-        return items, None
-    return hint, None
+    return hint.__name__, scalar
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[str], str]:
+    def choice(text: str) -> str:
+        if wrong := Limits(among=allowed).problem(text):
+            raise argparse.ArgumentTypeError(wrong)
+        return text
+
+    return choice

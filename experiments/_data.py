@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments._limits import FlagError
 from experiments._prepare import (
     DataUnavailable,
     PathLike,
@@ -82,10 +83,13 @@ _TFDS = {
 
 @contextlib.contextmanager
 def said_plainly() -> Iterator[None]:
-    """Ends a command with the message alone, and no traceback, where its data cannot be had."""
+    """Ends a command with the message alone, and no traceback, where its data cannot be had.
+
+    Also where its flags do not go together.
+    """
     try:
         yield
-    except DataUnavailable as error:
+    except (DataUnavailable, FlagError) as error:
         raise SystemExit(str(error)) from None
 
 
@@ -134,9 +138,9 @@ def _check_count(split: str, count: int | None, available: int) -> int:
     if count is None:
         return available
     if not 1 <= count <= available:
-        raise ValueError(
+        raise FlagError(
             f"got {split}={count}; the {split} split holds {available} examples, so it must be "
-            f"1 to {available}, or None for all"
+            f"1 to {available}, or None for all (--{split}-size)"
         )
     return count
 

@@ -82,7 +82,14 @@ def settings(path: str, config: type) -> dict[str, Any]:
     hints = typing.get_type_hints(config)
     names = [f.name for f in dataclasses.fields(config) if not is_file(f)]
     nodes = _get(root, fields, "config").fields(names, what="settings")
-    return {name: read(node, hints[name]) for name, node in nodes.items()}
+    found = {name: read(node, hints[name]) for name, node in nodes.items()}
+    for field in dataclasses.fields(config):
+        if field.name in found and "limits" in field.metadata:
+            # Whether it can be written where the earlier run wrote is asked if no flag says otherwise.
+            limits = field.metadata["limits"]._replace(path=None)
+            if wrong := limits.problem(found[field.name]):
+                nodes[field.name].fail(f"{wrong}.")
+    return found
 
 
 def _get(root: Node, fields: dict[str, Node], key: str) -> Node:

@@ -42,6 +42,7 @@ from experiments import _channel_report, _channels, _data, _recipes, _steps
 from experiments._channels import NETWORKS, RANKINGS, Cut, Small
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
+from experiments._limits import FlagError
 from experiments._results import Results
 
 METHODS = ("global", "local", "isomorphic", "random", "iterative", "gradual", "scratch")
@@ -57,29 +58,35 @@ class Config:
     network: Literal["lenet", "resnet20", "resnet56", "vit", "decoder"] | None = flag(
         None, "by default lenet, resnet20 or decoder, whichever fits"
     )
-    seeds: tuple[int, ...] = flag((0,), "comma-separated")
-    methods: tuple[str, ...] = flag(METHODS, "comma-separated")
+    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
+    methods: tuple[str, ...] = flag(METHODS, "comma-separated", among=METHODS, empty=True)
     targets: tuple[float, ...] | None = flag(
-        None, "how many times fewer multiply-adds; the default is the network's, as of the next five"
+        None, "how many times fewer multiply-adds; the default is the network's, as of the next five", above=1
     )
-    epochs: int | None = flag(None, "of the dense network")
-    lr: float | None = flag(None, "its learning rate, at the peak of one cycle")
-    tune_epochs: int | None = flag(None, "of each pruned network")
-    tune_lr: float | None = flag(None, "the learning rate of tuning, at the peak of one cycle")
-    batch_size: int | None = flag(None, "images, or pieces of text, per step")
+    epochs: int | None = flag(None, "of the dense network", at_least=1)
+    lr: float | None = flag(None, "its learning rate, at the peak of one cycle", above=0)
+    tune_epochs: int | None = flag(None, "of each pruned network", at_least=0)
+    tune_lr: float | None = flag(None, "the learning rate of tuning, at the peak of one cycle", above=0)
+    batch_size: int | None = flag(None, "images, or pieces of text, per step", at_least=1, at_most=100_000)
     ranking: Literal["global", "local", "isomorphic"] = flag(
         "isomorphic", "what iterative and scratch prune by"
     )
-    multiple_of: int = flag(1, "round widths up to a multiple of this many channels, heads or hidden units")
-    rounds: int = flag(3, "of iterative pruning; at most the epochs of tuning")
-    penalty: float = flag(1e-4, "weight of gradual's group lasso")
-    batch_sizes: tuple[int, ...] = flag((1, 64), "to measure times at")
-    timing_runs: int = flag(20, "calls timed of each network; 0 for none")
-    train_size: int | None = flag(None, "use this many training images, or characters, only")
-    test_size: int | None = flag(None, "use this many test images, or characters, only")
-    dense: str | None = flag(None, "the folder of the dense networks (default: dense, in the results)")
+    multiple_of: int = flag(
+        1, "round widths up to a multiple of this many channels, heads or hidden units", at_least=1
+    )
+    rounds: int = flag(3, "of iterative pruning; at most the epochs of tuning", at_least=1)
+    penalty: float = flag(1e-4, "weight of gradual's group lasso", at_least=0)
+    batch_sizes: tuple[int, ...] = flag((1, 64), "to measure times at", at_least=1, at_most=100_000)
+    timing_runs: int = flag(20, "calls timed of each network; 0 for none", at_least=0)
+    train_size: int | None = flag(None, "use this many training images, or characters, only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images, or characters, only", at_least=1)
+    dense: str | None = flag(
+        None, "the folder of the dense networks (default: dense, in the results)", path="folder"
+    )
     fresh: bool = flag(False, "start over, the dense network too, whatever the folders hold")
-    out: str | None = flag(None, "folder of the results (default: results/channel_pruning/<network>)")
+    out: str | None = flag(
+        None, "folder of the results (default: results/channel_pruning/<network>)", path="folder"
+    )
 
 
 # What a line of results may differ in from another run's and still be of the same study.
@@ -94,11 +101,11 @@ def settings(config: Config) -> Config:
     name = config.network or fitting[config.dataset]
     network = NETWORKS[name]
     if network.dataset != config.dataset:
-        raise ValueError(f"{name} is for --dataset {network.dataset}, got {config.dataset}")
+        raise FlagError(f"{name} is for --dataset {network.dataset}, got {config.dataset}")
     if unknown := set(config.methods) - set(METHODS):
-        raise ValueError(f"there is no method {', '.join(sorted(unknown))}; methods are {', '.join(METHODS)}")
+        raise FlagError(f"there is no method {', '.join(sorted(unknown))}; methods are {', '.join(METHODS)}")
     if not config.seeds or min(config.targets or (2,)) <= 1 or config.rounds < 1:
-        raise ValueError("a study needs at least one seed, --targets above 1 and one of --rounds or more")
+        raise FlagError("a study needs at least one seed, --targets above 1 and one of --rounds or more")
     names = ("targets", "epochs", "lr", "tune_epochs", "tune_lr", "batch_size")
     own = {name: getattr(network, name) for name in names if getattr(config, name) is None}
     out = config.out or f"results/channel_pruning/{name}"

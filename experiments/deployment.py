@@ -54,18 +54,18 @@ class Config:
     """Flags of the study."""
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
-    epochs: int = flag(15, "of LeNet")
-    tune_epochs: int = flag(5, "after pruning; a smaller architecture trains for both")
-    sparsity: float = flag(0.9, "of the weights, where they are pruned one by one")
-    temperature: float = flag(4.0, "of the teacher's answers")
-    alpha: float = flag(0.9, "the teacher's share of the loss")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(64, "images per step, and in a call that is timed")
-    rounds: int = flag(20, "times that each call is measured")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/deployment", "folder for results.jsonl")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
+    epochs: int = flag(15, "of LeNet", at_least=1)
+    tune_epochs: int = flag(5, "after pruning; a smaller architecture trains for both", at_least=0)
+    sparsity: float = flag(0.9, "of the weights, where they are pruned one by one", at_least=0, below=1)
+    temperature: float = flag(4.0, "of the teacher's answers", above=0)
+    alpha: float = flag(0.9, "the teacher's share of the loss", at_least=0, at_most=1)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(64, "images per step, and in a call that is timed", at_least=1, at_most=100_000)
+    rounds: int = flag(20, "times that each call is measured", at_least=1)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/deployment", "folder for results.jsonl", path="folder")
 
 
 class Network(NamedTuple):

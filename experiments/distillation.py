@@ -36,6 +36,7 @@ import jaxprune as jp
 from experiments import _data, _distill, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._distill import Mix
+from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
 from experiments._results import Results
 from experiments.lenet import PRESETS as LENET
@@ -72,27 +73,32 @@ class Config:
     """Flags of the study."""
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    parts: tuple[str, ...] = flag(PARTS, f"of {', '.join(PARTS)}")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
-    temperatures: tuple[float, ...] = flag((1.0, 2.0, 4.0, 8.0), "of the part few")
-    temperature: float = flag(4.0, "of the other parts")
-    alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest")
+    parts: tuple[str, ...] = flag(PARTS, f"of {', '.join(PARTS)}", among=PARTS)
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
+    temperatures: tuple[float, ...] = flag((1.0, 2.0, 4.0, 8.0), "of the part few", above=0)
+    temperature: float = flag(4.0, "of the other parts", above=0)
+    alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest", at_least=0, at_most=1)
     sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98, 0.99), "fractions removed, level after level, biases not counted"
+        (0.8, 0.9, 0.95, 0.98, 0.99),
+        "fractions removed, level after level, biases not counted",
+        at_least=0,
+        below=1,
     )
-    epochs: int | None = flag(None, "of dense LeNet-300-100 on all images")
-    tune_epochs: int | None = flag(None, "of tuning after each level, on all images")
-    few: int | None = flag(None, "how many images are few")
-    few_epochs: int | None = flag(None, "of dense LeNet-300-100 on few images")
-    few_tune_epochs: int | None = flag(None, "of tuning after each level, on few images")
-    teacher_epochs: int | None = flag(None, "of LeNet, the student's teacher")
-    student_epochs: int | None = flag(None, "of every student")
-    student_batch_size: int | None = flag(None, "images per step of every student")
-    lr: float = flag(1.2e-3, "learning rate of Adam, for LeNet-300-100")
-    batch_size: int = flag(60, "images per step, for LeNet-300-100")
-    train_size: int | None = flag(None, "of all images, use this many only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/distillation", "folder for results.jsonl and the plots")
+    epochs: int | None = flag(None, "of dense LeNet-300-100 on all images", at_least=1)
+    tune_epochs: int | None = flag(None, "of tuning after each level, on all images", at_least=0)
+    few: int | None = flag(None, "how many images are few", at_least=1)
+    few_epochs: int | None = flag(None, "of dense LeNet-300-100 on few images", at_least=1)
+    few_tune_epochs: int | None = flag(None, "of tuning after each level, on few images", at_least=0)
+    teacher_epochs: int | None = flag(None, "of LeNet, the student's teacher", at_least=1)
+    student_epochs: int | None = flag(None, "of every student", at_least=1)
+    student_batch_size: int | None = flag(
+        None, "images per step of every student", at_least=1, at_most=100_000
+    )
+    lr: float = flag(1.2e-3, "learning rate of Adam, for LeNet-300-100", above=0)
+    batch_size: int = flag(60, "images per step, for LeNet-300-100", at_least=1, at_most=100_000)
+    train_size: int | None = flag(None, "of all images, use this many only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/distillation", "folder for results.jsonl and the plots", path="folder")
 
 
 def settings(config: Config) -> Sizes:
@@ -102,14 +108,14 @@ def settings(config: Config) -> Sizes:
       ValueError: a part that does not exist, or a number out of its range.
     """
     if unknown := [part for part in config.parts if part not in PARTS]:
-        raise ValueError(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
+        raise FlagError(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
     for sparsity in config.sparsities:
         jp.schedules.check_sparsity(sparsity, "sparsities")
     for temperature in (*config.temperatures, config.temperature):
         if not temperature > 0:
-            raise ValueError(f"temperatures must be positive, got {temperature}.")
+            raise FlagError(f"temperatures must be positive, got {temperature}.")
     if not 0 <= config.alpha <= 1:
-        raise ValueError(f"alpha must be 0 to 1, got {config.alpha}.")
+        raise FlagError(f"alpha must be 0 to 1, got {config.alpha}.")
     given = {name: getattr(config, name) for name in Sizes._fields}
     return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
 
@@ -171,7 +177,7 @@ class Study:
     def _train_dense(self) -> None:
         train, test = self.splits()
         if not 1 <= self.sizes.few <= len(train.y):
-            raise ValueError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
+            raise FlagError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
         few = train._replace(x=train.x[: self.sizes.few], y=train.y[: self.sizes.few])
         self.accuracy = _train.evaluator(MLP(), test)
         self.dense = {

@@ -58,28 +58,34 @@ class Config:
     dataset: Literal["python_help", "tiny_shakespeare"] = flag(
         "python_help", "python_help comes with Python; the other is downloaded once"
     )
-    fsdp: int | None = flag(None, "devices that params and batch are sharded over; by default what is left")
-    tensor: int = flag(1, "devices that heads and hidden units are split over")
-    devices: int | None = flag(None, "simulate so many on the CPU, in all processes together")
-    processes: int = flag(1, "start so many on this machine; with --process-id, so many there are")
+    fsdp: int | None = flag(
+        None, "devices that params and batch are sharded over; by default what is left", at_least=1
+    )
+    tensor: int = flag(1, "devices that heads and hidden units are split over", at_least=1)
+    devices: int | None = flag(None, "simulate so many on the CPU, in all processes together", at_least=1)
+    processes: int = flag(
+        1, "start so many on this machine; with --process-id, so many there are", at_least=1
+    )
     coordinator: str | None = flag(None, "host:port of process 0, on a cluster")
-    process_id: int | None = flag(None, "of this process, on a cluster; counted from 0")
+    process_id: int | None = flag(
+        None, "of this process, on a cluster; counted from 0", at_least=0, below="processes"
+    )
     reproducible: bool = flag(False, "the same sums of gradients on any number of devices")
-    parts: int = flag(8, "of each batch, with --reproducible; a power of 2 that --fsdp divides")
+    parts: int = flag(8, "of each batch, with --reproducible; a power of 2 that --fsdp divides", at_least=1)
     check: bool = flag(False, "compare one device, --devices in one process, and --processes")
-    steps: int = flag(400, "of training")
-    batch_size: int = flag(64, "pieces of text per step")
-    context: int = flag(64, "characters per piece")
-    dim: int = flag(64, "width of the network")
-    depth: int = flag(2, "its blocks")
-    heads: int = flag(4, "of attention")
-    hidden: int = flag(128, "units of each MLP")
-    lr: float = flag(3e-3, "learning rate of AdamW, at the peak of one cycle")
-    sparsity: float = flag(0.9, "of all matrices but the embedding, at the end")
-    mask_updates: int = flag(20, "how often masks are updated, between .1 and .7 of the steps")
-    seed: int = flag(0, "of the first params and of the batches")
+    steps: int = flag(400, "of training", at_least=1)
+    batch_size: int = flag(64, "pieces of text per step", at_least=1, at_most=100_000)
+    context: int = flag(64, "characters per piece", at_least=1)
+    dim: int = flag(64, "width of the network", at_least=1)
+    depth: int = flag(2, "its blocks", at_least=1)
+    heads: int = flag(4, "of attention", at_least=1)
+    hidden: int = flag(128, "units of each MLP", at_least=1)
+    lr: float = flag(3e-3, "learning rate of AdamW, at the peak of one cycle", above=0)
+    sparsity: float = flag(0.9, "of all matrices but the embedding, at the end", at_least=0, below=1)
+    mask_updates: int = flag(20, "how often masks are updated, between .1 and .7 of the steps", at_least=1)
+    seed: int = flag(0, "of the first params and of the batches", at_least=0)
     probe: str | None = flag(None, "a run's folder: make masks of its first and last params too")
-    out: str = flag("results/distributed", "folder of the results")
+    out: str = flag("results/distributed", "folder of the results", path="folder")
 
 
 _BEGIN, _END = 0.1, 0.7  # of the steps: when pruning begins and ends

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
+from experiments._limits import FlagError
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -40,16 +41,18 @@ class Config:
     """Flags of the study."""
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
-    sparsities: tuple[float, ...] = flag((0.9, 0.95, 0.98, 0.99), "fractions removed, biases not counted")
-    epochs: int | None = flag(None, "the budget of every method (default: 10, for digits 60)")
-    mask_updates: int = flag(60, "how often masks move, or gradual pruning goes on")
-    fraction: float = flag(0.3, "of the weights, moved in an update at the start")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(60, "images per step")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
+    sparsities: tuple[float, ...] = flag(
+        (0.9, 0.95, 0.98, 0.99), "fractions removed, biases not counted", above=0, below=1
+    )
+    epochs: int | None = flag(None, "the budget of every method (default: 10, for digits 60)", at_least=1)
+    mask_updates: int = flag(60, "how often masks move, or gradual pruning goes on", at_least=1)
+    fraction: float = flag(0.3, "of the weights, moved in an update at the start", above=0, at_most=1)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot", path="folder")
 
 
 METHODS = ("static", "set", "rigl", "gradual")
@@ -97,9 +100,9 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     if min(epochs(config), config.mask_updates) < 1:
-        raise ValueError("epochs and mask_updates must be 1 or more.")
+        raise FlagError("epochs and mask_updates must be 1 or more.")
     if wrong := [s for s in config.sparsities if not 0 < s < 1]:
-        raise ValueError(f"sparsities must be between 0 and 1, got {wrong}.")
+        raise FlagError(f"sparsities must be between 0 and 1, got {wrong}.")
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)

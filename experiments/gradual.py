@@ -37,18 +37,22 @@ class Config:
     """Flags of the study."""
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
-    sparsities: tuple[float, ...] = flag((0.8, 0.9, 0.95, 0.98), "fractions removed, biases not counted")
-    epochs: int = flag(13, "the budget of every method")
-    tune_epochs: int = flag(3, "of these, the epochs of fine-tuning after one-shot pruning")
-    begin_epoch: int = flag(1, "gradual pruning begins after this epoch")
-    end_epoch: int = flag(10, "and reaches its target after this one")
-    mask_updates: int = flag(40, "how often gradual pruning updates the masks in between")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(60, "images per step")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/gradual", "folder for results.jsonl and the plot")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
+    sparsities: tuple[float, ...] = flag(
+        (0.8, 0.9, 0.95, 0.98), "fractions removed, biases not counted", at_least=0, below=1, empty=True
+    )
+    epochs: int = flag(13, "the budget of every method", at_least=1)
+    tune_epochs: int = flag(
+        3, "of these, the epochs of fine-tuning after one-shot pruning", at_least=0, at_most="epochs"
+    )
+    begin_epoch: int = flag(1, "gradual pruning begins after this epoch", at_least=0, at_most="end_epoch")
+    end_epoch: int = flag(10, "and reaches its target after this one", at_least=0, at_most="epochs")
+    mask_updates: int = flag(40, "how often gradual pruning updates the masks in between", at_least=1)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/gradual", "folder for results.jsonl and the plot", path="folder")
 
 
 METHODS = {

@@ -62,17 +62,23 @@ class Config:
     preset: Literal["article", "sane", "digits"] | None = flag(
         None, "training settings; by default digits for digits and article for mnist"
     )
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
     amounts: tuple[float, ...] = flag(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), "fractions of the remaining pruned per round; '' for dense only"
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+        "fractions of the remaining pruned per round; '' for dense only",
+        at_least=0,
+        below=1,
+        empty=True,
     )
-    rounds: int = flag(3, "K, how often it prunes and fine-tunes")
-    tune_epochs: int = flag(4, "N, epochs of each fine-tuning")
-    epochs: int | None = flag(None, "epochs of dense training; by default the preset's")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    timing_runs: int = flag(5, "timed passes over the training images; 0 for none (the article: 20)")
-    out: str = flag("results/lenet", "folder for results.jsonl and plots")
+    rounds: int = flag(3, "K, how often it prunes and fine-tunes", at_least=1)
+    tune_epochs: int = flag(4, "N, epochs of each fine-tuning", at_least=0)
+    epochs: int | None = flag(None, "epochs of dense training; by default the preset's", at_least=1)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    timing_runs: int = flag(
+        5, "timed passes over the training images; 0 for none (the article: 20)", at_least=0
+    )
+    out: str = flag("results/lenet", "folder for results.jsonl and plots", path="folder")
 
 
 class Method(NamedTuple):

@@ -39,6 +39,7 @@ import jaxprune as jp
 from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
+from experiments._limits import FlagError
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -57,20 +58,30 @@ class Config:
         "frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels "
         "of a tenth in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only",
     )
-    methods: tuple[str, ...] | None = flag(None, f"of {', '.join(METHODS)}; ticket is always among them")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
-    levels: int | None = flag(None, "how often to prune")
-    branch_levels: tuple[int, ...] | None = flag(
-        None, "the levels at which the controls train that share the ticket's masks or sparsity"
+    methods: tuple[str, ...] | None = flag(
+        None, f"of {', '.join(METHODS)}; ticket is always among them", among=METHODS, empty=True
     )
-    epochs: int | None = flag(None, "epochs of training at each level")
-    lr: float | None = flag(None, "learning rate of Adam")
-    batch_size: int | None = flag(None, "images per step")
-    tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level")
-    rewind_epoch: int = flag(0, "rewind to the weights after this epoch (late rewinding)")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
+    levels: int | None = flag(None, "how often to prune", at_least=1)
+    branch_levels: tuple[int, ...] | None = flag(
+        None,
+        "the levels at which the controls train that share the ticket's masks or sparsity",
+        at_least=1,
+        at_most="levels",
+        empty=True,
+    )
+    epochs: int | None = flag(None, "epochs of training at each level", at_least=1)
+    lr: float | None = flag(None, "learning rate of Adam", above=0)
+    batch_size: int | None = flag(None, "images per step", at_least=1, at_most=100_000)
+    tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level", at_least=0)
+    rewind_epoch: int = flag(
+        0, "rewind to the weights after this epoch (late rewinding)", at_least=0, below="epochs"
+    )
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag(
+        "results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints", path="folder"
+    )
     fresh: bool = flag(False, "start over, where a killed run would be gone on with")
 
 
@@ -130,11 +141,11 @@ def settings(config: Config) -> Preset:
         reached = tuple(level for level in chosen.branch_levels if level <= chosen.levels)
         chosen = chosen._replace(branch_levels=reached)
     if unknown := [method for method in chosen.methods if method not in METHODS]:
-        raise ValueError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
+        raise FlagError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
     if not 0 <= config.rewind_epoch < chosen.epochs:
-        raise ValueError(f"rewind_epoch must be 0 to {chosen.epochs - 1}, got {config.rewind_epoch}.")
+        raise FlagError(f"rewind_epoch must be 0 to {chosen.epochs - 1}, got {config.rewind_epoch}.")
     if beyond := [level for level in chosen.branch_levels if not 1 <= level <= chosen.levels]:
-        raise ValueError(f"branch_levels must be among 1 to {chosen.levels}, got {beyond}.")
+        raise FlagError(f"branch_levels must be among 1 to {chosen.levels}, got {beyond}.")
     return chosen
 
 

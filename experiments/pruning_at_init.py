@@ -35,6 +35,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import _data, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
+from experiments._limits import FlagError
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -45,16 +46,18 @@ class Config:
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
     network: Literal["lenet", "deep"] = flag("lenet", "lenet is 300-100-10; deep is six times 100, then 10")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
-    compressions: tuple[float, ...] = flag((10, 20, 50, 100, 300, 1000), "c: 1/c of the weights stays")
-    epochs: int | None = flag(None, "of training after pruning (default: 8, for digits 60)")
-    score_images: int = flag(1000, "images in the batch of snip and grasp")
-    rounds: int = flag(100, "of synflow")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(60, "images per step")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
+    compressions: tuple[float, ...] = flag(
+        (10, 20, 50, 100, 300, 1000), "c: 1/c of the weights stays", above=1
+    )
+    epochs: int | None = flag(None, "of training after pruning (default: 8, for digits 60)", at_least=1)
+    score_images: int = flag(1000, "images in the batch of snip and grasp", at_least=1)
+    rounds: int = flag(100, "of synflow", at_least=1)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot", path="folder")
 
 
 NETWORKS = {"lenet": (300, 100, 10), "deep": (100,) * 6 + (10,)}
@@ -126,9 +129,9 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     if min(epochs(config), config.rounds, config.score_images) < 1:
-        raise ValueError("epochs, rounds and score_images must be 1 or more.")
+        raise FlagError("epochs, rounds and score_images must be 1 or more.")
     if wrong := [c for c in config.compressions if c <= 1]:
-        raise ValueError(f"compressions must be above 1, got {wrong}.")
+        raise FlagError(f"compressions must be above 1, got {wrong}.")
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)

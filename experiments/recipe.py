@@ -29,6 +29,7 @@ import jaxprune as jp
 from experiments import _data, _train
 from experiments._config import flag, parse, recipe_file
 from experiments._distill import LABELS, Mix, Taught, losses
+from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
 from experiments._results import Results, layers
 
@@ -42,21 +43,21 @@ class Config:
     )
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
     model: Literal["mlp", "lenet"] = flag("mlp", "mlp is LeNet-300-100")
-    seeds: tuple[int, ...] = flag((0,), "comma-separated")
-    epochs: int = flag(15, "of the dense network; of a recipe in steps, of each network")
-    tune_epochs: int = flag(5, "of training after each pruning")
+    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
+    epochs: int = flag(15, "of the dense network; of a recipe in steps, of each network", at_least=1)
+    tune_epochs: int = flag(5, "of training after each pruning", at_least=1)
     levels: int | None = flag(
-        None, "how often to prune, if nothing stops it (default: 1 for a number, else 10)"
+        None, "how often to prune, if nothing stops it (default: 1 for a number, else 10)", at_least=1
     )
     rewind: Literal["weights", "nothing"] = flag(
         "nothing", "what a level starts from; weights are the first ones"
     )
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(60, "images per step")
-    score_images: int = flag(500, "images in the batch of scores that need gradients or the loss")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks")
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    score_images: int = flag(500, "images in the batch of scores that need gradients or the loss", at_least=1)
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks", path="folder")
 
 
 class Run(NamedTuple):
@@ -282,7 +283,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
     recipe = jp.recipes.load(config.recipe)
     if min(config.epochs, config.tune_epochs, levels(config, recipe)) < 1 or not config.seeds:
-        raise ValueError("epochs, tune_epochs and levels must be 1 or more, and there must be a seed.")
+        raise FlagError("epochs, tune_epochs and levels must be 1 or more, and there must be a seed.")
     study = Study(config, recipe)
     end, total = recipe.end_step, config.epochs * study.steps
     if end is not None and end > total:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import _data, _plots, _tables, _train
 from experiments._config import flag, parse
+from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
 from experiments._results import Results, layers
 
@@ -47,18 +48,24 @@ class Config:
 
     dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
     network: Literal["lenet", "mlp"] = flag("lenet", "LeNet, or the perceptron 300-100-10")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated")
-    kinds: tuple[str, ...] = flag(_KINDS, "of pruning, comma-separated")
-    levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried")
-    tolerances: tuple[float, ...] = flag((0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer")
-    epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)")
-    tune_epochs: int | None = flag(None, "of fine-tuning (default: 1, for digits 5)")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    batch_size: int = flag(60, "images per step")
-    held_out: float = flag(1 / 6, "share of the training images that the analysis measures on")
-    train_size: int | None = flag(None, "use this many training images only")
-    test_size: int | None = flag(None, "use this many test images only")
-    out: str | None = flag(None, "folder of the results (default: results/sensitivity/<network>)")
+    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
+    kinds: tuple[str, ...] = flag(_KINDS, "of pruning, comma-separated", among=_KINDS)
+    levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried", at_least=0, below=1)
+    tolerances: tuple[float, ...] = flag(
+        (0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer", at_least=0
+    )
+    epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)", at_least=1)
+    tune_epochs: int | None = flag(None, "of fine-tuning (default: 1, for digits 5)", at_least=0)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    held_out: float = flag(
+        1 / 6, "share of the training images that the analysis measures on", above=0, below=1
+    )
+    train_size: int | None = flag(None, "use this many training images only", at_least=1)
+    test_size: int | None = flag(None, "use this many test images only", at_least=1)
+    out: str | None = flag(
+        None, "folder of the results (default: results/sensitivity/<network>)", path="folder"
+    )
 
 
 METHODS = ("by-layer", "uniform", "global")
@@ -133,11 +140,11 @@ class Study:
 
     def __init__(self, config: Config):
         if not config.tolerances or min(config.tolerances) < 0:
-            raise ValueError(f"tolerances must be one or more, of 0 or above, got {config.tolerances}.")
+            raise FlagError(f"tolerances must be one or more, of 0 or above, got {config.tolerances}.")
         if unknown := set(config.kinds) - set(_KINDS):
-            raise ValueError(f"there is no kind {', '.join(sorted(unknown))}; kinds are {', '.join(_KINDS)}.")
+            raise FlagError(f"there is no kind {', '.join(sorted(unknown))}; kinds are {', '.join(_KINDS)}.")
         if not 0 < config.held_out < 1:
-            raise ValueError(f"held_out must be a share in (0, 1), got {config.held_out}.")
+            raise FlagError(f"held_out must be a share in (0, 1), got {config.held_out}.")
         size = 28 if config.network == "lenet" else None
         data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
         train, test = _train.splits(data)

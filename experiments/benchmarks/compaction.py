@@ -47,10 +47,12 @@ NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): it
 class Config:
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(("resnet20", "wide", "vit"), "of these, in this order")
-    batch: int = flag(64, "images in a forward pass")
-    share: float = flag(0.5, "of the channels that goes")
-    rounds: int = flag(9, "measurements of each")
+    networks: tuple[str, ...] = flag(
+        ("resnet20", "wide", "vit"), "of these, in this order", among=("resnet20", "wide", "vit", "tiny")
+    )
+    batch: int = flag(64, "images in a forward pass", at_least=1, at_most=100_000)
+    share: float = flag(0.5, "of the channels that goes", at_least=0, below=1)
+    rounds: int = flag(9, "measurements of each", at_least=1)
 
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)

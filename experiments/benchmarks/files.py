@@ -30,9 +30,11 @@ from experiments._models import LeNet
 class Config:
     """Flags of the benchmark."""
 
-    millions: float = flag(16.0, "millions of float32 params")
-    sparsities: tuple[float, ...] = flag((0.5, 0.8, 0.9, 0.95, 0.98), "comma-separated")
-    rounds: int = flag(5, "how often each file is written and read, in turn; the ratio is of the medians")
+    millions: float = flag(16.0, "millions of float32 params", above=0, at_most=10_000)
+    sparsities: tuple[float, ...] = flag((0.5, 0.8, 0.9, 0.95, 0.98), "comma-separated", at_least=0, below=1)
+    rounds: int = flag(
+        5, "how often each file is written and read, in turn; the ratio is of the medians", at_least=1
+    )
     export: bool = flag(False, "also the sizes of LeNet, dense, masked and compacted, in each format")
 
 

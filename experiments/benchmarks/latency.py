@@ -28,12 +28,12 @@ from experiments._config import flag, parse
 class Config:
     """Flags of the benchmark."""
 
-    width: int = flag(1024, "units of the input and of each hidden layer")
-    layers: int = flag(3, "kernels, the last of 10 outputs")
-    batch: int = flag(64, "rows in a call")
-    sparsity: float = flag(0.95, "of the masks, entry by entry")
-    units: float = flag(0.5, "the fraction of hidden units removed")
-    rounds: int = flag(20, "measurements of each")
+    width: int = flag(1024, "units of the input and of each hidden layer", at_least=1, at_most=100_000)
+    layers: int = flag(3, "kernels, the last of 10 outputs", at_least=1, at_most=1000)
+    batch: int = flag(64, "rows in a call", at_least=1, at_most=100_000)
+    sparsity: float = flag(0.95, "of the masks, entry by entry", at_least=0, below=1)
+    units: float = flag(0.5, "the fraction of hidden units removed", at_least=0, below=1)
+    rounds: int = flag(20, "measurements of each", at_least=1)
 
 
 def apply_fn(params: Any, x: Any) -> Any:

@@ -83,15 +83,15 @@ class Config:
     dataset: Literal["synthetic", "mnist"] = flag(
         "synthetic", "synthetic: images of MNIST's size, from a seed"
     )
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated")
-    levels: int = flag(3, "how often to prune")
-    steps: int = flag(1000, "steps of training at each level: one pass over that many batches")
-    batch_size: int = flag(60, "images per step")
-    lr: float = flag(1.2e-3, "learning rate of Adam")
-    repeats: int = flag(5, "rounds in which each way runs once")
-    trial_steps: int = flag(200, "steps of the trials that choose PyTorch's threads and Adam")
+    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
+    levels: int = flag(3, "how often to prune", at_least=1)
+    steps: int = flag(1000, "steps of training at each level: one pass over that many batches", at_least=1)
+    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
+    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
+    repeats: int = flag(5, "rounds in which each way runs once", at_least=1)
+    trial_steps: int = flag(200, "steps of the trials that choose PyTorch's threads and Adam", at_least=1)
     bound: bool = flag(False, "also say what the time of a step is spent on")
-    out: str = flag("results/benchmarks/lottery", "folder for results.jsonl")
+    out: str = flag("results/benchmarks/lottery", "folder for results.jsonl", path="folder")
 
 
 class Outcome(NamedTuple):

@@ -35,9 +35,11 @@ from experiments.benchmarks._markdown import show
 class Config:
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params in the one-shot program")
-    leaves: int = flag(30, "of these")
-    width: int = flag(3600, "units of each hidden layer of the train step's network")
+    millions: float = flag(20.0, "of params in the one-shot program", above=0, at_most=10_000)
+    leaves: int = flag(30, "of these", at_least=1)
+    width: int = flag(
+        3600, "units of each hidden layer of the train step's network", at_least=1, at_most=100_000
+    )
 
 
 SMALL = Config(millions=0.02, leaves=3, width=16)

@@ -45,11 +45,11 @@ TORCH = ("torch global_unstructured", "torch.topk")
 class Config:
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params")
-    leaves: int = flag(30, "of these, the largest thirty times the smallest")
-    sparsity: float = flag(0.9, "of the masks")
-    rounds: int = flag(7, "in which each way has one turn")
-    seed: int = flag(0, "of the params")
+    millions: float = flag(20.0, "of params", above=0, at_most=10_000)
+    leaves: int = flag(30, "of these, the largest thirty times the smallest", at_least=1)
+    sparsity: float = flag(0.9, "of the masks", at_least=0, below=1)
+    rounds: int = flag(7, "in which each way has one turn", at_least=1)
+    seed: int = flag(0, "of the params", at_least=0)
 
 
 SMALL = Config(millions=0.02, leaves=3, rounds=2)

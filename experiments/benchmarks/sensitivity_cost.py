@@ -31,8 +31,10 @@ LEVELS = tuple(np.round(np.arange(1, 11) * 0.09, 2).tolist())
 class Config:
     """Flags of the benchmark."""
 
-    rounds: int = flag(7, "in which all take their turn")
-    images: int = flag(1000, "that the perceptrons see; the convolutions see an eighth")
+    rounds: int = flag(7, "in which all take their turn", at_least=1)
+    images: int = flag(
+        1000, "that the perceptrons see; the convolutions see an eighth", at_least=8, at_most=1_000_000
+    )
     vectorised: bool = flag(False, "time at_once=10 as well")
 
 

@@ -41,15 +41,19 @@ FORMS = ("csr", "padded", "blocks", "compact")
 class Config:
     """Flags of the benchmark."""
 
-    width: int = flag(2048, "units of the input and of each layer")
-    layers: int = flag(3, "kernels")
-    batches: tuple[int, ...] = flag((1, 8, 64, 512), "rows in a call")
-    sparsities: tuple[float, ...] = flag((0.8, 0.9, 0.95, 0.98, 0.99), "of all kernels together")
+    width: int = flag(2048, "units of the input and of each layer", at_least=1, at_most=100_000)
+    layers: int = flag(3, "kernels", at_least=1, at_most=1000)
+    batches: tuple[int, ...] = flag((1, 8, 64, 512), "rows in a call", at_least=1, at_most=100_000)
+    sparsities: tuple[float, ...] = flag(
+        (0.8, 0.9, 0.95, 0.98, 0.99), "of all kernels together", at_least=0, below=1
+    )
     structure: Literal["entries", "blocks", "units"] = flag("entries", "what is pruned; blocks are 64 x 64")
     ways: tuple[str, ...] = flag(
-        ("masked", "measure", "rule", "bcsr", *PEERS), f"what runs beside dense; also {', '.join(FORMS)}"
+        ("masked", "measure", "rule", "bcsr", *PEERS),
+        f"what runs beside dense; also {', '.join(FORMS)}",
+        among=("masked", "measure", "rule", "bcsr", *FORMS, *PEERS),
     )
-    rounds: int = flag(9, "measurements of each")
+    rounds: int = flag(9, "measurements of each", at_least=1)
 
 
 SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule"), rounds=2)

@@ -36,11 +36,17 @@ from experiments.benchmarks.train_step import NO_TORCH
 class Config:
     """Flags of the benchmark."""
 
-    widths: tuple[int, ...] = flag((784, 300, 100, 10), "of the network, from inputs to outputs")
-    batch: int = flag(1000, "rows that each point is evaluated on")
-    levels: int = flag(9, "sparsities, evenly spaced between 0 and 1")
-    seeds: int = flag(8, "networks side by side")
-    rounds: int = flag(5, "rounds in which each way runs once")
+    widths: tuple[int, ...] = flag(
+        (784, 300, 100, 10),
+        "of the network, from inputs to outputs",
+        at_least=1,
+        at_most=100_000,
+        repeats=True,
+    )
+    batch: int = flag(1000, "rows that each point is evaluated on", at_least=1, at_most=100_000)
+    levels: int = flag(9, "sparsities, evenly spaced between 0 and 1", at_least=1)
+    seeds: int = flag(8, "networks side by side", at_least=1)
+    rounds: int = flag(5, "rounds in which each way runs once", at_least=1)
 
 
 SMALL = Config(widths=(20, 12, 5), batch=16, levels=3, seeds=2, rounds=1)

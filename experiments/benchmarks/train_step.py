@@ -46,10 +46,16 @@ OURS = ("masked", "packed", "fixed")
 class Config:
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(("lenet", "seeds", "large"), "of these, in this order")
-    width: int = flag(3600, "units of each of the large network's three hidden layers")
-    rounds: int = flag(15, "rounds in which each way has one turn; the large network has 5 at most")
-    turn: float = flag(0.06, "seconds of a turn of plain steps, about; one step at least")
+    networks: tuple[str, ...] = flag(
+        ("lenet", "seeds", "large"), "of these, in this order", among=("lenet", "seeds", "large")
+    )
+    width: int = flag(
+        3600, "units of each of the large network's three hidden layers", at_least=1, at_most=100_000
+    )
+    rounds: int = flag(
+        15, "rounds in which each way has one turn; the large network has 5 at most", at_least=1
+    )
+    turn: float = flag(0.06, "seconds of a turn of plain steps, about; one step at least", above=0)
     slow: bool = flag(False, "also time the argsort of the large network")
 
 
