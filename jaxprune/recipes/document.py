@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
-_MAX_CHARACTERS = 200_000
+MAX_CHARACTERS = 200_000
 _MAX_DEPTH = 30
 _MAX_NODES = 50_000
 
@@ -188,9 +188,9 @@ def from_yaml(text: str, name: str) -> Node:
       ImportError: PyYAML is not installed.
     """
     yaml = _import_yaml()
-    if len(text) > _MAX_CHARACTERS:
+    if len(text) > MAX_CHARACTERS:
         raise RecipeError(
-            f"{name}: {len(text):,} characters are no recipe; at most {_MAX_CHARACTERS:,} are read."
+            f"{name}: {len(text):,} characters are no recipe; at most {MAX_CHARACTERS:,} are read."
         )
     root: Node | None = None
     # The collections that are open, each with the key that waits for its value, in mappings.

@@ -9,7 +9,7 @@ import jax
 
 from jaxprune import distillation
 from jaxprune.paths import array_leaves
-from jaxprune.recipes.document import Node, RecipeError, from_python, from_yaml, to_yaml
+from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_python, from_yaml, to_yaml
 from jaxprune.recipes.options import Call, attempt, named, read
 from jaxprune.recipes.sections import Section, inputs, read_section, together
 from jaxprune.schedules import check_sparsity
@@ -208,10 +208,19 @@ def read_text(path: str | Path) -> str:
     """The text of a file.
 
     Raises:
-      RecipeError: it is no UTF-8.
+      RecipeError: it is no UTF-8, or too long; no more is read of it than a recipe may have.
+      OSError: it cannot be read.
     """
+    most = 4 * MAX_CHARACTERS  # bytes that so many characters take at most
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as file:
+            data = file.read(most + 1)
+    except ValueError as error:
+        raise RecipeError(f"{str(path)!r} is no path: {error}.") from None
+    if len(data) > most:
+        raise RecipeError(f"{path}: more than {most:,} bytes are no recipe.")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: this is no text: {error}.") from None
 
