@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +21,8 @@ import numpy as np
 
 from jaxprune.io.atomic import replacing
 from jaxprune.io.format import FileError
+from jaxprune.io.opened import open_file
+from jaxprune.io.sealed import seal, unseal
 from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
 from jaxprune.paths import array_leaves, describe, is_concrete
 from jaxprune.typing import Params
@@ -81,14 +82,14 @@ class Program:
         return self.exported.call(leaves, inputs)
 
     def to_bytes(self) -> bytes:
-        """The program as bytes, which `jax.export.deserialize` reads too.
+        """The program as bytes: those of `jax.export`, which its `deserialize` reads too, and a checksum.
 
         Raises:
           ImportError: flatbuffers is not installed.
           ValueError: inputs or outputs are in containers that `jax.export` does not know.
         """
         _need_flatbuffers()
-        return bytes(self.exported.serialize())
+        return seal(bytes(self.exported.serialize()))
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Writes the bytes to a file, whole or not at all, and returns how many they are."""
@@ -154,18 +155,24 @@ def stablehlo(
 def load(path: str | os.PathLike[str]) -> Program:
     """Reads a program that `Program.save` wrote. It is a program: load what you trust.
 
+    Every byte is under a checksum, so a damaged file is refused. That says nothing of who made it: when
+    it is called, XLA compiles and runs what it holds.
+
     Raises:
       ImportError: flatbuffers is not installed.
-      FileError: a ValueError: the file is not a program.
+      FileError: a ValueError: the file is damaged, or not a program.
+      OSError: the file cannot be read.
     """
     _need_flatbuffers()
-    data = bytearray(Path(path).read_bytes())
+    name = os.fspath(path)
+    with open_file(path) as file:
+        data = bytearray(file.read())
     try:
-        return Program(jax.export.deserialize(data))
+        return Program(jax.export.deserialize(unseal(data)))
+    except FileError as error:
+        raise FileError(f"{name}: {error}.") from None
     except Exception as error:  # what a parser of another's format may raise
-        raise FileError(
-            f"{os.fspath(path)}: not an exported program ({type(error).__name__}: {error})."
-        ) from None
+        raise FileError(f"{name}: not an exported program ({type(error).__name__}: {error}).") from None
 
 
 def _need_flatbuffers() -> None:

@@ -190,10 +190,23 @@ def test_platforms_are_those_asked_for(variants, tmp_path):
 
 def test_what_is_no_program_is_said(tmp_path):
     file = tmp_path / "program"
-    for data in (b"", b"text", bytes(200), np.random.default_rng(0).bytes(1000)):
+    program = jp.export.stablehlo(
+        lambda params, x: x @ params["w"], {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
+    )
+    ours = program.exported.serialize()
+    for data in (b"", b"text", bytes(200), np.random.default_rng(0).bytes(1000), ours):
         file.write_bytes(data)
         with pytest.raises(jp.io.FileError, match="program: not an exported program"):
             jp.export.load(file)
+    program.save(file)
+    whole = file.read_bytes()
+    assert jax.export.deserialize(bytearray(whole)).fun_name == program.exported.fun_name
+    for index in range(0, len(whole) - 20, 7):
+        file.write_bytes(whole[:index] + bytes([whole[index] ^ 1 << index % 8]) + whole[index + 1 :])
+        with pytest.raises(jp.io.FileError, match="checksum is wrong: the file is damaged"):
+            jp.export.load(file)
+    with pytest.raises(jp.io.FileError, match="not a file, but a pipe or a device"):
+        jp.export.load("/dev/zero")
     with pytest.raises(FileNotFoundError):
         jp.export.load(tmp_path / "none")
 

@@ -4,7 +4,6 @@ import mmap as memory_map
 import os
 import sys
 import zlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ import numpy as np
 from jaxprune.io import trees
 from jaxprune.io.coding import Pattern, decode, from_planes
 from jaxprune.io.format import BITS, DTYPES, Entry, FileError, Header, channels, padded, read_head
+from jaxprune.io.opened import open_file
 from jaxprune.paths import describe, is_array
 from jaxprune.typing import Masks, Params
 
@@ -61,8 +61,8 @@ def load(
       A `Saved`.
 
     Raises:
-      FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, or does
-        not match `like`; the message names the file and the leaf.
+      FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, does
+        not match `like`, or is none (a pipe, a device); the message names the file and the leaf.
       OSError: the file cannot be read.
 
     Example:
@@ -74,8 +74,8 @@ def load(
       >>> jp.io.load(file).metadata
       {'step': 7}
     """
+    data = _contents(path, mmap)
     try:
-        data = _contents(path, mmap)
         header = read_head(data)
         needed = sum(entry.decoded for _, entry in header.entries)
         if needed > max_bytes:
@@ -105,9 +105,9 @@ def load(
 
 
 def _contents(path: str | os.PathLike[str], mmap: bool) -> memoryview:
-    if not mmap:
-        return memoryview(Path(path).read_bytes())
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
+        if not mmap:
+            return memoryview(file.read())
         if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
             return memoryview(b"")
         return memoryview(memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_READ))

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import numpy as np
 
 from jaxprune.io.atomic import replacing
 from jaxprune.io.format import DTYPES, FileError
+from jaxprune.io.opened import open_file
 from jaxprune.io.read import Saved
 from jaxprune.masks import apply_masks
 from jaxprune.paths import array_leaves, describe, is_array, is_concrete, leaf_paths
@@ -93,7 +93,8 @@ def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Saved:
     """
     package = _package()
     name = os.fspath(path)
-    data = Path(path).read_bytes()
+    with open_file(path) as file:
+        data = file.read()
     try:
         tensors = {key: _array(key, view) for key, view in package.deserialize(data)}
     except (package.SafetensorError, FileError) as error:
@@ -122,6 +123,8 @@ def _array(name: str, view: dict[str, Any]) -> np.ndarray:
     if view["dtype"] not in _NAMES:
         raise FileError(f"{name!r} is of dtype {view['dtype']}, which is not read")
     dtype = DTYPES[_NAMES[view["dtype"]]]
+    if view["dtype"] == "BOOL" and np.frombuffer(view["data"], np.uint8).max(initial=0) > 1:
+        raise FileError(f"{name!r} is of bools, and has bytes that are neither 0 nor 1")
     array = np.frombuffer(view["data"], dtype) if len(view["data"]) else np.zeros(0, dtype)
     return (array if sys.byteorder == "little" else array.byteswap()).reshape(view["shape"])
 
