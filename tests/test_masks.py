@@ -2,11 +2,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _profile import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxprune as jp
+from jaxprune.masks import packed_like
 
 PARAMS = {"kernel": jnp.array([[1.0, jnp.nan], [-jnp.inf, -2.0]]), "bias": jnp.array([0.5, -0.0])}
 MASKS = {"kernel": jnp.array([[True, False], [False, True]]), "bias": jnp.array([True, False])}
@@ -42,8 +44,20 @@ def test_ones_masks_mirror_any_leaf():
 bools = hnp.arrays(bool, (3, 4))
 
 
+@given(hnp.arrays(np.float32, (3, 4), elements=st.floats(width=32)), bools)
+@examples(60)
+def test_kept_entries_keep_their_bits_and_pruned_ones_are_zero(kernel, mask):
+    params = {"w": jnp.asarray(kernel), "half": jnp.asarray(kernel[0]).astype(jnp.bfloat16)}
+    masks = {"w": jnp.asarray(mask), "half": jnp.asarray(mask[0])}
+    pruned = jp.apply_masks(params, masks)
+    for path, leaf in params.items():
+        got, bits = (np.asarray(x).view(f"u{leaf.dtype.itemsize}") for x in (pruned[path], leaf))
+        np.testing.assert_array_equal(got, np.where(masks[path], bits, 0))
+    jp.check_pruned(pruned, masks)
+
+
 @given(bools, bools, bools)
-@settings(deadline=None, max_examples=30)
+@examples(30)
 def test_intersect_is_the_logical_and(a, b, c):
     both = jp.intersect({"w": jnp.array(a)}, {"w": jnp.array(b)}, {"w": jnp.array(c)})["w"]
     np.testing.assert_array_equal(both, a & b & c)
@@ -120,16 +134,21 @@ def test_two_leaves_at_one_path_are_refused():
         jp.prune_once(params, jp.scores.magnitude, 0.5)
 
 
-@given(hnp.arrays(bool, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=11)))
-@settings(deadline=None, max_examples=60, derandomize=True)
-def test_packing_is_numpys_and_undone(mask):
-    packed = jp.pack_masks({"w": jnp.asarray(mask)})["w"]
-    expected = np.packbits(np.atleast_1d(mask), axis=-1, bitorder="little")
-    assert packed.shape == mask.shape and packed.bits.dtype == jnp.uint8
-    np.testing.assert_array_equal(packed.bits, expected)
-    again = jp.unpack_masks({"w": packed})["w"]
-    assert again.dtype == jnp.bool_
-    np.testing.assert_array_equal(again, mask)
+# Few shapes, so that compiled programs are reused: of whole bytes and not, as many rows as entries in one,
+# one entry, none.
+PACKED_SHAPES = [(), (0, 3), (2, 0), (7,), (5, 5), (3, 16), (2, 3, 11)]
+
+
+@given(st.tuples(*(hnp.arrays(bool, shape) for shape in PACKED_SHAPES)))
+@examples(30)
+def test_packing_is_numpys_and_undone(masks):
+    packed = jp.pack_masks(list(map(jnp.asarray, masks)))
+    for mask, got, again in zip(masks, packed, jp.unpack_masks(packed), strict=True):
+        expected = np.packbits(np.atleast_1d(mask), axis=-1, bitorder="little")
+        assert got.shape == mask.shape and got.bits.dtype == jnp.uint8
+        np.testing.assert_array_equal(got.bits, expected)
+        assert again.dtype == jnp.bool_
+        np.testing.assert_array_equal(again, mask, strict=True)
 
 
 def test_packing_takes_bools():
@@ -140,3 +159,40 @@ def test_packing_takes_bools():
 def test_what_is_not_packed_stays():
     masks = {"w": jnp.array([True, False])}
     assert jp.unpack_masks(masks)["w"] is masks["w"]
+
+
+def test_packed_masks_are_trees_of_arrays_that_nobody_changes():
+    masks = {"w": jnp.array([[True, False, True]]), "b": jnp.array(False)}
+    packed = jax.jit(jp.pack_masks)(masks)
+    assert [leaf.shape for leaf in jax.tree.leaves(packed)] == [(1,), (1, 1)]
+    again = jax.jit(jp.unpack_masks)(packed)
+    assert jax.tree.map(lambda leaf: leaf.tolist(), again) == {"b": False, "w": [[True, False, True]]}
+    with pytest.raises(AttributeError):
+        packed["w"].shape = (3,)
+
+
+def test_masks_are_packed_where_others_are():
+    masks = {"w": jnp.array([True, False]), "b": jnp.array(True)}
+    assert packed_like(masks, masks) is masks
+    packed = jp.pack_masks(masks)
+    again = packed_like(masks, {"w": packed["w"], "b": masks["b"]})
+    assert {path: leaf.bits.tolist() for path, leaf in again.items()} == {"w": [1], "b": [1]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "each"),
+    [((6, 16), ("x", None), 0), ((3, 32), (None, "x"), 0), ((3, 24), (None, "x"), 12), ((20,), ("x",), 10)],
+)
+def test_packing_leaves_no_byte_to_two_devices(shape, spec, each):
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    masks = {"w": jax.ShapeDtypeStruct(shape, bool, sharding=sharding)}
+    with jax.sharding.use_abstract_mesh(mesh):
+        if each:
+            with pytest.raises(
+                ValueError, match=rf"pack_masks on params\['w'\].*{each} entries on each of 2"
+            ):
+                jax.eval_shape(jp.pack_masks, masks)
+        else:
+            packed = jax.eval_shape(jp.pack_masks, masks)["w"]
+            assert packed.bits.sharding.spec == sharding.spec and packed.shape == shape

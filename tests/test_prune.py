@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import HealthCheck, given, settings
+from _profile import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from oracle import Spec
 
 import jaxprune as jp
-
-SETTINGS = settings(
-    deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
 
 # Few shapes, so that compiled functions are reused. "skip" is what `where` leaves out.
 TREES = {
@@ -127,7 +124,7 @@ def targets(draw, shapes, spec, kind, scope):
 
 @pytest.mark.parametrize("case", CASES)
 @given(data=st.data())
-@SETTINGS
+@examples(50, share=len(CASES))
 def test_prune_once_is_the_oracle(case, data):
     tree, spec = CASES[case]
     shapes = TREES[tree]
@@ -220,7 +217,7 @@ def test_a_norm_neither_overflows_nor_vanishes(norm):
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
 @pytest.mark.parametrize("case", ["elements-conv", "slices-out", "blocks-2x2", "nm-2:4"])
 @given(data=st.data())
-@settings(SETTINGS, max_examples=25)
+@examples(25, share=8)
 def test_masks_are_nested_over_levels(case, scope, data):
     tree, spec = CASES[case]
     scores = data.draw(scored(TREES[tree], spec, "sparsity"))
@@ -233,7 +230,7 @@ def test_masks_are_nested_over_levels(case, scope, data):
 
 
 @given(scores=scored(TREES["many"], Spec(), "sparsity"), sparsity=FRACTIONS)
-@SETTINGS
+@examples(50)
 def test_counts_are_exact(scores, sparsity):
     size = sum(s.size for s in scores.values())
     after, _ = prune(scores, sparsity=sparsity, floor=0)

@@ -6,15 +6,14 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from hypothesis import HealthCheck, given, settings
+from _profile import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxprune import ordering, search, selection, sources
 
-SETTINGS = settings(
-    deadline=None, max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+SETTINGS = examples(80)
 
 # Two or three leaves, one of them empty in the second tree; few shapes, so that jit's cache is hit.
 SHAPES = [[(3, 4), (7,)], [(2, 3), (0, 2), (5,), ()], [(1,)]]
@@ -273,7 +272,7 @@ def in_groups(scores, alive, counts, floors, of_all):
 
 @pytest.mark.parametrize("of_all", [False, True])
 @given(data=st.data())
-@SETTINGS
+@examples(80, share=2)
 def test_groups_floors_and_counts_of_all(of_all, data):
     """Each group gives its lowest, but for the highest of each leaf, which its floor keeps."""
     shapes, members, floors = [(2, 3), (5,), (), (4,)], [[0], [1, 2, 3]], (2, 0, 1, 1)
