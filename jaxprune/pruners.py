@@ -325,6 +325,11 @@ def _table(
             missed = np.zeros_like(most)
             break
         _check_table_size(len(rows), len(most), grid)
+        if grid.last is None and end is None and len(rows) == 4096:
+            # So many levels take a second. That the last of all that there can be is too few is said now.
+            beyond = _MAX_TABLE // len(most) + 1
+            if asked(beyond - 1) != asked(beyond):
+                _check_table_size(beyond, len(most), grid)
         if grid.last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
             break
     # Only levels that go on for ever are meant to end at the floor.

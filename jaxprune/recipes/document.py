@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, NoReturn
 
 MAX_CHARACTERS = 200_000
 _MAX_DEPTH = 30
-_MAX_NODES = 50_000
+_MAX_NODES = 10_000
+_MAX_DIGITS = 300  # of whole numbers; those beyond are infinite
 
 # A leading zero is octal in YAML 1.1 and decimal in 1.2, so it is neither here; nor is 1_000 a number.
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -108,6 +109,8 @@ class Node(NamedTuple):
         value = self.plain()
         if isinstance(value, str):
             value = _number(value.strip())
+        if isinstance(value, int) and abs(value) >= 10**_MAX_DIGITS:
+            value = math.inf if value > 0 else -math.inf
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             hint = ""
             if isinstance(self.value, Text) and re.fullmatch(r"[-+]?[0-9][0-9_:.,%xob]*", self.value.text):
@@ -326,7 +329,7 @@ def _item(value: Any) -> int | float | None:
 
 def _number(text: str) -> int | float | None:
     if _INTEGER.fullmatch(text):
-        return int(text) if len(text) < 300 else math.inf
+        return int(text) if len(text) < _MAX_DIGITS else -math.inf if text[0] == "-" else math.inf
     if _NUMBER.fullmatch(text):
         return float(text)
     if _INFINITY.fullmatch(text):
@@ -341,9 +344,15 @@ def _join(key: str, name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in a message, cut where it is long."""
+    """A value in a message: cut where it is long, and without what a terminal would not show."""
     if isinstance(value, str):
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value[:80], ensure_ascii=False)
     else:
-        text = repr(value) if isinstance(value, (bool, int, float)) else f"{type(value).__name__} {value!r}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        try:
+            text = repr(value)
+        except ValueError:  # Python writes no numbers of thousands of digits
+            text = "of too many digits"
+        if not isinstance(value, (bool, int, float)):
+            text = f"{type(value).__name__} {text}"
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

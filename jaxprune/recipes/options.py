@@ -19,6 +19,7 @@ from jaxprune.typing import ScoreFn, Where
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
 """What a recipe may name where an option is a reduction."""
 
+_MAX_PATTERN = 300
 _COMBINED = {"all_of": paths.all_of, "any_of": paths.any_of}
 
 
@@ -159,6 +160,8 @@ def read_where(node: Node) -> Where:
             inner.fail(f"expected a list of predicates, got {inner.described()}.")
         return _COMBINED[name](*map(read_where, inner.value))
     pattern = node.text()
+    if len(pattern) > _MAX_PATTERN:
+        node.fail(f"a pattern of {len(pattern):,} characters; at most {_MAX_PATTERN} are read.")
     return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
 
 
