@@ -1,8 +1,6 @@
 """Masks: making, applying, combining and checking them."""
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +101,7 @@ def like_params(masks: Masks, params: Params) -> Masks:
     return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaf_paths(params)])
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["bits"], meta_fields=["shape"])
-@dataclass(frozen=True)
-class PackedMask:
+class PackedMask(NamedTuple):
     """A mask of one bit per entry.
 
     Attributes:
@@ -115,6 +111,15 @@ class PackedMask:
 
     bits: jax.Array
     shape: tuple[int, ...]
+
+
+# A named tuple, because flax serializes these without being told; but its shape is no leaf.
+jax.tree_util.register_pytree_with_keys(
+    PackedMask,
+    lambda mask: (((jax.tree_util.GetAttrKey("bits"), mask.bits),), mask.shape),
+    lambda shape, leaves: PackedMask(*leaves, shape),
+    lambda mask: ((mask.bits,), mask.shape),
+)
 
 
 def pack_masks(masks: Masks) -> Any:
