@@ -15,8 +15,8 @@ from jaxprune import ordering, search, selection, sources
 
 SETTINGS = examples(80)
 
-# Two or three leaves, one of them empty in the second tree; few shapes, so that jit's cache is hit.
-SHAPES = [[(3, 4), (7,)], [(2, 3), (0, 2), (5,), ()], [(1,)]]
+# Leaves of few and many entries, of one and of none; few shapes, so that jit's cache is hit.
+SHAPES = [[(3, 4), (7,)], [(2, 3), (0, 2), (5,), (), (2,)], [(1,)]]
 VALUES = {
     "grid": st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]),
     "all": st.floats(width=32),
@@ -167,6 +167,14 @@ def test_lowest_in_double_precision(dtype):
             assert_same(chosen_by_jaxprune(scores, alive, count), oracle.lowest(scores, alive, count))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32])
+def test_lowest_of_integers_that_are_no_float32(dtype):
+    scores = [np.array([2**30 + 3, 2**30 + 1, 2**30 + 2, 2**30], dtype)]
+    for count in range(5):
+        got = chosen_by_jaxprune(scores, [np.ones(4, bool)], count)
+        assert_same(got, oracle.lowest(scores, [np.ones(4, bool)], count))
+
+
 def test_subnormals_and_signed_zeros_rank_exactly():
     scores = [np.array([3e-45, -0.0, 1e-45, 0.0, -1e-45, 1e-40], np.float32)]
     alive = [np.ones(6, bool)]
@@ -230,9 +238,36 @@ def test_more_entries_than_an_int32_counts_trace(shapes):
 
 
 def test_an_axis_that_cannot_be_indexed_raises():
-    scores = jax.ShapeDtypeStruct((2**31,), jnp.int8)
+    scores = [jax.ShapeDtypeStruct((size,), jnp.int8) for size in (2**31, 3, 2**31 + 1)]
     with pytest.raises(ValueError, match=r"shape \(2147483648,\): an axis has more than 2147483647"):
-        jax.eval_shape(lambda s: selection.lowest([s], [None], 3), scores)
+        jax.eval_shape(lambda *s: selection.lowest(s, [None] * 3, 3), *scores)
+    longest = jax.ShapeDtypeStruct((2**31 - 1,), jnp.int8)
+    assert jax.eval_shape(lambda s: selection.lowest([s], [None], 3), longest)[0].shape == longest.shape
+
+
+def test_as_many_masks_specs_and_floors_as_leaves():
+    two = [jnp.arange(3.0), jnp.arange(2.0)]
+    for run in (selection.lowest, COMPILED):
+        with pytest.raises(ValueError, match="shorter"):
+            run(two, [jnp.ones(3, bool)], 1)
+    with pytest.raises(ValueError, match="shorter"):
+        selection.lowest(two, [None, None], 1, [jax.sharding.PartitionSpec()])
+    with pytest.raises(ValueError, match="shorter"):
+        selection.select_arrays(two, [None, None], selection.Request((0, 0), (1,), (0,)))
+
+
+def test_specs_say_what_is_counted_over_which_devices():
+    """What comes out is checked on eight devices by `test_sharding.py`; here that all counts are added up."""
+    mesh, spec = jax.sharding.AbstractMesh((2, 4), ("x", "y")), jax.sharding.PartitionSpec
+    specs = [spec("x", "y"), spec("y"), spec(("x", "y")), spec()]
+    scores = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(4, 8), (4,), (8, 3), (2, 3)]]
+
+    def choose(*scores):
+        return selection.lowest(scores, [None] * 4, 5, specs)
+
+    # Raises where a mask would not be the same on all devices that hold a part.
+    masks = jax.eval_shape(jax.shard_map(choose, mesh=mesh, in_specs=tuple(specs), out_specs=specs), *scores)
+    assert [mask.shape for mask in masks] == [leaf.shape for leaf in scores]
 
 
 @pytest.fixture(scope="module")
