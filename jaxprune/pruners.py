@@ -144,10 +144,13 @@ def pruner(
             sound = all_finite(now, masks, chosen)
             if is_concrete(sound):
                 pool(now, masks, chosen, structure)  # says which scores are not finite
-            total = jax.tree.map(
-                lambda s, new: jnp.where(sound, memory * s + new.astype(s.dtype), s), state.scores, now
-            )
-            state = state._replace(scores=total)
+
+            def added(old, new):
+                total = memory * old + new.astype(old.dtype)
+                # Entries that take no part may be NaN now, and sums may overflow, which would be for ever.
+                return jnp.where(sound & jnp.isfinite(total), total, old)
+
+            state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
         alive = jax.eval_shape(
             lambda state: pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive, state

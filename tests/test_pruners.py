@@ -333,6 +333,18 @@ def test_a_burst_of_nan_is_not_remembered():
     jax.tree.map(np.testing.assert_array_equal, state.masks, jp.prune_once(params, twice, 0.5))
 
 
+def test_sums_stay_finite_where_scores_overflow_or_are_nan_and_take_no_part():
+    params = {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}
+    huge = {"kernel": jnp.arange(8.0).reshape(2, 4).at[0, 1].set(3e38), "bias": jnp.full(4, jnp.nan)}
+    pruner = jp.pruner(jp.scores.gradient_magnitude, jp.schedules.one_shot(0.5, step=3), memory=1.0)
+    update, state = jax.jit(pruner.update), pruner.init(params)
+    for _ in range(3):
+        state = update(state, params, huge)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.scores))
+    # An infinite sum would never be ranked again.
+    assert state.masks["kernel"].tolist() == [[False, True, False, False], [False, True, True, True]]
+
+
 def test_sums_are_of_single_precision_at_least_and_of_real_numbers():
     params = {"kernel": jnp.ones((2, 3), jnp.bfloat16), "c": {"kernel": jnp.ones((2, 2), jnp.complex64)}}
     params |= {"step": jnp.zeros((), jnp.int32)}
