@@ -3,15 +3,16 @@
     python tests/mutation.py selection masks schedules
     python tests/mutation.py graph --sample 150 --seed 0
 
-cosmic-ray makes the mutants: another operator or comparison, a number one higher or lower, a `not` more,
-a loop that never runs, a decorator less. Each is written into a copy of the project, and the tests of its
-module run there until one fails. A mutant that passes them all has survived, and is either an entry of
-`mutation_survivors.toml`, which says why it changes nothing that matters, or a test is missing. The command
-fails on a survivor without an entry, and on an entry without a survivor if the whole module was run.
+cosmic-ray, of the extra "mutation", makes the mutants: another operator or comparison, a number one higher or
+lower, a `not` more, a loop that never runs, a decorator less. Each is written into a copy of the project, and
+the tests of its module run there until one fails. A mutant that passes them all has survived, and is either
+an entry of `mutation_survivors.toml`, which says why it changes nothing that matters, or a test is missing.
+The command fails on a survivor without an entry, and on an entry without a survivor if the whole module was
+run.
 
-Annotations are left as they are, and of the many operators that could stand in place of one the nearest do
-(`--operators all` takes all). Each mutant has a process of its own, forked from one that has imported JAX and
-not yet used it, and compiled programs are kept between them.
+Annotations are left as they are, what is written in two ways counts once, and of the many operators that
+could stand in place of one the nearest do (`--operators all` takes all). Each mutant has a process of its
+own, forked from one that has imported JAX and not yet used it, and compiled programs are kept between them.
 """
 
 import argparse
@@ -30,10 +31,6 @@ import tomllib
 import traceback
 from pathlib import Path
 from typing import NamedTuple
-
-from cosmic_ray import plugins
-from cosmic_ray.ast import ast_nodes, get_ast
-from cosmic_ray.mutating import mutate_code
 
 ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("mutation_survivors.toml")
@@ -90,6 +87,10 @@ class Mutant(NamedTuple):
 
 def mutants_of(path, everything=False):
     """All mutants of a module that compile and are not the same program."""
+    from cosmic_ray import plugins  # of the extra "mutation", which pytest does without
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+
     text = path.read_text()
     tree, seen = get_ast(text), {_meaning(text)}
     hidden = _annotations(ast.parse(text))
@@ -148,7 +149,7 @@ def _annotations(tree):
 
 def _difference(before, after):
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[3:]
-    return tuple(" ".join(line[1:].strip() for line in lines if line[0] == sign) for sign in "-+")
+    return tuple(" ".join(line[1:].strip() for line in lines if line[0] == sign).strip() for sign in "-+")
 
 
 class Result(NamedTuple):
@@ -252,6 +253,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--operators", choices=["nearest", "all"], default="nearest")
     parser.add_argument("--match", default="", help="only mutants of lines that contain this")
+    parser.add_argument("--new", action="store_true", help="only mutants that have no entry yet")
     parser.add_argument("--list", action="store_true", help="list the mutants, and run nothing")
     args = parser.parse_args()
     known, left = explained(), []
@@ -266,13 +268,15 @@ def main():
         for name in args.modules:
             mutants = [m for path in paths_of(name) for m in mutants_of(path, args.operators == "all")]
             mutants = [m for m in mutants if args.match in m.old]
+            if args.new:
+                mutants = [m for m in mutants if (name, m.old, m.new) not in known]
             if args.sample and args.sample < len(mutants):
                 mutants = random.Random(args.seed).sample(mutants, args.sample)
             if args.list:
                 print(*(f"{m.path.name}:{m.line}: {m.old} -> {m.new}" for m in mutants), sep="\n")
                 continue
             left += run_module(name, mutants, copy, known)
-            whole = not (args.sample or args.match) and args.operators == "nearest"
+            whole = not (args.sample or args.match or args.new) and args.operators == "nearest"
             if whole:
                 left += [f"{key}: an entry without a survivor" for key in known if key[0] == name]
     if left:

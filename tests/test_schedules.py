@@ -53,6 +53,27 @@ def test_begin_and_end_at_the_same_step_is_one_shot():
         assert [float(schedule(t)) for t in (3, 4, 5)] == [0, 0.6, 0.6]
 
 
+def test_a_step_may_be_the_first_and_one_apart():
+    assert [float(jp.schedules.one_shot(0.7, step=0)(t)) for t in (0, 1)] == [0.7, 0.7]
+    assert [float(jp.schedules.linear(0.6, begin_step=3, end_step=4)(t)) for t in (3, 4)] == [0, 0.6]
+
+
+def test_what_is_not_said_begins_at_0_with_nothing():
+    for make in (jp.schedules.linear, jp.schedules.cubic):
+        schedule, said = make(0.6, end_step=4), make(0.6, begin_step=0, end_step=4, initial_sparsity=0.0)
+        assert (schedule.begin_step, schedule.end_step) == (0, 4)
+        np.testing.assert_array_equal(schedule(np.arange(6)), said(np.arange(6)))
+    own = jp.schedules.Schedule(lambda t: 0.1 * t)
+    assert (own.begin_step, own.end_step) == (0, None)
+    assert [float(own(t)) for t in (-1, 0, 2)] == [0, 0, 0.2]
+    with pytest.raises(AttributeError):
+        own.begin_step = 3  # type: ignore[misc]
+
+
+def test_a_line_may_be_flat():
+    assert jp.schedules.linear(0.5, end_step=5, initial_sparsity=0.5)(np.arange(7)).tolist() == [0.5] * 7
+
+
 def test_geometric_stops_and_never_reaches_one():
     assert float(jp.schedules.geometric(0.5, stop=0.9)(10)) == 0.9
     assert float(jp.schedules.geometric(0.5)(10_000)) < 1
