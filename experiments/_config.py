@@ -65,6 +65,8 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
             raise SystemExit(str(error)) from None
     given = vars(parser.parse_args(argv))
     for field in fields:
+        if given[field.name] == []:  # what argparse makes of `--epochs=--`
+            parser.error(f"argument {flag_name(field.name)}: expected one argument")
         if field not in files and (wrong := field.metadata["limits"].beside(given[field.name], given)):
             parser.error(f"argument {flag_name(field.name)}: {wrong}")
     return config(**{field.name: given[field.name] for field in fields})

@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 LARGEST = 2**31 - 1
 """What whole numbers are at most, either way: they become counts and sizes on the device."""
 
+_LONGEST_PATH = 1000
+
 Bound = float | str | None
 
 
@@ -134,6 +136,8 @@ def shown(value: Any) -> str:
 
 def _unfit(text: str, kind: str) -> str | None:
     """Why nothing could be written to a path; None if it seems it could."""
+    if len(text) > _LONGEST_PATH:
+        return f"is too long for a path, {len(text):,} characters"
     try:
         path = next(path for path in (Path(text), *Path(text).parents) if os.path.lexists(path))
         if path != Path(text) and not path.is_dir():
