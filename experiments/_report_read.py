@@ -71,7 +71,11 @@ def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
     notes: list[str] = []
     seen: set[Path] = set()
     for given in map(Path, results):
-        if not given.exists():
+        try:
+            found = given.exists()
+        except OSError as error:
+            raise ReportError(f"{str(given)[:80]}: {error.strerror}.") from None
+        if not found:
             raise ReportError(f"{given}: there is no such file or folder.")
         files = sorted(given.rglob("*.jsonl")) if given.is_dir() else [given]
         if not files:
@@ -149,6 +153,8 @@ def _setting(value: Any) -> Any:
 
 def _read_file(file: Path) -> tuple[list[Line], bool]:
     """The lines of a file, and whether the last one is torn."""
+    if not file.is_file():
+        raise ReportError(f"{file}: neither a file nor a folder.")
     try:
         text = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

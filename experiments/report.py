@@ -32,6 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import _report_content, _report_html, _report_markdown, _report_read
+from experiments._limits import Limits
 from experiments._report_read import ReportError
 
 
@@ -89,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--markdown", help="the same as Markdown (default: beside the page, as .md; '' for none)"
     )
     chosen = parser.parse_args(argv)
+    to_file = Limits(path="file")
+    if wrong := to_file.problem(chosen.out):
+        parser.error(f"argument --out: {wrong}")
     markdown = str(Path(chosen.out).with_suffix(".md")) if chosen.markdown is None else chosen.markdown
+    if markdown and (wrong := to_file.problem(markdown)):
+        parser.error(f"argument --markdown: {wrong}")
     try:
         print(report(chosen.results, chosen.out, markdown or None))
     except ReportError as error:
