@@ -166,6 +166,8 @@ ELEMENTWISE = {
     "xor": lambda x, y: integers(x) ^ integers(y),
     "zeta": lambda x, y: special.zeta(2 + jnp.abs(x), 1.5),
 }
+if not hasattr(lax, "mulhi"):  # jax 0.8 does not have it
+    del ELEMENTWISE["mulhi"]
 
 
 def _read(op, p, x):
@@ -1022,7 +1024,7 @@ def test_every_rule_has_a_case():
         _, params, inputs = drawn(name)
         tried |= op_names(Linked(found.function, params, inputs).region)
     rules = set(base._RULES)
-    assert rules - tried <= set(NOT_PUBLIC)
+    assert rules - tried <= {*NOT_PUBLIC, *(() if hasattr(lax, "mulhi") else ("mulhi",))}
 
 
 # What random cases found, each on its own.

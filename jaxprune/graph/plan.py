@@ -161,7 +161,7 @@ class Plan:
         for path, axes in self.keep.items():
             arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
         with replacing(file) as new, new.open("wb") as stream:
-            np.savez_compressed(stream, allow_pickle=False, format=np.int64(_FORMAT), **arrays)
+            np.savez_compressed(stream, format=np.int64(_FORMAT), **arrays)
 
     @classmethod
     def load(cls, file: str | PathLike[str]) -> "Plan":
