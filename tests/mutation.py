@@ -42,17 +42,17 @@ TESTS = {
     "masks": [["tests/test_masks.py", "jaxprune/masks.py"]],
     "selection": [
         [f"{SELECTION}::test_groups_floors_and_counts_of_all", f"{SELECTION}::test_lowest_is_the_oracle"],
-        [SELECTION, "-k=parts or raises or specs or float32 or stored or removed_count"],
+        [SELECTION, "-k=ties or parts or raises or specs or float32 or stored or removed_count"],
     ],
     "schedules": [["tests/test_schedules.py", "jaxprune/schedules.py"]],
     "ordering": [[SELECTION, "-k=ordered_bits or dtype"], [SELECTION]],
     "search": [
         [f"{SELECTION}::test_groups_floors_and_counts_of_all", f"{SELECTION}::test_lowest_is_the_oracle"],
-        [SELECTION, "-k=parts or raises or specs or stored or double_precision"],
+        [SELECTION, "-k=ties or parts or raises or specs or stored or double_precision"],
     ],
     "sources": [
         [f"{SELECTION}::test_groups_floors_and_counts_of_all", f"{SELECTION}::test_leaves_counted_in_parts"],
-        [SELECTION, "-k=raises or specs or stored or more_entries"],
+        [SELECTION, "-k=ties or raises or specs or stored or more_entries"],
     ],
     "wide": [["tests/test_wide.py"], [SELECTION, "-k=parts"]],
     "graph": [

@@ -145,6 +145,15 @@ def test_lowest_is_nested(problem, data):
         assert not (small & ~large).any()
 
 
+@pytest.mark.parametrize("shapes", SHAPES, ids=len)
+def test_ties_go_by_place(shapes):
+    scores = [np.zeros(shape, np.float32) for shape in shapes]
+    size = sum(s.size for s in scores)
+    for count in range(size + 1):
+        got = chosen_by_jaxprune(scores, [np.ones(shape, bool) for shape in shapes], count)
+        assert np.concatenate([mask.ravel() for mask in got]).tolist() == [i < count for i in range(size)]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "int32", "uint8"])
 def test_lowest_of_every_dtype(dtype):
     rng = np.random.default_rng(1)
@@ -310,7 +319,7 @@ def in_groups(scores, alive, counts, floors, of_all):
 @examples(80, share=2)
 def test_groups_floors_and_counts_of_all(of_all, data):
     """Each group gives its lowest, but for the highest of each leaf, which its floor keeps."""
-    shapes, members, floors = [(2, 3), (5,), (), (4,)], [[0], [1, 2, 3]], (2, 0, 1, 1)
+    shapes, members, floors = [(2, 3), (5,), (), (4,)], [[0], [1, 2, 3]], (3, 0, 1, 1)
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
     counts = [data.draw(st.integers(0, sum(scores[i].size for i in leaves))) for leaves in members]
