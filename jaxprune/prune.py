@@ -107,7 +107,7 @@ def prune_once(
     References:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
-    structure = elements() if structure is None else structure
+    structure = checked_structure(structure)
     check_choices(scope, of, floor)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:
         raise ValueError(
@@ -129,6 +129,22 @@ def prune_once(
         counts = threshold_counts(threshold, units)
     of_all = sparsity is not None and of == "total"
     return remove(masks, units, counts, together, floors_of(units.scores, structure, floor), of_all)
+
+
+def checked_structure(structure: Structure | None) -> Structure:
+    """The structure, by default of single entries.
+
+    Raises:
+      TypeError: it is none; a function that makes one, say.
+    """
+    if structure is None:
+        return elements()
+    if not isinstance(structure, Structure):
+        raise TypeError(
+            "structure must be one of jaxprune.structures, called, as in jaxprune.structures.nm(2, 4); got "
+            f"{repr(structure)[:200]}."
+        )
+    return structure
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:

@@ -12,17 +12,18 @@ from jax import lax
 
 from jaxprune.control import update_if
 from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
-from jaxprune.paths import is_concrete, kernels, selected
+from jaxprune.paths import check_mirrors, is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
+    checked_structure,
     pool,
     remove,
     scored,
 )
 from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity, constant
-from jaxprune.structures import Structure, elements
+from jaxprune.structures import Structure
 from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts
 from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
 from jaxprune.wide import take, wide
@@ -106,12 +107,12 @@ def pruner(
     check_choices(scope, of, floor)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
-    if not 0 <= memory <= 1:
-        raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory}.")
+    if not isinstance(memory, (int, float, np.number)) or not 0 <= memory <= 1:
+        raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
     limit = None if stop is None else check_sparsity(stop, "stop")
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
-    structure = elements() if structure is None else structure
+    structure = checked_structure(structure)
 
     @lru_cache(maxsize=8)
     def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
@@ -127,7 +128,13 @@ def pruner(
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
+        if not isinstance(state, PrunerState):
+            raise TypeError(
+                f"pruner.update needs the state of pruner.init first, got a {type(state).__name__}: call "
+                "pruner.update(state, params)."
+            )
         chosen = selected(params, where)
+        check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
         def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key

@@ -166,9 +166,11 @@ def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
             "the host. To trace over sparsities (vmap, scan), pass count=, which may be traced; "
             "jaxprune.selection.removed_count(sparsity, size) gives it."
         )
-    if not hasattr(sparsity, "__float__"):  # strings have none, arrays do
-        raise TypeError(f"{what} must be a number in [0, 1), got {sparsity!r}.")
-    value = float(sparsity)
+    try:
+        # Strings have no such method, and arrays of one entry do.
+        value = sparsity.__float__()
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise TypeError(f"{what} must be a number in [0, 1), got {repr(sparsity)[:200]}.") from None
     if not 0 <= value < 1:
         raise ValueError(
             f"{what} must be in [0, 1), the fraction removed, got {value}. "
