@@ -53,7 +53,12 @@ UNGUARDED = {
     "lookahead reset": "as lookahead",
     "contrib.dpsgd": "its gradients have an axis of examples that its updates have not",
 }
-# Where two programs, which round differently, part for good after a while: for so many steps they go together.
+# What zero gradients break: here they are tiny instead.
+NO_ZEROS = {
+    "contrib.sam": "optax.contrib.normalize divides by their norm",
+    "contrib.sam opaque": "as sam",
+}
+# Where two programs, which round differently, part for good, and for how many steps they do not.
 _SEARCH = "a line search compares losses, and the curvature it remembers magnifies what they differ by"
 UNSTABLE = {"lbfgs": (10, _SEARCH), "lbfgs backtracking": (10, _SEARCH)}
 # Kinds whose scores read gradients need one gradient, not one per example.
@@ -93,16 +98,16 @@ def objective(params: Any, batch: tuple[Any, Any]) -> jax.Array:
     )  # type: ignore[return-value]
 
 
-def draw(case: Case, steps: int, rng: np.random.Generator, wild: bool, guarded: bool) -> Draws:
+def draw(name: str, steps: int, rng: np.random.Generator, wild: bool) -> Draws:
     """Gradients of normal numbers, with bursts of each sort while masks change and after.
 
     Args:
-      case: the optimizer, for what its gradients look like.
+      name: of the optimizer, for what its gradients look like.
       steps: how many.
       rng: where they come from.
       wild: whether there are huge ones too, at which most optimizers lose the survivors.
-      guarded: whether there are NaN and infinite ones.
     """
+    case = OPTIMIZERS[name]
     examples = 2 if case.per_example else 1
     params = make_params(case.dtypes[0])
 
@@ -131,8 +136,11 @@ def draw(case: Case, steps: int, rng: np.random.Generator, wild: bool, guarded: 
         leaf = leaves[0] if case.needs else leaves[rng.integers(len(leaves))]
         leaf.reshape(steps, -1)[part, rng.integers(leaf[0].size)] = value
 
-    bursts: list[Any] = [zeros, partial(scale, factor=1e3)]
-    if guarded:
+    bursts: list[Any] = [
+        partial(scale, factor=1e-6) if name in NO_ZEROS else zeros,
+        partial(scale, factor=1e3),
+    ]
+    if name not in UNGUARDED:
         bursts += [partial(everywhere, np.nan), partial(somewhere, np.nan), partial(somewhere, -np.inf)]
     if wild:
         bursts += [partial(scale, factor=1e30), partial(scale, factor=1e37)]
@@ -302,14 +310,14 @@ def check_zeros(history: Any) -> int:
 def calls(pair: Pair, draws: Draws, masks: dict[str, np.ndarray]) -> Iterator[tuple[int, bool]]:
     """For each step, how often the pruner was called by then, and whether its scores are finite."""
     number, bad = 0, draws.bad
-    grads = {path: leaf.mean(1) for path, leaf in by_path(draws.grads).items()}
+    finite = {path: np.isfinite(leaf).all(1) for path, leaf in by_path(draws.grads).items()}
     for t in range(len(bad)):
         number += not (pair.around and bad[t])
         alive = {path: mask[t - 1] if t else np.ones_like(mask[0]) for path, mask in masks.items()}
         if pair.kind.regrows:  # what may grow counts too
             alive = {path: np.ones_like(mask) for path, mask in alive.items()}
         kernels = [path for path in masks if path.endswith("kernel")]
-        sound = not pair.kind.reads_grads or all(np.isfinite(grads[p][t][alive[p]]).all() for p in kernels)
+        sound = not pair.kind.reads_grads or all(finite[p][t][alive[p]].all() for p in kernels)
         yield number, sound
 
 
@@ -496,7 +504,7 @@ def run_pair(
     """
     pair = make_pair(name, kinds(steps)[kind_name], form == "around")
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {kind_name} {form}".encode())])
-    calm, wild = (draw(pair.case, steps, rng, wild, pair.guarded) for wild in (False, True))
+    calm, wild = (draw(name, steps, rng, wild) for wild in (False, True))
     new = (pair.params, pair.init())
 
     whole, history = pair.run(new, 0, steps, calm)
@@ -511,9 +519,10 @@ def run_pair(
     # The state at random steps, after a move of the masks, and once they are at rest.
     moves = np.flatnonzero(changes(masks))
     rest = int(moves[-1]) + 1 if len(moves) else 0
-    # Masks that shrink do so in a step of training; where masks move there is none, and some of
-    # GaLore's state, in its own basis, may look like a param.
-    alone = rest - 1 if rest and not pair.kind.regrows and name != "contrib.galore" else rest
+    # Masks that shrink do so in a step of training, for which the loss was taken at params not masked
+    # yet. Where masks move there is no step. Some of GaLore's state may look like a param and is none.
+    early = rest and not (pair.kind.regrows or pair.case.needs or name == "contrib.galore")
+    alone = rest - 1 if early else rest
     random = [int(t) for t in rng.integers(1, steps, 3)]
     stops = sorted({*random, alone, *(int(t) + 1 for t in moves[:1])})
     carry, at, states = new, 0, {}
