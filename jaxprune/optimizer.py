@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.masks import apply_masks, check_masks, intersect, like_params, pack_masks, unpack_masks
-from jaxprune.paths import is_concrete, mirrors
+from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
 from jaxprune.zeros import Zeros, zero_where
 
@@ -99,7 +99,7 @@ def wrap_optax(
         return WrapOptaxState(inner.init(params), state)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
-        _check_params(params, "wrap_optax")
+        _check_update("wrap_optax", WrapOptaxState, updates, state, params)
         pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
         before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
@@ -149,7 +149,7 @@ def keep_masked(
         return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
-        _check_params(params, "keep_masked")
+        _check_update("keep_masked", KeepMaskedState, updates, state, params)
         check_masks(state.masks, _fast(params))
         updates, inner_state = _masked_update(
             inner, updates, state.inner, params, state.masks, state.masks, extra
@@ -164,9 +164,32 @@ def _is_optimizer(value: Any) -> bool:
     return hasattr(value, "init") and hasattr(value, "update") and not isinstance(value, Pruner)
 
 
-def _check_params(params: Any, name: str) -> None:
+def _check_update(name: str, kind: type, updates: Any, state: Any, params: Any) -> None:
+    """Checks what `update` is given: a state of its own, params, and gradients like them.
+
+    Raises:
+      TypeError: another state; a gradient that is no array.
+      ValueError: no params, or gradients of another structure or other shapes.
+    """
+    call = "call tx.update(grads, opt_state, params)"
     if params is None:
-        raise ValueError(f"{name} needs the params to prune them: call tx.update(grads, opt_state, params).")
+        raise ValueError(f"{name} needs the params to prune them: {call}.")
+    if not isinstance(state, kind):
+        raise TypeError(f"{name} needs the state of its own init, got a {type(state).__name__}: {call}.")
+    # `None` stands for "no gradient".
+    grads, treedef = jax.tree.flatten(updates, is_leaf=lambda leaf: leaf is None)
+    try:
+        twins = treedef.flatten_up_to(_fast(params))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} needs gradients with the tree structure of params: {error}.") from None
+    for path, grad, param in zip(leaf_paths(treedef.unflatten(range(len(grads)))), grads, twins, strict=True):
+        if grad is None:
+            continue
+        if not is_array(grad):
+            raise TypeError(f"{name}: grads[{path!r}] is a {type(grad).__name__}, not an array: {call}.")
+        if not is_array(param) or tuple(grad.shape) != tuple(param.shape):
+            own = describe(param) if is_array(param) else f"a {type(param).__name__}"
+            raise ValueError(f"{name}: grads[{path!r}] is {describe(grad)}, but params has {own} there.")
 
 
 def _is_placeholder(params: Any) -> bool:
