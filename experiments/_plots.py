@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 
+from jaxprune.io.atomic import replacing
+
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -86,7 +88,8 @@ def panels(
             axis.legend()
     axes[0][0].set_ylabel(figure)
     canvas.suptitle(title, fontsize=11)
-    canvas.savefig(path, dpi=150)
+    with replacing(path) as new:  # a full disk leaves no half of one
+        canvas.savefig(new, dpi=150, format="png")
     plt.close(canvas)
 
 

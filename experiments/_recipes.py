@@ -34,14 +34,24 @@ def study_of(config: type) -> str:
     return module.removeprefix("experiments.")
 
 
-def save_study(folder: Path, study: str, config: Any, recipe: Mapping[str, Any] | None = None) -> None:
-    """Writes `recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
+def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None) -> str:
+    """`recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_file(f)}
+    settings.pop("fresh", None)  # to repeat a run is not to start over each time
     pruning = {
         key: value for key, value in (recipe or {}).items() if key not in ("version", "study", "config")
     }
-    text = to_yaml({"version": VERSION, "study": study, "config": settings, **pruning})
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return to_yaml({"version": VERSION, "study": study, "config": settings, **pruning})
+
+
+def plain_settings(text: str) -> dict[str, Any]:
+    """What `study_text` wrote, in one dict: two runs with the same are the same.
+
+    Raises:
+      RecipeError: it is something else.
+    """
+    data = from_yaml(text, "recipe.yaml").plain()
+    return {key: value for key, value in data.items() if key != "config"} | data["config"]
 
 
 def save_method(folder: str | Path, name: str, recipe: Recipe) -> None:

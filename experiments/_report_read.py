@@ -14,6 +14,10 @@ _NOT_SETTINGS = ("out", "dense", "fresh", "timing_runs", "batch_sizes")
 _TASK = ("dataset", "network", "model")
 
 
+UNFINISHED = "unfinished"
+"""The folder of a run of a study that has not ended, beside what it will replace."""
+
+
 class ReportError(Exception):
     """Results that no report can be made of; its text is for whoever asked for one."""
 
@@ -77,7 +81,7 @@ def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
             raise ReportError(f"{str(given)[:80]}: {error.strerror}.") from None
         if not found:
             raise ReportError(f"{given}: there is no such file or folder.")
-        files = sorted(given.rglob("*.jsonl")) if given.is_dir() else [given]
+        files = _of_folder(given, notes) if given.is_dir() else [given]
         if not files:
             raise ReportError(f"{given}: there is no .jsonl file in this folder.")
         for file in files:
@@ -95,6 +99,17 @@ def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
     if not lines:
         raise ReportError(f"nothing to show: {' '.join(notes)}")
     return lines, notes
+
+
+def _of_folder(folder: Path, notes: list[str]) -> list[Path]:
+    """The `.jsonl` files of a folder; of runs that have not ended only where there is nothing else."""
+    files = sorted(folder.rglob("*.jsonl"))
+    ended = [file for file in files if UNFINISHED not in file.relative_to(folder).parts]
+    for file in files:
+        if file not in ended:
+            what = f"was left out; {file.parent} shows it" if ended else "is shown"
+            notes.append(f"{file}, of a run that has not ended, {what}.")
+    return ended or files
 
 
 def sections(lines: Sequence[Line]) -> list[Section]:

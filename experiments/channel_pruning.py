@@ -20,15 +20,14 @@ compacted network, which is trained on:
     python -m experiments.channel_pruning --dataset tiny_shakespeare   # a small language model
 
 The dense network is kept in the results folder, and so is every line: the same command with more
-methods, targets or seeds adds to them.
+methods, targets or seeds adds to them. A run that was stopped, by SIGKILL, SIGTERM (status 143) or a
+full disk, goes on after its last epoch of the dense network, or its last finished method.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,7 +37,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _channel_report, _channels, _data, _recipes, _steps
+from experiments import _channel_report, _channels, _faults, _recipes, _steps
 from experiments._channels import NETWORKS, RANKINGS, Cut, Small
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
@@ -154,8 +153,8 @@ def recipe(method: str, cut: Cut, multiple_of: int, end_step: int | None = None)
 class Study:
     """A network, its data, and one seed's dense training."""
 
-    def __init__(self, chosen: Config):
-        self.chosen, own = chosen, _filled(chosen)
+    def __init__(self, chosen: Config, results: Results):
+        self.chosen, self.results, own = chosen, results, _filled(chosen)
         self.network = NETWORKS[own.network]
         self.task = _channels.load(self.network, chosen.train_size, chosen.test_size)
         self.epochs, self.lr = own.epochs, own.lr
@@ -222,7 +221,7 @@ class Study:
         ranking = method if method in RANKINGS else self.chosen.ranking
         cut = self.cutter.cut(ranking, dense, most, _key(seed, "random"))
         own = recipe(ranking, cut, self.chosen.multiple_of)
-        _recipes.save_method(str(self.chosen.out), f"{method}-{target:g}x-seed-{seed}", own)
+        _recipes.save_method(self.results.unfinished, f"{method}-{target:g}x-seed-{seed}", own)
         small = _channels.compact(self.task.apply, dense, cut.masks, self.example)
         variables, before = small.compacted.params, None
         if method == "scratch":
@@ -261,7 +260,7 @@ class Study:
         groups = self.cutter.groups.under("params")
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
         own = recipe("gradual", cut, self.chosen.multiple_of, end)
-        _recipes.save_method(str(self.chosen.out), f"gradual-{target:g}x-seed-{seed}", own)
+        _recipes.save_method(self.results.unfinished, f"gradual-{target:g}x-seed-{seed}", own)
         pruner = own.pruner(dense["params"], groups=groups)
         penalty = _channels.penalised(groups, self.chosen.penalty)
         inner = optax.chain(penalty, self.optimizer(self.tune_lr, epochs))
@@ -312,21 +311,28 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
     chosen = settings(config)
     own = _filled(chosen)
-    if chosen.fresh:
-        for seed in chosen.seeds:
-            forget(f"{chosen.dense}/seed-{seed}")
-    lines = [] if chosen.fresh else _earlier(chosen)
     wanted = [("dense", 1.0), *((m, target) for target in own.targets for m in chosen.methods)]
-    done = {(line["method"], line["target"], line["seed"]) for line in lines}
-    missing = {s: [pair for pair in wanted if (*pair, s) not in done] for s in chosen.seeds}
-    total = sum(
-        own.epochs * bool(pairs) + own.tune_epochs * len([p for p in pairs if p[0] != "dense"])
-        for pairs in missing.values()
+    results = Results(
+        own.out,
+        "channel_pruning",
+        chosen,
+        go_on=not chosen.fresh,
+        adds=True,
+        may_differ=_NOT_SETTINGS,
     )
-    with Results(own.out, "channel_pruning", chosen) as results, tqdm(total=total, unit="epoch") as bar:
-        for line in lines:
-            results.write(**line)
-        study = Study(chosen) if any(missing.values()) else None
+    with results, tqdm(unit="epoch") as bar:
+        for seed in chosen.seeds if chosen.fresh else ():
+            forget(f"{chosen.dense}/seed-{seed}")
+
+        def done(method: str, target: float, seed: int) -> bool:
+            return results.done(method=method, target=target, seed=seed)
+
+        missing = {s: [(m, t) for m, t in wanted if not done(m, t, s)] for s in chosen.seeds}
+        bar.total = sum(
+            own.epochs * bool(pairs) + own.tune_epochs * len([p for p in pairs if p[0] != "dense"])
+            for pairs in missing.values()
+        )
+        study = Study(chosen, results) if any(missing.values()) else None
         for seed, pairs in missing.items():
             if study is None or not pairs:
                 continue
@@ -340,43 +346,22 @@ def run(config: Config) -> list[dict[str, Any]]:
                     line |= {"params": study.params, "macs": study.cutter.macs, "macs_ratio": 1.0}
                 else:
                     line |= study.figures(study.run(method, target, dense, seed, bar))
-                line["note"] = study.task.note
-                results.write(**line)
-                lines.append(line)
+                results.write(**line, note=study.task.note)
     asked = {(*pair, seed) for pair in wanted for seed in chosen.seeds}
-    return [line for line in lines if (line["method"], line["target"], line["seed"]) in asked]
-
-
-def _earlier(chosen: Config) -> list[dict[str, Any]]:
-    """The lines that an earlier run with these settings left in the folder."""
-    path = Path(str(chosen.out)) / "results.jsonl"
-    if not path.exists():
-        return []
-
-    def kept(config: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
-
-    own = kept(json.loads(json.dumps(dataclasses.asdict(chosen))))
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if any(kept(line["config"]) != own for line in lines):
-        raise SystemExit(
-            f"{path} is of a run with other settings. Give the same flags to add to it, another --out, or "
-            "--fresh to start over."
-        )
-    return [{k: v for k, v in line.items() if k not in ("study", "config", "versions")} for line in lines]
+    return [line for line in results.lines if (line["method"], line["target"], line["seed"]) in asked]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out or "results/channel_pruning"):
         lines = run(config)
-    chosen = settings(config)
-    print(f"\n{chosen.network} on {lines[0]['note']}")
-    print(_channel_report.summarise(lines, chosen))
-    if chosen.methods:
-        print(f"\n{_channel_report.widths(lines, _filled(chosen).targets[0])}")
-    _channel_report.plot(lines, chosen)
+        chosen = settings(config)
+        print(f"\n{chosen.network} on {lines[0]['note']}")
+        print(_channel_report.summarise(lines, chosen))
+        if chosen.methods:
+            print(f"\n{_channel_report.widths(lines, _filled(chosen).targets[0])}")
+        _channel_report.plot(lines, chosen)
     print(f"\nWrote results.jsonl and accuracy.png to {chosen.out}")
 
 

@@ -31,7 +31,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _distill, _tables, _train
+from experiments import _data, _distill, _faults, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import LeNet
 from experiments._results import Results
@@ -211,13 +211,13 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    print(f"\nLeNet on {data}, {len(config.seeds)} seeds; bytes of the file and of the exported program")
-    device = jax.devices()[0].device_kind
-    print(f"(float32); how many times as fast batches of {config.batch_size} are, {device}")
-    print(summarise(lines))
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        print(f"\nLeNet on {data}, {len(config.seeds)} seeds; bytes of the file and of the exported program")
+        device = jax.devices()[0].device_kind
+        print(f"(float32); how many times as fast batches of {config.batch_size} are, {device}")
+        print(summarise(lines))
     print(f"\nWrote results.jsonl to {config.out}")
 
 

@@ -14,6 +14,9 @@ Three parts, to be run together or apart:
   epochs; with all images and with few, there also by a teacher that has
   seen all.
 
+A run that was stopped goes on with what it had finished when the same command
+is given again: students, temperatures, and ways of tuning with all their levels.
+
     python -m experiments.distillation                   # digits, embedded
     python -m experiments.distillation --dataset mnist
     python -m experiments.distillation --dataset mnist --parts few
@@ -23,6 +26,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,7 +37,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _distill, _plots, _tables, _train
+from experiments import _data, _distill, _faults, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._distill import Mix
 from experiments._limits import FlagError
@@ -99,6 +103,7 @@ class Config:
     train_size: int | None = flag(None, "of all images, use this many only", at_least=1)
     test_size: int | None = flag(None, "use this many test images only", at_least=1)
     out: str = flag("results/distillation", "folder for results.jsonl and the plots", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 def settings(config: Config) -> Sizes:
@@ -151,7 +156,6 @@ class Study:
 
     def __init__(self, config: Config, results: Results, bar: tqdm):
         self.config, self.sizes, self.results, self.bar = config, settings(config), results, bar
-        self.lines: list[dict[str, Any]] = []
         if set(config.parts) & {"few", "pruning"}:
             self._train_dense()
 
@@ -165,14 +169,27 @@ class Study:
         """A key for each seed."""
         return _train.seed_keys(self.config.seeds, purpose)
 
-    def record(
+    def lines(
         self, accuracies: np.ndarray, own: Callable[[int], dict[str, Any]] | None = None, **same: Any
-    ) -> None:
-        """Writes a line for each seed: what is the same for all, and `own(index)`."""
-        for index, seed in enumerate(self.config.seeds):
-            line = same | {"seed": seed, "accuracy": float(accuracies[index])} | (own(index) if own else {})
-            self.results.write(**line)
-            self.lines.append(line)
+    ) -> list[dict[str, Any]]:
+        """A line for each seed: what is the same for all, and `own(index)`."""
+        return [
+            same | {"seed": seed, "accuracy": float(accuracies[index])} | (own(index) if own else {})
+            for index, seed in enumerate(self.config.seeds)
+        ]
+
+    def missing(self, epochs: int, **fields: Any) -> bool:
+        """Whether no lines have these fields; if they do, the epochs they took are behind the bar."""
+        done = self.results.done(**fields)
+        self.bar.update(epochs if done else 0)
+        return not done
+
+    def once(self, name: str, epochs: int, make: Callable[[], Any]) -> Any:
+        """What is trained once, in so many epochs; see `Results.once`."""
+        before = self.bar.n
+        params = self.results.once(name, make)
+        self.bar.update(before + epochs - self.bar.n)
+        return params
 
     def _train_dense(self) -> None:
         train, test = self.splits()
@@ -191,9 +208,12 @@ class Study:
         self.bar.set_description(f"dense, {images} images")
         fit = _distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
         init = _train.init(MLP(), split, self.keys(purpose))
-        params = fit(init, jp.ones_masks(init), self.keys(purpose + 1), epochs, self.bar)
+        ones, keys = jp.ones_masks(init), self.keys(purpose + 1)
+        params = self.once(f"dense-{images}", epochs, lambda: fit(init, ones, keys, epochs, self.bar))
         same = {"part": "dense", "images": images, "method": LABELS, "sparsity": 0.0}
-        self.record(self.accuracy(params), train_images=len(split.y), epochs=epochs, **same)
+        if self.missing(0, **same):
+            same |= {"train_images": len(split.y), "epochs": epochs}
+            self.results.add(self.lines(self.accuracy(params), **same))
         return Dense(init, params, split, fit)
 
 
@@ -230,22 +250,24 @@ def student(study: Study) -> None:
         }
         for method, mix in ({LABELS: _distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
             study.bar.set_description(f"{name}, {method}")
-            keys = study.keys(11 + 2 * number)
-            params = fit(init, jp.ones_masks(init), keys, epochs, study.bar, answers, mix)
+            keys, ones = study.keys(11 + 2 * number), jp.ones_masks(init)
+            same = {"part": "student", "network": name, "method": method}
+            if name == "LeNet":
+                make = partial(fit, init, ones, keys, epochs, study.bar, None, mix)
+                params = study.once("teacher", epochs, make)
+                answers = _distill.answerer(model, train)(params)
+                if not study.missing(0, **same):
+                    continue
+            elif study.missing(epochs, **same):
+                params = fit(init, ones, keys, epochs, study.bar, answers, mix)
+            else:
+                continue
 
             def size(index: int, params: Any = params) -> dict[str, int]:
                 return {"file_bytes": file_bytes(jax.tree.map(operator.itemgetter(index), params))}
 
-            same = {
-                "part": "student",
-                "network": name,
-                "method": method,
-                "mix": mix._asdict(),
-                "epochs": epochs,
-            }
-            study.record(accuracy(params), size, **same, **costs)
-            if name == "LeNet":
-                answers = _distill.answerer(model, train)(params)
+            same |= {"mix": mix._asdict(), "epochs": epochs}
+            study.results.add(study.lines(accuracy(params), size, **same, **costs))
 
 
 def few(study: Study) -> None:
@@ -255,10 +277,13 @@ def few(study: Study) -> None:
         study.bar.set_description(f"few images, T={temperature:g}")
         mix = Mix(temperature, config.alpha)
         ones, keys, epochs = jp.ones_masks(dense.init), study.keys(3), study.sizes.few_epochs
+        same = {"part": "few", "images": "few", "method": TAUGHT, "temperature": temperature}
+        if not study.missing(epochs, **same):
+            continue
         # The same first weights and order of images as by labels: those of the dense network.
         params = dense.fit(dense.init, ones, keys, epochs, study.bar, study.told, mix)
-        same = {"part": "few", "images": "few", "method": TAUGHT, "temperature": temperature}
-        study.record(study.accuracy(params), train_images=len(dense.images.y), epochs=epochs, **same)
+        same |= {"train_images": len(dense.images.y), "epochs": epochs}
+        study.results.add(study.lines(study.accuracy(params), **same))
 
 
 def pruning(study: Study) -> None:
@@ -271,18 +296,20 @@ def pruning(study: Study) -> None:
         if images == "few":
             ways[TAUGHT] = (study.told, mix)
         for method, (answers, mix) in ways.items():
-            params, masks = dense.params, jp.ones_masks(dense.params)
+            chain = {"part": "pruning", "images": images, "method": method}
+            if not study.missing(epochs * len(study.config.sparsities), **chain):
+                continue
+            params, masks, lines = dense.params, jp.ones_masks(dense.params), []
             for level, sparsity in enumerate(sorted(study.config.sparsities), start=1):
                 study.bar.set_description(f"{images} images, {method} {sparsity:.0%}")
                 masks = _distill.prune(params, masks, sparsity)
                 before = study.accuracy(jp.apply_masks(params, masks))
                 keys = study.keys(100 + level)
                 params = dense.fit(params, masks, keys, epochs, study.bar, answers, mix)
-                same = {"part": "pruning", "images": images, "method": method, "sparsity": sparsity}
-                line = _distill.figures(params, masks, before)
-                study.record(
-                    study.accuracy(params), line, train_images=len(dense.images.y), epochs=epochs, **same
-                )
+                same = chain | {"sparsity": sparsity, "train_images": len(dense.images.y), "epochs": epochs}
+                figures = _distill.figures(params, masks, before)
+                lines += study.lines(study.accuracy(params), figures, **same)
+            study.results.add(lines)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -293,12 +320,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     total += (sizes.teacher_epochs + students) * ("student" in parts)
     total += len(config.temperatures) * sizes.few_epochs * ("few" in parts)
     total += levels * (2 * sizes.tune_epochs + 3 * sizes.few_tune_epochs) * ("pruning" in parts)
-    with Results(config.out, "distillation", config) as results, tqdm(total=total, unit="epoch") as bar:
+    results = Results(config.out, "distillation", config, go_on=not config.fresh)
+    with results, tqdm(total=total, unit="epoch") as bar:
         study = Study(config, results, bar)
         for name, part in (("student", student), ("few", few), ("pruning", pruning)):
             if name in parts:
                 part(study)
-    return study.lines
+    return results.lines
 
 
 # --- tables and plots
@@ -369,12 +397,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     _train.use_cores(config.seeds)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
-    print(summarise(lines, config))
-    print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config, data)])} to {config.out}")
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
+        print(summarise(lines, config))
+        print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config, data)])} to {config.out}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from jax.experimental import multihost_utils
 from tqdm import trange
 
 import jaxprune as jp
-from experiments import _data, _distributed_train, _recipes, _steps
+from experiments import _distributed_train, _faults, _recipes, _steps
 from experiments._config import flag, parse
 from experiments._distributed_launch import free_address, launch, module_command
 from experiments._distributed_train import feed, fingerprint, gather
@@ -127,6 +127,16 @@ def set_up(config: Config) -> None:
 
 def train(config: Config) -> dict[str, Any]:
     """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
+    if jax.process_index() > 0:
+        return _train(config)[0]
+    with Results(config.out, "distributed", config) as results:
+        line, masks = _train(config)
+        results.write(**line, masks=results.keep_masks("last", masks))
+    return line
+
+
+def _train(config: Config) -> tuple[dict[str, Any], Any]:
+    """The line, and the masks at the end; process 0 writes the params."""
     mesh = make_mesh(config)
     text = _distributed_train.load_text(config.dataset)
     sizes = (config.context, config.dim, config.depth, config.heads, config.hidden)
@@ -189,10 +199,7 @@ def train(config: Config) -> dict[str, Any]:
     for name in (_FIRST, _LAST) if config.probe else ():
         saved = jp.io.load(Path(str(config.probe)) / name, like=params).params
         line[f"probe_{name}"] = probe(jax.tree.map(np.asarray, saved))
-    if leads:
-        with Results(config.out, "distributed", config) as results:
-            results.write(**line, masks=results.keep_masks("last", masks))
-    return line
+    return line, masks
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -324,23 +331,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     if (config.coordinator is None) != (config.process_id is None):
         raise SystemExit("a process of a cluster needs both --coordinator and --process-id")
-    if config.check:
-        lines = check(config)
-        print(f"\n{lines[0]['note']}, {lines[0]['params']:,} params")
-        print(summarise(lines))
-        print("masks of the same params: the same to the bit")
-        for line in lines[1:]:
-            print(f"masks of the run on {line['layout']}: {line['differing']:.4%} not those of one device")
-    elif config.processes > 1 and config.process_id is None:
-        start_processes(config)
-    else:
-        set_up(config)
-        with _data.said_plainly():
+    starts_others = config.check or (config.processes > 1 and config.process_id is None)
+    if not starts_others:
+        set_up(config)  # before SIGTERM is caught: JAX's processes catch it as well
+    with _faults.ends_plainly(config.out):
+        if config.check:
+            lines = check(config)
+            print(f"\n{lines[0]['note']}, {lines[0]['params']:,} params")
+            print(summarise(lines))
+            print("masks of the same params: the same to the bit")
+            for line in lines[1:]:
+                print(
+                    f"masks of the run on {line['layout']}: {line['differing']:.4%} not those of one device"
+                )
+        elif starts_others:
+            start_processes(config)
+        else:
             line = train(config)
-        if jax.process_index() == 0:
-            print(f"\n{line['note']}, {line['params']:,} params")
-            print(summarise([line]))
-            print(f"\nWrote results.jsonl, the params and the masks to {config.out}")
+            if jax.process_index() == 0:
+                print(f"\n{line['note']}, {line['params']:,} params")
+                print(summarise([line]))
+                print(f"\nWrote results.jsonl, the params and the masks to {config.out}")
 
 
 if __name__ == "__main__":

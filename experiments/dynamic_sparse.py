@@ -10,7 +10,9 @@ number of weights at the end:
 - gradual: from dense, along the cubic schedule, all layers ranked together;
 - dense: nothing is pruned.
 
-All seeds of a method train in one compiled program.
+All seeds of a method train in one compiled program. A run that was stopped goes
+on with what it had finished, method by method, when the same command is given
+again.
 
     python -m experiments.dynamic_sparse                  # digits, embedded
     python -m experiments.dynamic_sparse --dataset mnist
@@ -29,7 +31,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _recipes, _tables, _train
+from experiments import _data, _faults, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._limits import FlagError
 from experiments._models import MLP
@@ -53,6 +55,7 @@ class Config:
     train_size: int | None = flag(None, "use this many training images only", at_least=1)
     test_size: int | None = flag(None, "use this many test images only", at_least=1)
     out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 METHODS = ("static", "set", "rigl", "gradual")
@@ -112,17 +115,20 @@ def run(config: Config) -> list[dict[str, Any]]:
     init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
     init = _train.init(model, train, init_keys)
     ones = jp.ones_masks(init)
-    lines: list[dict[str, Any]] = []
     total = 1 + len(METHODS) * len(config.sparsities)
-    with Results(config.out, "dynamic_sparse", config) as results, tqdm(total=total, unit="run") as bar:
+    results = Results(config.out, "dynamic_sparse", config, go_on=not config.fresh)
+    with results, tqdm(total=total, unit="run") as bar:
 
         def fitter(optimizer_of: Any) -> Callable[..., _train.Fit]:
             return _train.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
 
         def train_and_record(method: str, sparsity: float, start: Any, fit: Any) -> None:
             bar.set_description(f"{method} {sparsity:.0%}")
+            if results.done(method=method, sparsity=sparsity):
+                bar.update()
+                return
             fitted = fit(init, start, keys)
-            figures = accuracy(fitted.params)
+            figures, lines = accuracy(fitted.params), []
             for index, seed in enumerate(config.seeds):
                 params, masks, before = jax.tree.map(
                     operator.itemgetter(index), (fitted.params, fitted.masks, start)
@@ -141,8 +147,8 @@ def run(config: Config) -> list[dict[str, Any]]:
                 }
                 if index == 0 and sparsity == max(config.sparsities, default=None):
                     line["masks"] = results.keep_masks(method, masks)
-                results.write(**line)
                 lines.append(line)
+            results.add(lines)
             bar.update()
 
         # These depend on the sparsity by their masks alone, so each is compiled once.
@@ -151,7 +157,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         for sparsity in config.sparsities:
             for method in METHODS:
                 own = recipe(config, method, sparsity, steps)
-                _recipes.save_method(config.out, f"{method}-{sparsity:g}", own)
+                _recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
             masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(init, mask_keys)
             for method, fit in fits.items():
                 train_and_record(method, sparsity, masks, fit)
@@ -159,7 +165,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             tx = jp.wrap_optax(optax.adam(config.lr), pruner)
             gradual = fitter(lambda masks, key, tx=tx: tx)
             train_and_record("gradual", sparsity, ones, gradual)
-    return lines
+    return results.lines
 
 
 def erk_masks(params: Any, key: jax.Array, sparsity: float) -> Any:
@@ -194,12 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     _train.use_cores(config.seeds)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")
-    print(summarise(lines))
-    plot(lines, config, data)
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")
+        print(summarise(lines))
+        plot(lines, config, data)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

@@ -9,6 +9,9 @@ LeNet-300-100 trains for the same number of epochs in every way:
 - random: masks drawn at the start, the same sparsity in each layer, never
   changed.
 
+A run that was stopped goes on with what it had finished, method by method, when
+the same command is given again.
+
     python -m experiments.gradual                  # digits, embedded
     python -m experiments.gradual --dataset mnist
 """
@@ -26,7 +29,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _recipes, _tables, _train
+from experiments import _data, _faults, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
@@ -53,6 +56,7 @@ class Config:
     train_size: int | None = flag(None, "use this many training images only", at_least=1)
     test_size: int | None = flag(None, "use this many test images only", at_least=1)
     out: str = flag("results/gradual", "folder for results.jsonl and the plot", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 METHODS = {
@@ -88,14 +92,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     keys, tune_keys, mask_keys = (_train.seed_keys(config.seeds, purpose=p) for p in (1, 2, 3))
     ones = jp.ones_masks(init)
     before = config.epochs - config.tune_epochs
-    lines: list[dict[str, Any]] = []
 
     total = before + config.tune_epochs
     total += len(config.sparsities) * (3 * config.epochs + config.tune_epochs)
-    with Results(config.out, "gradual", config) as results, tqdm(total=total, unit="epoch") as bar:
+    results = Results(config.out, "gradual", config, go_on=not config.fresh)
+    with results, tqdm(total=total, unit="epoch") as bar:
 
         def record(method: str, sparsity: float, params: Any, masks: Any) -> None:
-            figures = accuracy(params)
+            figures, lines = accuracy(params), []
             for index, seed in enumerate(config.seeds):
                 own = jax.tree.map(operator.itemgetter(index), (params, masks))
                 jp.check_pruned(*own)
@@ -112,35 +116,45 @@ def run(config: Config) -> list[dict[str, Any]]:
                 }
                 if index == 0 and sparsity == max(config.sparsities, default=None):
                     line["masks"] = results.keep_masks(method, own[1])
-                results.write(**line)
                 lines.append(line)
+            results.add(lines)
+
+        def missing(method: str, sparsity: float) -> bool:
+            if results.done(method=method, sparsity=sparsity):
+                bar.update(config.tune_epochs if method in ("dense", "one-shot") else config.epochs)
+                return False
+            bar.set_description(f"{METHODS.get(method, method)} {sparsity:.0%}")
+            return True
 
         bar.set_description("dense")
-        half_trained = fit(init, ones, keys, before, bar)
-        record("dense", 0.0, fit(half_trained, ones, tune_keys, config.tune_epochs, bar), ones)
+        half_trained = results.once("half-trained", lambda: fit(init, ones, keys, before, bar))
+        bar.update(before - bar.n)
+        if missing("dense", 0.0):
+            record("dense", 0.0, fit(half_trained, ones, tune_keys, config.tune_epochs, bar), ones)
         for sparsity in config.sparsities:
             pruners = {}
             for method in METHODS:
                 own = recipe(config, method, sparsity, steps_per_epoch)
                 pruners[method] = own.pruner(jax.tree.map(operator.itemgetter(0), init))
-                _recipes.save_method(config.out, f"{method}-{sparsity:g}", own)
+                _recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
             for scope in ("global", "layerwise"):
-                bar.set_description(f"{METHODS[scope]} {sparsity:.0%}")
+                if not missing(scope, sparsity):
+                    continue
                 tx = jp.wrap_optax(adam, pruners[scope])
                 gradually = _train.fitter(model, tx, config.batch_size, train_split)
                 params, opt_state = gradually(init, keys, config.epochs, bar)
                 record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
 
-            bar.set_description(f"{METHODS['one-shot']} {sparsity:.0%}")
-            prune = partial(jp.prune_rounds, pruner=pruners["one-shot"], rounds=1)
-            masks = jax.vmap(prune)(half_trained)
-            record("one-shot", sparsity, fit(half_trained, masks, tune_keys, config.tune_epochs, bar), masks)
-
-            bar.set_description(f"{METHODS['random']} {sparsity:.0%}")
-            prune = partial(jp.prune_rounds, pruner=pruners["random"], rounds=1)
-            masks = jax.vmap(prune)(init, key=mask_keys)
-            record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
-    return lines
+            if missing("one-shot", sparsity):
+                prune = partial(jp.prune_rounds, pruner=pruners["one-shot"], rounds=1)
+                masks = jax.vmap(prune)(half_trained)
+                params = fit(half_trained, masks, tune_keys, config.tune_epochs, bar)
+                record("one-shot", sparsity, params, masks)
+            if missing("random", sparsity):
+                prune = partial(jp.prune_rounds, pruner=pruners["random"], rounds=1)
+                masks = jax.vmap(prune)(init, key=mask_keys)
+                record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
@@ -171,12 +185,12 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")
-    print(summarise(lines))
-    plot(lines, config, data)
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")
+        print(summarise(lines))
+        plot(lines, config, data)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

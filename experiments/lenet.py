@@ -3,7 +3,8 @@
 Train to convergence; then K times prune a fraction of what remains in each
 layer and fine-tune for N epochs. Three experiments, at 10 to 70 % per round:
 random and L1 on single weights of all four layers, and L1 on the output
-channels of conv1, conv2 and fc1. Biases are never pruned.
+channels of conv1, conv2 and fc1. Biases are never pruned. A run that was
+stopped goes on with its finished fractions when the same command is given again.
 
     python -m experiments.lenet                    # digits, embedded
     python -m experiments.lenet --dataset mnist    # the article's settings
@@ -25,7 +26,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _recipes, _train
+from experiments import _data, _faults, _plots, _recipes, _train
 from experiments._config import flag, parse
 from experiments._models import LeNet
 from experiments._results import Results, layers
@@ -79,6 +80,7 @@ class Config:
         5, "timed passes over the training images; 0 for none (the article: 20)", at_least=0
     )
     out: str = flag("results/lenet", "folder for results.jsonl and plots", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 class Method(NamedTuple):
@@ -283,13 +285,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     tune = _train.masked_fitter(model, tune_optimizer, training.tune_batch_size, train_split)
     accuracy = _train.evaluator(model, test_split)
     speed = timer(model, train_split, config.timing_runs)
-    lines: list[dict[str, Any]] = []
 
     def first(tree: Any) -> Any:
         return jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
 
     epochs = training.epochs + len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
-    with Results(config.out, "lenet", config) as results, tqdm(total=epochs, unit="epoch") as bar:
+    results = Results(config.out, "lenet", config, go_on=not config.fresh)
+    with results, tqdm(total=epochs, unit="epoch") as bar:
 
         def record(method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
             size, after = measure(first(masks)), accuracy(params)
@@ -298,6 +300,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 compacted = without_dead_channels(first(params), first(masks), test_split)
             ratio = speed(first(dense), first(params)) if config.timing_runs else None
             kept = [layers(jax.tree.map(operator.itemgetter(i), masks)) for i in range(len(config.seeds))]
+            lines = []
             for index, seed in enumerate(config.seeds):
                 own = file_bytes(jax.tree.map(operator.itemgetter(index), params))
                 line = {
@@ -316,22 +319,27 @@ def run(config: Config) -> list[dict[str, Any]]:
                 }
                 if index == 0 and amount == max(config.amounts, default=None):
                     line["masks"] = results.keep_masks(method, first(masks))
-                results.write(**line)
                 lines.append(line)
+            results.add(lines)
 
         bar.set_description("dense")
-        dense = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
-        ones = jp.ones_masks(dense)
-        dense = train(dense, ones, _train.seed_keys(config.seeds, purpose=1), training.epochs, bar)
+        init = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
+        ones, keys = jp.ones_masks(init), _train.seed_keys(config.seeds, purpose=1)
+        dense = results.once("dense", lambda: train(init, ones, keys, training.epochs, bar))
+        bar.update(training.epochs - bar.n)
         dense_bytes = [
             file_bytes(jax.tree.map(operator.itemgetter(i), dense)) for i in range(len(config.seeds))
         ]
-        record("dense", 0.0, dense, ones, accuracy(dense))
+        if not results.done(method="dense"):
+            record("dense", 0.0, dense, ones, accuracy(dense))
 
         for name, method in METHODS.items():
             prune = jax.jit(jax.vmap(method.prune, in_axes=(0, 0, 0, None)))
             for amount in config.amounts:
-                _recipes.save_method(config.out, f"{name}-{amount:g}", recipe(name, amount))
+                _recipes.save_method(results.unfinished, f"{name}-{amount:g}", recipe(name, amount))
+                if results.done(method=name, amount=amount):
+                    bar.update(config.rounds * config.tune_epochs)
+                    continue
                 bar.set_description(f"{method.title} {amount:.0%}")
                 params, masks, left = dense, ones, method.sizes(first(dense))
                 before = np.zeros(len(config.seeds))
@@ -343,7 +351,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     before = accuracy(jp.apply_masks(params, masks))
                     params = tune(params, masks, keys, config.tune_epochs, bar)
                 record(name, amount, params, masks, before)
-    return lines
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
@@ -427,12 +435,12 @@ def _ratio(dense: int, pruned: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    note = "MNIST" if config.dataset == "mnist" else "digits"
-    print(f"\nLeNet on {note}")
-    print(summarise(lines, config.dataset))
-    plot(lines, config, note)
+        note = "MNIST" if config.dataset == "mnist" else "digits"
+        print(f"\nLeNet on {note}")
+        print(summarise(lines, config.dataset))
+        plot(lines, config, note)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

@@ -14,8 +14,9 @@ level after level. The same masks, or as sparse ones, train as controls:
   epochs instead of rewinding;
 - learning-rate: the same for all epochs, learning-rate rewinding.
 
-All seeds of a level train in one compiled program. A killed run goes on at
-its last finished level when the same command is given again.
+All seeds of a level train in one compiled program. A run that was stopped, by
+SIGKILL, SIGTERM (status 143) or a full disk, goes on after its last finished
+level when the same command is given again.
 
     python -m experiments.lottery_ticket                    # digits, embedded
     python -m experiments.lottery_ticket --dataset mnist
@@ -36,7 +37,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _recipes, _tables, _train
+from experiments import _data, _faults, _plots, _recipes, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
 from experiments._config import flag, parse
 from experiments._limits import FlagError
@@ -82,7 +83,7 @@ class Config:
     out: str = flag(
         "results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints", path="folder"
     )
-    fresh: bool = flag(False, "start over, where a killed run would be gone on with")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 class Preset(NamedTuple):
@@ -269,19 +270,19 @@ def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, or what is left of it, writes its lines, and returns them."""
     chosen = settings(config)
     folder = Path(config.out) / "checkpoints"
-    if config.fresh:
-        forget(folder)
     chains = [method for method in CHAINS if method == "ticket" or method in chosen.methods]
     branches = [method for method in BRANCHES if method in chosen.methods]
     same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
-    lines: list[dict[str, Any]] = []
     total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
     with contextlib.ExitStack() as stack:
+        results = stack.enter_context(Results(config.out, "lottery_ticket", config, go_on=not config.fresh))
+        for method in CHAINS if config.fresh else ():
+            forget(folder / method)
         # First, so that a folder of other settings is refused before anything is trained or written.
         stores = {method: stack.enter_context(Checkpoints(folder / method, same)) for method in chains}
         study = Study(config)
-        results = stack.enter_context(Results(config.out, "lottery_ticket", config))
-        _recipes.save_method(config.out, "ticket", study.recipe)
+        results.drop_lines()  # the checkpoints have them, up to their last whole levels
+        _recipes.save_method(results.unfinished, "ticket", study.recipe)
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
         def measured(method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
@@ -293,9 +294,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             return new
 
         def add(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            for line in new:
-                results.write(**line)
-            lines.extend(new)
+            results.add(new)
             bar.update(len(new) // len(config.seeds))
             return new
 
@@ -317,7 +316,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                     for branch in branches:
                         own += add(measured(branch, level, *study.branch(branch, ticket, dense)))
                 checkpoints.save(level, (ticket, dense), own)
-    return lines
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
@@ -362,12 +361,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     _train.use_cores(config.seeds)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")
-    print(summarise(lines, config))
-    plot(lines, config, data)
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")
+        print(summarise(lines, config))
+        plot(lines, config, data)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

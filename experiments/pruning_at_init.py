@@ -12,7 +12,9 @@ A network loses all but 1/c of its weights before any training, by one of
 
 and then trains. A layer that keeps nothing has collapsed; a network through
 which no path leads is cut, and predicts one class whatever it is shown. Layers
-may be emptied here (`floor=0`), which the library otherwise prevents.
+may be emptied here (`floor=0`), which the library otherwise prevents. A run that
+was stopped goes on with what it had finished, method by method, when the same
+command is given again.
 
     python -m experiments.pruning_at_init                  # digits, embedded
     python -m experiments.pruning_at_init --dataset mnist
@@ -33,7 +35,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _recipes, _tables, _train
+from experiments import _data, _faults, _plots, _recipes, _tables, _train
 from experiments._config import flag, parse
 from experiments._limits import FlagError
 from experiments._models import MLP
@@ -58,6 +60,7 @@ class Config:
     train_size: int | None = flag(None, "use this many training images only", at_least=1)
     test_size: int | None = flag(None, "use this many test images only", at_least=1)
     out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 NETWORKS = {"lenet": (300, 100, 10), "deep": (100,) * 6 + (10,)}
@@ -142,13 +145,17 @@ def run(config: Config) -> list[dict[str, Any]]:
     init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
     init = _train.init(model, train, init_keys)
     batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
-    lines: list[dict[str, Any]] = []
     total = 1 + len(METHODS) * len(config.compressions)
-    with Results(config.out, "pruning_at_init", config) as results, tqdm(total=total, unit="run") as bar:
+    results = Results(config.out, "pruning_at_init", config, go_on=not config.fresh)
+    with results, tqdm(total=total, unit="run") as bar:
 
-        def train_and_record(method: str, compression: float, masks: Any) -> None:
+        def train_and_record(method: str, compression: float, masks_of: Callable[..., Any]) -> None:
             bar.set_description(f"{method} {compression:g}x")
-            figures = accuracy(fit(init, masks, keys).params)
+            if results.done(method=method, compression=compression):
+                bar.update()
+                return
+            masks = masks_of(init, mask_keys)
+            figures, lines = accuracy(fit(init, masks, keys).params), []
             for index, seed in enumerate(config.seeds):
                 own = jax.tree.map(operator.itemgetter(index), masks)
                 line = {
@@ -163,19 +170,18 @@ def run(config: Config) -> list[dict[str, Any]]:
                 }
                 if index == 0 and compression == max(config.compressions, default=None):
                     line["masks"] = results.keep_masks(method, own)
-                results.write(**line)
                 lines.append(line)
+            results.add(lines)
             bar.update()
 
-        train_and_record("dense", 1, jp.ones_masks(init))
+        train_and_record("dense", 1, lambda params, keys: jp.ones_masks(params))
         for compression in config.compressions:
             for method in METHODS:
                 own = recipe(method, compression, config.rounds)
-                _recipes.save_method(config.out, f"{method}-{compression:g}x", own)
+                _recipes.save_method(results.unfinished, f"{method}-{compression:g}x", own)
             for method, masks_of in criteria(widths, batch, compression, config.rounds).items():
-                masks = jax.jit(_train.over_seeds(masks_of))(init, mask_keys)
-                train_and_record(method, compression, masks)
-    return lines
+                train_and_record(method, compression, jax.jit(_train.over_seeds(masks_of)))
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
@@ -212,13 +218,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     _train.use_cores(config.seeds)
-    with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
         lines = run(config)
-    data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-    widths = "-".join(map(str, NETWORKS[config.network]))
-    print(f"\n{widths} on {data}, pruned at initialisation, then {epochs(config)} epochs")
-    print(summarise(lines))
-    plot(lines, config, data)
+        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
+        widths = "-".join(map(str, NETWORKS[config.network]))
+        print(f"\n{widths} on {data}, pruned at initialisation, then {epochs(config)} epochs")
+        print(summarise(lines))
+        plot(lines, config, data)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

@@ -11,7 +11,8 @@ taken back.
     python -m experiments.recipe RECIPE --dataset mnist --model lenet
 
 The pruned network is left in one small file for each seed, which
-`jaxprune.io.load` reads.
+`jaxprune.io.load` reads. A run that was stopped goes on with its finished seeds when
+the same command is given again.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _train
+from experiments import _data, _faults, _train
 from experiments._config import flag, parse, recipe_file
 from experiments._distill import LABELS, Mix, Taught, losses
 from experiments._limits import FlagError
@@ -58,6 +59,7 @@ class Config:
     train_size: int | None = flag(None, "use this many training images only", at_least=1)
     test_size: int | None = flag(None, "use this many test images only", at_least=1)
     out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks", path="folder")
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 class Run(NamedTuple):
@@ -295,33 +297,29 @@ def run(config: Config) -> list[dict[str, Any]]:
     if end is None:
         each = config.epochs if config.rewind == "weights" else config.tune_epochs
         epochs = config.epochs + levels(config, recipe) * each
-    lines: list[dict[str, Any]] = []
     bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
-    with Results(config.out, "recipe", config, recipe.data) as results, bar:
-
-        def record(method: str, seed: int, figures: dict[str, Any]) -> None:
-            line = {"method": method, "seed": seed, **figures}
-            results.write(**line)
-            lines.append(line)
-
+    with Results(config.out, "recipe", config, recipe.data, go_on=not config.fresh) as results, bar:
         for seed in config.seeds:
+            if results.done(seed=seed):
+                bar.update(epochs)
+                continue
             first = study.init(_train.seed_keys((seed,), purpose=0)[0])
             ones = jp.ones_masks(first)
             bar.set_description(f"dense, seed {seed}")
             dense = study.fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
-            record("dense", seed, study.figures(dense, ones))
+            whole = {"method": "dense", "seed": seed, **study.figures(dense, ones)}
             bar.set_description(f"{Path(config.recipe).stem}, seed {seed}")
             if end is None:
                 pruned = study.in_levels(dense, first, seed, bar)
             else:
                 pruned = study.in_steps(dense, first, seed, bar)
-            file = Path(config.out) / f"seed-{seed}.jaxprune"
-            size = jp.io.save(file, pruned.params, pruned.masks)
+            size = jp.io.save(results.file(f"seed-{seed}.jaxprune"), pruned.params, pruned.masks)
             dense_size = 4 * sum(leaf.size for leaf in jax.tree.leaves(pruned.params))
             figures = study.figures(pruned.params, pruned.masks)
             figures |= {"level": pruned.level, "stopped": pruned.reason, **study.compacted(pruned)}
-            record("pruned", seed, figures | {"file_bytes": size, "dense_bytes": dense_size})
-    return lines
+            figures |= {"file_bytes": size, "dense_bytes": dense_size}
+            results.add([whole, {"method": "pruned", "seed": seed, **figures}])
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
@@ -349,13 +347,13 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a recipe from the command line."""
     config = parse(Config, argv, __doc__)
-    try:
-        with _data.said_plainly():
+    with _faults.ends_plainly(config.out):
+        try:
             lines = run(config)
-    except (jp.recipes.RecipeError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    print(f"\n{config.recipe}: {config.model} on {config.dataset}")
-    print(summarise(lines))
+        except (jp.recipes.RecipeError, FileNotFoundError, PermissionError) as error:
+            raise SystemExit(str(error)) from None
+        print(f"\n{config.recipe}: {config.model} on {config.dataset}")
+        print(summarise(lines))
     print(f"\nWrote results.jsonl, recipe.yaml and seed-*.jaxprune to {config.out}")
 
 

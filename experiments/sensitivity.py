@@ -14,6 +14,9 @@ all (global); test accuracies are from before and after a little fine-tuning. In
 global ranking of filters and channels norms are divided by their number or mean, which
 makes those of different layers comparable.
 
+A run that was stopped goes on with what it had finished, method by method, when the same
+command is given again.
+
     python -m experiments.sensitivity                       # LeNet, digits, embedded
     python -m experiments.sensitivity --dataset mnist
     python -m experiments.sensitivity --network mlp         # LeNet-300-100
@@ -32,7 +35,7 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _plots, _tables, _train
+from experiments import _data, _faults, _plots, _tables, _train
 from experiments._config import flag, parse
 from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
@@ -66,6 +69,7 @@ class Config:
     out: str | None = flag(
         None, "folder of the results (default: results/sensitivity/<network>)", path="folder"
     )
+    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
 
 
 METHODS = ("by-layer", "uniform", "global")
@@ -211,33 +215,35 @@ def _leaves(tree: Any) -> dict[str, Any]:
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     study = Study(config)
-    seeds = config.seeds
-    lines: list[dict[str, Any]] = []
     cells = len(config.kinds) * len(config.tolerances) * len(METHODS)
     total = study.epochs + cells * study.tune_epochs
-    with Results(study.out, "sensitivity", config) as results, tqdm(total=total, unit="epoch") as bar:
+    results = Results(study.out, "sensitivity", config, go_on=not config.fresh)
+    with results, tqdm(total=total, unit="epoch") as bar:
 
-        def record(index: int, **figures: Any) -> None:
-            line = figures | {"seed": seeds[index], "note": study.note}
-            results.write(**line)
-            lines.append(line)
+        def line(index: int, **figures: Any) -> dict[str, Any]:
+            return figures | {"seed": config.seeds[index], "note": study.note}
 
         bar.set_description("dense")
         ones = jp.ones_masks(study.init)
-        dense = study.fit(study.init, ones, study.keys(1), study.epochs, bar)
-        for index, accuracy in enumerate(study.accuracy(dense)):
-            record(index, figure="dense", method="dense", accuracy=float(accuracy))
-        each = [jax.tree.map(operator.itemgetter(index), dense) for index in range(len(seeds))]
+        dense = results.once("dense", lambda: study.fit(study.init, ones, study.keys(1), study.epochs, bar))
+        bar.update(study.epochs - bar.n)
+        if not results.done(figure="dense"):
+            same = {"figure": "dense", "method": "dense"}
+            results.add([line(i, **same, accuracy=float(x)) for i, x in enumerate(study.accuracy(dense))])
+        each = [jax.tree.map(operator.itemgetter(index), dense) for index in range(len(config.seeds))]
         for name in config.kinds:
             kind = study.kinds[name]
             bar.set_description(f"sensitivity of {name}")
             found = [study.analyse(params, kind) for params in each]
+            points = []
             for index, result in enumerate(found):
                 for point in result.points:
                     own = {"layer": point.name, "level": point.sparsity, "achieved": point.achieved}
                     own |= {"kept": point.kept, "units": point.size, "notes": list(point.notes)}
                     own |= {"held_out_accuracy": point.metric, "drop": point.drop}
-                    record(index, figure="sensitivity", kind=name, **own)
+                    points.append(line(index, figure="sensitivity", kind=name, **own))
+            if not results.done(figure="sensitivity", kind=name):
+                results.add(points)
             for tolerance in config.tolerances:
                 bar.set_description(f"{name}, {tolerance:g}")
                 targets = [_targets(result, tolerance) for result in found]
@@ -246,23 +252,28 @@ def run(config: Config) -> list[dict[str, Any]]:
                     continue
                 masks = [study.masks(p, kind, t or {}) for p, t in zip(each, targets, strict=True)]
                 for method in METHODS:
+                    cell = {"figure": "pruned", "kind": name, "method": method, "tolerance": tolerance}
+                    if results.done(**cell):
+                        bar.update(study.tune_epochs)
+                        continue
                     own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m[method] for m in masks))
                     before = study.accuracy(jp.apply_masks(dense, own))
                     after = study.accuracy(study.fit(dense, own, study.keys(2), study.tune_epochs, bar))
-                    for index, mask in enumerate(m[method] for m in masks):
-                        record(
-                            index,
-                            figure="pruned",
-                            kind=name,
-                            method=method,
-                            tolerance=tolerance,
-                            targets=targets[index] if method == "by-layer" else None,
-                            sparsity=jp.metrics.sparsity(mask).prunable,
-                            before=float(before[index]),
-                            accuracy=float(after[index]),
-                            layers=layers(mask),
-                        )
-    return lines
+                    results.add(
+                        [
+                            line(
+                                index,
+                                **cell,
+                                targets=targets[index] if method == "by-layer" else None,
+                                sparsity=jp.metrics.sparsity(mask).prunable,
+                                before=float(before[index]),
+                                accuracy=float(after[index]),
+                                layers=layers(mask),
+                            )
+                            for index, mask in enumerate(m[method] for m in masks)
+                        ]
+                    )
+    return results.lines
 
 
 def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | None:
@@ -377,12 +388,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     _train.use_cores(config.seeds)
-    with _data.said_plainly():
+    with _faults.ends_plainly(settings(config)[2]):
         lines = run(config)
-    print(f"\n{_TITLES[config.network]} on {lines[0]['note']}")
-    print(summarise(lines, config))
-    plot_drops(lines, config)
-    plot(lines, config)
+        print(f"\n{_TITLES[config.network]} on {lines[0]['note']}")
+        print(summarise(lines, config))
+        plot_drops(lines, config)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and plots to {settings(config)[2]}")
 
 

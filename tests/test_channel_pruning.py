@@ -96,7 +96,7 @@ def test_the_study_ends_in_smaller_networks_and_goes_on_where_it_was(tmp_path, c
     methods = ("local", "scratch", "iterative")
     with pytest.raises(KeyboardInterrupt):
         channel_pruning.main([*flags, ",".join(methods)])
-    assert read(out) == []
+    assert not (out / "results.jsonl").exists()
     channel_pruning.main([*flags, ",".join(methods)])
     assert saved == list(range(1, 16))  # epochs that were finished are not trained again
     lines = read(out)

@@ -137,7 +137,7 @@ def test_settings_come_back_and_flags_win(study, tmp_path):
     path, given = tmp_path / "recipe.yaml", {name: str(tmp_path / "recipe.yaml") for name in files}
     before = config(**given, seeds=(3, 5), train_size=77, out="results/1e-3")
     assert _recipes.study_of(config) == study
-    _recipes.save_study(tmp_path, study, before)
+    path.write_text(_recipes.study_text(study, before), encoding="utf-8")
     flags = [str(path)] if files else ["--recipe", str(path)]
     assert _config.parse(config, flags) == before
     assert _config.parse(config, [*flags, "--seeds", "1"]) == dataclasses.replace(before, seeds=(1,))
