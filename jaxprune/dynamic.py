@@ -198,7 +198,8 @@ def rewiring(
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
-        own = jax.tree.map(jnp.array, like_params(masks, params))
+        # Made from the params, so that under jit they are sharded like them.
+        own = jax.tree.map(jnp.logical_and, like_params(masks, params), ones_masks(params))
         return PrunerState(own, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):

@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.masks import apply_masks, check_masks, intersect, like_params, pack_masks, unpack_masks
+from jaxprune.masks import (
+    apply_masks,
+    check_masks,
+    intersect,
+    like_params,
+    ones_masks,
+    pack_masks,
+    unpack_masks,
+)
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
 from jaxprune.zeros import Zeros, zero_where
@@ -144,8 +152,10 @@ def keep_masked(
     def init_fn(params: Params) -> KeepMaskedState:
         if _is_placeholder(params):
             return KeepMaskedState(inner.init(params), params)
-        # A copy: a train step may donate its state, and leaves the caller's masks alone.
-        own = jax.tree.map(jnp.array, like_params(masks, _fast(params)))
+        # A copy: a train step may donate its state, and leaves the caller's masks alone. Made from the
+        # params, so that under jit it is sharded like them.
+        fast = _fast(params)
+        own = jax.tree.map(jnp.logical_and, like_params(masks, fast), ones_masks(fast))
         return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
