@@ -169,7 +169,9 @@ def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str
     masks: dict[str, jax.Array] = {}
     for group in groups:
         for path, axis, indices, shape in group.members:
-            along = jnp.ones(shape[axis], bool).at[indices].set(keep[group.name][:, None])
+            # int32, because JAX remembers an int64 array as what it first was, with or without x64.
+            own = indices.astype(np.int32)
+            along = jnp.ones(shape[axis], bool).at[own].set(keep[group.name][:, None])
             others = [a for a in range(len(shape)) if a != axis]
             masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
     return masks
