@@ -175,6 +175,6 @@ def threshold_counts(threshold: Any, units: Units) -> Counts:
     for name, bound in bounds.items():
         if is_concrete(bound) and math.isnan(bound):
             raise ValueError(f"threshold is nan for {name}: no score is below it.")
-    return {
-        name: count_true(units.alive[name] & (scores < bounds[name])) for name, scores in units.scores.items()
-    }
+    with jax.numpy_dtype_promotion("standard"):  # on purpose: a threshold may have its param's dtype
+        below = {name: scores < bounds[name] for name, scores in units.scores.items()}
+    return {name: count_true(units.alive[name] & below[name]) for name in below}
