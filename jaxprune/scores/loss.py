@@ -306,8 +306,8 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
 
     Returns:
       A score `score(params, *, batches, key=None, **extra)`. The leaves of `batches` have a leading
-      axis of batches. Gradients passed to it are not used; a key is folded with the batch's index.
-      The scores are float32, or float64.
+      axis of batches. Gradients, or a batch, passed to it are not used; a key is folded with the
+      index of each batch. The scores are float32, or float64.
 
     Raises:
       TypeError: `score` or `loss_fn` is not a function.
@@ -329,9 +329,15 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
     check_function(loss_fn, "scores.over_batches", "loss_fn(params, batch)")
 
     def mean_score(
-        params: Params, *, batches: Any = None, grads: Any = None, key: Any = None, **extra: Any
+        params: Params,
+        *,
+        batches: Any = None,
+        batch: Any = None,
+        grads: Any = None,
+        key: Any = None,
+        **extra: Any,
     ) -> Scores:
-        del grads
+        del grads, batch
         if batches is None:
             raise ValueError(
                 "scores.over_batches needs data: pass batches=..., whose leaves have a leading axis of "
