@@ -312,6 +312,8 @@ def test_names_exist(page):
             found = getattr(found, name)
             if not isinstance(found, types.ModuleType):
                 break
+    for name in re.findall(r"\b(?:tests/|(?=test_))(\w+\.(?:py|sh|toml))\b", (ROOT / page).read_text()):
+        assert (ROOT / "tests" / name).is_file(), f"tests/{name}"
 
 
 # The site
