@@ -197,7 +197,8 @@ def _check_update(name: str, kind: type, updates: Any, state: Any, params: Any) 
             continue
         if not is_array(grad):
             raise TypeError(f"{name}: grads[{path!r}] is a {type(grad).__name__}, not an array: {call}.")
-        if not is_array(param) or tuple(grad.shape) != tuple(param.shape):
+        # Gradients of single examples have further axes before those of the params.
+        if not is_array(param) or tuple(grad.shape)[max(0, grad.ndim - param.ndim) :] != tuple(param.shape):
             own = describe(param) if is_array(param) else f"a {type(param).__name__}"
             raise ValueError(f"{name}: grads[{path!r}] is {describe(grad)}, but params has {own} there.")
 
