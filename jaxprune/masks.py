@@ -30,7 +30,12 @@ def ones_masks(params: Params) -> Masks:
       >>> jp.ones_masks({"bias": jnp.zeros(2)})["bias"].tolist()
       [True, True]
     """
-    array_leaves(params)
+    for path, leaf in array_leaves(params).items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params[{path!r}] is a ShapeDtypeStruct, which has no values; for the masks' shapes call "
+                "jax.eval_shape(jaxprune.ones_masks, params)."
+            )
 
     def ones(leaf):
         # Under jit a plain `ones` does not depend on the param, and so would not be sharded like it.

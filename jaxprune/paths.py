@@ -91,12 +91,16 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
                 f"{what}[{path!r}] is a {type(leaf).__name__}, not an array. Pass the arrays alone: "
                 "for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`."
             )
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
+            raise TypeError(f"{what}[{path!r}] is an array of {leaf.dtype}, not of numbers.")
     return dict(zip(paths, leaves, strict=True))
 
 
 def describe(leaf: Any) -> str:
     """Shape and dtype of an array for an error message, as in `float32[784, 300]`."""
-    return f"{jnp.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
+    typed_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)  # which is no dtype of numpy's
+    name = str(leaf.dtype) if typed_key else jnp.dtype(leaf.dtype).name
+    return f"{name}[{', '.join(map(str, leaf.shape))}]"
 
 
 def check_mirrors(tree: Any, params: Params, what: str) -> None:
@@ -302,3 +306,19 @@ def is_concrete(*trees: Any) -> bool:
         and not isinstance(leaf, Tracer)
         for leaf in jax.tree.leaves(trees)
     )
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number that is known now: Python's, or an array without axes.
+
+    Example:
+      >>> import numpy as np
+      >>> is_number(3), is_number(np.float32(0.5)), is_number("3"), is_number(np.ones(3))
+      (True, True, False, False)
+    """
+    if isinstance(value, (int, float)):
+        return True
+    real = is_array(value) and (
+        jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    )
+    return real and value.shape == () and is_concrete(value)

@@ -153,9 +153,9 @@ def check_choices(scope: str, of: str, floor: int) -> None:
     Raises:
       ValueError: a value that is not among those allowed.
     """
-    if scope not in SCOPES:
+    if not isinstance(scope, str) or scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
-    if of not in ("total", "remaining"):
+    if not isinstance(of, str) or of not in ("total", "remaining"):
         raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
     if not isinstance(floor, int) or not 0 <= floor < 2**63:
         raise ValueError(f"floor must be 0 or a positive integer (units that stay per leaf), got {floor!r}.")

@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxprune.control import update_if
 from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
-from jaxprune.paths import check_mirrors, is_concrete, kernels, selected
+from jaxprune.paths import check_mirrors, is_concrete, is_number, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
@@ -107,7 +107,7 @@ def pruner(
     check_choices(scope, of, floor)
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
-    if not isinstance(memory, (int, float, np.number)) or not 0 <= memory <= 1:
+    if not is_number(memory) or not 0 <= memory <= 1:
         raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
     limit = None if stop is None else check_sparsity(stop, "stop")
     schedules = _schedules(sparsity)

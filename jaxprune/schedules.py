@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.paths import is_number
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -141,7 +143,7 @@ def geometric(rate: float, stop: float | None = None) -> Schedule:
     References:
       Frankle and Carbin, "The Lottery Ticket Hypothesis", ICLR 2019 (rate 0.2).
     """
-    if not 0 < rate < 1:
+    if not is_number(rate) or not 0 < rate < 1:
         raise ValueError(f"geometric needs a rate in (0, 1), the fraction removed per level, got {rate}.")
     # (1 - rate)^level vanishes against 1 at some level; a sparsity stays below 1.
     limit = float(np.nextafter(1, 0)) if stop is None else check_sparsity(stop, "stop")
@@ -195,7 +197,7 @@ def _polynomial(target: float, initial: float, begin: int, end: int, power: int)
 
 
 def _between(value: Callable[[Any], Any], begin: int, end: int) -> Schedule:
-    if not 0 <= begin <= end:
+    if not (is_number(begin) and is_number(end)) or not 0 <= begin <= end:
         raise ValueError(
             f"steps must satisfy 0 <= begin_step <= end_step, got begin_step={begin}, end_step={end}."
         )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.paths import is_number
 from jaxprune.sources import Source
 
 Norm = float | Callable[..., jax.Array]
@@ -61,9 +62,10 @@ def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
     """A norm as a reduction `reduce(scores, axes)`."""
     if callable(norm):
         return lambda scores, axes: norm(scores, axis=axes)
-    order = float(norm)
-    if math.isnan(order):
-        raise ValueError("norm must be a number or a reduction such as jnp.sum, got nan.")
+    if not is_number(norm) or math.isnan(norm):
+        raise ValueError(f"norm must be a number or a reduction such as jnp.sum, got {repr(norm)[:200]}.")
+    huge = isinstance(norm, int) and abs(norm) >= 2**1000
+    order = (math.inf if norm > 0 else -math.inf) if huge else float(norm)
 
     def reduce(scores, axes):
         size = jnp.abs(scores)

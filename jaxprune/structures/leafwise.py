@@ -79,7 +79,10 @@ def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
     References:
       Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (norm=1).
     """
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = (axis,) if isinstance(axis, int) else axis
+    if not isinstance(axes, (tuple, list)) or not all(isinstance(one, int) for one in axes):
+        raise ValueError(f"slices needs axis=, an integer or several, got {repr(axis)[:200]}.")
+    axes = tuple(axes)
     reduce = reducer(norm)
     name = f"slices(axis={axis})"
 
@@ -121,9 +124,9 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
       >>> masks["kernel"].tolist()
       [[False, False, True], [False, False, True]]
     """
-    sides = tuple(shape)
+    sides = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if not sides or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={tuple(shape)}.")
+        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={repr(shape)[:200]}.")
     along = tuple(range(-len(sides), 0)) if axes is None else tuple(axes)
     if len(along) != len(sides):
         raise ValueError(f"blocks needs one axis per side, got shape={sides} and axes={along}.")
