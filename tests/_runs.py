@@ -151,12 +151,13 @@ def steps(folder: Path) -> list[Path]:
 
 
 def damage(step: Path, rng: random.Random) -> str:
-    """Cuts, flips, empties or deletes one file of a checkpoint.
+    """Cuts, flips a bit of, empties or deletes one file of a checkpoint, one of the larger ones rather.
 
     Returns:
       What was done.
     """
-    file = rng.choice([path for path in sorted(step.rglob("*")) if path.is_file()])
+    files = [path for path in sorted(step.rglob("*")) if path.is_file()]
+    (file,) = rng.choices(files, [path.stat().st_size + 1 for path in files])
     data = bytearray(file.read_bytes())
     kind = rng.choice(("delete", "empty", "cut", "flip", "flip", "zero"))
     if kind == "delete":

@@ -88,7 +88,8 @@ def toy_killed(folder, number):
 def toy_levels(folder):
     """The same with checkpoints: each level's state is made of the one before."""
     with Checkpoints(folder, {"a": 1}) as checkpoints:
-        state, found = {"w": np.ones((40, 3), np.float32), "level": np.int32(0)}, []
+        w = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
+        state, found = {"w": w, "level": np.int32(0)}, []
         if saved := checkpoints.restore(state):
             state, found = saved
         for level in range(len(found), 4):
