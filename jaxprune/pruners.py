@@ -221,6 +221,10 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
     def update(_: Any, state: PrunerState) -> PrunerState:
         return pruner.update(state, apply_masks(params, state.masks), **inputs)
 
+    if not isinstance(pruner, Pruner):
+        raise TypeError(
+            f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {repr(pruner)[:200]}."
+        )
     if is_concrete(rounds) and (not isinstance(rounds, (int, np.integer, jax.Array)) or rounds < 0):
         raise ValueError(f"rounds must be an integer of 0 or more, got {rounds!r}.")
     state = pruner.init(params)

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune.paths import is_concrete
+from jaxprune.paths import is_array, is_concrete
 from jaxprune.schedules import check_sparsity
 from jaxprune.search import count_true
 from jaxprune.selection import removed_count
@@ -157,7 +158,12 @@ def checked_counts(count: Any, units: Units, together: Ranks, scope: str) -> Cou
     sizes = rank_sizes(pool_sizes(units), together)
     by_rank = per_pool(count, sizes, "count", 0, scope)
     for name, number in by_rank.items():
-        if isinstance(number, bool) or not jnp.issubdtype(jnp.result_type(number), jnp.integer):
+        numeric = isinstance(number, (int, float, np.number)) or (is_array(number) and number.shape == ())
+        if (
+            isinstance(number, bool)
+            or not numeric
+            or not jnp.issubdtype(jnp.result_type(number), jnp.integer)
+        ):
             what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
             raise TypeError(f"{what} must be an integer, got {number!r}; for a fraction pass sparsity=...")
         if is_concrete(number) and not 0 <= int(number) <= sizes[name]:
