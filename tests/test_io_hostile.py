@@ -1,53 +1,27 @@
 """Files that were damaged, or made to do harm, end in one clear error."""
 
-import copy
-import json
 import tracemalloc
 import zlib
 
 import _plain_file as plain
 import numpy as np
 import pytest
+from _hostile_files import mutated_bytes, mutated_under_checksums, outcome, whole_file
+from _watch import watched
 
 import jaxprune as jp
-
-LIMIT = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A small file with a leaf of every form."""
-    rng = np.random.default_rng(0)
-    kernel = rng.standard_normal((6, 5)).astype(np.float32)
-    params = {
-        "gaps": {"kernel": rng.standard_normal((20, 7)).astype(np.float16)},
-        "bits": [kernel, rng.integers(0, 9, 9).astype(np.uint8)],
-        "bool": rng.random((3, 5)) < 0.5,
-        "few": np.arange(999) % 40 == 0,
-        "int8": {"kernel": rng.standard_normal((9, 3)).astype(np.float32)},
-        "narrow": rng.integers(-8, 8, 11).astype(plain.dtype_of("int4")),
-        "empty": np.zeros((0, 4), np.float32),
-        "scalar": np.float64(0.1),
-        "none": None,
-    }
-    masks = {
-        "gaps": {"kernel": rng.random((20, 7)) < 0.1},
-        "bits": [rng.random((6, 5)) < 0.6, np.ones(9, bool)],
-        "bool": rng.random((3, 5)) < 0.5,
-        "few": np.ones(999, bool),
-        "int8": {"kernel": rng.random((9, 3)) < 0.5},
-        "narrow": rng.random(11) < 0.5,
-        "empty": np.ones((0, 4), bool),
-        "scalar": np.ones((), bool),
-        "none": None,
-    }
     file = tmp_path_factory.mktemp("hostile") / "whole"
-    jp.io.save(file, params, masks, int8=jp.matching("int8/*"), metadata={"note": "x"})
-    header, _ = plain.split(file.read_bytes())
+    data = whole_file(file)
+    header, _ = plain.split(data)
     forms = {(entry.get("k"), entry["mask"], entry.get("int8", False)) for entry in header["leaves"]}
     assert {(2, "kept", False), (4, "all", False), (0, "kept", False), (None, "all", False)} <= forms
     assert any(int8 for _, _, int8 in forms)
-    return file.read_bytes()
+    return data
 
 
 def refused(file, data, message=None, **options):
@@ -58,53 +32,6 @@ def refused(file, data, message=None, **options):
     assert str(info.value).startswith(f"{file}: ")
     assert len(str(info.value)) < 1000
     assert info.value.__cause__ is None
-
-
-def outcome(file, data):
-    """Loads a file that is perhaps refused: else it must hold exactly what the description says."""
-    file.write_bytes(data)
-    got, said = None, ""
-    tracemalloc.start()
-    try:
-        got = jp.io.load(file, max_bytes=LIMIT, mmap=False)
-    except jp.io.FileError as error:
-        said = str(error)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    # The limit, and the file some times over: as text, lists, bits and positions.
-    assert peak < LIMIT + 200 * len(data)
-    if got is None:
-        assert said.startswith(f"{file}: ")
-        return False
-    wanted = plain.read(data)
-    header, _ = plain.split(data)
-    for entry in header["leaves"]:
-        leaf, mask = (at(tree, entry["path"]) for tree in (got.params, got.masks or got.params))
-        items, kept = wanted[json.dumps(entry["path"])]
-        assert leaf.dtype.name == entry["dtype"]
-        assert list(leaf.shape) == entry["shape"]
-        assert leaf.tobytes() == items or np.isnan(leaf.astype(np.float64)).any()
-        assert kept is None or mask.reshape(-1).tolist() == kept
-    return True
-
-
-def at(tree, path):
-    for step in path:
-        tree = tree[step[0] if isinstance(step, list) else step]
-    return tree
-
-
-def repaired(header, rest):
-    """The header with each leaf's checksum made right again, as far as its sections can be told."""
-    for entry in header["leaves"]:
-        try:
-            length = plain.section_length(entry)
-        except (TypeError, KeyError, AttributeError, ValueError, IndexError):
-            break
-        if type(length) is not int or not 0 <= length < 2**20:
-            break
-        entry["crc"], rest = zlib.crc32(rest[:length]), rest[length:]
-    return header
 
 
 def test_every_flipped_bit_is_found(tmp_path, whole):
@@ -121,21 +48,7 @@ def test_two_thousand_random_mutations_are_found(tmp_path, whole):
     rng = np.random.default_rng(1)
     done = 0
     while done < 2000:
-        data = bytearray(whole)
-        a, b = sorted(rng.integers(0, len(data), 2).tolist())
-        kind = rng.integers(6)
-        if kind == 0:  # cut short
-            del data[a:]
-        elif kind == 1:  # a piece goes
-            del data[a:b]
-        elif kind == 2:  # a piece comes
-            data[a:a] = rng.bytes(int(rng.integers(1, 40)))
-        elif kind == 3:  # a piece is overwritten
-            data[a : a + 16] = rng.bytes(len(data[a : a + 16]))
-        elif kind == 4:  # a piece is written elsewhere
-            data[a : a + 24] = data[b : b + 24]
-        else:  # zeros, as after a crash
-            data[a:b] = bytes(b - a)
+        data = mutated_bytes(rng, whole)
         if data == whole:
             continue
         done += 1
@@ -146,28 +59,8 @@ def test_mutations_under_right_checksums_are_refused_or_read_as_described(tmp_pa
     file = tmp_path / "hostile"
     rng = np.random.default_rng(2)
     header, rest = plain.split(whole)
-    values = [-1, 0, 1, 2, 3, 7, 8, 63, 64, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30, 1.0, 0.5, "1", "",
-              None, True, [], [0], {}, "float32", "bool", "int4", "object", "all", "kept"]  # fmt: skip
-    accepted = 0
-    for _ in range(1500):
-        changed, sections = copy.deepcopy(header), bytearray(rest)
-        if rng.integers(2):
-            entry = changed["leaves"][rng.integers(len(changed["leaves"]))]
-            key = [*entry, "mask", "int8", "kept", "shape", "extra"][rng.integers(len(entry) + 5)]
-            value = values[rng.integers(len(values))]
-            if key in ("shape", "path") and isinstance(entry[key], list) and entry[key] and rng.integers(4):
-                entry[key][rng.integers(len(entry[key]))] = value
-            elif isinstance(entry.get(key), int) and rng.integers(2):
-                entry[key] = int(entry[key]) + int(rng.integers(-2, 3))
-            elif key in entry and not rng.integers(6):
-                del entry[key]
-            else:
-                entry[key] = value
-        else:
-            index = rng.integers(len(sections))
-            sections[index] ^= 1 << rng.integers(8)
-        accepted += outcome(file, plain.join(repaired(changed, bytes(sections)), bytes(sections)))
-    assert 200 < accepted < 1200  # other values, mostly: which no checksum can tell
+    outcomes = [outcome(file, mutated_under_checksums(rng, header, rest), watched) for _ in range(1500)]
+    assert 200 < outcomes.count("accepted") < 1200  # other values, mostly: which no checksum can tell
 
 
 def leaf(**changes):
