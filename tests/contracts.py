@@ -82,7 +82,7 @@ class Member(NamedTuple):
     warns: str | None = None
 
 
-SORTED = "units are sorted to round their number, and XLA chooses how to shard what comes of it"
+COUPLED = "the mask of one leaf follows from another's scores, and XLA may shard it as these are"
 LAID_OUT = "weights are laid end to end, and XLA chooses how to shard what comes of them"
 ROUNDED = "gradients are rounded to the params' dtype"
 DRAWN = "numbers are drawn by position"
@@ -119,6 +119,7 @@ def _of_channels(scope: str, gone: list[Gone], **options: Any) -> Member:
         units=coupled_channels,
         widths=DEEP,
         blind="channels",
+        unsharded=COUPLED,
     )
 
 
@@ -268,7 +269,7 @@ TABLE: dict[str, Member] = {
             for a, b, c in ((2, 2, 0), (2, 2, 2), (4, 4, 2), (4, 4, 2))
         ],
         multiple_of=2,
-    )._replace(unsharded=SORTED),
+    ),
     "constant": _of_schedule(
         "constant", jp.schedules.constant(0.3), of_what_remains(0.3, 56), of="remaining"
     ),
