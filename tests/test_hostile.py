@@ -110,11 +110,12 @@ def test_flags_are_refused_in_one_sentence(argv, said, capsys):
 
 
 def test_a_recipe_of_a_study_is_held_to_the_same(tmp_path):
-    _recipes.save_study(tmp_path, "gradual", gradual.Config(epochs=0))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(_recipes.study_text("gradual", gradual.Config(epochs=0)))
     with pytest.raises(SystemExit, match=r"recipe\.yaml:\d+: config\.epochs: must be 1 or more, got 0\."):
-        _config.parse(gradual.Config, ["--recipe", str(tmp_path / "recipe.yaml")])
-    _recipes.save_study(tmp_path, "gradual", gradual.Config(out="/dev/null"))
-    again = ["--recipe", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path)]
+        _config.parse(gradual.Config, ["--recipe", str(file)])
+    file.write_text(_recipes.study_text("gradual", gradual.Config(out="/dev/null")))
+    again = ["--recipe", str(file), "--out", str(tmp_path)]
     assert _config.parse(gradual.Config, again).out == str(tmp_path)
 
 
