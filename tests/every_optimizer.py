@@ -352,8 +352,6 @@ def check_counts(pair: Pair, draws: Draws, history: Any) -> None:
         for t, (number, sound) in enumerate(seen)
     ]
     assert not (moves & ~np.array(due)).any(), "masks move at a step that is none for it"
-    # The last moves may be of no unit at all, the first is of many.
-    assert moves[due.index(True)], "masks stay where they are when they are first to move"
 
 
 def check_growth(history: Any) -> None:
@@ -361,6 +359,8 @@ def check_growth(history: Any) -> None:
     nets, masks = history
     flags = by_path(masks)
     moves = np.flatnonzero(changes(flags))
+    # Not in every update that is due: what is dropped may have the largest gradients, and come back.
+    assert len(moves), "masks never move"
     for net in nets:
         for (path, values), mask in zip(by_path(net).items(), flags.values(), strict=True):
             for t in moves[moves > 0]:
