@@ -65,6 +65,12 @@ def test_random_files(tmp_path):
     assert found.count("refused") > 200
 
 
+def test_metadata_that_are_null(tmp_path):
+    header, body = _hostile_files.tensors_file()
+    data = _hostile_files.join_tensors(header | {"__metadata__": None}, body)
+    assert _hostile_files.tensors_outcome(tmp_path / "file", data, watched) == "accepted"
+
+
 @pytest.mark.parametrize("load", [jp.io.load, jp.io.load_safetensors, jp.export.load])
 def test_what_is_no_file(load, tmp_path):
     for path in ("/dev/zero", "/dev/null", "a\0b"):

@@ -100,7 +100,7 @@ def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Saved:
     except (package.SafetensorError, FileError) as error:
         raise FileError(f"{name}: {error}.") from None
     # The header, which has been checked by now: its length in 8 bytes, and JSON.
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     if like is None:
         return Saved(tensors, None, metadata)
     wanted = dict(zip(leaf_paths(like), jax.tree.leaves(like), strict=True))
