@@ -375,7 +375,7 @@ def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any) -> None
         raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}.")
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 0:
         raise ValueError(f"levels must be 0 or a positive integer (how often to prune), got {levels!r}.")
-    if rewind not in ("weights", "learning_rate", "nothing"):
+    if not isinstance(rewind, str) or rewind not in ("weights", "learning_rate", "nothing"):
         raise ValueError(f"rewind must be 'weights', 'learning_rate' or 'nothing', got {rewind!r}.")
     if (rewind == "nothing") != (tune is not None):
         raise ValueError(

@@ -225,7 +225,10 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
         raise TypeError(
             f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {repr(pruner)[:200]}."
         )
-    if is_concrete(rounds) and (not isinstance(rounds, (int, np.integer, jax.Array)) or rounds < 0):
+    number = (
+        isinstance(rounds, jax.Array) and rounds.shape == () and jnp.issubdtype(rounds.dtype, jnp.integer)
+    )
+    if not (number or isinstance(rounds, (int, np.integer))) or (is_concrete(rounds) and rounds < 0):
         raise ValueError(f"rounds must be an integer of 0 or more, got {rounds!r}.")
     state = pruner.init(params)
     if not is_concrete(params, rounds, state):
