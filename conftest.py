@@ -1,9 +1,5 @@
-"""For all tests and doctests: programs are compiled without XLA's dearest optimisations.
+"""For all tests and doctests: programs are compiled without XLA's dearest optimisations."""
 
-Most of the time of the tests goes into compiling thousands of small programs. XLA_FLAGS of one's own
-are left as they are.
-"""
+from tests._quick import compile_quickly
 
-import os
-
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+compile_quickly()

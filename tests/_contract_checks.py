@@ -18,9 +18,6 @@ import jaxprune as jp
 
 SEEDS = 3
 
-# Programs that are simple to compile, as in conftest: here compiling is all the time there is.
-QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-
 
 def same(*trees):
     jax.tree.map(lambda *leaves: [np.testing.assert_array_equal(leaves[0], leaf) for leaf in leaves], *trees)
@@ -47,7 +44,7 @@ class Case:
     def __init__(self, member: Member):
         self.member = member
         self.traces = 0
-        self.program = jax.jit(self.counted, donate_argnums=(0, 1), compiler_options=QUICK)
+        self.program = jax.jit(self.counted, donate_argnums=(0, 1))
 
     def pruner(self, problem, sparsity=None):
         return self.member.make(problem, self.member.sparsity if sparsity is None else sparsity)
@@ -142,7 +139,7 @@ def vmap_in_double_precision_is_the_loop_in_single(case):
         seeds = [case.problems(seed, dtype) for seed in range(SEEDS)]
         calls = [jax.tree.map(lambda *x: jnp.stack(x), *now) for now in zip(*seeds, strict=True)]
         state = jax.vmap(lambda p: case.pruner(p).init(p.params))(calls[0])
-        program = jax.jit(jax.vmap(case.step), compiler_options=QUICK)
+        program = jax.jit(jax.vmap(case.step))
         for call, now in enumerate(calls, start=1):
             params, state = program(now.params, state, now)
             alone = jax.tree.map(lambda *x: jnp.stack(x), *(states[call] for states in case.compiled))

@@ -15,12 +15,8 @@ from jaxprune.masks import apply_masks
 
 TOLERANCE = 1e-12
 
-# These programs run a few times only, so that compiling them is what takes the time.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
+# These programs run once or twice.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Mismatch(AssertionError):

@@ -3,7 +3,6 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -279,20 +278,6 @@ def assert_as_new_where_pruned(state: Any, new: Any, masks: Any) -> None:
             if like and jax.tree_util.keystr(path).endswith(name):
                 gone = ~np.asarray(mask)
                 np.testing.assert_array_equal(np.asarray(leaf)[..., gone], np.asarray(fresh)[..., gone])
-
-
-def _quick_options() -> dict[str, Any]:
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except jax.errors.JaxRuntimeError:  # a newer XLA knows the second no more
-        del options["xla_cpu_use_fusion_emitters"]
-    return options
-
-
-# Tests compile a step for each of many optimizers. This makes it three times as fast, and leaves
-# alone the passes that rewrite and fuse operations, which are those that could break a zero.
-quick_jit = partial(jax.jit, compiler_options=_quick_options())
 
 
 def print_sharded_counts(explicit: bool) -> None:

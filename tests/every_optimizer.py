@@ -10,7 +10,6 @@ random steps and continues to the bit.
 """
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -21,8 +20,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # before JAX starts
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from _quick import compile_quickly
+
+if __name__ == "__main__":
+    compile_quickly()
 
 import flax.serialization
 import jax
@@ -38,7 +39,6 @@ from _optimizers import (
     make_params,
     make_step,
     networks,
-    quick_jit,
 )
 from _pruner_kinds import Kind, kinds
 
@@ -211,7 +211,7 @@ def program(step: Callable[..., Any], watch: Callable[..., Any]) -> tuple[Callab
 
         return jax.lax.fori_loop(start, stop, body, (carry, history))
 
-    return quick_jit(run), traces
+    return jax.jit(run), traces
 
 
 def guard(optimizer: Any) -> Any:

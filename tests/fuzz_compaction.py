@@ -11,6 +11,11 @@ import time
 from functools import partial
 from typing import Any, NamedTuple
 
+from _quick import compile_quickly
+
+if __name__ == "__main__":
+    compile_quickly()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

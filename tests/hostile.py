@@ -9,7 +9,6 @@ this, and says how to make it again. The tests run some cases too.
 """
 
 import argparse
-import os
 import resource
 import sys
 import tempfile
@@ -20,7 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `experiments`
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from _quick import compile_quickly
+
+if __name__ == "__main__":
+    compile_quickly()
 
 import _hostile_files
 import _hostile_flags

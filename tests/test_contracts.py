@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _contract_checks import CHECKS, QUICK, Case, same
+from _contract_checks import CHECKS, Case, same
 from _contract_problem import ENTRIES, Problem, problem
 from contracts import REFUSALS, TABLE, Member, once
 
@@ -122,7 +122,7 @@ def on_eight_devices():
             now._replace(**{part: jax.tree.map(put, getattr(now, part)) for part in ("params", "grads")})
             for now in case.problems()
         ]
-        step, params = jax.jit(case.step, compiler_options=QUICK), problems[0].params
+        step, params = jax.jit(case.step), problems[0].params
         states = [jax.jit(case.pruner(problems[0]).init)(params)]
         for now in problems:
             states.append(step(now.params, states[-1], now)[1])

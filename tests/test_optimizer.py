@@ -27,7 +27,6 @@ from _optimizers import (
     make_params,
     make_step,
     networks,
-    quick_jit,
 )
 from flax import nnx
 from flax.core import FrozenDict
@@ -105,7 +104,7 @@ def train(
     """Trains, checking after each step that what is pruned is 0; also returns what is kept by step."""
     batch = make_batch()
     params = make_params() if params is None else params
-    step = quick_jit(make_step(tx, case)) if step is None else step
+    step = jax.jit(make_step(tx, case)) if step is None else step
     opt_state, history = init(tx, params, case), []
     for _ in range(steps):
         params, opt_state, _ = step(params, opt_state, batch)
@@ -125,7 +124,7 @@ def test_wrap_optax_prunes_inside_every_optimizer_in_half_precision(name):
     initial, batch = params, batch = start(case, jnp.bfloat16)
     opt_state = init(tx, params, case)
     step, traces = counted(make_step(tx, case))
-    step = quick_jit(step)
+    step = jax.jit(step)
     masks = masks_of(opt_state)
     for expected in KEPT_OF_HIDDEN:
         before = masks
@@ -150,7 +149,7 @@ def test_keep_masked_keeps_masks_in_half_precision(name):
     tx = jp.keep_masked(case.make(), masks)
     opt_state = init(tx, params, case)
     step, traces = counted(make_step(tx, case))
-    step = quick_jit(step)
+    step = jax.jit(step)
     for _ in range(3):
         params, opt_state, loss = step(params, opt_state, batch)
         assert_zero_where_pruned(params, masks)
@@ -269,7 +268,7 @@ INSIDE: dict[str, Callable[[], Any]] = {
 def test_wrappers_inside(name):
     tx = jp.wrap_optax(INSIDE[name](), gradual())
     step, traces = counted(make_step(tx))
-    params, opt_state, history = train(tx, len(KEPT), step=quick_jit(step))
+    params, opt_state, history = train(tx, len(KEPT), step=jax.jit(step))
     assert history == list(KEPT)
     assert len(traces) == 1
     assert_finite(params)
@@ -305,7 +304,7 @@ def test_wrappers_around(name):
     make, expected = AROUND[name]
     tx = make()
     step, traces = counted(make_step(tx))
-    params, opt_state, history = train(tx, len(expected), step=quick_jit(step))
+    params, opt_state, history = train(tx, len(expected), step=jax.jit(step))
     assert history == list(expected)
     assert len(traces) == 1
     assert_finite(params)
@@ -324,7 +323,7 @@ def test_wrappers_around(name):
 )
 def test_wrappers_that_show_only_some_of_the_params(make):
     tx, params, batch = make(), make_params(), make_batch()
-    step, opt_state = quick_jit(make_step(tx)), tx.init(params)
+    step, opt_state = jax.jit(make_step(tx)), tx.init(params)
     for expected in KEPT:
         params, opt_state, _ = step(params, opt_state, batch)
         masks = masks_of(opt_state)
@@ -340,7 +339,7 @@ def test_keep_masked_on_some_of_the_params():
     keep = jp.keep_masked(optax.adam(0.02), masks)
     tx = optax.partition({"kernel": keep, "bias": optax.sgd(0.1)}, by_kind)
     params, batch = make_params(), make_batch()
-    params, _, _ = quick_jit(make_step(tx))(params, tx.init(params), batch)
+    params, _, _ = jax.jit(make_step(tx))(params, tx.init(params), batch)
     assert_zero_where_pruned({name: {"kernel": params[name]["kernel"]} for name in params}, masks)
 
 
@@ -352,7 +351,7 @@ def test_one_pruner_for_each_part_of_the_params():
 
     tx = optax.partition({"a": one_shot(0.5), "b": one_shot(0.75)}, {"hidden": "a", "out": "b"})
     params, batch = make_params(), make_batch()
-    params, opt_state, _ = quick_jit(make_step(tx))(params, tx.init(params), batch)
+    params, opt_state, _ = jax.jit(make_step(tx))(params, tx.init(params), batch)
     found = [masks for _, masks in optax.tree.get_all_with_path(opt_state, "masks")]
     assert [kept(masks) for masks in found] == [24, 8]
     assert_zero_where_pruned(params["hidden"], found[0]["hidden"])
@@ -363,7 +362,7 @@ def test_one_pruner_for_each_part_of_the_params():
 def test_a_transform_chained_after_breaks_the_zeros_and_check_pruned_finds_it(make):
     tx = optax.chain(make(), optax.scale(0.5))
     params, batch = make_params(), make_batch()
-    step, opt_state = quick_jit(make_step(tx)), tx.init(params)
+    step, opt_state = jax.jit(make_step(tx)), tx.init(params)
     for _ in range(4):
         params, opt_state, _ = step(params, opt_state, batch)
     with pytest.raises(ValueError, match=r"'hidden/kernel'\] has \d+ pruned entries that are not 0"):
@@ -397,7 +396,7 @@ def train_through_bursts(
     """Multiplies the gradients of the given steps; returns params, state and what is kept by step."""
     batch = make_batch()
 
-    @quick_jit
+    @jax.jit
     def step(params, opt_state, burst):
         grads = jax.tree.map(lambda g: g * burst, jax.grad(loss)(params, batch))
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -521,7 +520,7 @@ def test_keep_masked_trains_as_if_pruned_weights_did_not_exist(name):
     without = flat.shrink(params)
     tx, plain = jp.keep_masked(case.make(), flat.masks), case.make()
     opt_state, plain_state = init(tx, params, case), init(plain, without, case)
-    step, plain_step = quick_jit(make_step(tx, case)), quick_jit(make_step(plain, case, flat.loss))
+    step, plain_step = jax.jit(make_step(tx, case)), jax.jit(make_step(plain, case, flat.loss))
     for _ in range(12):
         params, opt_state, value = step(params, opt_state, batch)
         without, plain_state, plain_value = plain_step(without, plain_state, batch)
@@ -538,11 +537,11 @@ def test_wrap_optax_leaves_a_state_that_pruned_weights_have_left(name):
     # Once the last mask is in force, the state without the pruned entries continues alike.
     case, batch = SAME_WITHOUT[name], make_batch()
     tx, plain = jp.wrap_optax(case.make(), gradual()), case.make()
-    step = quick_jit(make_step(tx, case))
+    step = jax.jit(make_step(tx, case))
     params, opt_state, _ = train(tx, 7, case=case, step=step)
     flat = Flat(jax.tree.map(np.asarray, masks_of(opt_state)))
     without, plain_state = flat.shrink(params), flat.shrink_state(opt_state.inner)
-    plain_step = quick_jit(make_step(plain, case, flat.loss))
+    plain_step = jax.jit(make_step(plain, case, flat.loss))
     for _ in range(5):
         params, opt_state, _ = step(params, opt_state, batch)
         without, plain_state, _ = plain_step(without, plain_state, batch)
@@ -595,7 +594,7 @@ def test_a_line_search_forgets_where_it_ended_when_masks_move_the_params(search)
     def objective(params):
         return loss_fn(params, batch)
 
-    @quick_jit
+    @jax.jit
     def step(params, opt_state):
         true_value, true_grads = jax.value_and_grad(objective)(params)
         stored = optax.tree.get(opt_state, "value")
@@ -718,7 +717,7 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 
 def run_container(tx: Any, name: str, params: Any, steps: int) -> tuple[Any, Any]:
     _, as_dict = CONTAINERS[name]
-    step = quick_jit(make_step(tx, loss_fn=lambda params, batch: loss_fn(as_dict(params), batch)))
+    step = jax.jit(make_step(tx, loss_fn=lambda params, batch: loss_fn(as_dict(params), batch)))
     opt_state, batch = tx.init(params), make_batch()
     for _ in range(steps):
         params, opt_state, _ = step(params, opt_state, batch)
@@ -753,7 +752,7 @@ def test_a_bare_array():
     x, _ = make_batch()
     tx = jp.wrap_optax(optax.adam(0.02), gradual())
     opt_state = tx.init(params)
-    step = quick_jit(make_step(tx, loss_fn=lambda params, batch: jnp.mean((batch @ params - 1.0) ** 2)))
+    step = jax.jit(make_step(tx, loss_fn=lambda params, batch: jnp.mean((batch @ params - 1.0) ** 2)))
     for _ in range(8):
         params, opt_state, _ = step(params, opt_state, x)
     assert int(opt_state.pruner.masks.sum()) == 48 - round(0.8 * 48)
@@ -862,13 +861,13 @@ def assert_identical(tree: Any, other: Any) -> None:
 def test_a_restored_keep_masked_state_continues_bit_by_bit():
     params = make_params()
     tx = jp.keep_masked(optax.adam(0.02), half_masks())
-    step = quick_jit(make_step(tx))
+    step = jax.jit(make_step(tx))
     halfway = run_on(step, params, tx.init(params), 3)
     stored = flax.serialization.to_bytes(halfway)
     # The masks are in the state: those that the restored optimizer was made with do not matter.
     other = jp.keep_masked(optax.adam(0.02), jp.ones_masks(params))
     restored = flax.serialization.from_bytes((params, other.init(params)), stored)
-    got = run_on(quick_jit(make_step(other)), *restored, 3)
+    got = run_on(jax.jit(make_step(other)), *restored, 3)
     assert_identical(got, run_on(step, *halfway, 3))
 
 
@@ -876,15 +875,15 @@ def test_a_restored_keep_masked_state_continues_bit_by_bit():
 def test_params_and_state_may_be_donated(make):
     tx, params = make(), make_params()
     step = make_step(tx)
-    wanted = run_on(quick_jit(step), params, tx.init(params), 5)
-    got = run_on(quick_jit(step, donate_argnums=(0, 1)), make_params(), tx.init(params), 5)
+    wanted = run_on(jax.jit(step), params, tx.init(params), 5)
+    got = run_on(jax.jit(step, donate_argnums=(0, 1)), make_params(), tx.init(params), 5)
     assert_identical(got, wanted)
 
 
 def test_the_masks_of_the_caller_are_not_donated():
     masks, params = half_masks(), make_params()
     tx = jp.keep_masked(optax.adam(0.02), masks)
-    step = quick_jit(make_step(tx), donate_argnums=(0, 1))
+    step = jax.jit(make_step(tx), donate_argnums=(0, 1))
     params, _ = run_on(step, params, tx.init(params), 2)
     jp.check_pruned(params, masks)
     tx.init(params)
@@ -902,8 +901,8 @@ def test_scan_and_vmap_equal_the_loop():
         return jax.lax.scan(body, (params, tx.init(params)), length=len(KEPT))
 
     seeds = [make_params(seed=seed) for seed in range(3)]
-    scan, jitted = quick_jit(run), quick_jit(step)
-    stacked = quick_jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds))
+    scan, jitted = jax.jit(run), jax.jit(step)
+    stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds))
     for index, params in enumerate(seeds):
         looped, opt_state = params, tx.init(params)
         (scan_params, _), (losses, masks) = scan(params)

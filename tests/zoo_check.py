@@ -8,17 +8,20 @@ import argparse
 import sys
 from typing import NamedTuple
 
+from _quick import compile_quickly
+
+if __name__ == "__main__":
+    compile_quickly()
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _equivalence import QUICK
 from zoo import ZOO, Case
 
 import jaxprune as jp
 from jaxprune.graph.compaction import with_state
 from jaxprune.paths import array_leaves
-
-# Compiled without optimisation: most of the time would go there.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Errors(NamedTuple):
@@ -91,7 +94,7 @@ def compare(case: Case, fraction: float, dtype, split="major", seed=0) -> Errors
         def both(s):
             return [(f(s), s) for f in (dense, compacted)]
 
-    run = jax.jit(both).lower(small.params).compile(compiler_options=_QUICK)
+    run = jax.jit(both).lower(small.params).compile(compiler_options=QUICK)
     output = gradient = 0.0
     for scale in (0.0, 0.3):
         s = jax.tree.map(lambda leaf, scale=scale: _moved(leaf, scale, rng), small.params)
