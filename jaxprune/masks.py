@@ -122,7 +122,7 @@ class PackedMask(NamedTuple):
 jax.tree_util.register_pytree_with_keys(
     PackedMask,
     lambda mask: (((jax.tree_util.GetAttrKey("bits"), mask.bits),), mask.shape),
-    lambda shape, leaves: PackedMask(*leaves, shape),
+    lambda shape, leaves: PackedMask(next(iter(leaves)), shape),
     lambda mask: ((mask.bits,), mask.shape),
 )
 

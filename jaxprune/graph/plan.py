@@ -157,7 +157,9 @@ class Plan:
 
     def save(self, file: str | PathLike[str]) -> None:
         """Writes the plan, whole or not at all, to a `.npz` file of small integer arrays, none of it code."""
-        arrays = {f"shape:{path}": np.asarray(shape, np.int64) for path, shape in self.shapes.items()}
+        arrays: dict[str, Any] = {
+            f"shape:{path}": np.asarray(shape, np.int64) for path, shape in self.shapes.items()
+        }
         for path, axes in self.keep.items():
             arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
         with replacing(file) as new, new.open("wb") as stream:
