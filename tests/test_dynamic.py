@@ -301,16 +301,6 @@ def test_unsigned_scores_grow_the_largest():
     assert moved(pruner, params, None)["kernel"].tolist() == [[False, True, False, False, True]]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("structure", [None, jp.structures.nm(2, 4)], ids=["entries", "nm"])
-def test_nothing_is_promoted_by_accident(dtype, structure):
-    params, masks = sparse(jax.tree.map(lambda p: p.astype(dtype), PARAMS), 0.5, structure=structure)
-    grads = jax.tree.map(lambda g: g.astype(dtype), GRADS)
-    with jax.numpy_dtype_promotion("strict"):
-        after = moved(jp.rigl(masks, structure=structure, **EVERY), params, grads)
-    assert (after["a"]["kernel"] != masks["a"]["kernel"]).any()
-
-
 def test_what_is_refused():
     _, masks = sparse(PARAMS, 0.5)
     with pytest.raises(ValueError, match="prune nothing of what where= takes in"):

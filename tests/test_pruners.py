@@ -84,21 +84,6 @@ def test_initial_sparsity_is_pruned_at_the_begin_step():
     assert [103 - sum(kept(s.masks).values()) for s in states] == [0, 0] + [40] * 6 + [80]
 
 
-def test_compiled_equals_eager_and_vmap_equals_loop():
-    pruner = jp.pruner(jp.scores.magnitude, jp.schedules.cubic(0.9, end_step=6), every=2, scope="layerwise")
-    trees = [params_of(seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *trees)
-    batched = jax.vmap(pruner.init)(stacked)
-    for _ in range(6):
-        batched = jax.vmap(pruner.update)(batched, stacked)
-    for index, params in enumerate(trees):
-        state = pruner.init(params)
-        for _ in range(6):
-            state = pruner.update(state, params)
-        chex.assert_trees_all_equal(state, run(pruner, params, 6)[-1])
-        chex.assert_trees_all_equal(state, jax.tree.map(operator.itemgetter(index), batched))
-
-
 def test_masks_only_grow_when_the_scores_change():
     pruner = jp.pruner(jp.scores.random, jp.schedules.linear(0.9, end_step=10), seed=3)
     states = run(pruner, params_of(), 10)
