@@ -60,8 +60,9 @@ def wrap_optax(
 
     It must be the outermost transform: what is chained after it would change the -p, and what
     passes raw gradients on at times (`optax.conditionally_transform`) would lose it.
-    `check_pruned` finds such a mistake. The masks are in the state: `optax.tree.get(opt_state,
-    "masks")`. Call `update` once per step; everything is traced once.
+    `check_pruned` finds such a mistake, and params that were NaN or infinite before they were pruned:
+    an update is added to them, so none makes them 0, as `apply_masks` does. The masks are in the
+    state: `optax.tree.get(opt_state, "masks")`. Call `update` once per step; everything is traced once.
 
     Args:
       optimizer: any optax transform; extra arguments of `update` reach it and the score.
