@@ -58,8 +58,8 @@ def prune_once(
 
     Exactly one of `sparsity`, `count`, `threshold` says how much goes. A sparsity removes
     `round_half_even(sparsity * n)` of the n units that take part; of equal scores the earlier
-    leaf, then the lower row-major index, goes first. Masks only ever grow: what `masks` has
-    pruned stays pruned. It is a pure function and runs under `jit` and `vmap`; there the checks
+    leaf, then the lower row-major index, goes first. What is pruned only ever grows: what
+    `masks` has pruned stays so. It is a pure function and runs under `jit` and `vmap`; there the checks
     that need values (NaN scores, what the floor kept) are left out, and NaN ranks highest.
 
     Args:
@@ -382,8 +382,8 @@ def _say_what_was_not_done(
         number = int(to_numpy(count)) - (before[name] - left[name])
         if number < 0:
             warnings.warn(
-                f"{name}: {-number} more units are pruned already than the target asks for. Masks "
-                "only ever grow, so nothing was removed.",
+                f"{name}: {-number} more units are pruned already than the target asks for. What is "
+                "pruned only ever grows, so nothing was removed.",
                 stacklevel=4,
             )
         elif got[name] < number:

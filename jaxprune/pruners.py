@@ -50,8 +50,8 @@ def pruner(
     `update` counts its calls. A schedule with an end is followed at the calls `begin_step`,
     `begin_step + every`, ... and, whatever `every` is, at `end_step`: after t updates the masks
     have the sparsity `schedule(t)` of the last of these that passed. A schedule of levels
-    (`constant`, `geometric`) moves one level every `every` calls. Masks only ever grow. The
-    number to remove is worked out on the host, in double precision, when `update` is traced.
+    (`constant`, `geometric`) moves one level every `every` calls. What is pruned only ever
+    grows. The number to remove is worked out on the host, in double precision, when `update` is traced.
 
     Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
     gradients) leaves the masks alone and is made up for at the next call.

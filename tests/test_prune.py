@@ -147,7 +147,7 @@ def test_prune_once_is_the_oracle(case, data):
     for path in shapes:
         assert after[path].dtype == np.bool_
         np.testing.assert_array_equal(after[path], expected[path], err_msg=path)
-        assert not (after[path] & ~before[path]).any()  # masks only ever grow
+        assert not (after[path] & ~before[path]).any()  # what is pruned only ever grows
     emptied = {path for path in chosen if before[path].any() and not after[path].any()}
     collapse = [message for message in messages if "layer collapse" in message]
     assert len(collapse) == bool(emptied and not floor)

@@ -165,7 +165,7 @@ def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
 
     References:
       Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020. There masks
-      are drawn anew at each step, so that a weight may come back; here masks only ever grow.
+      are drawn anew at each step, so that a weight may come back; here what is pruned stays so.
     """
     del extra
     return jax.tree.map(jnp.negative, _products(params, grads, "movement"))
