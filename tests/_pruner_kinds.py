@@ -1,11 +1,9 @@
 """Every kind of `Pruner`, on the network of `_optimizers`, with the counts that each must reach."""
 
 import inspect
-import pkgutil
 import typing
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -235,12 +233,12 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
 def makers() -> Iterator[str]:
     """The names of all public functions, and methods of public classes, that return a `Pruner`."""
     modules = {"": jp}
-    for info in pkgutil.iter_modules(jp.__path__):
-        if hasattr(jp, info.name) and info.name in jp.__all__:
-            modules[info.name + "."] = import_module(f"jaxprune.{info.name}")
+    modules |= {f"{name}.": member for name in jp.__all__ if inspect.ismodule(member := getattr(jp, name))}
     for prefix, module in modules.items():
-        for name in module.__all__:
-            member = getattr(module, name)
+        for name, member in inspect.getmembers(module):
+            own = name in jp.__all__ if module is jp else module.__name__ in getattr(member, "__module__", "")
+            if name[0] == "_" or not own:
+                continue
             found = {name: member}
             if inspect.isclass(member):
                 found = {f"{name}.{key}": value for key, value in vars(member).items() if key[0] != "_"}

@@ -569,24 +569,23 @@ def left_out(name: str, kind: Kind) -> bool:
 
 
 def dealt(number: int = 0, steps: int = 200) -> dict[str, list[tuple[str, str]]]:
-    """A few kinds, each in one form, for every optimizer: one that shrinks, one that moves, fixed masks.
+    """Two kinds, each in one form, for every optimizer: one that shrinks, and one that moves or fixed masks.
 
     Args:
       number: which of the deals; they come round after as many as there are kinds that shrink.
       steps: of the run.
     """
     table, hands = kinds(steps), {}
-    groups = (
-        [kind for kind, made in table.items() if made.removed is not None],
-        [kind for kind, made in table.items() if made.regrows],
-        ["keep_masked"],
-    )
+    shrinking = [kind for kind, made in table.items() if made.removed is not None]
+    others = [kind for kind, made in table.items() if made.regrows], ["keep_masked"]
     for place, name in enumerate(OPTIMIZERS):
         hands[name] = []
-        for group in groups:
+        # Of three optimizers in a row one is dealt fixed masks, and the others go on with what moves.
+        turns = (shrinking, place), (others[(place + number) % 3 == 2], place + place // 3)
+        for group, turn in turns:
             fit = [kind for kind in group if not left_out(name, table[kind])]
             form = FORMS[0 if name in UNGUARDED else (place + place // 5 + number) % 2]
-            hands[name].append((fit[(place + number) % len(fit)], form))
+            hands[name].append((fit[(turn + number) % len(fit)], form))
     return hands
 
 

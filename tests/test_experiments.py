@@ -279,7 +279,7 @@ def test_only_iterated_synflow_keeps_a_deep_narrow_network_whole():
 
     def of(method, compression):
         masks_of = pruning_at_init.criteria(widths, batch, compression, rounds=100)[method]
-        masks = jax.jit(jax.vmap(masks_of))(init, keys)
+        masks = _train.jit(jax.vmap(masks_of))(init, keys)
         each = [jax.tree.map(operator.itemgetter(i), masks) for i in range(2)]
         for own in each:
             kept = sum(int(leaf.sum()) for leaf in jax.tree.leaves(own) if leaf.ndim == 2)
