@@ -1,15 +1,11 @@
 """Compaction: equal to the masked network, in every way a function of params is used."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _devices import on_eight_devices
 from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -254,23 +250,8 @@ def test_params_and_functions_that_are_traced():
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
 def test_sharded_params(explicit):
-    # A process of its own: the number of devices is fixed when JAX starts.
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"import _sharded_compaction as s; s.check({explicit})"],
-        cwd=pathlib.Path(__file__).parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 0
+    code = f"import _sharded_compaction as s; s.check({explicit})"
+    assert int(on_eight_devices(code)) > 0
 
 
 def test_strict_dtype_promotion():

@@ -2,10 +2,6 @@
 
 import functools
 import inspect
-import os
-import pathlib
-import subprocess
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -19,6 +15,7 @@ import optax
 import pytest
 from _contract_checks import CHECKS, Case, same
 from _contract_problem import ENTRIES, Problem, problem
+from _devices import on_eight_devices
 from contracts import REFUSALS, TABLE, Member, once
 
 import jaxprune as jp
@@ -107,7 +104,7 @@ def test_what_cannot_be_done_is_refused(name):
 PROGRAMS = [name for name, member in TABLE.items() if not member.table_of]
 
 
-def on_eight_devices():
+def check_sharded_members():
     """Runs the table on params that are sharded over rows and columns, and prints what was wrong."""
     warnings.simplefilter("error")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -158,22 +155,8 @@ def on_eight_devices():
 
 
 def test_every_member_on_eight_devices():
-    # A process of its own: the number of devices is fixed when JAX starts.
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import test_contracts; test_contracts.on_eight_devices()"],
-        cwd=pathlib.Path(__file__).parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.stdout.splitlines() == [f"{name} ok" for name in [*PROGRAMS, "keep_masked"]], done.stderr
+    printed = on_eight_devices("import test_contracts; test_contracts.check_sharded_members()")
+    assert printed.splitlines() == [f"{name} ok" for name in [*PROGRAMS, "keep_masked"]]
 
 
 # --- each check fails where its contract is broken

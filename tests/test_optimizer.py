@@ -1,9 +1,5 @@
 """wrap_optax and keep_masked, inside every optimizer, wrapper, container and transformation."""
 
-import os
-import pathlib
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
 from operator import itemgetter
@@ -17,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _devices import on_eight_devices
 from _optimizers import (
     OPTIMIZERS,
     Case,
@@ -921,26 +918,9 @@ def test_scan_and_vmap_equal_the_loop():
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["Auto", "Explicit"])
 def test_masks_are_sharded_like_their_params(explicit):
-    # A process of its own: the number of devices is fixed when JAX starts.
-    script = f"import _optimizers; _optimizers.print_sharded_counts(explicit={explicit})"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        cwd=pathlib.Path(__file__).parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "XLA_FLAGS": flags,
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    code = f"import _optimizers; _optimizers.print_sharded_counts(explicit={explicit})"
     size = 16 * 3 + 5 * 24 + 3 * 3
-    assert int(done.stdout) == size - round(0.8 * size)
+    assert int(on_eight_devices(code)) == size - round(0.8 * size)
 
 
 def test_strict_dtype_promotion():

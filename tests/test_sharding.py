@@ -1,13 +1,9 @@
 """Pruning of params that lie on several devices: shardings, masks to the bit, and what is moved."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import _hlo
 import _sharding
 import pytest
+from _devices import on_eight_devices
 
 CONDITIONAL = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -42,20 +38,6 @@ def test_collectives_are_read_off_a_program():
 
 
 def test_on_eight_devices():
-    # A process of its own: the number of devices is fixed when JAX starts. One for all checks.
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", "import _sharding; _sharding.run()"],
-        cwd=pathlib.Path(__file__).parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    printed = on_eight_devices("import _sharding; _sharding.run()")
     wanted = [f"{check.__name__} {kind.name} ok" for kind in _sharding.KINDS for check in _sharding.CHECKS]
-    assert done.stdout.splitlines() == wanted, done.stderr
+    assert printed.splitlines() == wanted
