@@ -127,7 +127,7 @@ def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
     if origin in (types.UnionType, typing.Union):
         return _reader(next(a for a in arguments if a is not type(None)))
     if origin is typing.Literal:
-        return f"{{{','.join(arguments)}}}", _choice(arguments)
+        return f"{{{','.join(arguments)}}}", _checked(str, Limits(among=arguments))
     if origin is tuple:
         name, read = _reader(arguments[0])
         return f"{name},...", lambda text: tuple(map(read, text.split(","))) if text else ()
@@ -140,12 +140,3 @@ def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
 
     return hint.__name__, scalar
-
-
-def _choice(allowed: tuple[str, ...]) -> Callable[[str], str]:
-    def choice(text: str) -> str:
-        if wrong := Limits(among=allowed).problem(text):
-            raise argparse.ArgumentTypeError(wrong)
-        return text
-
-    return choice

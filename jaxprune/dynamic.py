@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.control import update_if
-from jaxprune.masks import check_masks, like_params, ones_masks, packed_like, unpack_masks
+from jaxprune.masks import check_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.prune import all_finite, evaluate, pool
@@ -198,9 +198,7 @@ def rewiring(
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
-        # Made from the params, so that under jit they are sharded like them.
-        own = jax.tree.map(jnp.logical_and, like_params(masks, params), ones_masks(params))
-        return PrunerState(own, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        return PrunerState(own_masks(masks, params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:

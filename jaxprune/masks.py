@@ -106,6 +106,19 @@ def like_params(masks: Masks, params: Params) -> Masks:
     return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaf_paths(params)])
 
 
+def own_masks(masks: Masks, params: Params) -> Masks:
+    """A copy of the masks for a state, checked, in the params' own containers.
+
+    A train step may donate its state, and leaves the caller's masks alone. Made from the params, so
+    that under `jit` each mask is sharded like its param.
+
+    Raises:
+      ValueError: the paths or a shape differ.
+      TypeError: a mask is not bool.
+    """
+    return jax.tree.map(jnp.logical_and, like_params(masks, params), ones_masks(params))
+
+
 class PackedMask(NamedTuple):
     """A mask of one bit per entry.
 

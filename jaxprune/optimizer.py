@@ -11,8 +11,7 @@ from jaxprune.masks import (
     apply_masks,
     check_masks,
     intersect,
-    like_params,
-    ones_masks,
+    own_masks,
     pack_masks,
     unpack_masks,
 )
@@ -153,10 +152,7 @@ def keep_masked(
     def init_fn(params: Params) -> KeepMaskedState:
         if _is_placeholder(params):
             return KeepMaskedState(inner.init(params), params)
-        # A copy: a train step may donate its state, and leaves the caller's masks alone. Made from the
-        # params, so that under jit it is sharded like them.
-        fast = _fast(params)
-        own = jax.tree.map(jnp.logical_and, like_params(masks, fast), ones_masks(fast))
+        own = own_masks(masks, _fast(params))
         return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
