@@ -1,8 +1,6 @@
 """Every kind of `Pruner`, on the network of `_optimizers`, with the counts that each must reach."""
 
-import inspect
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -228,25 +226,3 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
         "rewiring slices": Kind("rewiring", moving(rewiring, columns, sparsity=0.5), _columns),
         "keep_masked": Kind("keep_masked", sparse, _each),
     }
-
-
-def makers() -> Iterator[str]:
-    """The names of all public functions, and methods of public classes, that return a `Pruner`."""
-    modules = {"": jp}
-    modules |= {f"{name}.": member for name in jp.__all__ if inspect.ismodule(member := getattr(jp, name))}
-    for prefix, module in modules.items():
-        for name, member in inspect.getmembers(module):
-            own = name in jp.__all__ if module is jp else module.__name__ in getattr(member, "__module__", "")
-            if name[0] == "_" or not own:
-                continue
-            found = {name: member}
-            if inspect.isclass(member):
-                found = {f"{name}.{key}": value for key, value in vars(member).items() if key[0] != "_"}
-            for key, function in found.items():
-                if inspect.isfunction(function) and _returned(function) is jp.Pruner:
-                    yield prefix + key
-
-
-def _returned(function: Any) -> Any:
-    found = inspect.signature(function).return_annotation
-    return typing.get_type_hints(function)["return"] if isinstance(found, str) else found

@@ -1,11 +1,9 @@
 """Every member of the table in `contracts` through the same checks, on one device and on eight."""
 
 import functools
-import inspect
 import traceback
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import _contract_checks
 import jax
@@ -16,6 +14,7 @@ import pytest
 from _contract_checks import CHECKS, Case, same
 from _contract_problem import ENTRIES, Problem, problem
 from _devices import on_eight_devices
+from _public import defined_in, makers
 from contracts import REFUSALS, TABLE, Member, once
 
 import jaxprune as jp
@@ -40,34 +39,7 @@ def public_names() -> Iterator[str]:
     yield "Structure"
     yield "prune_once"
     yield "prune_rounds"
-    owners = {"": jp} | {
-        f"{name}.": getattr(jp, name) for name in jp.__all__ if inspect.ismodule(getattr(jp, name))
-    }
-    for prefix, owner in owners.items():
-        for name in jp.__all__ if owner is jp else defined_in(owner):
-            member = getattr(owner, name)
-            if inspect.isclass(member):
-                methods = inspect.getmembers(member, inspect.isfunction)
-                found = [f"{prefix}{name}.{m}" for m, f in methods if m[0] != "_" and gives_a_pruner(f)]
-                yield from found
-            elif inspect.isfunction(member) and gives_a_pruner(member):
-                yield f"{prefix}{name}"
-
-
-def defined_in(module: Any) -> list[str]:
-    """The public functions and classes of a module, or of the package it is."""
-    inside = module.__name__ if not hasattr(module, "__path__") else f"{module.__name__}."
-    return [
-        name
-        for name, member in inspect.getmembers(module, lambda m: inspect.isfunction(m) or inspect.isclass(m))
-        if name[0] != "_" and f"{member.__module__}.".startswith(inside)
-    ]
-
-
-def gives_a_pruner(function: Any) -> bool:
-    returns = inspect.signature(function).return_annotation
-    assert returns is not inspect.Signature.empty, f"{function.__qualname__} does not say what it returns"
-    return "Pruner" in str(getattr(returns, "__name__", returns)).replace("PrunerState", "")
+    yield from makers()
 
 
 def test_the_table_has_every_public_member():

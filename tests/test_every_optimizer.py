@@ -2,7 +2,8 @@
 
 import pytest
 from _optimizers import NOT_OPTIMIZERS, OPTIMIZERS, exported
-from _pruner_kinds import kinds, makers
+from _pruner_kinds import kinds
+from _public import makers
 from every_optimizer import UNGUARDED, dealt, run_pair
 
 
