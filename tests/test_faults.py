@@ -13,12 +13,15 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import _runs as runs
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -441,6 +444,33 @@ def test_a_full_disk_ends_in_one_sentence_and_the_run_goes_on(runner, whole, tmp
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         runner.finish(runner.study("lottery_ticket", disk / "run"), disk / "run")
         runs.check_same(disk / "run", whole)
+
+
+def test_no_thread_speaks_of_a_full_disk_in_its_own_words(tmp_path, monkeypatch):
+    unraisable = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: unraisable.append(args.exc_value))
+    state = [np.random.default_rng(i).normal(size=(300, 100)) for i in range(24)]
+    for run in range(4):  # whether one did was a matter of chance
+        with tmpfs(tmp_path / "disk", "size=2500k") as disk, Checkpoints(disk / str(run), {}) as levels:
+            with pytest.raises(OSError, match="No space left"):
+                levels.save(0, state, [])
+            time.sleep(0.2)
+    assert not unraisable
+
+
+def test_levels_are_read_as_they_were_written(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {
+        f"{dtype} {shape}": rng.integers(0, 2, shape).astype(jnp.dtype(dtype))
+        for dtype in ("bool", "float32", "bfloat16", "int8", "uint32")
+        for shape in [(), (0, 3), (5,), (3, 1, 7)]
+    }
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(0, state, [])
+        restored, _ = checkpoints.restore(state)
+        jax.tree.map(np.testing.assert_array_equal, restored, state)
+        assert all(restored[name].dtype == state[name].dtype for name in state)
+        assert checkpoints.restore(state | {"more": np.zeros(1)}) is None
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
