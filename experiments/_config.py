@@ -6,11 +6,12 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from experiments import _recipes
-from experiments._limits import Bound, Limits, flag_name, shown
+from experiments._limits import Bound, FlagError, Limits, flag_name, shown
 from jaxprune.recipes import RecipeError
 
 C = TypeVar("C")
@@ -52,7 +53,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
         value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         parser.add_argument(
             name,
-            type=_checked(read, field.metadata["limits"]),
+            type=read,
             default=field.default,
             help=text if field.default is None else f"{text} (default: {value})",
             metavar=kind,
@@ -67,9 +68,37 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     for field in fields:
         if given[field.name] == []:  # what argparse makes of `--epochs=--`
             parser.error(f"argument {flag_name(field.name)}: expected one argument")
-        if field not in files and (wrong := field.metadata["limits"].beside(given[field.name], given)):
-            parser.error(f"argument {flag_name(field.name)}: {wrong}")
-    return config(**{field.name: given[field.name] for field in fields})
+    parsed = config(**{field.name: given[field.name] for field in fields})
+    if wrong := _problem(parsed):
+        parser.error(f"argument {wrong}")
+    return parsed
+
+
+def check_limits(config: Any) -> None:
+    """Checks the fields of a config that was made in Python, as `parse` checks flags.
+
+    Raises:
+      FlagError: a value that is beyond what is declared beside its field.
+
+    Example:
+      >>> from experiments.gradual import Config
+      >>> check_limits(Config(sparsities=(0.5, 1.0)))
+      Traceback (most recent call last):
+      experiments._limits.FlagError: --sparsities: must be 0 or more and below 1, got 1.0
+    """
+    if wrong := _problem(config):
+        raise FlagError(wrong)
+
+
+def _problem(config: Any) -> str | None:
+    """The first flag whose value is beyond its limits, and what is wrong with it."""
+    hints, values = typing.get_type_hints(type(config)), vars(config)
+    fields = [field for field in dataclasses.fields(config) if not _recipes.is_file(field)]
+    limits = {field.name: field.metadata["limits"] for field in fields}
+    limits = {name: each._replace(among=_choices(hints[name]) or each.among) for name, each in limits.items()}
+    by_itself = ((name, each.problem(values[name])) for name, each in limits.items())
+    beside = ((name, each.beside(values[name], values)) for name, each in limits.items())
+    return next((f"{flag_name(name)}: {wrong}" for name, wrong in chain(by_itself, beside) if wrong), None)
 
 
 def recipe_file(text: str) -> Any:
@@ -109,16 +138,11 @@ def flag(
     return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
 
 
-def _checked(read: Callable[[str], Any], limits: Limits) -> Callable[[str], Any]:
-    """Reads the text of a flag, within its limits."""
-
-    def checked(text: str) -> Any:
-        value = read(text)
-        if wrong := limits.problem(value):
-            raise argparse.ArgumentTypeError(wrong)
-        return value
-
-    return checked
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The texts that a type allows; none if it is no `Literal`, nor has one."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return next(filter(None, map(_choices, typing.get_args(hint))), ())
 
 
 def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
@@ -127,7 +151,7 @@ def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
     if origin in (types.UnionType, typing.Union):
         return _reader(next(a for a in arguments if a is not type(None)))
     if origin is typing.Literal:
-        return f"{{{','.join(arguments)}}}", _checked(str, Limits(among=arguments))
+        return f"{{{','.join(arguments)}}}", str
     if origin is tuple:
         name, read = _reader(arguments[0])
         return f"{name},...", lambda text: tuple(map(read, text.split(","))) if text else ()

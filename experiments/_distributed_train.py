@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from experiments import _data
+from experiments._limits import FlagError
 
 _VALIDATION = 0.05  # of Python's help
 
@@ -89,7 +90,7 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
     """How each param is sharded; what has no rule, the norms' scales, is not.
 
     Raises:
-      ValueError: an axis that the mesh does not divide.
+      FlagError: an axis that the mesh does not divide.
     """
 
     def spec(path: str, leaf: Any) -> P:
@@ -98,7 +99,7 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
             for name, axis in zip(("data", "tensor"), chosen, strict=True):
                 if f"/{path}".endswith(f"/{end}") and axis is not None:
                     if leaf.shape[axis] % mesh.shape[name]:
-                        raise ValueError(
+                        raise FlagError(
                             f"axis {axis} of {path}, of shape {leaf.shape}, cannot be sharded over "
                             f"{mesh.shape[name]} devices ({name}); choose a mesh or sizes that divide"
                         )

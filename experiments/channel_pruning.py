@@ -40,7 +40,7 @@ import jaxprune as jp
 from experiments import _channel_report, _channels, _faults, _recipes, _steps
 from experiments._channels import NETWORKS, RANKINGS, Cut, Small
 from experiments._checkpoint import Checkpoints, forget
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._limits import FlagError
 from experiments._results import Results
 
@@ -95,16 +95,17 @@ _GRADUAL_UPDATES = 20
 
 
 def settings(config: Config) -> Config:
-    """The flags, with the network's defaults where they were left out."""
+    """The flags, with the network's defaults where they were left out.
+
+    Raises:
+      FlagError: a flag beyond its limits, or a network for another data set.
+    """
+    check_limits(config)
     fitting = {"digits": "lenet", "cifar10": "resnet20", "tiny_shakespeare": "decoder"}
     name = config.network or fitting[config.dataset]
     network = NETWORKS[name]
     if network.dataset != config.dataset:
         raise FlagError(f"{name} is for --dataset {network.dataset}, got {config.dataset}")
-    if unknown := set(config.methods) - set(METHODS):
-        raise FlagError(f"there is no method {', '.join(sorted(unknown))}; methods are {', '.join(METHODS)}")
-    if not config.seeds or min(config.targets or (2,)) <= 1 or config.rounds < 1:
-        raise FlagError("a study needs at least one seed, --targets above 1 and one of --rounds or more")
     names = ("targets", "epochs", "lr", "tune_epochs", "tune_lr", "batch_size")
     own = {name: getattr(network, name) for name in names if getattr(config, name) is None}
     out = config.out or f"results/channel_pruning/{name}"

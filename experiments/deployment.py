@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _distill, _faults, _tables, _train
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._models import LeNet
 from experiments._results import Results
 from experiments.lenet import file_bytes
@@ -176,7 +176,7 @@ def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[st
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    jp.schedules.check_sparsity(config.sparsity, "sparsity")
+    check_limits(config)
     data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _distill, _faults, _plots, _tables, _train
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._distill import Mix
 from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
@@ -110,17 +110,9 @@ def settings(config: Config) -> Sizes:
     """The data set's settings with what the flags change.
 
     Raises:
-      ValueError: a part that does not exist, or a number out of its range.
+      FlagError: a flag beyond its limits.
     """
-    if unknown := [part for part in config.parts if part not in PARTS]:
-        raise FlagError(f"there is no part {', '.join(unknown)}; parts are {', '.join(PARTS)}.")
-    for sparsity in config.sparsities:
-        jp.schedules.check_sparsity(sparsity, "sparsities")
-    for temperature in (*config.temperatures, config.temperature):
-        if not temperature > 0:
-            raise FlagError(f"temperatures must be positive, got {temperature}.")
-    if not 0 <= config.alpha <= 1:
-        raise FlagError(f"alpha must be 0 to 1, got {config.alpha}.")
+    check_limits(config)
     given = {name: getattr(config, name) for name in Sizes._fields}
     return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
 

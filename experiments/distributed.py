@@ -44,9 +44,10 @@ from tqdm import trange
 
 import jaxprune as jp
 from experiments import _distributed_train, _faults, _recipes, _steps
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._distributed_launch import free_address, launch, module_command
 from experiments._distributed_train import feed, fingerprint, gather
+from experiments._limits import FlagError
 from experiments._nets import Decoder
 from experiments._results import Results, layers
 
@@ -127,6 +128,7 @@ def set_up(config: Config) -> None:
 
 def train(config: Config) -> dict[str, Any]:
     """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
+    check_limits(config)
     if jax.process_index() > 0:
         return _train(config)[0]
     with Results(config.out, "distributed", config) as results:
@@ -138,7 +140,11 @@ def train(config: Config) -> dict[str, Any]:
 def _train(config: Config) -> tuple[dict[str, Any], Any]:
     """The line, and the masks at the end; process 0 writes the params."""
     mesh = make_mesh(config)
+    if config.dim % config.heads:
+        raise FlagError(f"--dim {config.dim} cannot be shared out to {config.heads} heads (--heads)")
     text = _distributed_train.load_text(config.dataset)
+    if config.context >= (length := min(len(text.train), len(text.validation)) - 1):
+        raise FlagError(f"--context {config.context} is too long for the text: it must be below {length:,}")
     sizes = (config.context, config.dim, config.depth, config.heads, config.hidden)
     model, own, leads = Decoder(len(text.vocabulary), *sizes), recipe(config), jax.process_index() == 0
 
@@ -206,24 +212,20 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     """The mesh, once its sides are known to fit the devices, the batch and the parts.
 
     Raises:
-      SystemExit: they do not.
+      FlagError: they do not.
     """
     count = jax.device_count()
     fsdp = config.fsdp or count // config.tensor
     if fsdp * config.tensor != count:
-        raise SystemExit(
-            f"--fsdp {fsdp} times --tensor {config.tensor} is not the number of devices, {count}"
-        )
+        raise FlagError(f"--fsdp {fsdp} times --tensor {config.tensor} is not the number of devices, {count}")
     if config.batch_size % fsdp:
-        raise SystemExit(f"--batch-size {config.batch_size} cannot be shared out to {fsdp} devices")
+        raise FlagError(f"--batch-size {config.batch_size} cannot be shared out to {fsdp} devices")
     if config.reproducible:
         if config.tensor > 1:
-            raise SystemExit("--reproducible needs --tensor 1: what lies on several devices is summed by XLA")
+            raise FlagError("--reproducible needs --tensor 1: what lies on several devices is summed by XLA")
         parts = config.parts
         if parts % fsdp or parts & (parts - 1) or config.batch_size % parts:
-            raise SystemExit(
-                f"--parts {parts} must be a power of 2 that {fsdp} divides, and divide the batch"
-            )
+            raise FlagError(f"--parts {parts} must be a power of 2 that {fsdp} divides, and divide the batch")
     return _distributed_train.make_mesh(fsdp, config.tensor)
 
 

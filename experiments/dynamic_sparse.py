@@ -32,8 +32,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import flag, parse
-from experiments._limits import FlagError
+from experiments._config import check_limits, flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -102,10 +101,7 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    if min(epochs(config), config.mask_updates) < 1:
-        raise FlagError("epochs and mask_updates must be 1 or more.")
-    if wrong := [s for s in config.sparsities if not 0 < s < 1]:
-        raise FlagError(f"sparsities must be between 0 and 1, got {wrong}.")
+    check_limits(config)
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -82,6 +82,7 @@ def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
+    check_limits(config)
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train_split, test_split = _train.splits(data)
     steps_per_epoch = -(-len(train_split.y) // config.batch_size)

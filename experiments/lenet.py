@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _recipes, _train
-from experiments._config import flag, parse
+from experiments._config import check_limits, flag, parse
 from experiments._models import LeNet
 from experiments._results import Results, layers
 
@@ -271,10 +271,9 @@ def timer(model: LeNet, split: _train.Split, runs: int) -> Callable[[Any, Any], 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
+    check_limits(config)
     preset = config.preset or ("digits" if config.dataset == "digits" else "article")
     training = PRESETS[preset]
-    for amount in config.amounts:
-        jp.schedules.check_sparsity(amount, "amounts")
     if config.epochs is not None:
         training = dataclasses.replace(training, epochs=config.epochs)
     data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)

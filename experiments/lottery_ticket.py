@@ -39,8 +39,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _recipes, _tables, _train
 from experiments._checkpoint import Checkpoints, forget
-from experiments._config import flag, parse
-from experiments._limits import FlagError
+from experiments._config import check_limits, flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -133,20 +132,18 @@ def settings(config: Config) -> Preset:
     """The preset with what the flags change.
 
     Raises:
-      ValueError: a method that does not exist, or a level that is not reached.
+      FlagError: a flag beyond its limits.
     """
+    check_limits(config)
     preset = PRESETS[config.preset]
     given = {name: getattr(config, name, None) for name in preset._fields}
     chosen = preset._replace(**{name: value for name, value in given.items() if value is not None})
     if config.branch_levels is None:
         reached = tuple(level for level in chosen.branch_levels if level <= chosen.levels)
         chosen = chosen._replace(branch_levels=reached)
-    if unknown := [method for method in chosen.methods if method not in METHODS]:
-        raise FlagError(f"there is no method {', '.join(unknown)}; methods are {', '.join(METHODS)}.")
-    if not 0 <= config.rewind_epoch < chosen.epochs:
-        raise FlagError(f"rewind_epoch must be 0 to {chosen.epochs - 1}, got {config.rewind_epoch}.")
-    if beyond := [level for level in chosen.branch_levels if not 1 <= level <= chosen.levels]:
-        raise FlagError(f"branch_levels must be among 1 to {chosen.levels}, got {beyond}.")
+    # Limits that are other flags hold for what the preset gives as well.
+    filled = {name: value for name, value in chosen._asdict().items() if hasattr(config, name)}
+    check_limits(dataclasses.replace(config, **filled))
     return chosen
 
 

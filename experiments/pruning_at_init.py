@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import flag, parse
-from experiments._limits import FlagError
+from experiments._config import check_limits, flag, parse
 from experiments._models import MLP
 from experiments._results import Results, layers
 
@@ -131,10 +130,7 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    if min(epochs(config), config.rounds, config.score_images) < 1:
-        raise FlagError("epochs, rounds and score_images must be 1 or more.")
-    if wrong := [c for c in config.compressions if c <= 1]:
-        raise FlagError(f"compressions must be above 1, got {wrong}.")
+    check_limits(config)
     data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = _train.splits(data)
     train, held_out = _train.hold_out(train, 1 / 12)

@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _train
-from experiments._config import flag, parse, recipe_file
+from experiments._config import check_limits, flag, parse, recipe_file
 from experiments._distill import LABELS, Mix, Taught, losses
-from experiments._limits import FlagError
 from experiments._models import MLP, LeNet
 from experiments._results import Results, layers
 
@@ -283,9 +282,8 @@ def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> C
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
+    check_limits(config)
     recipe = jp.recipes.load(config.recipe)
-    if min(config.epochs, config.tune_epochs, levels(config, recipe)) < 1 or not config.seeds:
-        raise FlagError("epochs, tune_epochs and levels must be 1 or more, and there must be a seed.")
     study = Study(config, recipe)
     end, total = recipe.end_step, config.epochs * study.steps
     if end is not None and end > total:

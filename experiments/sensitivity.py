@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from experiments import _data, _faults, _plots, _tables, _train
-from experiments._config import flag, parse
-from experiments._limits import FlagError
+from experiments._config import check_limits, flag, parse
 from experiments._models import MLP, LeNet
 from experiments._results import Results, layers
 
@@ -143,12 +142,7 @@ class Study:
     """A network, its data, and what is measured of both."""
 
     def __init__(self, config: Config):
-        if not config.tolerances or min(config.tolerances) < 0:
-            raise FlagError(f"tolerances must be one or more, of 0 or above, got {config.tolerances}.")
-        if unknown := set(config.kinds) - set(_KINDS):
-            raise FlagError(f"there is no kind {', '.join(sorted(unknown))}; kinds are {', '.join(_KINDS)}.")
-        if not 0 < config.held_out < 1:
-            raise FlagError(f"held_out must be a share in (0, 1), got {config.held_out}.")
+        check_limits(config)
         size = 28 if config.network == "lenet" else None
         data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
         train, test = _train.splits(data)

@@ -83,17 +83,19 @@ def test_settings_become_flags():
         ({"fsdp": 2}, "--fsdp 2 times --tensor 1 is not the number of devices, 1"),
         ({"reproducible": True, "parts": 6}, "--parts 6 must be a power of 2"),
         ({"reproducible": True, "parts": 128}, "--parts 128 must be .* divide the batch"),
+        ({"heads": 3}, r"--dim 64 cannot be shared out to 3 heads \(--heads\)"),
+        ({"context": 10**6}, "--context 1000000 is too long for the text: it must be below"),
         ({"coordinator": "a:1"}, "needs both --coordinator and --process-id"),
         (
             {"devices": 3, "processes": 2, "process_id": 0, "coordinator": "a:1"},
             "--devices 3 cannot be shared",
         ),
     ],
-    ids=["mesh", "parts", "batch", "cluster", "devices"],
+    ids=["mesh", "parts", "batch", "heads", "context", "cluster", "devices"],
 )
-def test_what_cannot_be_is_said(changed, said):
+def test_what_cannot_be_is_said(changed, said, tmp_path):
     with pytest.raises(SystemExit, match=said):
-        distributed.main(distributed.as_flags(distributed.Config(**changed)))
+        distributed.main(distributed.as_flags(distributed.Config(**changed, out=str(tmp_path / "out"))))
 
 
 def test_params_that_the_mesh_does_not_divide():

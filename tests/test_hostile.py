@@ -1,9 +1,12 @@
 """Hostile input, as much as there is time for; `hostile.py` has more."""
 
 import contextlib
+import importlib
 import io
+import math
 import subprocess
 import sys
+import typing
 import warnings
 
 import _hostile_files
@@ -11,12 +14,13 @@ import _hostile_flags
 import _hostile_pages
 import _hostile_recipes
 import _hostile_values
+import _runs
 import jax.numpy as jnp
 import pytest
 from _watch import watched
 
 import jaxprune as jp
-from experiments import _config, _recipes, gradual, report
+from experiments import _config, _limits, _recipes, gradual, report
 
 
 @pytest.fixture(autouse=True)
@@ -123,6 +127,20 @@ def test_a_recipe_of_a_study_is_held_to_the_same(tmp_path):
     file.write_text(_recipes.study_text("gradual", gradual.Config(out="/dev/null")))
     again = ["--recipe", str(file), "--out", str(tmp_path)]
     assert _config.parse(gradual.Config, again).out == str(tmp_path)
+
+
+@pytest.mark.parametrize("study", [*_runs.STUDIES, "deployment", "distributed"])
+def test_a_config_made_in_python_is_held_to_the_same(study):
+    module = importlib.import_module(f"experiments.{study}")
+    run = module.train if study == "distributed" else module.run
+    known = {"recipe": "not looked at yet"} if study == "recipe" else {}
+    for name, hint in typing.get_type_hints(module.Config).items():
+        if hint is bool or name == "recipe":
+            continue
+        wrong = "\n" if "str" in str(hint) or "Literal" in str(hint) else math.nan
+        values = known | {name: (wrong,) if "tuple" in str(hint) else wrong}
+        with pytest.raises(_limits.FlagError, match=rf"^{_limits.flag_name(name)}: must "):
+            run(module.Config(**values))
 
 
 def test_flags_that_the_data_do_not_allow(tmp_path):

@@ -69,15 +69,6 @@ def test_channels_of_both_networks_are_found():
         assert list(kind.structure.kinds) == expected
 
 
-def test_flags_that_make_no_sense():
-    with pytest.raises(ValueError, match="tolerances must be one or more, of 0 or above"):
-        sensitivity.Study(sensitivity.Config(tolerances=()))
-    with pytest.raises(ValueError, match="there is no kind rows; kinds are weights, filters, channels"):
-        sensitivity.Study(sensitivity.Config(kinds=("rows",)))
-    with pytest.raises(ValueError, match=r"held_out must be a share in \(0, 1\), got 1"):
-        sensitivity.Study(sensitivity.Config(held_out=1))
-
-
 def test_the_benchmark_counts_what_it_times():
     small = benchmark.cases(8)[0]
     found = benchmark.measure(small, benchmark.Config(rounds=1))
