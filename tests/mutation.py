@@ -47,10 +47,12 @@ TESTS = {
     "schedules": [["tests/test_schedules.py", "jaxprune/schedules.py"]],
     "ordering": [[SELECTION, "-k=ordered_bits or dtype"], [SELECTION]],
     "search": [
+        ["tests/test_search.py"],
         [f"{SELECTION}::test_groups_floors_and_counts_of_all", f"{SELECTION}::test_lowest_is_the_oracle"],
         [SELECTION, "-k=ties or parts or raises or specs or stored or double_precision"],
     ],
     "sources": [
+        ["tests/test_sources.py"],
         [f"{SELECTION}::test_groups_floors_and_counts_of_all", f"{SELECTION}::test_leaves_counted_in_parts"],
         [SELECTION, "-k=ties or raises or specs or stored or more_entries"],
     ],

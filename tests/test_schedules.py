@@ -88,6 +88,8 @@ def test_geometric_stops_and_never_reaches_one():
         (lambda: jp.schedules.linear(0.5, end_step=5, initial_sparsity=0.6), "must not fall.*0.6.*0.5"),
         (lambda: jp.schedules.linear(0.5, end_step=5, initial_sparsity=1.5), "initial_sparsity must be"),
         (lambda: jp.schedules.cubic(0.5, begin_step=9, end_step=5), "begin_step=9, end_step=5"),
+        (lambda: jp.schedules.cubic(0.5, begin_step="a", end_step=5), "begin_step=a, end_step=5"),
+        (lambda: jp.schedules.cubic(0.5, begin_step=1, end_step="a"), "begin_step=1, end_step=a"),
         (lambda: jp.schedules.cubic(0.5, begin_step=-1, end_step=5), "begin_step=-1"),
         (lambda: jp.schedules.one_shot(0.5, step=-1), "begin_step=-1"),
         (lambda: jp.schedules.geometric(0.0), r"rate in \(0, 1\).*got 0.0"),
@@ -103,3 +105,5 @@ def test_out_of_range_is_an_error(make, message):
 def test_a_sparsity_that_is_no_number_is_an_error():
     with pytest.raises(TypeError, match=r"must be a number in .*'most'"):
         jp.schedules.constant("most")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=rf"got '{'x' * 199}\.$"):
+        jp.schedules.constant("x" * 1000)  # type: ignore[arg-type]

@@ -112,6 +112,17 @@ def test_ordered_bits_corners():
     assert nan == minus_nan > inf
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("float16", 16), ("bfloat16", 16), ("float32", 32), ("int8", 32), ("int16", 32), ("uint32", 32)],
+)
+def test_the_range_of_ordered_bits(dtype, bits):
+    low, high = map(int, ordering.limits(jnp.dtype(dtype)))
+    assert (low, high) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    found = np.asarray(ordering.ordered_bits(jnp.asarray(bit_patterns(dtype))))
+    assert low <= found.min() and found.max() <= high
+
+
 @pytest.mark.parametrize("dtype", [jnp.bool_, jnp.complex64])
 def test_ordered_bits_rejects(dtype):
     with pytest.raises(TypeError, match=f"floating-point or integer, got {jnp.dtype(dtype).name}"):

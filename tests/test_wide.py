@@ -1,8 +1,11 @@
 """Counts in two halves, against Python's integers."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +60,27 @@ def test_of_anything_that_counts():
     assert wide.to_numpy(5) == 5
     again = wide.wide(12)
     assert wide.wide(again) is again
+
+
+@given(st.lists(st.integers(-(2**28), 2**28), min_size=6, max_size=6))
+@SETTINGS
+def test_sums_of_rows_and_over_devices(values):
+    counts = np.array(values).reshape(2, 3)
+    before = np.concatenate([np.zeros((2, 1), int), counts.cumsum(axis=1)], axis=1)
+    for make in (wide.wide, wide.narrow):
+        rows = make(counts)
+        np.testing.assert_array_equal(wide.to_numpy(wide.total(rows)), counts.sum(1, keepdims=True))
+        np.testing.assert_array_equal(wide.to_numpy(wide.running(rows)), before)
+        everywhere = jax.vmap(lambda row: wide.across(row, ("devices",)), axis_name="devices")(rows)
+        np.testing.assert_array_equal(wide.to_numpy(everywhere), [counts.sum(0)] * 2)
+        assert type(everywhere) is type(rows)
+
+
+def test_counts_do_not_change_and_are_not_compared_as_a_whole():
+    count = wide.wide([1, 2])
+    assert count == count and count != wide.wide([1, 2])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        count.high = 0
 
 
 def test_the_sum_of_many_counts_carries():
