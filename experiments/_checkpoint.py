@@ -73,11 +73,12 @@ class Checkpoints:
           The state, as numpy arrays, and the lines.
         """
         leaves, treedef = jax.tree.flatten(template)
+        like = [np.zeros_like(leaf) for leaf in leaves]
         steps = self._steps()
         for place, step in enumerate(steps):
             try:
                 with _quiet(), shielded():
-                    state, lines = self._read(step, leaves)
+                    state, lines = self._read(step, like)
             except Exception as error:  # whatever orbax makes of bytes that it did not write
                 if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
                     raise
@@ -130,9 +131,9 @@ class Checkpoints:
                 return dict(self._text(step)["config"])
         return None
 
-    def _read(self, step: int, like: list[Any]) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
+    def _read(self, step: int, like: list[np.ndarray]) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
         text = self._text(step)
-        sizes = [leaf.size * leaf.dtype.itemsize for leaf in like]
+        sizes = [leaf.nbytes for leaf in like]
         args = ocp.args.Composite(state=ocp.args.StandardRestore([np.zeros(sum(sizes), np.uint8)]))
         (joined,) = self._manager.restore(step, args=args)["state"]
         parts = np.split(np.asarray(joined), np.cumsum(sizes)[:-1])

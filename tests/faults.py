@@ -56,6 +56,7 @@ def stop_again_and_again(runner: runs.Runner, name: str, stops: int, rng: random
                 longest = max(longest, time.monotonic() - asked)
         process.join()
         said = runner.log(broken).read_text()
+        assert done["damage"] or "is damaged" not in said, said[-3000:]
         if process.exitcode == 0:
             runs.check_same(broken, whole)
             ended += 1
@@ -73,7 +74,7 @@ def stop_again_and_again(runner: runs.Runner, name: str, stops: int, rng: random
         if (levels := runs.steps(broken)) and rng.random() < 0.3:
             done["damage"] += 1
             runs.damage(rng.choice(levels), rng)
-    runner.finish(runner.study(name, broken), broken)
+    runner.finish(runner.study(name, broken), broken, damaged=done["damage"] > 0)
     runs.check_same(broken, whole)
     kinds = (f"{done[kind]:>14}" for kind in ("kill", "kill at a file", "SIGTERM", "damage"))
     return f"{name:<16}{len(runs.lines(whole)):>6}{takes:>7.1f}{''.join(kinds)}{ended + 1:>6}{longest:>9.1f}"

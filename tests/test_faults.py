@@ -219,7 +219,7 @@ def test_a_lottery_run_stopped_in_every_way_ends_bit_identical(runner, whole, tm
         file.write_text(file.read_text().replace("0", "1", 1))
     os.utime(last, (2**32, 2**32))
     process = runner.study("lottery_ticket", broken, runs.jumping_clock, 1)
-    runner.finish(process, broken)
+    runner.finish(process, broken, damaged=True)
     assert f"{last} is damaged" in runner.log(broken).read_text()
     runs.check_same(broken, whole)
 
@@ -465,11 +465,12 @@ def test_levels_are_read_as_they_were_written(tmp_path):
         for dtype in ("bool", "float32", "bfloat16", "int8", "uint32")
         for shape in [(), (0, 3), (5,), (3, 1, 7)]
     }
+    state |= {"level": 3, "rate": 0.5}
     with Checkpoints(tmp_path, {}) as checkpoints:
         checkpoints.save(0, state, [])
         restored, _ = checkpoints.restore(state)
         jax.tree.map(np.testing.assert_array_equal, restored, state)
-        assert all(restored[name].dtype == state[name].dtype for name in state)
+        assert all(restored[name].dtype == np.asarray(state[name]).dtype for name in state)
         assert checkpoints.restore(state | {"more": np.zeros(1)}) is None
 
 
