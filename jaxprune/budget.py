@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxprune.arguments import check_function, check_number
 from jaxprune.paths import kernels
 from jaxprune.prune import check_choices
 from jaxprune.ranked import Counts, Ranked, rank
@@ -111,7 +112,10 @@ def budget(
     """
     if (at_most is None) == (at_least is None):
         raise ValueError(f"budget needs either at_most or at_least, got at_most={at_most}, {at_least=}.")
-    bound = float(at_most if at_most is not None else at_least)  # pyright: ignore[reportArgumentType]
+    check_function(measure, "budget", "measure(masks)")
+    given: Any = at_most if at_most is not None else at_least
+    check_number(given, "at_most" if at_least is None else "at_least", "like the measure's")
+    bound = float(given)
     if bound != bound:
         raise ValueError("the bound of a budget is nan, which no measure meets.")
     check_choices(scope, "total", floor)
@@ -199,7 +203,7 @@ class _Line:
 
     def sparsity(self, step: int) -> float:
         """The sparsity asked for."""
-        return self._ranked.structure.max_sparsity * step / self._units
+        return self._ranked.structure.max_sparsity * step / max(self._units, 1)
 
     def counts(self, step: int) -> Counts:
         """How many units go from each pool."""

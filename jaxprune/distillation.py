@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.arguments import check_array, check_function, scalar
 from jaxprune.paths import describe, is_concrete
 from jaxprune.typing import Params
 
@@ -208,6 +209,8 @@ def hints(
     References:
       Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015.
     """
+    if regressor is not None:
+        check_function(regressor, "regressor=", "of the features")
     ours = features if regressor is None else regressor(features)
     _check_features("hints", ours, teacher_features, "(n, ...)", 1)
     do = "pass a regressor to that shape, or pick the teacher's channels that the student has"
@@ -344,6 +347,9 @@ def _probabilities(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, j
 
 def _cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
     # Looked at as numpy, on the host: in a traced function even constants become tracers.
+    if isinstance(labels, (list, int, float)):
+        labels = np.asarray(labels)
+    check_array(labels, "labels")
     values = np.asarray(labels) if is_concrete(labels) else None
     labels = jnp.asarray(labels)
     log_q = jax.nn.log_softmax(logits.astype(_wide(logits)))
@@ -385,26 +391,20 @@ def _wide(*arrays: jax.Array) -> Any:
 
 
 def _check_temperature(value: Any) -> None:
-    number = _number("temperature", value)
+    number = scalar(value, "temperature")
     if number is not None and not (math.isfinite(number) and number > 0):
         raise ValueError(f"temperature must be a positive number, got {number}.")
 
 
 def _check_alpha(value: Any) -> None:
-    number = _number("alpha", value)
+    number = scalar(value, "alpha")
     if number is not None and not 0 <= number <= 1:
         raise ValueError(f"alpha, the share of the teacher, must be 0 to 1, got {number}.")
 
 
-def _number(name: str, value: Any) -> float | None:
-    """The value of a scalar, or None if it is traced."""
-    if jnp.ndim(value) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}.")
-    return float(value) if is_concrete(value) else None
-
-
 def _check_floating(name: str, array: Any) -> None:
-    if not jnp.issubdtype(jnp.result_type(array), jnp.floating):
+    check_array(array, name)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating-point, got {describe(array)}.")
 
 

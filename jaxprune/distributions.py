@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import check_number, shown
 from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.schedules import check_sparsity
 from jaxprune.sensitivity_result import Point, Sensitivity
@@ -110,10 +111,11 @@ def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, A
     References:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
+    check_number(quality, "quality", "of 0 or more, of standard deviations")
     if not quality >= 0:
         raise ValueError(f"quality must be 0 or more, got {quality}.")
     leaves = array_leaves(params)
-    return {path: quality * jnp.std(leaves[path]) for path in selected(params, where)}
+    return {path: float(quality) * jnp.std(leaves[path]) for path in selected(params, where)}
 
 
 def from_sensitivity(
@@ -151,6 +153,9 @@ def from_sensitivity(
     References:
       Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 3.2.
     """
+    if not isinstance(result, Sensitivity):
+        raise TypeError(f"from_sensitivity needs what jaxprune.sensitivity gives, got {shown(result)}.")
+    check_number(tolerance, "tolerance", "of 0 or more, of the metric")
     if not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or more, got {tolerance}.")
     targets = {name: _spared(result.of(name), tolerance, interpolate) for name in result.pools}

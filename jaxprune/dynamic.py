@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import check_number, check_state
 from jaxprune.control import update_if
 from jaxprune.masks import check_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
-from jaxprune.paths import array_leaves, is_concrete, kernels, selected
-from jaxprune.prune import all_finite, evaluate, pool
+from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.prune import all_finite, checked_structure, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
 from jaxprune.structures import Structure, Units, elements
@@ -183,15 +184,17 @@ def rewiring(
         raise ValueError(
             f"end_step must be an integer above every={every}, or no mask ever moves; got {end_step!r}."
         )
+    check_number(fraction, "fraction", "in (0, 1]")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], the part of the kept units dropped, got {fraction}.")
-    structure = elements() if structure is None else structure
+    structure = checked_structure(structure)
     if structure.spans_leaves:
         raise ValueError(
             f"{structure.name} has units that span several leaves; what moves here lies in one. Pass "
             "structures.slices, blocks, nm or elements."
         )
     check_masks(masks, masks)
+    check_where(where)
     if is_concrete(masks):
         with jax.ensure_compile_time_eval():  # a traced function may have closed over them
             _check_units(masks, where, structure)
@@ -203,6 +206,7 @@ def rewiring(
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("rewiring needs params: what goes is chosen by a score of them.")
+        check_state(state)
         chosen = selected(params, where)
         state = state._replace(step=state.step + 1)
         own = jax.random.key(seed) if isinstance(seed, int) else seed

@@ -19,6 +19,7 @@ import jax.export  # jax does not import it by itself
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import check_function, shown
 from jaxprune.io.atomic import replacing
 from jaxprune.io.format import FileError
 from jaxprune.io.opened import open_file
@@ -145,6 +146,9 @@ def stablehlo(
         return function(treedef.unflatten([leaves[path] for path in paths]), inputs)
 
     paths = list(leaves)
+    several = isinstance(platforms, Sequence) and all(isinstance(each, str) for each in platforms)
+    if platforms is not None and (isinstance(platforms, str) or not several):
+        raise TypeError(f"platforms must be a list such as ['cpu', 'cuda'], or None, got {shown(platforms)}.")
     export = jax.export.export(
         jax.jit((lambda inputs: by_path(leaves, inputs)) if frozen else by_path), platforms=platforms
     )
@@ -285,6 +289,7 @@ def _arrays_alone(
     apply_fn: Callable[..., Any], inputs: Sequence[Any]
 ) -> tuple[tuple[Any, ...], Callable[..., Any]]:
     """The inputs that are arrays, and the function of params and a tuple of these."""
+    check_function(apply_fn, "an exported program", "apply_fn(params, *inputs)")
     moving = []
     for number, given in enumerate(inputs):
         arrays, _ = split_static((given,))
@@ -307,6 +312,8 @@ def _arrays_alone(
 def _specs(inputs: Any, batch: str | None) -> Any:
     """Shapes and dtypes of the inputs, the first axis of each a symbol."""
     specs = jax.tree.map(abstract, inputs)
+    if batch is not None and not (isinstance(batch, str) and batch.isidentifier()):
+        raise ValueError(f"batch must be the name of a size such as 'b', or None, got {shown(batch)}.")
     if batch is None:
         return specs
     sizes = sorted({leaf.shape[0] for leaf in jax.tree.leaves(specs) if leaf.shape})

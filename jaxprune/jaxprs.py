@@ -1,11 +1,13 @@
 """What walking a jaxpr takes: applying an equation, where it came from, arguments split into arrays."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
+from jaxprune.arguments import check_function
 from jaxprune.paths import is_array, leaf_paths
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -17,6 +19,7 @@ CALLS = (
     *("custom_jvp_call", "custom_vjp_call"),
 )
 _OWN = str(Path(__file__).parent) + "/"
+_STDLIB = str(Path(os.__file__).parent) + "/"
 
 
 def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
@@ -43,6 +46,7 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple["Clos
 
     Paths are those of the tuple of arguments; see `of_first` for those of the first.
     """
+    check_function(function, "tracing", "of arrays")
     arrays, rebuild = split_static(arguments)
     inputs = {name: arrays[name] for name in sorted(arrays)}  # as jax orders the keys of a dict
     shapes = {name: abstract(leaf) for name, leaf in inputs.items()}
@@ -82,6 +86,15 @@ def called_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
     return close(eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"])
 
 
+def inner_jaxprs(eqn: "JaxprEqn") -> Iterator["Jaxpr"]:
+    """The jaxprs among the params of an equation: what it calls, the branches, the body of a loop."""
+    for param in eqn.params.values():
+        for each in param if isinstance(param, (tuple, list)) else (param,):
+            jaxpr = getattr(each, "jaxpr", each)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
 def close(jaxpr: "Jaxpr | ClosedJaxpr") -> "ClosedJaxpr":
     """A jaxpr that holds its constants, of one that may have none."""
     from jax.extend.core import ClosedJaxpr
@@ -98,11 +111,11 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def source_line(eqn: "JaxprEqn") -> str | None:
-    """The innermost line of code outside installed packages that led to an equation, if known."""
+    """The innermost line of code outside Python and installed packages that led to an equation, if known."""
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
     for frame in frames:
         name = frame.file_name
-        if not ("site-packages" in name or "dist-packages" in name or name.startswith(_OWN)):
+        if not ("site-packages" in name or "dist-packages" in name or name.startswith((_OWN, _STDLIB))):
             return f"{Path(name).name}:{frame.line_num}"
     return None

@@ -40,6 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import check_key, check_number
 from jaxprune.masks import ones_masks
 from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
 from jaxprune.structures import slices
@@ -90,6 +91,8 @@ def init_gates(
       >>> {path: log_alpha.shape for path, log_alpha in gates.items()}
       {'kernel': (3, 1)}
     """
+    check_number(drop_rate, "drop_rate", "between 0 and 1")
+    check_key(key, "init_gates")
     if not 0 < drop_rate < 1:
         raise ValueError(f"drop_rate must lie strictly between 0 and 1, got {drop_rate}.")
     center = math.log(1 - drop_rate) - math.log(drop_rate)
@@ -120,6 +123,8 @@ def sample_gates(gates: Gates, key: jax.Array) -> Gates:
       >>> jp.l0.sample_gates(gates, jax.random.key(0))["kernel"].tolist()
       [[0.0], [1.0]]
     """
+    _check_gates(gates, "gates")
+    check_key(key, "sample_gates")
     # In the order of `jax.tree.leaves`, which `jit` keeps; a dict's own order it would not.
     leaves, treedef = jax.tree.flatten(gates)
 
@@ -146,6 +151,7 @@ def expected_gates(gates: Gates) -> Gates:
       >>> jp.l0.expected_gates({"kernel": jnp.array([[-3.0], [0.0], [3.0]])})["kernel"].tolist()
       [[0.0], [0.5], [1.0]]
     """
+    _check_gates(gates, "gates")
     return jax.tree.map(lambda log_alpha: _stretched(jax.nn.sigmoid(log_alpha)), gates)
 
 
@@ -265,14 +271,8 @@ def _gate_shape(path: str, leaf: Any, axis: int | Sequence[int] | None) -> tuple
     return units[path].shape
 
 
-def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
-    """The params by path, once the gates are known to fit them.
-
-    Raises:
-      ValueError: no gates, a path that is not in params, or a shape that does not fit its leaf.
-      TypeError: not a dict, or a gate that is not floating-point.
-    """
-    leaves = array_leaves(params)
+def _check_gates(gates: Any, what: str) -> None:
+    """Checks that gates are a dict of floating-point arrays."""
     if not isinstance(gates, Mapping):
         raise TypeError(
             f"{what} must be a dict from leaf path to array, as init_gates makes it, got a "
@@ -281,11 +281,23 @@ def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
     if not gates:
         raise ValueError(f"{what} is an empty dict, so nothing would be gated.")
     for path, gate in gates.items():
-        if path not in leaves:
-            raise ValueError(f"{what}[{path!r}] fits no leaf of params. The leaves are: {', '.join(leaves)}.")
         if not is_array(gate) or not jnp.issubdtype(gate.dtype, jnp.floating):
             got = describe(gate) if is_array(gate) else f"a {type(gate).__name__}"
             raise TypeError(f"{what}[{path!r}] is {got}; gates are floating-point arrays.")
+
+
+def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
+    """The params by path, once the gates are known to fit them.
+
+    Raises:
+      ValueError: no gates, a path that is not in params, or a shape that does not fit its leaf.
+      TypeError: not a dict, or a gate that is not floating-point.
+    """
+    leaves = array_leaves(params)
+    _check_gates(gates, what)
+    for path, gate in gates.items():
+        if path not in leaves:
+            raise ValueError(f"{what}[{path!r}] fits no leaf of params. The leaves are: {', '.join(leaves)}.")
         shape = leaves[path].shape
         if gate.ndim != len(shape) or any(
             size not in (1, whole) for size, whole in zip(gate.shape, shape, strict=True)

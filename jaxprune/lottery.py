@@ -28,9 +28,10 @@ import numpy as np
 from jax import lax
 
 from jaxprune import metrics
+from jaxprune.arguments import check_function, check_key, shown
 from jaxprune.masks import apply_masks, check_masks, check_pruned
 from jaxprune.optimizer import twins
-from jaxprune.paths import check_mirrors, describe, is_concrete, kernels, leaf_paths
+from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 TrainFn = Callable[[Params, Masks], Params]
@@ -128,7 +129,7 @@ def lottery_ticket(
       "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020; Han et al.,
       NIPS 2015 (fine-tuning).
     """
-    _check(train, pruner, levels, rewind, tune)
+    _check(train, pruner, levels, rewind, tune, where)
 
     def tickets() -> Iterator[Ticket]:
         if after is None:
@@ -191,7 +192,7 @@ def lottery_scan(
       >>> tickets.masks["kernel"].sum((2, 3)).tolist()
       [[8, 4, 2], [8, 4, 2]]
     """
-    _check(train, pruner, levels, rewind, tune)
+    _check(train, pruner, levels, rewind, tune, where)
 
     def level(train: TrainFn) -> Callable:
         def run(carry, number):
@@ -302,6 +303,9 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Networks at Initialization: Why Are We Missing the Mark?", ICLR 2021 (layer-wise shuffling).
     """
     check_masks(masks, masks)
+    check_key(key, "shuffled_masks")
+    if within is not None and (isinstance(within, bool) or not isinstance(within, int)):
+        raise TypeError(f"within must be None or the number of an axis, got {shown(within)}.")
     if within is not None and not any(-m.ndim <= within < m.ndim for m in jax.tree.leaves(masks)):
         raise ValueError(f"within={within}: no mask has such an axis.")
 
@@ -352,6 +356,7 @@ def error_barrier(
     """
     if not isinstance(points, int) or points < 2:
         raise ValueError(f"points must be an integer of 2 or more, got {points!r}.")
+    check_function(error, "error_barrier", "error(params)")
     check_mirrors(other, one, "other")
 
     def at(a: jax.Array) -> jax.Array:
@@ -368,9 +373,10 @@ def error_barrier(
     return jnp.max(errors) - (errors[0] + errors[-1]) / 2
 
 
-def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any) -> None:
+def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: Any) -> None:
     if not callable(train):
         raise TypeError(f"train must be a function train(params, masks) -> params, got {train!r}.")
+    check_where(where)
     if not isinstance(pruner, Pruner):
         raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}.")
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 0:

@@ -151,6 +151,19 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
     return [match(p, leaf) for p, leaf in zip(_path_parts(tree), jax.tree.leaves(tree), strict=True)]
 
 
+def check_where(where: Any) -> None:
+    """Checks what says which leaves take part.
+
+    Raises:
+      TypeError: it is not a function.
+    """
+    if not callable(where):
+        raise TypeError(
+            f"where must be a function of (path, leaf), got {where!r}. For a pattern, pass "
+            "jaxprune.matching('*/kernel')."
+        )
+
+
 def selected(params: Params, where: Where) -> list[str]:
     """The paths of the leaves that take part, in leaf order.
 
@@ -159,11 +172,7 @@ def selected(params: Params, where: Where) -> list[str]:
       TypeError: `where` is not callable, or matches a leaf that is not floating-point.
     """
     leaves = array_leaves(params)
-    if not callable(where):
-        raise TypeError(
-            f"where must be a function of (path, leaf), got {where!r}. For a pattern, pass "
-            "jaxprune.matching('*/kernel')."
-        )
+    check_where(where)
     chosen = [path for path, leaf in leaves.items() if where(path, leaf)]
     if not chosen:
         listing = ", ".join(f"{path} {describe(leaf)}" for path, leaf in leaves.items())
@@ -306,19 +315,3 @@ def is_concrete(*trees: Any) -> bool:
         and not isinstance(leaf, Tracer)
         for leaf in jax.tree.leaves(trees)
     )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is one real number that is known now: Python's, or an array without axes.
-
-    Example:
-      >>> import numpy as np
-      >>> is_number(3), is_number(np.float32(0.5)), is_number("3"), is_number(np.ones(3))
-      (True, True, False, False)
-    """
-    if isinstance(value, (int, float)):
-        return True
-    real = is_array(value) and (
-        jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
-    )
-    return real and value.shape == () and is_concrete(value)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import shown
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
 from jaxprune.recompute import Recipe, with_recipes
@@ -142,7 +143,7 @@ def checked_structure(structure: Structure | None) -> Structure:
     if not isinstance(structure, Structure):
         raise TypeError(
             "structure must be one of jaxprune.structures, called, as in jaxprune.structures.nm(2, 4); got "
-            f"{repr(structure)[:200]}."
+            f"{shown(structure)}."
         )
     return structure
 

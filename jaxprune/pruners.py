@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.arguments import check_state, is_number, shown
 from jaxprune.control import update_if
 from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
-from jaxprune.paths import check_mirrors, is_concrete, is_number, kernels, selected
+from jaxprune.paths import check_mirrors, is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
@@ -128,11 +129,7 @@ def pruner(
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
-        if not isinstance(state, PrunerState):
-            raise TypeError(
-                f"pruner.update needs the state of pruner.init first, got a {type(state).__name__}: call "
-                "pruner.update(state, params)."
-            )
+        check_state(state)
         chosen = selected(params, where)
         check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
@@ -222,9 +219,7 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
         return pruner.update(state, apply_masks(params, state.masks), **inputs)
 
     if not isinstance(pruner, Pruner):
-        raise TypeError(
-            f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {repr(pruner)[:200]}."
-        )
+        raise TypeError(f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {shown(pruner)}.")
     number = (
         isinstance(rounds, jax.Array) and rounds.shape == () and jnp.issubdtype(rounds.dtype, jnp.integer)
     )

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import check_array, shown
 from jaxprune.paths import kernels, leaf_paths, selected
 from jaxprune.typing import Params, Where
 
@@ -46,6 +47,7 @@ def quantize(array: Any) -> Quantized:
       >>> q.values.tolist(), q.scale.shape
       ([[127, 127], [-3, 0]], (2,))
     """
+    check_array(array, "what quantize takes")
     array = jnp.asarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"quantize takes floating-point arrays, got {array.dtype}.")
@@ -68,6 +70,8 @@ def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
       >>> jp.quantization.dequantize(q).tolist()
       [127.0, -3.0]
     """
+    if not isinstance(quantized, Quantized):
+        raise TypeError(f"dequantize takes what quantize gave, got {shown(quantized)}.")
     # The largest of all numbers, over 127 and times 127, may round to infinity.
     largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     product = quantized.values.astype(jnp.float32) * quantized.scale

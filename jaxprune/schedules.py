@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.paths import is_number
+from jaxprune.arguments import is_number, shown
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
         # Strings have no such method, and arrays of one entry do.
         value = sparsity.__float__()
     except (AttributeError, TypeError, ValueError, OverflowError):
-        raise TypeError(f"{what} must be a number in [0, 1), got {repr(sparsity)[:200]}.") from None
+        raise TypeError(f"{what} must be a number in [0, 1), got {shown(sparsity)}.") from None
     if not 0 <= value < 1:
         raise ValueError(
             f"{what} must be in [0, 1), the fraction removed, got {value}. "

@@ -25,9 +25,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxprune import wide
+from jaxprune.arguments import check_array, check_number, shown
 from jaxprune.control import update_if
 from jaxprune.ordering import limits
-from jaxprune.paths import is_concrete
+from jaxprune.paths import describe, is_concrete
 from jaxprune.search import MAX_COUNT, Keys, Range, narrow, whole
 from jaxprune.sources import (
     Source,
@@ -75,6 +76,10 @@ def removed_count(sparsity: float, size: int) -> int:
       >>> removed_count(0.5, 5), removed_count(0.1, 45), removed_count(0.9, 266_200)
       (2, 4, 239580)
     """
+    for name, value in (("sparsity", sparsity), ("size", size)):
+        check_number(value, name, "that is finite")
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}.")
     return round(float(sparsity) * size)
 
 
@@ -103,12 +108,35 @@ def lowest(
       >>> [mask.tolist() for mask in lowest([jnp.array([3, 1]), jnp.array([2, 1])], [None, None], 2)]
       [[False, True], [False, True]]
     """
+    _check_lists(scores, alive)
+    _check_count(count)
     same = (0,) * len(scores)
     request = Request(same, (count,), same)
     if specs is None:
         return select_arrays(scores, alive, request)
     arrays = zip(scores, alive, specs, strict=True)
     return select([Source(lambda pair: pair, (s, a), _names(spec, s.ndim)) for s, a, spec in arrays], request)
+
+
+def _check_count(count: Any) -> None:
+    if isinstance(count, int):
+        if not 0 <= count < 2**63:
+            raise ValueError(f"count must be 0 or more, got {shown(count)}.")
+        return
+    check_array(count, "count")
+    if count.shape or not jnp.issubdtype(count.dtype, jnp.integer):
+        raise TypeError(f"count must be one integer, got {describe(count)}.")
+
+
+def _check_lists(scores: Any, alive: Any) -> None:
+    for name, arrays in (("scores", scores), ("alive", alive)):
+        if not isinstance(arrays, Sequence):
+            raise TypeError(f"lowest needs {name} as a list of arrays, got {shown(arrays)}.")
+        for array in arrays:
+            if array is not None or name == "scores":
+                check_array(array, f"each of {name}")
+    if not scores or len(scores) != len(alive):
+        raise ValueError(f"lowest got {len(scores)} arrays of scores and {len(alive)} of what is alive.")
 
 
 def _names(spec: PartitionSpec, axes: int) -> tuple[tuple[str, ...], ...]:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import shown
 from jaxprune.paths import describe, is_array, kernels
 from jaxprune.ranked import Counts, Ranked, pruned_params, rank
 from jaxprune.schedules import check_sparsity
@@ -111,6 +112,8 @@ def sensitivity(
     _check_at_once(at_once, jit)
     if not callable(evaluate):
         raise TypeError(f"sensitivity needs a function evaluate(params), got {evaluate!r}.")
+    if metric is not None and not isinstance(metric, str):
+        raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
     ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "sensitivity")
     sets = _sets(together, tuple(ranked.ranks))
     plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
@@ -183,6 +186,8 @@ def _notes(
 
 
 def _checked_levels(levels: Iterable[float]) -> tuple[float, ...]:
+    if isinstance(levels, str) or not np.iterable(levels):
+        raise TypeError(f"levels must be one or more sparsities, got {shown(levels)}.")
     asked = tuple(check_sparsity(level, "levels") for level in levels)
     if not asked or asked[0] == 0 or any(a >= b for a, b in itertools.pairwise(asked)):
         raise ValueError(f"levels must be one or more sparsities in (0, 1), rising, got {asked}.")
@@ -196,13 +201,26 @@ def _check_at_once(at_once: Any, jit: bool) -> None:
         raise ValueError(f"at_once={at_once} needs an evaluate that JAX can trace: leave out jit=False.")
 
 
+def _checked_sets(together: Any) -> dict[str, tuple[str, ...]]:
+    """By name, the patterns of what is pruned together."""
+    if not isinstance(together, Mapping) and together is not None:
+        raise TypeError(f"together must be a dict of patterns by name, got {shown(together)}.")
+    sets = {}
+    for name, patterns in (together or {}).items():
+        several = (patterns,) if isinstance(patterns, str) else patterns
+        if not isinstance(several, Sequence) or not all(isinstance(each, str) for each in several):
+            raise TypeError(f"together[{name!r}] must be one pattern or several, got {shown(patterns)}.")
+        sets[name] = tuple(several)
+    return sets
+
+
 def _sets(together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, ...]) -> dict:
     """By name, what is pruned together: the sets first, then each pool that is in none."""
     sets: dict[str, tuple[str, ...]] = {}
     taken: dict[str, str] = {}
-    for name, patterns in (together or {}).items():
+    for name, patterns in _checked_sets(together).items():
         found: list[str] = []
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        for pattern in patterns:
             # Names of groups hold brackets, which patterns take for something else.
             matches = [pattern] if pattern in pools else fnmatch.filter(pools, pattern)
             if not matches:
@@ -256,8 +274,9 @@ def _swept(
 ) -> Iterator[_Seen]:
     """The network pruned of each row's units, evaluated in a loop of one program."""
     sweep, structure = _sweep_of(evaluate), ranked.structure
-    static = (structure.pool, ranked.chosen, structure.spans_leaves, at_once, metric)
+    at_once = min(at_once, len(rows))
     rounds = -(-in_a_call // at_once)
+    static = (structure.pool, ranked.chosen, structure.spans_leaves, at_once, metric)
     for start in range(0, len(rows), rounds * at_once):
         some = rows[start : start + rounds * at_once]
         counts = np.zeros((rounds * at_once, len(rows[0])), np.int32)

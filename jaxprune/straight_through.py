@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import scalar
 from jaxprune.masks import apply_masks, like_params
-from jaxprune.paths import is_concrete
 from jaxprune.typing import Masks, Params
 
 
@@ -88,14 +88,11 @@ def straight_through(params: Params, masks: Masks, decay: float | jax.Array = 0.
 
 def _checked(decay: Any) -> jax.Array | None:
     """The decay as a scalar, or None for a 0 that is known now."""
-    if jnp.ndim(decay) != 0:
-        raise ValueError(f"decay must be a scalar, got shape {jnp.shape(decay)}.")
-    if is_concrete(decay):
-        value = float(decay)  # on the host: in a traced function even constants compare as tracers
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"decay must be 0 or a positive number, got {value}.")
-        if value == 0:
-            return None
+    value = scalar(decay, "decay")  # on the host: in a traced function even constants compare as tracers
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"decay must be 0 or a positive number, got {value}.")
+    if value == 0:
+        return None
     return jnp.asarray(decay, float)
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.arguments import check_function, shown
 from jaxprune.masks import apply_masks, like_params, ones_masks
-from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.paths import array_leaves, is_array, is_concrete, kernels, selected
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.typing import Masks, Params, Where
@@ -69,6 +70,7 @@ def optimal_brain_surgeon(
       Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon",
       NIPS 5, 1993. They compute H anew for each weight, by outer products (Gauss-Newton).
     """
+    check_function(loss_fn, "optimal_brain_surgeon", "loss_fn(params, batch)")
     check_damping(damping, "optimal_brain_surgeon")
     masks = ones_masks(params) if masks is None else like_params(masks, params)
     goal = objective("optimal_brain_surgeon", loss_fn, apply_masks(params, masks), batch, where)
@@ -101,7 +103,10 @@ def optimal_brain_surgeon(
 
 
 def _check_count(count: Any, alive: jax.Array) -> None:
-    if isinstance(count, bool) or not jnp.issubdtype(jnp.result_type(count), jnp.integer):
-        raise TypeError(f"count must be an integer (weights to remove), got {count!r}.")
+    whole = isinstance(count, int) or (
+        is_array(count) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
+    )
+    if isinstance(count, bool) or not whole:
+        raise TypeError(f"count must be an integer (weights to remove), got {shown(count)}.")
     if is_concrete(count, alive) and not 0 <= int(count) <= int(jnp.sum(alive)):
         raise ValueError(f"count={count} is out of range: there are {int(jnp.sum(alive))} weights to remove.")

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import scalar
 from jaxprune.paths import is_array, is_concrete
 from jaxprune.schedules import check_sparsity
 from jaxprune.search import count_true
@@ -179,8 +180,11 @@ def threshold_counts(threshold: Any, units: Units) -> Counts:
     """
     bounds = per_pool(threshold, units.scores, "threshold", -jnp.inf)
     for name, bound in bounds.items():
-        if is_concrete(bound) and math.isnan(bound):
+        value = scalar(bound, "threshold")
+        if value is not None and math.isnan(value):
             raise ValueError(f"threshold is nan for {name}: no score is below it.")
+        if isinstance(bound, int) and not -(2**63) <= bound < 2**63:
+            raise ValueError(f"threshold={bound} for {name} is beyond all integers that scores can be.")
     with jax.numpy_dtype_promotion("standard"):  # on purpose: a threshold may have its param's dtype
         below = {name: scores < bounds[name] for name, scores in units.scores.items()}
     return {name: count_true(units.alive[name] & below[name]) for name in below}

@@ -58,7 +58,8 @@ def zero_where(closed: "ClosedJaxpr", inputs: Sequence[Zeros]) -> list[Zeros]:
         known[var] = _of_value(value)
 
     def read(var: Any) -> Zeros:
-        return _of_value(var.val) if hasattr(var, "val") else known.get(var, frozenset())
+        # A literal's value may be of a class of JAX's own.
+        return _of_value(np.asarray(var.val)) if hasattr(var, "val") else known.get(var, frozenset())
 
     for eqn in jaxpr.eqns:
         found = _of_equation(eqn, [read(var) for var in eqn.invars])

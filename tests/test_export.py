@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+from importlib.metadata import version
 
 import equinox
 import flax.linen as nn
@@ -228,7 +229,12 @@ def test_onnx_computes_the_same(variants, tmp_path, net):
     sizes = {}
     for variant in ("dense", "masked", "compacted"):
         apply, params, x, wanted = variants[net, variant]
-        model = jp.export.onnx(apply, params, x, path=tmp_path / "onnx", verify=variant == "compacted")
+        try:
+            model = jp.export.onnx(apply, params, x, path=tmp_path / "onnx", verify=variant == "compacted")
+        except NotImplementedError as error:
+            if "No plugins registered" not in str(error) or version("jax2onnx") >= "0.13":
+                raise
+            pytest.skip(f"jax2onnx {version('jax2onnx')}: {error}")
         assert (tmp_path / "onnx").read_bytes() == model
         sizes[variant] = len(model)
         for batch, output in wanted.items():

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import math
+import random
 import subprocess
 import sys
 import typing
@@ -14,9 +16,11 @@ import _hostile_flags
 import _hostile_pages
 import _hostile_recipes
 import _hostile_values
+import _public
 import _runs
 import jax.numpy as jnp
 import pytest
+from _entry_points import ARGUMENTS
 from _watch import watched
 
 import jaxprune as jp
@@ -28,6 +32,26 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of recipes that cannot reach what they ask for
         yield
+
+
+NOT_HERE = {
+    "compact_module": "of a flax module; `compact` does the work",
+    "export.load": "of files, see _hostile_files",
+    "export.onnx": "as export.stablehlo, and takes long",
+    "graph.channel_groups": "channel_groups, by another name",
+    "graph.compact": "compact, by another name",
+    "graph.compact_module": "compact_module, by another name",
+    "graph.register_rule": "changes what is known of all functions",
+    "io.load_safetensors": "of files, see _hostile_files",
+    "kernels": "a predicate, called with each leaf",
+    "leaf_paths": "takes anything",
+    "recipes.load": "of files, see _hostile_recipes",
+    "schedules.check_sparsity": "what the schedules say of theirs",
+    "scores.over_batches": "its arguments are the user's own",
+    "selection.select": "of sources that scores are read from",
+    "selection.select_arrays": "as selection.lowest, of several groups",
+    "structures.elements": "has no arguments",
+}
 
 
 def ends(case, numbers):
@@ -196,9 +220,25 @@ def test_what_is_watched_is_noticed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_random_values():
-    found = ends(lambda n: _hostile_values.case(n, watched), range(120))
-    assert found.count("refused") > 30
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_values_that_are_right_and_values_that_are_not(name):
+    rng = random.Random(name)
+    ARGUMENTS[name].call(**ARGUMENTS[name].good)
+    for place in ARGUMENTS[name].good:
+        for value in rng.sample(list(_hostile_values.BAD), 2):
+            _hostile_values.attempt(name, {place: value}, watched)
+
+
+def test_every_public_function_is_given_hostile_values():
+    public = set()
+    for name in jp.__all__:
+        value = getattr(jp, name)
+        if inspect.ismodule(value):
+            own = getattr(value, "__all__", None) or _public.defined_in(value)
+            public |= {f"{name}.{inner}" for inner in own if inspect.isfunction(getattr(value, inner))}
+        elif inspect.isfunction(value):
+            public.add(name)
+    assert public - ARGUMENTS.keys() == NOT_HERE.keys()
 
 
 def test_gradients_and_states_that_are_none():

@@ -191,11 +191,8 @@ def test_vit_heads_and_mlp():
     result = agrees(model, half(model, x, where=heads_or_hidden), x)
     attention = result.module.blocks[0].attention
     assert (attention.num_heads, attention.head_dim, attention.qkv_features) == (1, 4, 4)
-    assert (attention.num_kv_heads, attention.out.in_features, attention.query.out_features) == (
-        1,
-        (1, 4),
-        (1, 4),
-    )
+    assert (attention.out.in_features, attention.query.out_features) == ((1, 4), (1, 4))
+    assert getattr(attention, "num_kv_heads", 1) == 1  # flax 0.12.1 does not have it
     assert result.module.blocks[1].hidden.out_features == 6
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.arguments import check_function
 from jaxprune.graph import ir
 from jaxprune.graph.axes import Kept, State, Vector
 from jaxprune.graph.facts import Facts, run
@@ -42,6 +43,9 @@ class Linked:
         state: Callable[[Any], Any] | None = None,
     ):
         self.leaves = array_leaves(params)
+        check_function(function, "the graph of a network", "apply_fn(params, *inputs)")
+        if state is not None:
+            check_function(state, "state=", "from outputs to new values of params")
         arrays, rebuild = split_static(inputs)
         program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
         self.graph, self.region, self.out_tree = program

@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+from jaxprune.arguments import shown
 from jaxprune.io.format import FileError
 
 
@@ -23,6 +24,8 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
       ...     print(error)
       /dev/null: not a file, but a pipe or a device.
     """
+    if not isinstance(path, (str, os.PathLike)):  # a number would be that of an open file
+        raise TypeError(f"a path must be a str or a pathlib.Path, got {shown(path)}.")
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:

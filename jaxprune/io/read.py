@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxprune.arguments import check_number
 from jaxprune.io import trees
 from jaxprune.io.coding import Pattern, decode, from_planes
 from jaxprune.io.format import BITS, DTYPES, Entry, FileError, Header, channels, padded, read_head
@@ -74,6 +75,7 @@ def load(
       >>> jp.io.load(file).metadata
       {'step': 7}
     """
+    check_number(max_bytes, "max_bytes", "of bytes")
     data = _contents(path, mmap)
     try:
         header = read_head(data)

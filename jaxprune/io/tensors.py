@@ -69,7 +69,9 @@ def save_safetensors(
             raise TypeError(f"params[{name!r}] holds no values now. Save outside of jit.")
         tensors[name] = np.asarray(leaf, order="C")
     given = {} if metadata is None else metadata
-    if not all(isinstance(text, str) for pair in given.items() for text in pair):
+    if not isinstance(given, dict) or not all(
+        isinstance(text, str) for pair in given.items() for text in pair
+    ):
         raise TypeError(f"metadata of safetensors is strings by strings, got {metadata!r:.200}")
     with replacing(path) as new:
         package.numpy.save_file(tensors, new, metadata=metadata)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from jaxprune.arguments import check_function
 from jaxprune.jaxprs import abstract, split_static
 
 
@@ -46,6 +47,7 @@ def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
       >>> found.arguments, found.outputs
       (84, 40)
     """
+    check_function(function, "cost", "of arrays")
     arrays, rebuild = split_static(arguments)
     shapes = {name: abstract(leaf) for name, leaf in arrays.items()}
     compiled = jax.jit(lambda arrays: function(*rebuild(arrays))).lower(shapes).compile()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.masks import check_masks
-from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Where
 
 
@@ -67,6 +67,7 @@ def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Ov
     check_masks(masks, others)
     if not is_concrete(masks, others):
         raise TypeError("overlap counts on the host: call it outside of jit, on masks that have values.")
+    check_where(where)
     first, second = array_leaves(masks), array_leaves(others)
     paths = [path for path, leaf in first.items() if where(path, leaf)] or selected(masks, where)
     counts = {}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.arguments import check_function, check_positive_integer, shown
 from jaxprune.jaxprs import split_static
 
 
@@ -60,8 +61,11 @@ def latency(
       >>> times["dense"].rounds, times["dense"].low <= times["dense"].median <= times["dense"].high
       (3, True)
     """
-    if not calls or rounds < 1:
-        raise ValueError(f"latency needs calls and rounds >= 1, got {len(calls)} calls and rounds={rounds}.")
+    if not isinstance(calls, Mapping) or not all(isinstance(call, tuple) and call for call in calls.values()):
+        raise TypeError(f"latency needs tuples (function, *arguments) by name, got {shown(calls)}.")
+    if not calls:
+        raise ValueError("latency needs calls, got none.")
+    check_positive_integer(rounds, "latency", "rounds")
     timers = {name: _timer(name, call, tuple(donate), compiled) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
@@ -82,6 +86,7 @@ def _latency(times: Sequence[float]) -> Latency:
 def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...], compiled: bool) -> Callable[[], float]:
     """Measures one call, once it is warm."""
     function, *arguments = call
+    check_function(function, f"calls[{name!r}]", "first, then its arguments")
     if not all(0 <= n < len(arguments) for n in donate):
         raise ValueError(f"calls[{name!r}] has {len(arguments)} arguments, donate={donate} names others.")
     pieces = [split_static([argument]) for argument in arguments]

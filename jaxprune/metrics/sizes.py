@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.arguments import check_number
+from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 
@@ -115,7 +116,8 @@ def nonzeros(tree: Any) -> int:
       >>> jp.metrics.nonzeros({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
       3
     """
-    return sum(_nonzeros(leaf) for leaf in jax.tree.leaves(tree))
+    leaves = array_leaves(tree) if jax.tree.leaves(tree) else {}
+    return sum(map(_nonzeros, leaves.values()))
 
 
 def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> str:
@@ -142,6 +144,9 @@ def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> s
       whole model                        8          12    0.3333
     """
     leaves = array_leaves(masks)
+    check_where(where)
+    if asked is not None:
+        check_number(asked, "asked", "the sparsity asked for")
     width = max([11, *map(len, leaves)])
 
     def row(name: str, shape: str, paths: Sequence[str]) -> str:
@@ -172,6 +177,7 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
       >>> jp.metrics.collapsed({"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}})
       ('a/kernel',)
     """
+    check_where(where)
     return tuple(
         path for path, leaf in array_leaves(tree).items() if where(path, leaf) and not _nonzeros(leaf)
     )
@@ -179,6 +185,7 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
 
 def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
     """The paths of the leaves that take part: of a bare array, that one."""
+    check_where(where)
     if list(leaves) == [""]:
         return [""]
     # A mask is bool, but takes part if its param does: `where` sees shapes, not dtypes.
@@ -190,6 +197,10 @@ def _traced_zeros(leaf: Any) -> jax.Array:
 
 
 def _nonzeros(leaf: Any) -> int:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(f"what is counted needs values, got {leaf}.")
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # PRNG keys, among the variables of a module
+        return leaf.size
     # Counted by row and added up on the host, so that no count passes 2**31.
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the leaf
         rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))

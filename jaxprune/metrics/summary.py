@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxprune.arguments import shown
 from jaxprune.masks import check_masks
 from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.macs import Macs, macs
 from jaxprune.metrics.sizes import nonzeros, ratio
-from jaxprune.paths import array_leaves, is_concrete, kernels
+from jaxprune.paths import array_leaves, check_where, is_concrete, kernels
 from jaxprune.typing import Masks, Params, Where
 
 
@@ -168,8 +169,13 @@ def summary(
       MACs: 100 for these inputs, 100 without padding
     """
     leaves = array_leaves(params)
+    check_where(where)
     if masks is not None:
         check_masks(masks, params)
+    if not isinstance(compacted, bool) and not (hasattr(compacted, "apply") and hasattr(compacted, "params")):
+        raise TypeError(
+            f"compacted must be True, False, or what jaxprune.compact gave, got {shown(compacted)}."
+        )
     dense, under, small = macs(apply_fn, params, *inputs), None, None
     notes = list(dense.notes)
     if masks is not None:
@@ -188,14 +194,14 @@ def summary(
         return Row(name, shape, size, sum(kept[path] for path in own), each[0] or 0, each[1], each[2])
 
     named = dense.by_path()
-    shown = [path for path, leaf in leaves.items() if where(path, leaf) or path in named]
-    others = [path for path in leaves if path not in shown]
-    rows = [row(path, [path], tuple(leaves[path].shape)) for path in shown]
+    listed = [path for path, leaf in leaves.items() if where(path, leaf) or path in named]
+    others = [path for path in leaves if path not in listed]
+    rows = [row(path, [path], tuple(leaves[path].shape)) for path in listed]
     if others:
         rows.append(row(f"{len(others)} other params", list(others)))
     if None in named:
         rows.append(row("no params", [None]))
-    prunable: list[str | None] = [path for path in shown if where(path, leaves[path])]
+    prunable: list[str | None] = [path for path in listed if where(path, leaves[path])]
     rows += [row("prunable", prunable), row("whole model", [*leaves, None])]
     whole = rows[-1]
     analyses = None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune import paths
+from jaxprune.arguments import shown
 from jaxprune.recipes.document import Node, RecipeError, unknown
 from jaxprune.typing import ScoreFn, Where
 
@@ -167,6 +168,8 @@ def read_where(node: Node) -> Where:
 
 def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
     """A score by name, of `jaxprune.scores` or of the caller's."""
+    if scores is not None and not isinstance(scores, Mapping):
+        raise TypeError(f"scores must be a dict of scores by name, got {shown(scores)}.")
     own = dict(scores or {})
     call = named(node, public_scores() | own, "scores")
     return call._replace(called=False, inputs=()) if call.function in own.values() else call

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.arguments import check_array, shown
 from jaxprune.paths import array_leaves, describe
 from jaxprune.scores.common import widened, with_nan_elsewhere
 from jaxprune.typing import Params, ScoreFn, Scores
@@ -112,7 +113,12 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
     References:
       Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017.
     """
-    _check_named(scales, "scores.bn_scale", "scales={'conv/kernel': 'bn/scale'}")
+    example = "scales={'conv/kernel': 'bn/scale'}"
+    _check_named(scales, "scores.bn_scale", example)
+    if wrong := [path for path in scales.values() if not isinstance(path, str)]:
+        raise TypeError(
+            f"scores.bn_scale needs paths of scales, got {shown(wrong[0])}. For example {example}."
+        )
 
     def score(params: Params, **extra: Any) -> Scores:
         del extra
@@ -225,6 +231,7 @@ def _means(
     _check_named(activations, name, "activations={'conv/kernel': relu(outputs)}")
 
     def channel_scores(path, channels):
+        check_array(activations[path], f"{name}: activations[{path!r}]")
         outputs = jnp.asarray(activations[path])
         if outputs.ndim < 2 or outputs.shape[-1] != channels or not outputs.size:
             raise ValueError(
@@ -260,6 +267,8 @@ def _spread(channel_scores: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
 
 def _channel_axis(path: str, leaf: jax.Array, axis: int) -> int:
     """The axis counted from 0."""
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be the number of the axis of channels, got {shown(axis)}.")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
             f"params[{path!r}] is {describe(leaf)}, which has no axis {axis} of channels. Pass another "

@@ -89,26 +89,6 @@ def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Whe
     )
 
 
-def check_function(function: Any, name: str, what: str) -> None:
-    """Checks an argument that is a function.
-
-    Raises:
-      TypeError: it cannot be called.
-    """
-    if not callable(function):
-        raise TypeError(f"{name} needs a function {what}, got {function!r}.")
-
-
-def check_positive_integer(number: Any, name: str, what: str) -> None:
-    """Checks a count.
-
-    Raises:
-      ValueError: it is not an integer of 1 or more.
-    """
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} needs {what} to be an integer of 1 or more, got {number!r}.")
-
-
 def end_to_end(leaves: Sequence[jax.Array]) -> jax.Array:
     """The entries of all leaves as one vector, in leaf order."""
     return jnp.concatenate([leaf.ravel() for leaf in leaves])

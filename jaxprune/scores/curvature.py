@@ -60,7 +60,7 @@ def inverse_hessian(
     identity = jnp.eye(n, dtype=weights.dtype)
     _, hessian_times = jax.linearize(jax.grad(loss), weights)
     hessian = lax.map(hessian_times, identity, batch_size=_AT_ONCE)
-    damped = (hessian + hessian.T) / 2 + damping * identity
+    damped = (hessian + hessian.T) / 2 + float(damping) * identity
     if alive is not None:
         damped = jnp.where(alive[:, None] & alive[None, :], damped, identity)
     factor = jnp.linalg.cholesky(damped)

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.paths import array_leaves, describe, is_concrete, kernels, selected
-from jaxprune.scores.common import check_function, widened, with_nan_elsewhere
+from jaxprune.arguments import check_function, shown
+from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
+from jaxprune.scores.common import widened, with_nan_elsewhere
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 _ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)
@@ -78,7 +79,13 @@ def synflow(
       flow", NeurIPS 2020.
     """
     check_function(apply_fn, "scores.synflow", "apply_fn(params, x)")
+    if biases is not None:
+        check_function(biases, "scores.synflow", "biases(path, leaf)")
+    if not jax.tree.leaves(x):
+        raise ValueError(f"scores.synflow needs x, inputs of the network, for their shapes; got {shown(x)}.")
     for leaf in jax.tree.leaves(x):
+        if not is_array(leaf):
+            raise TypeError(f"scores.synflow needs arrays in x, got {shown(leaf)}.")
         if not jnp.issubdtype(leaf.dtype, jnp.floating) or not leaf.shape:
             raise TypeError(
                 f"scores.synflow feeds ones through the network, so x must be real floating-point with a "

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.arguments import check_function, check_positive_integer
 from jaxprune.paths import kernels
 from jaxprune.scores.common import (
     LossFn,
     Objective,
-    check_function,
-    check_positive_integer,
     cut,
     end_to_end,
     leading_size,

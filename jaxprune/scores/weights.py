@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.arguments import check_key
+from jaxprune.paths import array_leaves
 from jaxprune.scores.common import widened
 from jaxprune.typing import Params, Scores
 
@@ -29,6 +31,7 @@ def magnitude(params: Params, **extra: Any) -> Scores:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
     del extra
+    array_leaves(params)
     return jax.tree.map(jnp.abs, params)
 
 
@@ -55,6 +58,7 @@ def normalized_magnitude(params: Params, **extra: Any) -> Scores:
       Lee et al., "JaxPruner", arXiv:2304.14082 (its global magnitude, which adds 1e-8 to the norm).
     """
     del extra
+    array_leaves(params)
 
     def relative(w):
         size = _relative_to_largest(w)
@@ -88,6 +92,7 @@ def lamp(params: Params, **extra: Any) -> Scores:
       Lee et al., "Layer-adaptive Sparsity for the Magnitude-based Pruning", ICLR 2021.
     """
     del extra
+    array_leaves(params)
 
     def adapted(w):
         size = _relative_to_largest(w).ravel()
@@ -127,6 +132,8 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
     del extra
     if key is None:
         raise ValueError("scores.random needs a PRNG key: pass key=jax.random.key(0).")
+    check_key(key, "scores.random")
+    array_leaves(params)
     leaves, treedef = jax.tree.flatten(params)
     draws = [
         jax.random.uniform(jax.random.fold_in(key, index), leaf.shape, jnp.float32)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import split_static
+from jaxprune.arguments import check_positive_integer
+from jaxprune.jaxprs import inner_jaxprs, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
 from jaxprune.metrics.products import PRODUCTS
@@ -178,17 +179,16 @@ def _checked(params: Params, masks: Masks) -> tuple[dict[str, Any], dict[str, in
 
 
 def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
-    if rounds < 1:
-        raise ValueError(f"sparsify times each contender rounds >= 1 times, got rounds={rounds}.")
+    check_positive_integer(rounds, "sparsify", "rounds (times each contender is timed)")
     if isinstance(choose, Mapping):
         for path, form in choose.items():
-            if path not in leaves and path.rpartition("#")[0] not in leaves:
+            if path not in leaves and str(path).rpartition("#")[0] not in leaves:
                 raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
             if form not in (*FORMS, "dense"):
                 raise ValueError(
                     f"choose has {form!r} for {path!r}, but the forms are {', '.join(FORMS)} and dense."
                 )
-    elif choose not in ("measure", "rule"):
+    elif not isinstance(choose, str) or choose not in ("measure", "rule"):
         raise ValueError(f"choose is 'measure', 'rule' or a dict from paths to forms, got {choose!r}.")
 
 
@@ -231,11 +231,9 @@ def _kernels(
 
 
 def _has_product(eqn: Any) -> bool:
-    from jax.extend.core import jaxprs_in_params
-
     return any(
         inner.primitive.name in PRODUCTS or _has_product(inner)
-        for jaxpr in jaxprs_in_params(eqn.params)
+        for jaxpr in inner_jaxprs(eqn)
         for inner in jaxpr.eqns
     )
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from jaxprune.arguments import check_function
 from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.paths import is_array, leaf_paths
 from jaxprune.sparse.choice import Chosen, Kernel
@@ -31,6 +32,7 @@ class Network:
     """A function of params that can be run with some of its kernels in other forms."""
 
     def __init__(self, function: Callable[..., Any], treedef: Any, leaves: dict[str, Any]):
+        check_function(function, "sparsify", "apply_fn(params, *inputs)")
         self.function, self.treedef, self.leaves = function, treedef, leaves
         self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.paths import is_number
+from jaxprune.arguments import is_number, shown
 from jaxprune.sources import Source
 
 Norm = float | Callable[..., jax.Array]
@@ -63,7 +63,7 @@ def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
     if callable(norm):
         return lambda scores, axes: norm(scores, axis=axes)
     if not is_number(norm) or math.isnan(norm):
-        raise ValueError(f"norm must be a number or a reduction such as jnp.sum, got {repr(norm)[:200]}.")
+        raise ValueError(f"norm must be a number or a reduction such as jnp.sum, got {shown(norm)}.")
     huge = isinstance(norm, int) and abs(norm) >= 2**1000
     order = (math.inf if norm > 0 else -math.inf) if huge else float(norm)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
 from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
@@ -72,8 +73,13 @@ def channels(
     """
     chosen = _chosen(groups, ignore)
     widths = _min_widths(min_width, chosen)
-    if not (isinstance(multiple_of, int) and multiple_of >= 1):
+    if not (isinstance(multiple_of, int) and 1 <= multiple_of < 2**31):
         raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
+    if axis is not None and not isinstance(axis, int):
+        raise TypeError(f"axis must be None or the number of an axis, got {shown(axis)}.")
+    check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
+    if normalize is not None:
+        check_function(normalize, "normalize=", "of a group's scores, such as jnp.max")
     in_slice = reducer(norm)
 
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
@@ -106,9 +112,15 @@ def channels(
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
     """The removable groups that are not ignored."""
-    every = tuple(groups)
+    every = tuple(groups) if np.iterable(groups) else (groups,)
+    if wrong := [each for each in every if not isinstance(each, Group)]:
+        raise TypeError(
+            f"channels needs groups as jaxprune.channel_groups(apply_fn, params, *inputs) finds them, got "
+            f"{shown(wrong[0])}."
+        )
     chosen = tuple(group for group in every if group.removable)
     if ignore is not None:
+        check_function(ignore, "ignore=", "of (path, member)")
         spared = [group for group in chosen if any(ignore(m.path, m) for m in group.members)]
         if not spared:
             names = ", ".join(sorted({m.path for group in chosen for m in group.members}))
@@ -129,7 +141,7 @@ def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -
     if unknown := [name for name in widths if name not in names]:
         raise ValueError(f"min_width names {', '.join(unknown)}; the groups are {', '.join(names)}.")
     for name, width in widths.items():
-        if not (isinstance(width, int) and width >= 1):
+        if not (isinstance(width, int) and 1 <= width < 2**31):
             raise ValueError(f"min_width must be an integer of 1 or more, got {width!r} for {name}.")
     return {name: width for name, width in widths.items() if width > 1}
 

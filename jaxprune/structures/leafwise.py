@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.arguments import shown
 from jaxprune.ordering import ordered_bits
 from jaxprune.sharding import check_whole, join, split
 from jaxprune.structures.base import Norm, Structure, Units, reducer
@@ -81,7 +82,7 @@ def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
     """
     axes = (axis,) if isinstance(axis, int) else axis
     if not isinstance(axes, (tuple, list)) or not all(isinstance(one, int) for one in axes):
-        raise ValueError(f"slices needs axis=, an integer or several, got {repr(axis)[:200]}.")
+        raise ValueError(f"slices needs axis=, an integer or several, got {shown(axis)}.")
     axes = tuple(axes)
     reduce = reducer(norm)
     name = f"slices(axis={axis})"
@@ -126,7 +127,7 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
     """
     sides = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if not sides or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={repr(shape)[:200]}.")
+        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={shown(shape)}.")
     along = tuple(range(-len(sides), 0)) if axes is None else tuple(axes)
     if len(along) != len(sides):
         raise ValueError(f"blocks needs one axis per side, got shape={sides} and axes={along}.")

@@ -1,0 +1,120 @@
+"""Checks of arguments that are no trees of arrays: numbers, counts, functions, keys, states."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.paths import is_array, is_concrete
+from jaxprune.typing import PrunerState
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is one real number that is known now: Python's, or an array without axes.
+
+    Example:
+      >>> import numpy as np
+      >>> is_number(3), is_number(np.float32(0.5)), is_number("3"), is_number(np.ones(3))
+      (True, True, False, False)
+    """
+    if isinstance(value, (int, float)):
+        return True
+    real = is_array(value) and (
+        jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    )
+    return real and value.shape == () and is_concrete(value)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long.
+
+    Example:
+      >>> len(shown("x" * 1000))
+      200
+    """
+    return repr(value)[:200]
+
+
+def check_number(value: Any, name: str, allowed: str) -> None:
+    """Checks that an argument is a number that is known now.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number {allowed}, got {shown(value)}.")
+
+
+def scalar(value: Any, name: str) -> float | None:
+    """The value of an argument that may be traced, and then None.
+
+    Raises:
+      ValueError: it has axes.
+      TypeError: it is no real number.
+    """
+    if is_number(value):
+        return float(value)
+    if not is_array(value) or (is_concrete(value) and value.shape == ()):
+        raise TypeError(f"{name} must be a number, got {shown(value)}.")
+    if value.shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {tuple(value.shape)}.")
+    return None
+
+
+def check_positive_integer(number: Any, name: str, what: str) -> None:
+    """Checks a count.
+
+    Raises:
+      ValueError: it is not an integer of 1 or more.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"{name} needs {what} to be an integer of 1 or more, got {shown(number)}.")
+
+
+def check_function(function: Any, name: str, what: str) -> None:
+    """Checks an argument that is a function.
+
+    Raises:
+      TypeError: it cannot be called.
+    """
+    if not callable(function):
+        raise TypeError(f"{name} needs a function {what}, got {shown(function)}.")
+
+
+def check_key(key: Any, name: str) -> None:
+    """Checks a PRNG key, typed or of the old kind.
+
+    Raises:
+      TypeError: it is none, or an array of several.
+    """
+    if is_array(key):
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and len(key.shape) == 1):
+            return
+    raise TypeError(f"{name} needs one PRNG key such as jax.random.key(0), got {shown(key)}.")
+
+
+def check_state(state: Any) -> None:
+    """Checks what a pruner's update is given first.
+
+    Raises:
+      TypeError: it is no state of a pruner.
+    """
+    if not isinstance(state, PrunerState):
+        raise TypeError(
+            f"pruner.update needs the state of pruner.init first, got a {type(state).__name__}: call "
+            "pruner.update(state, params)."
+        )
+
+
+def check_array(array: Any, name: str) -> None:
+    """Checks an argument that is one array of numbers.
+
+    Raises:
+      TypeError: it is something else.
+    """
+    text = isinstance(array, (np.ndarray, np.generic)) and array.dtype.kind in "OSUMm"
+    keys = is_array(array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
+    if not is_array(array) or isinstance(array, jax.ShapeDtypeStruct) or text or keys:
+        raise TypeError(f"{name} must be an array of numbers, got {shown(array)}.")
