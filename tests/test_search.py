@@ -68,6 +68,15 @@ def test_narrow_finds_the_threshold_of_each_leaf(flat, bits, big):
         assert below[i] == goal or low[i] == high[i] == row[min(goal, len(row) - 1)]
 
 
+@pytest.mark.parametrize("big", [False, True])
+def test_a_search_begins_with_all_keys(big):
+    start = search.whole(jnp.int32(-(2**15)), jnp.int32(2**15 - 1), jnp.zeros(2, jnp.int32), big)
+    assert (start.low.tolist(), start.high.tolist()) == ([-(2**15)] * 2, [2**15 - 1] * 2)
+    assert start.open.all()
+    for count in (start.below, start.upto, start.alive):
+        assert isinstance(count, wide.Wide) == big and not wide.to_numpy(count).any()
+
+
 def test_bounds_cut_a_range_into_equal_parts():
     for low, high in [(0, 15), (-8, 7), (LEAST, MOST), (3, 3), (5, 9), (-1, 2**30)]:
         bounds = search._cut(jnp.array([low], jnp.int32), jnp.array([high], jnp.int32), 4)

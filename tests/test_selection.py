@@ -265,6 +265,53 @@ def test_an_axis_that_cannot_be_indexed_raises():
     assert jax.eval_shape(lambda s: selection.lowest([s], [None], 3), longest)[0].shape == longest.shape
 
 
+ONE, SOME = [jnp.arange(4.0)], [jnp.ones(4, bool)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ((ONE[0], [None], 1), TypeError, "needs scores as a list of arrays, got Array"),
+        ((ONE, SOME[0], 1), TypeError, "needs alive as a list of arrays, got Array"),
+        ((ONE, None, 1), TypeError, "needs alive as a list of arrays, got None"),
+        (([None], [None], 1), TypeError, "each of scores must be an array of numbers, got None"),
+        ((ONE, ["x"], 1), TypeError, "each of alive must be an array of numbers, got 'x'"),
+        ((ONE, [2.0], 1), TypeError, "each of alive must be an array of numbers, got 2.0"),
+        (([], [], 1), ValueError, "got 0 arrays of scores and 0 of what is alive"),
+        ((ONE, SOME * 2, 1), ValueError, "got 1 arrays of scores and 2 of what is alive"),
+        ((ONE, SOME, -1), ValueError, "count must be 0 or more, got -1"),
+        ((ONE, SOME, 2**63), ValueError, "count must be 0 or more, got 9223372036854775808"),
+        ((ONE, SOME, 1.5), TypeError, "count must be an array of numbers, got 1.5"),
+        ((ONE, SOME, np.array([1])), TypeError, r"count must be one integer, got int64\[1\]"),
+        ((ONE, SOME, np.float32(1)), TypeError, r"count must be one integer, got float32\[\]"),
+    ],
+    ids=range(13),
+)
+def test_lowest_raises(arguments, error, says):
+    with pytest.raises(error, match=says):
+        selection.lowest(*arguments)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**63 - 1, np.int8(1), jnp.int32(1)])
+def test_lowest_of_any_integer_but_those_it_raises_for(count):
+    (gone,) = selection.lowest(ONE, SOME, count)
+    assert int(gone.sum()) == min(int(count), 4)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "size", "error", "says"),
+    [
+        ("x", 3, TypeError, "sparsity must be a number that is finite, got 'x'"),
+        (0.5, None, TypeError, "size must be a number that is finite, got None"),
+        (np.nan, 3, ValueError, "sparsity must be finite, got nan"),
+        (0.5, np.inf, ValueError, "size must be finite, got inf"),
+    ],
+)
+def test_removed_count_raises(sparsity, size, error, says):
+    with pytest.raises(error, match=says):
+        selection.removed_count(sparsity, size)
+
+
 def test_as_many_masks_specs_and_floors_as_leaves():
     two = [jnp.arange(3.0), jnp.arange(2.0)]
     for run in (selection.lowest, COMPILED):
