@@ -100,6 +100,7 @@ def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, A
 
     Raises:
       ValueError: a negative quality, or `where` matches nothing.
+      TypeError: a quality that is no number.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -140,6 +141,7 @@ def from_sensitivity(
 
     Raises:
       ValueError: a negative tolerance, or nothing can take the lowest level.
+      TypeError: a result or a tolerance that is none.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -50,6 +50,7 @@ def rigl(
     Raises:
       ValueError: an argument out of range, masks that are not made of the structure's units, or
         that prune nothing.
+      TypeError: masks, a fraction, a structure or a `where` that is none.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -103,6 +104,7 @@ def set_(
 
     Raises:
       ValueError: as `rigl`.
+      TypeError: as `rigl`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -167,6 +169,7 @@ def rewiring(
     Raises:
       ValueError: an argument out of range, masks that are not made of the structure's units, or
         that prune nothing.
+      TypeError: masks, a fraction, a structure or a `where` that is none.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

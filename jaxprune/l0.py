@@ -117,6 +117,9 @@ def sample_gates(gates: Gates, key: jax.Array) -> Gates:
     Returns:
       A dict like `gates`, differentiable in the logits where a gate is neither 0 nor 1.
 
+    Raises:
+      TypeError: gates that are no dict of floating-point arrays, or a key that is none.
+
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
       >>> gates = {"kernel": jnp.array([[-20.0], [20.0]])}
@@ -145,6 +148,9 @@ def expected_gates(gates: Gates) -> Gates:
 
     Returns:
       A dict like `gates`, of z in [0, 1]; exactly 0 where `log_alpha <= -log(11)`, about -2.4.
+
+    Raises:
+      TypeError: gates that are no dict of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -344,6 +344,7 @@ def error_barrier(
 
     Raises:
       ValueError: fewer than 2 points, or params that differ in structure or shape.
+      TypeError: `error` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -64,6 +64,9 @@ def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
       quantized: what `quantize` gave.
       dtype: of the result; in bfloat16 and float16 its rounding comes on top of the bound.
 
+    Raises:
+      TypeError: not a `Quantized`.
+
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> q = jp.quantization.quantize(jnp.array([127.0, -3.4]))

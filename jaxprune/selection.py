@@ -71,6 +71,10 @@ def removed_count(sparsity: float, size: int) -> int:
 
     The product is taken in double precision, as `torch.nn.utils.prune` and Python's `round` do.
 
+    Raises:
+      ValueError: a sparsity or a size that is not finite.
+      TypeError: one that is no number.
+
     Example:
       >>> from jaxprune.selection import removed_count
       >>> removed_count(0.5, 5), removed_count(0.1, 45), removed_count(0.9, 266_200)
@@ -101,6 +105,10 @@ def lowest(
     Returns:
       bool arrays of the same shapes with exactly `count` entries True. Of equal scores the
       earlier array, then the lower row-major index, is chosen first.
+
+    Raises:
+      ValueError: no scores, more or fewer arrays of `alive` than of them, or a negative count.
+      TypeError: what is no list of arrays, or a count that is no integer.
 
     Example:
       >>> import jax.numpy as jnp

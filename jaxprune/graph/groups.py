@@ -159,6 +159,7 @@ def channel_groups(
 
     Raises:
       ValueError: a `split` that is none of these.
+      TypeError: an `apply_fn` or a `state` that is not a function.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp

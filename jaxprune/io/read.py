@@ -65,6 +65,7 @@ def load(
       FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, does
         not match `like`, or is none (a pipe, a device); the message names the file and the leaf.
       OSError: the file cannot be read.
+      TypeError: a path that is none.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp

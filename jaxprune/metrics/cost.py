@@ -41,6 +41,9 @@ def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
     Returns:
       A `Cost`.
 
+    Raises:
+      TypeError: not a function.
+
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> found = jp.metrics.cost(lambda x, w: x @ w, jnp.ones((5, 3)), jnp.ones((3, 2)))

@@ -53,6 +53,7 @@ def latency(
 
     Raises:
       ValueError: no calls, no rounds, or an argument to donate that is not there.
+      TypeError: calls that are no tuples by name, or begin with no function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

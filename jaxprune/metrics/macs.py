@@ -99,6 +99,7 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
 
     Raises:
       ValueError: masks that do not mirror the first argument.
+      TypeError: not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -39,6 +39,7 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
     Raises:
       ValueError: an empty tree, or a `where` that matches nothing.
+      TypeError: a leaf that is not an array, or has no values; a `where` that is not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -60,6 +61,9 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
 def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     """The fraction of entries kept, `1 - sparsity`, of the prunable leaves and of the whole model.
+
+    Raises:
+      ValueError, TypeError: as `sparsity`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -86,6 +90,7 @@ def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
     Raises:
       ValueError: an empty tree, or a `where` that matches nothing.
+      TypeError: a leaf that is not an array, or has no values; a `where` that is not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -111,6 +116,9 @@ def ratio(whole: int, left: int) -> float:
 def nonzeros(tree: Any) -> int:
     """How many entries are not zero (or not pruned, for masks): the l0 "norm".
 
+    Raises:
+      TypeError: a leaf that is not an array, or has no values.
+
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.metrics.nonzeros({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
@@ -130,6 +138,10 @@ def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> s
 
     Returns:
       Lines of at most 80 characters, unless a path is longer than 32.
+
+    Raises:
+      ValueError: an empty tree.
+      TypeError: a `where` that is not a function, an `asked` that is no number.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -171,6 +183,10 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
 
     Returns:
       Their paths.
+
+    Raises:
+      ValueError: an empty tree.
+      TypeError: a leaf that is not an array, or has no values; a `where` that is not a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -151,6 +151,7 @@ def summary(
 
     Raises:
       ValueError: masks that do not mirror `params`.
+      TypeError: an `apply_fn`, a `where` or a `compacted` that is none.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -183,6 +183,7 @@ def parse(source: str | Mapping[str, Any], scores: Mapping[str, ScoreFn] | None 
     Raises:
       RecipeError: what is wrong, with the line and the key.
       ImportError: a text, and PyYAML is not installed.
+      TypeError: scores that are no dict by name.
 
     Example:
       >>> import jaxprune as jp

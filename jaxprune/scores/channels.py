@@ -54,6 +54,7 @@ def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
 
     Raises:
       ValueError: a leaf of two axes or more without such an axis.
+      TypeError: an axis that is not an integer.
 
     Example:
       >>> import math, jax.numpy as jnp, jaxprune as jp

@@ -22,6 +22,9 @@ def magnitude(params: Params, **extra: Any) -> Scores:
     Returns:
       Scores like `params`.
 
+    Raises:
+      TypeError: a leaf that is not an array.
+
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.scores.magnitude({"w": jnp.array([[-3.0, 1.0]])})["w"].tolist()
@@ -47,6 +50,9 @@ def normalized_magnitude(params: Params, **extra: Any) -> Scores:
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
+
+    Raises:
+      TypeError: a leaf that is not an array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -82,6 +88,9 @@ def lamp(params: Params, **extra: Any) -> Scores:
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
+
+    Raises:
+      TypeError: a leaf that is not an array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -122,6 +131,7 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
 
     Raises:
       ValueError: `key` is None.
+      TypeError: a key that is none, or a leaf that is not an array.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp

@@ -55,6 +55,7 @@ def channels(
     Raises:
       ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
         number below 1; on use, `where` takes in no member of any group.
+      TypeError: groups, a reduction, an `ignore` or an axis that is none.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
