@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune.graph import compact
 from jaxprune.graph.program import Linked
+from jaxprune.jaxprs import scan_split
 from jaxprune.masks import apply_masks
 
 TOLERANCE = 1e-12
@@ -156,7 +157,7 @@ class _Seen:
         return [jnp.stack(outputs)[index] for outputs in zip(*every, strict=True)]
 
     def scan(self, op, args):
-        consts, carried = op.params["num_consts"], op.params["num_carry"]
+        consts, carried = scan_split(op.params)
         carry, xs, ys = args[consts : consts + carried], args[consts + carried :], []
         rounds = range(op.params["length"])
         for n in reversed(rounds) if op.params["reverse"] else rounds:

@@ -325,7 +325,8 @@ def test_as_many_masks_specs_and_floors_as_leaves():
 
 def test_specs_say_what_is_counted_over_which_devices():
     """What comes out is checked on eight devices by `test_sharding.py`; here that all counts are added up."""
-    mesh, spec = jax.sharding.AbstractMesh((2, 4), ("x", "y")), jax.sharding.PartitionSpec
+    auto, spec = (jax.sharding.AxisType.Auto,) * 2, jax.sharding.PartitionSpec
+    mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"), axis_types=auto)
     specs = [spec("x", "y"), spec("y"), spec(("x", "y")), spec()]
     scores = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(4, 8), (4,), (8, 3), (2, 3)]]
 
