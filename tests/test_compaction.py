@@ -535,6 +535,7 @@ def test_a_report_says_what_was_gained():
     assert report.macs[0] > report.macs[1] > 0
     text = str(report)
     assert max(map(len, text.splitlines())) <= 80
+    assert f"{dense:,}" in text and f"{tiny:,}" in text and f"{dense / tiny:.2f} x" in text
     assert "params" in text
     assert "multiply-adds" in text
     assert "time" in text

@@ -8,6 +8,7 @@ from zoo import ZOO
 from zoo_check import random_masks
 
 import jaxprune as jp
+from jaxprune.graph.program import Linked
 
 
 def groups_of(name, **kwargs):
@@ -180,3 +181,25 @@ def test_channel_shuffle_keeps_places_of_groups():
     assert "another split= may give more" in major.groups[0].why_not
     _, minor = groups_of("shufflenet", split="minor")
     assert all(g.removable and g.units > 1 for g in minor)
+
+
+def test_widths_of_an_embedding_that_lost_words_or_features():
+    shapes, path = {"embed/embedding": (5, 4)}, "embed/embedding"
+    for keep, widths in [
+        ({0: np.array([0, 2, 4])}, {"num_embeddings": 3}),
+        ({1: np.array([1, 2])}, {"features": 2}),
+        ({0: np.array([3]), 1: np.array([1, 2])}, {"num_embeddings": 1, "features": 2}),
+    ]:
+        assert jp.graph.linen_widths(jp.Plan(shapes, {path: keep})) == {"embed": widths}
+
+
+def test_a_function_knows_whether_it_closed_over_tracers():
+    params, found = {"w": jnp.ones((3, 2))}, []
+
+    def linked(scale):
+        found.append(Linked(lambda params, x: x @ params["w"] * scale, params, (jnp.ones((1, 3)),)))
+        return scale
+
+    linked(jnp.ones(2))
+    jax.jit(linked)(jnp.ones(2))
+    assert [each.closes_over_tracers() for each in found] == [False, True]

@@ -127,7 +127,7 @@ REFUSED = [
         ["--batch-size", "9" * 30],
         "argument --batch-size: must be at most 2,147,483,647 and 1 or more and at most",
     ),
-    (["--epochs=--"], "argument --epochs: expected one argument"),
+    (["--epochs=--"], "argument --epochs: "),  # what follows depends on the version of Python
     (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--out", "a\0b"], "argument --out: must be printable text, got 'a\\x00b'"),
     (["--out", __file__], "argument --out: is no folder"),
