@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import check_function, shown
 from jaxprune.paths import describe, is_array, kernels
 from jaxprune.ranked import Counts, Ranked, pruned_params, rank
 from jaxprune.schedules import check_sparsity
@@ -110,8 +110,7 @@ def sensitivity(
     """
     asked = _checked_levels(levels)
     _check_at_once(at_once, jit)
-    if not callable(evaluate):
-        raise TypeError(f"sensitivity needs a function evaluate(params), got {evaluate!r}.")
+    check_function(evaluate, "sensitivity", "evaluate(params)")
     if metric is not None and not isinstance(metric, str):
         raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
     ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "sensitivity")

@@ -7,6 +7,17 @@ from typing import Any
 import jaxprune as jp
 
 
+def functions() -> Iterator[str]:
+    """The names of all public functions, and of those of public modules."""
+    for name in jp.__all__:
+        value = getattr(jp, name)
+        if inspect.ismodule(value):
+            own = getattr(value, "__all__", None) or defined_in(value)
+            yield from (f"{name}.{inner}" for inner in own if inspect.isfunction(getattr(value, inner)))
+        elif inspect.isfunction(value):
+            yield name
+
+
 def makers() -> Iterator[str]:
     """The names of all public functions, and methods of public classes, that return a `Pruner`."""
     owners = {"": jp} | {

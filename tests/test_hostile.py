@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import inspect
 import io
 import math
 import random
@@ -230,15 +229,7 @@ def test_values_that_are_right_and_values_that_are_not(name):
 
 
 def test_every_public_function_is_given_hostile_values():
-    public = set()
-    for name in jp.__all__:
-        value = getattr(jp, name)
-        if inspect.ismodule(value):
-            own = getattr(value, "__all__", None) or _public.defined_in(value)
-            public |= {f"{name}.{inner}" for inner in own if inspect.isfunction(getattr(value, inner))}
-        elif inspect.isfunction(value):
-            public.add(name)
-    assert public - ARGUMENTS.keys() == NOT_HERE.keys()
+    assert set(_public.functions()) - ARGUMENTS.keys() == NOT_HERE.keys()
 
 
 def test_gradients_and_states_that_are_none():
