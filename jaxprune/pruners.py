@@ -160,6 +160,7 @@ def pruner(
             lambda state: pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive, state
         )
         sizes = {name: units.size for name, units in alive.items()}
+        competing = tuple(ranks(sizes, structure, scope))
         targets = table(tuple(sizes.items()))
         row = jnp.minimum(grid.row(state.step), len(targets) - 1)
 
@@ -168,9 +169,10 @@ def pruner(
             before = unpack_masks(state.masks)
             units = pool(tree, before, chosen, structure, recipes)
             together, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
-            # In two halves, because a count may be more than an int32 holds.
+            # In two halves, because a count may be more than an int32 holds. By name: JAX sorts the keys
+            # of dicts, so the pools may come in another order here than the table has them in.
             now = jax.tree.map(lambda half: jnp.asarray(half)[row], wide(targets))
-            counts = {rank: take(now, column) for column, rank in enumerate(together)}
+            counts = {name: take(now, competing.index(name)) for name in together}
             masks = remove(before, units, counts, together, least, of_all=True)
             finite = all_finite(tree, before, chosen)
             masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, before)
