@@ -145,6 +145,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__")), "__version__"})
+
+
 def __getattr__(name: str) -> str:
     # Looked up only when asked for: reading the package's metadata slows the import.
     if name == "__version__":

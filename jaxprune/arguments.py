@@ -1,5 +1,7 @@
 """Checks of arguments that are no trees of arrays: numbers, counts, functions, keys, states."""
 
+import contextlib
+import operator
 from typing import Any
 
 import jax
@@ -36,6 +38,19 @@ def shown(value: Any) -> str:
     return repr(value)[:200]
 
 
+def name_of(function: Any) -> str:
+    """What a function is called in a message.
+
+    Example:
+      >>> from functools import partial
+      >>> name_of(len), name_of(partial(sorted, reverse=True)), name_of("x")
+      ('len', 'sorted', "'x'")
+    """
+    return getattr(function, "__name__", None) or getattr(
+        getattr(function, "func", None), "__name__", shown(function)
+    )
+
+
 def check_number(value: Any, name: str, allowed: str) -> None:
     """Checks that an argument is a number that is known now.
 
@@ -62,14 +77,40 @@ def scalar(value: Any, name: str) -> float | None:
     return None
 
 
-def check_positive_integer(number: Any, name: str, what: str) -> None:
-    """Checks a count.
+def as_integer(
+    value: Any, name: str, *, at_least: int | None = None, below: int = 2**63, what: str = ""
+) -> int:
+    """An argument as an integer: Python's, numpy's, or an array without axes that is known now.
+
+    Args:
+      value: the argument; a bool is no integer.
+      name: of the argument, for the message.
+      at_least: the least that is allowed.
+      below: what it must be below.
+      what: what it counts, for the message.
 
     Raises:
-      ValueError: it is not an integer of 1 or more.
+      TypeError: it is not an integer.
+      ValueError: it is out of range.
+
+    Example:
+      >>> import numpy as np
+      >>> as_integer(np.int64(3), "every", at_least=1)
+      3
     """
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} needs {what} to be an integer of 1 or more, got {shown(number)}.")
+    allowed = "an integer" if at_least is None else f"an integer of {at_least} or more"
+    allowed += f" ({what})" if what else ""
+    boolean = isinstance(value, bool) or (is_array(value) and value.dtype == np.bool_)
+    number = None
+    if not boolean:
+        with contextlib.suppress(TypeError):  # tracers raise a kind of it too
+            number = operator.index(value)
+    if number is None:
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}.")
+    if not (-(2**63) if at_least is None else at_least) <= number < below:
+        allowed += "" if below == 2**63 else f" below {below}"
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}.")
+    return number
 
 
 def check_function(function: Any, name: str, what: str) -> None:

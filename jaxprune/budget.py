@@ -86,7 +86,7 @@ def budget(
       floor: how many units of each leaf or group stay at least.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
-      **extra: passed on to the score.
+      **extra: passed on to the score, which must name them.
 
     Returns:
       A `Budget`.
@@ -121,7 +121,7 @@ def budget(
     check_choices(scope, "total", floor)
     if distribution is not None and scope != "layerwise":
         raise ValueError(f"a distribution has a target for each path: pass scope='layerwise', got {scope!r}.")
-    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "budget")
+    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, budget)
     line = _Line(ranked, scope, distribution)
     found: dict[Counts, tuple[Masks, Any]] = {}
     tried: list[tuple[float, float]] = []

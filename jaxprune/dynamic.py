@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_number, check_state
+from jaxprune.arguments import as_integer, check_number, check_state, is_number, name_of
 from jaxprune.control import update_if
+from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import check_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
@@ -14,6 +15,7 @@ from jaxprune.prune import all_finite, checked_structure, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.table import REWIRED
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
 
@@ -181,12 +183,10 @@ def rewiring(
       >>> pruner.update(pruner.init(params), params).masks["kernel"].tolist()
       [[True, False, False, True]]
     """
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of 1 or more (steps between updates), got {every!r}.")
-    if not isinstance(end_step, int) or end_step <= every:
-        raise ValueError(
-            f"end_step must be an integer above every={every}, or no mask ever moves; got {end_step!r}."
-        )
+    every = as_integer(every, "every", at_least=1, what="steps between updates")
+    end_step = as_integer(end_step, "end_step", at_least=1, what="the step from which on no mask moves")
+    if end_step <= every:
+        raise ValueError(f"end_step must be above every={every}, or no mask ever moves; got {end_step}.")
     check_number(fraction, "fraction", "in (0, 1]")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], the part of the kept units dropped, got {fraction}.")
@@ -204,15 +204,20 @@ def rewiring(
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
-        return PrunerState(own_masks(masks, params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        step, row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        return PrunerState(own_masks(masks, params), step, row, schedule=jnp.asarray(REWIRED, jnp.int32))
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("rewiring needs params: what goes is chosen by a score of them.")
         check_state(state)
+        check_extra((drop, grow), extra, "pruner.update", ("grads", "key"))
         chosen = selected(params, where)
-        state = state._replace(step=state.step + 1)
-        own = jax.random.key(seed) if isinstance(seed, int) else seed
+        # Its rows count moves; a state of another pruner starts to count here.
+        moves = jnp.where(state.schedule == REWIRED, state.row, 0) if _is_numbered(state) else state.row
+        number = jnp.asarray(REWIRED, jnp.int32)
+        state = state._replace(step=state.step + 1, row=moves, scores=(), schedule=number)
+        own = jax.random.key(seed) if is_number(seed) else seed
         rng = jax.random.fold_in(own, state.step) if key is None else key
 
         def move(state: PrunerState) -> PrunerState:
@@ -227,7 +232,18 @@ def rewiring(
         due = (state.step % every == 0) & (state.step < end_step)
         return update_if(due, move, state)
 
-    return Pruner(init_fn, update_fn, regrows=True)
+    return Pruner(
+        init_fn,
+        update_fn,
+        regrows=True,
+        description=f"rewiring(grow={name_of(grow)}, drop={name_of(drop)}, {every=}, {end_step=})",
+        takes=named_by(drop, grow),
+        where=where,
+    )
+
+
+def _is_numbered(state: PrunerState) -> bool:
+    return bool(jax.tree.leaves(state.schedule))
 
 
 def _moved(

@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import metrics
-from jaxprune.arguments import check_function, check_key, shown
+from jaxprune.arguments import as_integer, check_function, check_key
 from jaxprune.masks import apply_masks, check_masks, check_pruned
 from jaxprune.optimizer import twins
 from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
@@ -304,8 +304,8 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
     """
     check_masks(masks, masks)
     check_key(key, "shuffled_masks")
-    if within is not None and (isinstance(within, bool) or not isinstance(within, int)):
-        raise TypeError(f"within must be None or the number of an axis, got {shown(within)}.")
+    if within is not None:
+        within = as_integer(within, "within", what="an axis; or None")
     if within is not None and not any(-m.ndim <= within < m.ndim for m in jax.tree.leaves(masks)):
         raise ValueError(f"within={within}: no mask has such an axis.")
 
@@ -355,8 +355,7 @@ def error_barrier(
     References:
       Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML 2020.
     """
-    if not isinstance(points, int) or points < 2:
-        raise ValueError(f"points must be an integer of 2 or more, got {points!r}.")
+    points = as_integer(points, "points", at_least=2)
     check_function(error, "error_barrier", "error(params)")
     check_mirrors(other, one, "other")
 
@@ -380,8 +379,7 @@ def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: 
     check_where(where)
     if not isinstance(pruner, Pruner):
         raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}.")
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 0:
-        raise ValueError(f"levels must be 0 or a positive integer (how often to prune), got {levels!r}.")
+    as_integer(levels, "levels", at_least=0, what="how often to prune")
     if not isinstance(rewind, str) or rewind not in ("weights", "learning_rate", "nothing"):
         raise ValueError(f"rewind must be 'weights', 'learning_rate' or 'nothing', got {rewind!r}.")
     if (rewind == "nothing") != (tune is not None):

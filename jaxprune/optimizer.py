@@ -1,5 +1,6 @@
 """Pruning inside any optax optimizer."""
 
+import warnings
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,7 +46,11 @@ class KeepMaskedState(NamedTuple):
 
 
 def wrap_optax(
-    optimizer: optax.GradientTransformation, pruner: Pruner, *, packed: bool = False
+    optimizer: optax.GradientTransformation,
+    pruner: Pruner,
+    *,
+    packed: bool = False,
+    inner_state: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that also prunes: the one line that a training loop needs.
 
@@ -64,10 +69,13 @@ def wrap_optax(
     state: `optax.tree.get(opt_state, "masks")`. Call `update` once per step; everything is traced once.
 
     Args:
-      optimizer: any optax transform; extra arguments of `update` reach it and the score.
+      optimizer: any optax transform; extra arguments of `update` reach it, and those that the score names
+        reach the score.
       pruner: a `Pruner`, as from `jaxprune.pruner`.
       packed: whether the state keeps its masks with one bit per entry, an eighth of the memory;
         `jaxprune.unpack_masks` gives the masks of such a state.
+      inner_state: a state of `optimizer` to start from, such as the `inner` of a `KeepMaskedState`, in place
+        of a new one. With `jaxprune.pruner(..., masks=masks)` training goes on from masks that exist.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `WrapOptaxState`. `update` raises
@@ -75,6 +83,10 @@ def wrap_optax(
 
     Raises:
       TypeError: the arguments are not an optimizer and a pruner.
+      ValueError: on `init`, an `inner_state` that the optimizer could not have made for these params.
+
+    Warns:
+      UserWarning: the pruner takes a further level, or a fraction of what is left, at every optimizer step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxprune as jp
@@ -96,19 +108,27 @@ def wrap_optax(
             f"{type(optimizer).__name__} and {type(pruner).__name__}."
         )
     inner = optax.with_extra_args_support(optimizer)
+    if pruner.compounds:
+        warnings.warn(
+            f"{pruner.description} prunes further at every optimizer step, and soon everything. Pass "
+            "every=, the number of steps between two levels, or a schedule with an end.",
+            stacklevel=2,
+        )
 
     def init_fn(params: Params) -> WrapOptaxState:
         if _is_placeholder(params):
-            zero = jnp.zeros((), jnp.int32)
-            state = PrunerState(params, zero, zero, params if pruner.remembers else ())
+            step, row, number = (jnp.zeros((), jnp.int32) for _ in range(3))
+            state = PrunerState(params, step, row, params if pruner.remembers else (), number)
             return WrapOptaxState(inner.init(params), state)
         state = pruner.init(_fast(params))
         state = state._replace(masks=pack_masks(state.masks)) if packed else state
-        return WrapOptaxState(inner.init(params), state)
+        return WrapOptaxState(_started(inner, params, inner_state), state)
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_update("wrap_optax", WrapOptaxState, updates, state, params)
-        pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
+        # What the score does not name is meant for the optimizer.
+        read = {name: x for name, x in extra.items() if pruner.takes is None or name in pruner.takes}
+        pruned = pruner.update(state.pruner, _fast(params), grads=updates, **read)
         before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
         updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
@@ -164,6 +184,28 @@ def keep_masked(
         return updates, KeepMaskedState(inner_state, state.masks)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _started(inner: optax.GradientTransformation, params: Params, given: Any) -> Any:
+    """The optimizer's state to begin with: a new one, or a copy of the one that is given."""
+    if given is None:
+        return inner.init(params)
+    expected = jax.eval_shape(inner.init, params)
+    got = jax.tree.structure(given)
+    if got != jax.tree.structure(expected):
+        raise ValueError(
+            "inner_state must be a state of the wrapped optimizer, of the structure "
+            f"{jax.tree.structure(expected)}, got {got}. From a state of wrap_optax or keep_masked pass its "
+            "`.inner`."
+        )
+    pairs = zip(leaf_paths(expected), *map(jax.tree.leaves, (expected, given)), strict=True)
+    for path, wanted, leaf in pairs:
+        if jnp.shape(leaf) != wanted.shape:
+            raise ValueError(
+                f"inner_state[{path!r}] has shape {jnp.shape(leaf)}; for these params it has {wanted.shape}."
+            )
+    # A train step may donate its state, and leaves the caller's alone.
+    return jax.tree.map(jnp.array, given)
 
 
 def _is_optimizer(value: Any) -> bool:

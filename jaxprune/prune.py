@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import as_integer, shown
+from jaxprune.extras import check_extra
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
 from jaxprune.recompute import Recipe, with_recipes
@@ -84,7 +85,7 @@ def prune_once(
         the network there.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
-      **extra: passed on to the score.
+      **extra: passed on to the score, which must name them; a bare `**_` in its signature names nothing.
 
     Returns:
       A tree like `params` of bool masks, all True for leaves that take no part.
@@ -92,7 +93,8 @@ def prune_once(
     Raises:
       ValueError: not exactly one target, a target out of range, a `where` that matches nothing,
         trees or shapes that differ, NaN or inf scores, an unknown path.
-      TypeError: a leaf that cannot be pruned, a sparsity that is traced, scores that cannot rank.
+      TypeError: a leaf that cannot be pruned, a sparsity that is traced, scores that cannot rank, an
+        argument that neither this function nor the score names.
 
     Warns:
       UserWarning: the target was not reached, `floor` kept units that would have gone, or without
@@ -108,8 +110,9 @@ def prune_once(
     References:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
+    check_extra(None if is_tree_of_scores(scores, params) else scores, extra, prune_once)
     structure = checked_structure(structure)
-    check_choices(scope, of, floor)
+    floor = check_choices(scope, of, floor)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:
         raise ValueError(
             "prune_once needs exactly one of sparsity, count and threshold, got "
@@ -148,18 +151,18 @@ def checked_structure(structure: Structure | None) -> Structure:
     return structure
 
 
-def check_choices(scope: str, of: str, floor: int) -> None:
-    """Checks the arguments that `prune_once` and `pruner` share.
+def check_choices(scope: str, of: str, floor: Any) -> int:
+    """Checks the arguments that `prune_once` and `pruner` share, and returns the floor.
 
     Raises:
       ValueError: a value that is not among those allowed.
+      TypeError: a floor that is not an integer.
     """
     if not isinstance(scope, str) or scope not in SCOPES:
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     if not isinstance(of, str) or of not in ("total", "remaining"):
         raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
-    if not isinstance(floor, int) or not 0 <= floor < 2**63:
-        raise ValueError(f"floor must be 0 or a positive integer (units that stay per leaf), got {floor!r}.")
+    return as_integer(floor, "floor", at_least=0, what="units that stay per leaf")
 
 
 def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
@@ -169,15 +172,19 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
       ValueError: the tree or a shape differs from `params`.
       TypeError: a function that cannot be called as a score; inputs for one beside a tree of scores.
     """
-    mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
-    is_tree = mirrored and all(map(is_array, jax.tree.leaves(scores)))
-    if callable(scores) and not is_tree:
+    if callable(scores) and not is_tree_of_scores(scores, params):
         _check_takes(scores, params, inputs)
         scores = scores(params, **inputs)
     elif unused := [name for name, value in inputs.items() if value is not None]:
         raise TypeError(f"scores is a tree, not a score function, so {', '.join(unused)} would not be used.")
     check_mirrors(scores, params, "scores")
     return scores
+
+
+def is_tree_of_scores(scores: ScoreFn | Scores, params: Params) -> bool:
+    """Whether scores are values rather than a function; a module of arrays can be called, too."""
+    mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
+    return not callable(scores) or (mirrored and all(map(is_array, jax.tree.leaves(scores))))
 
 
 def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:

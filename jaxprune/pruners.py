@@ -1,19 +1,21 @@
 """Pruners: pruning over time, as a pair of pure functions."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
+from jax.core import Tracer
 
-from jaxprune.arguments import check_state, is_number, shown
+from jaxprune import table as targets_of
+from jaxprune.arguments import as_integer, check_state, is_number, name_of, shown
 from jaxprune.control import update_if
-from jaxprune.masks import apply_masks, ones_masks, packed_like, unpack_masks
-from jaxprune.paths import check_mirrors, is_concrete, kernels, selected
+from jaxprune.extras import check_extra, named_by
+from jaxprune.masks import apply_masks, check_masks, ones_masks, own_masks, packed_like, unpack_masks
+from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
@@ -23,13 +25,25 @@ from jaxprune.prune import (
     scored,
 )
 from jaxprune.recompute import Recipe
-from jaxprune.schedules import Schedule, check_sparsity, constant
-from jaxprune.structures import Structure
-from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts
-from jaxprune.typing import Masks, Params, PerPath, Pruner, PrunerState, ScoreFn, Scores, Where
-from jaxprune.wide import take, wide
+from jaxprune.schedules import Schedule, check_sparsity
+from jaxprune.structures import Structure, elements
+from jaxprune.table import Grid, Request, Table
+from jaxprune.targets import floors, rank_sizes, ranks, target_counts
+from jaxprune.typing import (
+    DenseShapes,
+    Masks,
+    Params,
+    PerPath,
+    Progress,
+    Pruner,
+    PrunerState,
+    ScoreFn,
+    Scores,
+    Where,
+)
+from jaxprune.wide import to_numpy
 
-_MAX_TABLE = 2**20
+ENTRIES = elements().name
 
 
 def pruner(
@@ -44,6 +58,7 @@ def pruner(
     floor: int = 1,
     memory: float = 0.0,
     stop: float | None = None,
+    masks: Masks | None = None,
     seed: int = 0,
 ) -> Pruner:
     """A pruner that follows a schedule, acting every so many updates.
@@ -53,6 +68,12 @@ def pruner(
     have the sparsity `schedule(t)` of the last of these that passed. A schedule of levels
     (`constant`, `geometric`) moves one level every `every` calls. What is pruned only ever
     grows. The number to remove is worked out on the host, in double precision, when `update` is traced.
+
+    A state that another pruner left goes on under this one, whatever its schedule, cadence or target was:
+    the next call reaches what this schedule asks for at the state's number of calls. With `of="remaining"`
+    each update, from the next of this cadence on, removes its fraction of what the state has left. If
+    `compact` made the params smaller and `shrink` the state with them, the units that it cut out count as
+    removed, so the network ends with the widths that it would have had without.
 
     Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
     gradients) leaves the masks alone and is made up for at the next call.
@@ -74,6 +95,8 @@ def pruner(
       stop: a sparsity of all that takes part together, at which pruning ends, whatever the
         schedule goes on to. The update that would pass it removes, everywhere in proportion, as
         many units fewer as make it meet it exactly.
+      masks: masks to start from, as from `prune_once`; by default nothing is pruned. What they prune counts
+        towards a target `of="total"`.
       seed: for scores that need a key, where `update` is given none.
 
     Returns:
@@ -82,10 +105,12 @@ def pruner(
     Raises:
       ValueError: an argument out of range; on `init`, what `where` does not match; on `update`,
         what `prune_once` raises.
-      TypeError: a schedule that is a plain function, without begin and end.
+      TypeError: a schedule that is a plain function, without begin and end; on `update`, an extra argument
+        that the score does not name.
 
     Warns:
-      UserWarning: the schedule's target cannot be reached without breaking `floor`.
+      UserWarning: the schedule's target cannot be reached without breaking `floor`; `every` is longer than
+        the whole schedule; after `compact`, how many units a structure of your own had before is not known.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -104,32 +129,50 @@ def pruner(
       Han et al., "Learning both Weights and Connections", NIPS 2015 (iterative).
     """
     if not callable(scores):
-        raise TypeError(f"pruner needs a score function such as jaxprune.scores.magnitude, got {scores!r}.")
-    check_choices(scope, of, floor)
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every must be an integer of 1 or more (calls between updates), got {every!r}.")
+        hint = f" Pass jaxprune.scores.{scores}." if isinstance(scores, str) else ""
+        raise TypeError(
+            f"pruner needs a score function such as jaxprune.scores.magnitude, got {shown(scores)}.{hint}"
+        )
+    floor = check_choices(scope, of, floor)
+    every = as_integer(every, "every", at_least=1, what="calls between updates")
     if not is_number(memory) or not 0 <= memory <= 1:
         raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
+    seed = as_integer(seed, "seed")
     limit = None if stop is None else check_sparsity(stop, "stop")
-    schedules = _schedules(sparsity)
-    grid = _Grid(next(iter(schedules.values())), every)
+    schedules = targets_of.schedules_by_path(sparsity)
+    first = next(iter(schedules.values()))
+    grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
+    if masks is not None:
+        check_masks(masks, masks)
+    asks = Request(schedules, grid, structure, scope, of, floor, limit)
+    description = _described(scores, schedules, asks)
+    if grid.end is not None and 0 < grid.end - grid.begin < every:
+        warnings.warn(
+            f"{description}: every={every} is longer than the schedule, which takes {grid.end - grid.begin} "
+            f"calls, so masks change at its begin and at its end only. Lower every, or pass "
+            "schedules.one_shot to prune once.",
+            stacklevel=2,
+        )
 
     @lru_cache(maxsize=8)
-    def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:
-        return _table(schedules, grid, dict(sizes), structure, scope, of, floor, limit)
+    def table(sizes: tuple[tuple[str, int], ...], cut_out: tuple[tuple[str, int], ...]) -> Table:
+        return targets_of.build(asks, dict(sizes), dict(cut_out))
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
-        masks = ones_masks(params)
-        # Made from the masks, so that under jit they are sharded like the params.
-        total = jax.tree.map(lambda p, m: (~m).astype(_sum_dtype(p)), params, masks) if memory else ()
-        return PrunerState(masks, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), total)
+        start = ones_masks(params) if masks is None else own_masks(masks, params)
+        number = targets_of.NO_SCHEDULE if masks is None else targets_of.FROM_MASKS
+        # An array for each number: a train step that donates its state can donate no array twice.
+        step, row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        total = _no_scores(params) if memory else ()
+        return PrunerState(start, step, row, total, jnp.asarray(number, jnp.int32))
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
         check_state(state)
+        check_extra(scores, extra, "pruner.update", ("grads", "key"))
         chosen = selected(params, where)
         check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
@@ -141,13 +184,16 @@ def pruner(
             return (state.scores, {}) if memory else scores_now(state.step)
 
         state = state._replace(step=state.step + 1)
+        # A state that goes on from a pruner with another memory.
+        if bool(memory) != bool(jax.tree.leaves(state.scores)):
+            state = state._replace(scores=_no_scores(params) if memory else ())
         sound: Any = True
         if memory:
             now, _ = scores_now(state.step)
-            masks = unpack_masks(state.masks)
-            sound = all_finite(now, masks, chosen)
+            before = unpack_masks(state.masks)
+            sound = all_finite(now, before, chosen)
             if is_concrete(sound):
-                pool(now, masks, chosen, structure)  # says which scores are not finite
+                pool(now, before, chosen, structure)  # says which scores are not finite
 
             def added(old, new):
                 total = memory * old + new.astype(old.dtype)
@@ -156,33 +202,53 @@ def pruner(
 
             state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
+        # In an OrderedDict, because JAX sorts the keys of a dict, and ties go by the order of the pools.
         alive = jax.eval_shape(
-            lambda state: pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive, state
+            lambda state: OrderedDict(
+                pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive
+            ),
+            state,
         )
         sizes = {name: units.size for name, units in alive.items()}
-        competing = tuple(ranks(sizes, structure, scope))
-        targets = table(tuple(sizes.items()))
-        row = jnp.minimum(grid.row(state.step), len(targets) - 1)
+        cut_out = _cut_out(state.dense, sizes, structure, chosen, description)
+        targets = table(tuple(sizes.items()), tuple(cut_out.items()))
+        at = targets_of.place(targets, grid, state)
 
         def advance(state: PrunerState) -> PrunerState:
             tree, recipes = tree_now(state)
             before = unpack_masks(state.masks)
             units = pool(tree, before, chosen, structure, recipes)
-            together, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
-            # In two halves, because a count may be more than an int32 holds. By name: JAX sorts the keys
-            # of dicts, so the pools may come in another order here than the table has them in.
-            now = jax.tree.map(lambda half: jnp.asarray(half)[row], wide(targets))
-            counts = {name: take(now, competing.index(name)) for name in together}
-            masks = remove(before, units, counts, together, least, of_all=True)
+            competing, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
+            counts = targets_of.counts_at(targets, at, units.alive, competing)
+            if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
+                # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
+                gone = {name: int(jnp.sum(~alive)) for name, alive in units.alive.items()}
+                least_gone = rank_sizes(gone, competing)
+                counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
+            after = remove(before, units, counts, competing, least, of_all=True)
             finite = all_finite(tree, before, chosen)
-            masks = jax.tree.map(lambda new, old: jnp.where(finite, new, old), masks, before)
-            masks = packed_like(masks, state.masks)
-            return state._replace(masks=masks, row=jnp.where(finite, row, state.row))
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            after = packed_like(after, state.masks)
+            return state._replace(masks=after, row=jnp.where(finite, at.row, at.before))
 
-        due = (row > state.row) & sound
-        return update_if(due, advance, state)
+        # A row counts in this schedule from now on, also where nothing is due.
+        state = state._replace(row=at.before, schedule=targets_of.number_after(targets, at))
+        return update_if(at.due & sound, advance, state)
 
-    return Pruner(init_fn, update_fn, remembers=memory > 0)
+    def progress(masks: Masks) -> Progress:
+        return _progress(masks, asks, where)
+
+    return Pruner(
+        init_fn,
+        update_fn,
+        remembers=memory > 0,
+        description=description,
+        takes=named_by(scores),
+        compounds=every == 1
+        and (of == "remaining" or (grid.end is None and not targets_of.is_constant(schedules))),
+        where=where,
+        progress=progress,
+    )
 
 
 def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inputs: Any) -> Masks:
@@ -203,7 +269,8 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
       Masks like `params`.
 
     Raises:
-      ValueError: `rounds` is negative or not an integer.
+      ValueError: `rounds` is negative.
+      TypeError: `rounds` is not an integer, or `pruner` is no pruner.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -222,11 +289,8 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
 
     if not isinstance(pruner, Pruner):
         raise TypeError(f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {shown(pruner)}.")
-    number = (
-        isinstance(rounds, jax.Array) and rounds.shape == () and jnp.issubdtype(rounds.dtype, jnp.integer)
-    )
-    if not (number or isinstance(rounds, (int, np.integer))) or (is_concrete(rounds) and rounds < 0):
-        raise ValueError(f"rounds must be an integer of 0 or more, got {rounds!r}.")
+    if not (isinstance(rounds, Tracer) and rounds.shape == () and jnp.issubdtype(rounds.dtype, jnp.integer)):
+        rounds = as_integer(rounds, "rounds", at_least=0)
     state = pruner.init(params)
     if not is_concrete(params, rounds, state):
         return jax.lax.fori_loop(0, rounds, update, state).masks
@@ -235,146 +299,77 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
     return state.masks
 
 
-class _Grid:
-    """The calls at which a pruner acts, numbered from row 1; row 0 is before the first.
-
-    Attributes:
-      last: the last row, or None where rows are levels without end.
-    """
-
-    def __init__(self, schedule: Schedule, every: int):
-        self.begin, self.end, self.every = schedule.begin_step, schedule.end_step, every
-        self.last = None if self.end is None else -(-(self.end - self.begin) // every) + 1
-
-    def count(self, row: int) -> int:
-        """The schedule's count at a row: a step, or the level itself."""
-        return row if self.end is None else min(self.begin + (row - 1) * self.every, self.end)
-
-    def row(self, step: jax.Array) -> jax.Array:
-        """The row last passed after `step` calls."""
-        if self.end is None or self.last is None:
-            return lax.div(step, jnp.full_like(step, self.every))
-        # Rounded towards 0, as is enough here, because rounding down takes several operations more.
-        since = step - self.begin
-        passed = jnp.where(since < 0, 0, lax.div(since, jnp.full_like(since, self.every)) + 1)
-        return jnp.where(step >= self.end, self.last, passed)
-
-
 def _sum_dtype(param: Any) -> Any:
     """The dtype in which a param's scores are summed: real, and of single precision at least."""
     real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
     return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
 
 
-def _schedules(sparsity: Any) -> dict[str, Schedule]:
-    """The schedules by path; under the path "" if there is one for all."""
-
-    def schedule(value: Any) -> Schedule:
-        if isinstance(value, Schedule):
-            return value
-        if callable(value):
-            raise TypeError(
-                "a schedule must know where it begins and ends: pass "
-                "jaxprune.Schedule(function, begin_step=..., end_step=...), or one of jaxprune.schedules."
-            )
-        return constant(value)
-
-    if not isinstance(sparsity, Mapping):
-        return {"": schedule(sparsity)}
-    by_path = {path: schedule(value) for path, value in sparsity.items()}
-    if not by_path:
-        raise ValueError("sparsity is an empty dict, so nothing would be pruned.")
-    spans = {path: (s.begin_step, s.end_step) for path, s in by_path.items()}
-    if len(set(spans.values())) > 1:
-        raise ValueError(f"the schedules of one pruner share their begin and end step, got {spans}.")
-    return by_path
+def _no_scores(params: Params) -> Scores:
+    """Zeros to sum scores in."""
+    # Made from masks, so that under jit they are sharded like the params.
+    return jax.tree.map(lambda p, m: (~m).astype(_sum_dtype(p)), params, ones_masks(params))
 
 
-def _table(
-    schedules: dict[str, Schedule],
-    grid: _Grid,
-    sizes: dict[str, int],
-    structure: Structure,
-    scope: str,
-    of: str,
-    floor: int,
-    limit: float | None,
-) -> np.ndarray:
-    """How many units are removed in total, by row and rank (one column for all if global).
-
-    Rows go to the schedule's end; without an end, until nothing changes any more; and never
-    beyond the limit, a sparsity of all units.
-    """
-    together, least = ranks(sizes, structure, scope), floors(sizes, structure, floor)
-    units = rank_sizes(sizes, together)
-    if "" not in schedules:
-        per_pool(schedules, units, "sparsity", None, scope)
-
-    def asked(count: int) -> Any:
-        values = {path: float(schedule(np.float64(count))) for path, schedule in schedules.items()}
-        return values.get("", values)
-
-    def removed(remaining: dict[str, int], count: int) -> np.ndarray:
-        return np.array(list(target_counts(asked(count), remaining, structure, scope).values()))
-
-    all_units, end = np.array(list(units.values())), None
-    if limit is not None:
-        (end,) = target_counts(limit, {"stop": int(all_units.sum())}, structure, "global").values()
-    spare = rank_sizes({name: min(least[name], size) for name, size in sizes.items()}, together)
-    most = all_units - np.array(list(spare.values()))
-    if grid.last is not None:
-        _check_table_size(grid.last, len(most), grid)
-    rows = [np.zeros_like(most)]
-    missed = np.zeros_like(most)
-    while grid.last is None or len(rows) <= grid.last:
-        now = grid.count(len(rows))
-        if of == "total":
-            target = np.maximum(removed(units, now), rows[-1])
-        else:
-            target = rows[-1] + removed(dict(zip(units, (all_units - rows[-1]).tolist(), strict=True)), now)
-        missed = target - most
-        rows.append(np.minimum(target, most))
-        if end is not None and rows[-1].sum() >= end:
-            rows[-1] = rows[-2] + _shared_out(end - int(rows[-2].sum()), rows[-1] - rows[-2])
-            missed = np.zeros_like(most)
-            break
-        _check_table_size(len(rows), len(most), grid)
-        if grid.last is None and end is None and len(rows) == 4096:
-            # So many levels take a second. That the last of all that there can be is too few is said now.
-            beyond = _MAX_TABLE // len(most) + 1
-            if asked(beyond - 1) != asked(beyond):
-                _check_table_size(beyond, len(most), grid)
-        if grid.last is None and (rows[-1] == rows[-2]).all() and asked(now) == asked(now + 1):
-            break
-    # Only levels that go on for ever are meant to end at the floor.
-    constant_total = of == "total" and asked(1) == asked(len(rows))
-    if (grid.last is not None or constant_total) and (missed > 0).any():
-        _say_missed(units, missed, max(least.values()))
-    while len(rows) > 1 and (rows[-1] == rows[-2]).all():
-        rows.pop()  # No reason to score and select where nothing changes.
-    return np.stack(rows)
+def _described(scores: ScoreFn, schedules: Mapping[str, Schedule], asks: Request) -> str:
+    """A pruner in one line."""
+    each = [str(schedule) for schedule in schedules.values()]
+    target = each[0] if "" in schedules else f"{len(each)} targets by path, {', '.join(dict.fromkeys(each))}"
+    options = [f"every={asks.grid.every}", f"scope={asks.scope!r}"]
+    options += [f"of={asks.of!r}"] if asks.of != "total" else []
+    options += [] if asks.structure.name == ENTRIES else [f"structure={asks.structure.name}"]
+    return f"pruner({name_of(scores)}, {target}, {', '.join(options)})"
 
 
-def _shared_out(count: int, most: np.ndarray) -> np.ndarray:
-    """A count shared out in proportion to `most`; the largest remainders, then the first, round up."""
-    share, remainder = np.divmod(most.astype(np.int64) * count, max(1, int(most.sum())))
-    first = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
-    share[first] += 1
-    return share.astype(most.dtype)
-
-
-def _check_table_size(rows: int, columns: int, grid: _Grid) -> None:
-    if rows * columns > _MAX_TABLE:
-        raise ValueError(
-            f"the schedule makes {rows} or more updates of the masks, of {columns} targets each, above "
-            f"the {_MAX_TABLE} that are tabulated. Raise every (now {grid.every}) or end it sooner."
+def _cut_out(
+    dense: Any, sizes: Mapping[str, int], structure: Structure, chosen: list[str], description: str
+) -> dict[str, int]:
+    """By pool, how many units it had besides before `compact` made the params smaller."""
+    if not isinstance(dense, DenseShapes):
+        return {}
+    before: Mapping[str, int | None] = {}
+    if structure.sizes_of is not None:
+        before = structure.sizes_of(dict(dense.by_path))
+    elif not structure.spans_leaves:
+        chosen_shapes = {path: shape for path, shape in dense.by_path if path in chosen}
+        before = _sizes(chosen_shapes, structure)
+    if unknown := [name for name in sizes if before.get(name) is None]:
+        left = ", ".join(f"{name} has {sizes[name]}" for name in unknown)
+        warnings.warn(
+            f"{description}: compact cut units out, and {structure.name} does not say how many there were "
+            f"before. The targets are of the units that are left ({left}), so more goes than was asked for.",
+            stacklevel=3,
         )
+    return {name: max((before.get(name) or size) - size, 0) for name, size in sizes.items()}
 
 
-def _say_missed(units: dict[str, int], missed: np.ndarray, floor: int) -> None:
-    names = ", ".join(f"{name} by {n}" for name, n in zip(units, missed.tolist(), strict=True) if n > 0)
-    warnings.warn(
-        f"the schedule's target is missed ({names} units), because floor={floor} units of each leaf stay. "
-        "floor=0 lets a leaf be emptied.",
-        stacklevel=2,
-    )
+def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[str, int]:
+    """How many units leaves of some shapes have."""
+
+    def alive(masks: dict[str, jax.Array]) -> OrderedDict[str, jax.Array]:
+        scores = {path: mask.astype(jnp.float32) for path, mask in masks.items()}
+        return OrderedDict(structure.pool(scores, masks).alive)
+
+    masks = {path: jax.ShapeDtypeStruct(shape, jnp.bool_) for path, shape in shapes.items()}
+    return {name: units.size for name, units in jax.eval_shape(alive, masks).items()}
+
+
+def _progress(masks: Masks, asks: Request, where: Where) -> Progress:
+    """How many units of what takes part are left, and how many are to go by the end of the schedule."""
+    leaves = array_leaves(unpack_masks(masks), "masks")
+    kept = {path: jnp.asarray(mask) for path, mask in leaves.items() if where(path, mask)}
+    if not kept:
+        raise ValueError(
+            f"where={name_of(where)} of the pruner matches no leaf of the masks: {', '.join(leaves)}."
+        )
+    scores = {path: mask.astype(jnp.float32) for path, mask in kept.items()}
+    alive = asks.structure.pool(scores, kept).alive
+    sizes = {name: units.size for name, units in alive.items()}
+    asked = None
+    if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
+        last = asks.grid.count(asks.grid.last or 1)
+        together = rank_sizes(sizes, ranks(sizes, asks.structure, asks.scope))
+        values = targets_of.asked_at(asks.schedules, last)
+        asked = sum(target_counts(values, together, asks.structure, asks.scope).values())
+    unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
+    return Progress(unit, sum(int(jnp.sum(a)) for a in alive.values()), sum(sizes.values()), asked)

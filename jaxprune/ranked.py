@@ -7,7 +7,7 @@ whatever the counts.
 """
 
 import contextlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.extras import check_extra
 from jaxprune.masks import apply_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete, selected
-from jaxprune.prune import check_choices, checked_structure, evaluate, kept_entries, pool
+from jaxprune.prune import check_choices, checked_structure, evaluate, is_tree_of_scores, kept_entries, pool
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import floors
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
@@ -101,7 +102,7 @@ def rank(
     grads: Any,
     key: Any,
     extra: Mapping[str, Any],
-    name: str,
+    caller: Callable[..., Any],
 ) -> Ranked:
     """Scores the params, pools the scores into units and ranks those of each pool.
 
@@ -115,7 +116,7 @@ def rank(
       grads: for the score.
       key: for the score.
       extra: for the score.
-      name: of the function that asks, for the messages.
+      caller: the function that asks, for the messages.
 
     Returns:
       A `Ranked`.
@@ -124,12 +125,14 @@ def rank(
       ValueError: as `prune_once`.
       TypeError: as `prune_once`; params that are traced.
     """
-    check_choices("layerwise", "total", floor)
+    check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
+    floor = check_choices("layerwise", "total", floor)
     structure = checked_structure(ELEMENTS if structure is None else structure)
     chosen = tuple(selected(params, where))
     if not is_concrete(params, masks):
         raise TypeError(
-            f"{name} counts and ranks on the host, so it cannot run under jit or vmap: give it values."
+            f"{caller.__name__} counts and ranks on the host, so it cannot run under jit or vmap: give it "
+            "values."
         )
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
@@ -164,8 +167,7 @@ def rank(
 
 def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
     """The scores as `prune_once` has them, of a function as one program if it can be traced."""
-    mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
-    if callable(scores) and not (mirrored and all(map(is_array, jax.tree.leaves(scores)))):
+    if callable(scores) and not is_tree_of_scores(scores, params):
         # What is no array is static.
         static = [name for name, x in inputs.items() if not all(map(is_array, jax.tree.leaves(x)))]
         if all(isinstance(inputs[name], Hashable) for name in static):

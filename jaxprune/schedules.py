@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.arguments import is_number, shown
+from jaxprune.arguments import as_integer, is_number, shown
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,20 @@ class Schedule:
     `schedule(t)`. It is 0 before `begin_step` and stays at its last value after `end_step`.
     Without one the count is of *levels*, the mask updates done so far, and there is no end.
 
-    To write a schedule of your own: `Schedule(lambda step: ..., begin_step=0, end_step=1000)`.
+    To write a schedule of your own: `Schedule(lambda step: ..., begin_step=0, end_step=1000)`. The function
+    may use `jax.numpy`, and so an optax schedule will do: `Schedule(optax.linear_schedule(0.0, 0.9, 1000),
+    end_step=1000)`. A pruner evaluates it on the host in double precision, even under `jit`. A function that
+    rounds to float32 itself gives its float32 values: 0.9 is then 0.89999998, and a count may differ by one.
 
     Attributes:
       value: the sparsity, in [0, 1), as a function of a count between begin and end.
       begin_step: the first count at which it prunes.
       end_step: the count at which it reaches its target, or None.
+      name: what it is called in messages, as in "cubic(0.9)".
+
+    Raises:
+      ValueError: not 0 <= begin_step <= end_step.
+      TypeError: a step that is not an integer.
 
     Example:
       >>> import jaxprune as jp
@@ -42,6 +50,27 @@ class Schedule:
     value: Callable[[Any], Any]
     begin_step: int = 0
     end_step: int | None = None
+    name: str = ""
+
+    def __post_init__(self):
+        begin, end = as_integer(self.begin_step, "begin_step", at_least=0), self.end_step
+        object.__setattr__(self, "begin_step", begin)
+        if end is not None:
+            object.__setattr__(self, "end_step", as_integer(end, "end_step", at_least=begin))
+
+    def __str__(self) -> str:
+        span = "" if self.end_step is None else f"{self.begin_step}-{self.end_step}"
+        name = self.name or f"{getattr(self.value, '__name__', 'Schedule').strip('<>')}()"
+        return name if not span else f"{name[:-1]}{'' if name.endswith('()') else ', '}{span})"
+
+    def on_host(self, count: int) -> float:
+        """The sparsity at a count, as a number that is known now, also while a function is traced.
+
+        The function sees a float64. What it computes by `jax.numpy` (an optax schedule, say) is
+        computed in double precision too, except for arrays that it makes float32 itself.
+        """
+        with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+            return check_sparsity(self(np.float64(count)), f"the sparsity that {self} gives at {count}")
 
     def __call__(self, step: Any) -> Any:
         """The sparsity at a count.
@@ -51,7 +80,9 @@ class Schedule:
         """
         xp = jnp if isinstance(step, jax.Array) else np
         last = step if self.end_step is None else xp.minimum(step, self.end_step)
-        return xp.where(step < self.begin_step, 0.0, self.value(xp.maximum(last, self.begin_step)))
+        value = self.value(xp.maximum(last, self.begin_step))
+        xp = jnp if isinstance(value, jax.Array) else xp
+        return xp.where(step < self.begin_step, 0.0, value)
 
 
 def constant(sparsity: float) -> Schedule:
@@ -68,7 +99,7 @@ def constant(sparsity: float) -> Schedule:
       0.5
     """
     target = check_sparsity(sparsity)
-    return Schedule(lambda level: target + 0.0 * level)
+    return Schedule(lambda level: target + 0.0 * level, name=f"constant({target:g})")
 
 
 def one_shot(sparsity: float, step: int) -> Schedule:
@@ -84,7 +115,7 @@ def one_shot(sparsity: float, step: int) -> Schedule:
       (0.0, 0.9)
     """
     target = check_sparsity(sparsity)
-    return _between(lambda t: target + 0.0 * t, step, step)
+    return _between(lambda t: target + 0.0 * t, step, step, f"one_shot({target:g})")
 
 
 def linear(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsity: float = 0.0) -> Schedule:
@@ -152,7 +183,7 @@ def geometric(rate: float, stop: float | None = None) -> Schedule:
         removed = 1 - (1 - rate) ** level
         return removed + (limit - removed) * (removed > limit)
 
-    return Schedule(value)
+    return Schedule(value, name=f"geometric({rate:g})" if stop is None else f"geometric({rate:g}, {limit:g})")
 
 
 def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
@@ -193,12 +224,12 @@ def _polynomial(target: float, initial: float, begin: int, end: int, power: int)
         to_go = 1 - (step - begin) / max(end - begin, 1)
         return final + (first - final) * (to_go * (end > begin)) ** power
 
-    return _between(value, begin, end)
+    return _between(value, begin, end, f"{'linear' if power == 1 else 'cubic'}({final:g})")
 
 
-def _between(value: Callable[[Any], Any], begin: int, end: int) -> Schedule:
+def _between(value: Callable[[Any], Any], begin: int, end: int, name: str) -> Schedule:
     if not (is_number(begin) and is_number(end)) or not 0 <= begin <= end:
         raise ValueError(
             f"steps must satisfy 0 <= begin_step <= end_step, got begin_step={begin}, end_step={end}."
         )
-    return Schedule(value, begin, end)
+    return Schedule(value, begin, end, name)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_function, shown
+from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.paths import describe, is_array, kernels
 from jaxprune.ranked import Counts, Ranked, pruned_params, rank
 from jaxprune.schedules import check_sparsity
@@ -79,7 +79,7 @@ def sensitivity(
       jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
-      **extra: passed on to the score.
+      **extra: passed on to the score, which must name them.
 
     Returns:
       A `Sensitivity`.
@@ -113,7 +113,7 @@ def sensitivity(
     check_function(evaluate, "sensitivity", "evaluate(params)")
     if metric is not None and not isinstance(metric, str):
         raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
-    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, "sensitivity")
+    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, sensitivity)
     sets = _sets(together, tuple(ranked.ranks))
     plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
     nothing = (0,) * len(ranked.ranks)
@@ -194,8 +194,7 @@ def _checked_levels(levels: Iterable[float]) -> tuple[float, ...]:
 
 
 def _check_at_once(at_once: Any, jit: bool) -> None:
-    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
-        raise ValueError(f"at_once must be an integer of 1 or more (points per call), got {at_once!r}.")
+    at_once = as_integer(at_once, "at_once", at_least=1, what="points per call")
     if at_once > 1 and not jit:
         raise ValueError(f"at_once={at_once} needs an evaluate that JAX can trace: leave out jit=False.")
 

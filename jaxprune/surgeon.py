@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import check_function, shown
+from jaxprune.arguments import as_integer, check_function
 from jaxprune.masks import apply_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete, kernels, selected
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
@@ -103,10 +103,8 @@ def optimal_brain_surgeon(
 
 
 def _check_count(count: Any, alive: jax.Array) -> None:
-    whole = isinstance(count, int) or (
-        is_array(count) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
-    )
-    if isinstance(count, bool) or not whole:
-        raise TypeError(f"count must be an integer (weights to remove), got {shown(count)}.")
+    traced = is_array(count) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
+    if not traced:
+        as_integer(count, "count", what="weights to remove")
     if is_concrete(count, alive) and not 0 <= int(count) <= int(jnp.sum(alive)):
         raise ValueError(f"count={count} is out of range: there are {int(jnp.sum(alive))} weights to remove.")

@@ -8,7 +8,7 @@ than that. A `Wide` count is `high * 2**16 + low` with `0 <= low < 2**16`, which
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +138,87 @@ def sum_all(counts: jax.Array) -> Wide:
     parts = wide(counts)
     zeros = [jnp.zeros((), jnp.int32)] * 2
     return Wide(*lax.reduce([parts.high, parts.low], zeros, add, tuple(range(counts.ndim))))
+
+
+_LIMBS, _DOUBLE = 8, 53
+"""Limbs of 16 bits of a product of a double's 53 bits and a count's 47; bits of a double."""
+
+
+class Fraction(NamedTuple):
+    """Doubles in [0, 1] as integers: `sum(limbs[..., i] * 2**(16 i)) / 2**shift`.
+
+    Attributes:
+      limbs: int32, (..., 4): the 53 bits of each in parts of 16, the lowest first.
+      shift: int32, (...).
+    """
+
+    limbs: Any
+    shift: Any
+
+
+def fraction(values: Any) -> Fraction:
+    """Doubles in [0, 1], of a numpy array, as integers."""
+    mantissa, exponent = np.frexp(np.asarray(values, np.float64))
+    whole = (mantissa * 2.0**_DOUBLE).astype(np.int64)  # exact: a double has no more bits
+    limbs = np.stack([whole >> (_BITS * i) & _LOW for i in range(4)], axis=-1)
+    # Below 2**-60 nothing that a count can be makes half a unit.
+    shift = np.minimum(_DOUBLE - exponent, 127)
+    return Fraction(limbs.astype(np.int32), shift.astype(np.int32))
+
+
+def rounded_product(part: Fraction, count: Wide) -> Wide:
+    """`round_half_even(float64(fraction * count))` for counts that are traced, to the unit.
+
+    It gives what `selection.removed_count` gives on the host, where JAX has no float64. Two roundings are
+    made: the product of 53 and 47 bits is rounded to 53 bits, as double precision does, and that to an
+    integer. Both are done on the bits of the exact product.
+
+    Args:
+      part: the fractions.
+      count: non-negative counts, of the shape of the fractions.
+    """
+    limbs = jnp.asarray(part.limbs).astype(jnp.uint32)
+    factors = [x.astype(jnp.uint32) for x in (count.low, count.high & _LOW, count.high >> _BITS)]
+    columns = [jnp.zeros(count.low.shape, jnp.uint32) for _ in range(_LIMBS)]
+    for i in range(4):
+        for j, factor in enumerate(factors):
+            product = limbs[..., i] * factor
+            columns[i + j] += product & _LOW
+            columns[i + j + 1] += product >> _BITS
+    for i in range(_LIMBS - 1):
+        columns[i + 1] += columns[i] >> _BITS
+    place = np.arange(_BITS, dtype=np.uint32)
+    bits = jnp.concatenate([(column[..., None] >> place) & 1 for column in columns], axis=-1).astype(
+        jnp.int32
+    )
+    places = np.arange(_LIMBS * _BITS)
+    length = jnp.max(jnp.where(bits == 1, places + 1, 0), axis=-1)
+    shift = jnp.asarray(part.shift)
+    bits = _rounded_at(_rounded_at(bits, jnp.maximum(length - _DOUBLE, 0)), shift)
+    power = places - shift[..., None]
+
+    def value(first: int, end: int) -> jax.Array:
+        inside = (power >= first) & (power < end)
+        powers = jnp.clip(power - first, 0, 30)
+        return jnp.sum(jnp.where(inside, bits << powers, 0), axis=-1, dtype=jnp.int32)
+
+    return Wide(value(_BITS, 47), value(0, _BITS))
+
+
+def _rounded_at(bits: jax.Array, at: jax.Array) -> jax.Array:
+    """Numbers given by their bits, the lowest first, rounded half to even to a multiple of `2**at`."""
+    places = np.arange(bits.shape[-1])
+    at = at[..., None]
+    half = jnp.sum(jnp.where(places == at - 1, bits, 0), axis=-1, keepdims=True)
+    rest = jnp.any((bits == 1) & (places < at - 1), axis=-1, keepdims=True)
+    odd = jnp.sum(jnp.where(places == at, bits, 0), axis=-1, keepdims=True)
+    up = (half == 1) & (rest | (odd == 1))
+    kept = jnp.where(places < at, 0, bits)
+    # Adding 1 at a place turns the ones from there on to 0, and the first 0 after them to 1.
+    ones = jnp.cumprod(jnp.where(places < at, 1, kept), axis=-1) == 1
+    first = (places >= at) & ~ones & (jnp.cumsum(~ones, axis=-1) == 1)
+    added = jnp.where(ones & (places >= at), 0, jnp.where(first, 1, kept))
+    return jnp.where(up, added, kept)
 
 
 def _carried(high: jax.Array, low: jax.Array) -> Wide:

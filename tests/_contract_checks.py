@@ -52,8 +52,10 @@ class Case:
     def step(self, params, state, problem):
         """A call, and the params that training would go on with."""
         params = jp.apply_masks(params, state.masks)
-        given = {name: getattr(problem, name) for name in self.member.given}
-        state = self.pruner(problem).update(state, params, **given)
+        pruner = self.pruner(problem)
+        read = {"grads", "key", *(self.member.given if pruner.takes is None else pruner.takes)}
+        given = {name: getattr(problem, name) for name in self.member.given if name in read}
+        state = pruner.update(state, params, **given)
         return jp.apply_masks(params, state.masks), state
 
     def text(self):

@@ -84,7 +84,7 @@ WRONG = [
         5, "prune.sparsity.per_path", "share their begin and end",
     ),
     (more("every: 0"), 5, "prune.every", "every must be an integer of 1 or more"),
-    (more("floor: -1"), 5, "prune.floor", "floor must be 0 or"),
+    (more("floor: -1"), 5, "prune.floor", "floor must be an integer of 0 or more"),
     (more("memory: 2"), 5, "prune.memory", "memory must be in [0, 1]"),
     (more("of: rest"), 5, "prune.of", "of must be 'total' or 'remaining'"),
     (more("scope: local"), 5, "prune.scope", "scope must be one of"),

@@ -305,7 +305,7 @@ def test_what_is_refused():
     _, masks = sparse(PARAMS, 0.5)
     with pytest.raises(ValueError, match="prune nothing of what where= takes in"):
         jp.rigl(jp.ones_masks(PARAMS), **EVERY)
-    with pytest.raises(ValueError, match=r"end_step must be an integer above every=10.*got 10"):
+    with pytest.raises(ValueError, match=r"end_step must be above every=10.*got 10"):
         jp.rigl(masks, every=10, end_step=10)
     with pytest.raises(ValueError, match="every must be an integer of 1 or more"):
         jp.set_(masks, every=0, end_step=10)

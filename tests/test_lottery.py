@@ -292,7 +292,7 @@ def test_the_error_barrier_is_the_worst_point_of_the_line():
 
 def test_what_is_refused():
     params = init(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"levels must be 0 or a positive integer.*got -1"):
+    with pytest.raises(ValueError, match=r"levels must be an integer of 0 or more.*got -1"):
         jp.lottery_ticket(TRAIN, params, PRUNER, -1)
     with pytest.raises(
         ValueError, match="rewind must be 'weights', 'learning_rate' or 'nothing', got 'init'"

@@ -512,8 +512,8 @@ def test_a_score_function_gets_grads_key_and_extras():
     params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
     seen = {}
 
-    def score(params, *, grads, key, **extra):
-        seen.update(extra, grads=grads, key=key)
+    def score(params, *, grads, key, bonus, **extra):
+        seen.update(extra, grads=grads, key=key, bonus=bonus)
         return params
 
     grads, key = {"kernel": jnp.ones((2, 3))}, jax.random.key(0)
@@ -936,12 +936,12 @@ def test_a_target_by_path_needs_layerwise(kind):
     [
         ({"scope": "local"}, "scope must be one of 'global', 'layerwise', 'isomorphic', got 'local'"),
         ({"of": "rest"}, "of must be 'total' or 'remaining', got 'rest'"),
-        ({"floor": -1}, "floor must be 0 or a positive integer.*got -1"),
-        ({"floor": 0.5}, "floor must be 0 or a positive integer.*got 0.5"),
+        ({"floor": -1}, "floor must be an integer of 0 or more.*got -1"),
+        ({"floor": 0.5}, "floor must be an integer of 0 or more.*got 0.5"),
     ],
 )
 def test_choices(kwargs, match):
-    raises(ValueError, match, **kwargs)
+    raises((TypeError, ValueError), match, **kwargs)
 
 
 @pytest.mark.parametrize(

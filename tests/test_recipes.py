@@ -146,7 +146,7 @@ def test_every_structure(name):
     expected = structure.pool(leaves, ones)
     for given_ in ({"groups": groups}, GIVEN):  # as they are, or found from the function
         own = section._structure(PARAMS, given_)
-        assert own._replace(pool=structure.pool) == structure
+        assert own._replace(pool=structure.pool, sizes_of=structure.sizes_of) == structure
         units = own.pool(leaves, ones)
         equal(units[:2], expected[:2])
         keep = jax.tree.map(lambda scores: scores > 0.5, units.scores)
@@ -241,7 +241,7 @@ def test_rewired_masks(name):
     equal(states[0].masks, masks)
     assert pruners[0].regrows
     states = [
-        pruner.update(state, PARAMS, grads=GRADS, batch=BATCH)
+        pruner.update(state, PARAMS, grads=GRADS, **({"batch": BATCH} if "batch" in pruner.takes else {}))
         for pruner, state in zip(pruners, states, strict=True)
     ]
     equal(states[0].masks, states[1].masks)

@@ -420,7 +420,7 @@ def with_nan(params):
         ({"evaluate": lambda p: {"m": "x"}, "metric": "m", "jit": False}, TypeError, "'m' is str"),
         ({"at_once": 0}, ValueError, "at_once must be an integer of 1 or more"),
         ({"at_once": 2, "jit": False}, ValueError, "leave out jit=False"),
-        ({"floor": -1}, ValueError, "floor must be 0"),
+        ({"floor": -1}, ValueError, "floor must be an integer of 0 or more"),
         ({"where": jp.matching("conv*")}, ValueError, "matches no leaf"),
         ({"params": with_nan(drawn(0))}, ValueError, r"scores\['head/kernel'\] has 1 entries that are NaN"),
         ({"structure": jp.structures.slices(axis=3)}, ValueError, r"slices\(axis=3\) on params"),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.arguments import as_integer
 from jaxprune.graph import ir
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
@@ -146,8 +147,7 @@ def compact(
       >>> small.keep["b"]
       {0: array([0, 2, 3])}
     """
-    if not (isinstance(multiple_of, int) and multiple_of >= 1):
-        raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
+    multiple_of = as_integer(multiple_of, "multiple_of", at_least=1)
     linked = Linked(apply_fn, params, inputs, state)
     stayed: list[Stayed] = []
     given = None

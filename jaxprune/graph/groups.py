@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import as_integer, shown
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.program import Linked
@@ -175,8 +175,9 @@ def channel_groups(
       Whole: a[0]: it meets an axis of the input [0].
       Whole: b[1]: it meets an axis of the output.
     """
-    index = isinstance(split, int) and not isinstance(split, bool)
-    if not index and not (isinstance(split, str) and split in ("major", "minor")):
+    if not isinstance(split, str):
+        split = as_integer(split, "split", what="which factor is free; or 'major', 'minor'")
+    elif split not in ("major", "minor"):
         raise ValueError(f"split must be 'major', 'minor' or an index, got {shown(split)}.")
     linked = Linked(apply_fn, params, inputs, state)
     linked.pin_unread()

@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.rules.slices import take
 from jaxprune.io.atomic import replacing
+from jaxprune.masks import unpack_masks
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.typing import DenseShapes, PrunerState
 
 _FORMAT = 1
 
@@ -78,7 +80,8 @@ class Plan:
             mirrors none (a step count) stays as it is.
 
         Returns:
-          The same tree with smaller leaves.
+          The same tree with smaller leaves. The state of a pruner (`jaxprune.PrunerState`) keeps the dense
+          shapes besides, so that what was cut out counts towards the pruner's target.
 
         Raises:
           ValueError: an array that belongs to a param that gets smaller, by its path, but has
@@ -91,7 +94,7 @@ class Plan:
                 leaf = _take(leaf, lead + axis, kept)
             return leaf
 
-        return self._map(tree, lambda path: self.shapes[path], cut, "shrink")
+        return _with_dense_shapes(tree, self._map(tree, lambda path: self.shapes[path], cut, "shrink"))
 
     def expand(self, tree: Any) -> Any:
         """The tree that `shrink` would make this one of, with zeros (False) where slices went.
@@ -115,7 +118,12 @@ class Plan:
                 leaf = jnp.zeros(shape, leaf.dtype).at[places].set(leaf)
             return leaf
 
-        return self._map(tree, self.small_shape, spread, "expand")
+        dense = self._map(tree, self.small_shape, spread, "expand")
+        return jax.tree.map(
+            lambda node: node._replace(dense=()) if _is_pruner_state(node) else node,
+            dense,
+            is_leaf=_is_pruner_state,
+        )
 
     def _map(self, tree: Any, shape_of: Callable[[str], tuple[int, ...]], change: Any, name: str) -> Any:
         """Applies `change(leaf, path)` to the leaves that mirror a param of such shapes."""
@@ -209,6 +217,29 @@ class Plan:
                     f"{what}[{path!r}] has shape {tuple(leaf.shape)}; after compaction it has "
                     f"{self.small_shape(path)}. Pass small.params, or small.shrink(params)."
                 )
+
+
+def _is_pruner_state(node: Any) -> bool:
+    return isinstance(node, PrunerState)
+
+
+def _mask_shapes(state: PrunerState) -> dict[str, tuple[int, ...]]:
+    masks = jax.eval_shape(unpack_masks, state.masks)
+    return {path: tuple(leaf.shape) for path, leaf in array_leaves(masks).items()}
+
+
+def _with_dense_shapes(before: Any, after: Any) -> Any:
+    """The smaller tree, with the shapes of before in each pruner's state whose masks became smaller."""
+
+    def keep_shapes(old: Any, new: Any) -> Any:
+        if not _is_pruner_state(old):
+            return new
+        shapes, smaller = _mask_shapes(old), _mask_shapes(new)
+        # A second compaction counts from the first one's shapes.
+        is_new = shapes != smaller and not isinstance(old.dense, DenseShapes)
+        return new._replace(dense=DenseShapes(tuple(shapes.items()))) if is_new else new
+
+    return jax.tree.map(keep_shapes, before, after, is_leaf=_is_pruner_state)
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_function, check_positive_integer, shown
+from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.jaxprs import split_static
 
 
@@ -66,7 +66,7 @@ def latency(
         raise TypeError(f"latency needs tuples (function, *arguments) by name, got {shown(calls)}.")
     if not calls:
         raise ValueError("latency needs calls, got none.")
-    check_positive_integer(rounds, "latency", "rounds")
+    rounds = as_integer(rounds, "rounds", at_least=1, what="times each call is timed")
     timers = {name: _timer(name, call, tuple(donate), compiled) for name, call in calls.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)

@@ -307,18 +307,36 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
         masks = intersect(*[state.masks for state in states])
         kept = [state.scores for each, state in zip(pruners, states, strict=True) if each.remembers]
         rows = jnp.stack([state.row for state in states])
-        return PrunerState(masks, states[0].step, rows, kept[0] if kept else ())
+        numbers = jnp.stack([jnp.asarray(state.schedule, jnp.int32) for state in states])
+        return PrunerState(masks, states[0].step, rows, kept[0] if kept else (), numbers)
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
-        masks, scores, rows = state.masks, state.scores, []
+        masks, scores, rows, numbers = state.masks, state.scores, [], []
         step = state.step
         for number, (each, where) in enumerate(sections):
-            own = PrunerState(masks, state.step, state.row[number], state.scores if each.remembers else ())
-            own = each.update(own, params, grads=grads, key=key, **extra)
+            own = state._replace(
+                masks=masks,
+                row=state.row[number],
+                scores=state.scores if each.remembers else (),
+                schedule=state.schedule[number],
+            )
+            read = {name: x for name, x in extra.items() if each.takes is None or name in each.takes}
+            own = each.update(own, params, grads=grads, key=key, **read)
             masks, step = own.masks, own.step
             rows.append(own.row)
+            numbers.append(own.schedule)
             if each.remembers:
                 scores = merged(params, scores, own.scores, where)
-        return PrunerState(masks, step, jnp.stack(rows), scores)
+        return PrunerState(masks, step, jnp.stack(rows), scores, jnp.stack(numbers), state.dense)
 
-    return Pruner(init_fn, update_fn, any(each.regrows for each in pruners), remembers)
+    takes = [each.takes for each in pruners if each.takes is not None]
+    return Pruner(
+        init_fn,
+        update_fn,
+        any(each.regrows for each in pruners),
+        remembers,
+        description="; ".join(each.description for each in pruners),
+        takes=frozenset().union(*takes) if len(takes) == len(pruners) else None,
+        compounds=any(each.compounds for each in pruners),
+        where=lambda path, leaf: any(where(path, leaf) for _, where in sections),
+    )

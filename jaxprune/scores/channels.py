@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import check_array, shown
+from jaxprune.arguments import as_integer, check_array, shown
 from jaxprune.paths import array_leaves, describe
 from jaxprune.scores.common import widened, with_nan_elsewhere
 from jaxprune.typing import Params, ScoreFn, Scores
@@ -268,8 +268,7 @@ def _spread(channel_scores: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
 
 def _channel_axis(path: str, leaf: jax.Array, axis: int) -> int:
     """The axis counted from 0."""
-    if isinstance(axis, bool) or not isinstance(axis, int):
-        raise TypeError(f"axis must be the number of the axis of channels, got {shown(axis)}.")
+    axis = as_integer(axis, "axis", what="the axis of channels")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
             f"params[{path!r}] is {describe(leaf)}, which has no axis {axis} of channels. Pass another "

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import check_function, check_positive_integer
+from jaxprune.arguments import as_integer, check_function
 from jaxprune.paths import kernels
 from jaxprune.scores.common import (
     LossFn,
@@ -112,7 +112,7 @@ def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> Score
       arXiv:1801.05787 (of whole feature maps; for single weights it is this).
     """
     check_function(loss_fn, "scores.fisher", "loss_fn(params, batch)")
-    check_positive_integer(chunk, "scores.fisher", "chunk (examples at once)")
+    chunk = as_integer(chunk, "chunk", at_least=1, what="examples at once")
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
@@ -181,9 +181,11 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
       the influence matrix for Laplacian smoothing splines", 1989.
     """
     check_function(loss_fn, "scores.obd", "loss_fn(params, batch)")
-    check_positive_integer(chunk, "scores.obd", "chunk (products at once)")
+    chunk = as_integer(chunk, "chunk", at_least=1, what="products at once")
     if samples is not None:
-        check_positive_integer(samples, "scores.obd", "samples (random vectors; None for the exact diagonal)")
+        samples = as_integer(
+            samples, "samples", at_least=1, what="random vectors; None for the exact diagonal"
+        )
 
     def score(params: Params, *, batch: Any = None, key: Any = None, **extra: Any) -> Scores:
         del extra
@@ -276,7 +278,7 @@ def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> 
       ICLR 2017 (its oracle, there of whole feature maps and also as a magnitude).
     """
     check_function(loss_fn, "scores.brute_force", "loss_fn(params, batch)")
-    check_positive_integer(chunk, "scores.brute_force", "chunk (losses at once)")
+    chunk = as_integer(chunk, "chunk", at_least=1, what="losses at once")
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra

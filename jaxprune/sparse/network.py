@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_positive_integer
+from jaxprune.arguments import as_integer
 from jaxprune.jaxprs import inner_jaxprs, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
@@ -179,7 +179,7 @@ def _checked(params: Params, masks: Masks) -> tuple[dict[str, Any], dict[str, in
 
 
 def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
-    check_positive_integer(rounds, "sparsify", "rounds (times each contender is timed)")
+    as_integer(rounds, "rounds", at_least=1, what="times each contender is timed")
     if isinstance(choose, Mapping):
         for path, form in choose.items():
             if path not in leaves and str(path).rpartition("#")[0] not in leaves:

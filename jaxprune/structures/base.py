@@ -48,6 +48,8 @@ class Structure(NamedTuple):
         one kind are ranked together.
       floors: by pool, how many units stay at least, where that is more than the pruner's floor.
       spans_leaves: whether a unit has entries in several leaves.
+      sizes_of: for a structure made for leaves of certain shapes, how many units each pool has where the
+        leaves have others: from shapes by path to numbers by pool, None for what is not known.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -56,6 +58,7 @@ class Structure(NamedTuple):
     kinds: Mapping[str, str] = MappingProxyType({})
     floors: Mapping[str, int] = MappingProxyType({})
     spans_leaves: bool = False
+    sizes_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, int | None]] | None = None
 
 
 def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:

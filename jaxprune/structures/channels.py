@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_function, shown
+from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
 from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
@@ -74,10 +74,9 @@ def channels(
     """
     chosen = _chosen(groups, ignore)
     widths = _min_widths(min_width, chosen)
-    if not (isinstance(multiple_of, int) and 1 <= multiple_of < 2**31):
-        raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
-    if axis is not None and not isinstance(axis, int):
-        raise TypeError(f"axis must be None or the number of an axis, got {shown(axis)}.")
+    multiple_of = as_integer(multiple_of, "multiple_of", at_least=1, below=2**31)
+    if axis is not None:
+        axis = as_integer(axis, "axis", what="or None for all")
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
     if normalize is not None:
         check_function(normalize, "normalize=", "of a group's scores, such as jnp.max")
@@ -108,7 +107,14 @@ def channels(
         return Units(pooled, alive, expand)
 
     kinds = {group.name: group.kind for group in chosen}
-    return Structure(pool, name="channels(groups)", kinds=kinds, floors=widths, spans_leaves=True)
+    return Structure(
+        pool,
+        name="channels(groups)",
+        kinds=kinds,
+        floors=widths,
+        spans_leaves=True,
+        sizes_of=lambda shapes: {group.name: _units_in(group, shapes) for group in chosen},
+    )
 
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
@@ -136,15 +142,29 @@ def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tu
     return chosen
 
 
+def _units_in(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many units a group has where its leaves have other shapes; None if they do not say.
+
+    A member that has its axis for itself says so: all its slices belong to the group's units.
+    """
+    for member in group.members:
+        units, slices = member.indices.shape
+        size = shapes[member.path][member.axis] if member.path in shapes else 0
+        if size and units * slices == member.shape[member.axis] and size % slices == 0:
+            return size // slices
+    return None
+
+
 def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -> dict[str, int]:
     names = [group.name for group in groups]
     widths = min_width if isinstance(min_width, Mapping) else dict.fromkeys(names, min_width)
     if unknown := [name for name in widths if name not in names]:
         raise ValueError(f"min_width names {', '.join(unknown)}; the groups are {', '.join(names)}.")
-    for name, width in widths.items():
-        if not (isinstance(width, int) and 1 <= width < 2**31):
-            raise ValueError(f"min_width must be an integer of 1 or more, got {width!r} for {name}.")
-    return {name: width for name, width in widths.items() if width > 1}
+    numbers = {
+        name: as_integer(width, "min_width", at_least=1, below=2**31, what=f"for {name}")
+        for name, width in widths.items()
+    }
+    return {name: width for name, width in numbers.items() if width > 1}
 
 
 def _is_on(member: Member, leaf: jax.Array, axis: int | None) -> bool:

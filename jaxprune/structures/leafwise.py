@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import as_integer, shown
 from jaxprune.ordering import ordered_bits
 from jaxprune.sharding import check_whole, join, split
 from jaxprune.structures.base import Norm, Structure, Units, reducer
@@ -80,12 +80,10 @@ def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
     References:
       Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017 (norm=1).
     """
-    axes = (axis,) if isinstance(axis, int) else axis
-    if not isinstance(axes, (tuple, list)) or not all(isinstance(one, int) for one in axes):
-        raise ValueError(f"slices needs axis=, an integer or several, got {shown(axis)}.")
-    axes = tuple(axes)
+    several = isinstance(axis, (tuple, list))
+    axes = tuple(as_integer(each, "axis", what="or several") for each in (axis if several else (axis,)))
     reduce = reducer(norm)
-    name = f"slices(axis={axis})"
+    name = f"slices(axis={axes if several else axes[0]})"
 
     def pool_leaf(path, scores, mask):
         kept = _axes(path, scores, axes, name)
@@ -125,10 +123,10 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
       >>> masks["kernel"].tolist()
       [[False, False, True], [False, False, True]]
     """
-    sides = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    if not sides or not all(isinstance(side, int) and side >= 1 for side in sides):
-        raise ValueError(f"blocks needs sides that are integers of 1 or more, got shape={shown(shape)}.")
-    along = tuple(range(-len(sides), 0)) if axes is None else tuple(axes)
+    if not isinstance(shape, (tuple, list)) or not shape:
+        raise TypeError(f"blocks needs shape=, a tuple of the sides of a block, got {shown(shape)}.")
+    sides = tuple(as_integer(side, "shape", at_least=1, what="each side of a block") for side in shape)
+    along = tuple(range(-len(sides), 0)) if axes is None else tuple(as_integer(a, "axes") for a in axes)
     if len(along) != len(sides):
         raise ValueError(f"blocks needs one axis per side, got shape={sides} and axes={along}.")
     reduce = reducer(norm)
@@ -187,8 +185,10 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378 (2:4).
     """
-    if not (isinstance(n, int) and isinstance(m, int) and 0 < n < m):
-        raise ValueError(f"nm needs integers 0 < n < m (n of every m entries stay), got n={n!r}, m={m!r}.")
+    n, m = (as_integer(each, name, at_least=1, what="of nm") for name, each in (("n", n), ("m", m)))
+    axis = as_integer(axis, "axis")
+    if not n < m:
+        raise ValueError(f"nm needs integers 0 < n < m (n of every m entries stay), got n={n}, m={m}.")
     name = f"nm({n}, {m}, axis={axis})"
 
     def pool_leaf(path, scores, mask):
