@@ -53,10 +53,13 @@ class Case:
         """A call, and the params that training would go on with."""
         params = jp.apply_masks(params, state.masks)
         pruner = self.pruner(problem)
-        read = {"grads", "key", *(self.member.given if pruner.takes is None else pruner.takes)}
-        given = {name: getattr(problem, name) for name in self.member.given if name in read}
-        state = pruner.update(state, params, **given)
+        state = pruner.update(state, params, **self.given(pruner, problem))
         return jp.apply_masks(params, state.masks), state
+
+    def given(self, pruner, problem):
+        """What the pruner's update reads of a problem."""
+        read = self.member.given if pruner.takes is None else {"grads", "key", *pruner.takes}
+        return {name: getattr(problem, name) for name in self.member.given if name in read}
 
     def text(self):
         """Its program, without the numbers in it."""
@@ -192,7 +195,7 @@ def at_once(case, now, share):
     units = case.member.units
     most = units.max_sparsity if isinstance(units, oracle.Spec) else 1.0
     pruner = case.pruner(now, jp.schedules.constant(share * most))
-    given = {name: getattr(now, name) for name in case.member.given}
+    given = case.given(pruner, now)
     state = pruner.init(now.params)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "floor=. kept the last units")

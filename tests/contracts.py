@@ -154,7 +154,7 @@ def once(prune: Callable[..., Any]) -> jp.Pruner:
     def update(state: jp.PrunerState, params: Any, **given: Any) -> jp.PrunerState:
         return state._replace(masks=prune(params, state.masks, **given), step=state.step + 1)
 
-    return jp.Pruner(init, update)
+    return jp.Pruner(init, update, takes=frozenset())
 
 
 def _rounds(params: Any, masks: Any, **given: Any) -> Any:

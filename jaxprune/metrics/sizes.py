@@ -1,16 +1,16 @@
 """How many entries are left, and what that is of the whole."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_number
+from jaxprune.arguments import check_number, shown
 from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
-from jaxprune.typing import Masks, Params, Where
+from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 
 class Sparsity(NamedTuple):
@@ -128,20 +128,31 @@ def nonzeros(tree: Any) -> int:
     return sum(map(_nonzeros, leaves.values()))
 
 
-def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> str:
+def table(
+    masks: Masks,
+    where: Where | None = None,
+    asked: float | Pruner | None = None,
+    structure: Any = None,
+) -> str:
     """Kept entries and sparsity of each leaf, of the prunable leaves and of the model, as text.
+
+    What was asked for is printed below what it can be compared with. A pruner, or a structure, counts
+    units: they get a row of their own, since 30 % of the channels are not 30 % of the entries.
 
     Args:
       masks: masks, or params.
-      where: which leaves count as prunable.
-      asked: the sparsity that was asked for, to print beside the one achieved.
+      where: which leaves count as prunable; by default those of the pruner, or else `jaxprune.kernels`.
+      asked: the sparsity that was asked for, or the pruner that made the masks, whose units, leaves and
+        final target are shown then.
+      structure: what the masks were made of, where `asked` is a number.
 
     Returns:
       Lines of at most 80 characters, unless a path is longer than 32.
 
     Raises:
-      ValueError: an empty tree.
-      TypeError: a `where` that is not a function, an `asked` that is no number.
+      ValueError: an empty tree; a `where` that takes in nothing.
+      TypeError: a `where` that is not a function, an `asked` that is neither a number nor a pruner, a
+        `structure` beside a pruner.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -154,24 +165,67 @@ def table(masks: Masks, where: Where = kernels, asked: float | None = None) -> s
       prunable                           4           8    0.5000
         (asked)                                           0.5000
       whole model                        8          12    0.3333
+      >>> pruner = jp.pruner(jp.scores.magnitude, 0.25, structure=jp.structures.slices(axis=-1))
+      >>> state = pruner.update(pruner.init(params), params)
+      >>> print(jp.metrics.table(state.masks, asked=pruner))
+      leaf         shape              kept        size  sparsity
+      bias         4                     4           4    0.0000
+      kernel       2x4                   6           8    0.2500
+      prunable                           6           8    0.2500
+        units                            3           4    0.2500
+        (asked)                                           0.2500
+      whole model                       10          12    0.1667
     """
     leaves = array_leaves(masks)
+    where = where or (asked.where if isinstance(asked, Pruner) else None) or kernels
     check_where(where)
-    if asked is not None:
-        check_number(asked, "asked", "the sparsity asked for")
+    progress = _progress(masks, leaves, where, asked, structure)
     width = max([11, *map(len, leaves)])
 
-    def row(name: str, shape: str, paths: Sequence[str]) -> str:
-        kept = sum(_nonzeros(leaves[path]) for path in paths)
-        size = sum(leaves[path].size for path in paths)
+    def line(name: str, shape: str, kept: int, size: int) -> str:
         return f"{name:<{width}}  {shape:<12}{kept:>11}{size:>12}{1 - kept / max(size, 1):>10.4f}"
+
+    def row(name: str, shape: str, paths: Sequence[str]) -> str:
+        size = sum(leaves[path].size for path in paths)
+        return line(name, shape, sum(_nonzeros(leaves[path]) for path in paths), size)
 
     rows = [f"{'leaf':<{width}}  {'shape':<12}{'kept':>11}{'size':>12}{'sparsity':>10}"]
     rows += [row(path, "x".join(map(str, leaf.shape)), [path]) for path, leaf in leaves.items()]
     rows.append(row("prunable", "", [path for path, leaf in leaves.items() if where(path, leaf)]))
-    if asked is not None:
-        rows.append(f"{'  (asked)':<{width}}{asked:>47.4f}")
+    if progress is not None and progress.unit != "entries":
+        rows.append(line("  units", "", progress.kept, progress.size))
+    target = asked
+    if isinstance(asked, Pruner):
+        at_the_end = None if progress is None else progress.asked
+        target = None if progress is None or at_the_end is None else at_the_end / max(progress.size, 1)
+    if target is not None:
+        rows.append(f"{'  (asked)':<{width}}{target:>47.4f}")
     return "\n".join([*rows, row("whole model", "", list(leaves))])
+
+
+def _progress(
+    masks: Masks, leaves: Mapping[str, Any], where: Where, asked: Any, structure: Any
+) -> Progress | None:
+    """How far masks are in units, where a pruner or a structure says what a unit is."""
+    if isinstance(asked, Pruner):
+        if structure is not None:
+            raise TypeError("structure= is for a sparsity that was asked for; a pruner knows its own.")
+        return None if asked.progress is None else asked.progress(masks)
+    if asked is not None:
+        check_number(asked, "asked", "(the sparsity asked for) or the pruner that made the masks")
+    if structure is None:
+        return None
+    if not hasattr(structure, "pool"):
+        raise TypeError(f"structure must be one of jaxprune.structures, called; got {shown(structure)}.")
+    return units_of(structure, {path: leaf for path, leaf in leaves.items() if where(path, leaf)})
+
+
+def units_of(structure: Any, masks: Mapping[str, Any]) -> Progress:
+    """How many units of a structure are left in some masks by path, or in params where they are not 0."""
+    kept = {path: jnp.asarray(leaf) != 0 for path, leaf in masks.items()}
+    alive = structure.pool({path: mask.astype(jnp.float32) for path, mask in kept.items()}, kept).alive
+    size = sum(units.size for units in alive.values())
+    return Progress(structure.name, sum(int(jnp.sum(units)) for units in alive.values()), size, None)
 
 
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:

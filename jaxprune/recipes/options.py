@@ -166,6 +166,24 @@ def read_where(node: Node) -> Where:
     return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
 
 
+def check_patterns(node: Node, leaves: Iterable[str]) -> None:
+    """Checks that every pattern of a predicate matches a leaf, also beside others that do.
+
+    Raises:
+      RecipeError: a pattern that matches nothing, with its place.
+    """
+    if isinstance(node.value, (list, dict)):
+        for inner in node.value if isinstance(node.value, list) else node.value.values():
+            check_patterns(inner, leaves)
+        return
+    pattern = node.text()
+    if pattern == paths.kernels.__name__:
+        return
+    where, names = paths.matching(pattern), list(leaves)
+    if not any(where(path, None) for path in names):
+        node.fail(f"{pattern!r} matches no leaf. The leaves are: {', '.join(names)}.")
+
+
 def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
     """A score by name, of `jaxprune.scores` or of the caller's."""
     if scores is not None and not isinstance(scores, Mapping):

@@ -19,6 +19,7 @@ from jaxprune.recipes.document import Node, unknown
 from jaxprune.recipes.options import (
     Call,
     attempt,
+    check_patterns,
     defined_in,
     inputs_of,
     named,
@@ -36,7 +37,7 @@ from jaxprune.typing import Params, Pruner, PrunerState, ScoreFn, Where
 _PRUNER = {
     name: parameter.annotation
     for name, parameter in inspect.signature(pruner).parameters.items()
-    if name not in ("scores", "sparsity", "structure", "stop")
+    if name not in ("scores", "sparsity", "structure", "stop", "masks")
 }
 _KEYS = ("score", "sparsity", "structure", *_PRUNER, "rewire")
 _REWIRED = ("score", "sparsity", "structure", "scope", "where", "floor", "seed", "rewire")
@@ -130,6 +131,8 @@ class Section(NamedTuple):
         """
         given = {**given, "where": self.where}
         attempt(self._at("where"), lambda: selected(params, self.where))
+        if isinstance(self.node.value, dict) and "where" in self.node.value:
+            check_patterns(self._at("where"), leaf_paths(params))
         structure = self._structure(params, given)
         targets = attempt(self.targets.node, lambda: self.targets.of(params, self.where))
         score = self.score.make(given)
