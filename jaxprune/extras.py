@@ -41,7 +41,7 @@ def _is_score(score: Callable[..., Any], extra: Mapping[str, Any]) -> bool:
     """Whether a function can be called as a score with the extra arguments that it names."""
     named = {name: value for name, value in extra.items() if name in (named_by(score) or ())}
     try:
-        inspect.signature(score).bind(None, grads=None, key=None, **named)
+        inspect.signature(score, follow_wrapped=False).bind(None, grads=None, key=None, **named)
     except TypeError:
         return False
     except ValueError:

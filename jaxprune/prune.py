@@ -197,7 +197,7 @@ def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Sco
 def _check_takes(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> None:
     """Checks that a function can be called as a score is; a factory of scores mostly cannot."""
     try:
-        inspect.signature(score).bind(params, **inputs)
+        inspect.signature(score, follow_wrapped=False).bind(params, **inputs)
     except TypeError as error:
         name = getattr(score, "__name__", repr(score))
         raise TypeError(

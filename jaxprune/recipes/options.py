@@ -311,4 +311,5 @@ def _bound(score: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
         return score(params, **inputs | dict(options))
 
     bound.__name__ = score.__name__
+    bound.__wrapped__ = score  # whose extra arguments it passes on
     return bound

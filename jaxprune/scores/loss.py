@@ -360,6 +360,7 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
         total, _ = lax.scan(add, zeros, indexed)
         return jax.tree.map(lambda leaf: leaf / number, total)
 
+    mean_score.__wrapped__ = score  # whose extra arguments it passes on
     return mean_score
 
 
