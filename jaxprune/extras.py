@@ -69,15 +69,16 @@ def check_extra(
     if names is None or not unknown or not all(_is_score(score, extra) for score in several):
         return
     own = () if isinstance(caller, str) else inspect.signature(caller).parameters
-    known = [name for name in (*own, *others, *names) if name != "extra"]
-    close = difflib.get_close_matches(unknown[0], known, 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
     who = caller if isinstance(caller, str) else caller.__name__
-    if scores is None:
-        raise TypeError(
-            f"{who} takes no argument {unknown[0]!r}, and scores is a tree, not a score function, so "
-            f"{', '.join(unknown)} would not be used.{hint}"
-        )
-    readers = " or ".join(f"the score {name_of(score)}" for score in several)
-    reads = f", which reads {', '.join(sorted(names))}" if names else ""
-    raise TypeError(f"{who} takes no argument {unknown[0]!r}, nor does {readers}{reads}.{hint}")
+    where = f"and scores is a tree, not a score function, so {unknown[0]} would not be used"
+    if several:
+        where = "nor does " + " or ".join(f"the score {name_of(score)}" for score in several)
+        where += f", which reads {', '.join(sorted(names))}" if names else ""
+    raise unread(unknown[0], who, where, [*own, *others, *names])
+
+
+def unread(name: str, who: str, where: str, known: Iterable[str]) -> TypeError:
+    """The error for an argument that nothing reads, with the name that may have been meant."""
+    close = difflib.get_close_matches(name, [each for each in known if each != "extra"], 1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return TypeError(f"{who} takes no argument {name!r}, {where}.{hint}")

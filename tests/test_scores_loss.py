@@ -328,9 +328,9 @@ def test_fisher_and_over_batches_need_a_common_leading_axis(batch):
 def test_static_arguments_are_checked_when_the_score_is_made():
     for make in (jp.scores.fisher, jp.scores.obd, jp.scores.brute_force):
         for chunk in (0, True, 2.0):
-            with pytest.raises(ValueError, match=r"chunk .* to be an integer of 1 or more"):
+            with pytest.raises((TypeError, ValueError), match="chunk must be an integer of 1 or more"):
                 make(loss_fn, chunk=chunk)
-    with pytest.raises(ValueError, match=r"scores.obd needs samples .* got 0"):
+    with pytest.raises(ValueError, match=r"samples must be .* got 0"):
         jp.scores.obd(loss_fn, samples=0)
     for damping in (-1.0, math.nan, math.inf, "much"):
         with pytest.raises(ValueError, match="damping to be a number of 0 or more"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import distributions, dynamic, schedules, structures
+from jaxprune.extras import unread
 from jaxprune.graph import channel_groups
 from jaxprune.masks import intersect
 from jaxprune.paths import kernels, leaf_paths, selected
@@ -299,6 +300,8 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
         return sections[0][0]
     pruners = [each for each, _ in sections]
     remembers = any(each.remembers for each in pruners)
+    each_takes = [each.takes for each in pruners if each.takes is not None]
+    takes = frozenset().union(*each_takes) if len(each_takes) == len(pruners) else None
 
     def merged(params: Params, old: Any, new: Any, where: Where) -> Any:
         leaves = zip(leaf_paths(params), *map(jax.tree.leaves, (params, old, new)), strict=True)
@@ -314,6 +317,8 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
         return PrunerState(masks, states[0].step, rows, kept[0] if kept else (), numbers)
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+        for name in set() if takes is None else extra.keys() - takes:
+            raise unread(name, "the recipe's pruner", "nor does a score of its sections", takes or ())
         masks, scores, rows, numbers = state.masks, state.scores, [], []
         step = state.step
         for number, (each, where) in enumerate(sections):
@@ -332,14 +337,13 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
                 scores = merged(params, scores, own.scores, where)
         return PrunerState(masks, step, jnp.stack(rows), scores, jnp.stack(numbers), state.dense)
 
-    takes = [each.takes for each in pruners if each.takes is not None]
     return Pruner(
         init_fn,
         update_fn,
         any(each.regrows for each in pruners),
         remembers,
         description="; ".join(each.description for each in pruners),
-        takes=frozenset().union(*takes) if len(takes) == len(pruners) else None,
+        takes=takes,
         compounds=any(each.compounds for each in pruners),
         where=lambda path, leaf: any(where(path, leaf) for _, where in sections),
     )
