@@ -1,7 +1,6 @@
 """The types the library speaks in: trees, callables, and the `Pruner` pair."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -30,9 +29,7 @@ class ScoreFn(Protocol):
         ...
 
 
-@jax.tree_util.register_static
-@dataclass(frozen=True)
-class DenseShapes:
+class DenseShapes(NamedTuple):
     """The shapes that params had before `compact` made them smaller; a pytree node without leaves.
 
     Attributes:
@@ -40,6 +37,12 @@ class DenseShapes:
     """
 
     by_path: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+# A named tuple, because flax serializes these without being told; but none of it is a leaf.
+jax.tree_util.register_pytree_node(
+    DenseShapes, lambda shapes: ((), shapes.by_path), lambda by_path, _: DenseShapes(by_path)
+)
 
 
 class PrunerState(NamedTuple):

@@ -2,6 +2,7 @@
 
 import warnings
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -331,3 +332,12 @@ def test_a_structure_that_does_not_say_what_it_lost_is_warned_about():
     with pytest.warns(UserWarning, match=r"own units does not say how many there were.*units has 12"):
         state = pruner.update(small.shrink(state), small.params)
     assert int(state.masks["in"].any(0).sum()) == 6
+
+
+def test_a_state_after_compaction_goes_through_a_checkpoint():
+    tx = of_channels(network, DENSE, jp.schedules.linear(0.6, end_step=8))
+    params, state = trained(tx, DENSE, tx.init(DENSE), 4)
+    state = jp.compact(network, params, state.pruner.masks, X).shrink(state)
+    read = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+    assert read.pruner.dense == state.pruner.dense and dict(read.pruner.dense.by_path)["mid"] == (16, 12)
+    jax.tree.map(np.testing.assert_array_equal, read, state)
