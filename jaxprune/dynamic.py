@@ -15,7 +15,7 @@ from jaxprune.prune import all_finite, checked_structure, evaluate, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
 from jaxprune.structures import Structure, Units, elements
-from jaxprune.table import REWIRED
+from jaxprune.table import REWIRED, with_rows
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
 
@@ -214,7 +214,8 @@ def rewiring(
         check_extra((drop, grow), extra, "pruner.update", ("grads", "key"))
         chosen = selected(params, where)
         # Its rows count moves; a state of another pruner starts to count here.
-        moves = jnp.where(state.schedule == REWIRED, state.row, 0) if _is_numbered(state) else state.row
+        state = with_rows(state)
+        moves = jnp.where(state.schedule == REWIRED, state.row, 0)
         number = jnp.asarray(REWIRED, jnp.int32)
         state = state._replace(step=state.step + 1, row=moves, scores=(), schedule=number)
         own = jax.random.key(seed) if is_number(seed) else seed
@@ -240,10 +241,6 @@ def rewiring(
         takes=named_by(drop, grow),
         where=where,
     )
-
-
-def _is_numbered(state: PrunerState) -> bool:
-    return bool(jax.tree.leaves(state.schedule))
 
 
 def _moved(

@@ -25,8 +25,9 @@ from jaxprune.wide import Count, Wide
 
 _MAX_ENTRIES = 2**20
 
-NO_SCHEDULE, FROM_MASKS, REWIRED = 0, -1, 1
-"""`PrunerState.schedule` of a new state, of a new one that starts from masks, of one that `rewiring` made."""
+NO_SCHEDULE, FROM_MASKS, REWIRED, OTHER = 0, -1, 1, 2
+"""`PrunerState.schedule` of a new state, of a new one that starts from masks, of one whose row counts the
+moves of `rewiring`, of one whose rows count something else."""
 
 
 class Grid(NamedTuple):
@@ -225,7 +226,17 @@ def _number(request: Request, sizes: Mapping[str, int], dense: Mapping[str, int]
     """A number of 31 bits from all that decides what a row means, but not one that states are made with."""
     what = (request.grid, request.of, request.scope, request.structure.name, sorted(sizes.items()))
     text = repr((what, sorted(dense.items()))).encode()
-    return max(zlib.crc32(targets.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 2)
+    return max(zlib.crc32(targets.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 3)
+
+
+def with_rows(state: PrunerState, shape: tuple[int, ...] = ()) -> PrunerState:
+    """A state with rows of a shape: a recipe of several sections has a row for each, a pruner one."""
+    number = state.schedule if jax.tree.leaves(state.schedule) else NO_SCHEDULE
+    if jnp.shape(state.row) == shape:
+        number = jnp.broadcast_to(jnp.asarray(number, jnp.int32), shape)
+        return state._replace(schedule=number)
+    # They say nothing here.
+    return state._replace(row=jnp.zeros(shape, jnp.int32), schedule=jnp.full(shape, OTHER, jnp.int32))
 
 
 class Place(NamedTuple):
@@ -255,7 +266,8 @@ def place(table: Table, grid: Grid, state: PrunerState) -> Place:
     """
     reached = grid.row(state.step)
     rows = jnp.minimum(reached, len(table.targets) - 1)
-    number = jnp.asarray(state.schedule if jax.tree.leaves(state.schedule) else NO_SCHEDULE, jnp.int32)
+    state = with_rows(state)
+    number = state.schedule
     follows = (number == table.schedule) | (number == NO_SCHEDULE)
     own = follows | (number == -table.schedule) | (number == FROM_MASKS)
     if table.fractions is None:

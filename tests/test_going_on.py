@@ -176,6 +176,21 @@ def test_rigl_takes_over_and_hands_on():
     assert gone(jax.jit(last.update)(state, PARAMS).masks) == {p: round(0.8 * n) for p, n in SIZES.items()}
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_recipe_of_several_sections_takes_over_and_hands_on(jitted):
+    def run(pruner, state):
+        return (jax.jit(pruner.update) if jitted else pruner.update)(state, PARAMS)
+
+    sections = [{"score": "magnitude", "sparsity": s, "where": f"{n}/*"} for n, s in (("a", 0.6), ("b", 0.4))]
+    first = jp.pruner(jp.scores.magnitude, 0.2, scope="layerwise")
+    state = run(first, first.init(PARAMS))
+    state = run(jp.recipes.parse({"prune": sections}).pruner(PARAMS), state)
+    assert gone(state.masks) == {"a/kernel": round(0.6 * 33), "b/kernel": 14} and state.row.shape == (2,)
+    last = jp.pruner(jp.scores.magnitude, 0.7, scope="layerwise")
+    state = run(last, state)
+    assert gone(state.masks) == {p: round(0.7 * n) for p, n in SIZES.items()} and state.row.shape == ()
+
+
 @pytest.mark.parametrize(("first", "second"), [(0.0, 0.5), (0.5, 0.0), (1.0, 0.9)])
 def test_another_memory(first, second):
     before = jp.pruner(jp.scores.magnitude, 0.3, memory=first)

@@ -31,6 +31,7 @@ from jaxprune.recipes.options import (
 from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
 from jaxprune.structures import Structure, elements
+from jaxprune.table import with_rows
 from jaxprune.targets import per_pool, ranks, target_counts
 from jaxprune.typing import Params, Pruner, PrunerState, ScoreFn, Where
 
@@ -82,7 +83,7 @@ class Targets(NamedTuple):
             if not isinstance(each, Schedule):
                 last.append(each)
             elif each.end_step is not None:
-                last.append(float(each(np.float64(each.end_step))))
+                last.append(each.on_host(each.end_step))
         return last
 
 
@@ -319,6 +320,7 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         for name in set() if takes is None else extra.keys() - takes:
             raise unread(name, "the recipe's pruner", "nor does a score of its sections", takes or ())
+        state = with_rows(state, (len(pruners),))
         masks, scores, rows, numbers = state.masks, state.scores, [], []
         step = state.step
         for number, (each, where) in enumerate(sections):
