@@ -1,6 +1,7 @@
 """Pruners: pruning over time, as a pair of pure functions."""
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -156,10 +157,12 @@ def pruner(
 
             state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
-        alive = jax.eval_shape(
-            lambda state: pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive, state
-        )
-        sizes = {name: units.size for name, units in alive.items()}
+        def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
+            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure)
+            # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
+            return OrderedDict((name, units.alive[name]) for name in units.scores)
+
+        sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
         competing = tuple(ranks(sizes, structure, scope))
         targets = table(tuple(sizes.items()))
         row = jnp.minimum(grid.row(state.step), len(targets) - 1)
