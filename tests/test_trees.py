@@ -17,13 +17,14 @@ import optax
 import oracle
 import pytest
 from _contract_checks import printed, same
-from _contract_problem import DEEP, ENTRIES, apply_fn, channels, erk_by_hand, loss_fn, problem, size_of
+from _contract_problem import DEEP, ENTRIES, FLAT, apply_fn, channels, erk_by_hand, loss_fn, problem, size_of
 from _trees import SORTS, by_role, path_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Spec, half_even
 
 import jaxprune as jp
+from jaxprune.graph.compaction import bind
 
 HALF = 0.5
 RAGGED = {"a/kernel": 0.75, "b/kernel": 0.25}
@@ -42,7 +43,7 @@ def gone(masks):
 # --- what is done with masks, tree by tree
 
 
-def trained(now, tx, steps=3):
+def trained(now, tx, steps=3) -> tuple[Any, Any]:
     params, state = now.params, tx.init(now.params)
     for _ in range(steps):
         updates, state = tx.update(now.grads, state, params)
@@ -139,10 +140,10 @@ USES = {
 
 @pytest.mark.parametrize("name", USES)
 def test_what_is_done_with_masks_is_the_same_in_every_sort_of_tree(name):
-    widths = {"widths": DEEP} if name == "compact" else {}
-    expected = jax.tree.leaves(USES[name](problem(1, **widths)))
+    widths = DEEP if name == "compact" else FLAT
+    expected = jax.tree.leaves(USES[name](problem(1, widths)))
     for sort in SORTS:
-        same(jax.tree.leaves(USES[name](problem(1, sort=sort, **widths))), expected)
+        same(jax.tree.leaves(USES[name](problem(1, widths, sort=sort))), expected)
 
 
 def test_counts_inside_an_optimizer_are_those_of_each_layer():
@@ -407,7 +408,7 @@ def test_a_plan_fits_params_in_other_containers():
     same(small.apply(shuffled_dict(small.params), x), expected)
     # A plan made by hand, or read from elsewhere, has shapes in any order.
     plan = jp.Plan(shuffled_dict(dict(small.plan.shapes)), small.plan.keep)
-    bound = jp.graph.compaction.bind(dense, plan)
+    bound = bind(dense, plan)
     same(bound(small.params, x), expected)
 
 
