@@ -25,13 +25,16 @@ _STDLIB = str(Path(os.__file__).parent) + "/"
 def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     """The arrays and numbers among some inputs by path, and how to put others in their place.
 
+    Paths are sorted as JAX sorts the keys of a dict: the values are in the order in which a function
+    that is traced with the dict takes them (the input "10" before "2").
+
     What is neither (a bool such as `train=True`, a string, a function) stays as it is.
     """
     leaves, treedef = jax.tree.flatten(tuple(inputs))
     names = leaf_paths(tuple(inputs)) if leaves else []
     moving = {
         name: leaf
-        for name, leaf in zip(names, leaves, strict=True)
+        for name, leaf in sorted(zip(names, leaves, strict=True), key=lambda pair: pair[0])
         if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
     }
 
@@ -48,9 +51,8 @@ def trace(function: Callable[..., Any], arguments: Sequence[Any]) -> tuple["Clos
     """
     check_function(function, "tracing", "of arrays")
     arrays, rebuild = split_static(arguments)
-    inputs = {name: arrays[name] for name in sorted(arrays)}  # as jax orders the keys of a dict
-    shapes = {name: abstract(leaf) for name, leaf in inputs.items()}
-    return jax.make_jaxpr(lambda arrays: function(*rebuild(arrays)))(shapes), inputs
+    shapes = {name: abstract(leaf) for name, leaf in arrays.items()}
+    return jax.make_jaxpr(lambda arrays: function(*rebuild(arrays)))(shapes), arrays
 
 
 def of_first(name: str) -> str | None:

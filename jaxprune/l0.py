@@ -190,7 +190,8 @@ def expected_l0(params: Params, gates: Gates) -> jax.Array:
         entries = leaves[path].size // max(log_alpha.size, 1)
         return entries * jnp.sum(jax.nn.sigmoid(log_alpha.astype(jnp.float32) - shift))
 
-    return jnp.sum(jnp.stack([nonzeros(path, log_alpha) for path, log_alpha in gates.items()]))
+    # In leaf order, so that the sum rounds alike whatever the order of the dict, which `jit` sorts.
+    return jnp.sum(jnp.stack([nonzeros(path, gates[path]) for path in leaves if path in gates]))
 
 
 def apply_gates(params: Params, z: Gates) -> Params:

@@ -31,7 +31,15 @@ from jaxprune import metrics
 from jaxprune.arguments import as_integer, check_function, check_key
 from jaxprune.masks import apply_masks, check_masks, check_pruned
 from jaxprune.optimizer import twins
-from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
+from jaxprune.paths import (
+    array_leaves,
+    check_mirrors,
+    check_where,
+    describe,
+    is_concrete,
+    kernels,
+    leaf_paths,
+)
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 TrainFn = Callable[[Params, Masks], Params]
@@ -358,6 +366,8 @@ def error_barrier(
     points = as_integer(points, "points", at_least=2)
     check_function(error, "error_barrier", "error(params)")
     check_mirrors(other, one, "other")
+    by_path = array_leaves(other, "other")  # whose containers may have the leaves in another order
+    others = [by_path[path] for path in leaf_paths(one)]
 
     def at(a: jax.Array) -> jax.Array:
         def between(p, q):
@@ -367,7 +377,7 @@ def error_barrier(
                 return ((1 - a) * p + a * q).astype(p.dtype)
 
         leaves, treedef = jax.tree.flatten(one)
-        return error(jax.tree.unflatten(treedef, list(map(between, leaves, jax.tree.leaves(other)))))
+        return error(jax.tree.unflatten(treedef, list(map(between, leaves, others))))
 
     errors = lax.map(at, jnp.linspace(0.0, 1.0, points))
     return jnp.max(errors) - (errors[0] + errors[-1]) / 2

@@ -203,14 +203,12 @@ def pruner(
 
             state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
-        # In an OrderedDict, because JAX sorts the keys of a dict, and ties go by the order of the pools.
-        alive = jax.eval_shape(
-            lambda state: OrderedDict(
-                pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure).alive
-            ),
-            state,
-        )
-        sizes = {name: units.size for name, units in alive.items()}
+        def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
+            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure)
+            # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
+            return OrderedDict((name, units.alive[name]) for name in units.scores)
+
+        sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
         cut_out = _cut_out(state.dense, sizes, structure, chosen, description)
         targets = table(tuple(sizes.items()), tuple(cut_out.items()))
         at = targets_of.place(targets, grid, state)

@@ -7,6 +7,7 @@ whatever the counts.
 """
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,6 +34,9 @@ Counts = tuple[int, ...]
 class Ranked(NamedTuple):
     """The units of a model by pool, ranked. Dicts are in the order of the pools.
 
+    Counts are tuples in that order. JAX sorts the keys of a dict that passes through `jit`, but keeps the
+    order of an `OrderedDict`, so `ranks` is one: `_kept` reads the order of the pools from it.
+
     Attributes:
       params: the params, exactly 0 where the masks to start from prune.
       masks: the masks to start from.
@@ -52,7 +56,7 @@ class Ranked(NamedTuple):
     chosen: tuple[str, ...]
     scores: dict[str, jax.Array]
     units: dict[str, np.ndarray]
-    ranks: dict[str, jax.Array]
+    ranks: OrderedDict[str, jax.Array]
     sizes: dict[str, int]
     alive: dict[str, int]
     least: dict[str, int]
@@ -148,8 +152,6 @@ def rank(
             "Check the params and gradients they come from; to spare a leaf use where=..."
         )
     units, alive = jax.device_get((units, alive))
-    names = _in_order(units, picked, masks, structure, chosen)
-    units, alive = ({name: tree[name] for name in names} for tree in (units, alive))
     living = {name: int(mask.sum()) for name, mask in alive.items()}
     return Ranked(
         params=params,
@@ -158,7 +160,7 @@ def rank(
         chosen=chosen,
         scores=picked,
         units=units,
-        ranks={name: jax.device_put(_ranks(units[name], alive[name])) for name in units},
+        ranks=OrderedDict((name, jax.device_put(_ranks(units[name], alive[name]))) for name in units),
         sizes={name: mask.size for name, mask in alive.items()},
         alive=living,
         least=floors(living, structure, floor),
@@ -187,30 +189,16 @@ def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
     return ranks.reshape(scores.shape)
 
 
-def _in_order(
-    units: Mapping[str, Any], scores: Any, masks: Masks, structure: Structure, chosen: tuple[str, ...]
-) -> list[str]:
-    """The pools in their order, which dicts lose on the way through jit."""
-    if units.keys() == set(chosen):
-        return list(chosen)
-    names: list[str] = []
-
-    def note(scores, masks):
-        names.extend(_units(scores, masks, structure.pool, chosen).scores)
-
-    jax.eval_shape(note, scores, masks)
-    return names
-
-
 @partial(jax.jit, static_argnums=(3, 4))
 def _pooled(
     params: Params, scores: Any, masks: Masks | None, pool_units: Any, chosen: tuple[str, ...]
 ) -> Any:
-    """The masks, the units' scores, which are left, and by leaf how many scores cannot be ranked."""
+    """The masks, the units' scores and which are left in the order of the pools, and bad scores by leaf."""
     masks = ones_masks(params) if masks is None else masks
     units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
     bad = {path: jnp.sum(~jnp.isfinite(scores[path]) & before[path]) for path in chosen}
-    return masks, units.scores, units.alive, bad
+    alive = OrderedDict((name, units.alive[name]) for name in units.scores)
+    return masks, OrderedDict(units.scores), alive, bad
 
 
 @partial(jax.jit, static_argnums=(4, 5))
@@ -219,7 +207,7 @@ def _kept(
 ) -> dict[str, jax.Array]:
     """The masks of the leaves that units lie in, without so many units of each pool."""
     units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
-    keep = {name: ranks[name] >= counts[index] for index, name in enumerate(units.scores)}
+    keep = {name: ranks[name] >= counts[index] for index, name in enumerate(ranks)}
     return kept_entries(units, keep, before)
 
 
@@ -244,7 +232,7 @@ def pruned_params(
     left = None
     if count_left:
         alive = _units(scores, _with_leaves(masks, kept), pool_units, chosen).alive
-        left = jnp.stack([jnp.sum(mask, dtype=jnp.int32) for mask in alive.values()])
+        left = jnp.stack([jnp.sum(alive[name], dtype=jnp.int32) for name in ranks])
     return _with_leaves(params, pruned), left
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from _contract_problem import CALLS, problem
+from _trees import SORTS, by_role
 from contracts import TABLE, Member
 
 import jaxprune as jp
@@ -24,7 +25,8 @@ def same(*trees):
 
 
 def by_path(tree):
-    return dict(zip(jp.leaf_paths(tree), map(np.asarray, jax.tree.leaves(tree)), strict=True))
+    """The leaves by their paths in a plain dict, whatever sort of tree it is."""
+    return {role: np.asarray(leaf) for role, leaf in by_role(tree).items()}
 
 
 def copy(tree):
@@ -61,12 +63,20 @@ class Case:
         read = self.member.given if pruner.takes is None else {"grads", "key", *pruner.takes}
         return {name: getattr(problem, name) for name in self.member.given if name in read}
 
+    def jaxpr(self, now):
+        """Its program, whose inputs are in the order of leaves and not of the paths of activations."""
+        paths, activations = now.activations.keys(), list(now.activations.values())
+
+        def step(params, state, now, activations):
+            now = now._replace(activations=dict(zip(paths, activations, strict=True)))
+            return self.step(params, state, now)
+
+        now = now._replace(activations=())
+        return jax.make_jaxpr(step)(now.params, self.pruner(now).init(now.params), now, activations)
+
     def text(self):
         """Its program, without the numbers in it."""
-        now = self.problems()[0]
-        state = self.pruner(now).init(now.params)
-        jaxpr = jax.make_jaxpr(self.step)(now.params, state, now)
-        return re.sub(r"0x[0-9a-f]+|\d+", "", str(jaxpr))
+        return re.sub(r"0x[0-9a-f]+|\d+", "", str(self.jaxpr(self.problems()[0])))
 
     def counted(self, *given):
         self.traces += 1
@@ -248,7 +258,7 @@ def in_another_order(now, what):
         )
 
     def reorder(tree):
-        leaves = map(ordered, jp.leaf_paths(tree), jax.tree.leaves(tree))
+        leaves = map(ordered, by_role(tree), jax.tree.leaves(tree))
         return jax.tree.unflatten(jax.tree.structure(tree), list(leaves))
 
     params, grads, masks = map(reorder, (now.params, now.grads, now.masks))
@@ -310,6 +320,56 @@ def check_types(case, now, state):
     assert avals(params) == avals(now.params) and avals(after) == avals(state)
 
 
+TRACED = ("a list of eleven layers or more", "a nested mixture")
+
+
+def every_sort_of_tree_is_pruned_alike(case):
+    """A tree that has a plain dict's leaves, in its order, has the same masks and the same program.
+
+    Tracing takes longer than a step outside `jit`, so only some sorts are traced, of which one has most
+    containers in it. Either is enough to see counts that go by the order of names.
+    """
+    program, consts = printed(case.jaxpr(case.problems()[0]))
+    states = case.compiled[0] if case.member.compiles_eagerly else case.eager
+    call = first_move(states)
+    assert {*TRACED} <= SORTS.keys()
+    for sort in SORTS:
+        now = problem(call, case.member.widths, sort=sort)
+        if not case.member.compiles_eagerly:
+            state, asked = (like(now.params, state) for state in states[call : call + 2])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "floor=. kept the last units")
+                _, got = case.step(now.params, state, now)
+            assert jax.tree.structure(got.masks) == jax.tree.structure(now.params), sort
+            same(got.masks, asked.masks)
+        if case.member.compiles_eagerly or sort in TRACED:
+            ours = printed(case.jaxpr(now))
+            assert ours[0] == program, sort
+            same(ours[1], consts)
+
+
+def first_move(states):
+    """The first call that changes masks."""
+    leaves = [[np.asarray(mask) for mask in jax.tree.leaves(state.masks)] for state in states]
+    pairs = enumerate(itertools.pairwise(leaves))
+    return next(n for n, (old, new) in pairs if any((a != b).any() for a, b in zip(old, new, strict=True)))
+
+
+def like(params, state):
+    """The state of a pruner of plain dicts as one of the params' sort of tree, which has the same leaves."""
+    trees = {
+        name: jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+        for name in ("masks", "scores")
+        if jax.tree.leaves(tree := getattr(state, name))
+    }
+    return state._replace(**trees)
+
+
+def printed(program):
+    """A program as text, and the constants that it closes over."""
+    return re.sub(r"0x[0-9a-f]+", "", str(program)), program.consts
+
+
 CHECKS = (
     masks_mirror_the_params,
     compiled_is_eager,
@@ -323,4 +383,5 @@ CHECKS = (
     no_tracer_leaks,
     what_is_given_may_be_donated,
     half_precision_is_promoted_nowhere,
+    every_sort_of_tree_is_pruned_alike,
 )

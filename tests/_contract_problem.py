@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _trees import by_role, of_sort, path_of, plain
 from oracle import half_even
 
 import jaxprune as jp
@@ -41,8 +42,10 @@ class Problem(NamedTuple):
     activations: Any
 
 
-def problem(seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32) -> Problem:
-    """The same numbers in any dtype."""
+def problem(
+    seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32, sort: str | None = None
+) -> Problem:
+    """The same numbers in any dtype, and in a tree of any sort: see `_trees`, None for plain dicts."""
     rng = np.random.default_rng(seed)
     data = jnp.float64 if dtype == jnp.float64 else jnp.float32
     shapes = {}
@@ -55,7 +58,8 @@ def problem(seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32)
     half = np.array([True, True, False, False])
 
     def each(draw: Callable[[tuple[int, ...]], Any]) -> Any:
-        return {name: {leaf: draw(s) for leaf, s in layer.items()} for name, layer in shapes.items()}
+        drawn = {name: {leaf: draw(s) for leaf, s in layer.items()} for name, layer in shapes.items()}
+        return of_sort(sort, drawn)
 
     def kept(shape):
         if len(shape) == 1 or shape[0] % 4:
@@ -73,23 +77,24 @@ def problem(seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32)
         zeros = np.arange(10)[:, None] < rng.permutation(channels) + 1
         return jnp.where(rng.permuted(zeros, axis=0), 0, jnp.abs(normal(10, channels)))
 
+    params = each(
+        lambda s: jnp.asarray(np.array([next(distinct) for _ in range(math.prod(s))]).reshape(s), dtype)
+    )
     return Problem(
-        params=each(
-            lambda s: jnp.asarray(np.array([next(distinct) for _ in range(math.prod(s))]).reshape(s), dtype)
-        ),
+        params=params,
         grads=each(lambda s: jnp.asarray(rounded(s), dtype)),
         masks=each(kept),
         key=jax.random.key(seed),
         batch=(normal(5, widths[0]), normal(5, widths[-1])),
         batches=(normal(3, 5, widths[0]), normal(3, 5, widths[-1])),
-        activations={f"{name}/kernel": active(shapes[name]["bias"][0]) for name in shapes},
+        activations={path_of(params, f"{name}/kernel"): active(shapes[name]["bias"][0]) for name in shapes},
     )
 
 
 def apply_fn(params: Any, x: jax.Array) -> jax.Array:
     """A network computed in the precision of its inputs."""
     *hidden, last = [
-        {name: leaf.astype(x.dtype) for name, leaf in params[layer].items()} for layer in sorted(params)
+        {name: leaf.astype(x.dtype) for name, leaf in layer.items()} for layer in plain(params).values()
     ]
     for layer in hidden:
         x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
@@ -144,15 +149,16 @@ def below_a_deviation(params: Mapping[str, np.ndarray], masks: Mapping[str, np.n
 
 
 @cache
-def analysed() -> dict[str, float]:
+def analysed(treedef: Any) -> dict[str, float]:
     """The targets that an analysis finds, by which a leaf may lose a tenth of all magnitude."""
-    params, levels = problem(0).params, (0.25, 0.5, 0.75)
+    params, levels = treedef.unflatten(jax.tree.leaves(problem(0).params)), (0.25, 0.5, 0.75)
     found = jp.sensitivity(size_of, params, levels=levels)
     return jp.distributions.from_sensitivity(found, tolerance=0.1 * float(size_of(params)))
 
 
 def size_of(params: Any) -> jax.Array:
-    return jnp.sum(jnp.abs(params["a"]["kernel"])) + jnp.sum(jnp.abs(params["b"]["kernel"]))
+    leaves = by_role(params)
+    return jnp.sum(jnp.abs(leaves["a/kernel"])) + jnp.sum(jnp.abs(leaves["b/kernel"]))
 
 
 def analysed_by_hand() -> dict[str, float]:
@@ -192,21 +198,35 @@ CHANNELS = {"a/kernel[1]": 8, "b/kernel[1]": 8, "c/kernel[1]": 4}
 
 
 @cache
-def channels(**options: Any) -> jp.Structure:
-    params = problem(0, DEEP).params
-    return jp.structures.channels(jp.channel_groups(apply_fn, params, jnp.ones((2, 4))), **options)
+def groups(treedef: Any) -> Any:
+    """The coupled channels of the deep network, in a tree of some structure."""
+    params = treedef.unflatten(jax.tree.leaves(problem(0, DEEP).params))
+    return jp.channel_groups(apply_fn, params, jnp.ones((2, 4)))
 
 
-def pool_hidden(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jp.Units:
-    rows, columns = scores["a/kernel"], scores["b/kernel"]
-    total = jnp.sum(jnp.where(masks["a/kernel"], rows, 0), 0)
-    total += jnp.sum(jnp.where(masks["b/kernel"], columns, 0), 1)
-    alive = jnp.any(masks["a/kernel"], 0)
-    return jp.Units(
-        {"hidden": total},
-        {"hidden": alive},
-        lambda keep: {
-            "a/kernel": jnp.broadcast_to(keep["hidden"], rows.shape),
-            "b/kernel": jnp.broadcast_to(keep["hidden"][:, None], columns.shape),
-        },
-    )
+@cache
+def channels(treedef: Any, **options: Any) -> jp.Structure:
+    return jp.structures.channels(groups(treedef), **options)
+
+
+@cache
+def hidden(treedef: Any) -> jp.Structure:
+    """Of the flat network, hidden units: columns of one kernel and rows of the next."""
+    params = treedef.unflatten(jax.tree.leaves(problem(0).params))
+    first, second = (path_of(params, role) for role in ENTRIES)
+
+    def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> jp.Units:
+        rows, columns = scores[first], scores[second]
+        total = jnp.sum(jnp.where(masks[first], rows, 0), 0)
+        total += jnp.sum(jnp.where(masks[second], columns, 0), 1)
+        alive = jnp.any(masks[first], 0)
+        return jp.Units(
+            {"hidden": total},
+            {"hidden": alive},
+            lambda keep: {
+                first: jnp.broadcast_to(keep["hidden"], rows.shape),
+                second: jnp.broadcast_to(keep["hidden"][:, None], columns.shape),
+            },
+        )
+
+    return jp.Structure(pool, name="hidden", spans_leaves=True)

@@ -30,14 +30,15 @@ from _contract_problem import (
     channels,
     coupled_channels,
     erk_by_hand,
+    hidden,
     hidden_units,
     loss_fn,
     of_what_remains,
-    pool_hidden,
     problem,
     size_of,
     together,
 )
+from _trees import path_of
 from oracle import Spec
 
 import jaxprune as jp
@@ -64,6 +65,8 @@ class Member(NamedTuple):
       table_of: the member whose program it shares, but for the numbers in its table of targets; what
         takes a program of its own is then checked of that one alone.
       warns: what it warns of outside `jit`.
+      compiles_eagerly: whether its score has loops, which JAX compiles at every call outside `jit`; with
+        other sorts of trees than dicts it is then only traced.
     """
 
     covers: tuple[str, ...]
@@ -80,6 +83,7 @@ class Member(NamedTuple):
     unsharded: str = ""
     table_of: str = ""
     warns: str | None = None
+    compiles_eagerly: bool = False
 
 
 COUPLED = "the mask of one leaf follows from another's scores, and XLA may shard it as these are"
@@ -96,10 +100,15 @@ def _of_score(name: str, score: Any, **known: Any) -> Member:
 
 def _of_channel_score(name: str, score: Any, sizes: Mapping[str, int] = COLUMNS) -> Member:
     """A score of whole channels, taken back by slices."""
-    filters, where = jp.structures.slices(norm=math.inf), jp.matching(*sizes)
+    filters = jp.structures.slices(norm=math.inf)
+
+    def make(p: Problem, s: Any) -> jp.Pruner:
+        where = jp.matching(*(path_of(p.params, role) for role in sizes))
+        return jp.pruner(score, s, structure=filters, where=where, scope="layerwise")
+
     return Member(
         (f"scores.{name}",),
-        lambda p, s: jp.pruner(score, s, structure=filters, where=where, scope="layerwise"),
+        make,
         apart(sizes),
         units=Spec("slices", axes=(-1,)),
         blind="channels",
@@ -114,7 +123,9 @@ def _of_structure(name: str, structure: jp.Structure, gone: list[Gone], units: A
 def _of_channels(scope: str, gone: list[Gone], **options: Any) -> Member:
     return Member(
         ("structures.channels", f"scope {scope}"),
-        lambda p, s: jp.pruner(jp.scores.magnitude, s, structure=channels(**options), scope=scope),
+        lambda p, s: jp.pruner(
+            jp.scores.magnitude, s, structure=channels(jax.tree.structure(p.params), **options), scope=scope
+        ),
         gone,
         units=coupled_channels,
         widths=DEEP,
@@ -164,8 +175,22 @@ def _rounds(params: Any, masks: Any, **given: Any) -> Any:
 
 def _second_first(params: Any, **_: Any) -> Any:
     """The second kernel goes before any of the first."""
-    sizes = jp.scores.magnitude(params)
-    return sizes | {"b": jax.tree.map(lambda w: w / 1024, sizes["b"])}
+    second = path_of(params, "b/kernel")
+    sizes = zip(jp.leaf_paths(params), jax.tree.leaves(jp.scores.magnitude(params)), strict=True)
+    leaves = [w / 1024 if path == second else w for path, w in sizes]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _bn_scale(params: Any, **given: Any) -> Any:
+    scales = {path_of(params, "a/kernel"): path_of(params, "a/scale")}
+    return jp.scores.bn_scale(scales)(params, **given)
+
+
+def _by_path(p: Problem, sparsity: Any) -> Any:
+    """Targets by role, if that is what they are, as targets by the paths of the params."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity
+    return {path_of(p.params, role): value for role, value in sparsity.items()}
 
 
 def _gradients(params: Any, *, grads: Any, **_: Any) -> Any:
@@ -174,10 +199,18 @@ def _gradients(params: Any, *, grads: Any, **_: Any) -> Any:
 
 _LINEAR = {"sparsity": 0.6, "begin_step": 1, "end_step": 3, "initial_sparsity": 0.2}
 _RECIPE = {"prune": {"score": "lamp", "sparsity": {"linear": _LINEAR}, "scope": "layerwise"}}
-_TWO = [
-    {"score": "magnitude", "where": "a/kernel", "sparsity": {"linear": _LINEAR}},
-    {"score": "movement", "where": "b/kernel", "sparsity": {"geometric": 0.4}, "memory": 1.0},
-]
+
+
+def _two_sections(p: Problem) -> dict[str, Any]:
+    first, second = (path_of(p.params, role) for role in ENTRIES)
+    return {
+        "prune": [
+            {"score": "magnitude", "where": first, "sparsity": {"linear": _LINEAR}},
+            {"score": "movement", "where": second, "sparsity": {"geometric": 0.4}, "memory": 1.0},
+        ]
+    }
+
+
 _EVERY = {"every": 1, "end_step": CALLS, "fraction": 0.6}
 _NM = jp.structures.nm(2, 4)
 ROW_GROUPS = Spec("nm", axes=(-2,), n=2, m=4)
@@ -197,8 +230,10 @@ TABLE: dict[str, Member] = {
     "snip": _of_score("snip", jp.scores.snip),
     "movement": _of_score("movement", jp.scores.movement),
     "grasp": _of_score("grasp", jp.scores.grasp(loss_fn), blind="channels", half=ROUNDED),
-    "fisher": _of_score("fisher", jp.scores.fisher(loss_fn), blind="channels", half=ROUNDED),
-    "obd": _of_score("obd", jp.scores.obd(loss_fn), blind="channels", half=ROUNDED),
+    "fisher": _of_score(
+        "fisher", jp.scores.fisher(loss_fn), blind="channels", half=ROUNDED, compiles_eagerly=True
+    ),
+    "obd": _of_score("obd", jp.scores.obd(loss_fn), blind="channels", half=ROUNDED, compiles_eagerly=True),
     "obd estimated": _of_score(
         "obd",
         jp.scores.obd(loss_fn, samples=2),
@@ -206,21 +241,35 @@ TABLE: dict[str, Member] = {
         blind=DRAWN,
         half=ROUNDED,
         double="random signs are drawn in the dtype of the weights",
+        compiles_eagerly=True,
     ),
     "obs": _of_score(
-        "obs", jp.scores.obs(loss_fn, damping=20.0), blind="channels", half=ROUNDED, unsharded=LAID_OUT
+        "obs",
+        jp.scores.obs(loss_fn, damping=20.0),
+        blind="channels",
+        half=ROUNDED,
+        unsharded=LAID_OUT,
+        compiles_eagerly=True,
     ),
     "brute_force": _of_score(
-        "brute_force", jp.scores.brute_force(loss_fn), blind="channels", unsharded=LAID_OUT
+        "brute_force",
+        jp.scores.brute_force(loss_fn),
+        blind="channels",
+        unsharded=LAID_OUT,
+        compiles_eagerly=True,
     ),
     "over_batches": _of_score(
-        "over_batches", jp.scores.over_batches(jp.scores.taylor, loss_fn), blind="channels", half=ROUNDED
+        "over_batches",
+        jp.scores.over_batches(jp.scores.taylor, loss_fn),
+        blind="channels",
+        half=ROUNDED,
+        compiles_eagerly=True,
     ),
     "synflow": _of_score(
         "synflow", jp.scores.synflow(apply_fn, jnp.ones((2, 4))), blind="channels", half=ROUNDED
     ),
     "fpgm": _of_channel_score("fpgm", jp.scores.fpgm),
-    "bn_scale": _of_channel_score("bn_scale", jp.scores.bn_scale({"a/kernel": "a/scale"}), {"a/kernel": 8}),
+    "bn_scale": _of_channel_score("bn_scale", _bn_scale, {"a/kernel": 8}),
     "apoz": _of_channel_score("apoz", jp.scores.apoz),
     "mean_activation": _of_channel_score("mean_activation", jp.scores.mean_activation),
     "slices": _of_structure(
@@ -243,9 +292,7 @@ TABLE: dict[str, Member] = {
     ),
     "a structure of one's own": Member(
         ("Structure",),
-        lambda p, s: jp.pruner(
-            jp.scores.magnitude, s, structure=jp.Structure(pool_hidden, name="hidden", spans_leaves=True)
-        ),
+        lambda p, s: jp.pruner(jp.scores.magnitude, s, structure=hidden(jax.tree.structure(p.params))),
         together({"hidden": 8}),
         units=hidden_units,
         blind="channels",
@@ -290,15 +337,17 @@ TABLE: dict[str, Member] = {
     ),
     "schedules by path": Member(
         ("scope layerwise",),
-        lambda p, s: jp.pruner(jp.scores.magnitude, s, scope="layerwise"),
+        lambda p, s: jp.pruner(jp.scores.magnitude, _by_path(p, s), scope="layerwise"),
         apart(ENTRIES, *({"a/kernel": s, "b/kernel": s / 2} for s in (0.0, 0.8, 0.8, 0.8))),
-        {path: jp.schedules.one_shot(s, 2) for path, s in (("a/kernel", 0.8), ("b/kernel", 0.4))},
+        {path: jp.schedules.one_shot(s, 2) for path, s in (("b/kernel", 0.4), ("a/kernel", 0.8))},
     ),
     "uniform": _of_targets(
         "uniform", lambda p: jp.distributions.uniform(p.params, 0.6), dict.fromkeys(ENTRIES, 0.6)
     ),
     "erk": _of_targets("erk", lambda p: jp.distributions.erk(p.params, 0.6), erk_by_hand(0.6), "uniform"),
-    "from_sensitivity": _of_targets("from_sensitivity", lambda p: analysed(), analysed_by_hand(), "uniform"),
+    "from_sensitivity": _of_targets(
+        "from_sensitivity", lambda p: analysed(jax.tree.structure(p.params)), analysed_by_hand(), "uniform"
+    ),
     "sigma": Member(
         ("distributions.sigma",),
         lambda p, s: once(
@@ -364,7 +413,7 @@ TABLE: dict[str, Member] = {
     ),
     "a recipe of two sections": Member(
         ("recipes.Recipe.pruner",),
-        lambda p, s: jp.recipes.parse({"prune": _TWO}).pruner(p.params),
+        lambda p, s: jp.recipes.parse(_two_sections(p)).pruner(p.params),
         [
             apart({"a/kernel": 32}, s)[0] | apart({"b/kernel": 24}, t)[0]
             for s, t in zip(RAMP, (0.4, 0.64, 0.784, 1 - 0.6**4), strict=True)
@@ -388,6 +437,10 @@ class Refusal(NamedTuple):
 
 def _once(**options: Any) -> Callable[[Any], Any]:
     return lambda params: jp.prune_once(params, jp.scores.magnitude, **options)
+
+
+def _deep_channels() -> jp.Structure:
+    return channels(jax.tree.structure(problem(0, DEEP).params))
 
 
 REFUSALS: dict[str, Refusal] = {
@@ -425,7 +478,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "rewiring of coupled channels": Refusal(
         "dropping and growing are done leaf by leaf, and a channel spans several",
-        lambda: jp.rigl(problem(0, DEEP).masks, structure=channels(), **_EVERY),
+        lambda: jp.rigl(problem(0, DEEP).masks, structure=_deep_channels(), **_EVERY),
         ValueError,
         "units that span several leaves",
     ),

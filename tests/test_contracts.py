@@ -140,10 +140,7 @@ def below(params, masks):
 
 
 def small_ones_go(params, masks, **_):
-    return {
-        name: leaves | {"kernel": leaves["kernel"] & (jnp.abs(params[name]["kernel"]) > 0.25)}
-        for name, leaves in masks.items()
-    }
+    return jax.tree.map(lambda m, w: m & (jnp.abs(w) > 0.25) if m.ndim == 2 else m, masks, params)
 
 
 SOUND = Member((), lambda p, s: once(small_ones_go), below, None)
@@ -163,6 +160,15 @@ def broken(prune=small_ones_go, start=lambda state, p: state, after=lambda state
 def more_under_jit(params, masks, **_):
     traced = isinstance(params["a"]["kernel"], jax.core.Tracer)
     return jax.tree.map(lambda m, w: m & (jnp.abs(w) > (0.5 if traced else 0.25)), masks, params)
+
+
+def bounds_by_name(params, masks, **_):
+    """Of each leaf in the alphabetical order of paths, the bound that is for one in the order of leaves."""
+    bounds = iter([0.25 if leaf.ndim == 2 else 0.0 for leaf in jax.tree.leaves(params)])
+    bounds = dict(zip(sorted(jp.leaf_paths(params)), bounds, strict=True))
+    leaves = zip(jp.leaf_paths(params), *map(jax.tree.leaves, (params, masks)), strict=True)
+    kept = [mask & (jnp.abs(leaf) > bounds[path]) for path, leaf, mask in leaves]
+    return jax.tree.unflatten(jax.tree.structure(masks), kept)
 
 
 def drawn(params, masks, *, key, **_):
@@ -228,6 +234,7 @@ BROKEN = {
         "what_is_given_may_be_donated",
         broken(start=lambda state, p: state._replace(masks=p.masks)),
     ),
+    "names in order": ("every_sort_of_tree_is_pruned_alike", broken(bounds_by_name)),
     "a promotion": ("half_precision_is_promoted_nowhere", broken(mixed)),
 }
 

@@ -17,7 +17,7 @@ from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked, Zeros, close
 from jaxprune.graph.report import Report, report
 from jaxprune.jaxprs import split_static
-from jaxprune.masks import apply_masks, check_masks
+from jaxprune.masks import apply_masks, like_params
 from jaxprune.paths import array_leaves, is_array, is_concrete
 from jaxprune.typing import Masks, Params
 
@@ -156,7 +156,7 @@ def compact(
         fit(linked, plan)
         masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     else:
-        check_masks(masks, params)
+        masks = like_params(masks, params)
         if not is_concrete(masks):
             raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")
         linked.pin_unread()
@@ -278,9 +278,10 @@ def bind(
         key = (treedef, tuple(_signature(leaf) for leaf in leaves))
         if key not in programs:
             small, tree = jax.tree.flatten(params)
+            # By path, because the plan may have been made for other containers, with leaves in another order.
             dense = [
-                jax.ShapeDtypeStruct(shape, leaf.dtype)
-                for leaf, shape in zip(small, plan.shapes.values(), strict=True)
+                jax.ShapeDtypeStruct(plan.shapes[path], leaf.dtype)
+                for path, leaf in array_leaves(params).items()
             ]
             linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state)
             solution = fit(linked, plan)
