@@ -29,7 +29,7 @@ from jax import lax
 
 from jaxprune import metrics
 from jaxprune.arguments import check_function, check_key, shown
-from jaxprune.masks import apply_masks, check_masks, check_pruned
+from jaxprune.masks import apply_masks, bool_masks, check_pruned, packed_like, restore_packed, unpack_masks
 from jaxprune.optimizer import twins
 from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
@@ -247,8 +247,10 @@ def rewind(saved: Any, masks: Masks) -> Any:
       >>> int(optax.tree.get(opt_state, "count"))
       1
     """
-    check_masks(masks, masks)
+    masks = bool_masks(masks)
     kept = jax.tree.leaves(masks)
+    given = restore_packed(saved, masks)
+    saved = unpack_masks(given)
     leaves, treedef = jax.tree.flatten(saved)
     indices = twins(saved, masks)
     mirrored = {index for index in indices if index is not None}
@@ -271,7 +273,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
             return jnp.broadcast_to(kept[index], leaf.shape)
         return jnp.where(kept[index], leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.unflatten(treedef, list(map(masked, leaves, indices)))
+    return packed_like(jax.tree.unflatten(treedef, list(map(masked, leaves, indices))), given)
 
 
 def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> Masks:
@@ -302,7 +304,7 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Frankle and Carbin, ICLR 2019 (random sparse networks); Frankle et al., "Pruning Neural
       Networks at Initialization: Why Are We Missing the Mark?", ICLR 2021 (layer-wise shuffling).
     """
-    check_masks(masks, masks)
+    masks = bool_masks(masks)
     check_key(key, "shuffled_masks")
     if within is not None and (isinstance(within, bool) or not isinstance(within, int)):
         raise TypeError(f"within must be None or the number of an axis, got {shown(within)}.")

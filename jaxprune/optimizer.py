@@ -13,6 +13,8 @@ from jaxprune.masks import (
     intersect,
     own_masks,
     pack_masks,
+    packed_where,
+    restore_packed,
     unpack_masks,
 )
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
@@ -108,8 +110,10 @@ def wrap_optax(
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_update("wrap_optax", WrapOptaxState, updates, state, params)
-        pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
-        before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
+        # nnx.Optimizer takes states apart, and packed masks lose their shapes on the way.
+        own = state.pruner._replace(masks=restore_packed(state.pruner.masks, _fast(params)))
+        pruned = pruner.update(own, _fast(params), grads=updates, **extra)
+        before, after = unpack_masks(own.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
         updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
         return updates, WrapOptaxState(inner_state, pruned)
@@ -127,7 +131,7 @@ def keep_masked(
 
     Args:
       optimizer: any optax transform.
-      masks: bool masks like the params.
+      masks: bool masks like the params. Packed masks stay packed in the state.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `KeepMaskedState`. `init` raises if the
@@ -153,15 +157,16 @@ def keep_masked(
         if _is_placeholder(params):
             return KeepMaskedState(inner.init(params), params)
         own = own_masks(masks, _fast(params))
-        return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
+        inner_state = inner.init(_like(params, apply_masks(_fast(params), own)))
+        return KeepMaskedState(inner_state, packed_where(own, masks))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_update("keep_masked", KeepMaskedState, updates, state, params)
-        check_masks(state.masks, _fast(params))
-        updates, inner_state = _masked_update(
-            inner, updates, state.inner, params, state.masks, state.masks, extra
-        )
-        return updates, KeepMaskedState(inner_state, state.masks)
+        kept = restore_packed(state.masks, _fast(params))
+        now = unpack_masks(kept)
+        check_masks(now, _fast(params))
+        updates, inner_state = _masked_update(inner, updates, state.inner, params, now, now, extra)
+        return updates, KeepMaskedState(inner_state, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

@@ -65,9 +65,22 @@ def leaf_paths(tree: Any) -> list[str]:
     return ["/".join(parts) for parts in _path_parts(tree)]
 
 
+def path_of(keys: Sequence[Any]) -> str:
+    """The path string of a tuple of JAX's keys."""
+    return "/".join(map(_key_name, keys))
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_numeric(leaf: Any) -> bool:
+    """Whether an array holds numbers: not typed PRNG keys, nor the float0 gradients of integers.
+
+    No arithmetic is defined for those, so every function here leaves them alone.
+    """
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and leaf.dtype != jax.dtypes.float0
 
 
 def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
@@ -75,7 +88,8 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
 
     Raises:
       ValueError: the tree has no leaves, or two leaves have the same path.
-      TypeError: a leaf is not an array (an activation function inside an equinox module, say).
+      TypeError: a leaf is not an array (an activation function inside an equinox module, say, or
+        a `keras.Variable`), and what to pass instead.
     """
     paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
     if not leaves:
@@ -86,14 +100,51 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
             f"{what} has several leaves at the path {twice[0]!r}: rename a key that holds a '/'."
         )
     for path, leaf in zip(paths, leaves, strict=True):
-        if not is_array(leaf):
-            raise TypeError(
-                f"{what}[{path!r}] is a {type(leaf).__name__}, not an array. Pass the arrays alone: "
-                "for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`."
-            )
+        if not isinstance(leaf, _ARRAYS):
+            if not is_array(leaf):
+                raise TypeError(_not_an_array(what, path, leaf))
+            _check_foreign(what, path, leaf)
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"{what}[{path!r}] is an array of {leaf.dtype}, not of numbers.")
     return dict(zip(paths, leaves, strict=True))
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
+def _not_an_array(what: str, path: str, leaf: Any) -> str:
+    """The message for a leaf that is not an array: what it is, and what to pass in its place."""
+    kind = type(leaf).__name__
+    if not path and (callable(leaf) or isinstance(leaf, str)):
+        name = leaf if isinstance(leaf, str) else getattr(leaf, "__name__", kind)
+        return (
+            f"{what} is a {kind}, not an array or a pytree of arrays, got {name!r}. Check the order of the "
+            "arguments."
+        )
+    head = f"{what}[{path!r}] is a {kind}, not an array. "
+    if isinstance(leaf, (bool, int, float, complex)):
+        return head + "Pass a number as jnp.asarray(number), or keep it out of the tree."
+    if isinstance(leaf, str):
+        return head + "Keep strings out of the tree: pass the arrays alone."
+    return head + (
+        "Pass the arrays alone: for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`; "
+        "for a flax nnx module, `nnx.state(module, nnx.Param)`."
+    )
+
+
+def _check_foreign(what: str, path: str, leaf: Any) -> None:
+    """Checks a leaf with a shape and a dtype that is of no array class of JAX or numpy.
+
+    Raises:
+      TypeError: it holds its array elsewhere (`keras.Variable`), or its dtype is not one of JAX's (torch).
+    """
+    head = f"{what}[{path!r}] is a {type(leaf).__module__}.{type(leaf).__name__}, not a JAX or numpy array. "
+    if hasattr(leaf, "value"):
+        raise TypeError(head + "Pass the array that it holds, its `.value`.")
+    try:
+        jnp.dtype(leaf.dtype)
+    except TypeError:
+        raise TypeError(head + "Convert it first: jnp.asarray(leaf) or jnp.asarray(leaf.numpy()).") from None
 
 
 def describe(leaf: Any) -> str:

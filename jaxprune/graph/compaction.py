@@ -16,7 +16,7 @@ from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked, Zeros, close
 from jaxprune.graph.report import Report, report
 from jaxprune.jaxprs import split_static
-from jaxprune.masks import apply_masks, check_masks
+from jaxprune.masks import apply_masks, check_masks, unpack_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete
 from jaxprune.typing import Masks, Params
 
@@ -156,6 +156,7 @@ def compact(
         fit(linked, plan)
         masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
     else:
+        masks = unpack_masks(masks, params)
         check_masks(masks, params)
         if not is_concrete(masks):
             raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")

@@ -15,6 +15,7 @@ from jaxprune.io import trees
 from jaxprune.io.atomic import replacing
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
+from jaxprune.masks import unpack_masks
 from jaxprune.paths import describe, is_array, is_concrete, kernels
 from jaxprune.quantization import quantize
 from jaxprune.typing import Masks, Params, Where
@@ -73,7 +74,7 @@ def save(
     flat = trees.flatten(params, "params")
     if not flat.leaves:
         raise ValueError("params has no leaves: there is nothing to save.")
-    keep = None if masks is None else _mirrored(masks, flat.leaves)
+    keep = None if masks is None else _mirrored(unpack_masks(masks, params), flat.leaves)
     quantized = _chooser(int8, flat.leaves)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
