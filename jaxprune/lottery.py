@@ -29,6 +29,7 @@ from jax import lax
 
 from jaxprune import metrics
 from jaxprune.arguments import check_function, check_key, shown
+from jaxprune.dtypes import common_dtype
 from jaxprune.masks import apply_masks, bool_masks, check_pruned, packed_like, restore_packed, unpack_masks
 from jaxprune.optimizer import twins
 from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
@@ -366,8 +367,10 @@ def error_barrier(
         def between(p, q):
             if not jnp.issubdtype(p.dtype, jnp.inexact):
                 return p  # a counter lies on no line
-            with jax.numpy_dtype_promotion("standard"):  # half precision is mixed in float32
-                return ((1 - a) * p + a * q).astype(p.dtype)
+            # Half precision is mixed in float32.
+            wide = common_dtype(p.dtype, a.dtype)
+            mixed = (1 - a).astype(wide) * p.astype(wide) + a.astype(wide) * q.astype(wide)
+            return mixed.astype(p.dtype)
 
         leaves, treedef = jax.tree.flatten(one)
         return error(jax.tree.unflatten(treedef, list(map(between, leaves, jax.tree.leaves(other)))))

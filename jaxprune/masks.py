@@ -9,13 +9,13 @@ import numpy as np
 from jax import lax
 
 from jaxprune import sharding
+from jaxprune.dtypes import can_be_zero, is_numeric
 from jaxprune.paths import (
     array_leaves,
     check_mirrors,
     describe,
     is_array,
     is_concrete,
-    is_numeric,
     keyed_leaves,
     leaf_paths,
     path_of,
@@ -122,10 +122,10 @@ def like_params(masks: Masks, params: Params) -> Masks:
     check_mirrors(masks, params, "masks")
     by_path, leaves = _bool_leaves(masks), array_leaves(params)
     for path, leaf in leaves.items():
-        if not is_numeric(leaf) and is_concrete(by_path[path]) and not np.asarray(by_path[path]).all():
+        if not can_be_zero(leaf) and is_concrete(by_path[path]) and not np.asarray(by_path[path]).all():
             raise ValueError(
-                f"masks[{path!r}] prunes params[{path!r}], which is {describe(leaf)}: a PRNG key cannot be 0. "
-                "Make it all True."
+                f"masks[{path!r}] prunes entries of params[{path!r}], which is {describe(leaf)} and cannot be "
+                "0. Make that mask all True."
             )
     return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaves])
 
@@ -274,10 +274,10 @@ def restore_packed(tree: Any, params: Params | None) -> Any:
         return tree
     keyed = keyed_leaves(tree, is_leaf=_is_packed_or_bare)
     if params is None:
+        path = path_of(next(keys for keys, node in keyed if _is_bare(node)))
         raise ValueError(
-            f"{path_of(next(keys for keys, node in keyed if _is_bare(node)))!r} is a packed mask that has lost "
-            "its shape: nnx.Optimizer takes the states of optimizers apart. Pass "
-            "jaxprune.unpack_masks(masks, params)."
+            f"{path!r} is a packed mask that has lost its shape: nnx.Optimizer takes the states of optimizers "
+            "apart. Pass jaxprune.unpack_masks(masks, params)."
         )
     shapes = {
         path: leaf.shape

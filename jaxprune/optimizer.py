@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.dtypes import common_dtype
 from jaxprune.masks import (
     apply_masks,
     check_masks,
@@ -247,7 +248,7 @@ def _masked_update(
         if update is None or not jnp.issubdtype(param.dtype, jnp.inexact):
             return update
         # Adding -p gives exactly 0 only if -p is not rounded to a narrower type than p's.
-        dtype = jnp.promote_types(update.dtype, param.dtype)
+        dtype = update.dtype if update.dtype == param.dtype else common_dtype(update.dtype, param.dtype)
         return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
 
     def is_none(leaf):

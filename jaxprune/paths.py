@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.dtypes import can_be_zero
 from jaxprune.typing import Params, Where
 
 
@@ -73,14 +74,6 @@ def path_of(keys: Sequence[Any]) -> str:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def is_numeric(leaf: Any) -> bool:
-    """Whether an array holds numbers: not typed PRNG keys, nor the float0 gradients of integers.
-
-    No arithmetic is defined for those, so every function here leaves them alone.
-    """
-    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) and leaf.dtype != jax.dtypes.float0
 
 
 def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
@@ -220,7 +213,7 @@ def selected(params: Params, where: Where) -> list[str]:
 
     Raises:
       ValueError: `where` matches no leaf; the message lists the paths there are.
-      TypeError: `where` is not callable, or matches a leaf that is not floating-point.
+      TypeError: `where` is not callable, or matches a leaf that is not floating-point or has no zero.
     """
     leaves = array_leaves(params)
     check_where(where)
@@ -236,6 +229,11 @@ def selected(params: Params, where: Where) -> list[str]:
             raise TypeError(
                 f"params[{path!r}] is {describe(leaves[path])}; only floating-point (or complex) "
                 "leaves can be pruned. Leave it out with where=..."
+            )
+        if not can_be_zero(leaves[path]):
+            raise TypeError(
+                f"params[{path!r}] is {describe(leaves[path])}, a dtype without a zero, so no entry can be "
+                "pruned. Leave it out with where=..., or cast it: leaf.astype(jnp.bfloat16)."
             )
     return chosen
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arguments import check_number
+from jaxprune.dtypes import is_numeric
 from jaxprune.masks import unpack_masks
-from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, is_numeric, kernels, selected
+from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 
