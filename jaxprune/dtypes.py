@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def is_numeric(leaf: Any) -> bool:
@@ -22,6 +23,11 @@ def can_be_zero(leaf: Any) -> bool:
 def is_narrow(dtype: Any, below: int = 32) -> bool:
     """Whether a dtype is of floats in fewer bits."""
     return jnp.issubdtype(dtype, jnp.floating) and 8 * jnp.dtype(dtype).itemsize < below
+
+
+def rounds_to_zero(dtype: Any, number: float = 1e-8) -> bool:
+    """Whether a small number, an optimizer's epsilon, is 0 in a dtype: in float16, and in 8 bits."""
+    return is_narrow(dtype) and not np.any(np.asarray(number, dtype))
 
 
 def common_dtype(*dtypes: Any) -> Any:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.dtypes import common_dtype
+from jaxprune.dtypes import common_dtype, rounds_to_zero
+from jaxprune.guard import divides_by_zero, guarded
 from jaxprune.masks import (
     apply_masks,
     check_masks,
@@ -20,7 +21,7 @@ from jaxprune.masks import (
 )
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
-from jaxprune.zeros import Zeros, zero_where
+from jaxprune.zeros import Zeros
 
 
 class WrapOptaxState(NamedTuple):
@@ -270,35 +271,62 @@ def _masked_update(
     # Moments are cleared on their way in, where that fuses with the optimizer's own reading of them
     # and they can be written in place; and on their way out only if they need not be 0 by then.
     state = cleared(state, twins(state, fast))
-    updates, new_state = inner.update(grads, state, masked_params, **extra)
+    updates, new_state, zero = _inner_update(inner, grads, state, masked_params, kept, extra)
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
     again = twins(new_state, fast)
-    zero = _zero_by_itself(inner, grads, state, masked_params, extra)
     again = [None if z is None or i in z else i for i, z in zip(again, zero, strict=True)]
     return updates, cleared(_forget_searches(new_state, before, after), again)
 
 
-def _zero_by_itself(
+def _inner_update(
     inner: optax.GradientTransformationExtraArgs,
     grads: Any,
     state: Any,
     params: Params,
+    masks: list[jax.Array],
     extra: dict[str, Any],
-) -> list[Zeros]:
-    """For each leaf of the optimizer's new state, of which params it is 0 wherever they are pruned.
+) -> tuple[Any, Any, list[Zeros]]:
+    """The wrapped optimizer's update, by which nothing that it divides by 0 where pruned reaches the rest.
 
-    That takes a jaxpr, which is made where one is made anyway; outside `jit` nothing is said to be.
+    Args:
+      inner: the optimizer.
+      grads, state, params: 0 where pruned.
+      masks: by param.
+      extra: its further arguments.
+
+    Returns:
+      The updates, the new state, and for each leaf of that with which params it is 0 wherever they are
+      pruned. It takes a jaxpr to know, which is made where one is made anyway; outside `jit`, where
+      nothing is known, it is made only for floats in which a small epsilon is 0.
     """
-    if is_concrete(grads, state, params):
-        return [frozenset()] * len(jax.tree.leaves(state))
     given = (grads, state, params)
-    closed = jax.make_jaxpr(lambda grads, state, params: inner.update(grads, state, params, **extra)[1])(
-        *given
-    )
-    indices = twins(given, _fast(params))
-    return zero_where(closed, [frozenset() if i is None else frozenset((i,)) for i in indices])
+    unknown: list[Zeros] = [frozenset()] * len(jax.tree.leaves(state))
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        return inner.update(grads, state, params, **extra)
+
+    if eager := is_concrete(given):
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(given) if is_array(leaf)}
+        if not any(map(rounds_to_zero, dtypes)):
+            return *update(*given), unknown
+    try:
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(*given)
+    except jax.errors.JAXTypeError:
+        if not eager:
+            raise
+        return *update(*given), unknown  # it looks at values
+    inputs: list[Zeros] = [
+        frozenset() if index is None else frozenset((index,)) for index in twins(given, _fast(params))
+    ]
+    divides, zero = divides_by_zero(closed, inputs)
+    if divides:
+        leaves, zero = guarded(closed, inputs, jax.tree.leaves(given), masks)
+        updates, new_state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    else:
+        updates, new_state = update(*given)
+    return updates, new_state, zero[len(jax.tree.leaves(shapes[0])) :]
 
 
 def _regrowing_update(
