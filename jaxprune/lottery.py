@@ -28,9 +28,17 @@ import numpy as np
 from jax import lax
 
 from jaxprune import metrics
-from jaxprune.arguments import check_function, check_key, shown
+from jaxprune.arguments import check_function, check_key, check_params, shown
 from jaxprune.dtypes import common_dtype
-from jaxprune.masks import apply_masks, bool_masks, check_pruned, packed_like, restore_packed, unpack_masks
+from jaxprune.masks import (
+    apply_masks,
+    bool_masks,
+    check_not_swapped,
+    check_pruned,
+    packed_like,
+    restore_packed,
+    unpack_masks,
+)
 from jaxprune.optimizer import twins
 from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
@@ -130,7 +138,7 @@ def lottery_ticket(
       "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020; Han et al.,
       NIPS 2015 (fine-tuning).
     """
-    _check(train, pruner, levels, rewind, tune, where)
+    _check(train, params, pruner, levels, rewind, tune, where)
 
     def tickets() -> Iterator[Ticket]:
         if after is None:
@@ -193,7 +201,7 @@ def lottery_scan(
       >>> tickets.masks["kernel"].sum((2, 3)).tolist()
       [[8, 4, 2], [8, 4, 2]]
     """
-    _check(train, pruner, levels, rewind, tune, where)
+    _check(train, params, pruner, levels, rewind, tune, where)
 
     def level(train: TrainFn) -> Callable:
         def run(carry, number):
@@ -248,6 +256,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
       >>> int(optax.tree.get(opt_state, "count"))
       1
     """
+    check_not_swapped(masks, saved, "rewind(saved, masks)")
     masks = bool_masks(masks)
     kept = jax.tree.leaves(masks)
     given = restore_packed(saved, masks)
@@ -305,8 +314,8 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Frankle and Carbin, ICLR 2019 (random sparse networks); Frankle et al., "Pruning Neural
       Networks at Initialization: Why Are We Missing the Mark?", ICLR 2021 (layer-wise shuffling).
     """
-    masks = bool_masks(masks)
     check_key(key, "shuffled_masks")
+    masks = bool_masks(masks)
     if within is not None and (isinstance(within, bool) or not isinstance(within, int)):
         raise TypeError(f"within must be None or the number of an axis, got {shown(within)}.")
     if within is not None and not any(-m.ndim <= within < m.ndim for m in jax.tree.leaves(masks)):
@@ -379,12 +388,19 @@ def error_barrier(
     return jnp.max(errors) - (errors[0] + errors[-1]) / 2
 
 
-def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: Any) -> None:
+_CALL = "lottery_ticket(train, params, pruner, levels)"
+_ORDER = f"The order is {_CALL}."
+
+
+def _check(train: Any, params: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: Any) -> None:
     if not callable(train):
-        raise TypeError(f"train must be a function train(params, masks) -> params, got {train!r}.")
+        raise TypeError(
+            f"train must be a function train(params, masks) -> params, got {shown(train)}. {_ORDER}"
+        )
+    check_params(params, _CALL)
     check_where(where)
     if not isinstance(pruner, Pruner):
-        raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}.")
+        raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}. {_ORDER}")
     if isinstance(levels, bool) or not isinstance(levels, int) or levels < 0:
         raise ValueError(f"levels must be 0 or a positive integer (how often to prune), got {levels!r}.")
     if not isinstance(rewind, str) or rewind not in ("weights", "learning_rate", "nothing"):

@@ -101,7 +101,8 @@ def intersect(*masks: Masks) -> Masks:
     """
     if not masks:
         raise ValueError("intersect needs at least one tree of masks.")
-    first = unpack_masks(masks[0])
+    masks = tuple(map(bool_masks, masks))
+    first = masks[0]
     alike = [like_params(other, first) for other in masks]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves).all(0), *alike)
 
@@ -118,7 +119,7 @@ def like_params(masks: Masks, params: Params) -> Masks:
       TypeError: a mask is not bool, or these are the params and those the masks.
     """
     masks = unpack_masks(masks, params)
-    _check_not_swapped(masks, params)
+    check_not_swapped(masks, params)
     check_mirrors(masks, params, "masks")
     by_path, leaves = _bool_leaves(masks), array_leaves(params)
     for path, leaf in leaves.items():
@@ -316,8 +317,15 @@ def _is_packed_or_bare(node: Any) -> bool:
     return _is_packed(node) or _is_bare(node)
 
 
-def _check_not_swapped(masks: Any, params: Any) -> None:
+def check_not_swapped(
+    masks: Any, params: Any, call: str = "apply_masks(params, masks), or check_masks(masks, params)"
+) -> None:
     """Checks that masks and params are not each in the place of the other.
+
+    Args:
+      masks: what should be masks.
+      params: what should be params.
+      call: how the function is called.
 
     Raises:
       TypeError: the params are masks, and the masks are not.
@@ -337,8 +345,7 @@ def _check_not_swapped(masks: Any, params: Any) -> None:
 
     if not are_masks(masks) and jax.tree.leaves(params) and are_masks(params):
         raise TypeError(
-            "masks are not bool, and params are: the two seem to be swapped. apply_masks, check_pruned and "
-            "straight_through take (params, masks); check_masks takes (masks, params)."
+            f"the params are bool and the masks are not: the two are swapped. The order is {call}."
         )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.arguments import shown
 from jaxprune.dtypes import common_dtype, rounds_to_zero
 from jaxprune.guard import divides_by_zero, guarded
 from jaxprune.masks import (
@@ -95,9 +96,11 @@ def wrap_optax(
       2
     """
     if not _is_optimizer(optimizer) or not isinstance(pruner, Pruner):
+        swapped = isinstance(optimizer, Pruner) and _is_optimizer(pruner)
         raise TypeError(
             "wrap_optax takes an optax optimizer and a jaxprune Pruner, in this order, got "
-            f"{type(optimizer).__name__} and {type(pruner).__name__}."
+            f"{type(optimizer).__name__} and {type(pruner).__name__}"
+            + (": the two are swapped." if swapped else ".")
         )
     inner = optax.with_extra_args_support(optimizer)
 
@@ -152,7 +155,12 @@ def keep_masked(
       [[0.0, -2.5]]
     """
     if not _is_optimizer(optimizer):
-        raise TypeError(f"keep_masked takes an optax optimizer first, got {type(optimizer).__name__}.")
+        raise TypeError(
+            f"keep_masked takes an optax optimizer first, got {shown(optimizer)}: the order is "
+            "keep_masked(optimizer, masks)."
+        )
+    if isinstance(masks, Pruner):
+        raise TypeError("keep_masked takes masks, got a Pruner: pass that to wrap_optax(optimizer, pruner).")
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> KeepMaskedState:
@@ -302,7 +310,10 @@ def _inner_update(
       nothing is known, it is made only for floats in which a small epsilon is 0.
     """
     given = (grads, state, params)
-    unknown: list[Zeros] = [frozenset()] * len(jax.tree.leaves(state))
+
+    def unknown() -> tuple[Any, Any, list[Zeros]]:
+        updates, new_state = update(*given)
+        return updates, new_state, [frozenset()] * len(jax.tree.leaves(new_state))
 
     def update(grads: Any, state: Any, params: Any) -> Any:
         return inner.update(grads, state, params, **extra)
@@ -310,13 +321,13 @@ def _inner_update(
     if eager := is_concrete(given):
         dtypes = {leaf.dtype for leaf in jax.tree.leaves(given) if is_array(leaf)}
         if not any(map(rounds_to_zero, dtypes)):
-            return *update(*given), unknown
+            return unknown()
     try:
         closed, shapes = jax.make_jaxpr(update, return_shape=True)(*given)
     except jax.errors.JAXTypeError:
         if not eager:
             raise
-        return *update(*given), unknown  # it looks at values
+        return unknown()  # it looks at values
     inputs: list[Zeros] = [
         frozenset() if index is None else frozenset((index,)) for index in twins(given, _fast(params))
     ]
@@ -344,15 +355,21 @@ def _regrowing_update(
     def step_or_rest(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         updates, stepped = inner.update(updates, state, params, **extra)
         still = jax.tree.map(partial(_clear, ~changed), updates)
-        return still, jax.tree.map(lambda old, new: jnp.where(changed, old, new), state, stepped)
+        return still, jax.tree.map(
+            lambda old, new: None if new is None else jnp.where(changed, old, new), state, stepped
+        )
 
     resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
     updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra, True)
 
     # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
     grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
-    fresh = jax.tree.leaves(inner.init(apply_masks(params, _like(params, before))))
+    anew = inner.init(apply_masks(params, _like(params, before)))
     leaves, treedef = jax.tree.flatten(inner_state)
+    fresh = jax.tree.leaves(anew)
+    if len(fresh) > len(leaves):  # leaves without gradients (keys, counts) have lost their moments
+        by_path = dict(zip(leaf_paths(anew), fresh, strict=True))
+        fresh = [by_path[path] for path in leaf_paths(inner_state)]
 
     def renewed(leaf, new, index):
         if index is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):

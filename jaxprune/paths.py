@@ -71,9 +71,24 @@ def path_of(keys: Sequence[Any]) -> str:
     return "/".join(map(_key_name, keys))
 
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`)."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`).
+
+    Variables of other libraries have both as well, but are no arrays: `keras.Variable` holds one, its
+    `value`, and torch's dtypes are not JAX's.
+    """
+    if isinstance(leaf, _ARRAYS):
+        return True
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or hasattr(leaf, "value"):
+        return False
+    try:
+        jnp.dtype(leaf.dtype)
+    except TypeError:
+        return False
+    return True
 
 
 def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
@@ -93,51 +108,34 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
             f"{what} has several leaves at the path {twice[0]!r}: rename a key that holds a '/'."
         )
     for path, leaf in zip(paths, leaves, strict=True):
-        if not isinstance(leaf, _ARRAYS):
-            if not is_array(leaf):
-                raise TypeError(_not_an_array(what, path, leaf))
-            _check_foreign(what, path, leaf)
+        if not is_array(leaf):
+            raise TypeError(not_an_array(what, path, leaf))
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"{what}[{path!r}] is an array of {leaf.dtype}, not of numbers.")
     return dict(zip(paths, leaves, strict=True))
 
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-
-
-def _not_an_array(what: str, path: str, leaf: Any) -> str:
+def not_an_array(what: str, path: str, leaf: Any) -> str:
     """The message for a leaf that is not an array: what it is, and what to pass in its place."""
     kind = type(leaf).__name__
     if not path and (callable(leaf) or isinstance(leaf, str)):
         name = leaf if isinstance(leaf, str) else getattr(leaf, "__name__", kind)
         return (
-            f"{what} is a {kind}, not an array or a pytree of arrays, got {name!r}. Check the order of the "
-            "arguments."
+            f"{what} is a {kind}, not an array or a pytree of arrays: {name!r}. Check the order of arguments."
         )
     head = f"{what}[{path!r}] is a {kind}, not an array. "
-    if isinstance(leaf, (bool, int, float, complex)):
-        return head + "Pass a number as jnp.asarray(number), or keep it out of the tree."
-    if isinstance(leaf, str):
-        return head + "Keep strings out of the tree: pass the arrays alone."
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        if hasattr(leaf, "value"):
+            return f"{head}Pass the array that it holds, its `.value` (as for every keras.Variable)."
+        return f"{head}Convert it to a JAX array first: jnp.asarray(leaf), or jnp.asarray(leaf.numpy())."
+    if isinstance(leaf, (bool, str)):
+        return f"{head}Keep settings and names out of the tree: pass the arrays alone."
+    if isinstance(leaf, (int, float, complex)):
+        return f"{head}Pass a number as jnp.asarray(number), or keep it out of the tree."
     return head + (
         "Pass the arrays alone: for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`; "
         "for a flax nnx module, `nnx.state(module, nnx.Param)`."
     )
-
-
-def _check_foreign(what: str, path: str, leaf: Any) -> None:
-    """Checks a leaf with a shape and a dtype that is of no array class of JAX or numpy.
-
-    Raises:
-      TypeError: it holds its array elsewhere (`keras.Variable`), or its dtype is not one of JAX's (torch).
-    """
-    head = f"{what}[{path!r}] is a {type(leaf).__module__}.{type(leaf).__name__}, not a JAX or numpy array. "
-    if hasattr(leaf, "value"):
-        raise TypeError(head + "Pass the array that it holds, its `.value`.")
-    try:
-        jnp.dtype(leaf.dtype)
-    except TypeError:
-        raise TypeError(head + "Convert it first: jnp.asarray(leaf) or jnp.asarray(leaf.numpy()).") from None
 
 
 def describe(leaf: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import check_params, shown
 from jaxprune.dtypes import is_narrow, is_numeric
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
@@ -110,6 +110,7 @@ def prune_once(
     References:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
+    check_params(params, "prune_once(params, scores, ...)")
     structure = checked_structure(structure)
     check_choices(scope, of, floor)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:

@@ -16,7 +16,7 @@ from jaxprune.io.atomic import replacing
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
 from jaxprune.masks import unpack_masks
-from jaxprune.paths import describe, is_array, is_concrete, kernels
+from jaxprune.paths import describe, is_array, is_concrete, kernels, not_an_array
 from jaxprune.quantization import quantize
 from jaxprune.typing import Masks, Params, Where
 
@@ -101,7 +101,7 @@ def _array(leaf: Any, where: trees.Path) -> np.ndarray:
     """A leaf as a numpy array of a dtype that files hold."""
     name = f"params[{trees.show(where)!r}]"
     if not is_array(leaf):
-        raise TypeError(f"{name} is a {type(leaf).__name__}, not an array. Save the arrays alone.")
+        raise TypeError(not_an_array("params", trees.show(where), leaf))
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
             f"{name} is {leaf.dtype}, a typed PRNG key. Save jax.random.key_data(key) in its place."

@@ -64,7 +64,7 @@ def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Ov
       (1, 0.333, 1.0)
     """
     masks = bool_masks(masks)
-    others = like_params(others, masks)
+    others = like_params(bool_masks(others), masks)
     if not is_concrete(masks, others):
         raise TypeError("overlap counts on the host: call it outside of jit, on masks that have values.")
     check_where(where)

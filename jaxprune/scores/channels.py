@@ -217,7 +217,9 @@ def mean_activation(
       ICLR 2017.
     """
     del extra
-    return _means(activations, lambda a: promote_to_float32(jnp.abs(a)), "scores.mean_activation", params, axis)
+    return _means(
+        activations, lambda a: promote_to_float32(jnp.abs(a)), "scores.mean_activation", params, axis
+    )
 
 
 ChannelScores = Callable[[str, int], jax.Array]

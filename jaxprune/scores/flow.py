@@ -134,7 +134,11 @@ def synflow(
             )
         return with_nan_elsewhere(
             {
-                path: jnp.where(sound, jnp.abs(promote_to_float32(positive[path]) * promote_to_float32(slopes[path])), jnp.nan)
+                path: jnp.where(
+                    sound,
+                    jnp.abs(promote_to_float32(positive[path]) * promote_to_float32(slopes[path])),
+                    jnp.nan,
+                )
                 for path in chosen
             },
             params,
