@@ -125,8 +125,8 @@ def like_params(masks: Masks, params: Params) -> Masks:
     for path, leaf in leaves.items():
         if not can_be_zero(leaf) and is_concrete(by_path[path]) and not np.asarray(by_path[path]).all():
             raise ValueError(
-                f"masks[{path!r}] prunes entries of params[{path!r}], which is {describe(leaf)} and cannot be "
-                "0. Make that mask all True."
+                f"masks[{path!r}] prunes entries of params[{path!r}], which is {describe(leaf)} and cannot "
+                "be 0. Make that mask all True."
             )
     return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaves])
 
@@ -277,8 +277,8 @@ def restore_packed(tree: Any, params: Params | None) -> Any:
     if params is None:
         path = path_of(next(keys for keys, node in keyed if _is_bare(node)))
         raise ValueError(
-            f"{path!r} is a packed mask that has lost its shape: nnx.Optimizer takes the states of optimizers "
-            "apart. Pass jaxprune.unpack_masks(masks, params)."
+            f"{path!r} is a packed mask that has lost its shape: nnx.Optimizer takes the states of "
+            "optimizers apart. Pass jaxprune.unpack_masks(masks, params)."
         )
     shapes = {
         path: leaf.shape

@@ -195,8 +195,9 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
       >>> jp.metrics.collapsed({"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}})
       ('a/kernel',)
     """
+    leaves = counted(tree)
     check_where(where)
-    return tuple(path for path, leaf in counted(tree).items() if where(path, leaf) and not _nonzeros(leaf))
+    return tuple(path for path, leaf in leaves.items() if where(path, leaf) and not _nonzeros(leaf))
 
 
 def counted(tree: Any) -> dict[str, Any]:
