@@ -89,7 +89,7 @@ def infinite_where(eqn: "JaxprEqn", inputs: Sequence[Zeros]) -> frozenset[int]:
     elif (
         name in ("rsqrt", "log")
         or (name == "integer_pow" and eqn.params["y"] < 0)
-        or (name == "pow" and hasattr(eqn.invars[1], "val") and np.all(np.asarray(eqn.invars[1].val) < 0))
+        or (name == "pow" and np.all(np.asarray(getattr(eqn.invars[1], "val", 1)) < 0))
     ):
         divisor = inputs[0]
     return frozenset[int]() if divisor is None else divisor

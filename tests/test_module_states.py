@@ -1,5 +1,7 @@
 """States of real modules: keys, counts and flags are left alone; what is no array is refused by path."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -143,7 +145,7 @@ FACTORIES = {
 @pytest.mark.parametrize("name", FACTORIES)
 def test_scores_of_a_loss(case, name):
     params, values, _, _, loss, loss_of_floats, _ = case
-    data = {"batches": X[None]} if name == "over_batches" else {"batch": X}
+    data: Any = {"batches": X[None]} if name == "over_batches" else {"batch": X}
     got = jp.prune_once(params, FACTORIES[name](loss), sparsity=0.5, **data)
     check_masks(got, params, jp.prune_once(values, FACTORIES[name](loss_of_floats), sparsity=0.5, **data))
 
@@ -234,7 +236,7 @@ def test_optimizers_of_whole_states(case, inner):
             jp.wrap_optax(inner, jp.rigl(start, every=1, end_step=9)),
         ),
     ):
-        expected, _ = of_floats.update(grads, of_floats.init(values), values)
+        expected: Any = of_floats.update(grads, of_floats.init(values), values)[0]
         updates, _ = tx.update(whole, tx.init(params), params)
         got = by_path(updates)
         assert got.keys() == expected.keys()
@@ -387,6 +389,10 @@ def test_the_value_of_a_variable_is_an_array():
 
 # Arguments in another order
 
+PARAMS: Any
+MASKS: Any
+PRUNER: Any
+OPTIMIZER: Any
 PARAMS, MASKS = {"kernel": jnp.arange(1.0, 5.0).reshape(2, 2)}, {"kernel": jnp.eye(2, dtype=bool)}
 PRUNER, OPTIMIZER = jp.pruner(jp.scores.magnitude, 0.5), optax.sgd(0.1)
 

@@ -55,7 +55,8 @@ def some_packed(masks):
 
 
 def train(tx, steps=3):
-    params, state = PARAMS, tx.init(PARAMS)
+    params: Any = PARAMS
+    state: Any = tx.init(PARAMS)
     for _ in range(steps):
         updates, state = tx.update(GRADS, state, params)
         params = optax.apply_updates(params, updates)
@@ -166,7 +167,8 @@ FINE_LEAVES = jax.tree.leaves(FINE)
 
 def test_kept_masks_stay_packed_in_the_state():
     tx = jp.keep_masked(optax.adam(0.1), some_packed(FINE))
-    first, *others = jax.tree.leaves(tx.init(PARAMS).masks, is_leaf=lambda x: isinstance(x, jp.PackedMask))
+    state: Any = tx.init(PARAMS)
+    first, *others = jax.tree.leaves(state.masks, is_leaf=lambda x: isinstance(x, jp.PackedMask))
     assert isinstance(first, jp.PackedMask) and all(leaf.dtype == bool for leaf in others)
 
 

@@ -1,6 +1,7 @@
 """Narrow floats: scores rank as in float32, 8-bit leaves are pruned, and float16 optimizers stay finite."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ def loss(params, x):
 
 
 def of_loss(factory, **options):
-    return lambda params, x: factory(loss, **options)(params, batch=x, key=jax.random.key(0))
+    return lambda params, x: factory(loss, **options)(params, batch=x, grads=None, key=jax.random.key(0))
 
 
 SCORES = {
@@ -106,9 +107,11 @@ SCORES = {
     "obd": of_loss(jp.scores.obd),
     "obs": of_loss(jp.scores.obs, damping=1.0),
     "brute_force": of_loss(jp.scores.brute_force),
-    "over_batches": lambda p, x: jp.scores.over_batches(jp.scores.taylor, loss)(p, batches=x[None]),
-    "synflow": lambda p, x: jp.scores.synflow(network, x)(p),
-    "bn_scale": lambda p, x: jp.scores.bn_scale({"a/kernel": "a/bias"})(p),
+    "over_batches": lambda p, x: jp.scores.over_batches(jp.scores.taylor, loss)(
+        p, batches=x[None], grads=None, key=None
+    ),
+    "synflow": lambda p, x: jp.scores.synflow(network, x)(p, grads=None, key=None),
+    "bn_scale": lambda p, x: jp.scores.bn_scale({"a/kernel": "a/bias"})(p, grads=None, key=None),
     "mean_activation": lambda p, x: jp.scores.mean_activation(
         p, activations={"a/kernel": normal(6, 9, 6).astype(x.dtype)}
     ),
@@ -166,7 +169,7 @@ def test_an_error_of_the_loss_is_its_own():
         raise KeyError("nothing of that name")
 
     with pytest.raises(KeyError, match="nothing of that name"):
-        jp.scores.fisher(wrong)(cast(PARAMS, jnp.float16), batch=X)
+        jp.scores.fisher(wrong)(cast(PARAMS, jnp.float16), batch=X, grads=None, key=None)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,8 @@ def survivors(tree):
 
 
 def trained(tx, params, of, jit, steps=4):
-    state, update = tx.init(params), jax.jit(tx.update) if jit else tx.update
+    state: Any = tx.init(params)
+    update = jax.jit(tx.update) if jit else tx.update
     for step in range(steps):
         updates, state = update(of(step), state, params)
         params = optax.apply_updates(params, updates)
