@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.paths import is_array, is_concrete
-from jaxprune.typing import PrunerState
+from jaxprune.paths import describe, is_array, is_concrete, leaf_paths
+from jaxprune.typing import Pruner, PrunerState
 
 
 def is_number(value: Any) -> bool:
@@ -29,12 +29,19 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long.
+    """A value in a message, cut where it is long; of a tree of arrays its shapes.
 
     Example:
       >>> len(shown("x" * 1000))
       200
+      >>> import jax.numpy as jnp
+      >>> shown({"kernel": jnp.ones((2, 3))})
+      'a dict of arrays, kernel float32[2, 3]'
     """
+    if not isinstance(value, (str, int, float)) and not is_array(value) and _holds_arrays(value):
+        leaves = zip(leaf_paths(value), jax.tree.leaves(value), strict=True)
+        listing = ", ".join(f"{path} {describe(leaf)}" for path, leaf in leaves if is_array(leaf))
+        return f"a {type(value).__name__} of arrays, {listing}"[:200]
     return repr(value)[:200]
 
 
@@ -49,6 +56,25 @@ def name_of(function: Any) -> str:
     return getattr(function, "__name__", None) or getattr(
         getattr(function, "func", None), "__name__", shown(function)
     )
+
+
+def _holds_arrays(value: Any) -> bool:
+    return any(map(is_array, jax.tree.leaves(value)))
+
+
+def check_params(params: Any, call: str) -> None:
+    """Checks that params are not what follows them.
+
+    Args:
+      params: what was passed.
+      call: how the function is called.
+
+    Raises:
+      TypeError: they are a function or a pruner.
+    """
+    if isinstance(params, Pruner) or (callable(params) and jax.tree_util.all_leaves([params])):
+        name = getattr(params, "__name__", type(params).__name__)
+        raise TypeError(f"params must be a pytree of arrays, got {name!r}: the order is {call}.")
 
 
 def check_number(value: Any, name: str, allowed: str) -> None:
@@ -120,7 +146,8 @@ def check_function(function: Any, name: str, what: str) -> None:
       TypeError: it cannot be called.
     """
     if not callable(function):
-        raise TypeError(f"{name} needs a function {what}, got {shown(function)}.")
+        order = " The function comes first, the params after it." if _holds_arrays(function) else ""
+        raise TypeError(f"{name} needs a function {what}, got {shown(function)}.{order}")
 
 
 def check_key(key: Any, name: str) -> None:

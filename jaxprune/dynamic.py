@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxprune.arguments import as_integer, check_number, check_state, is_number, name_of
 from jaxprune.control import update_if
 from jaxprune.extras import check_extra, named_by
-from jaxprune.masks import check_masks, ones_masks, own_masks, packed_like, unpack_masks
+from jaxprune.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.prune import all_finite, checked_structure, evaluate, pool
@@ -196,7 +196,7 @@ def rewiring(
             f"{structure.name} has units that span several leaves; what moves here lies in one. Pass "
             "structures.slices, blocks, nm or elements."
         )
-    check_masks(masks, masks)
+    masks = bool_masks(masks)
     check_where(where)
     if is_concrete(masks):
         with jax.ensure_compile_time_eval():  # a traced function may have closed over them

@@ -28,8 +28,17 @@ import numpy as np
 from jax import lax
 
 from jaxprune import metrics
-from jaxprune.arguments import as_integer, check_function, check_key
-from jaxprune.masks import apply_masks, check_masks, check_pruned
+from jaxprune.arguments import as_integer, check_function, check_key, check_params, shown
+from jaxprune.dtypes import common_dtype
+from jaxprune.masks import (
+    apply_masks,
+    bool_masks,
+    check_not_swapped,
+    check_pruned,
+    packed_like,
+    restore_packed,
+    unpack_masks,
+)
 from jaxprune.optimizer import twins
 from jaxprune.paths import (
     array_leaves,
@@ -137,7 +146,7 @@ def lottery_ticket(
       "Comparing Rewinding and Fine-tuning in Neural Network Pruning", ICLR 2020; Han et al.,
       NIPS 2015 (fine-tuning).
     """
-    _check(train, pruner, levels, rewind, tune, where)
+    _check(train, params, pruner, levels, rewind, tune, where)
 
     def tickets() -> Iterator[Ticket]:
         if after is None:
@@ -200,7 +209,7 @@ def lottery_scan(
       >>> tickets.masks["kernel"].sum((2, 3)).tolist()
       [[8, 4, 2], [8, 4, 2]]
     """
-    _check(train, pruner, levels, rewind, tune, where)
+    _check(train, params, pruner, levels, rewind, tune, where)
 
     def level(train: TrainFn) -> Callable:
         def run(carry, number):
@@ -255,8 +264,11 @@ def rewind(saved: Any, masks: Masks) -> Any:
       >>> int(optax.tree.get(opt_state, "count"))
       1
     """
-    check_masks(masks, masks)
+    check_not_swapped(masks, saved, "rewind(saved, masks)")
+    masks = bool_masks(masks)
     kept = jax.tree.leaves(masks)
+    given = restore_packed(saved, masks)
+    saved = unpack_masks(given)
     leaves, treedef = jax.tree.flatten(saved)
     indices = twins(saved, masks)
     mirrored = {index for index in indices if index is not None}
@@ -279,7 +291,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
             return jnp.broadcast_to(kept[index], leaf.shape)
         return jnp.where(kept[index], leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.unflatten(treedef, list(map(masked, leaves, indices)))
+    return packed_like(jax.tree.unflatten(treedef, list(map(masked, leaves, indices))), given)
 
 
 def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> Masks:
@@ -310,8 +322,8 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
       Frankle and Carbin, ICLR 2019 (random sparse networks); Frankle et al., "Pruning Neural
       Networks at Initialization: Why Are We Missing the Mark?", ICLR 2021 (layer-wise shuffling).
     """
-    check_masks(masks, masks)
     check_key(key, "shuffled_masks")
+    masks = bool_masks(masks)
     if within is not None:
         within = as_integer(within, "within", what="an axis; or None")
     if within is not None and not any(-m.ndim <= within < m.ndim for m in jax.tree.leaves(masks)):
@@ -373,8 +385,10 @@ def error_barrier(
         def between(p, q):
             if not jnp.issubdtype(p.dtype, jnp.inexact):
                 return p  # a counter lies on no line
-            with jax.numpy_dtype_promotion("standard"):  # half precision is mixed in float32
-                return ((1 - a) * p + a * q).astype(p.dtype)
+            # Half precision is mixed in float32.
+            wide = common_dtype(p.dtype, a.dtype)
+            mixed = (1 - a).astype(wide) * p.astype(wide) + a.astype(wide) * q.astype(wide)
+            return mixed.astype(p.dtype)
 
         leaves, treedef = jax.tree.flatten(one)
         return error(jax.tree.unflatten(treedef, list(map(between, leaves, others))))
@@ -383,12 +397,19 @@ def error_barrier(
     return jnp.max(errors) - (errors[0] + errors[-1]) / 2
 
 
-def _check(train: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: Any) -> None:
+_CALL = "lottery_ticket(train, params, pruner, levels)"
+_ORDER = f"The order is {_CALL}."
+
+
+def _check(train: Any, params: Any, pruner: Any, levels: Any, rewind: Any, tune: Any, where: Any) -> None:
     if not callable(train):
-        raise TypeError(f"train must be a function train(params, masks) -> params, got {train!r}.")
+        raise TypeError(
+            f"train must be a function train(params, masks) -> params, got {shown(train)}. {_ORDER}"
+        )
+    check_params(params, _CALL)
     check_where(where)
     if not isinstance(pruner, Pruner):
-        raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}.")
+        raise TypeError(f"lottery tickets need a jaxprune Pruner, got {type(pruner).__name__}. {_ORDER}")
     as_integer(levels, "levels", at_least=0, what="how often to prune")
     if not isinstance(rewind, str) or rewind not in ("weights", "learning_rate", "nothing"):
         raise ValueError(f"rewind must be 'weights', 'learning_rate' or 'nothing', got {rewind!r}.")

@@ -8,17 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.arguments import shown
+from jaxprune.dtypes import common_dtype, rounds_to_zero
+from jaxprune.guard import divides_by_zero, guarded
 from jaxprune.masks import (
     apply_masks,
     check_masks,
     intersect,
     own_masks,
     pack_masks,
+    packed_where,
+    restore_packed,
     unpack_masks,
 )
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
 from jaxprune.typing import Masks, Params, Pruner, PrunerState
-from jaxprune.zeros import Zeros, zero_where
+from jaxprune.zeros import Zeros
 
 
 class WrapOptaxState(NamedTuple):
@@ -103,9 +108,11 @@ def wrap_optax(
       2
     """
     if not _is_optimizer(optimizer) or not isinstance(pruner, Pruner):
+        swapped = isinstance(optimizer, Pruner) and _is_optimizer(pruner)
         raise TypeError(
             "wrap_optax takes an optax optimizer and a jaxprune Pruner, in this order, got "
-            f"{type(optimizer).__name__} and {type(pruner).__name__}."
+            f"{type(optimizer).__name__} and {type(pruner).__name__}"
+            + (": the two are swapped." if swapped else ".")
         )
     inner = optax.with_extra_args_support(optimizer)
     if pruner.compounds:
@@ -128,8 +135,10 @@ def wrap_optax(
         _check_update("wrap_optax", WrapOptaxState, updates, state, params)
         # What the score does not name is meant for the optimizer.
         read = {name: x for name, x in extra.items() if pruner.takes is None or name in pruner.takes}
-        pruned = pruner.update(state.pruner, _fast(params), grads=updates, **read)
-        before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
+        # nnx.Optimizer takes states apart, and packed masks lose their shapes on the way.
+        own = state.pruner._replace(masks=restore_packed(state.pruner.masks, _fast(params)))
+        pruned = pruner.update(own, _fast(params), grads=updates, **read)
+        before, after = unpack_masks(own.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
         updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
         return updates, WrapOptaxState(inner_state, pruned)
@@ -147,7 +156,7 @@ def keep_masked(
 
     Args:
       optimizer: any optax transform.
-      masks: bool masks like the params.
+      masks: bool masks like the params. Packed masks stay packed in the state.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `KeepMaskedState`. `init` raises if the
@@ -166,22 +175,28 @@ def keep_masked(
       [[0.0, -2.5]]
     """
     if not _is_optimizer(optimizer):
-        raise TypeError(f"keep_masked takes an optax optimizer first, got {type(optimizer).__name__}.")
+        raise TypeError(
+            f"keep_masked takes an optax optimizer first, got {shown(optimizer)}: the order is "
+            "keep_masked(optimizer, masks)."
+        )
+    if isinstance(masks, Pruner):
+        raise TypeError("keep_masked takes masks, got a Pruner: pass that to wrap_optax(optimizer, pruner).")
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> KeepMaskedState:
         if _is_placeholder(params):
             return KeepMaskedState(inner.init(params), params)
         own = own_masks(masks, _fast(params))
-        return KeepMaskedState(inner.init(_like(params, apply_masks(_fast(params), own))), own)
+        inner_state = inner.init(_like(params, apply_masks(_fast(params), own)))
+        return KeepMaskedState(inner_state, packed_where(own, masks))
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_update("keep_masked", KeepMaskedState, updates, state, params)
-        check_masks(state.masks, _fast(params))
-        updates, inner_state = _masked_update(
-            inner, updates, state.inner, params, state.masks, state.masks, extra
-        )
-        return updates, KeepMaskedState(inner_state, state.masks)
+        kept = restore_packed(state.masks, _fast(params))
+        now = unpack_masks(kept)
+        check_masks(now, _fast(params))
+        updates, inner_state = _masked_update(inner, updates, state.inner, params, now, now, extra)
+        return updates, KeepMaskedState(inner_state, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -284,7 +299,7 @@ def _masked_update(
         if update is None or not jnp.issubdtype(param.dtype, jnp.inexact):
             return update
         # Adding -p gives exactly 0 only if -p is not rounded to a narrower type than p's.
-        dtype = jnp.promote_types(update.dtype, param.dtype)
+        dtype = update.dtype if update.dtype == param.dtype else common_dtype(update.dtype, param.dtype)
         return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
 
     def is_none(leaf):
@@ -306,35 +321,65 @@ def _masked_update(
     # Moments are cleared on their way in, where that fuses with the optimizer's own reading of them
     # and they can be written in place; and on their way out only if they need not be 0 by then.
     state = cleared(state, twins(state, fast))
-    updates, new_state = inner.update(grads, state, masked_params, **extra)
+    updates, new_state, zero = _inner_update(inner, grads, state, masked_params, kept, extra)
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
     again = twins(new_state, fast)
-    zero = _zero_by_itself(inner, grads, state, masked_params, extra)
     again = [None if z is None or i in z else i for i, z in zip(again, zero, strict=True)]
     return updates, cleared(_forget_searches(new_state, before, after), again)
 
 
-def _zero_by_itself(
+def _inner_update(
     inner: optax.GradientTransformationExtraArgs,
     grads: Any,
     state: Any,
     params: Params,
+    masks: list[jax.Array],
     extra: dict[str, Any],
-) -> list[Zeros]:
-    """For each leaf of the optimizer's new state, of which params it is 0 wherever they are pruned.
+) -> tuple[Any, Any, list[Zeros]]:
+    """The wrapped optimizer's update, by which nothing that it divides by 0 where pruned reaches the rest.
 
-    That takes a jaxpr, which is made where one is made anyway; outside `jit` nothing is said to be.
+    Args:
+      inner: the optimizer.
+      grads, state, params: 0 where pruned.
+      masks: by param.
+      extra: its further arguments.
+
+    Returns:
+      The updates, the new state, and for each leaf of that with which params it is 0 wherever they are
+      pruned. It takes a jaxpr to know, which is made where one is made anyway; outside `jit`, where
+      nothing is known, it is made only for floats in which a small epsilon is 0.
     """
-    if is_concrete(grads, state, params):
-        return [frozenset()] * len(jax.tree.leaves(state))
     given = (grads, state, params)
-    closed = jax.make_jaxpr(lambda grads, state, params: inner.update(grads, state, params, **extra)[1])(
-        *given
-    )
-    indices = twins(given, _fast(params))
-    return zero_where(closed, [frozenset() if i is None else frozenset((i,)) for i in indices])
+
+    def unknown() -> tuple[Any, Any, list[Zeros]]:
+        updates, new_state = update(*given)
+        return updates, new_state, [frozenset()] * len(jax.tree.leaves(new_state))
+
+    def update(grads: Any, state: Any, params: Any) -> Any:
+        return inner.update(grads, state, params, **extra)
+
+    if eager := is_concrete(given):
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(given) if is_array(leaf)}
+        if not any(map(rounds_to_zero, dtypes)):
+            return unknown()
+    try:
+        closed, shapes = jax.make_jaxpr(update, return_shape=True)(*given)
+    except jax.errors.JAXTypeError:
+        if not eager:
+            raise
+        return unknown()  # it looks at values
+    inputs: list[Zeros] = [
+        frozenset() if index is None else frozenset((index,)) for index in twins(given, _fast(params))
+    ]
+    divides, zero = divides_by_zero(closed, inputs)
+    if divides:
+        leaves, zero = guarded(closed, inputs, jax.tree.leaves(given), masks)
+        updates, new_state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    else:
+        updates, new_state = update(*given)
+    return updates, new_state, zero[len(jax.tree.leaves(shapes[0])) :]
 
 
 def _regrowing_update(
@@ -352,15 +397,21 @@ def _regrowing_update(
     def step_or_rest(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         updates, stepped = inner.update(updates, state, params, **extra)
         still = jax.tree.map(partial(_clear, ~changed), updates)
-        return still, jax.tree.map(lambda old, new: jnp.where(changed, old, new), state, stepped)
+        return still, jax.tree.map(
+            lambda old, new: None if new is None else jnp.where(changed, old, new), state, stepped
+        )
 
     resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
     updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra, True)
 
     # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
     grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
-    fresh = jax.tree.leaves(inner.init(apply_masks(params, _like(params, before))))
+    anew = inner.init(apply_masks(params, _like(params, before)))
     leaves, treedef = jax.tree.flatten(inner_state)
+    fresh = jax.tree.leaves(anew)
+    if len(fresh) > len(leaves):  # leaves without gradients (keys, counts) have lost their moments
+        by_path = dict(zip(leaf_paths(anew), fresh, strict=True))
+        fresh = [by_path[path] for path in leaf_paths(inner_state)]
 
     def renewed(leaf, new, index):
         if index is None or not jnp.issubdtype(leaf.dtype, jnp.inexact):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.dtypes import can_be_zero
 from jaxprune.typing import Params, Where
 
 
@@ -65,9 +66,29 @@ def leaf_paths(tree: Any) -> list[str]:
     return ["/".join(parts) for parts in _path_parts(tree)]
 
 
+def path_of(keys: Sequence[Any]) -> str:
+    """The path string of a tuple of JAX's keys."""
+    return "/".join(map(_key_name, keys))
+
+
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+
+
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`)."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether a leaf has a shape and a dtype (arrays, tracers, `jax.ShapeDtypeStruct`).
+
+    Variables of other libraries have both as well, but are no arrays: `keras.Variable` holds one, its
+    `value`, and torch's dtypes are not JAX's.
+    """
+    if isinstance(leaf, _ARRAYS):
+        return True
+    if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) or hasattr(leaf, "value"):
+        return False
+    try:
+        jnp.dtype(leaf.dtype)
+    except TypeError:
+        return False
+    return True
 
 
 def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
@@ -75,7 +96,8 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
 
     Raises:
       ValueError: the tree has no leaves, or two leaves have the same path.
-      TypeError: a leaf is not an array (an activation function inside an equinox module, say).
+      TypeError: a leaf is not an array (an activation function inside an equinox module, say, or
+        a `keras.Variable`), and what to pass instead.
     """
     paths, leaves = leaf_paths(tree), jax.tree.leaves(tree)
     if not leaves:
@@ -87,13 +109,33 @@ def array_leaves(tree: Params, what: str = "params") -> dict[str, Any]:
         )
     for path, leaf in zip(paths, leaves, strict=True):
         if not is_array(leaf):
-            raise TypeError(
-                f"{what}[{path!r}] is a {type(leaf).__name__}, not an array. Pass the arrays alone: "
-                "for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`."
-            )
+            raise TypeError(not_an_array(what, path, leaf))
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":
             raise TypeError(f"{what}[{path!r}] is an array of {leaf.dtype}, not of numbers.")
     return dict(zip(paths, leaves, strict=True))
+
+
+def not_an_array(what: str, path: str, leaf: Any) -> str:
+    """The message for a leaf that is not an array: what it is, and what to pass in its place."""
+    kind = type(leaf).__name__
+    if not path and (callable(leaf) or isinstance(leaf, str)):
+        name = leaf if isinstance(leaf, str) else getattr(leaf, "__name__", kind)
+        return (
+            f"{what} is a {kind}, not an array or a pytree of arrays: {name!r}. Check the order of arguments."
+        )
+    head = f"{what}[{path!r}] is a {kind}, not an array. "
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        if hasattr(leaf, "value"):
+            return f"{head}Pass the array that it holds, its `.value` (as for every keras.Variable)."
+        return f"{head}Convert it to a JAX array first: jnp.asarray(leaf), or jnp.asarray(leaf.numpy())."
+    if isinstance(leaf, (bool, str)):
+        return f"{head}Keep settings and names out of the tree: pass the arrays alone."
+    if isinstance(leaf, (int, float, complex)):
+        return f"{head}Pass a number as jnp.asarray(number), or keep it out of the tree."
+    return head + (
+        "Pass the arrays alone: for an equinox module, `equinox.filter(module, equinox.is_inexact_array)`; "
+        "for a flax nnx module, `nnx.state(module, nnx.Param)`."
+    )
 
 
 def describe(leaf: Any) -> str:
@@ -169,7 +211,7 @@ def selected(params: Params, where: Where) -> list[str]:
 
     Raises:
       ValueError: `where` matches no leaf; the message lists the paths there are.
-      TypeError: `where` is not callable, or matches a leaf that is not floating-point.
+      TypeError: `where` is not callable, or matches a leaf that is not floating-point or has no zero.
     """
     leaves = array_leaves(params)
     check_where(where)
@@ -185,6 +227,11 @@ def selected(params: Params, where: Where) -> list[str]:
             raise TypeError(
                 f"params[{path!r}] is {describe(leaves[path])}; only floating-point (or complex) "
                 "leaves can be pruned. Leave it out with where=..."
+            )
+        if not can_be_zero(leaves[path]):
+            raise TypeError(
+                f"params[{path!r}] is {describe(leaves[path])}, a dtype without a zero, so no entry can be "
+                "pruned. Leave it out with where=..., or cast it: leaf.astype(jnp.bfloat16)."
             )
     return chosen
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.dtypes import common_dtype
 from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.structures import slices
 from jaxprune.typing import Params, Where
@@ -112,8 +113,7 @@ def _magnitudes(params: Params, where: Where) -> dict[str, jax.Array]:
 
 
 def _wide(*leaves: jax.Array) -> jnp.dtype:
-    with jax.numpy_dtype_promotion("standard"):  # also where it is made strict
-        return jnp.result_type(jnp.float32, *leaves)
+    return common_dtype(jnp.float32, *(leaf.dtype for leaf in leaves))
 
 
 def _total(sums: list[jax.Array]) -> jax.Array:

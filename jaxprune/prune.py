@@ -4,6 +4,7 @@
 steps again and again, with a count that a schedule gives.
 """
 
+import contextlib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import as_integer, shown
+from jaxprune.arguments import as_integer, check_params, shown
+from jaxprune.dtypes import is_narrow, is_numeric
 from jaxprune.extras import check_extra
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
@@ -110,6 +112,7 @@ def prune_once(
     References:
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
+    check_params(params, "prune_once(params, scores, ...)")
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, prune_once)
     structure = checked_structure(structure)
     floor = check_choices(scope, of, floor)
@@ -174,7 +177,7 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
     """
     if callable(scores) and not is_tree_of_scores(scores, params):
         _check_takes(scores, params, inputs)
-        scores = scores(params, **inputs)
+        scores = _call_score(scores, params, inputs)
     elif unused := [name for name, value in inputs.items() if value is not None]:
         raise TypeError(f"scores is a tree, not a score function, so {', '.join(unused)} would not be used.")
     check_mirrors(scores, params, "scores")
@@ -185,6 +188,25 @@ def is_tree_of_scores(scores: ScoreFn | Scores, params: Params) -> bool:
     """Whether scores are values rather than a function; a module of arrays can be called, too."""
     mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
     return not callable(scores) or (mirrored and all(map(is_array, jax.tree.leaves(scores))))
+
+
+def _call_score(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> Scores:
+    """What a score function gives; of one that takes numbers alone, without the params that have none.
+
+    A score of the user's that maps over all leaves, `jax.tree.map(jnp.abs, params)`, fails at a typed
+    PRNG key, of which nothing is ranked. It is then called with zeros in the keys' places. A score that
+    needs its keys, to run the network, does not fail at first.
+    """
+    try:
+        return score(params, **inputs)
+    except (TypeError, ValueError):
+        leaves, treedef = jax.tree.flatten(params)
+        if all(map(is_numeric, leaves)):
+            raise
+        numbers = [x if is_numeric(x) else jnp.zeros(x.shape, jnp.float32) for x in leaves]
+        with contextlib.suppress(TypeError, ValueError):
+            return score(treedef.unflatten(numbers), **inputs)
+        raise
 
 
 def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:
@@ -215,6 +237,7 @@ def all_finite(scores: Scores, masks: Masks, chosen: list[str]) -> jax.Array:
     def finite(leaf: jax.Array, kept: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.array(True)
+        leaf = leaf.astype(jnp.bfloat16) if is_narrow(leaf.dtype, below=16) else leaf
         # The largest size is NaN if one is, and no copy is made to find it.
         return jnp.max(jnp.where(kept, jnp.abs(leaf), 0), initial=0) < jnp.inf
 
@@ -246,6 +269,8 @@ def pool(
     """
     leaves, before = array_leaves(scores, "scores"), array_leaves(masks, "masks")
     raw = {path: jnp.asarray(leaves[path]) for path in chosen}
+    # JAX promotes floats of 8 bits to nothing by itself, and not all have infinity.
+    raw |= {p: leaf.astype(jnp.bfloat16) for p, leaf in raw.items() if is_narrow(leaf.dtype, below=16)}
     floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in raw.items()}
     for path, leaf in raw.items():
         if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arguments import scalar
+from jaxprune.dtypes import common_dtype
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.typing import Masks, Params
 
@@ -118,8 +119,7 @@ def _backward(saved: Any, grads: list[jax.Array]) -> tuple[list[jax.Array], None
             return grad  # float0: integers have no gradient
         # In float32 at least, where a small decay does not vanish; conj is JAX's convention for
         # the gradient of |p|^2 / 2.
-        with jax.numpy_dtype_promotion("standard"):  # also where it is made strict
-            wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        wide = common_dtype(leaf.dtype, jnp.float32)
         pruned = jnp.where(mask, jnp.zeros((), wide), leaf.astype(wide).conj())
         return (grad.astype(wide) + decay.astype(wide) * pruned).astype(leaf.dtype)
 

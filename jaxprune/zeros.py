@@ -6,7 +6,7 @@ that are 0 there again: then nothing need be cleared after it. Some add a consta
 is taken not to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,13 +41,20 @@ Zeros = frozenset[int] | None
 """Of which params a value is 0 where they are pruned, by number; None for a value that is 0 everywhere."""
 
 
-def zero_where(closed: "ClosedJaxpr", inputs: Sequence[Zeros]) -> list[Zeros]:
+Notice = Callable[["JaxprEqn", list[Zeros]], None]
+"""Called with each equation, and where its inputs are 0."""
+
+
+def zero_where(
+    closed: "ClosedJaxpr", inputs: Sequence[Zeros], notice: Notice = lambda eqn, inputs: None
+) -> list[Zeros]:
     """For each output of a jaxpr, where it is 0.
 
     Args:
       closed: a jaxpr. Values that are told apart by params are combined entry by entry only with
         values of their own shape, or scalars.
       inputs: for each of its inputs, where that is 0.
+      notice: called with each equation on the way, those of calls and branches included.
 
     Returns:
       For each output the params that it is known to be 0 with; finite factors are taken for granted.
@@ -58,13 +65,34 @@ def zero_where(closed: "ClosedJaxpr", inputs: Sequence[Zeros]) -> list[Zeros]:
         known[var] = _of_value(value)
 
     def read(var: Any) -> Zeros:
-        # A literal's value may be of a class of JAX's own.
-        return _of_value(np.asarray(var.val)) if hasattr(var, "val") else known.get(var, frozenset())
+        return of_literal(var) if hasattr(var, "val") else known.get(var, frozenset())
 
     for eqn in jaxpr.eqns:
-        found = _of_equation(eqn, [read(var) for var in eqn.invars])
+        zeros = [read(var) for var in eqn.invars]
+        notice(eqn, zeros)
+        found = of_equation(eqn, zeros, notice)
         known.update(zip(eqn.outvars, found, strict=True))
     return [read(var) for var in jaxpr.outvars]
+
+
+def of_literal(var: Any) -> Zeros:
+    """Of a number in a jaxpr, in its dtype: an epsilon of 1e-8 is 0 in float16."""
+    value = np.asarray(var.val)  # which may be of a class of JAX's own
+    return _of_value(value.astype(var.aval.dtype) if value.dtype.kind in "fiuc" else value)
+
+
+def infinite_where(eqn: "JaxprEqn", inputs: Sequence[Zeros]) -> frozenset[int]:
+    """With which params an equation gives infinity or NaN where they are pruned: it divides by 0 there."""
+    name, divisor = eqn.primitive.name, None
+    if name == "div":
+        divisor = inputs[1]
+    elif (
+        name in ("rsqrt", "log")
+        or (name == "integer_pow" and eqn.params["y"] < 0)
+        or (name == "pow" and np.all(np.asarray(getattr(eqn.invars[1], "val", 1)) < 0))
+    ):
+        divisor = inputs[0]
+    return frozenset[int]() if divisor is None else divisor
 
 
 def _of_value(value: Any) -> Zeros:
@@ -85,13 +113,16 @@ def _either(first: Zeros, second: Zeros) -> Zeros:
     return None if first is None or second is None else first | second
 
 
-def _of_equation(eqn: "JaxprEqn", inputs: list[Zeros]) -> list[Zeros]:
+def of_equation(
+    eqn: "JaxprEqn", inputs: list[Zeros], notice: Notice = lambda eqn, inputs: None
+) -> list[Zeros]:
+    """For each output of an equation, where it is 0."""
     name = eqn.primitive.name
     unknown: list[Zeros] = [frozenset()] * len(eqn.outvars)
     if name in CALLS:
-        return zero_where(called_jaxpr(eqn), inputs)
+        return zero_where(called_jaxpr(eqn), inputs, notice)
     if name == "cond":
-        each = [zero_where(close(branch), inputs[1:]) for branch in eqn.params["branches"]]
+        each = [zero_where(close(branch), inputs[1:], notice) for branch in eqn.params["branches"]]
         return [_all_of(found) for found in zip(*each, strict=True)]
     if name in _OF_ONE:
         return list(inputs)

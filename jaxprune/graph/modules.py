@@ -13,7 +13,7 @@ from jaxprune.graph.compaction import Compacted, bind, compact
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.widths import Changes, UnfitError, culprits, put_right
 from jaxprune.jaxprs import split_static
-from jaxprune.masks import check_masks, like_params
+from jaxprune.masks import check_masks, like_params, unpack_masks
 from jaxprune.paths import array_leaves, is_concrete, leaf_paths
 from jaxprune.typing import Masks, Params
 
@@ -205,6 +205,7 @@ def _compact(
 
 def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
     """Masks of all params, from masks of the Params, or of all variables."""
+    masks = unpack_masks(masks, params)
     given = array_leaves(masks, "masks")
     trainable = nnx.state(model, nnx.Param)
     if given.keys() <= set(leaf_paths(trainable)):

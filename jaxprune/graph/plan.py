@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.rules.slices import take
 from jaxprune.io.atomic import replacing
-from jaxprune.masks import unpack_masks
+from jaxprune.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
 from jaxprune.typing import DenseShapes, PrunerState
 
@@ -127,6 +127,11 @@ class Plan:
 
     def _map(self, tree: Any, shape_of: Callable[[str], tuple[int, ...]], change: Any, name: str) -> Any:
         """Applies `change(leaf, path)` to the leaves that mirror a param of such shapes."""
+        # Masks of one bit per entry, which an optimizer's state may hold, are cut as bools and packed anew.
+        given = restore_packed(
+            tree, {path: jax.ShapeDtypeStruct(shape_of(path), bool) for path in self.shapes}
+        )
+        tree = unpack_masks(given)
         names, leaves = leaf_paths(tree), jax.tree.leaves(tree)
         owners = [self._owner(where, leaf, shape_of) for where, leaf in zip(names, leaves, strict=True)]
         for leaf, owner, where in zip(leaves, owners, names, strict=True):
@@ -147,7 +152,7 @@ class Plan:
         out = [
             leaf if owner is None else change(leaf, owner) for leaf, owner in zip(leaves, owners, strict=True)
         ]
-        return jax.tree.unflatten(jax.tree.structure(tree), out)
+        return packed_like(jax.tree.unflatten(jax.tree.structure(tree), out), given)
 
     def _longest_ending(self, where: str) -> str | None:
         """The param's path that a leaf's path ends with."""

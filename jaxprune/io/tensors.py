@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.io.atomic import replacing
@@ -61,6 +62,11 @@ def save_safetensors(
     package = _package()
     tensors = {}
     for name, leaf in array_leaves(params if masks is None else apply_masks(params, masks)).items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"params[{name!r}] is {leaf.dtype}, a typed PRNG key. Save jax.random.key_data(key) in its "
+                "place."
+            )
         if str(leaf.dtype) not in _NAMES.values():
             raise TypeError(
                 f"params[{name!r}] is {describe(leaf)}; safetensors holds {', '.join(_NAMES.values())}."

@@ -15,7 +15,8 @@ from jaxprune.io import trees
 from jaxprune.io.atomic import replacing
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
-from jaxprune.paths import describe, is_array, is_concrete, kernels
+from jaxprune.masks import unpack_masks
+from jaxprune.paths import describe, is_array, is_concrete, kernels, not_an_array
 from jaxprune.quantization import quantize
 from jaxprune.typing import Masks, Params, Where
 
@@ -73,7 +74,7 @@ def save(
     flat = trees.flatten(params, "params")
     if not flat.leaves:
         raise ValueError("params has no leaves: there is nothing to save.")
-    keep = None if masks is None else _mirrored(masks, flat.leaves)
+    keep = None if masks is None else _mirrored(unpack_masks(masks, params), flat.leaves)
     quantized = _chooser(int8, flat.leaves)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
@@ -100,7 +101,7 @@ def _array(leaf: Any, where: trees.Path) -> np.ndarray:
     """A leaf as a numpy array of a dtype that files hold."""
     name = f"params[{trees.show(where)!r}]"
     if not is_array(leaf):
-        raise TypeError(f"{name} is a {type(leaf).__name__}, not an array. Save the arrays alone.")
+        raise TypeError(not_an_array("params", trees.show(where), leaf))
     if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         raise TypeError(
             f"{name} is {leaf.dtype}, a typed PRNG key. Save jax.random.key_data(key) in its place."

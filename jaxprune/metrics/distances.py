@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.masks import check_masks
+from jaxprune.masks import bool_masks, like_params
 from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Where
 
@@ -63,8 +63,8 @@ def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Ov
       >>> found.both, round(found.jaccard, 3), found.chance
       (1, 0.333, 1.0)
     """
-    check_masks(others, masks)
-    check_masks(masks, others)
+    masks = bool_masks(masks)
+    others = like_params(bool_masks(others), masks)
     if not is_concrete(masks, others):
         raise TypeError("overlap counts on the host: call it outside of jit, on masks that have values.")
     check_where(where)

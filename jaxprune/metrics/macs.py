@@ -20,7 +20,7 @@ from jaxprune.jaxprs import (
     split_static,
     trace,
 )
-from jaxprune.masks import check_masks
+from jaxprune.masks import like_params
 from jaxprune.metrics.products import PRODUCTS
 from jaxprune.paths import is_array
 from jaxprune.typing import Masks
@@ -116,7 +116,7 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
     if not arguments:
         raise ValueError("macs needs the function's arguments, or their shapes: macs(function, params, x).")
     if masks is not None:
-        check_masks(masks, arguments[0])
+        masks = like_params(masks, arguments[0])
     closed, inputs = trace(function, arguments)
     kept = {} if masks is None else split_static([masks])[0]
     counter = _Counter(masked=masks is not None)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arguments import check_number, shown
-from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.dtypes import is_numeric
+from jaxprune.masks import unpack_masks
+from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 
@@ -46,7 +48,7 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
       >>> jp.metrics.sparsity({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
       Sparsity(prunable=0.5, model=0.25)
     """
-    leaves = array_leaves(tree)
+    leaves = counted(tree)
     prunable = _prunable(tree, leaves, where)
 
     def fraction(paths):
@@ -100,7 +102,7 @@ def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     References:
       Blalock et al. 2020, "What is the state of neural network pruning?", section 6.
     """
-    leaves = array_leaves(tree)
+    leaves = counted(tree)
 
     def of(paths):
         return ratio(sum(leaves[path].size for path in paths), sum(_nonzeros(leaves[path]) for path in paths))
@@ -124,7 +126,7 @@ def nonzeros(tree: Any) -> int:
       >>> jp.metrics.nonzeros({"kernel": jnp.array([[1.0, 0.0]]), "bias": jnp.ones(2)})
       3
     """
-    leaves = array_leaves(tree) if jax.tree.leaves(tree) else {}
+    leaves = counted(tree) if jax.tree.leaves(tree) else {}
     return sum(map(_nonzeros, leaves.values()))
 
 
@@ -176,7 +178,7 @@ def table(
         (asked)                                           0.2500
       whole model                       10          12    0.1667
     """
-    leaves = array_leaves(masks)
+    leaves = counted(masks)
     where = where or (asked.where if isinstance(asked, Pruner) else None) or kernels
     check_where(where)
     progress = _progress(masks, leaves, where, asked, structure)
@@ -247,10 +249,16 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
       >>> jp.metrics.collapsed({"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}})
       ('a/kernel',)
     """
+    leaves = counted(tree)
     check_where(where)
-    return tuple(
-        path for path, leaf in array_leaves(tree).items() if where(path, leaf) and not _nonzeros(leaf)
-    )
+    return tuple(path for path, leaf in leaves.items() if where(path, leaf) and not _nonzeros(leaf))
+
+
+def counted(tree: Any) -> dict[str, Any]:
+    """The leaves of params or masks by path, packed masks as bool ones."""
+    is_params = any(is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(tree))
+    # Params may hold a mapping that looks like a packed mask without its shape; masks may not.
+    return array_leaves(tree if is_params else unpack_masks(tree))
 
 
 def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
@@ -263,13 +271,15 @@ def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
 
 
 def _traced_zeros(leaf: Any) -> jax.Array:
+    if not is_numeric(leaf):
+        return jnp.zeros((), jnp.float32)
     return jnp.sum(leaf == 0, axis=tuple(range(1, leaf.ndim))).astype(jnp.float32).sum()
 
 
 def _nonzeros(leaf: Any) -> int:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise TypeError(f"what is counted needs values, got {leaf}.")
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # PRNG keys, among the variables of a module
+    if not is_numeric(leaf):  # PRNG keys, among the variables of a module
         return leaf.size
     # Counted by row and added up on the host, so that no count passes 2**31.
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the leaf

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxprune.arguments import shown
-from jaxprune.masks import check_masks
+from jaxprune.masks import like_params
 from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.macs import Macs, macs
 from jaxprune.metrics.sizes import nonzeros, ratio
@@ -172,7 +172,7 @@ def summary(
     leaves = array_leaves(params)
     check_where(where)
     if masks is not None:
-        check_masks(masks, params)
+        masks = like_params(masks, params)
     if not isinstance(compacted, bool) and not (hasattr(compacted, "apply") and hasattr(compacted, "params")):
         raise TypeError(
             f"compacted must be True, False, or what jaxprune.compact gave, got {shown(compacted)}."

@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.arguments import as_integer, check_array, shown
+from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves, describe
-from jaxprune.scores.common import widened, with_nan_elsewhere
+from jaxprune.scores.common import with_nan_elsewhere
 from jaxprune.typing import Params, ScoreFn, Scores
 
 
@@ -72,7 +73,7 @@ def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
     del extra
 
     def distances(leaf, axis):
-        filters = jnp.moveaxis(widened(leaf), axis, 0).reshape(leaf.shape[axis], -1)
+        filters = jnp.moveaxis(promote_to_float32(leaf), axis, 0).reshape(leaf.shape[axis], -1)
         # From the differences themselves: norms and inner products would cancel between near filters.
         return lax.map(lambda one: jnp.sum(jnp.sqrt(jnp.sum((filters - one) ** 2, axis=1))), filters)
 
@@ -133,7 +134,7 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
                     f"scores.bn_scale: params[{scales[path]!r}] is {describe(gamma)}, but params[{path!r}] "
                     f"has {channels} channels along axis {axis}: there must be one scale for each."
                 )
-            return widened(jnp.abs(gamma))
+            return promote_to_float32(jnp.abs(gamma))
 
         return _of_named(scales, channel_scores, "scores.bn_scale", params, axis)
 
@@ -216,7 +217,9 @@ def mean_activation(
       ICLR 2017.
     """
     del extra
-    return _means(activations, lambda a: widened(jnp.abs(a)), "scores.mean_activation", params, axis)
+    return _means(
+        activations, lambda a: promote_to_float32(jnp.abs(a)), "scores.mean_activation", params, axis
+    )
 
 
 ChannelScores = Callable[[str, int], jax.Array]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune.dtypes import is_narrow, is_numeric, promote_to_float32
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths, selected
 from jaxprune.typing import Params, Scores, Where
 
@@ -13,14 +14,51 @@ LossFn = Callable[[Params, Any], jax.Array]
 """`loss_fn(params, batch)`: the mean loss over the examples of the batch, a scalar."""
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype that scores of a leaf are computed in: float64 for float64, else float32."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+def map_leaves(score: Callable[..., jax.Array], params: Params, *others: Any) -> Scores:
+    """`score(leaf, ...)` of each leaf, and 0 for leaves without numbers: the PRNG keys of a module."""
+
+    def scored(leaf: Any, *same: Any) -> jax.Array:
+        if all(map(is_numeric, (leaf, *same))):
+            return score(leaf, *same)
+        return jnp.zeros(leaf.shape, jnp.float32)
+
+    return jax.tree.map(scored, params, *others)
 
 
-def widened(leaf: jax.Array) -> jax.Array:
-    """A real leaf in float32 or wider, where squares and sums of half precision do not round to ties."""
-    return leaf.astype(wide(leaf.dtype))
+def in_float32(function: Callable[..., Any], *trees: Any) -> tuple[Any, ...]:
+    """The arguments of a function, with floats narrower than float32 promoted to it.
+
+    In float16 gradients, and differences of losses, vanish or tie that are well apart in float32. A
+    function that cannot take other dtypes than it was given (a convolution with a constant in float16)
+    gets them as they are.
+    """
+    if not any(is_array(leaf) and is_narrow(leaf.dtype) for leaf in jax.tree.leaves(trees)):
+        return trees
+    promoted = jax.tree.map(
+        lambda leaf: promote_to_float32(leaf) if is_array(leaf) and is_narrow(leaf.dtype) else leaf, trees
+    )
+    try:
+        jax.eval_shape(lambda: function(*promoted))
+    except Exception:  # whatever is not about dtypes is raised again, by the function as it was given
+        return trees
+    return promoted
+
+
+def gradients(loss_fn: LossFn, params: Params, batch: Any) -> Any:
+    """The gradients of a loss, like params; 0 for leaves that have none (keys, counts)."""
+    leaves, treedef = jax.tree.flatten(params)
+    real = [number for number, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    def loss(some: Sequence[jax.Array]) -> jax.Array:
+        whole = list(leaves)
+        for number, leaf in zip(real, some, strict=True):
+            whole[number] = leaf
+        return loss_fn(treedef.unflatten(whole), batch)
+
+    grads = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
+    for number, grad in zip(real, jax.grad(loss)([leaves[n] for n in real]), strict=True):
+        grads[number] = grad
+    return treedef.unflatten(grads)
 
 
 def with_nan_elsewhere(by_path: dict[str, jax.Array], params: Params) -> Scores:
@@ -38,12 +76,14 @@ class Objective(NamedTuple):
     Attributes:
       leaves: those leaves, in leaf order and of one floating-point dtype.
       loss: `loss(leaves) -> scalar`; `loss(leaves, batch)` is that of another batch.
+      batch: the batch, in the dtypes that `loss` takes.
       params: `params(leaves)`: the params with these leaves, in the dtypes they had.
       scores: `scores(values)`: scores like the params, NaN for all other leaves.
     """
 
     leaves: list[jax.Array]
     loss: Callable[..., jax.Array]
+    batch: Any
     params: Callable[[Sequence[jax.Array]], Params]
     scores: Callable[[Sequence[jax.Array]], Scores]
 
@@ -67,13 +107,15 @@ def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Whe
             )
     # One dtype for all, so that they can be laid end to end; half precision gains nothing from its own.
     dtype = jnp.float64 if any(by_path[path].dtype == jnp.float64 for path in chosen) else jnp.float32
+    promoted, batch = in_float32(loss_fn, params, batch)
+    treedef, by_path_promoted = jax.tree.structure(params), array_leaves(promoted)
 
-    def put(values: Sequence[jax.Array]) -> Params:
-        cast = {p: v.astype(by_path[p].dtype) for p, v in zip(chosen, values, strict=True)}
-        return jax.tree.unflatten(jax.tree.structure(params), list((by_path | cast).values()))
+    def put(values: Sequence[jax.Array], like: dict[str, Any] = by_path) -> Params:
+        cast = {p: v.astype(like[p].dtype) for p, v in zip(chosen, values, strict=True)}
+        return jax.tree.unflatten(treedef, list((like | cast).values()))
 
     def loss(values: Sequence[jax.Array], batch: Any = batch) -> jax.Array:
-        value = jnp.asarray(loss_fn(put(values), batch))
+        value = jnp.asarray(loss_fn(put(values, by_path_promoted), batch))
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(
                 f"{name}: loss_fn returned {describe(value)}, but it must return one real number, "
@@ -84,6 +126,7 @@ def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Whe
     return Objective(
         leaves=[jnp.asarray(by_path[path], dtype) for path in chosen],
         loss=loss,
+        batch=batch,
         params=put,
         scores=lambda values: with_nan_elsewhere(dict(zip(chosen, values, strict=True)), params),
     )

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.arguments import check_function, shown
+from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
-from jaxprune.scores.common import widened, with_nan_elsewhere
+from jaxprune.scores.common import in_float32, with_nan_elsewhere
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 _ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)
@@ -114,12 +115,13 @@ def synflow(
             size = jnp.abs(leaf)
             return _even_gain(size) if rescale else size
 
-        positive = {path: linearized(path, leaf) for path, leaf in by_path.items()}
+        params, inputs = in_float32(apply_fn, params, ones)
+        positive = {path: linearized(path, leaf) for path, leaf in array_leaves(params).items()}
 
         def total(scored):
             leaves = list((positive | scored).values())
-            outputs = apply_fn(jax.tree.unflatten(jax.tree.structure(params), leaves), ones)
-            sums = [jnp.sum(widened(output)) for output in jax.tree.leaves(outputs)]
+            outputs = apply_fn(jax.tree.unflatten(jax.tree.structure(params), leaves), inputs)
+            sums = [jnp.sum(promote_to_float32(output)) for output in jax.tree.leaves(outputs)]
             return jnp.sum(jnp.stack(sums))
 
         flow, slopes = jax.value_and_grad(total)({path: positive[path] for path in chosen})
@@ -132,7 +134,11 @@ def synflow(
             )
         return with_nan_elsewhere(
             {
-                path: jnp.where(sound, jnp.abs(widened(positive[path]) * widened(slopes[path])), jnp.nan)
+                path: jnp.where(
+                    sound,
+                    jnp.abs(promote_to_float32(positive[path]) * promote_to_float32(slopes[path])),
+                    jnp.nan,
+                )
                 for path in chosen
             },
             params,
@@ -154,7 +160,7 @@ def _even_gain(size: jax.Array) -> jax.Array:
     network these cancel but for the first and the last. The two largest axes are taken for inputs
     and outputs, whose place in the shape differs between libraries.
     """
-    total = jnp.sum(widened(size))
+    total = jnp.sum(promote_to_float32(size))
     channels = sorted(size.shape)[-2:] if size.ndim >= 2 else (size.size, size.size)
     gain = (channels[0] * channels[1]) ** 0.5 / jnp.where(total == 0, jnp.ones_like(total), total)
-    return (widened(size) * gain).astype(size.dtype)
+    return (promote_to_float32(size) * gain).astype(size.dtype)

@@ -5,8 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves, check_mirrors, describe
-from jaxprune.scores.common import widened
+from jaxprune.scores.common import map_leaves
 from jaxprune.typing import Params, Scores
 
 
@@ -34,7 +35,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
       Blalock et al., "What is the State of Neural Network Pruning?", MLSys 2020 (as a baseline).
     """
     del extra
-    return jax.tree.map(lambda _, g: jnp.abs(g), params, _needed(grads, params, "gradient_magnitude"))
+    return map_leaves(lambda _, g: jnp.abs(g), params, _needed(grads, params, "gradient_magnitude"))
 
 
 def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
@@ -46,7 +47,7 @@ def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       **extra: ignored.
 
     Returns:
-      Scores like `params`.
+      Scores like `params`; float32 also for half-precision params, in which products would vanish.
 
     Raises:
       ValueError: `grads` is None, or not like `params`.
@@ -62,7 +63,11 @@ def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       ICLR 2017; Lee et al., "SNIP", ICLR 2019 (the same score, at initialisation).
     """
     del extra
-    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, _needed(grads, params, "taylor"))
+
+    def size(w, g):
+        return jnp.abs(promote_to_float32(w) * promote_to_float32(g))
+
+    return map_leaves(size, params, _needed(grads, params, "taylor"))
 
 
 def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
@@ -181,7 +186,7 @@ def _products(params: Params, grads: Any, name: str) -> Scores:
                     f"{what}[{path!r}] is {describe(leaf)}; scores.{name} is of real leaves. For complex "
                     "ones use scores.magnitude."
                 )
-    return jax.tree.map(lambda w, g: widened(w) * widened(g), params, grads)
+    return map_leaves(lambda w, g: promote_to_float32(w) * promote_to_float32(g), params, grads)
 
 
 def _needed(grads: Any, params: Params, name: str) -> Any:
@@ -189,5 +194,13 @@ def _needed(grads: Any, params: Params, name: str) -> Any:
         raise ValueError(
             f"scores.{name} needs gradients: pass grads=jax.grad(loss_fn)(params, batch), a tree like params."
         )
+    by_path, leaves = array_leaves(grads, "grads"), array_leaves(params)
+    for path, leaf in leaves.items():
+        if path not in by_path and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            # A key or a count has no gradient; equinox leaves it out.
+            by_path[path] = jnp.zeros(leaf.shape, jnp.float32)
+    if by_path.keys() != leaves.keys():
+        check_mirrors(grads, params, "grads")
+    grads = jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaves])
     check_mirrors(grads, params, "grads")
     return grads

@@ -8,6 +8,9 @@ which the data is passed as `batch=...`:
 masks = jp.prune_once(params, jp.scores.fisher(loss_fn), sparsity=0.5, batch=batch)
 ```
 
+Params and data in narrower floats than float32 are promoted to it, if `loss_fn` takes them so: in float16
+gradients vanish, and losses that are compared round to the same number.
+
 The loss is taken as a function of the leaves that the factory's own `where` takes in. All others
 are held fixed and score NaN, so give `prune_once` a `where` that takes in no more.
 """
@@ -19,15 +22,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.arguments import as_integer, check_function
+from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import kernels
 from jaxprune.scores.common import (
     LossFn,
     Objective,
     cut,
     end_to_end,
+    gradients,
+    in_float32,
     leading_size,
+    map_leaves,
     objective,
-    widened,
 )
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.typing import Params, ScoreFn, Scores, Where
@@ -117,7 +123,7 @@ def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> Score
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
         goal = objective("scores.fisher", loss_fn, params, batch, where)
-        number = leading_size(batch, "batch", "examples")
+        number, batch = leading_size(batch, "batch", "examples"), goal.batch
         size = min(chunk, number)
         whole = number // size * size
 
@@ -345,11 +351,15 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
                 "batches."
             )
         number = leading_size(batches, "batches", "batches")
+        params, first = in_float32(loss_fn, params, jax.tree.map(lambda leaf: leaf[0], batches))
+        batches = jax.tree.map(
+            lambda leaf, one: leaf if leaf.dtype == one.dtype else leaf.astype(one.dtype), batches, first
+        )
 
         def of_one(index, batch):
-            grads = jax.grad(loss_fn)(params, batch)
+            grads = gradients(loss_fn, params, batch)
             rng = None if key is None else jax.random.fold_in(key, index)
-            return jax.tree.map(widened, score(params, grads=grads, batch=batch, key=rng, **extra))
+            return map_leaves(promote_to_float32, score(params, grads=grads, batch=batch, key=rng, **extra))
 
         def add(total, indexed):
             return jax.tree.map(jnp.add, total, of_one(*indexed)), None

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.arguments import check_key
+from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves
-from jaxprune.scores.common import widened
+from jaxprune.scores.common import map_leaves
 from jaxprune.typing import Params, Scores
 
 
@@ -35,7 +36,7 @@ def magnitude(params: Params, **extra: Any) -> Scores:
     """
     del extra
     array_leaves(params)
-    return jax.tree.map(jnp.abs, params)
+    return map_leaves(jnp.abs, params)
 
 
 def normalized_magnitude(params: Params, **extra: Any) -> Scores:
@@ -71,7 +72,7 @@ def normalized_magnitude(params: Params, **extra: Any) -> Scores:
         norm = jnp.sqrt(jnp.sum(size * size))
         return size / jnp.where(norm == 0, jnp.ones_like(norm), norm)
 
-    return jax.tree.map(relative, params)
+    return map_leaves(relative, params)
 
 
 def lamp(params: Params, **extra: Any) -> Scores:
@@ -115,7 +116,7 @@ def lamp(params: Params, **extra: Any) -> Scores:
         ranked = lax.cummax(ratios)
         return jnp.zeros_like(size).at[order].set(ranked).reshape(w.shape)
 
-    return jax.tree.map(adapted, params)
+    return map_leaves(adapted, params)
 
 
 def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Scores:
@@ -154,6 +155,6 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
 
 def _relative_to_largest(w: jax.Array) -> jax.Array:
     """`|w|` over the largest of its leaf, so that no square overflows or vanishes; 0 if all are 0."""
-    size = widened(jnp.abs(w))
+    size = promote_to_float32(jnp.abs(w))
     top = jnp.max(size, initial=0)
     return size / jnp.where(top == 0, jnp.ones_like(top), top)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import as_integer
+from jaxprune.arguments import as_integer, check_function, check_params
 from jaxprune.jaxprs import inner_jaxprs, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
@@ -110,6 +110,8 @@ def sparsify(
       Gale et al. 2020, "Sparse GPU kernels for deep learning": sparse products beat dense ones from
       some sparsity on, which depends on shape and machine. Here it is measured.
     """
+    check_function(apply_fn, "sparsify", "apply_fn(params, *inputs)")
+    check_params(params, "sparsify(apply_fn, params, masks, *inputs)")
     leaves, dead, masked = _checked(params, masks)
     _check_choose(choose, leaves, rounds)
     arrays = split_static(inputs)[0]
