@@ -1,7 +1,6 @@
 """Leaf paths as strings, and predicates on them that say which leaves take part."""
 
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.kernel_names import names_kernel
 from jaxprune.typing import Params, Where
 
 
@@ -189,24 +189,20 @@ def selected(params: Params, where: Where) -> list[str]:
     return chosen
 
 
-# What `kernels` reads from names. The last name decides first; where it decides nothing, any
-# part of the path that speaks of a norm, an embedding or a special token leaves the leaf out.
-_KERNEL_NAME = re.compile(r"^kernel(_\w+|\d+)?$", re.IGNORECASE)
-_NOT_KERNEL_NAME = re.compile(
-    r"bias|scale|offset|gamma|beta|norm|embed|token|^pos|position|^cls|^class|^wte$|^wpe$|^b\d*$|^ln",
-    re.IGNORECASE,
-)
-_NOT_KERNEL_PARENT = re.compile(r"norm|embed|^bn\d*$|^ln|^wte$|^wpe$", re.IGNORECASE)
-_ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
-
-
 def kernels(path: str, leaf: Any) -> bool:
     """The default `where`: the weights of dense, convolutional and attention layers.
 
     A leaf takes part if it has two axes or more and its name does not say otherwise. Left alone
     are biases (also attention's, of shape heads x dim), the scales and offsets of norms,
-    embeddings and positional embeddings, class, mask and register tokens. To prune embeddings
-    too: `any_of(kernels, matching("*embedding"))`.
+    embeddings and positional embeddings, class, mask and register tokens, and adapters (LoRA), of which
+    one factor starts at zero. To prune embeddings too: `any_of(kernels, matching("*embedding"))`.
+
+    Names are read as whole words, from the leaf upwards, and the nearest name that says something
+    decides: "embed/proj/weight" is the weight of a projection, "proj/embed/weight" an embedding. What is
+    called `kernel` takes part wherever it is, but in an adapter.
+
+    Where a structure knows the network (`structures.channels`), it decides instead by what the
+    network does with a leaf, whatever its name.
 
     Args:
       path: the leaf's path, as from `leaf_paths`.
@@ -221,17 +217,10 @@ def kernels(path: str, leaf: Any) -> bool:
       True
       >>> jp.kernels("encoder/pos_embedding", jnp.ones((1, 4, 8)))
       False
+      >>> jp.kernels("tok_emb/weight", jnp.ones((10, 8))), jp.kernels("normal_dense/weight", jnp.ones((4, 8)))
+      (False, True)
     """
-    *parents, name = path.split("/")
-    if len(leaf.shape) < 2:
-        return False
-    if _KERNEL_NAME.match(name):
-        return True
-    if _NOT_KERNEL_NAME.search(name) or any(_NOT_KERNEL_PARENT.search(part) for part in parents):
-        return False
-    # A nameless (1, d) is a bias row, a nameless (1, n, d) a positional table or a token.
-    is_row = leaf.shape[0] == 1 and len(leaf.shape) <= 3
-    return not is_row or bool(_ROW_VECTOR_KERNEL.match(name))
+    return names_kernel(path, tuple(leaf.shape))
 
 
 def matching(*patterns: str) -> Where:
