@@ -11,21 +11,25 @@ from collections.abc import Sequence
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 # Compounds written as one word: "layernorm", "posemb".
 _COMPOUND = re.compile(r"\w(norms?|emb|embed|embeddings?)$")
-_NORM = frozenset("norm norms ln lnf bn gn rms normalizer normalization stats".split())
-_TABLE = frozenset(
-    "emb embs embed embeds embedding embeddings embedder wte wpe lookup lut codebook codebooks".split()
+
+
+def _set(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+_NORM = _set("norm norms ln lnf bn gn rms normalizer normalization stats")
+_TABLE = _set("emb embs embed embeds embedding embeddings embedder wte wpe lookup lut codebook codebooks")
+_POSITION = _set("pos position positions positional relpos posenc pe")
+_ENTRY = _set("token tokens prompt prompts table tables")
+_VECTOR = _set(
+    "bias biases scale scales offset offsets gamma gammas beta betas cls class classes latents log"
 )
-_POSITION = frozenset("pos position positions positional relpos posenc pe".split())
-_ENTRY = frozenset("token tokens prompt prompts table tables".split())
-_VECTOR = frozenset(
-    "bias biases scale scales offset offsets gamma gammas beta betas cls class classes latents log".split()
-)
-_ADAPTER = frozenset("lora dora adapter adapters".split())
+_ADAPTER = _set("lora dora adapter adapters")
 # What a name's last word says: a layer that multiplies, or a part that holds layers of any kind.
-_LAYER = frozenset(
-    "linear dense conv convolution proj projection fc einsum mlp ffn attn attention modulation mixer mixing".split()
+_LAYER = _set(
+    "linear dense conv convolution proj projection fc einsum mlp ffn attn attention modulation mixer mixing"
 )
-_PART = frozenset("net network model module block blocks layer layers encoder decoder head tower".split())
+_PART = _set("net network model module block blocks layer layers encoder decoder head tower")
 _ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
 
 

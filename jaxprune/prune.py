@@ -78,7 +78,8 @@ def prune_once(
         from each leaf; `"isomorphic"`, of coupled channels, from all groups of one kind. A
         threshold is the same in all.
       structure: which entries go together (see `structures`); by default each is a unit.
-      where: which leaves take part, a function of (path, leaf).
+      where: which leaves take part, a function of (path, leaf); by default `kernels`, and for coupled
+        channels what the network uses as weights (see `structures.channels`).
       masks: masks to start from; by default nothing is pruned.
       floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
         the network there.
@@ -109,6 +110,7 @@ def prune_once(
       Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NIPS 2015.
     """
     structure = checked_structure(structure)
+    where = default_where(where, structure)
     check_choices(scope, of, floor)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:
         raise ValueError(
@@ -146,6 +148,11 @@ def checked_structure(structure: Structure | None) -> Structure:
             f"{shown(structure)}."
         )
     return structure
+
+
+def default_where(where: Where, structure: Structure) -> Where:
+    """Which leaves take part: as asked, or where that is the default, as the structure knows better."""
+    return structure.default_where if where is kernels and structure.default_where is not None else where
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:

@@ -18,6 +18,7 @@ from jaxprune.prune import (
     all_finite,
     check_choices,
     checked_structure,
+    default_where,
     pool,
     remove,
     scored,
@@ -114,6 +115,7 @@ def pruner(
     schedules = _schedules(sparsity)
     grid = _Grid(next(iter(schedules.values())), every)
     structure = checked_structure(structure)
+    where = default_where(where, structure)
 
     @lru_cache(maxsize=8)
     def table(sizes: tuple[tuple[str, int], ...]) -> np.ndarray:

@@ -117,10 +117,12 @@ LIBRARIES = {
     "equinox": (
         "layers/0/weight linear/weight embedding_net/linear_1/weight normal_dense/weight conv1/weight "
         "cell/weight_hh attention/query_proj/weight patch_embed/proj/weight patch_embed/weight "
-        "timestep_embedder/mlp/0/weight x_embedder/proj/weight adaLN_modulation/1/weight abnormal/weight "
-        "tokenizer/conv/weight classifier/weight token_mixer/mlp/weight informative/weight",
-        "emb/weight tok_emb/weight embed/weight embedding/weight posEmbedding/weight pos_embed cls_token "
-        "norm1/weight ln2/weight layers/3/layerNorm/weight y_embedder/embedding_table/weight weight_g_norm",
+        "timestep_embedder/mlp/0/weight x_embedder/proj/weight adaLN_modulation/1/weight "
+        "abnormal/weight tokenizer/conv/weight classifier/weight token_mixer/mlp/weight "
+        "informative/weight",
+        "emb/weight tok_emb/weight embed/weight embedding/weight posEmbedding/weight pos_embed "
+        "cls_token norm1/weight ln2/weight layers/3/layerNorm/weight "
+        "y_embedder/embedding_table/weight weight_g_norm",
     ),
     "haiku": (
         "mlp/~/linear_0/w embedding_net/linear_1/w conv2_d/w lstm/linear/w transformer/h0_attn/query/w",
@@ -128,28 +130,31 @@ LIBRARIES = {
         "batch_norm/~/mean_ema/average",
     ),
     "transformers": (
-        "wte_net/kernel h/0/attn/c_attn/kernel encoder/layer/0/attention/self/query/kernel lm_head/kernel "
-        "embeddings/patch_embeddings/projection/kernel patch_embed/proj/kernel text_projection/kernel",
+        "wte_net/kernel h/0/attn/c_attn/kernel encoder/layer/0/attention/self/query/kernel "
+        "lm_head/kernel embeddings/patch_embeddings/projection/kernel patch_embed/proj/kernel "
+        "text_projection/kernel",
         "wte/embedding wpe/embedding shared/embedding embeddings/word_embeddings/embedding "
         "embeddings/token_type_embeddings/embedding embeddings/position_embeddings/embedding "
         "layer/0/SelfAttention/relative_attention_bias/embedding embeddings/cls_token "
         "embeddings/position_embeddings model/embed_tokens/embedding final_layer_norm/scale",
     ),
     "transformers converted": (
-        "h/0/mlp/c_fc/weight embeddings/patch_embeddings/projection/weight lm_head/weight pooler/dense/weight "
-        "vision_model/embeddings/patch_embedding/weight layers/0/self_attn/q_proj/weight score/weight "
-        "encoder/pos_conv_embed/conv/weight cls/predictions/decoder/weight backbone/layers/0/mixer/in_proj/weight "
+        "h/0/mlp/c_fc/weight embeddings/patch_embeddings/projection/weight lm_head/weight "
+        "pooler/dense/weight vision_model/embeddings/patch_embedding/weight "
+        "layers/0/self_attn/q_proj/weight score/weight encoder/pos_conv_embed/conv/weight "
+        "cls/predictions/decoder/weight backbone/layers/0/mixer/in_proj/weight "
         "encoder/embedding_hidden_mapping_in/dense/weight bert/shared_dense/weight",
         "wte/weight wpe/weight shared/weight model/embed_tokens/weight model/embed_positions/weight "
-        "embeddings/word_embeddings/weight embeddings/token_type_embeddings/weight embeddings/LayerNorm/weight "
-        "layers/0/input_layernorm/weight layers/0/post_attention_layernorm/weight final_layer_norm/weight "
+        "embeddings/word_embeddings/weight embeddings/token_type_embeddings/weight "
+        "embeddings/LayerNorm/weight layers/0/input_layernorm/weight "
+        "layers/0/post_attention_layernorm/weight final_layer_norm/weight "
         "layer/0/SelfAttention/relative_attention_bias/weight relative_position_bias_table rel_pos_h "
         "backbone/embeddings/weight mixer/A_log embed_in/weight class_embedding mask_token",
     ),
     "minGPT": (
         "transformer/h/0/attn/c_attn/weight transformer/h/0/mlp/c_proj/weight head/weight lm_head/weight",
-        "tok_emb/weight pos_emb pos_emb/weight transformer/wte/weight transformer/wpe/weight ln_f/weight "
-        "transformer/h/0/ln_1/weight",
+        "tok_emb/weight pos_emb pos_emb/weight transformer/wte/weight transformer/wpe/weight "
+        "ln_f/weight transformer/h/0/ln_1/weight",
     ),
     "keras": (
         "dense/kernel conv2d/kernel lstm/lstm_cell/recurrent_kernel depthwise_conv2d/depthwise_kernel "
@@ -168,18 +173,21 @@ LIBRARIES = {
     "MaxText": (
         "decoder/layers/self_attention/query/kernel decoder/layers/mlp/wi_0/kernel moe_block/wi_0 "
         "moe_block/gate/kernel decoder/logits_dense/kernel",
-        "token_embedder/embedding decoder/decoder_norm/scale decoder/layers/pre_self_attention_layer_norm/scale "
-        "decoder/relpos_bias/rel_embedding position_embedder/embedding",
+        "token_embedder/embedding decoder/decoder_norm/scale "
+        "decoder/layers/pre_self_attention_layer_norm/scale decoder/relpos_bias/rel_embedding "
+        "position_embedder/embedding",
     ),
     "adapters": (
         "LoRADense_0/kernel input_adapter/linear/kernel adaptive/weight",
-        "q_proj/lora_A/default/weight q_proj/lora_B/weight lora_A/kernel to_q_lora/down/weight LoRA_0/A "
-        "kernel_lora_a loraB adapter/up/kernel adapters/0/down_proj/weight adapter_down/weight prompt",
+        "q_proj/lora_A/default/weight q_proj/lora_B/weight lora_A/kernel to_q_lora/down/weight "
+        "LoRA_0/A kernel_lora_a loraB adapter/up/kernel adapters/0/down_proj/weight "
+        "adapter_down/weight prompt",
     ),
     "plain": (
-        "w1 W w_out bases conv out_proj embed_proj upscaler/w weight_g weight_ih layers/10/w positionwise/w normal/w",
-        "ln_attn norm_mlp ffn_norm attn_norm rms_1 layernorm BatchNorm_0/w log_std wte pe codebook hash_table "
-        "layer_scale b_2 in_bias biases",
+        "w1 W w_out bases conv out_proj embed_proj upscaler/w weight_g weight_ih layers/10/w "
+        "positionwise/w normal/w",
+        "ln_attn norm_mlp ffn_norm attn_norm rms_1 layernorm BatchNorm_0/w log_std wte pe codebook "
+        "hash_table layer_scale b_2 in_bias biases",
     ),
 }
 

@@ -13,6 +13,7 @@ from jaxprune.arguments import shown
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.program import Linked
+from jaxprune.graph.roles import weights
 from jaxprune.typing import Params, Where
 
 Split = str | int
@@ -44,6 +45,8 @@ class Group(NamedTuple):
       members: the axes of params they lie in.
       kind: groups of equal kind have members of the same names and axes, whatever their sizes.
       why_not: why no unit can be removed; None where units can.
+      weights: the paths of the members that the function uses as the weights of a product: what
+        takes part by default; None where that is not known.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
     kind: str
     why_not: str | None = None
+    weights: tuple[str, ...] | None = None
 
     @property
     def removable(self) -> bool:
@@ -102,7 +106,12 @@ class ChannelGroups:
                 m._replace(path=m.path.removeprefix(start)) for m in group.members if m.path.startswith(start)
             )
             if members:
-                groups.append(group._replace(name=group.name.removeprefix(start), members=members))
+                left = group.weights and tuple(
+                    path.removeprefix(start) for path in group.weights if path.startswith(start)
+                )
+                groups.append(
+                    group._replace(name=group.name.removeprefix(start), members=members, weights=left)
+                )
         if not groups:
             paths = sorted({member.path for group in self.groups for member in group.members})
             raise ValueError(
@@ -184,6 +193,11 @@ def channel_groups(
     _split(graph, split)
     groups = _unnamed_groups(linked, graph)
     groups = _try_to_remove(linked, groups)
+    found = weights(linked)
+    groups = [
+        group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
+        for group in groups
+    ]
     return ChannelGroups(tuple(groups), _whole(linked, graph))
 
 

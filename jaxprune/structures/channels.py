@@ -1,6 +1,7 @@
 """Coupled channels as units: slices of several leaves that go together."""
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxprune.arguments import check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
+from jaxprune.paths import kernels
 from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.typing import Where
@@ -31,7 +33,10 @@ def channels(
     of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
     units, and a dict of targets goes by `Group.name`.
 
-    Only the leaves that the pruner's `where` takes in give scores. Pruning a unit masks all its
+    Only the leaves that the pruner's `where` takes in give scores. By default these are the weights of
+    the network's products, whatever they are called: the matrices and filters that it multiplies data
+    by, and not what it looks up (embeddings, also where they are multiplied too), adds (biases,
+    positions) or multiplies entry by entry (scales), nor adapters. Pruning a unit masks all its
     slices, biases and norms included; a group of which `where` takes in nothing takes no part.
     With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
     together, and each kind gives its share.
@@ -108,7 +113,28 @@ def channels(
         return Units(pooled, alive, expand)
 
     kinds = {group.name: group.kind for group in chosen}
-    return Structure(pool, name="channels(groups)", kinds=kinds, floors=widths, spans_leaves=True)
+    return Structure(
+        pool,
+        name="channels(groups)",
+        kinds=kinds,
+        floors=widths,
+        spans_leaves=True,
+        default_where=_weights(chosen),
+    )
+
+
+def _weights(groups: tuple[Group, ...]) -> Where | None:
+    """The leaves that the groups' function uses as weights, and by name those that the groups do not know."""
+    if any(group.weights is None for group in groups):
+        return None
+    known = {member.path for group in groups for member in group.members}
+    weights = {path for group in groups for path in group.weights or ()}
+
+    def where(path: str, leaf: Any) -> bool:
+        return path in weights if path in known else kernels(path, leaf)
+
+    where.__name__ = kernels.__name__
+    return where
 
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
