@@ -224,7 +224,7 @@ def test_channels_are_scored_by_weights_whatever_their_names():
         lambda p: jnp.abs(p["w"]).sum(), params, levels=[2 / 6], structure=structure, jit=False
     )
     (point,) = curve.of(group.name)
-    assert point.value == pytest.approx(float(jnp.abs(params["w"][0])[expected].sum()))
+    assert point.metric == pytest.approx(float(jnp.abs(params["w"][0])[expected].sum()))
     # A `where` of one's own still decides.
     score = np.abs(params["w"][0])
     own = jp.prune_once(params, jp.scores.magnitude, count=2, structure=structure, where=jp.matching("w"))
