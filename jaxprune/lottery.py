@@ -30,7 +30,7 @@ from jax import lax
 from jaxprune import metrics
 from jaxprune.arguments import check_function, check_key, shown
 from jaxprune.masks import apply_masks, check_masks, check_pruned
-from jaxprune.optimizer import twins
+from jaxprune.optimizer import check_state_where, twins
 from jaxprune.paths import check_mirrors, check_where, describe, is_concrete, kernels, leaf_paths
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
@@ -213,7 +213,7 @@ def lottery_scan(
     return jax.tree.map(lambda one, more: jnp.concatenate([jnp.asarray(one)[None], more]), dense, tuned)
 
 
-def rewind(saved: Any, masks: Masks) -> Any:
+def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any:
     """A saved training state under masks: where to train on from.
 
     Everything in it that mirrors the params (the params themselves, an optimizer's moments) is 0
@@ -228,6 +228,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
     Args:
       saved: params, an optax state, or any tree that holds them.
       masks: bool masks like the params.
+      state_where: which leaves of `saved` may mirror a param, as for `wrap_optax`.
 
     Returns:
       A tree like `saved`.
@@ -248,9 +249,10 @@ def rewind(saved: Any, masks: Masks) -> Any:
       1
     """
     check_masks(masks, masks)
+    check_state_where(state_where)
     kept = jax.tree.leaves(masks)
     leaves, treedef = jax.tree.flatten(saved)
-    indices = twins(saved, masks)
+    indices = twins(saved, masks, state_where)
     mirrored = {index for index in indices if index is not None}
     missed = {
         path: mask

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.arguments import check_function
 from jaxprune.masks import (
     apply_masks,
     check_masks,
@@ -16,7 +17,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
-from jaxprune.typing import Masks, Params, Pruner, PrunerState
+from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 from jaxprune.zeros import Zeros, zero_where
 
 
@@ -45,7 +46,11 @@ class KeepMaskedState(NamedTuple):
 
 
 def wrap_optax(
-    optimizer: optax.GradientTransformation, pruner: Pruner, *, packed: bool = False
+    optimizer: optax.GradientTransformation,
+    pruner: Pruner,
+    *,
+    packed: bool = False,
+    state_where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that also prunes: the one line that a training loop needs.
 
@@ -68,13 +73,18 @@ def wrap_optax(
       pruner: a `Pruner`, as from `jaxprune.pruner`.
       packed: whether the state keeps its masks with one bit per entry, an eighth of the memory;
         `jaxprune.unpack_masks` gives the masks of such a state.
+      state_where: which leaves of the optimizer's state may mirror a param, a function of (path, leaf);
+        by default every leaf whose path ends with a param's path and that has its shape. Leave out
+        those that are shaped like a param but do not hold one number for each entry: for a square
+        kernel, the preconditioners of Shampoo or SOAP (`not_(matching("*/preconditioners/*"))`), which would
+        lose rows and columns. `leaf_paths(optimizer.init(params))` lists the paths.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `WrapOptaxState`. `update` raises
       ValueError if `params` is None.
 
     Raises:
-      TypeError: the arguments are not an optimizer and a pruner.
+      TypeError: the arguments are not an optimizer and a pruner, or `state_where` is not a function.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, jaxprune as jp
@@ -95,6 +105,7 @@ def wrap_optax(
             "wrap_optax takes an optax optimizer and a jaxprune Pruner, in this order, got "
             f"{type(optimizer).__name__} and {type(pruner).__name__}."
         )
+    check_state_where(state_where)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> WrapOptaxState:
@@ -111,14 +122,14 @@ def wrap_optax(
         pruned = pruner.update(state.pruner, _fast(params), grads=updates, **extra)
         before, after = unpack_masks(state.pruner.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
-        updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
+        updates, inner_state = step(inner, updates, state.inner, params, before, after, extra, state_where)
         return updates, WrapOptaxState(inner_state, pruned)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def keep_masked(
-    optimizer: optax.GradientTransformation, masks: Masks
+    optimizer: optax.GradientTransformation, masks: Masks, *, state_where: Where | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that keeps pruned entries at exactly 0: fine-tuning under fixed masks.
 
@@ -128,13 +139,14 @@ def keep_masked(
     Args:
       optimizer: any optax transform.
       masks: bool masks like the params.
+      state_where: as for `wrap_optax`: which leaves of the optimizer's state may mirror a param.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `KeepMaskedState`. `init` raises if the
       masks do not mirror the params, `update` if `params` is None.
 
     Raises:
-      TypeError: the first argument is not an optimizer.
+      TypeError: the first argument is not an optimizer, or `state_where` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxprune as jp
@@ -147,6 +159,7 @@ def keep_masked(
     """
     if not _is_optimizer(optimizer):
         raise TypeError(f"keep_masked takes an optax optimizer first, got {type(optimizer).__name__}.")
+    check_state_where(state_where)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> KeepMaskedState:
@@ -159,7 +172,7 @@ def keep_masked(
         _check_update("keep_masked", KeepMaskedState, updates, state, params)
         check_masks(state.masks, _fast(params))
         updates, inner_state = _masked_update(
-            inner, updates, state.inner, params, state.masks, state.masks, extra
+            inner, updates, state.inner, params, state.masks, state.masks, extra, state_where
         )
         return updates, KeepMaskedState(inner_state, state.masks)
 
@@ -234,6 +247,7 @@ def _masked_update(
     before: Masks,
     after: Masks,
     extra: dict[str, Any],
+    state_where: Where | None = None,
     regrows: bool = False,
 ) -> tuple[Any, Any]:
     """One step of the wrapped optimizer on the masked network, and the projection on its masks."""
@@ -263,13 +277,13 @@ def _masked_update(
     masked_params = apply_masks(params, _like(params, stays))
     # Moments are cleared on their way in, where that fuses with the optimizer's own reading of them
     # and they can be written in place; and on their way out only if they need not be 0 by then.
-    state = cleared(state, twins(state, fast))
+    state = cleared(state, twins(state, fast, state_where))
     updates, new_state = inner.update(grads, state, masked_params, **extra)
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
-    again = twins(new_state, fast)
-    zero = _zero_by_itself(inner, grads, state, masked_params, extra)
+    again = twins(new_state, fast, state_where)
+    zero = _zero_by_itself(inner, grads, state, masked_params, extra, state_where)
     again = [None if z is None or i in z else i for i, z in zip(again, zero, strict=True)]
     return updates, cleared(_forget_searches(new_state, before, after), again)
 
@@ -280,6 +294,7 @@ def _zero_by_itself(
     state: Any,
     params: Params,
     extra: dict[str, Any],
+    state_where: Where | None,
 ) -> list[Zeros]:
     """For each leaf of the optimizer's new state, of which params it is 0 wherever they are pruned.
 
@@ -287,11 +302,11 @@ def _zero_by_itself(
     """
     if is_concrete(grads, state, params):
         return [frozenset()] * len(jax.tree.leaves(state))
-    given = (grads, state, params)
+    given, fast = (grads, state, params), _fast(params)
     closed = jax.make_jaxpr(lambda grads, state, params: inner.update(grads, state, params, **extra)[1])(
         *given
     )
-    indices = twins(given, _fast(params))
+    indices = [*twins(grads, fast), *twins(state, fast, state_where), *twins(params, fast)]
     return zero_where(closed, [frozenset() if i is None else frozenset((i,)) for i in indices])
 
 
@@ -303,6 +318,7 @@ def _regrowing_update(
     before: Masks,
     after: Masks,
     extra: dict[str, Any],
+    state_where: Where | None = None,
 ) -> tuple[Any, Any]:
     """`_masked_update`, where masks changed without a step, and with a new state for what grew."""
     changed = _changed(before, after)
@@ -313,7 +329,9 @@ def _regrowing_update(
         return still, jax.tree.map(lambda old, new: jnp.where(changed, old, new), state, stepped)
 
     resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
-    updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra, True)
+    updates, inner_state = _masked_update(
+        resting, grads, inner_state, params, before, after, extra, state_where, regrows=True
+    )
 
     # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
     grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
@@ -325,7 +343,7 @@ def _regrowing_update(
             return leaf
         return jnp.where(grown[index], new.astype(leaf.dtype), leaf)
 
-    leaves = map(renewed, leaves, fresh, twins(inner_state, _fast(params)))
+    leaves = map(renewed, leaves, fresh, twins(inner_state, _fast(params), state_where))
     return updates, jax.tree.unflatten(treedef, list(leaves))
 
 
@@ -335,11 +353,11 @@ def _changed(before: Masks, after: Masks) -> jax.Array:
     return jnp.any(jnp.stack(jax.tree.leaves(changed)))
 
 
-def twins(state: Any, params: Params) -> list[int | None]:
+def twins(state: Any, params: Params, where: Where | None = None) -> list[int | None]:
     """Which leaves of a training state mirror a param: `paths.mirrors`, and what it knows of optax.
 
     GaLore's projection has its param's shape where its rank is full, and yet is in another basis
-    than the params: it is the twin of none.
+    than the params: it mirrors none. Nor does any leaf that `where(path, leaf)` leaves out.
 
     Returns:
       For each leaf of `state`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -351,7 +369,21 @@ def twins(state: Any, params: Params) -> list[int | None]:
     plain = jax.tree.map(
         lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, state, is_leaf=is_rotated
     )
-    return mirrors(plain, params)
+    return mirrors(plain, params, where)
+
+
+def check_state_where(state_where: Where | None) -> None:
+    """Checks the predicate of what mirrors a param.
+
+    Raises:
+      TypeError: it is not a function.
+    """
+    if state_where is not None:
+        check_function(
+            state_where,
+            "state_where=",
+            "of (path, leaf), such as jaxprune.not_(jaxprune.matching('*/left/*'))",
+        )
 
 
 def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:

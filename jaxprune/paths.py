@@ -125,13 +125,14 @@ def check_mirrors(tree: Any, params: Params, what: str) -> None:
             )
 
 
-def mirrors(tree: Any, params: Params) -> list[int | None]:
+def mirrors(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:
     """Which leaves of a tree (an optimizer's state, say) mirror a param.
 
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
     accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. So does
-    a bool leaf of that shape, a mask. The longest ending wins.
+    a bool leaf of that shape, a mask. The longest ending wins. What `where(path, leaf)` leaves out
+    mirrors none.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -141,6 +142,8 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
 
     def match(parts, leaf):
         if not is_array(leaf) or not (jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.dtype == jnp.bool_):
+            return None
+        if where is not None and not where("/".join(parts), leaf):
             return None
         for start in range(len(parts) + 1):
             index = by_path.get(parts[start:])

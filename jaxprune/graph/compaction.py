@@ -18,7 +18,7 @@ from jaxprune.graph.report import Report, report
 from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete
-from jaxprune.typing import Masks, Params
+from jaxprune.typing import Masks, Params, Where
 
 
 class Compacted:
@@ -53,13 +53,13 @@ class Compacted:
         """By path, for each axis that lost slices, the dense indices of those that stayed."""
         return {path: dict(axes) for path, axes in self.plan.keep.items()}
 
-    def shrink(self, tree: Any) -> Any:
+    def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """Cuts what goes out of any tree with param-shaped parts; see `Plan.shrink`."""
-        return self.plan.shrink(tree)
+        return self.plan.shrink(tree, where)
 
-    def expand(self, tree: Any) -> Any:
+    def expand(self, tree: Any, where: Where | None = None) -> Any:
         """Puts zeros where slices went, in any tree with param-shaped parts; see `Plan.expand`."""
-        return self.plan.expand(tree)
+        return self.plan.expand(tree, where)
 
     def save(self, file: Any) -> None:
         """Writes the plan to a file; `Plan.load` reads it, and `compact` takes it in place of masks."""
