@@ -324,6 +324,15 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
     return result
 
 
+# What ops do with the slices that they need; all others sum them.
+_VERBS = {
+    "reduce_max": "compares",
+    "reduce_min": "compares",
+    "reduce_and": "combines",
+    "reduce_or": "combines",
+}
+
+
 def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
     """Why a slice has to stay: what pins it, or the op that reads it."""
     why = linked.graph.why_pinned(node)
@@ -332,7 +341,7 @@ def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
     for op, needed, state in facts.readers():
         alone = linked.graph.solve([(needed, state)], never_empty=False).state(node)
         if alone is True or alone[index]:
-            return f"{op} sums it with slices that are not zero"
+            return f"{op} {_VERBS.get(op.name, 'sums')} it with slices that are not zero"
     return "an axis cannot be empty, or its width is rounded up"
 
 

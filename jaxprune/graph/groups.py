@@ -348,8 +348,11 @@ def _table(groups: ChannelGroups) -> str:
 
 
 def _listing(names: Sequence[str]) -> str:
-    """Names in order; those that differ by numbers in their path only stand as one, with a count."""
-    patterns = [re.sub(r"\d+(?=[^\[\]]*\[)", "*", name) for name in names]
+    """Names in order; those that differ by numbers in their path only stand as one, with a count.
+
+    The layers of a bare list have nothing but numbers: each stands for itself.
+    """
+    patterns = [_folded(name) for name in names]
     count = Counter(patterns)
     shown = []
     for name, pattern in zip(names, patterns, strict=True):
@@ -358,6 +361,13 @@ def _listing(names: Sequence[str]) -> str:
         elif (line := f"{pattern} ({count[pattern]})") not in shown:
             shown.append(line)
     return " ".join(shown)
+
+
+def _folded(name: str) -> str:
+    """A path and its axis with "*" for the numbers in the path, if a name is left then."""
+    path, bracket, axis = name.rpartition("[")
+    folded = re.sub(r"\d+", "*", path)
+    return f"{folded}{bracket}{axis}" if re.search(r"[^\W\d_]", folded) else name
 
 
 def _times(member: Member) -> str:

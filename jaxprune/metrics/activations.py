@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, scan_split, source_line, trace
+from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -115,7 +115,7 @@ class _Watcher:
         inputs: Sequence[Any],
         depends: Sequence[bool],
         called: str | None = None,
-        called_at: str = "an unknown line",
+        called_at: str = "",
         steps: tuple[int, ...] = (),
     ) -> tuple[list[Any], list[Any], list[bool]]:
         """The outputs of a jaxpr, its counts of zeros, and which outputs depend on data.
@@ -133,7 +133,7 @@ class _Watcher:
         for eqn in jaxpr.eqns:
             pairs = [read(atom) for atom in eqn.invars]
             args, moving = [value for value, _ in pairs], [yes for _, yes in pairs]
-            name, source = eqn.primitive.name, source_line(eqn) or called_at
+            name, source = eqn.primitive.name, place(eqn, called_at)
             if name in CALLS:
                 label = eqn.params.get("name") or called
                 outputs, own, moved = self.run(called_jaxpr(eqn), args, moving, label, source, steps)

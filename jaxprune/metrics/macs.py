@@ -15,8 +15,8 @@ from jaxprune.jaxprs import (
     called_jaxpr,
     close,
     of_first,
+    place,
     scan_split,
-    source_line,
     split_static,
     trace,
 )
@@ -174,7 +174,7 @@ class _Counter:
         closed: "ClosedJaxpr",
         inputs: Sequence[_Known | None],
         stack: tuple[int, ...] = (),
-        called_at: str = "an unknown line",
+        called_at: str = "",
         times: int = 1,
     ) -> list[_Known | None]:
         """Counts the products of a jaxpr that runs `times` times; what is known of its outputs."""
@@ -186,7 +186,7 @@ class _Counter:
             return _constant(atom.val) if hasattr(atom, "val") else env[atom]
 
         for eqn in jaxpr.eqns:
-            source = source_line(eqn) or called_at
+            source = place(eqn, called_at)
             known = [read(atom) for atom in eqn.invars]
             inside = (*stack, id(eqn))
             outputs = self.equation(eqn, known, inside, source, times)
