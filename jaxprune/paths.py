@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -123,6 +123,52 @@ def check_mirrors(tree: Any, params: Params, what: str) -> None:
                 f"{what}[{path!r}] has shape {tuple(got[path].shape)}, but params[{path!r}] has "
                 f"shape {tuple(leaf.shape)}; they must be equal."
             )
+
+
+def prefix_to(paths: Iterable[str], others: Iterable[str], some: bool = False) -> str | None:
+    """The prefix without which paths are among others; None if there is none.
+
+    Args:
+      paths: paths, of which those under the prefix count.
+      others: the paths that they may be among.
+      some: whether it is enough that some are. Of several such prefixes none is better than another.
+
+    Example:
+      >>> prefix_to(["params/a/w", "params/b/w", "batch_stats/a/mean"], ["a/w", "b/w", "c/w"])
+      'params'
+      >>> prefix_to(["x/w", "y/w"], ["w"], some=True) is None
+      True
+    """
+    paths, others = set(paths), set(others)
+    pairs = [(path, other) for path in paths for other in others if path.endswith(f"/{other}")]
+    hits = Counter(path.removesuffix(f"/{other}") for path, other in pairs)
+
+    def leads(prefix: str) -> bool:
+        inside = {path.removeprefix(f"{prefix}/") for path in paths if path.startswith(f"{prefix}/")}
+        return some or inside <= others
+
+    best = [prefix for prefix in hits if leads(prefix) and hits[prefix] == max(hits.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def explain_paths(paths: Iterable[str], params: Iterable[str], some: bool = False) -> str | None:
+    """Why groups have none of the params' paths and what to do, where one prefix is all the difference."""
+    paths, params = set(paths), set(params)
+    if (prefix := prefix_to(paths, params, some)) is not None:
+        return f"The groups' tree holds these params under {prefix!r}: pass groups.under({prefix!r})."
+    if (prefix := prefix_to(params, paths, some)) is not None:
+        return (
+            f"The groups are of the part of these params under {prefix!r}: pass that part, or call "
+            "channel_groups with all of these params."
+        )
+    return None
+
+
+def some_of(paths: Iterable[str]) -> str:
+    """Up to eight paths for a message."""
+    paths = sorted(paths)
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return ", ".join(paths[:8]) + more
 
 
 def mirrors(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:

@@ -15,7 +15,17 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import shown
 from jaxprune.masks import like_params, ones_masks
-from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
+from jaxprune.paths import (
+    array_leaves,
+    check_mirrors,
+    describe,
+    explain_paths,
+    is_array,
+    is_concrete,
+    kernels,
+    selected,
+    some_of,
+)
 from jaxprune.recompute import Recipe, with_recipes
 from jaxprune.selection import Request, select, select_arrays
 from jaxprune.sources import Source
@@ -334,8 +344,12 @@ def kept_entries(
     entries = units.expand(keep)
     if unknown := [path for path in entries if path not in before]:
         raise ValueError(
-            f"the units have entries in {', '.join(unknown)}, which the params do not have. For groups of "
-            "{'params': ..., 'batch_stats': ...} and params alone, pass groups.under('params')."
+            f"the units have entries in {', '.join(unknown)}, which the params do not have. "
+            + (
+                explain_paths(entries, before)
+                or f"The groups have {some_of(entries)}; the params have {some_of(before)}. Call "
+                "channel_groups with the params that are pruned."
+            )
         )
     return {path: before[path] & mask for path, mask in entries.items()}
 

@@ -152,13 +152,21 @@ class Plan:
             shapes = ", ".join(f"{path} {shape_of(path)}" for path in self.shapes)
             raise ValueError(
                 f"{name}: none of {', '.join(arrays)} ends in the path of a param and has its shape. The "
-                f"params are {shapes}. For a part of the params, as an optimizer sees them: "
-                "plan.under('params')."
+                f"params are {shapes}.{self._advice(names, leaves, name)}"
             )
         out = [
             leaf if owner is None else change(leaf, owner) for leaf, owner in zip(leaves, owners, strict=True)
         ]
         return jax.tree.unflatten(jax.tree.structure(tree), out)
+
+    def _advice(self, names: list[str], leaves: list[Any], name: str) -> str:
+        """What to call instead for a tree of a part of the params, as an optimizer sees them."""
+        for prefix in dict.fromkeys(path.partition("/")[0] for path in self.shapes if "/" in path):
+            part = self.under(prefix)
+            shape_of = part.small_shape if name == "expand" else part.shapes.__getitem__
+            if any(part._owner(place, leaf, shape_of) for place, leaf in zip(names, leaves, strict=True)):
+                return f" The tree is of the part under {prefix!r}: plan.under({prefix!r}).{name}(tree)."
+        return ""
 
     def _longest_ending(self, where: str) -> str | None:
         """The param's path that a leaf's path ends with."""
