@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune import sharding
-from jaxprune.paths import array_leaves, check_mirrors, describe, leaf_paths
+from jaxprune.paths import array_leaves, check_mirrors, describe, is_concrete, leaf_paths
 from jaxprune.typing import Masks, Params
 
 
@@ -237,12 +237,18 @@ def check_pruned(params: Params, masks: Masks) -> None:
 
     Raises:
       ValueError: naming the first leaf with entries that are pruned and yet not 0.
+      TypeError: params or masks without values: traced, or abstract.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.check_pruned({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])})
     """
     check_masks(masks, params)
+    if not is_concrete(params, masks):
+        raise TypeError(
+            "check_pruned looks at values, which are traced inside jit, grad or vmap. Call it outside, on "
+            "the params and masks that the train step returns."
+        )
     kept = array_leaves(masks, "masks")
     for path, leaf in array_leaves(params).items():
         wrong = int(jnp.sum(~kept[path] & (leaf != 0)))

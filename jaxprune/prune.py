@@ -4,6 +4,7 @@
 steps again and again, with a count that a schedule gives.
 """
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune import scores as score_functions
 from jaxprune.arguments import shown
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import (
@@ -186,6 +188,7 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
       ValueError: the tree or a shape differs from `params`.
       TypeError: a function that cannot be called as a score; inputs for one beside a tree of scores.
     """
+    check_score_is_no_name(scores)
     mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
     is_tree = mirrored and all(map(is_array, jax.tree.leaves(scores)))
     if callable(scores) and not is_tree:
@@ -195,6 +198,20 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
         raise TypeError(f"scores is a tree, not a score function, so {', '.join(unused)} would not be used.")
     check_mirrors(scores, params, "scores")
     return scores
+
+
+def check_score_is_no_name(scores: Any) -> None:
+    """Checks that a score is not given by its name.
+
+    Raises:
+      TypeError: it is a string; the message has the function of that name, if there is one.
+    """
+    if isinstance(scores, str):
+        name = (difflib.get_close_matches(scores, score_functions.__all__, 1) or ["magnitude"])[0]
+        raise TypeError(
+            f"scores must be a function or a tree of arrays, got the string {shown(scores)}: pass "
+            f"jaxprune.scores.{name} itself."
+        )
 
 
 def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:

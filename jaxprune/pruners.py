@@ -17,6 +17,7 @@ from jaxprune.paths import check_mirrors, is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
     check_choices,
+    check_score_is_no_name,
     checked_structure,
     default_where,
     pool,
@@ -104,6 +105,7 @@ def pruner(
       Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878 (gradual);
       Han et al., "Learning both Weights and Connections", NIPS 2015 (iterative).
     """
+    check_score_is_no_name(scores)
     if not callable(scores):
         raise TypeError(f"pruner needs a score function such as jaxprune.scores.magnitude, got {scores!r}.")
     check_choices(scope, of, floor)

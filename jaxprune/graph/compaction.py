@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.calls import check_call, check_masks_third
 from jaxprune.graph import ir
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
@@ -19,6 +20,8 @@ from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete
 from jaxprune.typing import Masks, Params, Where
+
+_CALL = "compact(apply_fn, params, masks, *inputs)"
 
 
 class Compacted:
@@ -101,6 +104,7 @@ def compact(
     multiple_of: int = 1,
     fold_constants: bool = False,
     verify: bool = True,
+    **keywords: Any,
 ) -> Compacted:
     """The smaller network that computes what the masked one does.
 
@@ -124,13 +128,15 @@ def compact(
         of filters alone leave relu(bias) alive. It changes params that stay, so it is a step for
         deployment; `apply_fn(small.expand(s), x)` holds for the folded params.
       verify: compares the two networks on the inputs, if params and inputs are there to be read.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       A `Compacted`.
 
     Raises:
       ValueError: masks that do not mirror `params`, a plan that does not fit.
-      TypeError: masks that are traced.
+      TypeError: masks that are traced; arguments in another order, an `apply_fn` that cannot be called with
+        the inputs, a keyword.
       RuntimeError: the check failed, which is a bug in jaxprune or in a rule of yours.
 
     Example:
@@ -146,6 +152,10 @@ def compact(
       >>> small.keep["b"]
       {0: array([0, 2, 3])}
     """
+    options = ("state", "multiple_of", "fold_constants", "verify")
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, options)
+    if not isinstance(masks, Plan):
+        check_masks_third(_CALL, params, masks, inputs)
     if not (isinstance(multiple_of, int) and multiple_of >= 1):
         raise ValueError(f"multiple_of must be an integer of 1 or more, got {multiple_of!r}.")
     linked = Linked(apply_fn, params, inputs, state)

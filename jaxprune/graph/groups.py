@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.arguments import shown
+from jaxprune.calls import check_call
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.program import Linked
 from jaxprune.graph.roles import weights
 from jaxprune.typing import Params, Where
 
+_CALL = "channel_groups(apply_fn, params, *inputs)"
 Split = str | int
 """Which factor of a product of axes loses slices: "major", "minor", or its index."""
 
@@ -146,6 +148,7 @@ def channel_groups(
     *inputs: Any,
     split: Split = "major",
     state: Callable[[Any], Any] | None = None,
+    **keywords: Any,
 ) -> ChannelGroups:
     """The coupled channels of a function: which slices of which params can only go together.
 
@@ -162,13 +165,15 @@ def channel_groups(
         attention), `"minor"`, the last (the same places of every head), or the index of one (1 of
         keys x heads of a key x width: the same head of every key).
       state: as for `compact`: the outputs that are new values of params.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       `ChannelGroups`.
 
     Raises:
       ValueError: a `split` that is none of these.
-      TypeError: an `apply_fn` or a `state` that is not a function.
+      TypeError: an `apply_fn` or a `state` that is not a function, an `apply_fn` that cannot be called
+        with the inputs, a keyword.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -184,6 +189,7 @@ def channel_groups(
       Whole: a[0]: it meets an axis of the input [0].
       Whole: b[1]: it meets an axis of the output.
     """
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state"))
     index = isinstance(split, int) and not isinstance(split, bool)
     if not index and not (isinstance(split, str) and split in ("major", "minor")):
         raise ValueError(f"split must be 'major', 'minor' or an index, got {shown(split)}.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.calls import check_call
 from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -57,7 +58,7 @@ class Activations(tuple[Activation, ...]):
 
 
 def activation_sparsity(
-    function: Callable[..., Any], *arguments: Any, everything: bool = False
+    function: Callable[..., Any], *arguments: Any, everything: bool = False, **keywords: Any
 ) -> Activations:
     """Counts exact zeros in the intermediate values of one call, a batch say.
 
@@ -70,6 +71,7 @@ def activation_sparsity(
       function: a function of pytrees of arrays, `apply_fn(params, x)` say.
       *arguments: arrays; the first is the params. Bools and strings are static.
       everything: also the values without zeros.
+      **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
       An `Activations`: a tuple of `Activation`.
@@ -88,6 +90,9 @@ def activation_sparsity(
         raise ValueError(
             "activation_sparsity needs params and inputs: activation_sparsity(function, params, x)."
         )
+    check_call(
+        "activation_sparsity(function, params, *inputs)", function, arguments, keywords, ("everything",)
+    )
     closed, inputs = trace(function, arguments)
     depends = [of_first(name) is None for name in inputs]
     watcher = _Watcher()
