@@ -26,8 +26,9 @@ def shampoo(root):
         square = jax.tree.map(lambda p: EPS * jnp.eye(SIZE), params)
         return ShampooState(jax.tree.map(jnp.zeros_like, params), {"left": square, "right": square})
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
+        grads = updates
         momentum = jax.tree.map(lambda m, g: DECAY * m + g, state.momentum, grads)
         left = jax.tree.map(lambda s, g: s + g @ g.T, state.preconditioners["left"], grads)
         right = jax.tree.map(lambda s, g: s + g.T @ g, state.preconditioners["right"], grads)
@@ -66,8 +67,9 @@ def problem():
 
 
 def trained(tx, kernel, grads, jit):
-    params = {"kernel": jnp.asarray(kernel)}
-    state, update = tx.init(params), jax.jit(tx.update) if jit else tx.update
+    params: Any = {"kernel": jnp.asarray(kernel)}
+    state: Any = tx.init(params)
+    update = jax.jit(tx.update) if jit else tx.update
     for grad in grads:
         updates, state = update({"kernel": jnp.asarray(grad)}, state, params)
         params = optax.apply_updates(params, updates)
@@ -111,7 +113,7 @@ def test_regrown_entries_leave_preconditioners_alone():
     pruner = jp.rigl({"kernel": jnp.asarray(mask)}, every=2, end_step=4, fraction=0.9)
     tx = jp.wrap_optax(shampoo(inverse_fourth_root), pruner, state_where=WHERE)
     params = {"kernel": jnp.where(mask, kernel, 0)}
-    state = tx.init(params)
+    state: Any = tx.init(params)
     lefts = []
     for grad in grads[:2]:
         updates, state = tx.update({"kernel": jnp.asarray(grad)}, state, params)
