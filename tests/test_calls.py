@@ -184,7 +184,9 @@ def test_ops_without_a_line_say_their_shapes():
     jaxpr = closed.jaxpr.replace(eqns=bare)
 
     def apply(p, x):
-        (h,) = jax.core.eval_jaxpr(jaxpr, closed.consts, x @ p["a"])
+        (h,) = jax.core.eval_jaxpr(  # type: ignore[attr-defined]
+            jaxpr, closed.consts, x @ p["a"]
+        )
         return h @ p["b"]
 
     assert "unknown" not in str(jp.channel_groups(apply, PARAMS, X))
