@@ -163,8 +163,15 @@ def checked_structure(structure: Structure | None) -> Structure:
 
 
 def default_where(where: Where, structure: Structure) -> Where:
-    """Which leaves take part: as asked, or where that is the default, as the structure knows better."""
-    return structure.default_where if where is kernels and structure.default_where is not None else where
+    """Which leaves take part: as asked; by default as the structure knows, and else by name."""
+    if where is not kernels or not structure.weights:
+        return where
+
+    def weights(path: str, leaf: Any) -> bool:
+        return structure.weights[path] if path in structure.weights else kernels(path, leaf)
+
+    weights.__name__ = kernels.__name__
+    return weights
 
 
 def check_choices(scope: str, of: str, floor: int) -> None:

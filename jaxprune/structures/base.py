@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import is_number, shown
 from jaxprune.sources import Source
-from jaxprune.typing import Where
 
 Norm = float | Callable[..., jax.Array]
 """How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
@@ -49,8 +48,8 @@ class Structure(NamedTuple):
         one kind are ranked together.
       floors: by pool, how many units stay at least, where that is more than the pruner's floor.
       spans_leaves: whether a unit has entries in several leaves.
-      default_where: which leaves take part where the pruner's `where` is the default, `kernels`:
-        for structures that know more of a leaf than its name.
+      weights: by path, whether the network uses a leaf as the weights of a product, for structures that
+        know the network: it decides where the pruner's `where` is the default, `kernels`.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -59,7 +58,7 @@ class Structure(NamedTuple):
     kinds: Mapping[str, str] = MappingProxyType({})
     floors: Mapping[str, int] = MappingProxyType({})
     spans_leaves: bool = False
-    default_where: Where | None = None
+    weights: Mapping[str, bool] = MappingProxyType({})
 
 
 def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune.arguments import check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
-from jaxprune.paths import explain_paths, kernels, some_of
+from jaxprune.paths import explain_paths, some_of
 from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.typing import Where
@@ -133,7 +133,7 @@ def channels(
         kinds=kinds,
         floors=widths,
         spans_leaves=True,
-        default_where=_weights(chosen),
+        weights=_weights(chosen),
     )
 
 
@@ -148,18 +148,12 @@ def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) 
     return f"{message}. {advice}" if advice else f"{message}; where= takes in {some_of(taken)}."
 
 
-def _weights(groups: tuple[Group, ...]) -> Where | None:
-    """The leaves that the groups' function uses as weights, and by name those that the groups do not know."""
+def _weights(groups: tuple[Group, ...]) -> dict[str, bool]:
+    """By path, whether a function uses a member as weights; empty where a group does not tell."""
     if any(group.weights is None for group in groups):
-        return None
-    known = {member.path for group in groups for member in group.members}
+        return {}
     weights = {path for group in groups for path in group.weights or ()}
-
-    def where(path: str, leaf: Any) -> bool:
-        return path in weights if path in known else kernels(path, leaf)
-
-    where.__name__ = kernels.__name__
-    return where
+    return {member.path: member.path in weights for group in groups for member in group.members}
 
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
