@@ -20,6 +20,7 @@ CALLS = (
 )
 _OWN = str(Path(__file__).parent) + "/"
 _STDLIB = str(Path(os.__file__).parent) + "/"
+_JAX = str(Path(jax.__file__).parent) + "/"
 
 
 def split_static(inputs: Sequence[Any]) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
@@ -112,12 +113,36 @@ def scan_split(params: dict[str, Any]) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def source_line(eqn: "JaxprEqn") -> str | None:
-    """The innermost line of code outside Python and installed packages that led to an equation, if known."""
+def place(eqn: "JaxprEqn", called_at: str = "") -> str:
+    """Where an equation comes from, as "file:line".
+
+    That is the innermost line outside Python, JAX's own and installed packages that led to it; else the
+    place of the call that it is in; else the line of the installed package; else, for what JAX keeps
+    no line of (a jaxpr that was loaded from a file), the shapes of its inputs, as "<float32[3,4]>".
+    """
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
-    for frame in frames:
-        name = frame.file_name
-        if not ("site-packages" in name or "dist-packages" in name or name.startswith((_OWN, _STDLIB))):
-            return f"{Path(name).name}:{frame.line_num}"
-    return None
+    outside = [frame for frame in frames if not frame.file_name.startswith((_OWN, _STDLIB, "<frozen"))]
+    for frame in outside:
+        if not _is_installed(frame.file_name):
+            return f"{Path(frame.file_name).name}:{frame.line_num}"
+    if called_at:
+        return called_at
+    for frame in outside:
+        if not frame.file_name.startswith(_JAX):
+            return f"{Path(frame.file_name).name}:{frame.line_num}"
+    return f"<{' '.join(str(atom.aval) for atom in eqn.invars)}>"
+
+
+def is_library_call(eqn: "JaxprEqn") -> bool:
+    """Whether an equation calls a jitted function of JAX's own (`jnp.var`, `jax.nn.relu`).
+
+    Its jaxpr is cached, so the lines in it are those of whoever called it first.
+    """
+    info = getattr(getattr(eqn.params.get("jaxpr"), "jaxpr", None), "debug_info", None)
+    file = getattr(info, "func_filename", None)
+    return file is not None and file.startswith(_JAX)
+
+
+def _is_installed(file: str) -> bool:
+    return "site-packages" in file or "dist-packages" in file

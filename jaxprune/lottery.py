@@ -39,7 +39,7 @@ from jaxprune.masks import (
     restore_packed,
     unpack_masks,
 )
-from jaxprune.optimizer import twins
+from jaxprune.optimizer import check_state_where, twins
 from jaxprune.paths import (
     array_leaves,
     check_mirrors,
@@ -230,7 +230,7 @@ def lottery_scan(
     return jax.tree.map(lambda one, more: jnp.concatenate([jnp.asarray(one)[None], more]), dense, tuned)
 
 
-def rewind(saved: Any, masks: Masks) -> Any:
+def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any:
     """A saved training state under masks: where to train on from.
 
     Everything in it that mirrors the params (the params themselves, an optimizer's moments) is 0
@@ -245,6 +245,7 @@ def rewind(saved: Any, masks: Masks) -> Any:
     Args:
       saved: params, an optax state, or any tree that holds them.
       masks: bool masks like the params.
+      state_where: which leaves of `saved` may mirror a param, as for `wrap_optax`.
 
     Returns:
       A tree like `saved`.
@@ -266,11 +267,12 @@ def rewind(saved: Any, masks: Masks) -> Any:
     """
     check_not_swapped(masks, saved, "rewind(saved, masks)")
     masks = bool_masks(masks)
+    check_state_where(state_where)
     kept = jax.tree.leaves(masks)
     given = restore_packed(saved, masks)
     saved = unpack_masks(given)
     leaves, treedef = jax.tree.flatten(saved)
-    indices = twins(saved, masks)
+    indices = twins(saved, masks, state_where)
     mirrored = {index for index in indices if index is not None}
     missed = {
         path: mask

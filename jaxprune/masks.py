@@ -396,11 +396,17 @@ def check_pruned(params: Params, masks: Masks) -> None:
 
     Raises:
       ValueError: naming the first leaf with entries that are pruned and yet not 0.
+      TypeError: params or masks without values: traced, or abstract.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.check_pruned({"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([True, False])})
     """
+    if not is_concrete(params, masks):
+        raise TypeError(
+            "check_pruned looks at values, which are traced inside jit, grad or vmap. Call it outside, on "
+            "the params and masks that the train step returns."
+        )
     kept = array_leaves(like_params(masks, params), "masks")
     for path, leaf in array_leaves(params).items():
         if not is_numeric(leaf):

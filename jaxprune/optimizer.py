@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.arguments import shown
+from jaxprune.arguments import check_function, shown
 from jaxprune.dtypes import common_dtype, rounds_to_zero
 from jaxprune.guard import divides_by_zero, guarded
 from jaxprune.masks import (
@@ -22,7 +22,7 @@ from jaxprune.masks import (
     unpack_masks,
 )
 from jaxprune.paths import describe, is_array, is_concrete, leaf_paths, mirrors
-from jaxprune.typing import Masks, Params, Pruner, PrunerState
+from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 from jaxprune.zeros import Zeros
 
 
@@ -56,6 +56,7 @@ def wrap_optax(
     *,
     packed: bool = False,
     inner_state: Any = None,
+    state_where: Where | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that also prunes: the one line that a training loop needs.
 
@@ -81,13 +82,18 @@ def wrap_optax(
         `jaxprune.unpack_masks` gives the masks of such a state.
       inner_state: a state of `optimizer` to start from, such as the `inner` of a `KeepMaskedState`, in place
         of a new one. With `jaxprune.pruner(..., masks=masks)` training goes on from masks that exist.
+      state_where: which leaves of the optimizer's state may mirror a param, a function of (path, leaf);
+        by default every leaf whose path ends with a param's path and that has its shape. Leave out
+        those that are shaped like a param but do not hold one number for each entry: for a square
+        kernel, the preconditioners of Shampoo or SOAP (`not_(matching("*/preconditioners/*"))`), which would
+        lose rows and columns. `leaf_paths(optimizer.init(params))` lists the paths.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `WrapOptaxState`. `update` raises
       ValueError if `params` is None.
 
     Raises:
-      TypeError: the arguments are not an optimizer and a pruner.
+      TypeError: the arguments are not an optimizer and a pruner, or `state_where` is not a function.
       ValueError: on `init`, an `inner_state` that the optimizer could not have made for these params.
 
     Warns:
@@ -114,6 +120,7 @@ def wrap_optax(
             f"{type(optimizer).__name__} and {type(pruner).__name__}"
             + (": the two are swapped." if swapped else ".")
         )
+    check_state_where(state_where)
     inner = optax.with_extra_args_support(optimizer)
     if pruner.compounds:
         warnings.warn(
@@ -140,14 +147,14 @@ def wrap_optax(
         pruned = pruner.update(own, _fast(params), grads=updates, **read)
         before, after = unpack_masks(own.masks), unpack_masks(pruned.masks)
         step = _regrowing_update if pruner.regrows else _masked_update
-        updates, inner_state = step(inner, updates, state.inner, params, before, after, extra)
+        updates, inner_state = step(inner, updates, state.inner, params, before, after, extra, state_where)
         return updates, WrapOptaxState(inner_state, pruned)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def keep_masked(
-    optimizer: optax.GradientTransformation, masks: Masks
+    optimizer: optax.GradientTransformation, masks: Masks, *, state_where: Where | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that keeps pruned entries at exactly 0: fine-tuning under fixed masks.
 
@@ -157,13 +164,14 @@ def keep_masked(
     Args:
       optimizer: any optax transform.
       masks: bool masks like the params. Packed masks stay packed in the state.
+      state_where: as for `wrap_optax`: which leaves of the optimizer's state may mirror a param.
 
     Returns:
       A `GradientTransformationExtraArgs` whose state is a `KeepMaskedState`. `init` raises if the
       masks do not mirror the params, `update` if `params` is None.
 
     Raises:
-      TypeError: the first argument is not an optimizer.
+      TypeError: the first argument is not an optimizer, or `state_where` is not a function.
 
     Example:
       >>> import jax.numpy as jnp, optax, jaxprune as jp
@@ -181,6 +189,7 @@ def keep_masked(
         )
     if isinstance(masks, Pruner):
         raise TypeError("keep_masked takes masks, got a Pruner: pass that to wrap_optax(optimizer, pruner).")
+    check_state_where(state_where)
     inner = optax.with_extra_args_support(optimizer)
 
     def init_fn(params: Params) -> KeepMaskedState:
@@ -195,7 +204,9 @@ def keep_masked(
         kept = restore_packed(state.masks, _fast(params))
         now = unpack_masks(kept)
         check_masks(now, _fast(params))
-        updates, inner_state = _masked_update(inner, updates, state.inner, params, now, now, extra)
+        updates, inner_state = _masked_update(
+            inner, updates, state.inner, params, now, now, extra, state_where
+        )
         return updates, KeepMaskedState(inner_state, kept)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -291,6 +302,7 @@ def _masked_update(
     before: Masks,
     after: Masks,
     extra: dict[str, Any],
+    state_where: Where | None = None,
     regrows: bool = False,
 ) -> tuple[Any, Any]:
     """One step of the wrapped optimizer on the masked network, and the projection on its masks."""
@@ -320,12 +332,12 @@ def _masked_update(
     masked_params = apply_masks(params, _like(params, stays))
     # Moments are cleared on their way in, where that fuses with the optimizer's own reading of them
     # and they can be written in place; and on their way out only if they need not be 0 by then.
-    state = cleared(state, twins(state, fast))
-    updates, new_state, zero = _inner_update(inner, grads, state, masked_params, kept, extra)
+    state = cleared(state, twins(state, fast, state_where))
+    updates, new_state, zero = _inner_update(inner, grads, state, masked_params, kept, extra, state_where)
     updates = jax.tree.map(
         lambda u, m, p: step_or_zero(m, u, p), updates, _like(params, stays), params, is_leaf=is_none
     )
-    again = twins(new_state, fast)
+    again = twins(new_state, fast, state_where)
     again = [None if z is None or i in z else i for i, z in zip(again, zero, strict=True)]
     return updates, cleared(_forget_searches(new_state, before, after), again)
 
@@ -337,6 +349,7 @@ def _inner_update(
     params: Params,
     masks: list[jax.Array],
     extra: dict[str, Any],
+    state_where: Where | None,
 ) -> tuple[Any, Any, list[Zeros]]:
     """The wrapped optimizer's update, by which nothing that it divides by 0 where pruned reaches the rest.
 
@@ -370,9 +383,9 @@ def _inner_update(
         if not eager:
             raise
         return unknown()  # it looks at values
-    inputs: list[Zeros] = [
-        frozenset() if index is None else frozenset((index,)) for index in twins(given, _fast(params))
-    ]
+    fast = _fast(params)
+    indices = [*twins(grads, fast), *twins(state, fast, state_where), *twins(params, fast)]
+    inputs: list[Zeros] = [frozenset() if index is None else frozenset((index,)) for index in indices]
     divides, zero = divides_by_zero(closed, inputs)
     if divides:
         leaves, zero = guarded(closed, inputs, jax.tree.leaves(given), masks)
@@ -390,6 +403,7 @@ def _regrowing_update(
     before: Masks,
     after: Masks,
     extra: dict[str, Any],
+    state_where: Where | None = None,
 ) -> tuple[Any, Any]:
     """`_masked_update`, where masks changed without a step, and with a new state for what grew."""
     changed = _changed(before, after)
@@ -402,7 +416,9 @@ def _regrowing_update(
         )
 
     resting = optax.GradientTransformationExtraArgs(inner.init, step_or_rest)
-    updates, inner_state = _masked_update(resting, grads, inner_state, params, before, after, extra, True)
+    updates, inner_state = _masked_update(
+        resting, grads, inner_state, params, before, after, extra, state_where, regrows=True
+    )
 
     # What grew starts as in a new optimizer, whose state is not 0 everywhere (Adagrad's, COCOB's).
     grown = [new & ~old for new, old in zip(*map(jax.tree.leaves, (after, before)), strict=True)]
@@ -418,7 +434,7 @@ def _regrowing_update(
             return leaf
         return jnp.where(grown[index], new.astype(leaf.dtype), leaf)
 
-    leaves = map(renewed, leaves, fresh, twins(inner_state, _fast(params)))
+    leaves = map(renewed, leaves, fresh, twins(inner_state, _fast(params), state_where))
     return updates, jax.tree.unflatten(treedef, list(leaves))
 
 
@@ -428,11 +444,11 @@ def _changed(before: Masks, after: Masks) -> jax.Array:
     return jnp.any(jnp.stack(jax.tree.leaves(changed)))
 
 
-def twins(state: Any, params: Params) -> list[int | None]:
+def twins(state: Any, params: Params, where: Where | None = None) -> list[int | None]:
     """Which leaves of a training state mirror a param: `paths.mirrors`, and what it knows of optax.
 
     GaLore's projection has its param's shape where its rank is full, and yet is in another basis
-    than the params: it is the twin of none.
+    than the params: it mirrors none. Nor does any leaf that `where(path, leaf)` leaves out.
 
     Returns:
       For each leaf of `state`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -444,7 +460,21 @@ def twins(state: Any, params: Params) -> list[int | None]:
     plain = jax.tree.map(
         lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, state, is_leaf=is_rotated
     )
-    return mirrors(plain, params)
+    return mirrors(plain, params, where)
+
+
+def check_state_where(state_where: Where | None) -> None:
+    """Checks the predicate of what mirrors a param.
+
+    Raises:
+      TypeError: it is not a function.
+    """
+    if state_where is not None:
+        check_function(
+            state_where,
+            "state_where=",
+            "of (path, leaf), such as jaxprune.not_(jaxprune.matching('*/left/*'))",
+        )
 
 
 def _forget_searches(state: Any, before: Masks, after: Masks) -> Any:

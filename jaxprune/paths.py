@@ -1,9 +1,8 @@
 """Leaf paths as strings, and predicates on them that say which leaves take part."""
 
 import fnmatch
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.dtypes import can_be_zero
+from jaxprune.kernel_names import names_kernel
 from jaxprune.typing import Params, Where
 
 
@@ -167,13 +167,60 @@ def check_mirrors(tree: Any, params: Params, what: str) -> None:
             )
 
 
-def mirrors(tree: Any, params: Params) -> list[int | None]:
+def prefix_to(paths: Iterable[str], others: Iterable[str], some: bool = False) -> str | None:
+    """The prefix without which paths are among others; None if there is none.
+
+    Args:
+      paths: paths, of which those under the prefix count.
+      others: the paths that they may be among.
+      some: whether it is enough that some are. Of several such prefixes none is better than another.
+
+    Example:
+      >>> prefix_to(["params/a/w", "params/b/w", "batch_stats/a/mean"], ["a/w", "b/w", "c/w"])
+      'params'
+      >>> prefix_to(["x/w", "y/w"], ["w"], some=True) is None
+      True
+    """
+    paths, others = set(paths), set(others)
+    pairs = [(path, other) for path in paths for other in others if path.endswith(f"/{other}")]
+    hits = Counter(path.removesuffix(f"/{other}") for path, other in pairs)
+
+    def leads(prefix: str) -> bool:
+        inside = {path.removeprefix(f"{prefix}/") for path in paths if path.startswith(f"{prefix}/")}
+        return some or inside <= others
+
+    best = [prefix for prefix in hits if leads(prefix) and hits[prefix] == max(hits.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def explain_paths(paths: Iterable[str], params: Iterable[str], some: bool = False) -> str | None:
+    """Why groups have none of the params' paths and what to do, where one prefix is all the difference."""
+    paths, params = set(paths), set(params)
+    if (prefix := prefix_to(paths, params, some)) is not None:
+        return f"The groups' tree holds these params under {prefix!r}: pass groups.under({prefix!r})."
+    if (prefix := prefix_to(params, paths, some)) is not None:
+        return (
+            f"The groups are of the part of these params under {prefix!r}: pass that part, or call "
+            "channel_groups with all of these params."
+        )
+    return None
+
+
+def some_of(paths: Iterable[str]) -> str:
+    """Up to eight paths for a message."""
+    paths = sorted(paths)
+    more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return ", ".join(paths[:8]) + more
+
+
+def mirrors(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:
     """Which leaves of a tree (an optimizer's state, say) mirror a param.
 
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
     accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. So does
-    a bool leaf of that shape, a mask. The longest ending wins.
+    a bool leaf of that shape, a mask. The longest ending wins. What `where(path, leaf)` leaves out
+    mirrors none.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -183,6 +230,8 @@ def mirrors(tree: Any, params: Params) -> list[int | None]:
 
     def match(parts, leaf):
         if not is_array(leaf) or not (jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.dtype == jnp.bool_):
+            return None
+        if where is not None and not where("/".join(parts), leaf):
             return None
         for start in range(len(parts) + 1):
             index = by_path.get(parts[start:])
@@ -236,24 +285,20 @@ def selected(params: Params, where: Where) -> list[str]:
     return chosen
 
 
-# What `kernels` reads from names. The last name decides first; where it decides nothing, any
-# part of the path that speaks of a norm, an embedding or a special token leaves the leaf out.
-_KERNEL_NAME = re.compile(r"^kernel(_\w+|\d+)?$", re.IGNORECASE)
-_NOT_KERNEL_NAME = re.compile(
-    r"bias|scale|offset|gamma|beta|norm|embed|token|^pos|position|^cls|^class|^wte$|^wpe$|^b\d*$|^ln",
-    re.IGNORECASE,
-)
-_NOT_KERNEL_PARENT = re.compile(r"norm|embed|^bn\d*$|^ln|^wte$|^wpe$", re.IGNORECASE)
-_ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
-
-
 def kernels(path: str, leaf: Any) -> bool:
     """The default `where`: the weights of dense, convolutional and attention layers.
 
     A leaf takes part if it has two axes or more and its name does not say otherwise. Left alone
     are biases (also attention's, of shape heads x dim), the scales and offsets of norms,
-    embeddings and positional embeddings, class, mask and register tokens. To prune embeddings
-    too: `any_of(kernels, matching("*embedding"))`.
+    embeddings and positional embeddings, class, mask and register tokens, and adapters (LoRA), of which
+    one factor starts at zero. To prune embeddings too: `any_of(kernels, matching("*embedding"))`.
+
+    Names are read as whole words, from the leaf upwards, and the nearest name that says something
+    decides: "embed/proj/weight" is the weight of a projection, "proj/embed/weight" an embedding. What is
+    called `kernel` takes part wherever it is, but in an adapter.
+
+    Where a structure knows the network (`structures.channels`), it decides instead by what the
+    network does with a leaf, whatever its name.
 
     Args:
       path: the leaf's path, as from `leaf_paths`.
@@ -268,17 +313,10 @@ def kernels(path: str, leaf: Any) -> bool:
       True
       >>> jp.kernels("encoder/pos_embedding", jnp.ones((1, 4, 8)))
       False
+      >>> jp.kernels("tok_emb/weight", jnp.ones((10, 8))), jp.kernels("normal_dense/weight", jnp.ones((4, 8)))
+      (False, True)
     """
-    *parents, name = path.split("/")
-    if len(leaf.shape) < 2:
-        return False
-    if _KERNEL_NAME.match(name):
-        return True
-    if _NOT_KERNEL_NAME.search(name) or any(_NOT_KERNEL_PARENT.search(part) for part in parents):
-        return False
-    # A nameless (1, d) is a bias row, a nameless (1, n, d) a positional table or a token.
-    is_row = leaf.shape[0] == 1 and len(leaf.shape) <= 3
-    return not is_row or bool(_ROW_VECTOR_KERNEL.match(name))
+    return names_kernel(path, tuple(leaf.shape))
 
 
 def matching(*patterns: str) -> Where:

@@ -5,6 +5,7 @@ steps again and again, with a count that a schedule gives.
 """
 
 import contextlib
+import difflib
 import inspect
 import warnings
 from collections.abc import Mapping
@@ -14,11 +15,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune import scores as score_functions
 from jaxprune.arguments import as_integer, check_params, shown
 from jaxprune.dtypes import is_narrow, is_numeric
 from jaxprune.extras import check_extra
 from jaxprune.masks import like_params, ones_masks
-from jaxprune.paths import array_leaves, check_mirrors, describe, is_array, is_concrete, kernels, selected
+from jaxprune.paths import (
+    array_leaves,
+    check_mirrors,
+    describe,
+    explain_paths,
+    is_array,
+    is_concrete,
+    kernels,
+    selected,
+    some_of,
+)
 from jaxprune.recompute import Recipe, with_recipes
 from jaxprune.selection import Request, select, select_arrays
 from jaxprune.sources import Source
@@ -81,7 +93,8 @@ def prune_once(
         from each leaf; `"isomorphic"`, of coupled channels, from all groups of one kind. A
         threshold is the same in all.
       structure: which entries go together (see `structures`); by default each is a unit.
-      where: which leaves take part, a function of (path, leaf).
+      where: which leaves take part, a function of (path, leaf); by default `kernels`, and for coupled
+        channels what the network uses as weights (see `structures.channels`).
       masks: masks to start from; by default nothing is pruned.
       floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
         the network there.
@@ -116,6 +129,7 @@ def prune_once(
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, prune_once)
     structure = checked_structure(structure)
     floor = check_choices(scope, of, floor)
+    where = default_where(where, structure)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:
         raise ValueError(
             "prune_once needs exactly one of sparsity, count and threshold, got "
@@ -154,6 +168,18 @@ def checked_structure(structure: Structure | None) -> Structure:
     return structure
 
 
+def default_where(where: Where, structure: Structure) -> Where:
+    """Which leaves take part: as asked; by default as the structure knows, and else by name."""
+    if where is not kernels or not structure.weights:
+        return where
+
+    def weights(path: str, leaf: Any) -> bool:
+        return structure.weights[path] if path in structure.weights else kernels(path, leaf)
+
+    weights.__name__ = kernels.__name__
+    return weights
+
+
 def check_choices(scope: str, of: str, floor: Any) -> int:
     """Checks the arguments that `prune_once` and `pruner` share, and returns the floor.
 
@@ -175,6 +201,7 @@ def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
       ValueError: the tree or a shape differs from `params`.
       TypeError: a function that cannot be called as a score; inputs for one beside a tree of scores.
     """
+    check_score_is_no_name(scores)
     if callable(scores) and not is_tree_of_scores(scores, params):
         _check_takes(scores, params, inputs)
         scores = _call_score(scores, params, inputs)
@@ -207,6 +234,20 @@ def _call_score(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> Score
         with contextlib.suppress(TypeError, ValueError):
             return score(treedef.unflatten(numbers), **inputs)
         raise
+
+
+def check_score_is_no_name(scores: Any) -> None:
+    """Checks that a score is not given by its name.
+
+    Raises:
+      TypeError: it is a string; the message has the function of that name, if there is one.
+    """
+    if isinstance(scores, str):
+        name = (difflib.get_close_matches(scores, score_functions.__all__, 1) or ["magnitude"])[0]
+        raise TypeError(
+            f"scores must be a function or a tree of arrays, got the string {shown(scores)}: pass "
+            f"jaxprune.scores.{name} itself."
+        )
 
 
 def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:
@@ -359,8 +400,12 @@ def kept_entries(
     entries = units.expand(keep)
     if unknown := [path for path in entries if path not in before]:
         raise ValueError(
-            f"the units have entries in {', '.join(unknown)}, which the params do not have. For groups of "
-            "{'params': ..., 'batch_stats': ...} and params alone, pass groups.under('params')."
+            f"the units have entries in {', '.join(unknown)}, which the params do not have. "
+            + (
+                explain_paths(entries, before)
+                or f"The groups have {some_of(entries)}; the params have {some_of(before)}. Call "
+                "channel_groups with the params that are pruned."
+            )
         )
     return {path: before[path] & mask for path, mask in entries.items()}
 

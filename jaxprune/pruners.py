@@ -20,7 +20,9 @@ from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, se
 from jaxprune.prune import (
     all_finite,
     check_choices,
+    check_score_is_no_name,
     checked_structure,
+    default_where,
     pool,
     remove,
     scored,
@@ -129,6 +131,7 @@ def pruner(
       Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878 (gradual);
       Han et al., "Learning both Weights and Connections", NIPS 2015 (iterative).
     """
+    check_score_is_no_name(scores)
     if not callable(scores):
         hint = f" Pass jaxprune.scores.{scores}." if isinstance(scores, str) else ""
         raise TypeError(
@@ -144,6 +147,7 @@ def pruner(
     first = next(iter(schedules.values()))
     grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
+    where = default_where(where, structure)
     if masks is not None:
         check_masks(masks, masks)
     asks = Request(schedules, grid, structure, scope, of, floor, limit)

@@ -19,7 +19,15 @@ import numpy as np
 from jaxprune.extras import check_extra
 from jaxprune.masks import apply_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete, selected
-from jaxprune.prune import check_choices, checked_structure, evaluate, is_tree_of_scores, kept_entries, pool
+from jaxprune.prune import (
+    check_choices,
+    checked_structure,
+    default_where,
+    evaluate,
+    is_tree_of_scores,
+    kept_entries,
+    pool,
+)
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import floors
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
@@ -132,6 +140,7 @@ def rank(
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
     floor = check_choices("layerwise", "total", floor)
     structure = checked_structure(ELEMENTS if structure is None else structure)
+    where = default_where(where, structure)
     chosen = tuple(selected(params, where))
     if not is_concrete(params, masks):
         raise TypeError(

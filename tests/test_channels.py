@@ -1,10 +1,13 @@
 """Coupled channels as a structure: what is scored, what goes, and how much."""
 
+from contextlib import nullcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from zoo import ZOO
 
 import jaxprune as jp
@@ -109,7 +112,10 @@ def test_a_floor_and_a_minimum_width_keep_the_best():
 @pytest.mark.parametrize(("multiple", "expected"), [(2, [4, 4]), (4, [4, 4]), (8, [8, 6]), (1, [3, 3])])
 def test_widths_are_multiples_of_the_best(multiple, expected):
     count = {"a/kernel[1]": 5, "b/kernel[1]": 3}
-    masks = prune(channels(GROUPS, multiple_of=multiple), count=count, scope="layerwise")
+    wide = multiple == 8
+    with pytest.warns(UserWarning, match="multiple_of=8") if wide else nullcontext():
+        structure = channels(GROUPS, multiple_of=multiple)
+    masks = prune(structure, count=count, scope="layerwise")
     assert widths(masks) == expected
     plain = prune(count=count, scope="layerwise")
     assert all(jax.tree.leaves(jax.tree.map(lambda p, m: bool(jnp.all(m | ~p)), plain, masks)))
@@ -240,3 +246,103 @@ def test_what_cannot_be_done_is_said():
     masks = prune(sparsity=0.5)
     with pytest.raises(ValueError, match="has units that span several leaves"):
         jp.rigl(masks, structure=channels(GROUPS), end_step=10, every=2)
+
+
+def test_groups_no_wider_than_a_multiple_are_named():
+    with pytest.warns(UserWarning, match=r"not below the width of b/kernel\[1\] \(6 units\)") as caught:
+        structure = channels(GROUPS, multiple_of=7)
+    assert len(caught) == 1 and "a/kernel" not in str(caught[0].message)
+    pruner = jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.3), structure=structure)
+    state = pruner.init(PARAMS)
+    for _ in range(2):
+        state = pruner.update(state, PARAMS)  # says it no more
+    channels(GROUPS, multiple_of=5)
+
+
+def attention():
+    graph, params = nnx.split(
+        nnx.MultiHeadAttention(num_heads=4, in_features=32, decode=False, rngs=nnx.Rngs(0))
+    )
+    return params, jp.channel_groups(lambda s, x: nnx.merge(graph, s)(x), params, jnp.ones((1, 5, 32)))
+
+
+def test_groups_without_a_member_on_the_axis_are_named():
+    params, groups = attention()
+    with pytest.warns(UserWarning, match=r"axis=-1: key/bias\[0\] has no member on that axis") as caught:
+        structure = channels(groups, axis=-1)
+    assert len(caught) == 1
+    for _ in range(2):  # warned once
+        masks = jp.prune_once(params, jp.scores.magnitude, 0.5, scope="layerwise", structure=structure)
+    assert np.asarray(masks["query"]["kernel"]).any(axis=(0, 2)).all()  # no head went
+
+
+def test_groups_whose_members_on_the_axis_give_no_scores_are_named_once():
+    # Of the group of a, the output axis is last for its bias alone, which gives no scores by default.
+    def apply(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["a"].T + p["bias"]) @ p["b"].T) @ p["c"].T
+
+    params = {"a": jnp.ones((4, 3)), "bias": jnp.ones(4), "b": jnp.ones((5, 4)), "c": jnp.ones((2, 5))}
+    structure = channels(jp.channel_groups(apply, params, jnp.ones((1, 3))), axis=0)
+    pruner = jp.pruner(
+        jp.scores.magnitude,
+        jp.schedules.geometric(0.4),
+        structure=structure,
+        scope="layerwise",
+        where=jp.matching("b", "c"),
+    )
+    state, update = pruner.init(params), jax.jit(pruner.update)
+    with pytest.warns(UserWarning, match=r"axis=0: b\[1\] has no member") as caught:
+        state = update(state, params)
+    assert len(caught) == 1
+    state = pruner.update(update(state, params), params)  # says it no more
+    assert np.asarray(state.masks["a"]).all() and not np.asarray(state.masks["b"]).all()
+
+
+def test_an_axis_in_no_group_raises():
+    params, groups = attention()
+    with pytest.raises(ValueError, match="axis=7 is in no group"):
+        jp.prune_once(params, jp.scores.magnitude, 0.5, structure=channels(groups, axis=7))
+
+
+def variables():
+    def apply(v, x):
+        h = x @ v["params"]["a"]
+        return jnp.tanh(h - v["stats"]["mean"]) @ v["params"]["b"]
+
+    tree = {"params": {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, "stats": {"mean": jnp.zeros(4)}}
+    return tree, jp.channel_groups(apply, tree, jnp.ones((1, 3)))
+
+
+def test_the_prefix_is_named_where_it_helps():
+    tree, groups = variables()
+    params = tree["params"]
+    for where in (jp.kernels, jp.matching("a")):
+        with pytest.raises(ValueError, match=r"under 'params': pass groups\.under\('params'\)"):
+            jp.prune_once(params, jp.scores.magnitude, 0.5, structure=channels(groups), where=where)
+    deeper = [
+        g._replace(members=tuple(m._replace(path=f"net/{m.path}") for m in g.members), weights=None)
+        for g in groups
+    ]
+    with pytest.raises(ValueError, match=r"groups\.under\('net/params'\)"):
+        jp.prune_once(params, jp.scores.magnitude, 0.5, structure=channels(deeper))
+    part = channels(groups.under("params"))
+    with pytest.raises(ValueError, match="of the part of these params under 'params'") as error:
+        jp.prune_once(tree, jp.scores.magnitude, 0.5, structure=part)
+    assert "groups.under" not in str(error.value)
+    assert jp.prune_once(params, jp.scores.magnitude, 0.5, structure=part)["a"].sum() == 6
+
+
+def test_no_prefix_is_named_where_none_helps():
+    _, groups = variables()
+    with pytest.raises(ValueError, match="where= takes in x/kernel") as error:
+        jp.prune_once(
+            {"x": {"kernel": jnp.ones((3, 4))}}, jp.scores.magnitude, 0.5, structure=channels(groups)
+        )
+    assert "under(" not in str(error.value)
+    # Params that have some leaves of a group and lack others.
+    part = channels(groups.under("params"))
+    with pytest.raises(
+        ValueError, match=r"entries in b, which the params do not have\. The groups have a, b"
+    ) as error:
+        jp.prune_once({"a": jnp.ones((3, 4))}, jp.scores.magnitude, 0.5, structure=part)
+    assert "under(" not in str(error.value)

@@ -112,6 +112,129 @@ def test_kernels_by_name(path, shape, takes_part):
     assert jp.kernels(path, jax.ShapeDtypeStruct(shape, jnp.float32)) is takes_part
 
 
+# By library, what its names stand for: paths of leaves that are kernels, and of leaves that are none.
+LIBRARIES = {
+    "equinox": (
+        "layers/0/weight linear/weight embedding_net/linear_1/weight normal_dense/weight conv1/weight "
+        "cell/weight_hh attention/query_proj/weight patch_embed/proj/weight patch_embed/weight "
+        "timestep_embedder/mlp/0/weight x_embedder/proj/weight adaLN_modulation/1/weight "
+        "abnormal/weight tokenizer/conv/weight classifier/weight token_mixer/mlp/weight "
+        "informative/weight",
+        "emb/weight tok_emb/weight embed/weight embedding/weight posEmbedding/weight pos_embed "
+        "cls_token norm1/weight ln2/weight layers/3/layerNorm/weight "
+        "y_embedder/embedding_table/weight weight_g_norm",
+    ),
+    "haiku": (
+        "mlp/~/linear_0/w embedding_net/linear_1/w conv2_d/w lstm/linear/w transformer/h0_attn/query/w",
+        "embed/embeddings token_embed/embeddings positional_embeddings layer_norm/scale "
+        "batch_norm/~/mean_ema/average",
+    ),
+    "transformers": (
+        "wte_net/kernel h/0/attn/c_attn/kernel encoder/layer/0/attention/self/query/kernel "
+        "lm_head/kernel embeddings/patch_embeddings/projection/kernel patch_embed/proj/kernel "
+        "text_projection/kernel",
+        "wte/embedding wpe/embedding shared/embedding embeddings/word_embeddings/embedding "
+        "embeddings/token_type_embeddings/embedding embeddings/position_embeddings/embedding "
+        "layer/0/SelfAttention/relative_attention_bias/embedding embeddings/cls_token "
+        "embeddings/position_embeddings model/embed_tokens/embedding final_layer_norm/scale",
+    ),
+    "transformers converted": (
+        "h/0/mlp/c_fc/weight embeddings/patch_embeddings/projection/weight lm_head/weight "
+        "pooler/dense/weight vision_model/embeddings/patch_embedding/weight "
+        "layers/0/self_attn/q_proj/weight score/weight encoder/pos_conv_embed/conv/weight "
+        "cls/predictions/decoder/weight backbone/layers/0/mixer/in_proj/weight "
+        "encoder/embedding_hidden_mapping_in/dense/weight bert/shared_dense/weight",
+        "wte/weight wpe/weight shared/weight model/embed_tokens/weight model/embed_positions/weight "
+        "embeddings/word_embeddings/weight embeddings/token_type_embeddings/weight "
+        "embeddings/LayerNorm/weight layers/0/input_layernorm/weight "
+        "layers/0/post_attention_layernorm/weight final_layer_norm/weight "
+        "layer/0/SelfAttention/relative_attention_bias/weight relative_position_bias_table rel_pos_h "
+        "backbone/embeddings/weight mixer/A_log embed_in/weight class_embedding mask_token",
+    ),
+    "minGPT": (
+        "transformer/h/0/attn/c_attn/weight transformer/h/0/mlp/c_proj/weight head/weight lm_head/weight",
+        "tok_emb/weight pos_emb pos_emb/weight transformer/wte/weight transformer/wpe/weight "
+        "ln_f/weight transformer/h/0/ln_1/weight",
+    ),
+    "keras": (
+        "dense/kernel conv2d/kernel lstm/lstm_cell/recurrent_kernel depthwise_conv2d/depthwise_kernel "
+        "multi_head_attention/query/kernel",
+        "embedding/embeddings position_embedding/position_embeddings batch_normalization/gamma "
+        "layer_normalization/beta dense/lora_kernel_a dense/lora_kernel_b token_embedding/embeddings",
+    ),
+    "penzai": (
+        "body/sublayers/0/sublayers/1/weights/value/data_array",
+        "embedder/table/embeddings/value/data_array norm/scale/weights/value/data_array",
+    ),
+    "nnx": (
+        "linear/kernel attention/query/kernel lora_linear/kernel",
+        "embed/embedding lora/lora_a h/lora/lora_b layers/0/lora_b norm/scale",
+    ),
+    "MaxText": (
+        "decoder/layers/self_attention/query/kernel decoder/layers/mlp/wi_0/kernel moe_block/wi_0 "
+        "moe_block/gate/kernel decoder/logits_dense/kernel",
+        "token_embedder/embedding decoder/decoder_norm/scale "
+        "decoder/layers/pre_self_attention_layer_norm/scale decoder/relpos_bias/rel_embedding "
+        "position_embedder/embedding",
+    ),
+    "adapters": (
+        "LoRADense_0/kernel input_adapter/linear/kernel adaptive/weight",
+        "q_proj/lora_A/default/weight q_proj/lora_B/weight lora_A/kernel to_q_lora/down/weight "
+        "LoRA_0/A kernel_lora_a loraB adapter/up/kernel adapters/0/down_proj/weight "
+        "adapter_down/weight prompt",
+    ),
+    "plain": (
+        "w1 W w_out bases conv out_proj embed_proj upscaler/w weight_g weight_ih layers/10/w "
+        "positionwise/w normal/w",
+        "ln_attn norm_mlp ffn_norm attn_norm rms_1 layernorm BatchNorm_0/w log_std wte pe codebook "
+        "hash_table layer_scale b_2 in_bias biases",
+    ),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_kernels_by_the_names_of_a_library(library):
+    yes, no = (set(paths.split()) for paths in LIBRARIES[library])
+    leaf = jax.ShapeDtypeStruct((9, 4), jnp.float32)
+    assert {path for path in yes | no if jp.kernels(path, leaf)} == yes
+    # A prefix that says nothing changes nothing: params nested in variables, layers in a list.
+    assert {path for path in yes | no if jp.kernels(f"params/model/3/{path}", leaf)} == yes
+    vector = jax.ShapeDtypeStruct((9,), jnp.float32)
+    assert not any(jp.kernels(path, vector) for path in yes)
+
+
+@pytest.mark.parametrize(
+    "parent", ["embed", "norm", "pos_embedding", "wte", "LayerNorm_0", "a/b", "shared", "cls"]
+)
+def test_what_is_called_kernel_takes_part_wherever_it_is(parent):
+    assert jp.kernels(f"{parent}/kernel", jax.ShapeDtypeStruct((9, 4), jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "takes_part"),
+    [
+        ("linear/weight_g", (9, 1), False),  # the lengths of weight normalisation
+        ("lstm/w_g", (9, 4), True),  # a gate
+        ("attention/temperature", (6, 1, 1), False),
+        ("something", (9, 1), True),
+        ("conv/original0", (9, 1, 1), False),
+        ("conv/original1", (9, 4, 3), True),
+    ],
+)
+def test_vectors_with_axes_of_size_1(path, shape, takes_part):
+    assert jp.kernels(path, jax.ShapeDtypeStruct(shape, jnp.float32)) is takes_part
+
+
+def test_zero_initialised_adapters_keep_their_entries():
+    model = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
+    params = nnx.state(model, (nnx.Param, nnx.LoRAParam))
+    masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
+    kept = {
+        path: int(mask.sum()) for path, mask in zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True)
+    }
+    assert kept == {"bias": 5, "kernel": 15, "lora/lora_a": 12, "lora/lora_b": 10}
+
+
 def test_value_is_kept_where_it_is_a_name_and_not_a_box():
     @jax.tree_util.register_dataclass
     @dataclass

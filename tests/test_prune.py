@@ -903,7 +903,8 @@ def test_a_leaf_that_is_a_function():
 
 
 def test_scores_that_are_neither_a_function_nor_a_tree():
-    raises(TypeError, "scores.* is a str, not an array", scores="magnitude")
+    raises(TypeError, "got the string 'magnitude': pass jaxprune.scores.magnitude itself", scores="magnitude")
+    raises(TypeError, "scores.* is a int, not an array", scores=3)
 
 
 def test_a_where_that_matches_nothing():

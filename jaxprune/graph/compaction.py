@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.arguments import as_integer
+from jaxprune.calls import check_call, check_masks_third
 from jaxprune.graph import ir
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
@@ -19,7 +20,9 @@ from jaxprune.graph.report import Report, report
 from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.paths import array_leaves, is_array, is_concrete
-from jaxprune.typing import Masks, Params
+from jaxprune.typing import Masks, Params, Where
+
+_CALL = "compact(apply_fn, params, masks, *inputs)"
 
 
 class Compacted:
@@ -54,13 +57,13 @@ class Compacted:
         """By path, for each axis that lost slices, the dense indices of those that stayed."""
         return {path: dict(axes) for path, axes in self.plan.keep.items()}
 
-    def shrink(self, tree: Any) -> Any:
+    def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """Cuts what goes out of any tree with param-shaped parts; see `Plan.shrink`."""
-        return self.plan.shrink(tree)
+        return self.plan.shrink(tree, where)
 
-    def expand(self, tree: Any) -> Any:
+    def expand(self, tree: Any, where: Where | None = None) -> Any:
         """Puts zeros where slices went, in any tree with param-shaped parts; see `Plan.expand`."""
-        return self.plan.expand(tree)
+        return self.plan.expand(tree, where)
 
     def save(self, file: Any) -> None:
         """Writes the plan to a file; `Plan.load` reads it, and `compact` takes it in place of masks."""
@@ -102,6 +105,7 @@ def compact(
     multiple_of: int = 1,
     fold_constants: bool = False,
     verify: bool = True,
+    **keywords: Any,
 ) -> Compacted:
     """The smaller network that computes what the masked one does.
 
@@ -125,13 +129,15 @@ def compact(
         of filters alone leave relu(bias) alive. It changes params that stay, so it is a step for
         deployment; `apply_fn(small.expand(s), x)` holds for the folded params.
       verify: compares the two networks on the inputs, if params and inputs are there to be read.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       A `Compacted`.
 
     Raises:
       ValueError: masks that do not mirror `params`, a plan that does not fit.
-      TypeError: masks that are traced.
+      TypeError: masks that are traced; arguments in another order, an `apply_fn` that cannot be called with
+        the inputs, a keyword.
       RuntimeError: the check failed, which is a bug in jaxprune or in a rule of yours.
 
     Example:
@@ -147,6 +153,10 @@ def compact(
       >>> small.keep["b"]
       {0: array([0, 2, 3])}
     """
+    options = ("state", "multiple_of", "fold_constants", "verify")
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, options)
+    if not isinstance(masks, Plan):
+        check_masks_third(_CALL, params, masks, inputs)
     multiple_of = as_integer(multiple_of, "multiple_of", at_least=1)
     linked = Linked(apply_fn, params, inputs, state)
     stayed: list[Stayed] = []
@@ -325,6 +335,15 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
     return result
 
 
+# What ops do with the slices that they need; all others sum them.
+_VERBS = {
+    "reduce_max": "compares",
+    "reduce_min": "compares",
+    "reduce_and": "combines",
+    "reduce_or": "combines",
+}
+
+
 def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
     """Why a slice has to stay: what pins it, or the op that reads it."""
     why = linked.graph.why_pinned(node)
@@ -333,7 +352,7 @@ def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
     for op, needed, state in facts.readers():
         alone = linked.graph.solve([(needed, state)], never_empty=False).state(node)
         if alone is True or alone[index]:
-            return f"{op} sums it with slices that are not zero"
+            return f"{op} {_VERBS.get(op.name, 'sums')} it with slices that are not zero"
     return "an axis cannot be empty, or its width is rounded up"
 
 

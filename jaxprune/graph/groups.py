@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.arguments import as_integer, shown
+from jaxprune.calls import check_call
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.program import Linked
+from jaxprune.graph.roles import weights
 from jaxprune.typing import Params, Where
 
+_CALL = "channel_groups(apply_fn, params, *inputs)"
 Split = str | int
 """Which factor of a product of axes loses slices: "major", "minor", or its index."""
 
@@ -44,6 +47,8 @@ class Group(NamedTuple):
       members: the axes of params they lie in.
       kind: groups of equal kind have members of the same names and axes, whatever their sizes.
       why_not: why no unit can be removed; None where units can.
+      weights: the paths of the members that the function uses as the weights of a product: what
+        takes part by default; None where that is not known.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
     kind: str
     why_not: str | None = None
+    weights: tuple[str, ...] | None = None
 
     @property
     def removable(self) -> bool:
@@ -102,7 +108,12 @@ class ChannelGroups:
                 m._replace(path=m.path.removeprefix(start)) for m in group.members if m.path.startswith(start)
             )
             if members:
-                groups.append(group._replace(name=group.name.removeprefix(start), members=members))
+                left = group.weights and tuple(
+                    path.removeprefix(start) for path in group.weights if path.startswith(start)
+                )
+                groups.append(
+                    group._replace(name=group.name.removeprefix(start), members=members, weights=left)
+                )
         if not groups:
             paths = sorted({member.path for group in self.groups for member in group.members})
             raise ValueError(
@@ -137,6 +148,7 @@ def channel_groups(
     *inputs: Any,
     split: Split = "major",
     state: Callable[[Any], Any] | None = None,
+    **keywords: Any,
 ) -> ChannelGroups:
     """The coupled channels of a function: which slices of which params can only go together.
 
@@ -153,13 +165,15 @@ def channel_groups(
         attention), `"minor"`, the last (the same places of every head), or the index of one (1 of
         keys x heads of a key x width: the same head of every key).
       state: as for `compact`: the outputs that are new values of params.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       `ChannelGroups`.
 
     Raises:
       ValueError: a `split` that is none of these.
-      TypeError: an `apply_fn` or a `state` that is not a function.
+      TypeError: an `apply_fn` or a `state` that is not a function, an `apply_fn` that cannot be called
+        with the inputs, a keyword.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -175,6 +189,7 @@ def channel_groups(
       Whole: a[0]: it meets an axis of the input [0].
       Whole: b[1]: it meets an axis of the output.
     """
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state"))
     if not isinstance(split, str):
         split = as_integer(split, "split", what="which factor is free; or 'major', 'minor'")
     elif split not in ("major", "minor"):
@@ -185,6 +200,11 @@ def channel_groups(
     _split(graph, split)
     groups = _unnamed_groups(linked, graph)
     groups = _try_to_remove(linked, groups)
+    found = weights(linked)
+    groups = [
+        group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
+        for group in groups
+    ]
     return ChannelGroups(tuple(groups), _whole(linked, graph))
 
 
@@ -335,8 +355,11 @@ def _table(groups: ChannelGroups) -> str:
 
 
 def _listing(names: Sequence[str]) -> str:
-    """Names in order; those that differ by numbers in their path only stand as one, with a count."""
-    patterns = [re.sub(r"\d+(?=[^\[\]]*\[)", "*", name) for name in names]
+    """Names in order; those that differ by numbers in their path only stand as one, with a count.
+
+    The layers of a bare list have nothing but numbers: each stands for itself.
+    """
+    patterns = [_folded(name) for name in names]
     count = Counter(patterns)
     shown = []
     for name, pattern in zip(names, patterns, strict=True):
@@ -345,6 +368,13 @@ def _listing(names: Sequence[str]) -> str:
         elif (line := f"{pattern} ({count[pattern]})") not in shown:
             shown.append(line)
     return " ".join(shown)
+
+
+def _folded(name: str) -> str:
+    """A path and its axis with "*" for the numbers in the path, if a name is left then."""
+    path, bracket, axis = name.rpartition("[")
+    folded = re.sub(r"\d+", "*", path)
+    return f"{folded}{bracket}{axis}" if re.search(r"[^\W\d_]", folded) else name
 
 
 def _times(member: Member) -> str:

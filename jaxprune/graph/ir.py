@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.axes import AxisGraph
-from jaxprune.jaxprs import abstract, binder, source_line
+from jaxprune.jaxprs import abstract, binder, is_library_call, place
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -68,7 +68,7 @@ class Op:
       params: its parameters.
       inputs, outputs: its values.
       bind: applies the primitive as it was to new inputs, giving a list of outputs.
-      source: the line of the user's code it comes from, as "file:line".
+      source: the line of the user's code it comes from, as "file:line"; see `jaxprs.place`.
       regions: its bodies by name, as the rules of calls expect them.
       memo: what a rule found out and will want again.
     """
@@ -83,6 +83,8 @@ class Op:
     memo: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.source.startswith("<"):  # shapes, where no line is known
+            return f"{self.name} of {self.source[1:-1]}"
         return f"{self.name} at {self.source}"
 
 
@@ -126,13 +128,17 @@ class _Builder:
         shape = tuple(aval.shape)
         return Value(shape, aval.dtype, tuple(map(self.graph.node, shape)), constant=constant)
 
-    def region(self, closed: "ClosedJaxpr", custom_depth: int = 0) -> Region:
-        return self.open_region(closed.jaxpr, closed.consts, custom_depth)
+    def region(
+        self, closed: "ClosedJaxpr", custom_depth: int = 0, called_at: str = "", cached: bool = False
+    ) -> Region:
+        return self.open_region(closed.jaxpr, closed.consts, custom_depth, called_at, cached)
 
-    def open_region(self, jaxpr: "Jaxpr", consts: Sequence[Any], custom_depth: int) -> Region:
+    def open_region(
+        self, jaxpr: "Jaxpr", consts: Sequence[Any], custom_depth: int, called_at: str, cached: bool
+    ) -> Region:
         inputs = [self.value(var.aval) for var in jaxpr.invars]
         ops: list[Op] = []
-        outputs = self.inline(jaxpr, consts, inputs, ops, custom_depth)
+        outputs = self.inline(jaxpr, consts, inputs, ops, custom_depth, called_at, cached)
         return Region(inputs, outputs, ops)
 
     def inline(
@@ -142,9 +148,13 @@ class _Builder:
         inputs: Sequence[Value],
         ops: list[Op],
         custom_depth: int,
-        called_at: str = "an unknown line",
+        called_at: str = "",
+        cached: bool = False,
     ) -> list[Value]:
-        """Appends a jaxpr's ops and returns its outputs."""
+        """Appends a jaxpr's ops and returns its outputs.
+
+        A `cached` jaxpr has the lines of an earlier call: its ops are placed at this one.
+        """
         env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
         env.update(
             (var, self.value(var.aval, const)) for var, const in zip(jaxpr.constvars, consts, strict=True)
@@ -157,16 +167,17 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             args = [read(atom) for atom in eqn.invars]
-            name, source = eqn.primitive.name, source_line(eqn) or called_at
+            name, source = eqn.primitive.name, called_at if cached else place(eqn, called_at)
             if name in _INLINED:
                 inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source)
+                again = cached or is_library_call(eqn)
+                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source, again)
             elif name in ("custom_jvp_call", "custom_vjp_call") and custom_depth >= _CUSTOM_DEPTH:
                 inner = eqn.params["call_jaxpr"]
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source)
+                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source, cached)
             else:
                 outputs = [self.value(var.aval) for var in eqn.outvars]
-                regions = self.regions(eqn, custom_depth)
+                regions = self.regions(eqn, custom_depth, source, cached)
                 op = Op(name, eqn.params, args, outputs, binder(eqn), source, regions)
                 for output in outputs:
                     output.op = op
@@ -174,31 +185,31 @@ class _Builder:
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def regions(self, eqn: "JaxprEqn", custom_depth: int) -> dict[str, Region]:
-        params, name = eqn.params, eqn.primitive.name
+    def regions(self, eqn: "JaxprEqn", custom_depth: int, source: str, cached: bool) -> dict[str, Region]:
+        params, name, at = eqn.params, eqn.primitive.name, (source, cached)
         if name == "scan":
-            return {"body": self.region(params["jaxpr"], custom_depth)}
+            return {"body": self.region(params["jaxpr"], custom_depth, *at)}
         if name == "while":
             return {
-                "condition": self.region(params["cond_jaxpr"], custom_depth),
-                "body": self.region(params["body_jaxpr"], custom_depth),
+                "condition": self.region(params["cond_jaxpr"], custom_depth, *at),
+                "body": self.region(params["body_jaxpr"], custom_depth, *at),
             }
         if name == "cond":
             return {
-                f"branch {n}": self.region(branch, custom_depth)
+                f"branch {n}": self.region(branch, custom_depth, *at)
                 for n, branch in enumerate(params["branches"])
             }
         if name in ("remat", "remat2", "checkpoint"):
-            return {"body": self.open_region(params["jaxpr"], (), custom_depth)}
+            return {"body": self.open_region(params["jaxpr"], (), custom_depth, *at)}
         if name == "custom_jvp_call":
             return {
-                "body": self.region(params["call_jaxpr"], custom_depth),
-                "jvp": self.region(_jvp_jaxpr(eqn), custom_depth + 1),
+                "body": self.region(params["call_jaxpr"], custom_depth, *at),
+                "jvp": self.region(_jvp_jaxpr(eqn), custom_depth + 1, *at),
             }
         if name == "custom_vjp_call":
             return {
-                "body": self.region(params["call_jaxpr"], custom_depth),
-                "vjp": self.region(_vjp_jaxpr(eqn), custom_depth + 1),
+                "body": self.region(params["call_jaxpr"], custom_depth, *at),
+                "vjp": self.region(_vjp_jaxpr(eqn), custom_depth + 1, *at),
             }
         return {}
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxprune.arguments import check_function
 from jaxprune.graph.rules.slices import take
 from jaxprune.io.atomic import replacing
 from jaxprune.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
-from jaxprune.typing import DenseShapes, PrunerState
+from jaxprune.typing import DenseShapes, PrunerState, Where
 
 _FORMAT = 1
 
@@ -71,13 +72,16 @@ class Plan:
             raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
         return Plan(part(self.shapes), part(self.keep))
 
-    def shrink(self, tree: Any) -> Any:
+    def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """A tree with the slices that go cut out of every part that mirrors a param.
 
         Args:
           tree: params, masks, gradients, or any optimizer's state. A leaf mirrors a param if its
             path ends with the param's and it has its shape, perhaps after axes of its own. What
             mirrors none (a step count) stays as it is.
+          where: which leaves may mirror a param, a function of (path, leaf); by default all. What it
+            leaves out stays as it is: a preconditioner shaped like a square param, say, as in
+            `wrap_optax(state_where=)`. If its param gets smaller, make it anew with `tx.init`.
 
         Returns:
           The same tree with smaller leaves. The state of a pruner (`jaxprune.PrunerState`) keeps the dense
@@ -94,13 +98,14 @@ class Plan:
                 leaf = _take(leaf, lead + axis, kept)
             return leaf
 
-        return _with_dense_shapes(tree, self._map(tree, lambda path: self.shapes[path], cut, "shrink"))
+        return _with_dense_shapes(tree, self._map(tree, lambda path: self.shapes[path], cut, "shrink", where))
 
-    def expand(self, tree: Any) -> Any:
+    def expand(self, tree: Any, where: Where | None = None) -> Any:
         """The tree that `shrink` would make this one of, with zeros (False) where slices went.
 
         Args:
           tree: as for `shrink`, with small shapes.
+          where: as for `shrink`.
 
         Returns:
           The same tree with dense leaves.
@@ -118,14 +123,21 @@ class Plan:
                 leaf = jnp.zeros(shape, leaf.dtype).at[places].set(leaf)
             return leaf
 
-        dense = self._map(tree, self.small_shape, spread, "expand")
+        dense = self._map(tree, self.small_shape, spread, "expand", where)
         return jax.tree.map(
             lambda node: node._replace(dense=()) if _is_pruner_state(node) else node,
             dense,
             is_leaf=_is_pruner_state,
         )
 
-    def _map(self, tree: Any, shape_of: Callable[[str], tuple[int, ...]], change: Any, name: str) -> Any:
+    def _map(
+        self,
+        tree: Any,
+        shape_of: Callable[[str], tuple[int, ...]],
+        change: Any,
+        name: str,
+        where: Where | None,
+    ) -> Any:
         """Applies `change(leaf, path)` to the leaves that mirror a param of such shapes."""
         # Masks of one bit per entry, which an optimizer's state may hold, are cut as bools and packed anew.
         given = restore_packed(
@@ -133,26 +145,40 @@ class Plan:
         )
         tree = unpack_masks(given)
         names, leaves = leaf_paths(tree), jax.tree.leaves(tree)
-        owners = [self._owner(where, leaf, shape_of) for where, leaf in zip(names, leaves, strict=True)]
-        for leaf, owner, where in zip(leaves, owners, names, strict=True):
-            path = self._longest_ending(where)
+        if where is not None:
+            check_function(where, f"{name}: where=", "of (path, leaf)")
+        taken = [where is None or where(place, leaf) for place, leaf in zip(names, leaves, strict=True)]
+        owners = [
+            self._owner(place, leaf, shape_of) if may else None
+            for place, leaf, may in zip(names, leaves, taken, strict=True)
+        ]
+        for leaf, owner, place, may in zip(leaves, owners, names, taken, strict=True):
+            path = self._longest_ending(place) if may else None
             if owner is None and path is not None and path in self.keep and getattr(leaf, "size", 1) > 1:
                 raise ValueError(
-                    f"{name}: {where} is {describe(leaf)}, which belongs to params[{path!r}] by its path but "
+                    f"{name}: {place} is {describe(leaf)}, which belongs to params[{path!r}] by its path but "
                     f"is not shaped like it, {shape_of(path)}. Make it anew: tx.init(params)."
                 )
-        arrays = [where for where, leaf in zip(names, leaves, strict=True) if getattr(leaf, "ndim", 0)]
+        arrays = [place for place, leaf in zip(names, leaves, strict=True) if getattr(leaf, "ndim", 0)]
         if arrays and all(owner is None for owner in owners):
             shapes = ", ".join(f"{path} {shape_of(path)}" for path in self.shapes)
             raise ValueError(
                 f"{name}: none of {', '.join(arrays)} ends in the path of a param and has its shape. The "
-                f"params are {shapes}. For a part of the params, as an optimizer sees them: "
-                "plan.under('params')."
+                f"params are {shapes}.{self._advice(names, leaves, name)}"
             )
         out = [
             leaf if owner is None else change(leaf, owner) for leaf, owner in zip(leaves, owners, strict=True)
         ]
         return packed_like(jax.tree.unflatten(jax.tree.structure(tree), out), given)
+
+    def _advice(self, names: list[str], leaves: list[Any], name: str) -> str:
+        """What to call instead for a tree of a part of the params, as an optimizer sees them."""
+        for prefix in dict.fromkeys(path.partition("/")[0] for path in self.shapes if "/" in path):
+            part = self.under(prefix)
+            shape_of = part.small_shape if name == "expand" else part.shapes.__getitem__
+            if any(part._owner(place, leaf, shape_of) for place, leaf in zip(names, leaves, strict=True)):
+                return f" The tree is of the part under {prefix!r}: plan.under({prefix!r}).{name}(tree)."
+        return ""
 
     def _longest_ending(self, where: str) -> str | None:
         """The param's path that a leaf's path ends with."""

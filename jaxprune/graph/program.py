@@ -47,7 +47,15 @@ class Linked:
         if state is not None:
             check_function(state, "state=", "from outputs to new values of params")
         arrays, rebuild = split_static(inputs)
-        program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
+        try:
+            program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
+        except TypeError as error:
+            if inputs:
+                raise
+            raise TypeError(
+                f"the function fails without inputs ({error}). Pass example inputs, arrays or "
+                "jax.ShapeDtypeStruct, after the params (or the masks)."
+            ) from error
         self.graph, self.region, self.out_tree = program
         link_region(self.region, self.graph)
         count = len(self.leaves)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, scan_split, source_line, trace
+from jaxprune.calls import check_call
+from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -57,7 +58,7 @@ class Activations(tuple[Activation, ...]):
 
 
 def activation_sparsity(
-    function: Callable[..., Any], *arguments: Any, everything: bool = False
+    function: Callable[..., Any], *arguments: Any, everything: bool = False, **keywords: Any
 ) -> Activations:
     """Counts exact zeros in the intermediate values of one call, a batch say.
 
@@ -70,6 +71,7 @@ def activation_sparsity(
       function: a function of pytrees of arrays, `apply_fn(params, x)` say.
       *arguments: arrays; the first is the params. Bools and strings are static.
       everything: also the values without zeros.
+      **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
       An `Activations`: a tuple of `Activation`.
@@ -88,6 +90,9 @@ def activation_sparsity(
         raise ValueError(
             "activation_sparsity needs params and inputs: activation_sparsity(function, params, x)."
         )
+    check_call(
+        "activation_sparsity(function, params, *inputs)", function, arguments, keywords, ("everything",)
+    )
     closed, inputs = trace(function, arguments)
     depends = [of_first(name) is None for name in inputs]
     watcher = _Watcher()
@@ -115,7 +120,7 @@ class _Watcher:
         inputs: Sequence[Any],
         depends: Sequence[bool],
         called: str | None = None,
-        called_at: str = "an unknown line",
+        called_at: str = "",
         steps: tuple[int, ...] = (),
     ) -> tuple[list[Any], list[Any], list[bool]]:
         """The outputs of a jaxpr, its counts of zeros, and which outputs depend on data.
@@ -133,7 +138,7 @@ class _Watcher:
         for eqn in jaxpr.eqns:
             pairs = [read(atom) for atom in eqn.invars]
             args, moving = [value for value, _ in pairs], [yes for _, yes in pairs]
-            name, source = eqn.primitive.name, source_line(eqn) or called_at
+            name, source = eqn.primitive.name, place(eqn, called_at)
             if name in CALLS:
                 label = eqn.params.get("name") or called
                 outputs, own, moved = self.run(called_jaxpr(eqn), args, moving, label, source, steps)

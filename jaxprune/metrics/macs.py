@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.calls import check_call
 from jaxprune.jaxprs import (
     CALLS,
     binder,
     called_jaxpr,
     close,
     of_first,
+    place,
     scan_split,
-    source_line,
     split_static,
     trace,
 )
@@ -73,7 +74,7 @@ class Macs(NamedTuple):
         return counts
 
 
-def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = None) -> Macs:
+def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = None, **keywords: Any) -> Macs:
     """The multiply-adds of a function's matrix products and convolutions.
 
     One multiplication with its addition counts as one, as in most papers on pruning; FLOPs are twice
@@ -93,13 +94,14 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
         static.
       masks: a tree like the first argument. Products with an entry that is zero because the masks
         prune what it is made of are not counted then.
+      **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
       A `Macs`, for the whole batch.
 
     Raises:
       ValueError: masks that do not mirror the first argument.
-      TypeError: not a function.
+      TypeError: not a function, or one that cannot be called with the arguments; a keyword.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -115,6 +117,7 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
     """
     if not arguments:
         raise ValueError("macs needs the function's arguments, or their shapes: macs(function, params, x).")
+    check_call("macs(function, params, *inputs)", function, arguments, keywords, ("masks",))
     if masks is not None:
         masks = like_params(masks, arguments[0])
     closed, inputs = trace(function, arguments)
@@ -174,7 +177,7 @@ class _Counter:
         closed: "ClosedJaxpr",
         inputs: Sequence[_Known | None],
         stack: tuple[int, ...] = (),
-        called_at: str = "an unknown line",
+        called_at: str = "",
         times: int = 1,
     ) -> list[_Known | None]:
         """Counts the products of a jaxpr that runs `times` times; what is known of its outputs."""
@@ -186,7 +189,7 @@ class _Counter:
             return _constant(atom.val) if hasattr(atom, "val") else env[atom]
 
         for eqn in jaxpr.eqns:
-            source = source_line(eqn) or called_at
+            source = place(eqn, called_at)
             known = [read(atom) for atom in eqn.invars]
             inside = (*stack, id(eqn))
             outputs = self.equation(eqn, known, inside, source, times)

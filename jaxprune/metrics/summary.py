@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxprune.arguments import shown
+from jaxprune.calls import check_call
 from jaxprune.masks import like_params
 from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.macs import Macs, macs
@@ -129,6 +130,7 @@ def summary(
     where: Where = kernels,
     compacted: Any = True,
     xla: bool = False,
+    **keywords: Any,
 ) -> Summary:
     """Parameters and multiply-adds of each layer: dense, under masks, compacted.
 
@@ -145,13 +147,14 @@ def summary(
       compacted: True to take out what the masks empty (`compact`, unverified) and count that as well;
         False not to; or a `Compacted` that is there already.
       xla: also compile, and ask XLA for FLOPs and memory.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       A `Summary`.
 
     Raises:
       ValueError: masks that do not mirror `params`.
-      TypeError: an `apply_fn`, a `where` or a `compacted` that is none.
+      TypeError: an `apply_fn`, a `where` or a `compacted` that is none; a keyword.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -169,6 +172,8 @@ def summary(
       small: 2.00 x fewer entries, 2.00 x fewer MACs
       MACs: 100 for these inputs, 100 without padding
     """
+    options = ("masks", "where", "compacted", "xla")
+    check_call("summary(apply_fn, params, *inputs)", apply_fn, (params, *inputs), keywords, options)
     leaves = array_leaves(params)
     check_where(where)
     if masks is not None:

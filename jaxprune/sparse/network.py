@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import as_integer, check_function, check_params
+from jaxprune.arguments import as_integer
+from jaxprune.calls import check_call, check_masks_third
 from jaxprune.jaxprs import inner_jaxprs, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.metrics.latency import latency
@@ -50,6 +51,7 @@ def sparsify(
     *inputs: Any,
     choose: Literal["measure", "rule"] | Mapping[str, str] = "measure",
     rounds: int = 9,
+    **keywords: Any,
 ) -> Sparsified:
     """The masked network, for inference, with kernels stored so that their zeros cost nothing.
 
@@ -82,6 +84,7 @@ def sparsify(
         a choice of one's own; what it does not name stays dense. A param that is read along other axes
         too is several kernels: "path" names all of them, and "path#2" the second.
       rounds: how often "measure" times each contender.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
       A `Sparsified`. It warns (UserWarning) if there is no kernel that could be stored otherwise.
@@ -89,7 +92,8 @@ def sparsify(
     Raises:
       ValueError: masks that do not mirror `params`; a choice of forms that there are not, for kernels
         that there are not, or that do not suit.
-      TypeError: params or masks are traced; inputs without values, which cannot be measured with.
+      TypeError: arguments in another order, a keyword; params or masks are traced; inputs without values,
+        which cannot be measured with.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -110,8 +114,9 @@ def sparsify(
       Gale et al. 2020, "Sparse GPU kernels for deep learning": sparse products beat dense ones from
       some sparsity on, which depends on shape and machine. Here it is measured.
     """
-    check_function(apply_fn, "sparsify", "apply_fn(params, *inputs)")
-    check_params(params, "sparsify(apply_fn, params, masks, *inputs)")
+    call = "sparsify(apply_fn, params, masks, *inputs)"
+    check_call(call, apply_fn, (params, *inputs), keywords, ("choose", "rounds"))
+    check_masks_third(call, params, masks, inputs)
     leaves, dead, masked = _checked(params, masks)
     _check_choose(choose, leaves, rounds)
     arrays = split_static(inputs)[0]

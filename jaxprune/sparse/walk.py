@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.jaxprs import CALLS, binder, called_jaxpr, source_line
+from jaxprune.jaxprs import CALLS, binder, called_jaxpr, place
 from jaxprune.metrics.products import PRODUCTS
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -87,9 +87,7 @@ class Visitor(NamedTuple):
     other: Callable[["JaxprEqn", list[Any]], list[Any]]
 
 
-def walk(
-    closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_at: str = "an unknown line"
-) -> list[Any]:
+def walk(closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_at: str = "") -> list[Any]:
     """The outputs of a jaxpr, whose inputs are `Known` or not.
 
     Calls are gone into. An equation of known inputs is not run: its outputs are known too.
@@ -103,7 +101,7 @@ def walk(
 
     for eqn in jaxpr.eqns:
         args = [read(atom) for atom in eqn.invars]
-        source = source_line(eqn) or called_at
+        source = place(eqn, called_at)
         outputs = None
         if eqn.primitive.name in CALLS:
             outputs = walk(called_jaxpr(eqn), args, visitor, source)

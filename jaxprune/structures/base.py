@@ -50,6 +50,8 @@ class Structure(NamedTuple):
       spans_leaves: whether a unit has entries in several leaves.
       sizes_of: for a structure made for leaves of certain shapes, how many units each pool has where the
         leaves have others: from shapes by path to numbers by pool, None for what is not known.
+      weights: by path, whether the network uses a leaf as the weights of a product, for structures that
+        know the network: it decides where the pruner's `where` is the default, `kernels`.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -59,6 +61,7 @@ class Structure(NamedTuple):
     floors: Mapping[str, int] = MappingProxyType({})
     spans_leaves: bool = False
     sizes_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, int | None]] | None = None
+    weights: Mapping[str, bool] = MappingProxyType({})
 
 
 def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:

@@ -1,6 +1,7 @@
 """Coupled channels as units: slices of several leaves that go together."""
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 
 from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
+from jaxprune.paths import explain_paths, some_of
 from jaxprune.sharding import everywhere
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.typing import Where
@@ -31,7 +33,10 @@ def channels(
     of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
     units, and a dict of targets goes by `Group.name`.
 
-    Only the leaves that the pruner's `where` takes in give scores. Pruning a unit masks all its
+    Only the leaves that the pruner's `where` takes in give scores. By default these are the weights of
+    the network's products, whatever they are called: the matrices and filters that it multiplies data
+    by, and not what it looks up (embeddings, also where they are multiplied too), adds (biases,
+    positions) or multiplies entry by entry (scales), nor adapters. Pruning a unit masks all its
     slices, biases and norms included; a group of which `where` takes in nothing takes no part.
     With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
     together, and each kind gives its share.
@@ -57,6 +62,10 @@ def channels(
         number below 1; on use, `where` takes in no member of any group.
       TypeError: groups, a reduction, an `ignore` or an axis that is none.
 
+    Warns:
+      UserWarning: groups of which nothing is pruned, because no member that gives scores lies on the
+        axis, or because they are no wider than `multiple_of`.
+
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> params = {"a": jnp.array([[3.0, 1.0, 2.0], [1.0, 0.0, 1.0]]), "b": jnp.ones((3, 1))}
@@ -81,11 +90,17 @@ def channels(
     if normalize is not None:
         check_function(normalize, "normalize=", "of a group's scores, such as jnp.max")
     in_slice = reducer(norm)
+    untouched = {
+        group.name for group in chosen if not any(_is_on(m, len(m.shape), axis) for m in group.members)
+    }
+    if len(untouched) < len(chosen):
+        _warn_of_axis(sorted(untouched), axis)
+    _warn_of_multiple(chosen, multiple_of)
 
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
         pooled, alive = {}, {}
         for group in chosen:
-            members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path], axis)]
+            members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path].ndim, axis)]
             if not members:
                 continue
             each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
@@ -97,8 +112,11 @@ def channels(
                 total = total / jnp.where(scale == 0, 1, scale)
             pooled[group.name] = total
         if not pooled:
-            names = ", ".join(sorted({m.path for group in chosen for m in group.members}))
-            raise ValueError(f"where= takes in no member of a group. The members are in {names}.")
+            raise ValueError(_no_member(chosen, scores, axis))
+        # What `where` takes in is known only here. Each group is named once, not at every update.
+        more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
+        _warn_of_axis(sorted(more - untouched), axis)
+        untouched.update(more)
 
         def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple_of) for n in pooled}
@@ -114,7 +132,27 @@ def channels(
         floors=widths,
         spans_leaves=True,
         sizes_of=lambda shapes: {group.name: _units_in(group, shapes) for group in chosen},
+        weights=_weights(chosen),
     )
+
+
+def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) -> str:
+    """Why no member of a group gives scores."""
+    paths = sorted({member.path for group in groups for member in group.members})
+    taken = sorted(taken)
+    if any(path in paths for path in taken):
+        return f"axis={axis} is in no group: no member of a group that where= takes in lies on that axis."
+    message = f"where= takes in no member of a group. The members are in {', '.join(paths)}"
+    advice = explain_paths(paths, taken, some=True)
+    return f"{message}. {advice}" if advice else f"{message}; where= takes in {some_of(taken)}."
+
+
+def _weights(groups: tuple[Group, ...]) -> dict[str, bool]:
+    """By path, whether a function uses a member as weights; empty where a group does not tell."""
+    if any(group.weights is None for group in groups):
+        return {}
+    weights = {path for group in groups for path in group.weights or ()}
+    return {member.path: member.path in weights for group in groups for member in group.members}
 
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
@@ -167,10 +205,31 @@ def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -
     return {name: width for name, width in numbers.items() if width > 1}
 
 
-def _is_on(member: Member, leaf: jax.Array, axis: int | None) -> bool:
+def _is_on(member: Member, ndim: int, axis: int | None) -> bool:
     if axis is None:
         return True
-    return -leaf.ndim <= axis < leaf.ndim and member.axis == axis % leaf.ndim
+    return -ndim <= axis < ndim and member.axis == axis % ndim
+
+
+def _warn_of_axis(groups: Sequence[str], axis: int | None) -> None:
+    """Warns of groups that get no scores, so that nothing of them is pruned."""
+    if groups:
+        warnings.warn(
+            f"axis={axis}: {', '.join(groups)} has no member on that axis that gives scores, so nothing of "
+            "it is pruned. Leave axis= out, or prune the other groups with a structure of another axis.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_multiple(groups: Iterable[Group], multiple_of: int) -> None:
+    """Warns of groups that rounding up fills again, whatever was to go."""
+    if narrow := [f"{g.name} ({g.units} units)" for g in groups if 1 < g.units <= multiple_of]:
+        warnings.warn(
+            f"multiple_of={multiple_of} is not below the width of {', '.join(narrow)}: what stays is rounded "
+            "up to all of it, so nothing of it is pruned. Choose a smaller multiple, or leave these groups "
+            "out with ignore=.",
+            stacklevel=3,
+        )
 
 
 def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:

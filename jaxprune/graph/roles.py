@@ -1,0 +1,245 @@
+"""What a function does with each param: which are the weights of its products.
+
+One pass over the program follows the entries of every param until they meet data. A param is a
+weight if it meets data in a matrix product or a convolution that sums over its entries. It is not if
+it is looked up (an embedding), or only added to data or multiplied entry by entry (positions,
+scales). Where the program does not tell, the name does.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from jaxprune.graph.ir import Op, Region, Value
+from jaxprune.graph.program import Linked
+from jaxprune.graph.rules import elementwise, has_rule, rule_for
+from jaxprune.jaxprs import scan_split
+from jaxprune.kernel_names import is_adapter
+from jaxprune.paths import kernels
+
+
+class _Flow(IntEnum):
+    """How the entries of a param lie in a value; of several ways the last counts."""
+
+    MIXED = 1  # combined with data or other params by multiplication, reduced, or repeated
+    PICKED = 2  # rows that data picked
+    PART = 3  # a fixed part of them
+    WHOLE = 4  # all of them, in any layout, perhaps each changed by a function
+
+
+class _Use(IntEnum):
+    """What happens to a param; of several uses the last counts."""
+
+    UNCLEAR = 1
+    PRODUCT = 2
+    LOOKUP = 3
+    PICKED = 4  # looked up, and then multiplied with data: an embedding's rows, or an expert's weights
+
+
+_Flows = dict[str, _Flow]
+
+# Ops that only lay the entries of their first input out anew.
+_LAYOUT = frozenset(
+    (
+        *("reshape", "transpose", "squeeze", "expand_dims", "rev", "pad", "broadcast_in_dim", "tile"),
+        *("concatenate", "stack", "convert_element_type", "reduce_precision", "neg", "copy", "copy_p"),
+        *("stop_gradient", "optimization_barrier", "sharding_constraint", "name", "pvary", "reshard"),
+    )
+)
+_PARTS = frozenset(["slice", "split", "unstack"])
+_PICKS = frozenset(["gather", "dynamic_slice"])
+_PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
+
+
+def weights(linked: Linked) -> frozenset[str]:
+    """The paths of the params that a function uses as the weights of a product.
+
+    Adapters (LoRA) are weights of products too, but one factor of each starts at zero: they are left
+    out by name, see `kernel_names`. So are params of one axis.
+    """
+    walk = _Walk()
+    region, count = linked.region, len(linked.leaves)
+    for path, value in linked.values.items():
+        walk.flows[id(value)] = {path: _Flow.WHOLE}
+    walk.data.update(map(id, region.inputs[count:]))
+    walk.run(region)
+
+    def is_weight(path: str) -> bool:
+        leaf, use = linked.leaves[path], walk.uses.get(path)
+        if len(leaf.shape) < 2 or is_adapter(path):
+            return False
+        if use in (_Use.PRODUCT, _Use.LOOKUP):
+            return use is _Use.PRODUCT
+        return (use is not None or path in walk.unread(linked)) and kernels(path, leaf)
+
+    return frozenset(path for path in linked.leaves if is_weight(path))
+
+
+class _Walk:
+    """One pass over a program.
+
+    Attributes:
+      flows: by the id of a value, the params whose entries it holds.
+      data: the ids of the values that depend on the function's inputs.
+      uses: by path, what happened to a param.
+    """
+
+    def __init__(self) -> None:
+        self.flows: dict[int, _Flows] = {}
+        self.data: set[int] = set()
+        self.uses: dict[str, _Use] = {}
+
+    def unread(self, linked: Linked) -> set[str]:
+        """The params that the program never reads."""
+        read = {id(v) for op in linked.region.ops for v in op.inputs}
+        return {path for path, value in linked.values.items() if id(value) not in read}
+
+    def run(self, region: Region) -> None:
+        for op in region.ops:
+            if op.regions:
+                self._call(op)
+            else:
+                self._apply(op)
+
+    def _of(self, value: Value) -> _Flows:
+        return self.flows.get(id(value), {})
+
+    def _is_data(self, value: Value) -> bool:
+        return id(value) in self.data
+
+    def _use(self, paths: Sequence[str] | _Flows, use: _Use) -> None:
+        for path in paths:
+            self.uses[path] = max(use, self.uses.get(path, use))
+
+    def _learn(self, values: Sequence[Value], flows: _Flows, data: bool) -> None:
+        for value in values:
+            if flows:
+                self.flows[id(value)] = _joined([self._of(value), flows])
+            if data:
+                self.data.add(id(value))
+
+    def _apply(self, op: Op) -> None:
+        data = [self._is_data(value) for value in op.inputs]
+        flows = [self._of(value) for value in op.inputs]
+        if not any(flows):
+            return self._learn(op.outputs, {}, any(data))
+        if op.name in _PRODUCTS:
+            return self._product(op, data, flows)
+        if op.name in _PICKS:
+            picked = any(data[1:])
+            if picked and not data[0]:
+                self._use(flows[0], _Use.LOOKUP)
+            most = _Flow.PICKED if picked else _Flow.PART
+            return self._learn(op.outputs, {p: min(f, most) for p, f in flows[0].items()}, any(data))
+        if op.name in _PARTS:
+            least = {path: min(flow, _Flow.PART) for path, flow in flows[0].items()}
+            return self._learn(op.outputs, least, any(data))
+        if op.name in _LAYOUT:
+            many = op.name in ("concatenate", "stack")
+            joined = _joined(flows if many else flows[:1])
+            if many and any(data) and not all(data):  # a token beside data
+                joined = {}
+            if op.name in ("broadcast_in_dim", "tile") and _size(op.outputs[0]) != _size(op.inputs[0]):
+                joined = dict.fromkeys(joined, _Flow.MIXED)
+            return self._learn(op.outputs, joined, any(data))
+        return self._learn(op.outputs, self._combined(op, data, flows), any(data))
+
+    def _combined(self, op: Op, data: list[bool], flows: list[_Flows]) -> _Flows:
+        """The entries of params that an op other than a product and a layout passes on."""
+        if any(data):
+            if op.name in ("mul", "div"):
+                # A part of a param that scales data may be one tap of a convolution written as a sum.
+                for flow in flows[: 1 if op.name == "div" else 2]:
+                    self._use([path for path, how in flow.items() if how is _Flow.PART], _Use.UNCLEAR)
+                return dict.fromkeys(_joined(flows), _Flow.MIXED)
+            # A product written as multiplication and sum, or an op that nothing is known of.
+            if op.name == "reduce_sum" or not has_rule(op.name):
+                self._use(_joined(flows), _Use.UNCLEAR)
+            return {}
+        if rule_for(op.name) is not elementwise:
+            if not has_rule(op.name) or op.name == "fft":
+                self._use(_joined(flows), _Use.UNCLEAR)
+            return dict.fromkeys(_joined(flows), _Flow.MIXED)
+        # Of a function of several params, each entry of which belongs to more than one, names tell.
+        whole = {path for flow in flows for path, how in flow.items() if how >= _Flow.PART}
+        alone = len(whole) == 1
+        return {p: f if alone and p in whole else _Flow.MIXED for p, f in _joined(flows).items()}
+
+    def _product(self, op: Op, data: list[bool], flows: list[_Flows]) -> None:
+        for place, (flow, mine, other) in enumerate(zip(flows[:2], data[:2], data[1::-1], strict=True)):
+            if mine and not other:
+                continue  # data that params were mixed into, which the other side multiplies
+            if not _sums(op, place):
+                self._use(flow, _Use.UNCLEAR)  # an outer product, or a scale written as an einsum
+                continue
+            for path, how in flow.items():
+                if how is _Flow.PICKED:
+                    use = _Use.PICKED
+                elif not other or mine or how is _Flow.MIXED:
+                    use = _Use.UNCLEAR
+                else:
+                    one_hot = _is_one_hot(op.inputs[1 - place])
+                    use = _Use.LOOKUP if one_hot else _Use.PRODUCT
+                self._use([path], use)
+        mixed: _Flows = {}
+        if not (_sums(op, 0) and _sums(op, 1)):
+            mixed = dict.fromkeys(_joined(flows), _Flow.MIXED)
+        self._learn(op.outputs, mixed, any(data))
+
+    def _call(self, op: Op) -> None:
+        """An op with bodies: a loop's runs until nothing new is learnt of what it carries."""
+        for name, region in op.regions.items():
+            if name in ("jvp", "vjp", "condition"):
+                continue
+            inputs = op.inputs[op.params["cond_nconsts"] :] if op.name == "while" else op.inputs
+            inputs = inputs[1:] if op.name == "cond" else inputs
+            for outer, inner in zip(inputs, region.inputs, strict=True):
+                self._learn([inner], self._of(outer), self._is_data(outer))
+            while True:
+                self.run(region)
+                if not self._carried(op, region):
+                    break
+            for inner, outer in zip(region.outputs, op.outputs, strict=True):
+                self._learn([outer], self._of(inner), self._is_data(inner))
+
+    def _carried(self, op: Op, region: Region) -> bool:
+        """Passes what a loop's body gives on to its next round; whether that was new."""
+        if op.name == "scan":
+            consts, carried = scan_split(op.params)
+        elif op.name == "while":
+            consts, carried = op.params["body_nconsts"], len(region.outputs)
+        else:
+            return False
+        new = False
+        for given, taken in zip(region.outputs[:carried], region.inputs[consts:], strict=False):
+            before = (self._of(taken), self._is_data(taken))
+            self._learn([taken], self._of(given), self._is_data(given))
+            new |= before != (self._of(taken), self._is_data(taken))
+        return new
+
+
+def _joined(flows: Sequence[_Flows]) -> _Flows:
+    joined: _Flows = {}
+    for flow in flows:
+        for path, how in flow.items():
+            joined[path] = max(how, joined.get(path, how))
+    return joined
+
+
+def _size(value: Value) -> int | None:
+    return int(np.prod(value.shape)) if all(isinstance(n, int) for n in value.shape) else None
+
+
+def _sums(op: Op, place: int) -> bool:
+    """Whether a product sums over an axis of an input; if not, it multiplies entry by entry."""
+    if op.name != "dot_general":
+        return True
+    return bool(op.params["dimension_numbers"][0][place])
+
+
+def _is_one_hot(value: Value) -> bool:
+    """Whether a value was made by comparing numbers, as `jax.nn.one_hot` does: its product looks up."""
+    while value.op is not None and value.op.name in _LAYOUT and len(value.op.inputs) == 1:
+        value = value.op.inputs[0]
+    return value.op is not None and value.op.name in ("eq", "eq_to")
