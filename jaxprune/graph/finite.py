@@ -73,7 +73,9 @@ def _first_not_finite(linked: Linked, leaves: Sequence[Any]) -> str | None:
         if all(is_finite.get(id(v), True) for v in op.inputs) and not all(
             is_finite.get(id(v), True) for v in op.outputs
         ):
-            return f"{op} is the first op that gives NaN or inf, by an overflow or a division by zero. {advice}"
+            return (
+                f"{op} is the first op that gives NaN or inf, by an overflow or a division by zero. {advice}"
+            )
     for op in region.ops:
         grew = not any(is_near.get(id(v), False) for v in op.inputs)  # a mask of -3e38 is meant
         if grew and any(is_near.get(id(v), False) for v in op.outputs):

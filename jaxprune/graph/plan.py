@@ -127,7 +127,9 @@ class Plan:
             own = mask or where.removesuffix(path).rstrip("/").rpartition("/")[2] in ("", "params")
             divisors = self.divisors.get(path, ()) if own else ()
             # Divisors first: where a slice along another axis went as well, zero is what was proved.
-            for axis, kept in sorted(self.keep.get(path, {}).items(), key=lambda item: item[0] not in divisors):
+            for axis, kept in sorted(
+                self.keep.get(path, {}).items(), key=lambda item: item[0] not in divisors
+            ):
                 size, places = self.shapes[path][axis], (slice(None),) * (lead + axis) + (kept,)
                 shape = (*leaf.shape[: lead + axis], size, *leaf.shape[lead + axis + 1 :])
                 filling = jnp.zeros(shape, leaf.dtype)
@@ -185,7 +187,9 @@ class Plan:
         }
         for path, axes in self.keep.items():
             arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
-        arrays.update((f"divisors:{path}", np.asarray(axes, np.int64)) for path, axes in self.divisors.items())
+        arrays.update(
+            (f"divisors:{path}", np.asarray(axes, np.int64)) for path, axes in self.divisors.items()
+        )
         with replacing(file) as new, new.open("wb") as stream:
             np.savez_compressed(stream, format=np.int64(_FORMAT), **arrays)
 

@@ -131,7 +131,11 @@ def _is_negated(value: Value) -> bool:
 def _has_singular_derivative(op: Op, numbers: Sequence[Any]) -> bool:
     """Whether an op's derivative by an operand that is zero is NaN or infinite."""
     given = [1 if number is None else number for number in numbers]
-    key = (op.name, str(op.params), tuple((str(g), str(v.dtype)) for g, v in zip(given, op.inputs, strict=True)))
+    key = (
+        op.name,
+        str(op.params),
+        tuple((str(g), str(v.dtype)) for g, v in zip(given, op.inputs, strict=True)),
+    )
     if key not in _DERIVATIVES:
         _DERIVATIVES[key] = _derive(op, given)
     return _DERIVATIVES[key]
@@ -142,7 +146,9 @@ _DERIVATIVES: dict[Any, bool] = {}
 
 
 def _derive(op: Op, numbers: Sequence[Any]) -> bool:
-    moving = [n for n, g in enumerate(numbers) if is_zero(g) and jnp.issubdtype(op.inputs[n].dtype, jnp.inexact)]
+    moving = [
+        n for n, g in enumerate(numbers) if is_zero(g) and jnp.issubdtype(op.inputs[n].dtype, jnp.inexact)
+    ]
 
     def of_moving(*zeros: Any) -> Any:
         values = list(zip(numbers, op.inputs, strict=True))
@@ -198,13 +204,13 @@ def _spoilt_output(
     value, output = op.inputs[0], op.outputs[0]
     left: list[Vector | None] = [None] * len(output.shape)
     if rule_for(op.name) is elementwise:
-        for operand in op.inputs:
-            if id(operand) in spoilt and operand.shape != output.shape:
-                return None
-        for axis in range(len(left)):
-            marks = None
-            for operand in op.inputs:
-                marks = either(marks, spoilt.get(id(operand), left)[axis])
+        together = list(left)
+        for operand in (v for v in op.inputs if id(v) in spoilt):
+            for axis, marks in enumerate(spoilt[id(operand)]):
+                if marks is not None and axis not in matching_axes(operand, output):
+                    return None
+                together[axis] = either(together[axis], marks) if marks is not None else together[axis]
+        for axis, marks in enumerate(together):
             left[axis] = None if marks is None else _still_spoilt(op, spoilt, axis, marks, facts)
     elif op.name == "broadcast_in_dim":
         for axis, place in enumerate(op.params["broadcast_dimensions"]):

@@ -91,17 +91,11 @@ def channels(
                 continue
             each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
             total = reduce(jnp.stack(each), axis=0)
-            # Masks leave divisors of pruned units alive, so that the other members tell which units are.
+            # Masks leave divisors alive in pruned units too, so that only other members tell which are.
             telling = [m for m in members if not m.divisor] or [
                 m for m in group.members if not m.divisor and m.path in masks
             ]
-            if not telling:
-                names = ", ".join(m.path for m in group.members if not m.divisor)
-                raise ValueError(
-                    f"where= takes in only {members[0].path} of group {group.name}, which masks leave alive "
-                    f"because the network divides by it, so that they do not tell which units are pruned. "
-                    f"Let where= take in another member too: {names}."
-                )
+            telling = telling or members  # of a part of the params without these, `under` has no group
             living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in telling]
             alive[group.name] = jnp.any(jnp.stack(living), axis=0)
             if normalize is not None:
