@@ -12,8 +12,8 @@ from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.closing import close, zero_slices
 from jaxprune.graph.divisors import ParamAxis
-from jaxprune.graph.finite import explain_not_finite, has_nan
 from jaxprune.graph.facts import Facts
+from jaxprune.graph.finite import explain_not_finite, has_nan
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked

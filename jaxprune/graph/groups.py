@@ -318,10 +318,11 @@ def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) 
         members = tuple(m._replace(divisor=(m.path, m.axis) in divisors.axes) for m in group.members)
         why = None if divisors.unresolved is None else f"{divisors.unresolved} divides by zero without it"
         names = [f"{m.path}[{m.axis}]" for m in members if m.divisor]
+        zero = f"{divisors.reason} is not finite where {', '.join(names)} is zero"
         if names and any(holders[m.path, m.axis] > 1 for m in members if m.divisor):
             why = "a divisor of another group lies in the same param"  # it is tried by itself
         if len(names) == len(members):
-            why = f"{divisors.reason} is not finite where {', '.join(names)} is zero, and nothing else is pruned"
+            why = f"{zero}, and a unit has no other slices"
         for path, axis, indices, *_ in members if why is None else ():
             node = linked.values[path].axes[axis]
             state = kept.state(node)
@@ -329,7 +330,7 @@ def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) 
             if len(left):
                 why = explain(linked, facts, node, int(left[0]))
                 if names:
-                    why = f"{divisors.reason} is not finite where {', '.join(names)} is zero; where it is not, {why}"
+                    why = f"{zero}; where it is not, {why}"
                 break
         result.append(group._replace(members=members if why is None else group.members, why_not=why))
     return result

@@ -259,7 +259,7 @@ def _number(value: Value, axis: int | None, index: int, facts: Facts) -> Any:
     if op is not None and op.name == "broadcast_in_dim":
         places = list(op.params["broadcast_dimensions"])
         inner = places.index(axis) if axis in places else None
-        if inner is not None and op.inputs[0].shape[inner] == value.shape[axis]:
+        if axis is not None and inner is not None and op.inputs[0].shape[inner] == value.shape[axis]:
             number = _number(op.inputs[0], inner, index, facts)
     elif op is not None and rule_for(op.name) is elementwise:
         numbers = []
@@ -279,6 +279,7 @@ def _of_numbers(op: Op, numbers: Sequence[Any]) -> Any:
     # numbers that give the same do not show that all do, unless it is an infinity or NaN.
     if not any(number is not None and not np.isfinite(number) for number in numbers):
         return None
-    tried = [evaluate(op, [probe if n is None else n for n in numbers]) for probe in (1, -1)]
-    same = tried[0] is not None and np.array_equal(tried[0], tried[1], equal_nan=True)
-    return tried[0] if same and not np.isfinite(tried[0]) else None
+    first, second = (evaluate(op, [probe if n is None else n for n in numbers]) for probe in (1, -1))
+    if first is None or second is None or np.isfinite(first):
+        return None
+    return first if np.array_equal(first, second, equal_nan=True) else None
