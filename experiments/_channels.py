@@ -234,7 +234,7 @@ class Cutter:
         """How many units of each group stay, and of how many."""
 
         def left(group: Group) -> int:
-            path, axis, indices, _ = group.members[0]
+            path, axis, indices, *_ = group.members[0]
             kept = plan.keep.get(path, {}).get(axis)
             return group.units if kept is None else int(np.isin(indices, kept).any(axis=1).sum())
 

@@ -339,7 +339,9 @@ def pool(
         path: (leaf if whole else jnp.where(before[path], leaf, jnp.zeros((), leaf.dtype))).astype(dtype)
         for path, leaf in raw.items()
     }
-    units = structure.pool(picked, {path: before[path] for path in chosen})
+    # Units that span leaves may have to be told alive by leaves that give no scores.
+    seen = before if structure.spans_leaves else {path: before[path] for path in chosen}
+    units = structure.pool(picked, seen)
     same = {path for path, leaf in picked.items() if units.scores.get(path) is leaf}
     # Where all units are entries of one dtype, they are ranked in it: half as many bits take half the time.
     narrow = len(same) == len(units.scores) and len(set(dtypes[: len(raw)])) == 1

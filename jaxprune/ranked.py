@@ -84,12 +84,12 @@ class Ranked(NamedTuple):
 
     def masks_of(self, counts: Counts) -> Masks:
         """The masks without so many units of each pool."""
-        kept = _kept(*self.inputs(), np.array(counts, np.int32), self.structure.pool, self.chosen)
+        kept = _kept(*self.inputs(), np.array(counts, np.int32), pooling(self.structure), self.chosen)
         return _with_leaves(self.masks, kept)
 
     def pruned(self, counts: Counts) -> tuple[Params, dict[str, int]]:
         """The params without so many units of each pool, and how many of each are left."""
-        static = (self.structure.pool, self.chosen, self.structure.spans_leaves)
+        static = (pooling(self.structure), self.chosen, self.structure.spans_leaves)
         params, left = _pruned(self.params, *self.inputs(), np.array(counts, np.int32), *static)
         return params, self.left(counts, left)
 
@@ -153,7 +153,7 @@ def rank(
         params = jax.jit(apply_masks)(params, masks)
     leaves = array_leaves(tree, "scores")
     picked = {path: leaves[path] for path in chosen}
-    masks, units, alive, bad = _pooled(params, picked, masks, structure.pool, chosen)
+    masks, units, alive, bad = _pooled(params, picked, masks, pooling(structure), chosen)
     if found := [path for path, number in bad.items() if number]:
         path = found[0]
         raise ValueError(
@@ -174,6 +174,11 @@ def rank(
         alive=living,
         least=floors(living, structure, floor),
     )
+
+
+def pooling(structure: Structure) -> tuple[Any, bool]:
+    """What decides how units are pooled: a structure as far as it can be a static argument of `jit`."""
+    return structure.pool, structure.spans_leaves
 
 
 def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
@@ -255,4 +260,5 @@ def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
 
 
 def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
-    return pool(scores, masks, list(chosen), Structure(pool_units))
+    function, spans_leaves = pool_units
+    return pool(scores, masks, list(chosen), Structure(function, spans_leaves=spans_leaves))

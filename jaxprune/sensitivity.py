@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.paths import describe, is_array, kernels
-from jaxprune.ranked import Counts, Ranked, pruned_params, rank
+from jaxprune.ranked import Counts, Ranked, pooling, pruned_params, rank
 from jaxprune.schedules import check_sparsity
 from jaxprune.scores import magnitude
 from jaxprune.sensitivity_result import Point, Sensitivity
@@ -274,7 +274,7 @@ def _swept(
     sweep, structure = _sweep_of(evaluate), ranked.structure
     at_once = min(at_once, len(rows))
     rounds = -(-in_a_call // at_once)
-    static = (structure.pool, ranked.chosen, structure.spans_leaves, at_once, metric)
+    static = (pooling(structure), ranked.chosen, structure.spans_leaves, at_once, metric)
     for start in range(0, len(rows), rounds * at_once):
         some = rows[start : start + rounds * at_once]
         counts = np.zeros((rounds * at_once, len(rows[0])), np.int32)

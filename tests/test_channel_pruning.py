@@ -195,8 +195,9 @@ def every_other(groups, variables):
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), variables)
     by_path = dict(zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True))
     for group in groups:
-        for path, axis, indices, _ in group.members:
-            np.moveaxis(by_path[path], axis, 0)[indices[::2].ravel()] = False
+        for path, axis, indices, _, divisor in group.members:
+            if not divisor:
+                np.moveaxis(by_path[path], axis, 0)[indices[::2].ravel()] = False
     return masks
 
 

@@ -44,10 +44,11 @@ def random_masks(params, groups, fraction, rng):
     for group in groups.removable():
         count = min(round(group.units * fraction), group.units - 1)
         gone = rng.choice(group.units, count, replace=False)
-        for path, axis, indices, shape in group.members:
-            place = [slice(None)] * len(shape)
-            place[axis] = indices[gone].ravel()
-            masks[path][tuple(place)] = False
+        for path, axis, indices, shape, divisor in group.members:
+            if not divisor:
+                place = [slice(None)] * len(shape)
+                place[axis] = indices[gone].ravel()
+                masks[path][tuple(place)] = False
     return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(m) for m in masks.values()])
 
 

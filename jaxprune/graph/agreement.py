@@ -143,7 +143,7 @@ def _other_arrays(arrays: dict[str, Any]) -> dict[str, Any]:
 def gap(expected: Any, got: Any) -> float | None:
     """The largest difference of two outputs, relative to the largest entry of the leaf it is in.
 
-    Infinite where they are not laid out alike, or not finite in the same places; None where
+    Infinite where they are not laid out alike, or NaN or infinite in different places; None where
     nothing is finite.
     """
     both = jax.tree.leaves(expected), jax.tree.leaves(got)
@@ -160,9 +160,12 @@ def gap(expected: Any, got: Any) -> float | None:
         wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
         dense, small = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
         finite = np.isfinite(dense)
-        if not np.array_equal(finite, np.isfinite(small)):
+        if (
+            not np.array_equal(dense[~finite], small[~finite], equal_nan=True)
+            or not np.isfinite(small[finite]).all()
+        ):
             return np.inf
         if finite.any():
             largest = max(np.abs(dense[finite]).max(), np.finfo(np.float32).tiny)
-            gaps.append(float(np.abs(dense - small)[finite].max() / largest))
+            gaps.append(float(np.abs(dense[finite] - small[finite]).max() / largest))
     return max(gaps, default=None)

@@ -204,6 +204,17 @@ class AxisGraph:
 
         return [p for p in self._products if sum(map(free, p.factors)) > 1]
 
+    def components(self) -> Callable[[int], int]:
+        """A function that numbers nodes: two have the same number if constraints join them."""
+        joined = AxisGraph()
+        joined.sizes, joined._parent = [0] * len(self.sizes), list(self._parent)
+        for link in self._links:
+            joined.same(link.a, link.b)
+        for product in self._products:
+            for factor in product.factors:
+                joined.same(product.whole, factor)
+        return joined.find
+
     def units(self) -> dict[int, np.ndarray]:
         """Which slices can only go together.
 

@@ -12,10 +12,13 @@ from jaxprune.calls import check_call, check_masks_third
 from jaxprune.graph import ir
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
+from jaxprune.graph.closing import close, zero_slices
+from jaxprune.graph.divisors import ParamAxis
 from jaxprune.graph.facts import Facts
+from jaxprune.graph.finite import explain_not_finite, has_nan
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import Linked, Zeros, close
+from jaxprune.graph.program import Linked
 from jaxprune.graph.report import Report, report
 from jaxprune.jaxprs import split_static
 from jaxprune.masks import apply_masks, like_params
@@ -62,7 +65,10 @@ class Compacted:
         return self.plan.shrink(tree, where)
 
     def expand(self, tree: Any, where: Where | None = None) -> Any:
-        """Puts zeros where slices went, in any tree with param-shaped parts; see `Plan.expand`."""
+        """Puts zeros where slices went, in any tree with param-shaped parts; see `Plan.expand`.
+
+        Params that the function divides by are not zero there: `Plan.expand` says what they are.
+        """
         return self.plan.expand(tree, where)
 
     def save(self, file: Any) -> None:
@@ -174,14 +180,14 @@ def compact(
             given = apply_masks(params, masks)
             params, masks = _folded(linked, given, masks, inputs)
         arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
-        kept = close(linked, lambda dropped: zero_slices(arrays, dropped))
-        kept = _rounded(linked, kept, multiple_of)
-        plan = plan_of(linked, kept)
+        kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
+        kept, divisors = _rounded(linked, kept, divisors, multiple_of)
+        plan = plan_of(linked, kept, divisors)
         stayed = _stayed(linked, zero_slices(arrays), plan)
     masked = params if _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
     if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
-        _verify(apply_fn, masked if given is None else given, small, inputs, state)
+        _verify(apply_fn, linked, masked if given is None else given, small, inputs, state)
     return small
 
 
@@ -202,33 +208,21 @@ def _abstract(tree: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def zero_slices(masks: dict[str, np.ndarray], dropped: Zeros | None = None) -> Zeros:
-    """The slices of each param of which the masks keep nothing but what is dropped."""
-
-    def zero(mask: np.ndarray, axis: int) -> np.ndarray | None:
-        alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-        return None if alive.all() else ~alive
-
-    zeros = {}
-    for path, mask in masks.items():
-        for axis, gone in enumerate(() if dropped is None else dropped[path]):
-            if gone is not None:
-                mask = mask & ~np.expand_dims(gone, [a for a in range(mask.ndim) if a != axis])
-        zeros[path] = [zero(mask, axis) for axis in range(mask.ndim)]
-    return zeros
-
-
-def plan_of(linked: Linked, kept: Kept) -> Plan:
-    """The slices of params that a solution keeps."""
+def plan_of(linked: Linked, kept: Kept, divisors: frozenset[ParamAxis] = frozenset()) -> Plan:
+    """The slices of params that a solution keeps, and which of those it drops must not be zero."""
     keep = {}
     for path, value in linked.values.items():
         axes = {axis: kept.indices(node) for axis, node in enumerate(value.axes)}
         if cut := {axis: indices for axis, indices in axes.items() if indices is not None}:
             keep[path] = cut
-    return Plan({path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}, keep)
+    nonzero = {path: tuple(axis for axis in axes if (path, axis) in divisors) for path, axes in keep.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
+    return Plan(shapes, keep, {path: axes for path, axes in nonzero.items() if axes})
 
 
-def _rounded(linked: Linked, kept: Kept, multiple_of: int) -> Kept:
+def _rounded(
+    linked: Linked, kept: Kept, divisors: frozenset[ParamAxis], multiple_of: int
+) -> tuple[Kept, frozenset[ParamAxis]]:
     """A solution whose widths are multiples, as far as there are slices to fill up with."""
     while True:
         seeds: list[tuple[int, State]] = []
@@ -240,9 +234,9 @@ def _rounded(linked: Linked, kept: Kept, multiple_of: int) -> Kept:
                     state[np.setdiff1d(np.arange(size), indices)[missing:]] = False
                     seeds.append((node, state))
         if not seeds:
-            return kept
+            return kept, divisors
         dropped = linked.dropped(kept)
-        kept = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
+        kept, divisors = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
 
 
 def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
@@ -259,9 +253,8 @@ def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
             f"the plan does not fit the params: at {path!r} the plan has {plan.shapes.get(path)}, "
             f"the params have {shapes.get(path)}."
         )
-    dropped = plan.dropped()
-    facts = linked.facts(dropped)
-    kept = linked.solve(facts, linked.seeds(dropped))
+    facts = linked.facts(plan.zeros())
+    kept = linked.solve(facts, linked.seeds(plan.dropped()))
     for path, value in linked.values.items():
         for axis, node in enumerate(value.axes):
             wanted, planned = kept.indices(node), plan.keep.get(path, {}).get(axis)
@@ -329,7 +322,7 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
             left = zero if zero is None or gone is None else zero & ~gone
             if left is None or not left.any():
                 continue
-            facts = facts or linked.facts(dropped)
+            facts = facts or linked.facts(plan.zeros())
             why = explain(linked, facts, linked.values[path].axes[axis], int(np.flatnonzero(left)[0]))
             result.append(Stayed(path, axis, int(left.sum()), why))
     return result
@@ -358,6 +351,7 @@ def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
 
 def _verify(
     apply_fn: Callable[..., Any],
+    linked: Linked,
     masked: Params,
     small: Compacted,
     inputs: Sequence[Any],
@@ -377,14 +371,24 @@ def _verify(
         got = jax.jit(of_arrays(bind(apply_fn, small.plan, state)))(small.params, arrays)
     if state is not None:  # new values of params, which are smaller
         expected = with_state(expected, state, small.shrink(state(expected)))
+    wanted = array_leaves(expected, "output")
     for path, value in array_leaves(got, "output").items():
-        apart = gap(array_leaves(expected, "output")[path], value)
-        if apart is not None and not apart <= eps**0.5:
-            raise RuntimeError(
-                f"the compacted network differs from the masked one by {apart:.2g} (relative to the "
-                f"largest entry) at output [{path}]. This is a bug in jaxprune, or in a registered rule: "
-                "please report it with the function. compact(..., verify=False) skips the check."
+        apart, spoilt = gap(wanted[path], value), has_nan(wanted[path])
+        if not spoilt and (apart is None or apart <= eps**0.5):
+            continue
+        # Numbers that are not finite need not be so in the same places, which is no fault of compaction.
+        why = explain_not_finite(linked, masked, list(arrays.values()))
+        if spoilt or why is not None:
+            raise ValueError(
+                f"the masked network is not finite on the example inputs (output [{path}]), so that the "
+                f"compacted one cannot be compared with it: {why or 'it gives NaN'}. "
+                "compact(..., verify=False) skips the check."
             )
+        raise RuntimeError(
+            f"the compacted network differs from the masked one by {apart:.2g} (relative to the "
+            f"largest entry) at output [{path}]. This is a bug in jaxprune, or in a registered rule: "
+            "please report it with the function. compact(..., verify=False) skips the check."
+        )
 
 
 def with_state(outputs: Any, state: Callable[[Any], Any], new: Any) -> Any:

@@ -149,9 +149,14 @@ def evaluate(op: Op, scalars: Sequence[Any]) -> Any:
 
     The sign of a zero is not known (0 * x has that of x), so it must not matter.
     """
-    signs = [_signs(s, v.dtype) for s, v in zip(scalars, op.inputs, strict=True)]
-    first, *rest = (_evaluate_once(op, signed) for signed in product(*signs))
+    first, *rest = evaluate_signed(op, scalars)
     return first if all(np.array_equal(first, other, equal_nan=_has_nan(first)) for other in rest) else None
+
+
+def evaluate_signed(op: Op, scalars: Sequence[Any]) -> list[Any]:
+    """What an elementwise op makes of known numbers, for every choice of the signs of zeros."""
+    signs = [_signs(s, v.dtype) for s, v in zip(scalars, op.inputs, strict=True)]
+    return [_evaluate_once(op, signed) for signed in product(*signs)]
 
 
 def _signs(scalar: Any, dtype: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from jaxprune.arguments import as_integer, shown
 from jaxprune.calls import check_call
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
+from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
 from jaxprune.graph.roles import weights
 from jaxprune.typing import Params, Where
@@ -30,12 +31,16 @@ class Member(NamedTuple):
       axis: the axis, from 0.
       indices: int array, units x slices: the slices of each unit.
       shape: the param's shape.
+      divisor: whether the function divides by these slices, or would otherwise be NaN where they
+        are zero. The masks of a pruned unit leave them alive, since the rest of the unit makes them
+        harmless, and `compact` drops them with it.
     """
 
     path: str
     axis: int
     indices: np.ndarray
     shape: tuple[int, ...]
+    divisor: bool = False
 
 
 class Group(NamedTuple):
@@ -111,9 +116,11 @@ class ChannelGroups:
                 left = group.weights and tuple(
                     path.removeprefix(start) for path in group.weights if path.startswith(start)
                 )
-                groups.append(
-                    group._replace(name=group.name.removeprefix(start), members=members, weights=left)
-                )
+                name = group.name.removeprefix(start)
+                group = group._replace(name=name, members=members, weights=left)
+                if group.removable and all(member.divisor for member in members):
+                    group = group._replace(why_not=f"the function divides by all that lies under {prefix!r}")
+                groups.append(group)
         if not groups:
             paths = sorted({member.path for group in self.groups for member in group.members})
             raise ValueError(
@@ -284,16 +291,19 @@ def _named(members: list[Member]) -> Group:
 
 def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:
     """Zeroes a unit of each group and sees whether it can be taken out."""
-    together = [group for group in groups if group.units > 1]
-    gone = _removed(linked, together)
+    tried = {group.name: group for group in _removed(linked, [g for g in groups if g.units > 1])}
     result = []
     for group in groups:
-        removed = gone.get(group.name)
-        if removed is not True:
-            removed = _removed(linked, [group])[group.name]
-        if removed is True and _is_all(group):
-            removed = "it is the only unit, and an axis cannot be empty; another split= may give more"
-        result.append(group if removed is True else group._replace(why_not=removed))
+        found = tried.get(group.name)
+        if found is None or not found.removable:
+            (found,) = _removed(linked, [group])
+            if not found.removable:
+                (found,) = _removed(linked, [group], derivatives=False)
+        if found.removable and _is_all(group):
+            found = group._replace(
+                why_not="it is the only unit, and an axis cannot be empty; another split= may give more"
+            )
+        result.append(found)
     return result
 
 
@@ -302,27 +312,47 @@ def _is_all(group: Group) -> bool:
     return group.units == 1 and any(m.indices.shape[1] == m.shape[m.axis] for m in group.members)
 
 
-def _removed(linked: Linked, groups: Sequence[Group]) -> dict[str, Any]:
-    """For each group, whether its first unit vanishes if its slices are zero: True, or why not."""
+def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) -> list[Group]:
+    """Groups with their divisors, and with the reason why a unit whose slices are zero would not vanish.
+
+    Args:
+      linked: the function.
+      groups: the groups to lose their first unit, all at once.
+      derivatives: whether members are divisors that only make a derivative infinite.
+    """
     zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in linked.values.items()}
     for group in groups:
-        for path, axis, indices, shape in group.members:
-            marks = zeros[path][axis]
-            marks = np.zeros(shape[axis], bool) if marks is None else marks
-            marks[indices[0]] = True
-            zeros[path][axis] = marks
+        for member in group.members:
+            marks = zeros[member.path][member.axis]
+            marks = np.zeros(member.shape[member.axis], bool) if marks is None else marks
+            marks[member.indices[0]] = True
+            zeros[member.path][member.axis] = marks
     facts = linked.facts(zeros)
+    divisors = find_divisors(linked, zeros, derivatives, facts)
+    if divisors.axes:
+        facts = linked.facts(without(zeros, divisors.axes))
     kept = linked.solve(facts, never_empty=False)
-    result: dict[str, Any] = {}
+    holders = Counter((member.path, member.axis) for group in groups for member in group.members)
+    result = []
     for group in groups:
-        result[group.name] = True
-        for path, axis, indices, _ in group.members:
+        members = tuple(m._replace(divisor=(m.path, m.axis) in divisors.axes) for m in group.members)
+        why = None if divisors.unresolved is None else f"{divisors.unresolved} divides by zero without it"
+        names = [f"{m.path}[{m.axis}]" for m in members if m.divisor]
+        zero = f"{divisors.reason} is not finite where {', '.join(names)} is zero"
+        if names and any(holders[m.path, m.axis] > 1 for m in members if m.divisor):
+            why = "a divisor of another group lies in the same param"  # it is tried by itself
+        if len(names) == len(members):
+            why = f"{zero}, and a unit has no other slices"
+        for path, axis, indices, *_ in members if why is None else ():
             node = linked.values[path].axes[axis]
             state = kept.state(node)
             left = indices[0] if state is True else indices[0][state[indices[0]]]
             if len(left):
-                result[group.name] = explain(linked, facts, node, int(left[0]))
+                why = explain(linked, facts, node, int(left[0]))
+                if names:
+                    why = f"{zero}; where it is not, {why}"
                 break
+        result.append(group._replace(members=members if why is None else group.members, why_not=why))
     return result
 
 
@@ -340,7 +370,9 @@ def _table(groups: ChannelGroups) -> str:
     lines = [f"{'group':<25}{'units':>5}  members"]
     for group in groups.groups:
         name = group.name if len(group.name) <= 24 else "..." + group.name[-21:]
-        members = _listing([f"{m.path}[{m.axis}]{_times(m)}" for m in group.members])
+        members = _listing(
+            [f"{m.path}[{m.axis}]{_times(m)}{'(divisor)' if m.divisor else ''}" for m in group.members]
+        )
         wrapped = textwrap.wrap(members, width - left + 1, break_on_hyphens=False)
         lines.append(f"{name:<24}{group.units:>6}  {wrapped[0]}")
         lines += [" " * 32 + line for line in wrapped[1:]]

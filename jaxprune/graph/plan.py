@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arguments import check_function
@@ -28,6 +29,8 @@ class Plan:
     Attributes:
       shapes: the dense shape of every param, by path.
       keep: by path, for each axis that loses slices, the dense indices of those that stay, in order.
+      divisors: by path, the axes whose lost slices must not be zero, because the function divides by
+        them: `expand` puts copies of the first slice that stays in their places.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxprune as jp
@@ -39,6 +42,7 @@ class Plan:
 
     shapes: Mapping[str, tuple[int, ...]]
     keep: Mapping[str, Mapping[int, np.ndarray]]
+    divisors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def small_shape(self, path: str) -> tuple[int, ...]:
         """The shape of a param without the slices that go."""
@@ -57,6 +61,13 @@ class Plan:
 
         return {p: [gone(p, axis, n) for axis, n in enumerate(s)] for p, s in self.shapes.items()}
 
+    def zeros(self) -> dict[str, list[np.ndarray | None]]:
+        """The slices that go and count as zero: all but the divisors, as `dropped` has them."""
+        return {
+            path: [None if axis in self.divisors.get(path, ()) else gone for axis, gone in enumerate(marks)]
+            for path, marks in self.dropped().items()
+        }
+
     def under(self, prefix: str) -> "Plan":
         """The plan for a part of the params: that of `params["params"]` is `plan.under("params")`.
 
@@ -70,7 +81,7 @@ class Plan:
 
         if not part(self.shapes):
             raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
-        return Plan(part(self.shapes), part(self.keep))
+        return Plan(part(self.shapes), part(self.keep), part(self.divisors))
 
     def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """A tree with the slices that go cut out of every part that mirrors a param.
@@ -92,7 +103,7 @@ class Plan:
             another shape (Adafactor's factored moments); or nothing in the tree mirrors a param.
         """
 
-        def cut(leaf: Any, path: str) -> Any:
+        def cut(leaf: Any, path: str, _: str) -> Any:
             lead = leaf.ndim - len(self.shapes[path])
             for axis, kept in self.keep.get(path, {}).items():
                 leaf = _take(leaf, lead + axis, kept)
@@ -102,6 +113,10 @@ class Plan:
 
     def expand(self, tree: Any, where: Where | None = None) -> Any:
         """The tree that `shrink` would make this one of, with zeros (False) where slices went.
+
+        Where the function divides by what went (`divisors`), zeros would make it NaN, while any other
+        values do not matter. Params (leaves at the path of a param, alone or below "params") have
+        copies of the first slice that stays there, and masks True; optimizer state has zeros.
 
         Args:
           tree: as for `shrink`, with small shapes.
@@ -114,13 +129,22 @@ class Plan:
           ValueError: as `shrink`.
         """
 
-        def spread(leaf: Any, path: str) -> Any:
+        def spread(leaf: Any, path: str, place: str) -> Any:
             lead = leaf.ndim - len(self.shapes[path])
-            for axis, kept in self.keep.get(path, {}).items():
-                shape = list(leaf.shape)
-                shape[lead + axis] = self.shapes[path][axis]
-                places = (slice(None),) * (lead + axis) + (kept,)
-                leaf = jnp.zeros(shape, leaf.dtype).at[places].set(leaf)
+            mask = leaf.dtype == bool
+            own = mask or place.removesuffix(path).rstrip("/").rpartition("/")[2] in ("", "params")
+            divisors = self.divisors.get(path, ()) if own else ()
+            # Divisors first: where a slice along another axis went as well, zero is what was proved.
+            for axis, kept in sorted(
+                self.keep.get(path, {}).items(), key=lambda item: item[0] not in divisors
+            ):
+                size, places = self.shapes[path][axis], (slice(None),) * (lead + axis) + (kept,)
+                shape = (*leaf.shape[: lead + axis], size, *leaf.shape[lead + axis + 1 :])
+                filling = jnp.zeros(shape, leaf.dtype)
+                if axis in divisors:
+                    first = lax.slice_in_dim(jnp.asarray(leaf), 0, 1, axis=lead + axis)
+                    filling = jnp.ones_like(filling) if mask else jnp.broadcast_to(first, shape)
+                leaf = filling.at[places].set(leaf)
             return leaf
 
         dense = self._map(tree, self.small_shape, spread, "expand", where)
@@ -138,7 +162,7 @@ class Plan:
         name: str,
         where: Where | None,
     ) -> Any:
-        """Applies `change(leaf, path)` to the leaves that mirror a param of such shapes."""
+        """Applies `change(leaf, path, place)` to the leaves that mirror a param of such shapes."""
         # Masks of one bit per entry, which an optimizer's state may hold, are cut as bools and packed anew.
         given = restore_packed(
             tree, {path: jax.ShapeDtypeStruct(shape_of(path), bool) for path in self.shapes}
@@ -167,7 +191,8 @@ class Plan:
                 f"params are {shapes}.{self._advice(names, leaves, name)}"
             )
         out = [
-            leaf if owner is None else change(leaf, owner) for leaf, owner in zip(leaves, owners, strict=True)
+            leaf if owner is None else change(leaf, owner, place)
+            for leaf, owner, place in zip(leaves, owners, names, strict=True)
         ]
         return packed_like(jax.tree.unflatten(jax.tree.structure(tree), out), given)
 
@@ -201,6 +226,9 @@ class Plan:
         }
         for path, axes in self.keep.items():
             arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
+        arrays.update(
+            (f"divisors:{path}", np.asarray(axes, np.int64)) for path, axes in self.divisors.items()
+        )
         with replacing(file) as new, new.open("wb") as stream:
             np.savez_compressed(stream, format=np.int64(_FORMAT), **arrays)
 
@@ -213,6 +241,7 @@ class Plan:
         """
         shapes: dict[str, tuple[int, ...]] = {}
         keep: dict[str, dict[int, np.ndarray]] = {}
+        divisors: dict[str, tuple[int, ...]] = {}
         with np.load(file, allow_pickle=False) as arrays:
             if "format" not in arrays or int(arrays["format"]) != _FORMAT:
                 raise ValueError(f"{file} is not a plan of format {_FORMAT}.")
@@ -222,7 +251,12 @@ class Plan:
                     shapes[path] = tuple(arrays[name].tolist())
                 elif kind.startswith("keep "):
                     keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
-        plan = cls(shapes, keep)
+                elif kind == "divisors":
+                    divisors[path] = tuple(arrays[name].tolist())
+        plan = cls(shapes, keep, divisors)
+        for path, axes in divisors.items():
+            if not set(axes) <= set(keep.get(path, {})):
+                raise ValueError(f"{file}: the divisors of {path} are on axes {axes}, which lose no slices.")
         for path, axes in keep.items():
             for axis, kept in axes.items():
                 size = shapes[path][axis] if path in shapes and axis < len(shapes[path]) else 0

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 
 from jaxprune.arguments import check_function
@@ -99,13 +98,18 @@ class Linked:
                 for node in value.axes:
                     self.graph.pin(node, "the function never reads it")
 
-    def facts(self, zeros: Zeros) -> Facts:
-        """What follows from slices of params being zero."""
+    def facts(self, zeros: Zeros, ops: Sequence[ir.Op] | None = None) -> Facts:
+        """What follows from slices of params being zero, for the values of some ops or of all."""
         facts = Facts()
         for path, marks in zeros.items():
             facts.learn(self.values[path], marks)
-        run(self.region, facts, rule_for)
+        region = self.region if ops is None else self.region_of(ops)
+        run(region, facts, rule_for)
         return facts
+
+    def region_of(self, ops: Sequence[ir.Op]) -> ir.Region:
+        """A part of the function: some of its ops, in their order."""
+        return ir.Region(self.region.inputs, [], list(ops))
 
     def solve(self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True) -> Kept:
         """The fewest slices that the function can do with."""
@@ -143,53 +147,3 @@ class Linked:
         """The function's output from small params and inputs."""
         outputs = Replay(kept, facts).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])
-
-
-def close(
-    linked: Linked, zeros_given: Callable[[Zeros], Zeros], seeds: Sequence[tuple[int, State]] = ()
-) -> Kept:
-    """The fewest slices to keep, such that only dropped slices have to be zero for it.
-
-    First a dropped slice counts as zero, for there is nothing of it left, and what it made
-    needless is dropped too, until nothing changes. Then only the slices of params that are
-    dropped count as zero, and what was justified by other zeros is kept, until nothing changes:
-    a kept slice may be trained, so that it happened to be zero must not matter.
-
-    Args:
-      linked: the function.
-      zeros_given: the slices of params that are zero, given that some are dropped.
-      seeds: what has to stay.
-    """
-    dropped: Zeros = {path: [None] * len(value.axes) for path, value in linked.values.items()}
-    while True:
-        kept = linked.solve(linked.facts(zeros_given(dropped)), seeds)
-        more = _joined(dropped, linked.dropped(kept))
-        if _equal(more, dropped):
-            break
-        dropped = more
-    while True:
-        kept = linked.solve(linked.facts(dropped), [*linked.seeds(dropped), *seeds])
-        fewer = linked.dropped(kept)
-        if _equal(fewer, dropped):
-            return kept
-        dropped = fewer
-
-
-def _joined(a: Zeros, b: Zeros) -> dict[str, list[Vector | None]]:
-    def joined(x: Vector | None, y: Vector | None) -> Vector | None:
-        return (x if y is None else y) if x is None or y is None else x | y
-
-    return {path: [joined(x, y) for x, y in zip(a[path], b[path], strict=True)] for path in a}
-
-
-def _equal(a: Zeros, b: Zeros) -> bool:
-    def equal(x: Vector | None, y: Vector | None) -> bool:
-        return np.array_equal(_marks(x, y), _marks(y, x))
-
-    return all(equal(x, y) for path in a for x, y in zip(a[path], b[path], strict=True))
-
-
-def _marks(marks: Vector | None, like: Vector | None) -> Vector:
-    if marks is None:
-        return np.zeros(0 if like is None else len(like), bool)
-    return marks

@@ -41,7 +41,8 @@ class Structure(NamedTuple):
     """How entries group into units.
 
     Attributes:
-      pool: `pool(scores, masks) -> Units`, on dicts of arrays keyed by leaf path.
+      pool: `pool(scores, masks) -> Units`, on dicts of arrays keyed by leaf path: the scores of the
+        leaves that take part, and the masks of the same leaves, or of all if units span leaves.
       max_sparsity: the fraction of a leaf's entries that goes when every unit is pruned.
       name: for error messages.
       kinds: by pool, its kind, for structures that have kinds: with `scope="isomorphic"` pools of

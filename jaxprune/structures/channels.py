@@ -105,7 +105,12 @@ def channels(
                 continue
             each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
             total = reduce(jnp.stack(each), axis=0)
-            living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in members]
+            # Masks leave divisors alive in pruned units too, so that only other members tell which are.
+            telling = [m for m in members if not m.divisor] or [
+                m for m in group.members if not m.divisor and m.path in masks
+            ]
+            telling = telling or members  # of a part of the params without these, `under` has no group
+            living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in telling]
             alive[group.name] = jnp.any(jnp.stack(living), axis=0)
             if normalize is not None:
                 scale = normalize(jnp.where(alive[group.name], total, 0))
@@ -260,10 +265,12 @@ def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str
     """The masks of all leaves that the units lie in."""
     masks: dict[str, jax.Array] = {}
     for group in groups:
-        for path, axis, indices, shape in group.members:
+        for path, axis, indices, shape, divisor in group.members:
             # int32, because JAX remembers an int64 array as what it first was, with or without x64.
             own = indices.astype(np.int32)
-            along = jnp.ones(shape[axis], bool).at[own].set(keep[group.name][:, None])
+            along = jnp.ones(shape[axis], bool)
+            if not divisor:
+                along = along.at[own].set(keep[group.name][:, None])
             others = [a for a in range(len(shape)) if a != axis]
             masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
     return masks

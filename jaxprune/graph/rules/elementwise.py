@@ -24,7 +24,7 @@ _NAMES = (
 # fmt: on
 
 
-def _matching_axes(value: Value, like: Value) -> list[int]:
+def matching_axes(value: Value, like: Value) -> list[int]:
     """The axes of an operand that run along those of the output, and are not broadcast."""
     if len(value.shape) != len(like.shape):
         return []
@@ -38,7 +38,7 @@ def _equal(a: Any, b: Any) -> bool:
 def _link(op: Op, graph: AxisGraph) -> None:
     (output,) = op.outputs
     for value in op.inputs:
-        for axis in _matching_axes(value, output):
+        for axis in matching_axes(value, output):
             graph.same(value.axes[axis], output.axes[axis])
 
 
@@ -48,7 +48,7 @@ def _flow(op: Op, facts: Facts) -> None:
     fills = [k.fill for k in known]
     if all(fill is not None for fill in fills):
         return facts.learn(output, fill=evaluate(op, fills))
-    along = [_matching_axes(value, output) for value in op.inputs]
+    along = [matching_axes(value, output) for value in op.inputs]
     zero_to_zero, signed = _zeros_give_zero(op, facts), _reads_sign(op)
 
     def zero(axis: int) -> Vector | None:
@@ -58,7 +58,8 @@ def _flow(op: Op, facts: Facts) -> None:
         if op.name == "div":
             return marks[0]
         if op.name == "select_n":
-            return all_of(marks[1:])
+            # A condition on sizes alone, such as that of `jnp.var`, is known.
+            return all_of(marks[1:]) if fills[0] is None else marks[1 + int(fills[0])]
         if not zero_to_zero:
             return None
         return all_of(mark for mark, fill in zip(marks, fills, strict=True) if fill is None)
