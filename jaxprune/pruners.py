@@ -15,7 +15,7 @@ from jaxprune.arguments import as_integer, check_state, is_number, name_of, show
 from jaxprune.control import update_if
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import apply_masks, check_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.metrics.sizes import units_of
+from jaxprune.metrics.sizes import alive_units
 from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, selected
 from jaxprune.prune import (
     all_finite,
@@ -360,17 +360,18 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
 def _progress(masks: Masks, asks: Request, where: Where) -> Progress:
     """How many units of what takes part are left, and how many are to go by the end of the schedule."""
     leaves = array_leaves(unpack_masks(masks), "masks")
-    kept = {path: mask for path, mask in leaves.items() if where(path, mask)}
-    if not kept:
+    if not any(where(path, mask) for path, mask in leaves.items()):
         raise ValueError(
             f"where={name_of(where)} of the pruner matches no leaf of the masks: {', '.join(leaves)}."
         )
-    so_far = units_of(asks.structure, kept)
-    sizes = _sizes({path: mask.shape for path, mask in kept.items()}, asks.structure)
+    alive = alive_units(asks.structure, leaves, where)
+    sizes = {name: units.size for name, units in alive.items()}
     asked = None
     if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
         last = asks.grid.count(asks.grid.last or 1)
         together = rank_sizes(sizes, ranks(sizes, asks.structure, asks.scope))
         values = targets_of.asked_at(asks.schedules, last)
         asked = sum(target_counts(values, together, asks.structure, asks.scope).values())
-    return so_far._replace(unit="entries" if asks.structure.name == ENTRIES else so_far.unit, asked=asked)
+    kept = sum(int(jnp.sum(units)) for units in alive.values())
+    unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
+    return Progress(unit, kept, sum(sizes.values()), asked)

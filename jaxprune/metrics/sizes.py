@@ -217,17 +217,20 @@ def _progress(
         check_number(asked, "asked", "(the sparsity asked for) or the pruner that made the masks")
     if structure is None:
         return None
-    if not hasattr(structure, "pool"):
+    if not (hasattr(structure, "pool") and hasattr(structure, "spans_leaves")):
         raise TypeError(f"structure must be one of jaxprune.structures, called; got {shown(structure)}.")
-    return units_of(structure, {path: leaf for path, leaf in leaves.items() if where(path, leaf)})
+    alive = alive_units(structure, leaves, where)
+    kept = sum(int(jnp.sum(units)) for units in alive.values())
+    return Progress(structure.name, kept, sum(units.size for units in alive.values()), None)
 
 
-def units_of(structure: Any, masks: Mapping[str, Any]) -> Progress:
-    """How many units of a structure are left in some masks by path, or in params where they are not 0."""
+def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[str, jax.Array]:
+    """By pool, which units are left, by the masks of all leaves, or by params where they are not 0."""
     kept = {path: jnp.asarray(leaf) != 0 for path, leaf in masks.items()}
-    alive = structure.pool({path: mask.astype(jnp.float32) for path, mask in kept.items()}, kept).alive
-    size = sum(units.size for units in alive.values())
-    return Progress(structure.name, sum(int(jnp.sum(units)) for units in alive.values()), size, None)
+    chosen = {path: mask for path, mask in kept.items() if where(path, mask)}
+    scores = {path: mask.astype(jnp.float32) for path, mask in chosen.items()}
+    # Units that span leaves may have to be told alive by leaves that give no scores.
+    return structure.pool(scores, kept if structure.spans_leaves else chosen).alive
 
 
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
