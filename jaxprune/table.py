@@ -224,8 +224,9 @@ def build(request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int]
 
 def _number(request: Request, sizes: Mapping[str, int], dense: Mapping[str, int], targets: np.ndarray) -> int:
     """A number of 31 bits from all that decides what a row means, but not one that states are made with."""
-    what = (request.grid, request.of, request.scope, request.structure.name, sorted(sizes.items()))
-    text = repr((what, sorted(dense.items()))).encode()
+    # By size, not by name: the same layers in other containers have other paths.
+    what = (request.grid, request.of, request.scope, request.structure.name, list(sizes.values()))
+    text = repr((what, list(dense.values()))).encode()
     return max(zlib.crc32(targets.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 3)
 
 

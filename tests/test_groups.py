@@ -203,3 +203,18 @@ def test_a_function_knows_whether_it_closed_over_tracers():
     linked(jnp.ones(2))
     jax.jit(linked)(jnp.ones(2))
     assert [each.closes_over_tracers() for each in found] == [False, True]
+
+
+def test_layers_in_a_list_of_arrays_are_of_one_kind():
+    layers = [jnp.ones((4, 6)), jnp.ones((6, 8)), jnp.ones((8, 5)), jnp.ones((5, 2))]
+
+    def apply_fn(params, x):
+        for layer in params[:-1]:
+            x = jnp.tanh(x @ layer)
+        return x @ params[-1]
+
+    kinds = {group.kind for group in jp.channel_groups(apply_fn, layers, jnp.ones((3, 4)))}
+    assert kinds == {"*[0 of 2] *[1 of 2]"}
+    named = {f"w{i}": layer for i, layer in enumerate(layers)}
+    groups = jp.channel_groups(lambda p, x: apply_fn(list(p.values()), x), named, jnp.ones((3, 4)))
+    assert len({group.kind for group in groups}) == 3

@@ -285,7 +285,7 @@ def _named(members: list[Member]) -> Group:
     kernels = [m for m in members if len(m.shape) >= 2]
     outputs = [m for m in kernels if m.axis == len(m.shape) - 1]
     first = (outputs or kernels or members)[0]
-    kind = sorted(f"{m.path.rsplit('/', 1)[-1]}[{m.axis} of {len(m.shape)}]" for m in members)
+    kind = sorted(f"{_last_name(m.path)}[{m.axis} of {len(m.shape)}]" for m in members)
     return Group(f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind))
 
 
@@ -363,6 +363,12 @@ def _whole(linked: Linked, graph: AxisGraph) -> tuple[Whole, ...]:
             if always.full(node):
                 reasons.setdefault(str(graph.why_pinned(node)), []).append((path, axis))
     return tuple(Whole(tuple(members), why) for why, members in reasons.items())
+
+
+def _last_name(path: str) -> str:
+    """What a leaf is called; "*" where that is a number, the place of a layer in a list of arrays."""
+    name = path.rsplit("/", 1)[-1]
+    return "*" if name.isdigit() else name
 
 
 def _table(groups: ChannelGroups) -> str:
