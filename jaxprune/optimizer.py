@@ -71,7 +71,9 @@ def wrap_optax(
     It must be the outermost transform: what is chained after it would change the -p, and what
     passes raw gradients on at times (`optax.conditionally_transform`) would lose it.
     `check_pruned` finds such a mistake, and params that were NaN or infinite before they were pruned:
-    an update is added to them, so none makes them 0, as `apply_masks` does. The masks are in the
+    an update is added to them, so none makes them 0, as `apply_masks` does. Where the optimizer divides
+    0 by 0 at pruned entries (Adam in float16, whose epsilon is 0 there), the quotient is taken to be 0, so
+    that no NaN reaches the entries that are kept. The masks are in the
     state: `optax.tree.get(opt_state, "masks")`. Call `update` once per step; everything is traced once.
 
     Args:

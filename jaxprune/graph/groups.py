@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arguments import as_integer, shown
+from jaxprune.arguments import as_integer
 from jaxprune.calls import check_call
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
@@ -197,10 +197,8 @@ def channel_groups(
       Whole: b[1]: it meets an axis of the output.
     """
     check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state"))
-    if not isinstance(split, str):
-        split = as_integer(split, "split", what="which factor is free; or 'major', 'minor'")
-    elif split not in ("major", "minor"):
-        raise ValueError(f"split must be 'major', 'minor' or an index, got {shown(split)}.")
+    if not (isinstance(split, str) and split in ("major", "minor")):
+        split = as_integer(split, "split", what="the index of a factor; or 'major', 'minor'")
     linked = Linked(apply_fn, params, inputs, state)
     linked.pin_unread()
     graph = linked.graph.copy()
