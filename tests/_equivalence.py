@@ -356,6 +356,6 @@ def zero_units(rng, masks, groups, share=0.5):
     for group in groups.removable():
         gone = rng.random(group.units) < share
         gone[rng.integers(group.units)] = True
-        for member in group.members:
+        for member in (member for member in group.members if not member.divisor):
             np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
     return treedef.unflatten([jnp.asarray(m) for m in arrays.values()])

@@ -233,8 +233,8 @@ def test_divisors_stay_alive_and_go_with_their_unit(name):
         assert group.units == max(len(np.unique(m.indices)) // m.indices.shape[1] for m in group.members)
         for path, axis, indices, shape, divisor in group.members:
             along = np.asarray(masks[path]).any(tuple(a for a in range(len(shape)) if a != axis))
-            dead = int(np.sum(~along[indices].any(1)))
-            assert dead == (0 if divisor else group.units // 2)
+            pruned: np.ndarray = ~along[indices].any(1)
+            assert int(pruned.sum()) == (0 if divisor else group.units // 2)
             assert small.params[path].shape[axis] == shape[axis] - group.units // 2 * indices.shape[1]
 
     @jax.jit

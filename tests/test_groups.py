@@ -171,7 +171,7 @@ def test_groups_can_be_left_out():
 
 @pytest.mark.parametrize("split", ["heads", True, 1.5])
 def test_bad_splits(split):
-    with pytest.raises(TypeError, match="split must be an integer .*; or 'major', 'minor'"):
+    with pytest.raises(TypeError, match=r"split must be an integer .*; or 'major', 'minor'"):
         jp.channel_groups(attention, attention_params(), jnp.ones((1, 4, 5)), split=split)
 
 

@@ -120,7 +120,8 @@ def compact(
     and for all values of the small params, so that it can be trained on:
     `small.apply(s, x) == apply_fn(small.expand(s), x)`. What cannot be proved stays, and
     `stayed` says why. Numbers are taken to be finite: where the dense network multiplies a zero by
-    infinity it gives NaN, and the small one has dropped both.
+    infinity it gives NaN, and the small one has dropped both. Slices that the function divides by
+    are dropped as well, whatever their values; `expand` does not put zeros in their places.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
@@ -141,7 +142,8 @@ def compact(
       A `Compacted`.
 
     Raises:
-      ValueError: masks that do not mirror `params`, a plan that does not fit.
+      ValueError: masks that do not mirror `params`, a plan that does not fit; the check found that the
+        masked network is not finite, by an overflow or a division by zero, and names the op.
       TypeError: masks that are traced; arguments in another order, an `apply_fn` that cannot be called with
         the inputs, a keyword.
       RuntimeError: the check failed, which is a bug in jaxprune or in a rule of yours.

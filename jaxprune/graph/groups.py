@@ -163,6 +163,12 @@ def channel_groups(
     bias, its BatchNorm entries and the input channel of whatever reads it. Nothing is computed,
     so abstract params will do.
 
+    Where the function divides by a member (a learned scale, the norm of a weight, a variance, a
+    quantisation step), or takes another function of it that is not finite at zero or has no finite
+    derivative there, that member is a *divisor*: it keeps its values in the masks of a pruned unit,
+    if the rest of the unit makes them harmless. If that cannot be proved, the group is not removable,
+    and `why_not` names the op and its line.
+
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
@@ -295,8 +301,6 @@ def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:
         found = tried.get(group.name)
         if found is None or not found.removable:
             (found,) = _removed(linked, [group])
-            if not found.removable:
-                (found,) = _removed(linked, [group], derivatives=False)
         if found.removable and _is_all(group):
             found = group._replace(
                 why_not="it is the only unit, and an axis cannot be empty; another split= may give more"
@@ -351,6 +355,10 @@ def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) 
                     why = f"{zero}; where it is not, {why}"
                 break
         result.append(group._replace(members=members if why is None else group.members, why_not=why))
+    tried = derivatives and (divisors.axes or divisors.unresolved is not None)
+    if tried and len(groups) == 1 and not result[0].removable:
+        # An infinite derivative alone is no reason to keep the group whole.
+        return _removed(linked, groups, derivatives=False)
     return result
 
 

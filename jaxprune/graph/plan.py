@@ -252,7 +252,7 @@ class Plan:
                 elif kind.startswith("keep "):
                     keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
                 elif kind == "divisors":
-                    divisors[path] = tuple(arrays[name].tolist())
+                    divisors[path] = tuple(arrays[name].ravel().tolist())
         plan = cls(shapes, keep, divisors)
         for path, axes in divisors.items():
             if not set(axes) <= set(keep.get(path, {})):

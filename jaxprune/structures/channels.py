@@ -38,6 +38,9 @@ def channels(
     by, and not what it looks up (embeddings, also where they are multiplied too), adds (biases,
     positions) or multiplies entry by entry (scales), nor adapters. Pruning a unit masks all its
     slices, biases and norms included; a group of which `where` takes in nothing takes no part.
+    Members that the network divides by (`Member.divisor`) give scores like any other, but masks
+    leave them alive, since zero would make the network NaN. The other members tell whether a unit
+    is pruned, and `compact` drops the divisors with it.
     With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
     together, and each kind gives its share.
 
