@@ -7,11 +7,12 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import as_integer, check_number, check_state, is_number, name_of
 from jaxprune.control import update_if
+from jaxprune.evaluation import all_finite, evaluate
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
-from jaxprune.prune import all_finite, checked_structure, evaluate, pool
+from jaxprune.prune import checked_structure, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
 from jaxprune.structures import Structure, Units, elements

@@ -13,20 +13,12 @@ from jax.core import Tracer
 from jaxprune import table as targets_of
 from jaxprune.arguments import as_integer, check_state, is_number, name_of, shown
 from jaxprune.control import update_if
+from jaxprune.evaluation import all_finite, check_score_is_no_name, scored
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import apply_masks, check_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.metrics.sizes import alive_units
 from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, selected
-from jaxprune.prune import (
-    all_finite,
-    check_choices,
-    check_score_is_no_name,
-    checked_structure,
-    default_where,
-    pool,
-    remove,
-    scored,
-)
+from jaxprune.prune import check_choices, checked_structure, default_where, pool, remove
 from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.structures import Structure, elements

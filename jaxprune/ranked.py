@@ -16,18 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.evaluation import evaluate, is_tree_of_scores
 from jaxprune.extras import check_extra
 from jaxprune.masks import apply_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete, selected
-from jaxprune.prune import (
-    check_choices,
-    checked_structure,
-    default_where,
-    evaluate,
-    is_tree_of_scores,
-    kept_entries,
-    pool,
-)
+from jaxprune.prune import check_choices, checked_structure, default_where, kept_entries, pool
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import floors
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where

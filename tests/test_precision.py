@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as hnp
 
 import jaxprune as jp
 from jaxprune.dtypes import common_dtype, is_narrow, rounds_to_zero
+from jaxprune.evaluation import scored
 from jaxprune.guard import divides_by_zero
-from jaxprune.prune import pool, scored
+from jaxprune.prune import pool
 from jaxprune.sources import dtype_of
 from jaxprune.structures import elements
 
