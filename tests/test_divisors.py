@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import jaxprune as jp
+from jaxprune.graph import singular
 from jaxprune.graph.agreement import gap
 from jaxprune.graph.axes import AxisGraph
 
@@ -133,6 +134,11 @@ CASES = {
     "weight normalisation": (weight(lambda p: p["g"] * normed(p)), layers(g=ONES), {"a"}),
     "no gain": (weight(normed), layers(), {"a"}),
     "rsqrt": (weight(lambda p: p["a"] * lax.rsqrt((p["a"] ** 2).sum(0))), layers(), {"a"}),
+    "rows that are read": (
+        lambda p, x: jax.nn.relu(x @ p["a"]) @ (p["b"] / jnp.linalg.norm(p["b"], axis=1, keepdims=True)),
+        layers(),
+        {"b"},
+    ),
     "two in a row": (
         two_normed,
         {
@@ -232,9 +238,9 @@ def test_divisors_stay_alive_and_go_with_their_unit(name):
     for group in groups.removable():
         assert group.units == max(len(np.unique(m.indices)) // m.indices.shape[1] for m in group.members)
         for path, axis, indices, shape, divisor in group.members:
-            along = np.asarray(masks[path]).any(tuple(a for a in range(len(shape)) if a != axis))
-            pruned: np.ndarray = ~along[indices].any(1)
-            assert int(pruned.sum()) == (0 if divisor else group.units // 2)
+            mask = np.moveaxis(np.asarray(masks[path]), axis, 0).reshape(shape[axis], -1)
+            pruned = np.all(~mask[indices.ravel()].reshape(group.units, -1), axis=1)
+            assert int(np.sum(pruned)) == (0 if divisor else group.units // 2)
             assert small.params[path].shape[axis] == shape[axis] - group.units // 2 * indices.shape[1]
 
     @jax.jit
@@ -270,18 +276,33 @@ def test_slices_of_one_param_may_be_divisors_of_one_group_and_not_of_another():
     assert small.params["s"].shape == (6,)
 
 
+def sigmoid_and_rows(p, x):
+    return jax.nn.sigmoid(x @ p["a"]) @ (p["b"] / jnp.linalg.norm(p["b"], axis=1, keepdims=True))
+
+
 @pytest.mark.parametrize(
-    ("apply_fn", "params", "op"),
+    ("apply_fn", "params", "op", "divisor"),
     [
-        (lambda p, x: jnp.sum(x[:, :1] / p["s"], -1), {"s": S}, "div"),
-        (lambda p, x: (jax.nn.relu(x @ p["a"] / p["s"]) @ p["b"], jnp.log(p["s"]).sum()), layers(s=S), "div"),
-        (lambda p, x: (x @ p["a"] / p["s"] + p["a"].sum(0)) @ p["b"] + p["s"].mean(), layers(s=S), "div"),
+        (lambda p, x: jnp.sum(x[:, :1] / p["s"], -1), {"s": S}, "div", "s[0]"),
+        (
+            lambda p, x: (jax.nn.relu(x @ p["a"] / p["s"]) @ p["b"], jnp.log(p["s"]).sum()),
+            layers(s=S),
+            "div",
+            "s[0]",
+        ),
+        (
+            lambda p, x: (x @ p["a"] / p["s"] + p["a"].sum(0)) @ p["b"] + p["s"].mean(),
+            layers(s=S),
+            "div",
+            "s[0]",
+        ),
+        (sigmoid_and_rows, layers(), "div", "b[0]"),
     ],
 )
-def test_a_divisor_that_something_else_reads_keeps_the_group_whole(apply_fn, params, op):
+def test_a_divisor_that_something_else_reads_keeps_the_group_whole(apply_fn, params, op, divisor):
     (group,) = jp.channel_groups(apply_fn, params, X)
     assert group.why_not is not None
-    assert f"{op} at test_divisors.py:" in group.why_not and "s[0]" in group.why_not
+    assert f"{op} at test_divisors.py:" in group.why_not and divisor in group.why_not
     assert not any(member.divisor for member in group.members)
 
 
@@ -489,3 +510,19 @@ def test_components_join_what_constraints_join():
     graph.link(d, np.arange(2), e, np.arange(2))
     number = graph.components()
     assert number(a) == number(b) == number(c) != number(d) == number(e)
+
+
+def test_ops_that_are_not_tried_are_finite_at_zero():
+    tried = 0
+    for name in sorted(singular._DEFINED_AT_ZERO):
+        function = getattr(lax, f"{name}_p", None) and getattr(lax, name, None)
+        if function is None or name in ("clamp", "complex", "conj", "imag", "real", "nextafter"):
+            continue
+        count = 2 if name in ("add", "max", "min", "mul", "sub") else 1
+        if name in ("convert_element_type", "reduce_precision", "select_n", "copy"):
+            continue
+        for zero in (0.0, -0.0):
+            value, tangent = jax.jvp(function, (zero,) * count, (1.0,) * count)
+            assert np.isfinite(value) and np.isfinite(tangent), name
+        tried += 1
+    assert tried >= 25

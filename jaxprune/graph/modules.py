@@ -72,7 +72,8 @@ def compact_module(
     Raises:
       ImportError: flax is missing.
       TypeError: `model` is not an `nnx.Module`, or has no values yet; masks are traced or not bool.
-      ValueError: masks that mirror neither; a plan that does not fit.
+      ValueError: masks that mirror neither; a plan that does not fit; the masked network is not finite,
+        as for `compact`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
