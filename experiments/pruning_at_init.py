@@ -110,7 +110,8 @@ def criteria(
 
         def masks(params: Any, key: jax.Array) -> Any:
             grads = jax.grad(loss_fn)(params, batch) if method == "snip" else None
-            return jp.prune_rounds(params, pruner, times, key=key, grads=grads, batch=batch)
+            data = {"batch": batch} if "batch" in (pruner.takes or ()) else {}
+            return jp.prune_rounds(params, pruner, times, key=key, grads=grads, **data)
 
         return masks
 

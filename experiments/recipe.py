@@ -115,9 +115,11 @@ class Study:
         return jp.metrics.macs(self.apply, shapes, self.example, masks=masks).total
 
     def pruner(self, params: Any, seed: int) -> jp.Pruner:
-        """The recipe's, whose scores get a batch."""
+        """The recipe's, whose scores get a batch if they read one."""
         key = _train.seed_keys((seed,), purpose=3)[0]
         pruner = self.recipe.pruner(params, key=key, loss_fn=self.loss, apply_fn=self.apply, x=self.example)
+        if pruner.takes is not None and "batch" not in pruner.takes:
+            return pruner
 
         def update(state: Any, params: Any, **inputs: Any) -> Any:
             return pruner.update(state, params, **{"batch": self.batch, **inputs})

@@ -134,7 +134,7 @@ def as_integer(
     if number is None:
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}.")
     if not (-(2**63) if at_least is None else at_least) <= number < below:
-        allowed += "" if below == 2**63 else f" below {below}"
+        allowed += f" below {below}" if number >= below else ""
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}.")
     return number
 

@@ -38,9 +38,11 @@ def check_call(
         if close := difflib.get_close_matches(keyword, options, 1):
             raise TypeError(f"{name} has no argument {keyword!r}; did you mean {close[0]!r}?")
         known = f" Its own are {', '.join(options)}." if options else ""
+        value = keywords[keyword]
+        written = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
         raise TypeError(
-            f"{name} passes no keywords on, got {keyword}={shown(keywords[keyword])}: write "
-            f"functools.partial({first}, {keyword}={shown(keywords[keyword])}) in place of {first}.{known}"
+            f"{name} passes no keywords on, got {keyword}={shown(value)}: write "
+            f"functools.partial({first}, {keyword}={written}) in place of {first}.{known}"
         )
     if arguments and _is_function(arguments[0]) and (not callable(function) or not _is_function(function)):
         raise TypeError(

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import as_integer, check_number, check_state, is_number, name_of
+from jaxprune.arguments import as_integer, check_key, check_number, check_state, is_number, name_of
 from jaxprune.control import update_if
 from jaxprune.evaluation import all_finite, evaluate
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
-from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.prune import checked_structure, pool
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
@@ -191,6 +191,10 @@ def rewiring(
     check_number(fraction, "fraction", "in (0, 1]")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must be in (0, 1], the part of the kept units dropped, got {fraction}.")
+    if is_array(seed) and not is_number(seed):
+        check_key(seed, "seed=")
+    else:
+        seed = as_integer(seed, "seed", what="or a PRNG key")
     structure = checked_structure(structure)
     if structure.spans_leaves:
         raise ValueError(
@@ -219,7 +223,7 @@ def rewiring(
         moves = jnp.where(state.schedule == REWIRED, state.row, 0)
         number = jnp.asarray(REWIRED, jnp.int32)
         state = state._replace(step=state.step + 1, row=moves, scores=(), schedule=number)
-        own = jax.random.key(seed) if is_number(seed) else seed
+        own = jax.random.key(seed) if isinstance(seed, int) else seed
         rng = jax.random.fold_in(own, state.step) if key is None else key
 
         def move(state: PrunerState) -> PrunerState:

@@ -13,7 +13,7 @@ from jaxprune.arguments import shown
 from jaxprune.dtypes import is_narrow, is_numeric
 from jaxprune.paths import array_leaves, check_mirrors, is_array, is_concrete
 from jaxprune.recompute import Recipe, with_recipes
-from jaxprune.typing import Masks, Params, ScoreFn, Scores
+from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 
 
 def evaluate(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> Scores:
@@ -64,6 +64,10 @@ def check_score_is_no_name(scores: Any) -> None:
     Raises:
       TypeError: it is a string; the message has the function of that name, if there is one.
     """
+    if isinstance(scores, Pruner):
+        raise TypeError(
+            "a pruner is no score: call pruner.update(pruner.init(params), params) for its masks."
+        )
     if isinstance(scores, str):
         name = (difflib.get_close_matches(scores, score_functions.__all__, 1) or ["magnitude"])[0]
         raise TypeError(

@@ -4,13 +4,14 @@ Names are read as whole words: "normal_dense" does not speak of a norm, nor "emb
 that is looked up. `paths.kernels` is the public function.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 
 # Names are split at case changes, digits and punctuation.
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
 # Compounds written as one word: "layernorm", "posemb".
-_COMPOUND = re.compile(r"\w(norms?|emb|embed|embeddings?)$")
+_COMPOUND = re.compile(r"(?<!^un)(?<=\w)(norms?|emb|embed|embeddings?)$")
 
 
 def _set(words: str) -> frozenset[str]:
@@ -20,14 +21,15 @@ def _set(words: str) -> frozenset[str]:
 _NORM = _set("norm norms ln lnf bn gn rms normalizer normalization stats")
 _TABLE = _set("emb embs embed embeds embedding embeddings embedder wte wpe lookup lut codebook codebooks")
 _POSITION = _set("pos position positions positional relpos posenc pe")
-_ENTRY = _set("token tokens prompt prompts table tables")
+_ENTRY = _set("token tokens prompt prompts table tables queries freqs")
 _VECTOR = _set(
     "bias biases scale scales offset offsets gamma gammas beta betas cls class classes latents log"
 )
-_ADAPTER = _set("lora dora adapter adapters")
+_ADAPTER = _set("lora dora loha lokr hada ia adapter adapters")
 # What a name's last word says: a layer that multiplies, or a part that holds layers of any kind.
 _LAYER = _set(
-    "linear dense conv convolution proj projection fc einsum mlp ffn attn attention modulation mixer mixing"
+    "linear dense conv convolution proj projection fc einsum mlp ffn attn attention modulation mixer mixing "
+    "out output predictor tagger classifier unembed"
 )
 _PART = _set("net network model module block blocks layer layers encoder decoder head tower")
 _ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
@@ -60,8 +62,13 @@ def is_adapter(path: str) -> bool:
     )
 
 
-def _parent_says(name: str) -> bool | None:
-    """What the name of a module says about the leaves in it: kernels, no kernels, or nothing (None)."""
+def _parent_says(name: str, child: str) -> bool | None:
+    """What the name of a module says about the leaves in it: kernels, no kernels, or nothing (None).
+
+    Args:
+      name: of the module.
+      child: of what comes next in the path.
+    """
     words = _words(name)
     if not words or words[-1] in _PART:
         return None
@@ -70,6 +77,9 @@ def _parent_says(name: str) -> bool | None:
         return False
     if words[-1] in _LAYER or ("patch" in words and not _has(words, _POSITION)):
         return True
+    # "time_embed/0/weight" is a layer of a network that embeds; "embeddings/0/weight" one of several tables.
+    if (child.isdigit() or child == "layers") and not words[-1].endswith("s"):
+        return None
     spoken = words[-1] in _ENTRY | {"bias"} or _has(words, _TABLE | _POSITION)
     return False if spoken and "wise" not in words else None
 
@@ -93,7 +103,8 @@ def names_kernel(path: str, shape: Sequence[int]) -> bool:
     # T5 and BART call the embedding that encoder and decoder share "shared".
     if (parents[-1:], name) == (["shared"], "weight"):
         return False
-    if next((says for says in map(_parent_says, reversed(parents)) if says is not None), True) is False:
+    says = [_parent_says(parent, child) for parent, child in itertools.pairwise([*parents, name])]
+    if next((kernels for kernels in reversed(says) if kernels is not None), True) is False:
         return False
     length = words[-1:] == ["g"] or name == "original0"  # the lengths that weight normalisation learns
     if _ROW_VECTOR_KERNEL.match(name) and not length:

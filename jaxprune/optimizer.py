@@ -126,8 +126,8 @@ def wrap_optax(
     inner = optax.with_extra_args_support(optimizer)
     if pruner.compounds:
         warnings.warn(
-            f"{pruner.description} prunes further at every optimizer step, and soon everything. Pass "
-            "every=, the number of steps between two levels, or a schedule with an end.",
+            f"{pruner.description} prunes further at every optimizer step: its levels pass one a step. Pass "
+            "every=, the number of steps between two of them.",
             stacklevel=2,
         )
 
@@ -142,8 +142,9 @@ def wrap_optax(
 
     def update_fn(updates: Any, state: Any, params: Params | None = None, **extra: Any):
         _check_update("wrap_optax", WrapOptaxState, updates, state, params)
-        # What the score does not name is meant for the optimizer.
-        read = {name: x for name, x in extra.items() if pruner.takes is None or name in pruner.takes}
+        # What the score does not name is meant for the optimizer; a key is every pruner's.
+        takes = None if pruner.takes is None else pruner.takes | {"key"}
+        read = {name: x for name, x in extra.items() if takes is None or name in takes}
         # nnx.Optimizer takes states apart, and packed masks lose their shapes on the way.
         own = state.pruner._replace(masks=restore_packed(state.pruner.masks, _fast(params)))
         pruned = pruner.update(own, _fast(params), grads=updates, **read)

@@ -15,9 +15,9 @@ from jaxprune.arguments import as_integer, check_state, is_number, name_of, show
 from jaxprune.control import update_if
 from jaxprune.evaluation import all_finite, check_score_is_no_name, scored
 from jaxprune.extras import check_extra, named_by
-from jaxprune.masks import apply_masks, check_masks, ones_masks, own_masks, packed_like, unpack_masks
+from jaxprune.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.metrics.sizes import alive_units
-from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, selected
+from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
 from jaxprune.prune import check_choices, checked_structure, default_where, pool, remove
 from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity
@@ -68,7 +68,7 @@ def pruner(
     the next call reaches what this schedule asks for at the state's number of calls. With `of="remaining"`
     each update, from the next of this cadence on, removes its fraction of what the state has left. If
     `compact` made the params smaller and `shrink` the state with them, the units that it cut out count as
-    removed, so the network ends with the widths that it would have had without.
+    removed, so coupled channels end with the widths that they would have had without.
 
     Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
     gradients) leaves the masks alone and is made up for at the next call.
@@ -140,8 +140,7 @@ def pruner(
     grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
     where = default_where(where, structure)
-    if masks is not None:
-        check_masks(masks, masks)
+    masks = None if masks is None else bool_masks(masks)
     asks = Request(schedules, grid, structure, scope, of, floor, limit)
     description = _described(scores, schedules, asks)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
@@ -153,8 +152,10 @@ def pruner(
         )
 
     @lru_cache(maxsize=8)
-    def table(sizes: tuple[tuple[str, int], ...], cut_out: tuple[tuple[str, int], ...]) -> Table:
-        return targets_of.build(asks, dict(sizes), dict(cut_out))
+    def table(
+        sizes: tuple[tuple[str, int], ...], cut_out: tuple[tuple[str, int], ...], places: tuple[str, ...]
+    ) -> Table:
+        return targets_of.build(asks, dict(sizes), dict(cut_out), places)
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
@@ -206,7 +207,8 @@ def pruner(
 
         sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
         cut_out = _cut_out(state.dense, sizes, structure, chosen, description)
-        targets = table(tuple(sizes.items()), tuple(cut_out.items()))
+        places = tuple(targets_of.places_of(sizes, leaf_paths(params)))
+        targets = table(tuple(sizes.items()), tuple(cut_out.items()), places)
         at = targets_of.place(targets, grid, state)
 
         def advance(state: PrunerState) -> PrunerState:
@@ -239,8 +241,7 @@ def pruner(
         remembers=memory > 0,
         description=description,
         takes=named_by(scores),
-        compounds=every == 1
-        and (of == "remaining" or (grid.end is None and not targets_of.is_constant(schedules))),
+        compounds=_compounds(asks),
         where=where,
         progress=progress,
     )
@@ -298,6 +299,16 @@ def _sum_dtype(param: Any) -> Any:
     """The dtype in which a param's scores are summed: real, and of single precision at least."""
     real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
     return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
+
+
+def _compounds(asks: Request) -> bool:
+    """Whether every call prunes further."""
+    if asks.grid.every > 1 or asks.grid.last == 1:
+        return False
+    if asks.of == "remaining":
+        second = asks.grid.count(2)
+        return any(schedule.on_host(second) > 0 for schedule in asks.schedules.values())
+    return asks.grid.end is None and not targets_of.is_constant(asks.schedules)
 
 
 def _no_scores(params: Params) -> Scores:
@@ -364,6 +375,11 @@ def _progress(masks: Masks, asks: Request, where: Where) -> Progress:
         together = rank_sizes(sizes, ranks(sizes, asks.structure, asks.scope))
         values = targets_of.asked_at(asks.schedules, last)
         asked = sum(target_counts(values, together, asks.structure, asks.scope).values())
+        if asks.stop is not None:
+            (most,) = target_counts(
+                asks.stop, {"stop": sum(sizes.values())}, asks.structure, "global"
+            ).values()
+            asked = min(asked, most)
     kept = sum(int(jnp.sum(units)) for units in alive.values())
     unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
     return Progress(unit, kept, sum(sizes.values()), asked)

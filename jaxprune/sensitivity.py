@@ -109,7 +109,7 @@ def sensitivity(
       Han et al., "Learning both Weights and Connections", NIPS 2015, figure 6.
     """
     asked = _checked_levels(levels)
-    _check_at_once(at_once, jit)
+    at_once = _checked_at_once(at_once, jit)
     check_function(evaluate, "sensitivity", "evaluate(params)")
     if metric is not None and not isinstance(metric, str):
         raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
@@ -193,10 +193,11 @@ def _checked_levels(levels: Iterable[float]) -> tuple[float, ...]:
     return asked
 
 
-def _check_at_once(at_once: Any, jit: bool) -> None:
+def _checked_at_once(at_once: Any, jit: bool) -> int:
     at_once = as_integer(at_once, "at_once", at_least=1, what="points per call")
     if at_once > 1 and not jit:
         raise ValueError(f"at_once={at_once} needs an evaluate that JAX can trace: leave out jit=False.")
+    return at_once
 
 
 def _checked_sets(together: Any) -> dict[str, tuple[str, ...]]:

@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from jaxprune.arguments import as_integer, check_function
 from jaxprune.masks import apply_masks, like_params, ones_masks
-from jaxprune.paths import array_leaves, is_array, is_concrete, kernels, selected
+from jaxprune.paths import array_leaves, is_concrete, kernels, selected
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.typing import Masks, Params, Where
@@ -78,7 +79,7 @@ def optimal_brain_surgeon(
     chosen = selected(params, where)
     alive = end_to_end([by_path[path] for path in chosen])
     weights = end_to_end(goal.leaves)
-    _check_count(count, alive)
+    count = _checked_count(count, alive)
     inverse = inverse_hessian(
         "optimal_brain_surgeon", lambda v: goal.loss(cut(v, goal.leaves)), weights, damping, alive
     )
@@ -102,9 +103,9 @@ def optimal_brain_surgeon(
     )
 
 
-def _check_count(count: Any, alive: jax.Array) -> None:
-    traced = is_array(count) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
-    if not traced:
-        as_integer(count, "count", what="weights to remove")
+def _checked_count(count: Any, alive: jax.Array) -> Any:
+    traced = isinstance(count, Tracer) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
+    count = count if traced else as_integer(count, "count", what="weights to remove")
     if is_concrete(count, alive) and not 0 <= int(count) <= int(jnp.sum(alive)):
         raise ValueError(f"count={count} is out of range: there are {int(jnp.sum(alive))} weights to remove.")
+    return count

@@ -7,7 +7,7 @@ up the row that its number of calls has reached, and compares it with the row th
 
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,7 +146,23 @@ def is_constant(schedules: Mapping[str, Schedule]) -> bool:
     return asked_at(schedules, 1) == asked_at(schedules, 2) == asked_at(schedules, 3)
 
 
-def build(request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int]) -> Table:
+def places_of(pools: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """The names of pools with the place of a leaf instead of its path: of "a/kernel[1]" "0[1]", say.
+
+    The same layers in other containers have other paths, and the same places.
+    """
+    place = {path: str(number) for number, path in enumerate(paths)}
+
+    def of(pool: str) -> str:
+        path, bracket, rest = pool.rpartition("[")
+        return place.get(pool) or (place[path] + bracket + rest if path in place else pool)
+
+    return [of(pool) for pool in pools]
+
+
+def build(
+    request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int], places: Sequence[str]
+) -> Table:
     """The table for pools of the given sizes.
 
     Rows go to the schedule's end; without an end, until nothing changes any more; and never beyond `stop`,
@@ -157,6 +173,7 @@ def build(request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int]
       sizes: by pool, how many units it has.
       cut_out: by pool, how many units it had besides, which `compact` took away. Fractions are of all of
         them, and what was taken away counts as removed.
+      places: by pool, in the same order, what it is called in every container: see `places_of`.
 
     Warns:
       UserWarning: the schedule's target cannot be reached without breaking `floor`.
@@ -214,7 +231,7 @@ def build(request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int]
         fractions = np.minimum(np.array([list(v) for v in values]) / structure.max_sparsity, 1.0)
     while len(rows) > 1 and (rows[-1] == rows[-2]).all():
         rows.pop()  # There is no reason to score and select where nothing changes.
-    number = _number(request, sizes, dense, np.stack(rows))
+    number = _number(request, places, sizes, dense, np.stack(rows))
     # The masks know nothing of what was cut out, so what they are asked for is without it.
     gone = np.array(list(rank_sizes({name: dense[name] - sizes[name] for name in sizes}, competing).values()))
     targets = np.maximum(np.stack(rows) - gone, 0)
@@ -222,11 +239,16 @@ def build(request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int]
     return Table(tuple(competing), targets, fractions, end, number)
 
 
-def _number(request: Request, sizes: Mapping[str, int], dense: Mapping[str, int], targets: np.ndarray) -> int:
+def _number(
+    request: Request,
+    places: Sequence[str],
+    sizes: Mapping[str, int],
+    dense: Mapping[str, int],
+    targets: np.ndarray,
+) -> int:
     """A number of 31 bits from all that decides what a row means, but not one that states are made with."""
-    # By size, not by name: the same layers in other containers have other paths.
-    what = (request.grid, request.of, request.scope, request.structure.name, list(sizes.values()))
-    text = repr((what, list(dense.values()))).encode()
+    what = (request.grid, request.of, request.scope, request.structure.name, *places)
+    text = repr((what, list(sizes.values()), list(dense.values()))).encode()
     return max(zlib.crc32(targets.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 3)
 
 

@@ -393,10 +393,10 @@ def test_a_plan_remembers_its_divisors():
     dense = plan.expand(small.params)
     kept, rows = plan.keep["v2"][1], plan.keep["v2"][0]
     gone = np.setdiff1d(np.arange(5), kept)
-    # Copies of the first column that stays, and zeros where a row went as well.
+    # Copies of the columns that stay, in turn, and zeros where a row went as well.
     expected = np.zeros((6, 5), np.float32)
     expected[np.ix_(rows, kept)] = small.params["v2"]
-    expected[:, gone] = expected[:, kept[:1]]
+    expected[:, gone] = expected[:, kept[np.arange(len(gone)) % len(kept)]]
     assert np.asarray(dense["v2"]).tolist() == expected.tolist()
     assert np.asarray(plan.expand(small.masks)["v1"]).all()
     lost = np.setdiff1d(np.arange(6), plan.keep["v1"][1])
@@ -526,3 +526,23 @@ def test_ops_that_are_not_tried_are_finite_at_zero():
             assert np.isfinite(value) and np.isfinite(tangent), name
         tried += 1
     assert tried >= 25
+
+
+def test_expand_gives_a_unit_of_several_slices_different_ones():
+    # The spread of a head's slices is divided by, so that equal slices would make it 0.
+    def normed(x):
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+    def attend(p, x):
+        q, k, v = ((x @ p[n]).reshape(4, 4, 3) for n in "qkv")
+        weights = jax.nn.softmax(jnp.einsum("qhd,khd->hqk", normed(q), normed(k)))
+        return jnp.einsum("hqk,khd->qhd", weights, v).reshape(4, 12) @ p["o"]
+
+    params = {n: jax.random.normal(jax.random.key(i), (8, 12)) for i, n in enumerate("qkv")}
+    params["o"] = jax.random.normal(jax.random.key(9), (12, 3))
+    x = jax.random.normal(jax.random.key(5), (4, 8))
+    structure = jp.structures.channels(jp.channel_groups(attend, params, x))
+    masks = jp.prune_once(params, jp.scores.magnitude, 0.5, structure=structure)
+    small = jp.compact(attend, params, masks, x)
+    expected = attend(jp.apply_masks(params, masks), x)
+    np.testing.assert_allclose(attend(small.expand(small.params), x), expected, rtol=1e-5, atol=1e-6)

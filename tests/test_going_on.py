@@ -164,6 +164,39 @@ def test_other_units_take_over_from_entries():
     assert empty == {"b/kernel": 4, "a/kernel": 2}
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_other_leaves_of_the_same_sizes_take_over(jitted):
+    params = {name: {"kernel": jax.random.normal(jax.random.key(i), (6, 6))} for i, name in enumerate("ab")}
+
+    def run(pruner, state, calls):
+        update = jax.jit(pruner.update) if jitted else pruner.update
+        for _ in range(calls):
+            state = update(state, params)
+        return state
+
+    ramp = jp.schedules.linear(0.5, end_step=4)
+    first, second = (jp.pruner(jp.scores.magnitude, ramp, where=jp.matching(f"{name}/*")) for name in "ab")
+    state = run(first, first.init(params), 5)
+    assert gone(run(second, state, 1).masks) == {"a/kernel": 18, "b/kernel": 18}
+    first, second = (
+        jp.pruner(jp.scores.magnitude, 0.5, of="remaining", every=2, where=jp.matching(f"{name}/*"))
+        for name in "ab"
+    )
+    state = run(second, run(first, first.init(params), 4), 2)
+    assert gone(state.masks) == {"a/kernel": 27, "b/kernel": 18}
+
+
+def test_other_groups_of_the_same_sizes_take_over():
+    params = {"in": DENSE["in"][:, :12], "mid": DENSE["mid"][:12], "out": DENSE["out"]}
+    groups = jp.channel_groups(network, params, X)
+    state = None
+    for group in groups.groups:
+        structure = jp.structures.channels([group])
+        pruner = jp.pruner(jp.scores.magnitude, 0.5, structure=structure)
+        state = pruner.update(pruner.init(params) if state is None else state, params)
+    assert [int(mask.any(0).sum()) for mask in state.masks.values()] == [6, 6, 3]
+
+
 def test_rigl_takes_over_and_hands_on():
     first = jp.pruner(jp.scores.magnitude, 0.5, scope="layerwise")
     state = first.update(first.init(PARAMS), PARAMS)

@@ -444,16 +444,16 @@ SWAPPED = {
     "metrics.collapsed": (lambda: jp.metrics.collapsed(jp.kernels, PARAMS), "'kernels'. Check the order"),
     "metrics.macs": (
         lambda: jp.metrics.macs(PARAMS, total, X),
-        "The function comes first, the params after it",
+        "takes the function first and the params second.*They are swapped",
     ),
     "metrics.summary": (
         lambda: jp.metrics.summary(PARAMS, total, X),
-        "'total'. Check the order of arguments",
+        "takes the function first and the params second.*They are swapped",
     ),
     "metrics.cost": (lambda: jp.metrics.cost(PARAMS, total, X), "The function comes first"),
-    "channel_groups": (lambda: jp.channel_groups(PARAMS, total, X), "'total'. Check the order of arguments"),
-    "compact": (lambda: jp.compact(PARAMS, total, MASKS, X), "'total'. Check the order of arguments"),
-    "sparsify": (lambda: jp.sparsify(PARAMS, total, MASKS, X), "The function comes first"),
+    "channel_groups": (lambda: jp.channel_groups(PARAMS, total, X), "params second.*They are swapped"),
+    "compact": (lambda: jp.compact(PARAMS, total, MASKS, X), "params second.*They are swapped"),
+    "sparsify": (lambda: jp.sparsify(PARAMS, total, MASKS, X), "params second.*They are swapped"),
     "budget": (lambda: jp.budget(PARAMS, total, at_most=1), "The function comes first"),
     "sensitivity": (lambda: jp.sensitivity(PARAMS, total), "The function comes first"),
     "optimal_brain_surgeon": (

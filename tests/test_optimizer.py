@@ -801,7 +801,7 @@ def test_update_without_params_raises(make):
 def test_arguments_in_the_wrong_order_raise():
     with pytest.raises(TypeError, match="a jaxprune Pruner, in this order, got Pruner and"):
         jp.wrap_optax(gradual(), optax.adam(0.02))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="takes an optax optimizer first, got dict"):
+    with pytest.raises(TypeError, match="takes an optax optimizer first, got a dict"):
         jp.keep_masked(half_masks(), optax.adam(0.02))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="takes an optax optimizer first, got Pruner"):
         jp.keep_masked(gradual(), half_masks())  # type: ignore[arg-type]

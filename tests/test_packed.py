@@ -45,7 +45,7 @@ WIDE = jp.prune_once(
     PARAMS, jp.scores.magnitude, 0.4, structure=jp.structures.channels(GROUPS)
 )  # two channels of five
 FINE = jp.prune_once(PARAMS, jp.scores.magnitude, sparsity=0.5)
-PRUNER = jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.3))
+PRUNER = jp.pruner(jp.scores.magnitude, jp.schedules.linear(0.6, end_step=4))
 
 
 def some_packed(masks):
@@ -307,3 +307,23 @@ def test_packed_masks_of_other_shapes_or_paths_are_refused_as_bool_ones_are():
         jp.apply_masks({"w": jnp.ones(4)}, jp.pack_masks({"w": jnp.ones(3, bool)}))
     with pytest.raises(ValueError, match=r"Missing: w\. Not in params: v\."):
         jp.apply_masks({"w": jnp.ones(4)}, jp.pack_masks({"v": jnp.ones(4, bool)}))
+
+
+def test_packed_masks_shrink_by_themselves_and_start_a_pruner():
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (8, 6)),
+        "b": jax.random.normal(jax.random.key(1), (6, 3)),
+    }
+    x = jnp.ones((2, 8))
+
+    def apply_fn(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    structure = jp.structures.channels(jp.channel_groups(apply_fn, params, x))
+    masks = jp.prune_once(params, jp.scores.magnitude, 0.5, structure=structure)
+    small, packed = jp.compact(apply_fn, params, masks, x), jp.pack_masks(masks)
+    state = small.shrink(jp.keep_masked(optax.adam(0.1), packed).init(params))
+    for shrunk in (small.shrink(packed), state.masks):
+        same(jp.unpack_masks(shrunk), small.masks)
+    start = jp.pruner(jp.scores.magnitude, 0.8, masks=packed, where=lambda *_: True).init(params)
+    same(start.masks, masks)

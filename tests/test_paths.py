@@ -280,3 +280,24 @@ def test_mirrors_finds_the_longest_path_of_equal_shape():
     state = {"mu": params, "count": jnp.zeros((), int), "c": jnp.ones(4), "mask": {"a": jnp.ones(2, bool)}}
     found = dict(zip(jp.leaf_paths(state), mirrors(state, params), strict=True))
     assert found == {"c": None, "count": None, "mask/a": 0, "mu/a": 0, "mu/b/a": 1, "mu/c": 2}
+
+
+@pytest.mark.parametrize(
+    ("path", "takes_part"),
+    [
+        ("gpt_neox/embed_out/weight", True),
+        ("bbox_embed/layers/0/weight", True),
+        ("model/diffusion_model/time_embed/0/weight", True),
+        ("embeddings/0/weight", False),
+        ("unembed/W_U", True),
+        ("position_predictor/weight", True),
+        ("decoder/object_queries", False),
+        ("rope/freqs", False),
+        ("layer/ia3_l/weight", False),
+        ("mlp/hada_w1_a", False),
+        ("wte/weight", False),
+        ("norm_out/weight", False),
+    ],
+)
+def test_names_of_heads_queries_and_networks_that_embed(path, takes_part):
+    assert jp.kernels(path, jnp.ones((64, 32))) == takes_part

@@ -101,6 +101,15 @@ def test_an_optimizers_extras_pass_and_only_named_ones_reach_the_score():
     assert seen == [{"grads", "value"}]
 
 
+@pytest.mark.parametrize("make", [lambda: jp.pruner(jp.scores.random, 0.5)])
+def test_a_key_reaches_the_score_in_an_optimizer(make):
+    tx = jp.wrap_optax(optax.sgd(0.0), make())
+    first, second = (
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, key=jax.random.key(k))[1].pruner.masks for k in (1, 2)
+    )
+    assert bool((first["a"]["kernel"] != second["a"]["kernel"]).any())
+
+
 def test_several_sections_of_a_recipe_get_what_each_names():
     def second(params, *, weights, **_):
         return jax.tree.map(jnp.multiply, params, weights)
@@ -114,6 +123,7 @@ def test_several_sections_of_a_recipe_get_what_each_names():
     recipe = jp.recipes.parse(source, scores={"bonus": by_bonus, "second": second})
     pruner = recipe.pruner(PARAMS)
     assert pruner.takes == {"bonus", "weights"}
+    assert rows(jp.metrics.table(jp.ones_masks(PARAMS), asked=pruner))["(asked)"] == ["0.5000"]
     masks = jp.prune_rounds(PARAMS, pruner, 1, bonus=1.0, weights=PARAMS)
     assert [int(mask.sum()) for mask in jax.tree.leaves(masks)] == [12, 6]
     with pytest.raises(TypeError, match=r"takes no argument 'weight'.*Did you mean 'weights'"):
@@ -252,6 +262,8 @@ def test_a_table_takes_the_pruners_own_leaves_and_its_final_target():
     apart = jp.pruner(jp.scores.magnitude, {"kernel": 0.5}, scope="layerwise", where=lambda *_: True)
     table = rows(jp.metrics.table(jp.ones_masks(params), asked=apart))
     assert table["(asked)"] == [f"{3 / 14:.4f}"]
+    stopped = jp.pruner(jp.scores.magnitude, 0.8, stop=0.5, where=lambda *_: True)
+    assert rows(jp.metrics.table(jp.ones_masks(params), asked=stopped))["(asked)"] == ["0.5000"]
     levels = jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.2))
     assert "(asked)" not in jp.metrics.table(jp.ones_masks(params), asked=levels)
 
@@ -316,6 +328,10 @@ def test_a_bare_schedule_is_refused_with_the_line_to_write():
 # --- Integers
 
 
+def total(params):
+    return jnp.sum(params["b"]["kernel"])
+
+
 MAKERS = {
     "every": lambda n: jp.pruner(blind, 0.5, every=n),
     "floor": lambda n: jp.pruner(blind, 0.5, floor=n),
@@ -329,6 +345,10 @@ MAKERS = {
     "nm": lambda n: jp.structures.nm(n, 4),
     "rigl": lambda n: jp.rigl({"kernel": np.array([[True, False]])}, every=n, end_step=9),
     "levels": lambda n: list(jp.lottery_ticket(lambda p, m: p, PARAMS, jp.pruner(blind, 0.1), n)),
+    "set_ seed": lambda n: jp.set_({"kernel": np.array([[True, False]])}, every=1, end_step=9, seed=n),
+    "at_once": lambda n: jp.sensitivity(
+        lambda p: jnp.sum(p["b"]["kernel"]), PARAMS, levels=(0.5,), at_once=n
+    ),
     "samples": lambda n: jp.scores.obd(lambda p, b: 0.0, samples=n),
     "chunk": lambda n: jp.scores.fisher(lambda p, b: 0.0, chunk=n),
     "within": lambda n: jp.shuffled_masks(jax.random.key(0), jp.ones_masks(PARAMS), within=n),

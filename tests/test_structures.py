@@ -251,9 +251,12 @@ def test_a_norm_that_is_nan():
 
 @pytest.mark.parametrize("shape", [(), (0, 2), (2, -1), (2.0, 2)])
 def test_blocks_of_bad_sides(shape):
-    with pytest.raises(
-        ValueError, match=rf"sides that are integers of 1 or more, got shape={re.escape(str(shape))}"
-    ):
+    says = (
+        "shape=, a tuple of the sides of a block, got"
+        if not shape
+        else "shape must be an integer of 1 or more"
+    )
+    with pytest.raises((TypeError, ValueError), match=says):
         jp.structures.blocks(shape)
 
 
@@ -269,7 +272,8 @@ def test_blocks_of_an_axis_that_is_not_there():
 
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (-1, 4), (1.5, 4), (2, "4")])
 def test_nm_of_bad_numbers(n, m):
-    with pytest.raises(ValueError, match=rf"nm needs integers 0 < n < m .*got n={n!r}, m={m!r}"):
+    says = "nm needs integers 0 < n < m|[nm] must be an integer of 1 or more .of every m entries n stay., got"
+    with pytest.raises((TypeError, ValueError), match=says):
         jp.structures.nm(n, m)
 
 

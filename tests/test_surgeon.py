@@ -165,8 +165,8 @@ def test_it_prunes_a_network_better_than_obd_and_magnitude():
     )
     assert sum(int((~mask).sum()) for mask in jax.tree.leaves(masks)) == 3
     jp.check_pruned(removed, masks)
-    for score in (jp.scores.obd(loss), jp.scores.magnitude):
-        other = jp.apply_masks(params, jp.prune_once(params, score, count=3, batch=(x, y)))
+    for score, data in ((jp.scores.obd(loss), {"batch": (x, y)}), (jp.scores.magnitude, {})):
+        other = jp.apply_masks(params, jp.prune_once(params, score, count=3, **data))
         assert float(loss(removed, (x, y))) < float(loss(other, (x, y)))
 
 

@@ -205,7 +205,7 @@ class JaxSteps:
                     one = make(jax.random.key(0))
                     tx = jp.keep_masked(adam, jp.prune_once(one, jp.scores.magnitude, sparsity=SPARSITY))
                 elif way != "dense":
-                    tx = jp.wrap_optax(adam, pruner, **({"packed": True} if way == "packed" else {}))
+                    tx = jp.wrap_optax(adam, pruner, packed=way == "packed")
                 begin, step = tx.init, train_step(tx)
             self.contenders[way] = Contender(begin, step, params, x, y, seeds)
 

@@ -172,7 +172,8 @@ def compact(
     if isinstance(masks, Plan):
         plan = masks
         fit(linked, plan)
-        masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+        # What the plan drops is masked, so that a plan from a file goes with params that are dense.
+        masks = plan.expand(plan.shrink(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)))
     else:
         masks = like_params(masks, params)
         if not is_concrete(masks):

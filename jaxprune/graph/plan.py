@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arguments import check_function
@@ -30,7 +29,7 @@ class Plan:
       shapes: the dense shape of every param, by path.
       keep: by path, for each axis that loses slices, the dense indices of those that stay, in order.
       divisors: by path, the axes whose lost slices must not be zero, because the function divides by
-        them: `expand` puts copies of the first slice that stays in their places.
+        them: `expand` puts copies of the slices that stay, in turn, in their places.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxprune as jp
@@ -116,7 +115,7 @@ class Plan:
 
         Where the function divides by what went (`divisors`), zeros would make it NaN, while any other
         values do not matter. Params (leaves at the path of a param, alone or below "params") have
-        copies of the first slice that stays there, and masks True; optimizer state has zeros.
+        copies of the slices that stay there, in turn, and masks True; optimizer state has zeros.
 
         Args:
           tree: as for `shrink`, with small shapes.
@@ -142,8 +141,12 @@ class Plan:
                 shape = (*leaf.shape[: lead + axis], size, *leaf.shape[lead + axis + 1 :])
                 filling = jnp.zeros(shape, leaf.dtype)
                 if axis in divisors:
-                    first = lax.slice_in_dim(jnp.asarray(leaf), 0, 1, axis=lead + axis)
-                    filling = jnp.ones_like(filling) if mask else jnp.broadcast_to(first, shape)
+                    # Each in its turn: what divides by the spread of a unit's slices needs different ones.
+                    gone = np.setdiff1d(np.arange(size), kept)
+                    turns = np.zeros(size, np.int32)
+                    turns[gone] = np.arange(len(gone)) % len(kept)
+                    copies = jnp.take(jnp.asarray(leaf), turns, axis=lead + axis)
+                    filling = jnp.ones_like(filling) if mask else copies
                 leaf = filling.at[places].set(leaf)
             return leaf
 
@@ -304,7 +307,10 @@ def _with_dense_shapes(before: Any, after: Any) -> Any:
         is_new = shapes != smaller and not isinstance(old.dense, DenseShapes)
         return new._replace(dense=DenseShapes(tuple(shapes.items()))) if is_new else new
 
-    return jax.tree.map(keep_shapes, before, after, is_leaf=_is_pruner_state)
+    # Leaf by leaf, because packed masks are nodes whose shapes have changed.
+    leaves, treedef = jax.tree.flatten(after, is_leaf=_is_pruner_state)
+    olds = jax.tree.leaves(before, is_leaf=_is_pruner_state)
+    return treedef.unflatten(map(keep_shapes, olds, leaves))
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:

@@ -33,7 +33,7 @@ from jaxprune.scores import magnitude
 from jaxprune.structures import Structure, elements
 from jaxprune.table import with_rows
 from jaxprune.targets import per_pool, ranks, target_counts
-from jaxprune.typing import Params, Pruner, PrunerState, ScoreFn, Where
+from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
 # `score` stands for `scores`; what a pruner stops at is said for the whole recipe.
 _PRUNER = {
@@ -339,6 +339,17 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
                 scores = merged(params, scores, own.scores, where)
         return PrunerState(masks, step, jnp.stack(rows), scores, jnp.stack(numbers), state.dense)
 
+    def progress(masks: Any) -> Progress:
+        parts = [each.progress(masks) for each in pruners if each.progress is not None]
+        asked = [part.asked for part in parts if part.asked is not None]
+        units = list(dict.fromkeys(part.unit for part in parts))
+        return Progress(
+            units[0] if len(units) == 1 else "units of several kinds",
+            sum(part.kept for part in parts),
+            sum(part.size for part in parts),
+            sum(asked) if len(asked) == len(parts) else None,
+        )
+
     return Pruner(
         init_fn,
         update_fn,
@@ -348,4 +359,5 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
         takes=takes,
         compounds=any(each.compounds for each in pruners),
         where=lambda path, leaf: any(where(path, leaf) for _, where in sections),
+        progress=progress if all(each.progress is not None for each in pruners) else None,
     )

@@ -98,7 +98,7 @@ def channels(
     }
     if len(untouched) < len(chosen):
         _warn_of_axis(sorted(untouched), axis)
-    _warn_of_multiple(chosen, multiple_of)
+    filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
 
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
         pooled, alive = {}, {}
@@ -125,6 +125,8 @@ def channels(
         more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
         _warn_of_axis(sorted(more - untouched), axis)
         untouched.update(more)
+        _warn_of_multiple([g for g in chosen if g.name in filled & pooled.keys()], multiple_of)
+        filled.difference_update(pooled)
 
         def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple_of) for n in pooled}
@@ -231,7 +233,7 @@ def _warn_of_axis(groups: Sequence[str], axis: int | None) -> None:
 
 def _warn_of_multiple(groups: Iterable[Group], multiple_of: int) -> None:
     """Warns of groups that rounding up fills again, whatever was to go."""
-    if narrow := [f"{g.name} ({g.units} units)" for g in groups if 1 < g.units <= multiple_of]:
+    if narrow := [f"{group.name} ({group.units} units)" for group in groups]:
         warnings.warn(
             f"multiple_of={multiple_of} is not below the width of {', '.join(narrow)}: what stays is rounded "
             "up to all of it, so nothing of it is pruned. Choose a smaller multiple, or leave these groups "

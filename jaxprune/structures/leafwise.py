@@ -185,7 +185,10 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
     References:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378 (2:4).
     """
-    n, m = (as_integer(each, name, at_least=1, what="of nm") for name, each in (("n", n), ("m", m)))
+    n, m = (
+        as_integer(each, name, at_least=1, what="of every m entries n stay")
+        for name, each in (("n", n), ("m", m))
+    )
     axis = as_integer(axis, "axis")
     if not n < m:
         raise ValueError(f"nm needs integers 0 < n < m (n of every m entries stay), got n={n}, m={m}.")
