@@ -134,6 +134,12 @@ CASES = {
     "weight normalisation": (weight(lambda p: p["g"] * normed(p)), layers(g=ONES), {"a"}),
     "no gain": (weight(normed), layers(), {"a"}),
     "rsqrt": (weight(lambda p: p["a"] * lax.rsqrt((p["a"] ** 2).sum(0))), layers(), {"a"}),
+    "a median": (weight(lambda p: p["a"] / jnp.median(jnp.abs(p["a"]), axis=0)), layers(), {"a"}),
+    "written over": (
+        hidden(lambda h, p: h / lax.dynamic_update_slice(jnp.ones(6), p["s"], (0,))),
+        layers(s=S),
+        {"s"},
+    ),
     "rows that are read": (
         lambda p, x: jax.nn.relu(x @ p["a"]) @ (p["b"] / jnp.linalg.norm(p["b"], axis=1, keepdims=True)),
         layers(),

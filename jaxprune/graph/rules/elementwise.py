@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph.axes import AxisGraph, Vector
-from jaxprune.graph.facts import Facts, Known, all_of, either, evaluate
+from jaxprune.graph.facts import Facts, Known, all_of, both, either, evaluate
 from jaxprune.graph.ir import Op, Value
 from jaxprune.graph.rules.base import Rule, as_it_was, register_rule
 
@@ -59,7 +59,10 @@ def _flow(op: Op, facts: Facts) -> None:
             return marks[0]
         if op.name == "select_n":
             # A condition on sizes alone, such as that of `jnp.var`, is known.
-            return all_of(marks[1:]) if fills[0] is None else marks[1 + int(fills[0])]
+            if fills[0] is not None:
+                return marks[1 + int(fills[0])]
+            # Where it is False, as "is this NaN?" is for zeros, the first case is taken.
+            return either(all_of(marks[1:]), both(marks[0], marks[1]))
         if not zero_to_zero:
             return None
         return all_of(mark for mark, fill in zip(marks, fills, strict=True) if fill is None)

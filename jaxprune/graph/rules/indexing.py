@@ -182,13 +182,14 @@ def _link_update(op: Op, graph: AxisGraph) -> None:
 
 def _flow_update(op: Op, facts: Facts) -> None:
     (operand, update), (output,) = op.inputs[:2], op.outputs
+    axes = range(len(output.shape))
+    whole = [_equal(operand.shape[axis], update.shape[axis]) for axis in axes]
     zeros = [
-        both(facts.zero(operand, axis), facts.zero(update, axis))
-        if _equal(operand.shape[axis], update.shape[axis])
-        else None
-        for axis in range(len(output.shape))
+        both(facts.zero(operand, axis), facts.zero(update, axis)) if whole[axis] else None for axis in axes
     ]
-    nothing = facts.all_zero(operand) and facts.all_zero(update)
+    if all(whole):  # nothing of the operand is left, since starts are clamped to what there is
+        zeros = [facts.zero(update, axis) for axis in axes]
+    nothing = (all(whole) or facts.all_zero(operand)) and facts.all_zero(update)
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
