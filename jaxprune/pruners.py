@@ -23,7 +23,7 @@ from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.structures import Structure, elements
 from jaxprune.table import Grid, Request, Table
-from jaxprune.targets import floors, rank_sizes, ranks, target_counts
+from jaxprune.targets import alive_counts, floors, rank_sizes, ranks, target_counts
 from jaxprune.typing import (
     DenseShapes,
     Masks,
@@ -125,9 +125,8 @@ def pruner(
     """
     check_score_is_no_name(scores)
     if not callable(scores):
-        hint = f" Pass jaxprune.scores.{scores}." if isinstance(scores, str) else ""
         raise TypeError(
-            f"pruner needs a score function such as jaxprune.scores.magnitude, got {shown(scores)}.{hint}"
+            f"pruner needs a score function such as jaxprune.scores.magnitude, got {shown(scores)}."
         )
     floor = check_choices(scope, of, floor)
     every = as_integer(every, "every", at_least=1, what="calls between updates")
@@ -219,7 +218,7 @@ def pruner(
             counts = targets_of.counts_at(targets, at, units.alive, competing)
             if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
                 # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
-                gone = {name: int(jnp.sum(~alive)) for name, alive in units.alive.items()}
+                gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
                 least_gone = rank_sizes(gone, competing)
                 counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
             after = remove(before, units, counts, competing, least, of_all=True)

@@ -318,8 +318,8 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
         return PrunerState(masks, states[0].step, rows, kept[0] if kept else (), numbers)
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
-        for name in set() if takes is None else extra.keys() - takes:
-            raise unread(name, "the recipe's pruner", "nor does a score of its sections", takes or ())
+        if takes is not None and (unknown := [name for name in extra if name not in takes]):
+            raise unread(unknown[0], "the recipe's pruner", "nor does a score of its sections", takes)
         state = with_rows(state, (len(pruners),))
         masks, scores, rows, numbers = state.masks, state.scores, [], []
         step = state.step
