@@ -49,11 +49,11 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
     )
     stacks = {}
     for path, leaf in leaves.items():
-        said = stacked(path, leaf)
+        said: Any = stacked(path, leaf)
         if not _is_integer(said) and not (isinstance(said, (tuple, list)) and all(map(_is_integer, said))):
             raise TypeError(
-                f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes of the leaf "
-                "count layers (0 for none), or a tuple of the axes that do."
+                f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes "
+                "of the leaf count layers (0 for none), or a tuple of the axes that do."
             )
         wanted = tuple(range(said)) if _is_integer(said) else tuple(map(int, said))
         axes = tuple(axis + leaf.ndim if axis < 0 else axis for axis in wanted)
@@ -75,7 +75,7 @@ def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
             split[path] = array
             continue
         axes = stacks[path]
-        module = np if isinstance(array, np.ndarray) else jnp
+        module: Any = np if isinstance(array, np.ndarray) else jnp
         front = module.moveaxis(array, axes, range(len(axes)))
         for index in layer_indices(array.shape, axes):
             split[layer_name(path, index)] = front[index]
@@ -110,7 +110,7 @@ def join_layers(
             axes = stacks[path]
             counts = tuple(shapes[path][axis] for axis in axes)
             layers = [by_name[layer_name(path, index)] for index in layer_indices(shapes[path], axes)]
-            module = np if all(isinstance(layer, np.ndarray) for layer in layers) else jnp
+            module: Any = np if all(isinstance(layer, np.ndarray) for layer in layers) else jnp
             stack = module.stack(layers)
             stack = stack.reshape(counts + stack.shape[1:])
             joined[path] = module.moveaxis(stack, range(len(axes)), axes)
