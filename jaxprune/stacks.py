@@ -22,7 +22,7 @@ Stacks = Mapping[str, tuple[int, ...]]
 """By path, the axes that count layers, from 0; leaves without a stack are not in it."""
 
 
-def layer_name(path: str, index: Sequence[int]) -> str:
+def layer_name(path: str, index: Sequence[Any]) -> str:
     """The name of one layer of a stacked leaf."""
     return f"{path}[{','.join(map(str, index))}]"
 
