@@ -125,8 +125,21 @@ def _from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[t
             if any(inside) and not all(inside):
                 raise LayersDifferError
             if not any(inside):
+                values = _whole_stacks(values)
                 columns[tuple(map(id, values))] = values
     return list(columns.values())
+
+
+def _whole_stacks(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """What the rounds of a loop read of stacks of their own: these stacks, since an inner loop needs all of them."""
+    while all(value.part is not None for value in values):
+        stacks, places = zip(
+            *((value.part[0], value.part[1:]) for value in values if value.part), strict=True
+        )
+        if all(stack is stacks[0] for stack in stacks) or any(place != places[0] for place in places):
+            break
+        values = stacks
+    return values
 
 
 class _Run:
@@ -178,9 +191,6 @@ class _Run:
             return self._stack(value)
         if value.part is not None:
             return self._part(value)
-        if value.op is not None and value.op.lazy:
-            self._apply(value.op)
-            return self._env[id(value)]
         raise AssertionError("a value is read before it is made")
 
     def _part(self, value: Value) -> Any:
@@ -204,8 +214,16 @@ class _Run:
                 self._env.update(arrays)
                 return arrays[id(value)]
             except LayersDifferError:
-                pass
+                for layer in value.layers:
+                    self._apply_lazy(layer)
         return jnp.stack([self.read(layer) for layer in value.layers], value.along)
+
+    def _apply_lazy(self, value: Value) -> None:
+        """Makes a layer of a stack by what the stack's op is in that layer."""
+        for layer in flat_layers(value):
+            assert layer.op is not None
+            if layer.op.lazy and id(layer) not in self._env:
+                self._apply(layer.op)
 
     def _apply(self, op: Op) -> None:
         if op.name == "join_layers":

@@ -176,10 +176,11 @@ def _equal_params(a: Any, b: Any) -> bool:
         return keys == b.keys() - _DERIVATIVES and all(_equal_params(a[key], b[key]) for key in keys)
     if isinstance(a, (tuple, list)):
         return type(a) is type(b) and len(a) == len(b) and all(map(_equal_params, a, b))
+    if hasattr(a, "consts"):  # a closed jaxpr
+        closed = hasattr(b, "consts") and _equal_consts(a.consts, b.consts)
+        return closed and _equal_jaxprs(a.jaxpr, b.jaxpr)
     if hasattr(a, "eqns"):
         return hasattr(b, "eqns") and _equal_jaxprs(a, b)
-    if hasattr(a, "consts") and hasattr(a, "jaxpr"):
-        return hasattr(b, "consts") and _equal_consts(a.consts, b.consts) and _equal_jaxprs(a.jaxpr, b.jaxpr)
     if isinstance(a, (np.ndarray, jax.Array)):
         return isinstance(b, (np.ndarray, jax.Array)) and _equal_arrays(a, b)
     return type(a) is type(b) and (callable(a) or bool(a == b))

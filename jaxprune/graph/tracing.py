@@ -290,7 +290,7 @@ class _Builder:
         for inputs in zip(*rows, strict=True):
             outputs = self.in_one_layer(eqn, peeled, inner, list(inputs), ops, source)
             made.append(outputs)
-        stacks = [self.stack(layers, peeled.out_axis) for layers in zip(*made, strict=True)]
+        stacks = [self._with_parts(self.stack(layers, peeled.out_axis)) for layers in zip(*made, strict=True)]
         # Not in the program, because the ops of the layers are; replaying applies it to all layers at once.
         operands = [
             value if axis is None or (value.layers and value.along == axis) else _stack_of(layers[0])
