@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import inspect
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 from jaxprune import scores as score_functions
 from jaxprune.arguments import shown
 from jaxprune.dtypes import is_narrow, is_numeric
+from jaxprune.extras import named_by
 from jaxprune.paths import array_leaves, check_mirrors, is_array, is_concrete
 from jaxprune.recompute import Recipe, with_recipes
+from jaxprune.stacks import Stacks, stacked_as
 from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 
 
@@ -37,6 +40,15 @@ def is_tree_of_scores(scores: ScoreFn | Scores, params: Params) -> bool:
     """Whether scores are values rather than a function; a module of arrays can be called, too."""
     mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
     return not callable(scores) or (mirrored and all(map(is_array, jax.tree.leaves(scores))))
+
+
+def of_layers(scores: ScoreFn | Scores, params: Params, stacks: Stacks | None) -> ScoreFn | Scores:
+    """The scores, where a score function asks which leaves are stacked with that said to it."""
+    if not stacks or is_tree_of_scores(scores, params) or "stacked" not in (named_by(scores) or ()):
+        return scores
+    if isinstance(scores, functools.partial) and "stacked" in scores.keywords:
+        return scores
+    return functools.partial(scores, stacked=stacked_as(stacks))  # pyright: ignore[reportCallIssue]
 
 
 def _call_score(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> Scores:

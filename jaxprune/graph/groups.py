@@ -3,8 +3,8 @@
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +62,7 @@ class Group(NamedTuple):
     kind: str
     why_not: str | None = None
     weights: tuple[str, ...] | None = None
+    stack: str | None = None
 
     @property
     def removable(self) -> bool:
@@ -92,6 +93,7 @@ class ChannelGroups:
 
     groups: tuple[Group, ...]
     whole: tuple[Whole, ...]
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def removable(self) -> tuple[Group, ...]:
         """The groups that units can be removed from."""
