@@ -158,7 +158,7 @@ def prune_once(
     structure = with_stacks(structure, stacked, array_leaves(params), chosen)
     whole = masks is None
     masks = ones_masks(params) if whole else like_params(masks, params)
-    scores = of_layers(scores, params, structure.stacks)
+    scores = of_layers(scores, params, structure.stacks, stacked)
     tree, recipes = scored(scores, params, grads=grads, key=key, **extra)
     units = pool(tree, masks, chosen, structure, recipes, whole)
     # A threshold is the same for all, so every pool has its own count.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune import table as targets_of
-from jaxprune.arguments import as_integer, check_function, check_state, is_number, name_of, shown
+from jaxprune.arguments import as_integer, check_state, is_number, name_of, shown
 from jaxprune.control import update_if
 from jaxprune.evaluation import all_finite, check_score_is_no_name, of_layers, scored
 from jaxprune.extras import check_extra, named_by
@@ -30,7 +30,7 @@ from jaxprune.prune import (
 )
 from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity
-from jaxprune.stacks import Stacked, split_shapes
+from jaxprune.stacks import Stacked, check_stacked, split_shapes
 from jaxprune.structures import Structure, elements
 from jaxprune.table import Grid, Request, Table
 from jaxprune.targets import alive_counts, by_layer, floors, rank_sizes, ranks, target_counts
@@ -154,9 +154,7 @@ def pruner(
     where = default_where(where, structure)
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
-        check_function(
-            stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
-        )
+        check_stacked(stacked)
     asks = Request(schedules, grid, structure, scope, of, floor, limit)
     description = _described(scores, schedules, asks)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
@@ -196,7 +194,7 @@ def pruner(
         check_extra(scores, extra, "pruner.update", ("grads", "key"))
         chosen, leaves = selected(params, where), array_leaves(params)
         units_of = with_stacks(structure, stacked, leaves, chosen)
-        score = of_layers(scores, params, units_of.stacks)
+        score = of_layers(scores, params, units_of.stacks, stacked)
         check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
         def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:

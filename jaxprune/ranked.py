@@ -156,7 +156,7 @@ def rank(
     whole = array_leaves(params)
     structure = with_stacks(structure, stacked, whole, chosen)
     shapes = {path: tuple(whole[path].shape) for path in structure.stacks or {} if path in whole}
-    scores = of_layers(scores, params, structure.stacks)
+    scores = of_layers(scores, params, structure.stacks, stacked)
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
         masks = like_params(masks, params)

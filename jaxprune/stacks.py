@@ -57,6 +57,17 @@ def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
+def check_stacked(stacked: Any) -> None:
+    """Checks that what says which leaves are stacked is a function.
+
+    Raises:
+      TypeError: it is not.
+    """
+    check_function(
+        stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
+    )
+
+
 def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The stack axes of leaves, as a user's function says them.
 
@@ -64,32 +75,26 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
       TypeError: `stacked` is not a function, or returns neither an integer nor a tuple of integers.
       ValueError: a leaf has no such axes, or one is named twice.
     """
-    check_function(
-        stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
-    )
+    check_stacked(stacked)
     stacks = {}
     for path, leaf in leaves.items():
         said: Any = stacked(path, leaf)
-        if not _is_integer(said) and not (isinstance(said, (tuple, list)) and all(map(_is_integer, said))):
+        several = isinstance(said, (tuple, list))
+        if not (all(map(_is_integer, said)) if several else _is_integer(said)):
             raise TypeError(
                 f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes "
                 "of the leaf count layers (0 for none), or a tuple of the axes that do."
             )
-        wanted = tuple(range(said)) if _is_integer(said) else tuple(map(int, said))
+        wanted = tuple(map(int, said)) if several else tuple(range(int(said)))
         axes = tuple(axis + leaf.ndim if axis < 0 else axis for axis in wanted)
         inside = all(0 <= axis < leaf.ndim for axis in axes) and len(set(axes)) == len(axes)
-        if not inside or (_is_integer(said) and said < 0):
+        if not inside or (not several and said < 0):
             raise ValueError(
                 f"stacked({path!r}, leaf) returned {shown(said)}, but the leaf is {describe(leaf)}."
             )
         if axes:
             stacks[path] = axes
     return stacks
-
-
-def stacked_as(stacks: Stacks) -> Stacked:
-    """The function that says what the mapping says."""
-    return lambda path, leaf: stacks.get(path, ())
 
 
 def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
@@ -101,8 +106,8 @@ def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
     for path in stacks.keys() & leaves.keys():
         if any(not 0 <= axis < leaves[path].ndim for axis in stacks[path]):
             raise ValueError(
-                f"params[{path!r}] has the shape {tuple(leaves[path].shape)}, but the groups have layers along "
-                f"its axes {stacks[path]}. Call channel_groups with the params that are pruned."
+                f"params[{path!r}] has the shape {tuple(leaves[path].shape)}, but the groups have layers "
+                f"along its axes {stacks[path]}. Call channel_groups with the params that are pruned."
             )
 
 

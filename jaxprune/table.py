@@ -105,7 +105,7 @@ class Table(NamedTuple):
 
 
 def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
-    """The schedules by path; under the path "" if there is one for all; and one for each of an array's numbers.
+    """The schedules by path; under the path "" if there is one for all; by `LayerOf` those of an array.
 
     Raises:
       ValueError: an empty dict, or schedules that do not begin and end together.

@@ -128,8 +128,8 @@ def taken_apart(targets: Any, what: str) -> Any:
                 value = np.asarray(None)
             if value.dtype.kind not in "iuf":
                 raise TypeError(
-                    f"{what}[{path!r}] is {shown(targets[path])}; the targets of a stack's layers are an array "
-                    "of numbers."
+                    f"{what}[{path!r}] is {shown(targets[path])}; the targets of a stack's layers are an "
+                    "array of numbers."
                 )
         if not is_array(value) or not value.shape:
             apart[path] = value
@@ -159,13 +159,13 @@ def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
         if isinstance(key, LayerOf):
             if family is None:
                 raise ValueError(
-                    f"{what}[{path!r}] has shape {key.shape}, but it is not stacked, so it has one target: pass "
-                    "a number, or say by stacked= which axes of the leaf count layers."
+                    f"{what}[{path!r}] has shape {key.shape}, but it is not stacked, so it has one target: "
+                    "pass a number, or say by stacked= which axes of the leaf count layers."
                 )
             if key.shape != family.shape:
                 raise ValueError(
-                    f"{what}[{path!r}] has shape {key.shape}, but its stack has the shape {family.shape}: pass "
-                    "one target for each layer, or a number for all of them."
+                    f"{what}[{path!r}] has shape {key.shape}, but its stack has the shape {family.shape}: "
+                    "pass one target for each layer, or a number for all of them."
                 )
             layers[family.names[int(np.ravel_multi_index(key.index, key.shape))]] = value
         elif family is not None:

@@ -183,8 +183,8 @@ def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) 
     message = f"where= takes in no member of a group. The members are in {some_of(paths)}"
     if {leaf_of_layer(path) for path in paths} & set(taken):
         return (
-            f"{message}, which are layers of stacked leaves: pass channels the ChannelGroups themselves, which "
-            "know their stacks, or stacked=."
+            f"{message}, which are layers of stacked leaves: pass channels the ChannelGroups themselves, "
+            "which know their stacks, or stacked=."
         )
     advice = explain_paths(paths, taken, some=True)
     return f"{message}. {advice}" if advice else f"{message}; where= takes in {some_of(taken)}."
