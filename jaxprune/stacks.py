@@ -42,7 +42,7 @@ class Family(NamedTuple):
     multiple_of: int = 1
 
 
-def layer_name(path: str, index: Sequence[int]) -> str:
+def layer_name(path: str, index: Sequence[Any]) -> str:
     """The name of one layer of a stacked leaf."""
     return f"{path}[{','.join(map(str, index))}]"
 

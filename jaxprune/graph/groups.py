@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from jaxprune.graph.compaction import explain
 from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
 from jaxprune.graph.roles import weights
+from jaxprune.paths import array_leaves
+from jaxprune.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params, Where
 
 _CALL = "channel_groups(apply_fn, params, *inputs)"
@@ -27,10 +29,10 @@ class Member(NamedTuple):
     """An axis of a param that a group's units have slices of.
 
     Attributes:
-      path: the param's path.
-      axis: the axis, from 0.
+      path: the param's path; of a stacked param that of one layer, such as "layers/up[0]".
+      axis: the axis, from 0, of that layer.
       indices: int array, units x slices: the slices of each unit.
-      shape: the param's shape.
+      shape: the param's shape, or that of the layer.
       divisor: whether the function divides by these slices, or would otherwise be NaN where they
         are zero. The masks of a pruned unit leave them alive, since the rest of the unit makes them
         harmless, and `compact` drops them with it.
@@ -54,6 +56,8 @@ class Group(NamedTuple):
       why_not: why no unit can be removed; None where units can.
       weights: the paths of the members that the function uses as the weights of a product: what
         takes part by default; None where that is not known.
+      stack: for groups in one layer of stacked params, the name of the groups that are the same in all
+        layers, such as "layers/up[*][1]". `compact` needs equal numbers of units in them; else None.
     """
 
     name: str
@@ -89,11 +93,12 @@ class ChannelGroups:
     Attributes:
       groups: those with units, in the order of the params.
       whole: the axes of params that are in none, and why.
+      stacks: by path, the axes of stacked params that count layers.
     """
 
     groups: tuple[Group, ...]
     whole: tuple[Whole, ...]
-    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stacks: Stacks = field(default_factory=dict)
 
     def removable(self) -> tuple[Group, ...]:
         """The groups that units can be removed from."""
@@ -118,8 +123,8 @@ class ChannelGroups:
                 left = group.weights and tuple(
                     path.removeprefix(start) for path in group.weights if path.startswith(start)
                 )
-                name = group.name.removeprefix(start)
-                group = group._replace(name=name, members=members, weights=left)
+                name, stack = group.name.removeprefix(start), group.stack and group.stack.removeprefix(start)
+                group = group._replace(name=name, members=members, weights=left, stack=stack)
                 if group.removable and all(member.divisor for member in members):
                     group = group._replace(why_not=f"the function divides by all that lies under {prefix!r}")
                 groups.append(group)
@@ -128,7 +133,8 @@ class ChannelGroups:
             raise ValueError(
                 f"no member of a group lies under {prefix!r}; their paths are {', '.join(paths)}."
             )
-        return ChannelGroups(tuple(groups), ())
+        stacks = {p.removeprefix(start): axes for p, axes in self.stacks.items() if p.startswith(start)}
+        return ChannelGroups(tuple(groups), (), stacks)
 
     def without(self, where: Where) -> "ChannelGroups":
         """The groups but for those with a member that `where(path, member)` matches.
@@ -157,6 +163,7 @@ def channel_groups(
     *inputs: Any,
     split: Split = "major",
     state: Callable[[Any], Any] | None = None,
+    stacked: Stacked | None = None,
     **keywords: Any,
 ) -> ChannelGroups:
     """The coupled channels of a function: which slices of which params can only go together.
@@ -171,6 +178,9 @@ def channel_groups(
     if the rest of the unit makes them harmless. If that cannot be proved, the group is not removable,
     and `why_not` names the op and its line.
 
+    Params that are stacked, one array for all layers that a scan runs along, have groups of their own in
+    each layer, whose members are called by layer: "layers/up[0]".
+
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
@@ -180,6 +190,9 @@ def channel_groups(
         attention), `"minor"`, the last (the same places of every head), or the index of one (1 of
         keys x heads of a key x width: the same head of every key).
       state: as for `compact`: the outputs that are new values of params.
+      stacked: which axes of params count layers, a function of (path, leaf) that returns a number of
+        leading axes or a tuple of axes; by default those that the function's scans run along. Layers
+        of params under `vmap` have to be told by it; `lambda path, leaf: 0` says that there are none.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
@@ -204,10 +217,11 @@ def channel_groups(
       Whole: a[0]: it meets an axis of the input [0].
       Whole: b[1]: it meets an axis of the output.
     """
-    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state"))
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state", "stacked"))
     if not (isinstance(split, str) and split in ("major", "minor")):
         split = as_integer(split, "split", what="the index of a factor; or 'major', 'minor'")
-    linked = Linked(apply_fn, params, inputs, state)
+    stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
+    linked = Linked(apply_fn, params, inputs, state, stacks)
     linked.pin_unread()
     graph = linked.graph.copy()
     _split(graph, split)
@@ -218,7 +232,7 @@ def channel_groups(
         group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
         for group in groups
     ]
-    return ChannelGroups(tuple(groups), _whole(linked, graph))
+    return ChannelGroups(tuple(groups), _whole(linked, graph), linked.stacks)
 
 
 def _split(graph: AxisGraph, split: Split) -> None:
@@ -259,7 +273,7 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
         for label, indices in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
             if label >= 0:
                 units.setdefault(label, []).append((root, indices))
-    shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
+    shapes = {path: tuple(value.shape) for path, value in linked.values.items()}
     alike: dict[tuple, list[list[tuple[int, np.ndarray]]]] = {}
     for label in sorted(units):
         signature = tuple((root, len(indices)) for root, indices in units[label])
@@ -273,7 +287,7 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
         ]
         position = {path: n for n, path in enumerate(linked.values)}
         members.sort(key=lambda m: (position[m.path], m.axis))
-        groups.append(_named(members))
+        groups.append(_named(members, linked))
     groups.sort(key=lambda g: [position[m.path] for m in g.members])
     names = [group.name for group in groups]
     twice = {name for name in names if names.count(name) > 1}
@@ -287,12 +301,19 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
     return result
 
 
-def _named(members: list[Member]) -> Group:
+def _named(members: list[Member], linked: Linked) -> Group:
     kernels = [m for m in members if len(m.shape) >= 2]
     outputs = [m for m in kernels if m.axis == len(m.shape) - 1]
     first = (outputs or kernels or members)[0]
-    kind = sorted(f"{_last_name(m.path)}[{m.axis} of {len(m.shape)}]" for m in members)
-    return Group(f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind))
+    paths = {m.path: linked.paths[m.path] for m in members}
+    kind = sorted(f"{_last_name(paths[m.path][0])}[{m.axis} of {len(m.shape)}]" for m in members)
+    layers, stack = {index for _, index in paths.values()}, None
+    if len(layers) == 1 and layers != {()}:
+        path, index = paths[first.path]
+        stack = f"{layer_name(path, ['*'] * len(index))}[{first.axis}]"
+    return Group(
+        f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind), stack=stack
+    )
 
 
 def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:

@@ -163,7 +163,9 @@ def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
         if group.stack is not None:
             named = [m.path for m in group.members if leaf_of_layer(m.path) is not None]
             index = tuple(map(int, named[0].rpartition("[")[2].removesuffix("]").split(","))) if named else ()
-            by_stack.setdefault(group.stack, []).append((index, group.name))
+            # Several groups on one axis of a layer are told apart by a number, "layers/up[2][1]#1".
+            _, number, which = group.name.rpartition("]")[2].rpartition("#")
+            by_stack.setdefault(group.stack + number + which, []).append((index, group.name))
     families = {}
     for stack, layers in by_stack.items():
         layers.sort()

@@ -1,6 +1,6 @@
 """The rules, a file for each class of primitive. To add one, see `base.Rule` and `register_rule`."""
 
-from jaxprune.graph.rules import calls, contractions, indexing, reductions, shapes, slices
+from jaxprune.graph.rules import calls, contractions, indexing, layers, reductions, shapes, slices
 from jaxprune.graph.rules.base import Frame, Rule, has_rule, register_rule, rule_for
 from jaxprune.graph.rules.calls import link_region
 from jaxprune.graph.rules.elementwise import elementwise
@@ -13,6 +13,7 @@ __all__ = [
     "elementwise",
     "has_rule",
     "indexing",
+    "layers",
     "link_region",
     "reductions",
     "register_rule",
