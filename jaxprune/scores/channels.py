@@ -140,7 +140,7 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
         _check_paths(scales.values(), leaves, "scores.bn_scale")
         stacks = _stacks(stacked, {path: leaves[path] for path in scales.values()})
 
-        def channel_scores(path, channels, index):
+        def channel_scores(path, channels, index, stack):
             gamma = leaves[scales[path]]
             axes = stacks.get(scales[path], ())
             if len(axes) == len(index) and all(n < gamma.shape[a] for n, a in zip(index, axes, strict=True)):
@@ -252,9 +252,9 @@ def mean_activation(
     )
 
 
-ChannelScores = Callable[[str, int, tuple[int, ...]], jax.Array]
-"""From the path of a kernel, how many channels it has, and the index of its layer in the stack (empty where
-it is not stacked), one score for each channel."""
+ChannelScores = Callable[[str, int, tuple[int, ...], tuple[int, ...]], jax.Array]
+"""From the path of a kernel, how many channels it has, the index of its layer in the stack, and the shape of
+the stack (both empty where it is not stacked), one score for each channel."""
 
 
 def _means(
@@ -270,14 +270,15 @@ def _means(
         raise ValueError(f"{name} needs activations: pass activations={{'conv/kernel': relu(outputs)}}.")
     _check_named(activations, name, "activations={'conv/kernel': relu(outputs)}")
 
-    def channel_scores(path, channels, index):
+    def channel_scores(path, channels, index, stack):
         check_array(activations[path], f"{name}: activations[{path!r}]")
         outputs = jnp.asarray(activations[path])
-        stack = outputs.shape[: len(index)]
-        if len(stack) < len(index) or any(n >= size for n, size in zip(index, stack, strict=True)):
+        if index and (outputs.ndim < len(index) + 2 or outputs.shape[: len(index)] != stack):
+            wanted = ", ".join(map(str, stack))
             raise ValueError(
-                f"{name}: activations[{path!r}] is {describe(outputs)}, but params[{path!r}] is stacked: "
-                f"pass an array of shape (stack..., ..., {channels}), with the activations of each layer."
+                f"{name}: activations[{path!r}] is {describe(outputs)}, but params[{path!r}] is a stack of "
+                f"shape {stack}: pass the activations of each layer, an array of shape ({wanted}, ..., "
+                f"{channels})."
             )
         outputs = outputs[index] if index else outputs
         if outputs.ndim < 2 or outputs.shape[-1] != channels or not outputs.size:
@@ -305,10 +306,11 @@ def _of_named(
     by_layer = {}
     for path in named:
         axes = stacks.get(path, ())
+        stack = tuple(leaves[path].shape[axis] for axis in axes)
         for index in layer_indices(leaves[path].shape, axes):
             layer = take_layer(leaves[path], axes, index)
             along = _channel_axis(path, layer, axis)
-            each = channel_scores(path, layer.shape[along], index)
+            each = channel_scores(path, layer.shape[along], index, stack)
             by_layer[layer_name(path, index) if axes else path] = _spread(each, layer, along)
     return _joined(by_layer, stacks, leaves, params)
 
