@@ -637,7 +637,9 @@ def test_stacks_that_are_known_and_said_must_agree():
         with pytest.raises(ValueError, match=message):
             jp.pruner(jp.scores.magnitude, 0.5, stacked=wrong, **options).init(params)
     listed = jp.structures.channels(GROUPS.removable())  # groups alone do not know the stacks' axes
-    with pytest.raises(ValueError, match="layers of stacked leaves: pass channels the ChannelGroups"):
+    with pytest.raises(
+        ValueError, match=r"layers of leaves that are not known to be stacked. Pass channels\(...\) the Ch"
+    ):
         jp.prune_once(params, jp.scores.magnitude, 0.5, structure=listed)
     masks = jp.prune_once(
         params, jp.scores.magnitude, 0.5, structure=listed, scope="layerwise", stacked=layers
@@ -888,6 +890,17 @@ def test_a_recipe_says_which_leaves_are_stacked():
     state = pruner.init(case.params)
     state = pruner.update(pruner.update(state, case.params), case.params)
     assert state.masks["body"]["kernel"].sum((0, 2)).tolist() == [12, 12, 12]
+    channels = """
+    prune:
+      score: magnitude
+      sparsity: 0.5
+      scope: layerwise
+      structure: channels
+      stacked: {"up": 1, "down": 1, "bias": 1}
+    """
+    params = scan_params(14)
+    pruner = jp.recipes.parse(channels).pruner(params, apply_fn=scan_net, x=X)
+    assert widths(updated(pruner, params)) == ([8] * 3, 5)
     for bad, message in (
         ("stacked: {}", "no leaf would be stacked"),
         ("stacked: 1", "expected a mapping"),

@@ -161,7 +161,10 @@ class Section(NamedTuple):
         if "groups" in self.structure.needs and given.get("groups") is None and apply_fn is not None:
             if x is None:
                 self.structure.node.fail("apply_fn is given and x is not: pass x=..., an example input.")
-            groups = attempt(self.structure.node, lambda: channel_groups(apply_fn, params, x))
+            stacked = given.get("stacked")
+            groups = attempt(
+                self.structure.node, lambda: channel_groups(apply_fn, params, x, stacked=stacked)
+            )
             given = {**given, "groups": groups}
         return self.structure.make(given)
 

@@ -108,7 +108,15 @@ def channels(
         _warn_of_axis(sorted(untouched), axis)
     filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
 
+    layers = {m.path for group in chosen for m in group.members if leaf_of_layer(m.path) is not None}
+
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
+        if unknown := [name for name in layers - masks.keys() if leaf_of_layer(name) in masks]:
+            raise ValueError(
+                f"the groups have members in {some_of(unknown)}, layers of leaves that are not known to be "
+                "stacked. Pass channels(...) the ChannelGroups themselves, which know their stacks, or say "
+                "by stacked= which axes count layers."
+            )
         pooled, alive = {}, {}
         for group in chosen:
             members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path].ndim, axis)]
@@ -182,12 +190,7 @@ def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) 
     taken = sorted(taken)
     if any(path in paths for path in taken):
         return f"axis={axis} is in no group: no member of a group that where= takes in lies on that axis."
-    message = f"where= takes in no member of a group. The members are in {some_of(paths)}"
-    if {leaf_of_layer(path) for path in paths} & set(taken):
-        return (
-            f"{message}, which are layers of stacked leaves: pass channels the ChannelGroups themselves, "
-            "which know their stacks, or stacked=."
-        )
+    message = f"where= takes in no member of a group. The members are in {', '.join(paths)}"
     advice = explain_paths(paths, taken, some=True)
     return f"{message}. {advice}" if advice else f"{message}; where= takes in {some_of(taken)}."
 
