@@ -42,6 +42,11 @@ def loss(params, batch):
     return jnp.mean(network(params, batch) ** 2)
 
 
+def layers(path, leaf):
+    """Which axes count layers."""
+    return int(path == "a/kernel")
+
+
 def total(params):
     """What is measured of params."""
     return jnp.sum(params["a"]["kernel"])
@@ -73,6 +78,7 @@ ARGUMENTS = {
             "floor": 1,
             "grads": None,
             "key": None,
+            "stacked": layers,
         },
     ),
     "prune_once of a count": Entry(
@@ -96,6 +102,7 @@ ARGUMENTS = {
             "memory": 0.0,
             "stop": None,
             "seed": 0,
+            "stacked": layers,
         },
     ),
     "a pruner's init": Entry(PRUNER.init, {"params": PARAMS}),
@@ -131,10 +138,10 @@ ARGUMENTS = {
     "structures.blocks": Entry(jp.structures.blocks, {"shape": (2, 2)}),
     "structures.slices": Entry(jp.structures.slices, {"axis": -1, "norm": 1}),
     "distributions.erk": Entry(
-        jp.distributions.erk, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels}
+        jp.distributions.erk, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "distributions.uniform": Entry(
-        jp.distributions.uniform, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels}
+        jp.distributions.uniform, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "matching": Entry(lambda pattern: jp.matching(pattern), {"pattern": "*"}),
     "schedules.linear": Entry(
@@ -142,7 +149,7 @@ ARGUMENTS = {
     ),
     "Schedule": Entry(jp.Schedule, {"value": lambda step: 0.5, "begin_step": 0, "end_step": 9}),
     "distributions.sigma": Entry(
-        jp.distributions.sigma, {"params": PARAMS, "quality": 0.5, "where": jp.kernels}
+        jp.distributions.sigma, {"params": PARAMS, "quality": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "distributions.from_sensitivity": Entry(
         jp.distributions.from_sensitivity, {"result": CURVES, "tolerance": 0.01}
@@ -159,6 +166,7 @@ ARGUMENTS = {
             "where": jp.kernels,
             "masks": None,
             "floor": 1,
+            "stacked": layers,
         },
     ),
     "sensitivity": Entry(
@@ -175,15 +183,32 @@ ARGUMENTS = {
             "floor": 1,
             "metric": None,
             "at_once": 1,
+            "stacked": layers,
         },
     ),
     "rigl": Entry(
         jp.rigl,
-        {"masks": HALF, "every": 2, "end_step": 8, "fraction": 0.3, "structure": None, "where": jp.kernels},
+        {
+            "masks": HALF,
+            "every": 2,
+            "end_step": 8,
+            "fraction": 0.3,
+            "structure": None,
+            "where": jp.kernels,
+            "stacked": layers,
+        },
     ),
     "set_": Entry(
         jp.set_,
-        {"masks": HALF, "every": 2, "end_step": 8, "fraction": 0.3, "structure": None, "where": jp.kernels},
+        {
+            "masks": HALF,
+            "every": 2,
+            "end_step": 8,
+            "fraction": 0.3,
+            "structure": None,
+            "where": jp.kernels,
+            "stacked": layers,
+        },
     ),
     "rewiring": Entry(
         jp.rewiring,
@@ -197,6 +222,7 @@ ARGUMENTS = {
             "structure": None,
             "where": jp.kernels,
             "seed": 0,
+            "stacked": layers,
         },
     ),
     "rigl's init": Entry(RIGL.init, {"params": PARAMS}),
@@ -299,7 +325,9 @@ ARGUMENTS = {
     "metrics.compression": Entry(jp.metrics.compression, {"tree": HALF, "where": jp.kernels}),
     "metrics.collapsed": Entry(jp.metrics.collapsed, {"tree": HALF, "where": jp.kernels}),
     "metrics.overlap": Entry(jp.metrics.overlap, {"masks": HALF, "others": HALF, "where": jp.kernels}),
-    "metrics.table": Entry(jp.metrics.table, {"masks": HALF, "where": jp.kernels, "asked": 0.5}),
+    "metrics.table": Entry(
+        jp.metrics.table, {"masks": HALF, "where": jp.kernels, "asked": 0.5, "stacked": layers}
+    ),
     "metrics.macs": Entry(lambda function: jp.metrics.macs(function, PARAMS, X), {"function": network}),
     "metrics.summary": Entry(
         lambda apply_fn, params, **given: jp.metrics.summary(apply_fn, params, X, **given),
