@@ -18,12 +18,12 @@ from jaxprune.jaxprs import scan_split
 _COPIES = frozenset(
     (
         *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "reshard"),
-        *("device_put", "pvary"),
+        *("device_put", "pvary", "inline"),
     )
 )
 # Ops that keep the entries and their row-major order, where the number of entries stays the same.
 _RESHAPES = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
-_CHECKPOINTS = frozenset(("remat", "remat2", "checkpoint"))
+CHECKPOINTS = frozenset(("remat", "remat2", "checkpoint"))
 
 Aliases = dict[int, Value]
 """By the id of a value, the earliest value that it equals; values that equal no other are not in it."""
@@ -58,6 +58,23 @@ def unchanged_outputs(region: Region, facts: Facts) -> dict[int, int]:
     number = {id(value): place for place, value in enumerate(region.inputs)}
     roots = [found.get(id(output), output) for output in region.outputs]
     return {place: number[id(root)] for place, root in enumerate(roots) if id(root) in number}
+
+
+def inlined(region: Region) -> Region:
+    """A region with the bodies of its checkpoints in it, as if they were calls.
+
+    An op named "inline" that returns its inputs stands where values go into a body, and where they come out.
+    """
+    ops: list[Op] = []
+    for op in region.ops:
+        if op.name not in CHECKPOINTS:
+            ops.append(op)
+            continue
+        body = op.regions["body"]
+        ops.append(Op("inline", {}, op.inputs, body.inputs, op.bind, op.source))
+        ops += inlined(body).ops
+        ops.append(Op("inline", {}, body.outputs, op.outputs, op.bind, op.source))
+    return Region(region.inputs, region.outputs, ops)
 
 
 def _passed(op: Op, found: Aliases, facts: Facts) -> list[Value | None]:
@@ -175,7 +192,7 @@ def _passed_by_maximum(op: Op, found: Aliases, facts: Facts) -> Value | None:
 def _passed_by_body(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value | None]:
     """The values that the outputs of a call, of branches or of a loop equal."""
     nothing: list[Value | None] = [None] * len(op.outputs)
-    if op.name in _CHECKPOINTS:
+    if op.name in CHECKPOINTS:
         kept = unchanged_outputs(op.regions["body"], facts)
         return [inputs[kept[n]] if n in kept else None for n in range(len(op.outputs))]
     if op.name in ("custom_jvp_call", "custom_vjp_call"):
