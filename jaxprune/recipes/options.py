@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxprune import paths
 from jaxprune.arguments import shown
 from jaxprune.recipes.document import Node, RecipeError, unknown
+from jaxprune.stacks import Stacked
 from jaxprune.typing import ScoreFn, Where
 
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
@@ -250,6 +251,8 @@ def _is_data(kind: Any) -> bool:
     """Whether a recipe can hold values of a type."""
     if kind in (type(None), bool, int, float, str) or kind is ScoreFn:
         return True
+    if kind == Stacked:  # a function of the caller's, not a reduction
+        return False
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Literal, Callable):
         return True
