@@ -37,6 +37,16 @@ def network(params, x):
     return jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]["kernel"]
 
 
+LAYERS = {"layers": [{"kernel": jnp.ones((4, 4))}, {"kernel": 2 * jnp.ones((4, 4))}]}
+
+
+def residual(params, x):
+    """Two blocks."""
+    for layer in params["layers"]:
+        x = x + jnp.tanh(x @ layer["kernel"])
+    return x
+
+
 def loss(params, batch):
     """Of the network's outputs."""
     return jnp.mean(network(params, batch) ** 2)
@@ -253,6 +263,24 @@ ARGUMENTS = {
             "min_width": 1,
             "multiple_of": 1,
         },
+    ),
+    "residual_blocks": Entry(
+        lambda apply_fn, params, prefixes, stacked, state: jp.residual_blocks(
+            apply_fn, params, jnp.ones((2, 4)), prefixes=prefixes, stacked=stacked, state=state
+        ),
+        {
+            "apply_fn": residual,
+            "params": LAYERS,
+            "prefixes": ["layers/0", "layers/1"],
+            "stacked": None,
+            "state": None,
+        },
+    ),
+    "structures.layers": Entry(
+        lambda blocks, **given: jp.prune_once(
+            LAYERS, jp.scores.magnitude, 0.5, structure=jp.structures.layers(blocks, **given)
+        ),
+        {"blocks": ["layers/0", "layers/1"], "norm": 2, "reduce": jnp.mean, "stacked": None},
     ),
     "distillation.soft_targets": Entry(
         jp.distillation.soft_targets, {"logits": X, "teacher_logits": X, "temperature": 4.0}

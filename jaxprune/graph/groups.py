@@ -16,6 +16,7 @@ from jaxprune.graph.compaction import explain
 from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
 from jaxprune.graph.roles import weights
+from jaxprune.graph.streams import stream_axes
 from jaxprune.paths import array_leaves
 from jaxprune.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params, Where
@@ -58,6 +59,8 @@ class Group(NamedTuple):
         takes part by default; None where that is not known.
       stack: for groups in one layer of stacked params, the name of the groups that are the same in all
         layers, such as "layers/up[*][1]". `compact` needs equal numbers of units in them; else None.
+      residual: whether the units lie on a residual stream, which all blocks add to: see
+        `ChannelGroups.inner`.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Group(NamedTuple):
     why_not: str | None = None
     weights: tuple[str, ...] | None = None
     stack: str | None = None
+    residual: bool = False
 
     @property
     def removable(self) -> bool:
@@ -146,6 +150,31 @@ class ChannelGroups:
         if len(kept) == len(self.groups):
             raise ValueError(f"without({getattr(where, '__name__', where)}) matches no member of a group.")
         return replace(self, groups=kept)
+
+    def inner(self) -> "ChannelGroups":
+        """The groups inside blocks, which leave the residual stream whole: heads and hidden units alone.
+
+        A stream is what residual connections add to: the width of a transformer, or of a stage of a
+        ResNet. Taking a channel out of it changes every block; what is inside a block is its own. A network
+        without residual connections has inner groups only.
+
+        Raises:
+          ValueError: all groups lie on a stream.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxprune as jp
+          >>> params = {"embed": jnp.ones((2, 3)), "up": jnp.ones((3, 4)), "down": jnp.ones((4, 3))}
+          >>> def apply_fn(params, x):
+          ...     x = x @ params["embed"]
+          ...     return jnp.sum(x + jnp.tanh(x @ params["up"]) @ params["down"])
+          >>> groups = jp.channel_groups(apply_fn, params, jnp.ones((1, 2)))
+          >>> [group.name for group in groups], [group.name for group in groups.inner()]
+          (['down[1]', 'up[1]'], ['up[1]'])
+        """
+        inner = tuple(group for group in self.groups if not group.residual)
+        if self.groups and not inner:
+            raise ValueError("inner() leaves nothing: every group lies on a residual stream.")
+        return replace(self, groups=inner)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -227,9 +256,12 @@ def channel_groups(
     _split(graph, split)
     groups = _unnamed_groups(linked, graph)
     groups = _try_to_remove(linked, groups)
-    found = weights(linked)
+    found, streams = weights(linked), stream_axes(linked, graph)
     groups = [
-        group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
+        group._replace(
+            weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)),
+            residual=any((m.path, m.axis) in streams for m in group.members),
+        )
         for group in groups
     ]
     return ChannelGroups(tuple(groups), _whole(linked, graph), linked.stacks)
