@@ -135,7 +135,7 @@ CHANGES = {
 
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
-    linked = Linked(function, params, (x,))
+    linked = Linked(function, params, (x,), stacks={})
     facts = Facts()
     for path in zero:
         facts.learn(linked.values[path], fill=0)
