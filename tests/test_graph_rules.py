@@ -920,6 +920,19 @@ def constrained_shardings(p, x):
     return jax.lax.with_sharding_constraint(x @ p["a"], sharding) @ p["b"]
 
 
+@case((4, 3), grads=True, a=(3, 6), b=(6, 2), d=(3, 6), e=(6, 2), c=(6,), f=(2, 6))
+def tables_of_several_readers(p, x):
+    table = jnp.sin(jnp.arange(6.0)) + jax.random.normal(jax.random.key(2), (6,))
+    scale = jnp.tanh(p["c"])[None] * jnp.take(p["f"], np.array([1, 0, 0, 1]), 0)
+    spread = jnp.broadcast_to(jnp.cos(x[:, :1]), (4, 6))
+
+    def layer(w, v):
+        h = steep(x @ w + table) * scale + table * scale
+        return lax.cond(table[0] > 0, lambda h: h * spread + table * table, lambda h: h + spread, h) @ v
+
+    return layer(p["a"], p["b"]) + layer(p["d"], p["e"])
+
+
 @case((4, 3), whole=(2,), a=(3, 6), w=(4, 5), c=(5,), b=(6, 2), d=(5, 2))
 def primitives_without_a_rule(p, x):
     q, r = jnp.linalg.qr(p["w"] * p["c"])

@@ -93,6 +93,8 @@ class Constants:
             if old is not None and value.shape[old] == output.shape[axis]:
                 return self.along(value, old)
             return np.ones(output.shape[axis], bool) if self.is_number(value) else None
+        if op.name == "per_reader":
+            return self.along(value, axis)
         if op.name == "transpose":
             return self.along(value, params["permutation"][axis])
         if op.name == "squeeze":

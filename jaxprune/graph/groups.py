@@ -15,6 +15,7 @@ from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
+from jaxprune.graph.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.roles import weights
 from jaxprune.typing import Params, Where
 
@@ -207,16 +208,33 @@ def channel_groups(
         split = as_integer(split, "split", what="the index of a factor; or 'major', 'minor'")
     linked = Linked(apply_fn, params, inputs, state)
     linked.pin_unread()
-    graph = linked.graph.copy()
-    _split(graph, split)
-    groups = _unnamed_groups(linked, graph)
-    groups = _try_to_remove(linked, groups)
+    graph, groups = _separate_groups(linked, split)
     found = weights(linked)
     groups = [
         group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
         for group in groups
     ]
     return ChannelGroups(tuple(groups), _whole(linked, graph))
+
+
+def _separate_groups(linked: Linked, split: Split) -> tuple[AxisGraph, list[Group]]:
+    """The groups, with the readers of a param apart where they can lose slices so."""
+    tied = linked.graph.copy()
+    tie_readers(linked, tied)
+    while True:
+        graph = tied.copy()
+        pin_shared(graph)
+        _split(graph, split)
+        groups = _try_to_remove(linked, _unnamed_groups(linked, graph))
+        whole = [
+            linked.values[member.path].axes[member.axis]
+            for group in groups
+            if not group.removable
+            for member in group.members
+        ]
+        if not (whole and tie_where(tied, whole)):
+            return graph, groups
+        tie_readers(linked, tied)
 
 
 def _split(graph: AxisGraph, split: Split) -> None:

@@ -12,6 +12,7 @@ from jaxprune.arguments import check_function
 from jaxprune.graph import ir
 from jaxprune.graph.axes import Kept, State, Vector
 from jaxprune.graph.facts import Facts, run
+from jaxprune.graph.readers import separate
 from jaxprune.graph.replay import Replay
 from jaxprune.graph.rules import link_region, rule_for
 from jaxprune.jaxprs import split_static
@@ -56,8 +57,9 @@ class Linked:
                 "jax.ShapeDtypeStruct, after the params (or the masks)."
             ) from error
         self.graph, self.region, self.out_tree = program
-        link_region(self.region, self.graph)
         count = len(self.leaves)
+        separate(self.region, self.graph, self.region.inputs[:count])
+        link_region(self.region, self.graph)
         self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):

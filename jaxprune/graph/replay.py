@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.graph import readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Value
@@ -104,6 +105,8 @@ class _Run:
             shape = list(self.shape(value))
             shape[axis] = 1
             return jnp.zeros(shape, value.dtype)
+        if op.name == readers.NAME:
+            return readers.part_of(op, self.representative(op.inputs[0], axis), self, besides=axis)
         if op.name == "transpose":
             inner = self.representative(op.inputs[0], op.params["permutation"][axis])
             return lax.transpose(inner, op.params["permutation"])
