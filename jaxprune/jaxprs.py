@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import AxisType
 
 from jaxprune.arguments import check_function
 from jaxprune.paths import is_array, leaf_paths
@@ -63,11 +64,17 @@ def of_first(name: str) -> str | None:
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a leaf."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+    """The shape and dtype of a leaf, and on a mesh with explicit axes how it is sharded."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else struct_of(jax.typeof(leaf))
+
+
+def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """An abstract value as a `jax.ShapeDtypeStruct`, with its sharding where axes of a mesh are explicit."""
+    sharding, weak = getattr(aval, "sharding", None), getattr(aval, "weak_type", False)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        sharding = None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak, sharding=sharding)
 
 
 def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.axes import AxisGraph
-from jaxprune.jaxprs import abstract, binder, is_library_call, place
+from jaxprune.jaxprs import abstract, binder, is_library_call, place, struct_of
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -201,6 +201,11 @@ class _Builder:
             }
         if name in ("remat", "remat2", "checkpoint"):
             return {"body": self.open_region(params["jaxpr"], (), custom_depth, *at)}
+        if name in ("composite", "custom_vmap_call"):
+            body = params["jaxpr"] if name == "composite" else params["call"]
+            return {"body": self.region(body, custom_depth, *at)}
+        if name == "shard_map":
+            return {"body": self.open_region(params["jaxpr"], (), custom_depth, *at)}
         if name == "custom_jvp_call":
             return {
                 "body": self.region(params["call_jaxpr"], custom_depth, *at),
@@ -244,7 +249,7 @@ def _jvp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
         out, out_tangents = jax.jvp(of_moving, tuple(moving), tuple(tangents))
         return [*out, *(t for o, t in zip(out, out_tangents, strict=True) if is_differentiable(o))]
 
-    return jax.make_jaxpr(jvp)(*map(_struct, avals), *(_struct(a) for a in avals if is_differentiable(a)))
+    return jax.make_jaxpr(jvp)(*map(struct_of, avals), *(struct_of(a) for a in avals if is_differentiable(a)))
 
 
 def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
@@ -267,11 +272,9 @@ def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
         return jax.vjp(of_moving, *moving)[1](list(cotangents))
 
     outputs = [var.aval for var in eqn.outvars]
-    return jax.make_jaxpr(vjp)(*map(_struct, avals), *(_struct(a) for a in outputs if is_differentiable(a)))
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.make_jaxpr(vjp)(
+        *map(struct_of, avals), *(struct_of(a) for a in outputs if is_differentiable(a))
+    )
 
 
 def prune_dead(region: Region) -> Region:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Value
-from jaxprune.graph.rules import elementwise, has_rule, rule_for
-from jaxprune.graph.rules.base import Frame, Rule, register_rule
+from jaxprune.graph.rules import elementwise, rule_for
+from jaxprune.graph.rules.base import Frame, Rule, pin_inputs, register_rule
 from jaxprune.graph.rules.elementwise import matching_axes
 from jaxprune.graph.rules.shapes import segments
 from jaxprune.graph.rules.slices import take_dense
@@ -46,7 +46,7 @@ _ALONG = frozenset(
     (
         *("slice", "dynamic_slice", "dynamic_update_slice", "rev", "pad", "concatenate", "split", "tile"),
         *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "optimization_barrier"),
-        *("sharding_constraint", "device_put", "reshard", "mesh_cast", "pvary"),
+        *("sharding_constraint", "device_put", "reshard", "pvary"),
     )
 )
 _REDUCTIONS = frozenset(
@@ -56,7 +56,9 @@ _REDUCTIONS = frozenset(
     )
 )
 _MADE_AGAIN = frozenset(("broadcast_in_dim", "iota"))
-_ONCE = frozenset(("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"))
+_ONCE = frozenset(
+    ("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "composite", "custom_vmap_call")
+)
 
 
 def separate(region: Region, graph: AxisGraph, params: Sequence[Value]) -> None:
@@ -172,7 +174,7 @@ class _Origins:
             return self._gather(op, output)
         # Of what has no rule the inputs are whole, and what it gives may be cut for each reader.
         free = all(v.constant is not None or id(v) in self._free_of_params for v in op.inputs)
-        return [Origin.CONSTANT if free and not has_rule(op.name) else Origin.OTHER] * rank
+        return [Origin.CONSTANT if free and rule_for(op.name).link is pin_inputs else Origin.OTHER] * rank
 
     def _product(self, op: Op) -> list[Origin]:
         (left, right), (sums, batch) = op.inputs, op.params["dimension_numbers"]

@@ -45,7 +45,7 @@ _LAYOUT = frozenset(
         *("reshape", "transpose", "squeeze", "expand_dims", "rev", "pad", "broadcast_in_dim", "tile"),
         *("concatenate", "stack", "convert_element_type", "reduce_precision", "neg", "copy", "copy_p"),
         *("stop_gradient", "optimization_barrier", "sharding_constraint", "name", "pvary", "reshard"),
-        *("mesh_cast", "per_reader"),
+        "per_reader",
     )
 )
 _PARTS = frozenset(["slice", "split", "unstack"])

@@ -130,4 +130,9 @@ def _emit_unconstrained(op: Op, args: list[Any], frame: Any) -> list[Any]:
 
 
 register_rule("optimization_barrier", rule=Rule(_link_each, _flow_each, as_it_was))
-register_rule("sharding_constraint", "device_put", rule=Rule(_link_each, _flow_each, _emit_unconstrained))
+register_rule(
+    "sharding_constraint",
+    "device_put",
+    "reshard",
+    rule=Rule(_link_each, _flow_each, _emit_unconstrained),
+)
