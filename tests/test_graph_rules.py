@@ -994,9 +994,7 @@ def bodies_on_devices(p, x):
     @partial(on_one_device, check=False)
     def summed(x, a, c):
         h = lax.psum(jnp.tanh(x @ a), "x") * c + lax.axis_index("x")
-        return (
-            lax.pbroadcast(lax.pmax(h, "x"), "x", 0) - lax.pmin(h * c, "x") + lax.ppermute(h, "x", [(0, 0)])
-        )
+        return lax.pmax(h, "x") - lax.pmin(h * c, "x") + lax.ppermute(h, "x", [(0, 0)])
 
     @on_one_device
     def varying(x, a, c):
@@ -1058,6 +1056,7 @@ def many_matrices(p, x):
     sides = jnp.einsum("nij,nc->cij", x, jnp.sin(p["a"]))
     lower = lax.linalg.cholesky(symmetric)
     packed, pivots, order = lax.linalg.lu(spread)
+    order += lax.linalg.lu_pivots_to_permutation(pivots, 4)
     diagonals = jnp.moveaxis(symmetric[..., 0], 0, 0)
     solved = lax.linalg.tridiagonal_solve(0 * diagonals, diagonals + 1, 0 * diagonals, sides)
     found = (
@@ -1239,6 +1238,7 @@ NOT_PUBLIC = {
     "remat": "as checkpoint",
     "remat2": "as checkpoint",
     "ragged_dot": "the name of ragged_dot_general in other versions of jax",
+    "pbroadcast": "for GPUs only",
     "reshard": "for meshes with explicit axes only: see test_graph_sharding",
     "scatter_add": "the name of scatter-add in other versions of jax",
     "scatter_sub": "as scatter_add",
