@@ -263,7 +263,10 @@ def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return [*carry, *ys]
 
 
-register_rule("scan", rule=Rule(_link_scan, _flow_scan, _emit_scan))
+register_rule(
+    "scan",
+    rule=Rule(_link_scan, _flow_scan, _emit_scan, conservative="the axis that it runs along stays whole"),
+)
 
 
 def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
