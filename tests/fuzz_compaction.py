@@ -581,21 +581,25 @@ def ragged(g):
     return g.step(product, n, g.param(experts, width, hidden), g.param(experts, hidden, out))
 
 
-@jax.custom_batching.custom_vmap
-def wrapped(x, y):
-    return jnp.sin(x) * y
-
-
-@wrapped.def_vmap
-def _wrapped_vmap(size, batched, x, y):
-    return jnp.sin(x) * y, True
+def with_jvp(wrapped, function):
+    """A function in a wrapping that has no derivative of its own."""
+    run = jax.custom_jvp(wrapped)
+    run.defjvp(partial(jax.jvp, function))
+    return run
 
 
 def composed(function, name):
-    """A composite, which has a derivative only if it is given one."""
-    run = jax.custom_jvp(lax.composite(function, name))
-    run.defjvp(partial(jax.jvp, function))
-    return run
+    return with_jvp(lax.composite(function, name), function)
+
+
+def batched(function):
+    wrapped = jax.custom_batching.custom_vmap(function)
+    wrapped.def_vmap(lambda size, batched, *args: (jax.vmap(function, batched_axes(batched))(*args), True))
+    return with_jvp(wrapped, function)
+
+
+def batched_axes(batched):
+    return tuple(0 if each else None for each in batched)
 
 
 def wrapping(g):
@@ -605,11 +609,11 @@ def wrapping(g):
     norm = composed(lambda x: x - x.mean(axis, keepdims=True), "fuzz.centre")
     return g.step(
         g.one_of(
-            lambda x, y: wrapped(x, jnp.broadcast_to(y, x.shape)),
+            lambda x, y: batched(lambda x, y: jnp.sin(x) * y)(x, jnp.broadcast_to(y, x.shape)),
             lambda x, y: norm(x) * y,
             lambda x, y: composed(lambda x, y: jnp.tanh(x) * y + y, "fuzz.gate")(x, y),
             lambda x, y: jax.vmap(lambda x: x - lax.pmean(x, "i"), axis, axis, axis_name="i")(x) + 0 * y,
-            jax.checkpoint(lambda x, y: composed(jnp.cos, "fuzz.cos")(x) * y),
+            lambda x, y: composed(jax.checkpoint(lambda x: jnp.cos(x) * jnp.sin(x)), "fuzz.cos")(x) * y,
         ),
         n,
         m,

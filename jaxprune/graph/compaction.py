@@ -335,6 +335,9 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
 _VERBS = {
     "reduce_max": "compares",
     "reduce_min": "compares",
+    "argmax": "compares",
+    "argmin": "compares",
+    "top_k": "compares",
     "reduce_and": "combines",
     "reduce_or": "combines",
 }

@@ -15,6 +15,7 @@ from jaxprune.graph.facts import Facts, run
 from jaxprune.graph.readers import separate
 from jaxprune.graph.replay import Replay
 from jaxprune.graph.rules import link_region, rule_for
+from jaxprune.graph.rules.choices import pin_choices
 from jaxprune.jaxprs import split_static
 from jaxprune.paths import array_leaves, describe, leaf_paths
 from jaxprune.typing import Params
@@ -60,6 +61,7 @@ class Linked:
         count = len(self.leaves)
         separate(self.region, self.graph, self.region.inputs[:count])
         link_region(self.region, self.graph)
+        pin_choices(self.region, self.graph)
         self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):

@@ -2,6 +2,7 @@
 
 from jaxprune.graph.rules import (
     calls,
+    choices,
     collectives,
     contractions,
     indexing,
@@ -21,6 +22,7 @@ __all__ = [
     "Frame",
     "Rule",
     "calls",
+    "choices",
     "collectives",
     "contractions",
     "elementwise",

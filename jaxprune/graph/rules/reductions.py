@@ -113,13 +113,8 @@ def _flow_product(op: Op, facts: Facts) -> None:
     _flow_left(op, facts, empty=any(facts.zero(value, axis) is not None for axis in op.params["axes"]))
 
 
-def _flow_index(op: Op, facts: Facts) -> None:
-    facts.learn(op.outputs[0])
-
-
 register_rule("reduce_prod", rule=Rule(_link_whole_axes, _flow_product, as_it_was, conservative=_REDUCED))
 register_rule("reduce_xor", rule=Rule(_link_whole_axes, _flow_left, as_it_was, conservative=_REDUCED))
-register_rule("argmax", "argmin", rule=Rule(_link_whole_axes, _flow_index, as_it_was, conservative=_REDUCED))
 
 
 # Ops that move or mix entries along some axes, and treat each slice along the others alike.
@@ -160,7 +155,6 @@ def _axis(op: Op) -> tuple[int, ...]:
 register_rule("cumsum", "cumprod", "cummax", "cummin", rule=_along(_axis))
 register_rule("cumlogsumexp", rule=_along(_axis, keeps_zero=False))
 register_rule("sort", rule=_along(lambda op: (op.params["dimension"],)))
-register_rule("top_k", rule=_along(lambda op: (op.params.get("axis", -1) % len(op.inputs[0].shape),)))
 
 
 def _fft_axes(op: Op) -> tuple[int, ...]:
