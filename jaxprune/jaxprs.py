@@ -68,6 +68,12 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else struct_of(jax.typeof(leaf))
 
 
+def explicit_sharding(leaf: Any) -> Any:
+    """How an array or a struct is sharded over explicit axes of a mesh; None where it is not."""
+    sharding = struct_of(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)).sharding
+    return sharding if sharding is not None and any(sharding.spec) else None
+
+
 def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
     """An abstract value as a `jax.ShapeDtypeStruct`, with its sharding where axes of a mesh are explicit."""
     sharding, weak = getattr(aval, "sharding", None), getattr(aval, "weak_type", False)
@@ -78,10 +84,10 @@ def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
-    """Applies an equation's primitive as it was to new inputs, giving a list of outputs."""
+    """Applies an equation's primitive to new inputs, perhaps with other parameters; gives a list."""
 
-    def bind(*args: Any) -> list[Any]:
-        bound = eqn.primitive.get_bind_params(eqn.params)
+    def bind(*args: Any, **changed: Any) -> list[Any]:
+        bound = eqn.primitive.get_bind_params({**eqn.params, **changed})
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
         with eqn.ctx.manager:
             out = eqn.primitive.bind(*subfuns, *args, **params)

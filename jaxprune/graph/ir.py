@@ -35,6 +35,7 @@ class Value:
       axes: the node of each axis.
       op: what makes it; None for an input or a constant.
       constant: its array, for a constant.
+      sharding: how it is sharded over explicit axes of a mesh; None where it is not.
     """
 
     shape: tuple[Any, ...]
@@ -42,6 +43,7 @@ class Value:
     axes: tuple[int, ...]
     op: "Op | None" = None
     constant: Any = None
+    sharding: Any = None
 
 
 @dataclass(eq=False)
@@ -126,7 +128,9 @@ class _Builder:
 
     def value(self, aval: Any, constant: Any = None) -> Value:
         shape = tuple(aval.shape)
-        return Value(shape, aval.dtype, tuple(map(self.graph.node, shape)), constant=constant)
+        sharding = struct_of(aval).sharding if shape else None
+        axes = tuple(map(self.graph.node, shape))
+        return Value(shape, aval.dtype, axes, constant=constant, sharding=sharding)
 
     def region(
         self, closed: "ClosedJaxpr", custom_depth: int = 0, called_at: str = "", cached: bool = False

@@ -274,7 +274,8 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
         again = value.op is not None and value.op.name in _MADE_AGAIN and Origin.PARAM not in apart
         made = []
         for holder, place, reader in places[again or value.constant is not None :]:
-            copy = Value(value.shape, value.dtype, tuple(map(graph.node, value.shape)))
+            axes = tuple(map(graph.node, value.shape))
+            copy = Value(value.shape, value.dtype, axes, sharding=value.sharding)
             holder[place] = copy
             if value.constant is not None:
                 copy.constant = value.constant

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.graph import readers
+from jaxprune.graph import placing, readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Value
@@ -46,8 +46,18 @@ class Replay:
         for axis, size in enumerate(self.shape(value)):
             kept = self.indices(value, axis)
             if kept is not None and array.shape[axis] != size:
-                array = take(array, axis, kept)
+                array = take(placing.gather(array, (axis,)), axis, kept)
         return array
+
+    def lost(self, value: Value) -> list[int]:
+        """The axes of a value that have lost slices."""
+        return [axis for axis in range(len(value.shape)) if self.indices(value, axis) is not None]
+
+    def place(self, value: Value, array: Any) -> Any:
+        """An array with the sharding of a value that may have lost slices."""
+        if value.sharding is None:
+            return array
+        return placing.place(array, placing.small_sharding(value.sharding, value.shape, self.shape(value)))
 
     def changed(self, op: Op) -> bool:
         """Whether a value of an op, or of its regions, has lost a slice."""
@@ -71,7 +81,8 @@ class _Run:
         self._replay, self.facts = replay, replay.facts
         self.shape, self.indices, self.run = replay.shape, replay.indices, replay.run
         self.node_size = replay.node_size
-        self._env = {id(value): array for value, array in zip(region.inputs, args, strict=True)}
+        pairs = list(zip(region.inputs, args, strict=True))
+        self._env = {id(value): replay.place(value, array) for value, array in pairs}
         for op in region.ops:
             self._apply(op)
         self.outputs = [self._read(value) for value in region.outputs]
@@ -84,11 +95,21 @@ class _Run:
     def _apply(self, op: Op) -> None:
         args = [self._read(value) for value in op.inputs]
         if self._replay.changed(op):
-            outputs = rule_for(op.name).emit(op, args, self)
+            emitted = op
+            if placing.is_explicit((*op.inputs, *op.outputs)):
+                args = placing.gathered(op, args, [self._replay.lost(value) for value in op.inputs])
+                emitted = placing.with_sharding(op, self._small_sharding(op.outputs[0]))
+            outputs = rule_for(op.name).emit(emitted, args, self)
             outputs = [self._replay.cut(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
+            outputs = [self._replay.place(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
         else:
             outputs = op.bind(*args)
         self._env.update((id(value), array) for value, array in zip(op.outputs, outputs, strict=True))
+
+    def _small_sharding(self, value: Value) -> Any:
+        if value.sharding is None:
+            return None
+        return placing.small_sharding(value.sharding, value.shape, self.shape(value))
 
     def representative(self, value: Value, axis: int) -> Any:
         """One of the slices that are alike along an axis, which then has size 1.
@@ -99,7 +120,7 @@ class _Run:
         known = self.facts.of(value)
         alike = known.alike[axis]
         if known.fill is not None or (alike is not None and alike.all()):
-            return lax.slice_in_dim(jnp.asarray(self._read(value)), 0, 1, axis=axis)
+            return lax.slice_in_dim(placing.gather(jnp.asarray(self._read(value)), (axis,)), 0, 1, axis=axis)
         op = value.op
         if alike is None or op is None:
             shape = list(self.shape(value))

@@ -124,7 +124,10 @@ def _flow_each(op: Op, facts: Facts) -> None:
 
 
 def _emit_unconstrained(op: Op, args: list[Any], frame: Any) -> list[Any]:
-    """Where an array lies is a hint, and one that its new size may not allow."""
+    """Where an array lies is a hint, and one that its new size may not allow.
+
+    On a mesh with explicit axes it is part of the type of the output, and restored there.
+    """
     del op, frame
     return args
 
