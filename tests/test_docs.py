@@ -50,6 +50,7 @@ SMALL = {
     "benchmarks.compaction": ("test_benchmarks.py", '"compaction"'),
     "benchmarks.files": ("test_benchmarks.py", "files.run("),
     "benchmarks.graph": ("test_benchmarks.py", "graph.run_decoder("),
+    "benchmarks.grouping": ("test_benchmarks.py", "grouping.measure("),
     "benchmarks.latency": ("test_benchmarks.py", "latency.main("),
     "benchmarks.lottery": ("test_benchmarks.py", "lottery.main("),
     "benchmarks.memory": ("test_benchmarks.py", "memory.run("),
