@@ -360,7 +360,7 @@ def part_of(op: Op, array: Any, frame: Frame, besides: int | None = None) -> Any
     for axis in range(len(value.shape)):
         kept = frame.indices(copy, axis)
         if kept is not None and axis != besides:
-            array = take_dense(array, axis, kept, frame.indices(value, axis))
+            array = take_dense(frame, array, axis, kept, frame.indices(value, axis))
     return array
 
 

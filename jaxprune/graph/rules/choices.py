@@ -19,7 +19,6 @@ from jaxprune.graph.axes import AxisGraph, Vector
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region
 from jaxprune.graph.rules.base import Frame, Rule, register_rule
-from jaxprune.graph.rules.slices import take
 
 _NAMES = ("argmax", "argmin", "top_k")
 
@@ -90,7 +89,7 @@ def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     shape = list(array.shape)
     shape[along] = 1
     both = jnp.concatenate([array, jnp.broadcast_to(other, shape)], axis=along)
-    return op.bind(take(both, along, source))
+    return op.bind(frame.take(both, along, source))
 
 
 register_rule(
