@@ -30,7 +30,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # The marks that a block of Python may carry in a comment above it, and how many do.
 TORCH, ALONE = "needs: torch", "run alone"
-MARKS = {TORCH: 9, ALONE: 1, "not run: jaxpruner": 3, "not run: torch_pruning": 2}
+MARKS = {
+    TORCH: 9,
+    ALONE: 1,
+    "not run: jaxpruner": 3,
+    "not run: torch_pruning": 2,
+    "not run: keras": 7,
+    "not run: transformers": 6,
+}
 
 # Where the tests run a small version of what the pages' commands start.
 SMALL = {
