@@ -244,8 +244,8 @@ def with_stacks(
         if known.get(path, ()) != given.get(path, ()):
             raise ValueError(
                 f"stacked= says that the axes {given.get(path, ())} of params[{path!r}] count layers, but "
-                f"{structure.name} has {known.get(path, ())}. Leave out stacked=, or pass the same to "
-                "channel_groups."
+                f"{structure.name} has {known.get(path, ())}. Leave out stacked=: the structure knows its layers "
+                "by itself, coupled channels from channel_groups(..., stacked=...)."
             )
     return structure
 
