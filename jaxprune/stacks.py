@@ -6,6 +6,7 @@ stacked leaf is taken apart into such leaves, and put together again. The layer 
 "layers/kernel" is called "layers/kernel[i]"; with two stack axes "layers/kernel[i,j]".
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ import numpy as np
 from jax import lax
 
 from jaxprune.arguments import check_function, shown
-from jaxprune.paths import describe
+from jaxprune.kernel_names import names_kernel
+from jaxprune.paths import describe, kernels
+from jaxprune.typing import Where
 
 Stacked = Callable[[str, Any], int | Sequence[int]]
 """`stacked(path, leaf)`: how many leading axes of the leaf count layers, or which axes do."""
@@ -95,6 +98,27 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
         if axes:
             stacks[path] = axes
     return stacks
+
+
+def about_layers(where: Where, stacked: Stacked | None) -> Where:
+    """The predicate; the default, `kernels`, with a layer in place of a stacked leaf.
+
+    Else a stack of biases would have two axes, as the kernel of one layer has.
+    """
+    if where is not kernels or stacked is None:
+        return where
+    check_stacked(stacked)
+
+    def kernels_of_layers(path: str, leaf: Any) -> bool:
+        axes: tuple[int, ...] = ()
+        with contextlib.suppress(ValueError):  # it need not fit leaves that take no part
+            axes = stacks_of(stacked, {path: leaf}).get(path, ())
+        if not axes:
+            return kernels(path, leaf)
+        return names_kernel(path, layer_shape(leaf.shape, axes))
+
+    kernels_of_layers.__name__ = kernels.__name__
+    return kernels_of_layers
 
 
 def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
