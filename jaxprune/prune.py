@@ -30,6 +30,7 @@ from jaxprune.paths import (
 )
 from jaxprune.recompute import Recipe
 from jaxprune.selection import Request, select, select_arrays
+from jaxprune.sharding import sharded_like
 from jaxprune.sources import Source
 from jaxprune.stacks import (
     Family,
@@ -368,7 +369,7 @@ def pool(
         return units._replace(sources=sources)
     return units._replace(
         sources=sources,
-        expand=lambda keep: _joined(units.expand(keep), stacks, shapes),
+        expand=lambda keep: _joined(units.expand(keep), stacks, {path: seen[path] for path in stacks}),
         families=families_in(structure, shapes, units.scores),
     )
 
@@ -394,16 +395,17 @@ def families_in(
 def _joined(
     entries: Mapping[str, jax.Array],
     stacks: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
+    leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Masks by path from those of layers; a layer in which no unit lies is kept whole."""
-    complete = dict(entries)
+    complete, shapes = dict(entries), {path: leaf.shape for path, leaf in leaves.items()}
     for path, axes in stacks.items():
         names = [layer_name(path, index) for index in layer_indices(shapes[path], axes)]
         if any(name in entries for name in names):
             whole = jnp.ones(layer_shape(shapes[path], axes), bool)
             complete |= {name: entries.get(name, whole) for name in names}
-    return join_layers(complete, stacks, shapes)
+    joined = join_layers(complete, stacks, shapes)
+    return {path: sharded_like(x, leaves[path]) if path in leaves else x for path, x in joined.items()}
 
 
 def remove(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -18,6 +19,7 @@ from jax import lax
 from jaxprune.arguments import check_function, shown
 from jaxprune.kernel_names import names_kernel
 from jaxprune.paths import describe, kernels
+from jaxprune.sharding import whole_along
 from jaxprune.typing import Where
 
 Stacked = Callable[[str, Any], int | Sequence[int]]
@@ -156,6 +158,8 @@ def families_of(
 
 def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
     """One layer of a stacked array."""
+    if isinstance(array, jax.Array):
+        array = whole_along(array, axes)
     for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
         if isinstance(array, np.ndarray):
             array = np.take(array, number, axis)
