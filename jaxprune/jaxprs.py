@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import AxisType
 
 from jaxprune.arguments import check_function
 from jaxprune.paths import is_array, leaf_paths
@@ -63,18 +64,30 @@ def of_first(name: str) -> str | None:
 
 
 def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a leaf."""
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    aval = jax.typeof(leaf)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+    """The shape and dtype of a leaf, and on a mesh with explicit axes how it is sharded."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else struct_of(jax.typeof(leaf))
+
+
+def explicit_sharding(leaf: Any) -> Any:
+    """How an array or a struct is sharded over explicit axes of a mesh; None where it is not."""
+    sharding = struct_of(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)).sharding
+    return sharding if sharding is not None and any(sharding.spec) else None
+
+
+def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
+    """An abstract value as a `jax.ShapeDtypeStruct`, with its sharding where axes of a mesh are explicit."""
+    sharding, weak = getattr(aval, "sharding", None), getattr(aval, "weak_type", False)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        sharding = None
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak, sharding=sharding)
 
 
 def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
-    """Applies an equation's primitive as it was to new inputs, giving a list of outputs."""
+    """Applies an equation's primitive to new inputs, perhaps with other parameters; gives a list."""
 
-    def bind(*args: Any) -> list[Any]:
-        bound = eqn.primitive.get_bind_params(eqn.params)
+    def bind(*args: Any, **changed: Any) -> list[Any]:
+        bound = eqn.primitive.get_bind_params({**eqn.params, **changed})
         subfuns, params = bound if isinstance(bound, tuple) else ((), bound)  # older jax: a pair
         with eqn.ctx.manager:
             out = eqn.primitive.bind(*subfuns, *args, **params)

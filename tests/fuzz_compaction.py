@@ -525,6 +525,100 @@ def layers(g):
     return g.step(run, n, g.param(2, width, width), g.param(2, width))
 
 
+def tables(g):
+    """A table that several layers read: of constants, of data that was spread, or a param that they share."""
+    n = g.pick(2)
+    size = g.shapes[n][-1]
+    kind = g.one_of("constant", "random", "spread", "param", "looked up")
+    spots = g.rng.integers(3, size=size)
+    seed = int(g.rng.integers(9))
+
+    def table(x, shared):
+        if kind == "constant":
+            return jnp.sin(jnp.arange(float(size))) * (jnp.arange(size) % 2)
+        if kind == "random":
+            return jnp.broadcast_to(jax.random.normal(jax.random.key(seed), (size,)), x.shape) * 0.5
+        if kind == "spread":
+            return jnp.broadcast_to(jnp.cos(x.sum(-1, keepdims=True) + 0.1), x.shape)
+        return jnp.tanh(shared) if kind == "param" else shared[spots].reshape(size)
+
+    def one(h, table, mix):
+        if mix == "add":
+            return jnp.tanh(h + table)
+        if mix == "mul":
+            return h * table + jnp.square(table) * h
+        if mix == "branch":
+            return lax.cond(jnp.sum(table) > 0, lambda h: h * table, lambda h: h + table * table, h)
+        return bent(h * table) + jax.checkpoint(lambda h: jnp.cos(h) * table)(h)
+
+    mixes = [g.one_of("add", "mul", "branch", "custom") for _ in range(2)]
+
+    def layers(x, shared, first, second):
+        read = table(x, shared)
+        return one(x @ first, read, mixes[0]).sum(-1) * 0.1 + jnp.sum(
+            one(x @ second, read, mixes[1]) * 0.1, axis=-1
+        )
+
+    shared = (3,) if kind == "looked up" else (size,)
+    return g.step(layers, n, g.param(*shared), g.param(size, size), g.param(size, size))
+
+
+def ragged(g):
+    """Experts: rows in groups, the hidden units of each with their own weights."""
+    n = g.pick(2)
+    *rest, width = g.shapes[n]
+    rows, hidden, out, experts = math.prod(rest), g.size(), g.size(), g.one_of(1, 2, 3)
+    sizes = g.rng.multinomial(int(g.rng.integers(rows + 1)), [1 / experts] * experts).astype(np.int32)
+    act, wild = g.one_of(jnp.tanh, jax.nn.relu, jnp.cos), bool(g.rng.random() < 0.3)
+
+    def product(x, up, down):
+        h = x.reshape(rows, width)
+        told = sizes if not wild else jnp.roll(sizes, jnp.int32(jnp.sum(h) > 0))
+        h = lax.ragged_dot(act(lax.ragged_dot(h, up, told)), down, told)
+        return h.reshape(*rest, out)
+
+    return g.step(product, n, g.param(experts, width, hidden), g.param(experts, hidden, out))
+
+
+def with_jvp(wrapped, function):
+    """A function in a wrapping that has no derivative of its own."""
+    run = jax.custom_jvp(wrapped)
+    run.defjvp(partial(jax.jvp, function))
+    return run
+
+
+def composed(function, name):
+    return with_jvp(lax.composite(function, name), function)
+
+
+def batched(function):
+    wrapped = jax.custom_batching.custom_vmap(function)
+    wrapped.def_vmap(lambda size, batched, *args: (jax.vmap(function, batched_axes(batched))(*args), True))
+    return with_jvp(wrapped, function)
+
+
+def batched_axes(batched):
+    return tuple(0 if each else None for each in batched)
+
+
+def wrapping(g):
+    """Functions in a wrapping."""
+    n = g.pick(1)
+    m, axis = g.like(n), g.axis(n)
+    norm = composed(lambda x: x - x.mean(axis, keepdims=True), "fuzz.centre")
+    return g.step(
+        g.one_of(
+            lambda x, y: batched(lambda x, y: jnp.sin(x) * y)(x, jnp.broadcast_to(y, x.shape)),
+            lambda x, y: norm(x) * y,
+            lambda x, y: composed(lambda x, y: jnp.tanh(x) * y + y, "fuzz.gate")(x, y),
+            lambda x, y: jax.vmap(lambda x: x - lax.pmean(x, "i"), axis, axis, axis_name="i")(x) + 0 * y,
+            lambda x, y: composed(jax.checkpoint(lambda x: jnp.cos(x) * jnp.sin(x)), "fuzz.cos")(x) * y,
+        ),
+        n,
+        m,
+    )
+
+
 def without_rule(g):
     n = g.pick(2)
 
@@ -543,6 +637,7 @@ KINDS = (
     + [reduction, reduction, normalisation, normalisation, group_norm, convolution, convolution]
     + [along, indexing, indexing, lookup, reshape, reshape, rearrangement, rearrangement, rearrangement]
     + [gated, joined, joined, scan, layers, attention, gram, without_rule]
+    + [tables, tables, ragged, wrapping]
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import _bound, _jax_steps, files, graph, latency, lottery, memory
+from experiments.benchmarks import _bound, _jax_steps, files, graph, grouping, latency, lottery, memory
 from experiments.benchmarks._machine import machine
 from experiments.benchmarks._markdown import markdown, plain
 
@@ -53,6 +53,12 @@ def test_what_a_step_works_and_moves():
     backward = forward + 60 * (300 * 100 + 100 * 10)
     assert _bound.flops(params, batch_size=60) == 2 * (forward + backward)
     assert _bound.adam_bytes(params) == 266610 * 29
+
+
+def test_grouping_costs_no_more_than_a_few_traces_of_the_gradient():
+    finding, tracing, name = grouping.measure(grouping.Config(layers=12, rounds=4), 64, 96, 4)
+    assert "12 layers of width 64" in name and "25 groups" in name
+    assert 0 < finding < 5 * tracing
 
 
 def test_graph_benchmark_counts_what_it_times():

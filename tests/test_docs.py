@@ -30,7 +30,14 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # The marks that a block of Python may carry in a comment above it, and how many do.
 TORCH, ALONE = "needs: torch", "run alone"
-MARKS = {TORCH: 9, ALONE: 1, "not run: jaxpruner": 3, "not run: torch_pruning": 2}
+MARKS = {
+    TORCH: 9,
+    ALONE: 1,
+    "not run: jaxpruner": 3,
+    "not run: torch_pruning": 2,
+    "not run: keras": 7,
+    "not run: transformers": 6,
+}
 
 # Where the tests run a small version of what the pages' commands start.
 SMALL = {
@@ -50,6 +57,7 @@ SMALL = {
     "benchmarks.compaction": ("test_benchmarks.py", '"compaction"'),
     "benchmarks.files": ("test_benchmarks.py", "files.run("),
     "benchmarks.graph": ("test_benchmarks.py", "graph.run_decoder("),
+    "benchmarks.grouping": ("test_benchmarks.py", "grouping.measure("),
     "benchmarks.latency": ("test_benchmarks.py", "latency.main("),
     "benchmarks.lottery": ("test_benchmarks.py", "lottery.main("),
     "benchmarks.memory": ("test_benchmarks.py", "memory.run("),

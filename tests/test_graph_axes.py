@@ -41,6 +41,9 @@ class Drawn:
                 a, ia, b, ib = args
                 for i, j in zip(ia.tolist(), ib.tolist(), strict=True):
                     result += [({(a, i)}, {(b, j)}), ({(b, j)}, {(a, i)})]
+            elif kind == "cover":
+                whole, part = args
+                result += [({(part, i)}, {(whole, i)}) for i in range(self.sizes[part])]
             elif kind == "product":
                 whole, factors = args
                 places = pairs(*(range(self.sizes[f]) for f in factors))
@@ -76,14 +79,15 @@ class Drawn:
 
 
 @st.composite
-def graphs(draw, products=True):
+def graphs(draw, products=True, covers=True):
     drawn = Drawn(draw(st.lists(st.integers(1, 6), min_size=2, max_size=7)))
     nodes = st.integers(0, len(drawn.sizes) - 1)
     for _ in range(draw(st.integers(0, 8))):
-        kind = draw(st.sampled_from(["same", "link", "product", "pin"] if products else ["same", "link"]))
+        kinds = ["same", "link", *(["product", "pin"] if products else []), *(["cover"] if covers else [])]
+        kind = draw(st.sampled_from(kinds))
         a, b = draw(nodes), draw(nodes)
-        if kind == "same" and drawn.sizes[a] == drawn.sizes[b]:
-            drawn.tell("same", a, b)
+        if kind in ("same", "cover") and drawn.sizes[a] == drawn.sizes[b]:
+            drawn.tell(kind, a, b)
         elif kind == "link":
             places = st.tuples(st.integers(0, drawn.sizes[a] - 1), st.integers(0, drawn.sizes[b] - 1))
             ia, ib = np.array(draw(st.lists(places, min_size=1, max_size=6))).T
@@ -171,7 +175,7 @@ def test_a_reason_is_given_for_exactly_the_slices_that_always_stay(data):
 @SETTINGS
 @given(st.data())
 def test_units_are_the_connected_components(data):
-    drawn = data.draw(graphs())
+    drawn = data.draw(graphs(covers=False))
     # Pin all but one factor of each product, as the caller has to.
     while free := drawn.graph.free_products():
         with pytest.raises(ValueError, match="pin all but one factor"):
@@ -202,7 +206,7 @@ def test_units_are_the_connected_components(data):
 @given(st.data())
 def test_what_a_unit_takes_along_is_what_has_to_go_with_it(data):
     """Keeping all but one unit is a solution: units can go one at a time."""
-    drawn = data.draw(graphs(products=False))
+    drawn = data.draw(graphs(products=False, covers=False))
     labels = drawn.graph.units()
     for gone in {label for vector in labels.values() for label in vector.tolist()} - {-1}:
         seeds = [(root, vector != gone) for root, vector in labels.items()]
@@ -276,6 +280,22 @@ def test_sizes_that_do_not_fit_are_refused():
         graph.product(b, [a, a])
     with pytest.raises(ValueError, match="cannot be the same"):
         graph.product(b, [a])
+
+
+def test_a_cover_joins_no_units_and_may_be_tied():
+    graph = AxisGraph()
+    whole, first, second = (graph.node(2) for _ in range(3))
+    graph.cover(whole, first, may_tie=True)
+    graph.cover(whole, second)
+    labels = graph.units()
+    assert len({label for vector in labels.values() for label in vector.tolist()}) == 6
+    assert graph.components()(first) == graph.components()(second)
+    assert graph.components(covers=False)(first) != graph.components(covers=False)(whole)
+    assert [(c.whole, c.part) for c in graph.covers()] == [(whole, first)]
+    graph.same(whole, first)
+    assert not graph.covers()
+    with pytest.raises(ValueError, match="size 3 cannot be part of one of size 2"):
+        graph.cover(whole, graph.node(3))
 
 
 def test_a_symbolic_size_is_pinned():

@@ -16,6 +16,8 @@ from _equivalence import Dense, check_facts, op_names, random_masks, removed, ze
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.scipy import special
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxprune.graph import channel_groups
 from jaxprune.graph.program import Linked
@@ -919,6 +921,231 @@ def constrained_shardings(p, x):
     return jax.lax.with_sharding_constraint(x @ p["a"], sharding) @ p["b"]
 
 
+# Ragged products, of experts: rows in groups of known sizes.
+
+SIZES = np.array([2, 0, 3, 1])
+
+
+@case((6, 3), SIZES, grads=True, a=(4, 3, 6), w=(4, 6, 6), b=(4, 6, 2), c=(4, 6))
+def ragged_products(p, x, sizes):
+    h = jax.nn.silu(lax.ragged_dot(x, p["a"], sizes)) * jnp.repeat(
+        p["c"], sizes, axis=0, total_repeat_length=6
+    )
+    return lax.ragged_dot(lax.ragged_dot(h, p["w"], sizes), p["b"], sizes)
+
+
+@case((7, 3), SIZES, a=(4, 3, 6), b=(6, 2))
+def ragged_products_with_rows_left_over(p, x, sizes):
+    h = lax.ragged_dot(x, p["a"], sizes)
+    return (jnp.tanh(h) + 1.0) @ p["b"], jnp.exp(h).sum(1)
+
+
+@case((6, 3), SIZES, whole=(), a=(3, 5), d=(3, 6), b=(5, 2), c=(6, 2))
+def ragged_sums(p, x, sizes):
+    """The kernels' gradient: summed row by row, for each group."""
+    numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    each = lax.ragged_dot_general(jnp.tanh(x @ p["a"]), x @ p["d"], sizes, numbers)
+    return jnp.einsum("gab,bc->gac", each, p["c"]).sum(2) @ p["b"]
+
+
+@case((2, 6, 3), np.stack([SIZES, SIZES[::-1]]), a=(2, 4, 3, 6), b=(2, 4, 6, 2))
+def ragged_products_of_batches(p, x, sizes):
+    one = lambda x, a, b, n: lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, a, n)), b, n)  # noqa: E731
+    return jax.vmap(one)(x, p["a"], p["b"], sizes)
+
+
+@case((6, 4), np.array([2, 3, 1]), a=(4, 3), w=(6, 5, 3), b=(5, 2))
+def ragged_sums_of_columns(p, x, sizes):
+    """Batch axes, and an axis that is summed in groups."""
+    numbers = lax.RaggedDotDimensionNumbers((((1,), (2,)), ((0,), (0,))), [1], [])
+    rows = jnp.einsum("bi,ik->bk", x, p["a"])
+    return jnp.einsum("gbn,nc->gbc", lax.ragged_dot_general(rows, p["w"], sizes, numbers), p["b"])
+
+
+# Axes that vmap mapped, and axes of a mesh.
+
+
+@case((4, 3), a=(3, 6), c=(6,), b=(6, 2), d=(3, 4))
+def collectives_of_a_mapped_axis(p, x):
+    def one(x):
+        h = x @ p["a"]
+        mean, most = lax.pmean(h, "rows"), lax.pmax(h * p["c"], "rows") - lax.pmin(h, "rows")
+        return (h - mean + most) * lax.axis_index("rows"), lax.ppermute(
+            h, "rows", [(0, 1), (1, 0), (2, 3), (3, 2)]
+        )
+
+    def of_params(d):
+        return lax.psum(jnp.sin(d) * x[0, 0], "columns")
+
+    first, second = jax.vmap(one, axis_name="rows")(x)
+    total = jax.vmap(of_params, in_axes=1, out_axes=None, axis_name="columns")(p["d"])
+    return first @ p["b"], second @ p["b"], total
+
+
+def on_one_device(function, *, check=True):
+    """A function in a shard_map, whose inputs are not sharded; each device of one has all of them."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check)
+
+
+@case((4, 3), a=(3, 6), c=(6,), b=(6, 2))
+def bodies_on_devices(p, x):
+    @partial(on_one_device, check=False)
+    def summed(x, a, c):
+        h = lax.psum(jnp.tanh(x @ a), "x") * c + lax.axis_index("x")
+        return lax.pmax(h, "x") - lax.pmin(h * c, "x") + lax.ppermute(h, "x", [(0, 0)])
+
+    @on_one_device
+    def varying(x, a, c):
+        h = lax.pcast(x @ a, "x", to="varying") if hasattr(lax, "pcast") else lax.pvary(x @ a, "x")
+        return lax.psum(h * c, "x")
+
+    return summed(x, p["a"], p["c"]) @ p["b"], varying(x, p["a"], p["c"]) @ p["b"]
+
+
+@case((4, 3), a=(3, 6), c=(6,), b=(6, 2))
+def exchanges_between_devices(p, x):
+    @partial(on_one_device, check=False)
+    def gathered(h):
+        rows = lax.all_gather(h, "x", axis=0, tiled=True)
+        return rows + lax.all_gather(jnp.sin(h), "x").sum(0) + lax.psum_scatter(h, "x", tiled=True)
+
+    @partial(on_one_device, check=False)
+    def scattered(h):
+        return lax.psum_scatter(h[None], "x") + lax.all_to_all(h, "x", 0, 0, tiled=True)
+
+    h = x @ p["a"]
+    return gathered(h) @ p["b"], scattered(h * p["c"]) @ p["b"]
+
+
+@case((4, 3), whole=(1,), a=(3, 6), b=(6, 2))
+def sharded_bodies(p, x):
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+
+    def run(spec):
+        both = partial(jax.shard_map, mesh=mesh, in_specs=(P(), spec), out_specs=spec)
+        return both(lambda x, a: jnp.tanh(x @ a))(x, p["a"])
+
+    return run(P()) @ p["b"], run(P(None, "x")) @ p["b"]
+
+
+# Functions in a wrapping.
+
+
+mapped = jax.custom_batching.custom_vmap(lambda x, c: jnp.sin(x) * c + x)
+mapped.def_vmap(lambda size, batched, x, c: (jnp.sin(x) * c + x, batched[0]))
+
+
+@case((4, 3), a=(3, 6), c=(6,), b=(6, 2))
+def wrapped_functions(p, x):
+    norm = lax.composite(lambda x, c: (x - x.mean(-1, keepdims=True)) * c + jax.nn.gelu(x), "my.norm")
+    h = x @ p["a"]
+    return mapped(h, p["c"]) @ p["b"], norm(h, p["c"]) @ p["b"], mapped(norm(h, p["c"]), p["c"]).sum(1)
+
+
+# Several matrices at once.
+
+
+@case((3, 4, 4), a=(3, 6), b=(6, 2))
+def many_matrices(p, x):
+    """As many as there are channels; of each some eigenvalue, or entry of a factor."""
+    square = jnp.einsum("nij,nc->cij", x, p["a"])
+    spread = jnp.eye(4) * 5.0 + jnp.sin(square)
+    symmetric = spread @ jnp.swapaxes(spread, -1, -2)
+    sides = jnp.einsum("nij,nc->cij", x, jnp.sin(p["a"]))
+    lower = lax.linalg.cholesky(symmetric)
+    packed, pivots, order = lax.linalg.lu(spread)
+    order += lax.linalg.lu_pivots_to_permutation(pivots, 4)
+    diagonals = jnp.moveaxis(symmetric[..., 0], 0, 0)
+    solved = lax.linalg.tridiagonal_solve(0 * diagonals, diagonals + 1, 0 * diagonals, sides)
+    found = (
+        lower,
+        lax.linalg.eigh(symmetric, symmetrize_input=False)[1][:, None],
+        jnp.abs(lax.linalg.svd(spread, compute_uv=False))[:, None],
+        jnp.abs(lax.linalg.qr(spread, full_matrices=False)[1]),
+        packed + pivots[:, None] + order[:, None],
+        lax.linalg.triangular_solve(lower, sides, left_side=True, lower=True),
+        solved,
+        jnp.abs(jnp.linalg.eigvals(spread))[:, None].max(-1, keepdims=True),
+        lax.linalg.schur(symmetric, compute_schur_vectors=False)[0] ** 2,
+        lax.linalg.hessenberg(symmetric)[0] ** 2,
+        lax.linalg.tridiagonal(symmetric)[1][:, None],
+        jnp.abs(lax.linalg.householder_product(0.1 * square, jnp.sin(symmetric[..., 0]))),
+    )
+    return [jnp.einsum("cij,cd->d", each, p["b"]) for each in found]
+
+
+@case((4, 3), a=(3, 6), w=(3, 5), b=(6, 2), d=(5, 2))
+def right_hand_sides(p, x):
+    lower = jnp.tril(jnp.cos(x @ x.T)) + 3 * jnp.eye(4)
+    left = lax.linalg.triangular_solve(lower, x @ p["a"], left_side=True, lower=True)
+    right = lax.linalg.triangular_solve(lower, (x @ p["w"]).T, lower=True)
+    return left @ p["b"], right.T @ p["d"]
+
+
+# Bits and keys, generic reductions and windows.
+
+
+@case((4, 3), jax.random.key_data(jax.random.key(0)), a=(3, 6), b=(6, 2))
+def bits(p, x, key):
+    h = x @ p["a"]
+    halves = lax.bitcast_convert_type(h, jnp.int32)
+    back = lax.bitcast_convert_type(lax.bitcast_convert_type(jnp.sin(h), jnp.int64), float)
+    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(key), 3), 2)
+    noise = jax.random.gamma(keys[0], 2.0, (4, 6)) + jax.random.uniform(jax.random.clone(keys[1]), (4, 6))
+    halves += jax.random.key_data(jax.random.split(keys[0], (4, 6)))
+    drawn = lax.rng_bit_generator(jnp.concatenate([key, key]), (4, 6))[1] % 7
+    return (halves % 5).sum(-1) @ p["b"], back @ p["b"], (h * noise + drawn) @ p["b"]
+
+
+@case((4, 3), a=(3, 6), b=(6, 2), c=(6,))
+def reductions_of_ones_own(p, x):
+    h = x @ p["a"]
+
+    def both(a, b):
+        return a[0] + b[0], jnp.maximum(a[1], b[1])
+
+    total, most = lax.reduce((h, jnp.sin(h)), (0.0, -jnp.inf), both, (0,))
+    add = jax.make_jaxpr(lambda a, b: a + b)(0.0, 0.0)
+    (plain,) = lax.reduce_p.bind(
+        h * p["c"], np.float64(0), computation=lambda a, b: a + b, jaxpr=add, dimensions=(1,)
+    )
+    return (total * most) @ p["b"], lax.reduce(h, 1.0, lambda a, b: a * b + a, (0,)) @ p["b"], plain
+
+
+@case((2, 5, 3), a=(3, 6), b=(6, 2))
+def windows_of_ones_own(p, x):
+    h = x @ p["a"]
+    one = lax.reduce_window(h, 1.0, lambda a, b: a * b + 0.5 * a, (1, 2, 1), (1, 1, 1), "VALID")
+    return one @ p["b"], lax.approx_max_k(h, 2, reduction_dimension=1)[0] @ p["b"]
+
+
+def test_axes_of_experts_and_groups_stay_whole():
+    """The sizes of groups count the experts, and places of rows tell which is whose."""
+    params = {"a": jnp.ones((4, 3, 6)), "b": jnp.ones((4, 6, 2))}
+
+    def function(p, x, sizes):
+        return lax.ragged_dot(jnp.tanh(lax.ragged_dot(x, p["a"], sizes)), p["b"], sizes)
+
+    groups = channel_groups(function, params, jnp.ones((6, 3)), jnp.asarray(SIZES))
+    assert [(g.units, g.removable) for g in groups] == [(6, True)]
+    (why,) = [w.why for w in groups.whole if ("a", 0) in w.members]
+    assert "ragged_dot_general at test_graph_rules.py" in why and "places" in why
+
+
+@case((4, 3), grads=True, a=(3, 6), b=(6, 2), d=(3, 6), e=(6, 2), c=(6,), f=(2, 6))
+def tables_of_several_readers(p, x):
+    table = jnp.sin(jnp.arange(6.0)) + jax.random.normal(jax.random.key(2), (6,))
+    scale = jnp.tanh(p["c"])[None] * jnp.take(p["f"], np.array([1, 0, 0, 1]), 0)
+    spread = jnp.broadcast_to(jnp.cos(x[:, :1]), (4, 6))
+
+    def layer(w, v):
+        h = steep(x @ w + table) * scale + table * scale
+        return lax.cond(table[0] > 0, lambda h: h * spread + table * table, lambda h: h + spread, h) @ v
+
+    return layer(p["a"], p["b"]) + layer(p["d"], p["e"])
+
+
 @case((4, 3), whole=(2,), a=(3, 6), w=(4, 5), c=(5,), b=(6, 2), d=(5, 2))
 def primitives_without_a_rule(p, x):
     q, r = jnp.linalg.qr(p["w"] * p["c"])
@@ -1011,6 +1238,9 @@ NOT_PUBLIC = {
     "checkpoint": "one of three names that checkpoints have had",
     "remat": "as checkpoint",
     "remat2": "as checkpoint",
+    "ragged_dot": "the name of ragged_dot_general in other versions of jax",
+    "pbroadcast": "for GPUs only",
+    "reshard": "for meshes with explicit axes only: see test_graph_sharding",
     "scatter_add": "the name of scatter-add in other versions of jax",
     "scatter_sub": "as scatter_add",
     "scatter_mul": "as scatter_add",

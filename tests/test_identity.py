@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from zoo import ZOO
 
 from jaxprune.graph.facts import Facts, run
 from jaxprune.graph.identity import aliases, unchanged_outputs
@@ -135,7 +136,7 @@ CHANGES = {
 
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
-    linked = Linked(function, params, (x,))
+    linked = Linked(function, params, (x,), stacks={})
     facts = Facts()
     for path in zero:
         facts.learn(linked.values[path], fill=0)
@@ -185,3 +186,31 @@ def test_half_precision_in_a_wider_stream():
         return block(params, x.astype(jnp.float32)).astype(jnp.bfloat16)
 
     assert proved(function, PARAMS, ALL, half) == {0: 0}
+
+
+@pytest.mark.parametrize(
+    "name", ["llama_gqa_repeat", "vit_nnx", "resnet18", "resnext_se", "scan_remat", "wavenet"]
+)
+def test_claims_about_a_network_hold_of_its_values(name):
+    case = ZOO[name]()
+    linked = Linked(case.apply, case.params, case.inputs, case.state)
+    rng = np.random.default_rng(0)
+    claims = 0
+    for share in (0.2, 0.5, 0.9):
+        zero = [path for path in linked.values if rng.random() < share]
+        facts = Facts()
+        for path in zero:
+            facts.learn(linked.values[path], fill=0)
+        run(linked.region, facts, rule_for)
+        found = aliases(linked.region, facts)
+        pairs = [(v, found[id(v)]) for op in linked.region.ops for v in op.outputs if id(v) in found]
+        leaves = [
+            jnp.zeros_like(leaf) if path in zero else leaf
+            for path, leaf in zip(linked.values, jax.tree.leaves(case.params), strict=True)
+        ]
+        wanted = [value for pair in pairs for value in pair]
+        values = linked.values_of(wanted, facts, [*leaves, *jax.tree.leaves(case.inputs)])
+        for claimed, source in zip(values[::2], values[1::2], strict=True):
+            np.testing.assert_array_equal(claimed, source)
+        claims += len(pairs)
+    assert claims > 0

@@ -6,6 +6,7 @@ A node is one axis of one value. Constraints say how the kept slices of nodes ha
 - `link(a, ia, b, ib)`: slice `ia[n]` of a stays exactly if slice `ib[n]` of b does;
 - `product(m, factors)`: m is the row-major product of the factors, and slice (i, j, ...) of it
   stays exactly if slice i of the first, j of the second, ... all do;
+- `cover(a, b)`: slice i of a stays if slice i of b does, but it may stay without;
 - `pin(a, why)`: all slices stay.
 
 `AxisGraph.solve` takes seeds, slices that have to stay, and returns the least set of slices that
@@ -38,6 +39,17 @@ class Product(NamedTuple):
 
     whole: int
     factors: tuple[int, ...]
+
+
+class Cover(NamedTuple):
+    """Slice i of node `whole` stays if slice i of node `part` does."""
+
+    whole: int
+    part: int
+    may_tie: bool
+
+
+Constraint = Link | Product | Cover
 
 
 class Kept:
@@ -82,8 +94,9 @@ class AxisGraph:
         self._parent: list[int] = []
         self._links: list[Link] = []
         self._products: list[Product] = []
+        self._covers: list[Cover] = []
         self._pins: dict[int, Any] = {}
-        self._touching: dict[int, list[Link | Product]] | None = None
+        self._touching: dict[int, list[Constraint]] | None = None
         self._pinned: dict[int, State] | None = None
 
     def copy(self) -> "AxisGraph":
@@ -91,6 +104,7 @@ class AxisGraph:
         other = AxisGraph()
         other.sizes, other._parent = list(self.sizes), list(self._parent)
         other._links, other._products = list(self._links), list(self._products)
+        other._covers = list(self._covers)
         other._pins = dict(self._pins)
         return other
 
@@ -151,6 +165,26 @@ class AxisGraph:
         self._forget()
         return None
 
+    def cover(self, whole: int, part: int, may_tie: bool = False) -> None:
+        """Slice i of `whole` stays if slice i of `part` does: several parts may differ.
+
+        Args:
+          whole, part: the nodes.
+          may_tie: whether the two may be made the same where that serves better; see `covers`.
+
+        Raises:
+          ValueError: they have different sizes.
+        """
+        if self.sizes[whole] != self.sizes[part]:
+            sizes = self.sizes[whole], self.sizes[part]
+            raise ValueError(f"an axis of size {sizes[1]} cannot be part of one of size {sizes[0]}.")
+        self._covers.append(Cover(whole, part, may_tie))
+        self._forget()
+
+    def covers(self) -> list[Cover]:
+        """The covers that may be tied, and are not."""
+        return [c for c in self._covers if c.may_tie and self.find(c.whole) != self.find(c.part)]
+
     def pin(self, node: int, why: Any) -> None:
         """All slices of a node stay; `why` is kept for `why_pinned`."""
         self._pins.setdefault(self.find(node), why)
@@ -204,8 +238,12 @@ class AxisGraph:
 
         return [p for p in self._products if sum(map(free, p.factors)) > 1]
 
-    def components(self) -> Callable[[int], int]:
-        """A function that numbers nodes: two have the same number if constraints join them."""
+    def components(self, covers: bool = True) -> Callable[[int], int]:
+        """A function that numbers nodes: two have the same number if constraints join them.
+
+        Args:
+          covers: whether a cover joins its nodes.
+        """
         joined = AxisGraph()
         joined.sizes, joined._parent = [0] * len(self.sizes), list(self._parent)
         for link in self._links:
@@ -213,6 +251,8 @@ class AxisGraph:
         for product in self._products:
             for factor in product.factors:
                 joined.same(product.whole, factor)
+        for cover in self._covers if covers else ():
+            joined.same(cover.whole, cover.part)
         return joined.find
 
     def units(self) -> dict[int, np.ndarray]:
@@ -220,7 +260,8 @@ class AxisGraph:
 
         Returns:
           For each root node that can lose slices a vector of labels: slices of one label, of
-          whatever node, form a unit; -1 marks slices that always stay.
+          whatever node, form a unit; -1 marks slices that always stay. A cover joins none: pin its
+          `whole`, which goes with no unit alone.
 
         Raises:
           ValueError: there are `free_products`, which make the answer ambiguous.
@@ -247,7 +288,7 @@ class AxisGraph:
     def _forget(self) -> None:
         self._touching = self._pinned = None
 
-    def _touching_root(self, root: int) -> list[Link | Product]:
+    def _touching_root(self, root: int) -> list[Constraint]:
         if self._touching is None:
             self._touching = {}
             for link in self._links:
@@ -256,6 +297,8 @@ class AxisGraph:
             for product in self._products:
                 for node in {self.find(n) for n in (product.whole, *product.factors)}:
                     self._touching.setdefault(node, []).append(product)
+            for cover in self._covers:
+                self._touching.setdefault(self.find(cover.part), []).append(cover)
         return self._touching.get(root, [])
 
     def _pinned_states(self) -> dict[int, State]:
@@ -293,10 +336,10 @@ class AxisGraph:
                         if why is not None:
                             why.setdefault(other, why.get(root))
 
-    def _asked(
-        self, constraint: Link | Product, root: int, states: dict[int, State]
-    ) -> list[tuple[int, State]]:
+    def _asked(self, constraint: Constraint, root: int, states: dict[int, State]) -> list[tuple[int, State]]:
         """What a constraint asks of the other nodes, given what is kept of one root."""
+        if isinstance(constraint, Cover):
+            return [(self.find(constraint.whole), states[root])]
         if isinstance(constraint, Link):
             asked = []
             for here, i, there, j in (constraint, Link(*constraint[2:], *constraint[:2])):
@@ -324,8 +367,10 @@ class AxisGraph:
                 asked.append((whole, outer_and(vectors)))
         return asked
 
-    def _lower_labels(self, constraint: Link | Product, labels: dict[int, np.ndarray]) -> list[int]:
+    def _lower_labels(self, constraint: Constraint, labels: dict[int, np.ndarray]) -> list[int]:
         """Gives what a constraint joins the lowest of its labels; the roots that changed."""
+        if isinstance(constraint, Cover):
+            return []
         if isinstance(constraint, Link):
             a, b = self.find(constraint.a), self.find(constraint.b)
             if a not in labels or b not in labels:

@@ -12,13 +12,14 @@ import numpy as np
 from jaxprune.arguments import check_function, shown
 from jaxprune.calls import check_call
 from jaxprune.graph.divisors import find_divisors
-from jaxprune.graph.facts import Facts, run
+from jaxprune.graph.facts import Facts, run_changed
 from jaxprune.graph.identity import Aliases, aliases, inlined
 from jaxprune.graph.ir import Op, Value
 from jaxprune.graph.passage import Pass, Passage, Roots, made_from, mark_of, roots_of
 from jaxprune.graph.program import Linked
 from jaxprune.graph.roles import weights
 from jaxprune.graph.rules import rule_for
+from jaxprune.graph.singular import singularities
 from jaxprune.paths import leaf_paths, some_of
 from jaxprune.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params
@@ -320,13 +321,16 @@ class _Proof:
         self.new_values = _new_values(linked, state)
         self.of_stack: tuple[frozenset[str], Op | None] | None = None
         self.links = aliases(region, Facts())
+        self.base = linked.facts({})
         self.place = {id(op): n for n, op in enumerate(region.ops)}
 
     def check(self, block: Block) -> Block:
         """Checks a block, and finds the leaves that have to keep their values."""
         linked = self.linked
-        kept, unresolved = self._divisors(block)
-        facts = self._facts(block, kept)
+        facts, ops = self._facts(block, frozenset())
+        kept, unresolved = self._divisors(block, facts, ops)
+        if kept:
+            facts, _ = self._facts(block, kept)
         others = self._others(block) if block.index else None
         passage = Passage(facts, others)
         marked = {
@@ -352,14 +356,16 @@ class _Proof:
         self.passes.append((passage.passes, found))
         return block._replace(divisors=tuple(path for path in block.paths if path in kept))
 
-    def _divisors(self, block: Block) -> tuple[frozenset[str], Op | None]:
+    def _divisors(self, block: Block, facts: Facts, ops: list[Op]) -> tuple[frozenset[str], Op | None]:
         """The leaves that must not be zero, and an op that is not finite whatever keeps its value."""
-        if not block.index:
-            return self._find_divisors(block, self._facts(block, frozenset()))
-        # What a loop does with one layer is seen where all are zero: it is the same for each.
-        if self.of_stack is None:
-            self.of_stack = self._find_divisors(block._replace(index=()))
-        return self.of_stack
+        if block.index:
+            # What a loop does with one layer is seen where all are zero: it is the same for each.
+            if self.of_stack is None:
+                self.of_stack = self._find_divisors(block._replace(index=()))
+            return self.of_stack
+        if not singularities(self.linked.region_of(ops), facts):
+            return frozenset(), None
+        return self._find_divisors(block, facts)
 
     def _find_divisors(self, block: Block, facts: Facts | None = None) -> tuple[frozenset[str], Op | None]:
         zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in self.linked.values.items()}
@@ -418,26 +424,26 @@ class _Proof:
         """Whether a value beside a path is what the block was given, or of it."""
         return made_from(last.output, value, self.links) or made_from(value, last.source, self.links)
 
-    def _facts(self, block: Block, kept: frozenset[str]) -> Facts:
-        facts = Facts()
-        for path in block.paths:
-            if path not in kept and path not in self.fixed:
-                value = self.linked.values[path]
-                if block.index:
-                    facts.learn(value, self._layer(block, path))
-                else:
-                    facts.learn(value, fill=0)
-        run(self.linked.region, facts, rule_for)
-        return facts
+    def _facts(self, block: Block, kept: frozenset[str]) -> tuple[Facts, list[Op]]:
+        """What is known where the leaves of a block are zero, and the ops that this matters to."""
+        facts = self.base.copy()
+        changed = [path for path in block.paths if path not in kept and path not in self.fixed]
+        for path in changed:
+            if block.index:
+                facts.learn(self.linked.values[path], self._layer(block, path))
+            else:
+                facts.learn(self.linked.values[path], fill=0)
+        values = [self.linked.values[path] for path in changed]
+        return facts, run_changed(self.linked.region, facts, self.base, values, rule_for)
 
     def _others(self, block: Block) -> Facts:
         """What is known where all layers but this one are zero."""
-        facts = Facts()
+        facts = self.base.copy()
         for path in block.paths:
-            value = self.linked.values[path]
             marks = self._layer(block, path)
-            facts.learn(value, [None if mark is None else ~mark for mark in marks])
-        run(self.linked.region, facts, rule_for)
+            facts.learn(self.linked.values[path], [None if mark is None else ~mark for mark in marks])
+        changed = [self.linked.values[path] for path in block.paths]
+        run_changed(self.linked.region, facts, self.base, changed, rule_for)
         return facts
 
     def _layer(self, block: Block, path: str) -> list[np.ndarray | None]:

@@ -1,6 +1,7 @@
 """`compact`: the smaller network that computes what the masked one does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from jaxprune.arguments import as_integer
 from jaxprune.calls import check_call, check_masks_third
+from jaxprune.graph import placing
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.closing import close, zero_slices
@@ -19,7 +21,7 @@ from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked
 from jaxprune.graph.report import Report, report
-from jaxprune.jaxprs import abstract, split_static
+from jaxprune.jaxprs import abstract, explicit_sharding, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.paths import array_leaves, is_array, is_concrete
 from jaxprune.stacks import (
@@ -45,6 +47,7 @@ class Compacted:
       apply: `apply(params, *inputs)`, the function on small params; any batch size, under jit,
         grad, vmap, scan and `jax.export`.
       stayed: what the masks remove that had to stay, each with the reason.
+      shardings: by path, how the dense params were sharded over explicit axes of a mesh.
     """
 
     def __init__(
@@ -59,6 +62,11 @@ class Compacted:
         self.plan, self.stayed = plan, tuple(stayed)
         self.params = jax.eval_shape(plan.shrink, params) if _abstract(params) else plan.shrink(params)
         self.masks = plan.shrink(masks)
+        self.shardings = {
+            path: sharding
+            for path, leaf in array_leaves(params).items()
+            if (sharding := explicit_sharding(leaf)) is not None
+        }
         self.function = function
         self.apply = self.bind(function, state=state)
 
@@ -97,7 +105,7 @@ class Compacted:
           `bound(params, *inputs)` for small params. It raises ValueError if the function needs
           slices that the plan drops, naming what needs them.
         """
-        return bind(function, self.plan, state)
+        return bind(function, self.plan, state, self.shardings)
 
     def report(self, *inputs: Any, rounds: int = 0) -> Report:
         """What compaction gained: parameters, multiply-adds, time, and what stayed and why.
@@ -318,9 +326,17 @@ def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
 
 
 def bind(
-    function: Callable[..., Any], plan: Plan, state: Callable[[Any], Any] | None = None
+    function: Callable[..., Any],
+    plan: Plan,
+    state: Callable[[Any], Any] | None = None,
+    shardings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Callable[..., Any]:
-    """A function of dense params as one of small params; see `Compacted.bind`."""
+    """A function of dense params as one of small params; see `Compacted.bind`.
+
+    Args:
+      function, plan, state: as there.
+      shardings: by path, how the dense params were sharded over explicit axes of a mesh, if they were.
+    """
     programs: dict[Any, tuple[Linked, Kept, Facts]] = {}
 
     def bound(params: Params, *inputs: Any) -> Any:
@@ -332,7 +348,7 @@ def bind(
             small, tree = jax.tree.flatten(params)
             # By path, because the plan may have been made for other containers, with leaves in another order.
             dense = [
-                jax.ShapeDtypeStruct(plan.shapes[path], leaf.dtype)
+                _dense_struct(plan.shapes[path], leaf, shardings.get(path))
                 for path, leaf in array_leaves(params).items()
             ]
             linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state, plan.stacks)
@@ -346,10 +362,17 @@ def bind(
     return bound
 
 
+def _dense_struct(shape: tuple[int, ...], leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    """A dense param as the function took it: sharded as it was, or else as the small one is."""
+    if sharding is None and (of_leaf := explicit_sharding(leaf)) is not None:
+        sharding = placing.small_sharding(of_leaf, leaf.shape, shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+
 def _signature(leaf: Any) -> Any:
     if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
         struct = abstract(leaf)
-        return struct.shape, struct.dtype, struct.weak_type
+        return struct.shape, struct.dtype, struct.weak_type, struct.sharding
     return leaf
 
 
@@ -386,6 +409,9 @@ _EMPTY_OR_ROUNDED = "an axis cannot be empty, or its width is rounded up"
 _VERBS = {
     "reduce_max": "compares",
     "reduce_min": "compares",
+    "argmax": "compares",
+    "argmin": "compares",
+    "top_k": "compares",
     "reduce_and": "combines",
     "reduce_or": "combines",
 }
@@ -422,7 +448,7 @@ def _verify(
     # precision is chosen when a function is traced, so this binds it anew.
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(of_arrays(apply_fn))(masked, arrays)
-        got = jax.jit(of_arrays(bind(apply_fn, small.plan, state)))(small.params, arrays)
+        got = jax.jit(of_arrays(bind(apply_fn, small.plan, state, small.shardings)))(small.params, arrays)
     if state is not None:  # new values of params, which are smaller
         expected = with_state(expected, state, small.shrink(state(expected)))
     wanted = array_leaves(expected, "output")

@@ -49,6 +49,12 @@ class Facts:
         self._known: dict[int, Known] = {}
         self._needs: dict[Any, tuple[Op, int, State]] = {}
 
+    def copy(self) -> "Facts":
+        """Facts of their own that start from these."""
+        other = Facts()
+        other._known, other._needs = dict(self._known), dict(self._needs)
+        return other
+
     def of(self, value: Value) -> Known:
         """What is known of a value."""
         known = self._known.get(id(value))
@@ -117,6 +123,40 @@ def run(region: Region, facts: Facts, rule_for: Callable[[str], Any]) -> None:
     """Learns the facts of all values of a region, whose inputs are known."""
     for op in region.ops:
         rule_for(op.name).flow(op, facts)
+
+
+def run_changed(
+    region: Region, facts: Facts, before: Facts, changed: Iterable[Value], rule_for: Callable[[str], Any]
+) -> list[Op]:
+    """Learns what follows from new facts of some values, of the ops that these reach.
+
+    Args:
+      region: the ops.
+      facts: a copy of `before`, in which more was learnt of some values.
+      before: the facts of all values of the region without that.
+      changed: these values.
+      rule_for: the rule of an op by its name.
+
+    Returns:
+      The ops whose inputs have other facts than before, in order.
+    """
+    reached, ops = set(map(id, changed)), list[Op]()
+    for op in region.ops:
+        if any(id(value) in reached for value in op.inputs):
+            rule_for(op.name).flow(op, facts)
+            ops.append(op)
+            reached.update(id(v) for v in op.outputs if not _alike_known(facts.of(v), before.of(v)))
+    return ops
+
+
+def _alike_known(a: Known, b: Known) -> bool:
+    """Whether the same is known of a value; for numbers that all entries equal this says no."""
+    if a is b:
+        return True
+    if a.fill is not None or b.fill is not None:
+        return False
+    pairs = zip((*a.zero, *a.alike), (*b.zero, *b.alike), strict=True)
+    return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
 
 
 def is_zero(fill: Any) -> bool:

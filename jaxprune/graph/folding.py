@@ -23,6 +23,12 @@ from jaxprune.graph.rules import elementwise, rule_for
 from jaxprune.graph.rules.reductions import windows_hold_an_entry
 from jaxprune.graph.rules.shapes import segments
 
+# Ops that run their body once, on their inputs.
+_ONCE = (
+    *("custom_jvp_call", "custom_vjp_call", "remat", "remat2", "checkpoint"),
+    *("composite", "custom_vmap_call"),
+)
+
 
 class Constants:
     """Which slices of values hold one number that no input changes."""
@@ -52,7 +58,7 @@ class Constants:
         """Goes through a region, of whose inputs some are fixed."""
         self._fixed.update(map(id, fixed))
         for op in region.ops:
-            if op.name in ("custom_jvp_call", "custom_vjp_call", "remat", "remat2", "checkpoint"):
+            if op.name in _ONCE:
                 self._through(op)
             elif not op.regions:
                 self._learn(op)
@@ -93,6 +99,8 @@ class Constants:
             if old is not None and value.shape[old] == output.shape[axis]:
                 return self.along(value, old)
             return np.ones(output.shape[axis], bool) if self.is_number(value) else None
+        if op.name == "per_reader":
+            return self.along(value, axis)
         if op.name == "transpose":
             return self.along(value, params["permutation"][axis])
         if op.name == "squeeze":

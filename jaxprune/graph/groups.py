@@ -15,6 +15,7 @@ from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
+from jaxprune.graph.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.roles import weights
 from jaxprune.graph.streams import stream_axes
 from jaxprune.paths import array_leaves
@@ -252,10 +253,7 @@ def channel_groups(
     stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
     linked = Linked(apply_fn, params, inputs, state, stacks)
     linked.pin_unread()
-    graph = linked.graph.copy()
-    _split(graph, split)
-    groups = _unnamed_groups(linked, graph)
-    groups = _try_to_remove(linked, groups)
+    graph, groups = _separate_groups(linked, split)
     found, streams = weights(linked), stream_axes(linked, graph)
     groups = [
         group._replace(
@@ -265,6 +263,26 @@ def channel_groups(
         for group in groups
     ]
     return ChannelGroups(tuple(groups), _whole(linked, graph), linked.stacks)
+
+
+def _separate_groups(linked: Linked, split: Split) -> tuple[AxisGraph, list[Group]]:
+    """The groups, with the readers of a param apart where they can lose slices so."""
+    tied = linked.graph.copy()
+    tie_readers(linked, tied)
+    while True:
+        graph = tied.copy()
+        pin_shared(graph)
+        _split(graph, split)
+        groups = _try_to_remove(linked, _unnamed_groups(linked, graph))
+        whole = [
+            linked.values[member.path].axes[member.axis]
+            for group in groups
+            if not group.removable
+            for member in group.members
+        ]
+        if not (whole and tie_where(tied, whole)):
+            return graph, groups
+        tie_readers(linked, tied)
 
 
 def _split(graph: AxisGraph, split: Split) -> None:

@@ -5,7 +5,7 @@ it. Calls (`jit`) are inlined. What has bodies of its own, a scan say, is one op
 each body. Each axis of each value has a node in the program's `AxisGraph`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ class Value:
       along: the axis that counts layers.
       source: for a stack, the value without layers that it is.
       part: for a slice of a stack, the stack, the axis and the index.
+      sharding: how it is sharded over explicit axes of a mesh; None where it is not.
     """
 
     shape: tuple[Any, ...]
@@ -45,6 +46,7 @@ class Value:
     along: int = 0
     source: "Value | None" = None
     part: "tuple[Value, int, int] | None" = None
+    sharding: Any = None
 
 
 @dataclass(eq=False)
@@ -144,14 +146,14 @@ class Program(NamedTuple):
       region: the function; its inputs are the leaves of the arguments, in order.
       out_tree: the structure of its output.
       stacks: by the number of an input, the axes that count layers.
-      families: values that are the same one in different layers.
+      made: the values that have layers.
     """
 
     graph: AxisGraph
     region: Region
     out_tree: Any
     stacks: dict[int, tuple[int, ...]]
-    families: list[Sequence[Value]]
+    made: list[Value]
 
 
 def is_differentiable(value: Any) -> bool:

@@ -13,8 +13,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arguments import check_function
+from jaxprune.graph import placing
 from jaxprune.graph.rules.slices import take
 from jaxprune.io.atomic import replacing
+from jaxprune.jaxprs import explicit_sharding
 from jaxprune.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
 from jaxprune.stacks import Stacks, layer_indices, layer_name, layer_shape
@@ -176,6 +178,10 @@ class Plan:
                     leaf = _spread_by_layer(leaf, lead, stack, axis, kept, size, axis in divisors)
                     continue
                 size, places = self.shapes[path][axis], (slice(None),) * (lead + axis) + (kept,)
+                if explicit_sharding(leaf) is not None:
+                    number = None if axis in divisors and not mask else int(axis in divisors)
+                    leaf = placing.spread(leaf, lead + axis, kept, size, number)
+                    continue
                 shape = (*leaf.shape[: lead + axis], size, *leaf.shape[lead + axis + 1 :])
                 filling = jnp.zeros(shape, leaf.dtype)
                 if axis in divisors:

@@ -12,9 +12,11 @@ from jaxprune.arguments import check_function
 from jaxprune.graph import ir, tracing
 from jaxprune.graph.axes import Kept, State, Vector
 from jaxprune.graph.facts import Facts, run
+from jaxprune.graph.readers import separate
 from jaxprune.graph.replay import Replay
 from jaxprune.graph.rules import link_region, rule_for
 from jaxprune.graph.rules.calls import tie
+from jaxprune.graph.rules.choices import pin_choices
 from jaxprune.jaxprs import split_static
 from jaxprune.paths import array_leaves, describe, leaf_paths
 from jaxprune.stacks import Stacks, layer_indices, layer_name
@@ -78,14 +80,17 @@ class Linked:
                 f"the function fails without inputs ({error}). Pass example inputs, arrays or "
                 "jax.ShapeDtypeStruct, after the params (or the masks)."
             ) from error
-        self.graph, self.region, self.out_tree, found, self.families = program
-        link_region(self.region, self.graph)
+        self.graph, self.region, self.out_tree, found, stacks = program
         count = len(self.leaves)
         self.stacks: Stacks = {path: found[n] for n, path in enumerate(self.leaves) if found.get(n)}
         self.values: dict[str, ir.Value] = {}
         self.paths: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, value in zip(self.leaves, self.region.inputs[:count], strict=True):
             self._name(path, value)
+        separate(self.region, self.graph, list(self.values.values()))
+        link_region(self.region, self.graph)
+        pin_choices(self.region, self.graph)
+        self.families = [list(ir.flat_layers(value)) for value in stacks] + tracing.aligned(self.region)
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:

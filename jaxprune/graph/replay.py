@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.graph import placing, readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Roll, Value, flat_layers
@@ -82,12 +83,22 @@ class Replay:
         for axis, size in enumerate(self.shape(value)):
             kept = self.indices(value, axis)
             if kept is not None and array.shape[axis] != size:
-                array = self.take(array, axis, kept)
+                array = self.take(placing.gather(array, (axis,)), axis, kept)
         return array
 
     def is_cut(self, value: Value) -> bool:
         """Whether a value has lost a slice."""
         return any(not self._kept.full(node) for layer in flat_layers(value) for node in layer.axes)
+
+    def lost(self, value: Value) -> list[int]:
+        """The axes of a value that have lost slices."""
+        return [axis for axis in range(len(value.shape)) if self.indices(value, axis) is not None]
+
+    def place(self, value: Value, array: Any) -> Any:
+        """An array with the sharding of a value that may have lost slices."""
+        if value.sharding is None:
+            return array
+        return placing.place(array, placing.small_sharding(value.sharding, value.shape, self.shape(value)))
 
     def changed(self, op: Op) -> bool:
         """Whether a value of an op, or of its regions, has lost a slice."""
@@ -100,7 +111,8 @@ class Replay:
 
     def run(self, region: Region, args: Sequence[Any]) -> list[Any]:
         """Runs a region on small inputs; its outputs are small too."""
-        env = {id(value): array for value, array in zip(region.inputs, args, strict=True)}
+        pairs = zip(region.inputs, args, strict=True)
+        env = {id(value): self.place(value, array) for value, array in pairs}
         run = _Run(self, env)
         run.apply_all(region.ops, 0)
         return [run.read(value) for value in region.outputs]
@@ -131,7 +143,7 @@ def _from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[t
 
 
 def _whole_stacks(values: tuple[Value, ...]) -> tuple[Value, ...]:
-    """What the rounds of a loop read of stacks of their own: these stacks, since an inner loop needs all of them."""
+    """The stacks that rounds read parts of, if each has its own: an inner loop needs all of it."""
     while all(value.part is not None for value in values):
         stacks, places = zip(
             *((value.part[0], value.part[1:]) for value in values if value.part), strict=True
@@ -191,6 +203,9 @@ class _Run:
             return self._stack(value)
         if value.part is not None:
             return self._part(value)
+        if value.op is not None and value.op.lazy:
+            self._apply(value.op)
+            return self._env[id(value)]
         raise AssertionError("a value is read before it is made")
 
     def _part(self, value: Value) -> Any:
@@ -208,6 +223,8 @@ class _Run:
             try:
                 # All layers at once, as the function did it.
                 args = [self.read(operand) for operand in value.op.inputs]
+                if any(jnp.shape(a) != self.shape(v) for v, a in zip(value.op.inputs, args, strict=True)):
+                    raise LayersDifferError
                 outputs = rule_for(value.op.name).emit(value.op, args, self)
                 pairs = zip(value.op.outputs, outputs, strict=True)
                 arrays = {id(output): self._replay.cut(output, array) for output, array in pairs}
@@ -231,8 +248,13 @@ class _Run:
             return
         args = [self.read(value) for value in op.inputs]
         if self._replay.changed(op):
-            outputs = rule_for(op.name).emit(op, args, self)
+            emitted = op
+            if placing.is_explicit((*op.inputs, *op.outputs)):
+                args = placing.gathered(op, args, [self._replay.lost(value) for value in op.inputs])
+                emitted = placing.with_sharding(op, self._small_sharding(op.outputs[0]))
+            outputs = rule_for(op.name).emit(emitted, args, self)
             outputs = [self._replay.cut(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
+            outputs = [self._replay.place(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
         else:
             outputs = op.bind(*args)
         self._env.update((id(value), array) for value, array in zip(op.outputs, outputs, strict=True))
@@ -327,12 +349,17 @@ class _Run:
             indices = [part[2] for part in parts]  # type: ignore[index]
             array = self.read(stack)
             if indices != list(range(array.shape[axis])):
-                array = take(array, axis, np.array(indices))
+                array = take(placing.gather(array, (axis,)), axis, np.array(indices))
             return array if axis == 0 else jnp.moveaxis(array, axis, 0)
         arrays = [self.read(value) for value in values]
         if any(array.shape != arrays[0].shape for array in arrays):
             raise LayersDifferError
         return jnp.stack(arrays)
+
+    def _small_sharding(self, value: Value) -> Any:
+        if value.sharding is None:
+            return None
+        return placing.small_sharding(value.sharding, value.shape, self.shape(value))
 
     def representative(self, value: Value, axis: int) -> Any:
         """One of the slices that are alike along an axis, which then has size 1.
@@ -343,12 +370,14 @@ class _Run:
         known = self.facts.of(value)
         alike = known.alike[axis]
         if known.fill is not None or (alike is not None and alike.all()):
-            return lax.slice_in_dim(jnp.asarray(self.read(value)), 0, 1, axis=axis)
+            return lax.slice_in_dim(placing.gather(jnp.asarray(self.read(value)), (axis,)), 0, 1, axis=axis)
         op = value.op
         if alike is None or op is None:
             shape = list(self.shape(value))
             shape[axis] = 1
             return jnp.zeros(shape, value.dtype)
+        if op.name == readers.NAME:
+            return readers.part_of(op, self.representative(op.inputs[0], axis), self, besides=axis)
         if op.name == "transpose":
             inner = self.representative(op.inputs[0], op.params["permutation"][axis])
             return lax.transpose(inner, op.params["permutation"])

@@ -55,6 +55,7 @@ _LAYOUT = frozenset(
             "copy_p",
         ),
         *("stop_gradient", "optimization_barrier", "sharding_constraint", "name", "pvary", "reshard"),
+        "per_reader",
     )
 )
 _PARTS = frozenset(["slice", "split", "unstack", "take_layer"])

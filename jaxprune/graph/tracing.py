@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.ir import (
@@ -26,11 +27,12 @@ from jaxprune.graph.ir import (
 )
 from jaxprune.graph.peeling import Peeled, peel
 from jaxprune.graph.stacking import find_stacks
-from jaxprune.jaxprs import abstract, binder, close, is_library_call, place, scan_split
+from jaxprune.jaxprs import abstract, binder, close, is_library_call, place, scan_split, struct_of
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+_WRAPPERS = ("composite", "custom_vmap_call")
 _CHECKPOINTS = ("remat", "remat2", "checkpoint")
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
 _CUSTOM_DEPTH = 2  # derivatives of a custom rule that are taken by the rule itself
@@ -66,8 +68,7 @@ def trace(
     ops: list[Op] = []
     outputs = builder.inline(closed.jaxpr, closed.consts, inputs, ops, 0)
     region = prune_dead(Region(inputs, outputs, ops))
-    families = [value.layers for value in builder.stacks] + _aligned(region)
-    return Program(builder.graph, region, out_trees[-1], dict(stacks), families)
+    return Program(builder.graph, region, out_trees[-1], dict(stacks), builder.stacks)
 
 
 class _Builder:
@@ -85,7 +86,9 @@ class _Builder:
 
     def value(self, aval: Any, constant: Any = None) -> Value:
         shape = tuple(aval.shape)
-        return Value(shape, aval.dtype, tuple(map(self.graph.node, shape)), constant=constant)
+        sharding = struct_of(aval).sharding if shape else None
+        axes = tuple(map(self.graph.node, shape))
+        return Value(shape, aval.dtype, axes, constant=constant, sharding=sharding)
 
     def stack(self, layers: Sequence[Value], along: int) -> Value:
         """A stack of values, whose slices they are."""
@@ -102,7 +105,7 @@ class _Builder:
         if not axes:
             return self.value(aval)
         along, rest = axes[0], tuple(axis - (axis > axes[0]) for axis in axes[1:])
-        inner = jax.ShapeDtypeStruct((*aval.shape[:along], *aval.shape[along + 1 :]), aval.dtype)
+        inner = _one_layer(aval, along)
         layers = [self.stack_of(inner, rest) for _ in range(aval.shape[along])]
         return self._with_parts(self.stack(layers, along))
 
@@ -142,9 +145,9 @@ class _Builder:
                 part.part = (value, axis, index)
             return parts
         value = self.dense(value, ops, source)
-        shape, parts = (*value.shape[:axis], *value.shape[axis + 1 :]), []
+        parts = []
         for index in range(value.shape[axis]):
-            part = self.value(jax.ShapeDtypeStruct(shape, value.dtype))
+            part = self.value(_one_layer(value, axis))
             bind = _without_effects(partial(_layer, axis=axis, index=index))
             params = {"axis": axis, "index": index}
             ops.append(self.op("take_layer", params, [value], [part], bind=bind, source=source, lazy=True))
@@ -159,7 +162,7 @@ class _Builder:
         if value.source is not None:
             return value.source
         layers = [self.dense(layer, ops, source) for layer in value.layers]
-        dense = self.value(jax.ShapeDtypeStruct(value.shape, value.dtype))
+        dense = self.value(value)
         bind = _without_effects(lambda *layers: [jnp.stack(layers, value.along)])
         params = {"axis": value.along, "stack": value}
         ops.append(self.op("join_layers", params, layers, [dense], bind=bind, source=source))
@@ -245,7 +248,7 @@ class _Builder:
             ):
                 return self.unroll(eqn, args, ops, custom_depth, source, cached)
             return None
-        if name in ("custom_jvp_call", "custom_vjp_call", *_CHECKPOINTS):
+        if name in ("custom_jvp_call", "custom_vjp_call", *_WRAPPERS, *_CHECKPOINTS):
             regions = self.regions(eqn, args, custom_depth, source, cached)
             body = regions["body"]
             outputs = [self.like(output) for output in body.outputs]
@@ -275,7 +278,7 @@ class _Builder:
         source: str,
     ) -> list[Value]:
         """The stacks, of such shapes, that an op makes layer by layer."""
-        inner = [jax.ShapeDtypeStruct(_without_axis(s.shape, peeled.out_axis), s.dtype) for s in shapes]
+        inner = [_one_layer(aval, peeled.out_axis) for aval in shapes]
         lengths = {
             value.shape[axis] for value, axis in zip(args, peeled.in_axes, strict=True) if axis is not None
         }
@@ -368,7 +371,7 @@ class _Builder:
         order = range(params["length"])
         for number in reversed(order) if roll.reverse else order:
             start = len(ops)
-            taken = [self.copy(value, ops, source) for value in carry]
+            taken = [self.copy(value, ops, source, carried=True) for value in carry]
             inputs = [*shared, *taken, *(row[number] for row in rows)]
             outputs = self.inline(body.jaxpr, body.consts, inputs, ops, custom_depth, source, cached)
             outputs = [self.dense(output, ops, source) for output in outputs]
@@ -391,11 +394,12 @@ class _Builder:
         roll.results = [*carry, *roll.outputs]
         return list(roll.results)
 
-    def copy(self, value: Value, ops: list[Op], source: str) -> Value:
-        """Another value that is the same."""
+    def copy(self, value: Value, ops: list[Op], source: str, carried: bool = False) -> Value:
+        """Another value that is the same; one that a loop carries into a round stands in `memo`."""
         copy = self.value(value)
         bind = _without_effects(lambda array: [array])
-        ops.append(self.op("copy", {}, [value], [copy], bind=bind, source=source))
+        memo = {"carried": True} if carried else {}
+        ops.append(self.op("copy", {}, [value], [copy], bind=bind, source=source, memo=memo))
         return copy
 
     def regions(
@@ -420,8 +424,11 @@ class _Builder:
                 f"branch {n}": self.open_region(branch, None, custom_depth, *at)
                 for n, branch in enumerate(params["branches"])
             }
-        if name in _CHECKPOINTS:
-            return {"body": self.open_region(close(params["jaxpr"]), like, custom_depth, *at)}
+        if name in (*_CHECKPOINTS, *_WRAPPERS):
+            body = params["call"] if name == "custom_vmap_call" else params["jaxpr"]
+            return {"body": self.open_region(close(body), like, custom_depth, *at)}
+        if name == "shard_map":
+            return {"body": self.open_region(close(params["jaxpr"]), None, custom_depth, *at)}
         if name == "custom_jvp_call":
             moving = None if like is None else [*like, *filter(is_differentiable, like)]
             return {
@@ -469,8 +476,15 @@ def _layer(array: Any, axis: int, index: int) -> list[Any]:
     return [jax.lax.index_in_dim(array, index, axis, keepdims=False)]
 
 
-def _without_axis(shape: Sequence[Any], axis: int) -> tuple[Any, ...]:
-    return tuple(size for place, size in enumerate(shape) if place != axis)
+def _one_layer(aval: Any, axis: int) -> jax.ShapeDtypeStruct:
+    """The shape and sharding of a slice."""
+    struct = struct_of(aval)
+    shape = tuple(size for place, size in enumerate(struct.shape) if place != axis)
+    if struct.sharding is None:
+        return jax.ShapeDtypeStruct(shape, struct.dtype)
+    spec = (name for place, name in enumerate(struct.sharding.spec) if place != axis)
+    sharding = NamedSharding(struct.sharding.mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, struct.dtype, sharding=sharding)
 
 
 def _without_effects(bind: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
@@ -503,7 +517,7 @@ def _jvp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
         out, out_tangents = jax.jvp(of_moving, tuple(moving), tuple(tangents))
         return [*out, *(t for o, t in zip(out, out_tangents, strict=True) if is_differentiable(o))]
 
-    return jax.make_jaxpr(jvp)(*map(_struct, avals), *(_struct(a) for a in avals if is_differentiable(a)))
+    return jax.make_jaxpr(jvp)(*map(struct_of, avals), *(struct_of(a) for a in avals if is_differentiable(a)))
 
 
 def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
@@ -526,11 +540,9 @@ def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
         return jax.vjp(of_moving, *moving)[1](list(cotangents))
 
     outputs = [var.aval for var in eqn.outvars]
-    return jax.make_jaxpr(vjp)(*map(_struct, avals), *(_struct(a) for a in outputs if is_differentiable(a)))
-
-
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+    return jax.make_jaxpr(vjp)(
+        *map(struct_of, avals), *(struct_of(a) for a in outputs if is_differentiable(a))
+    )
 
 
 def prune_dead(region: Region) -> Region:
@@ -572,7 +584,7 @@ def _places(ops: Sequence[Op]) -> dict[int, tuple[Any, ...]]:
     return places
 
 
-def _aligned(region: Region) -> list[Sequence[Value]]:
+def aligned(region: Region) -> list[Sequence[Value]]:
     """Values that are the same one in the rounds of a loop over layers."""
     places = _places(region.ops)
     columns: dict[Any, list[Op]] = {}
@@ -584,6 +596,7 @@ def _aligned(region: Region) -> list[Sequence[Value]]:
         for ops in columns.values()
         if len({op.name for op in ops}) == 1
         for column in zip(*map(_values_of, ops), strict=False)
+        if len({value.shape for value in column}) == 1
     ]
 
 

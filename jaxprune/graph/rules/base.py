@@ -68,11 +68,14 @@ class Rule(NamedTuple):
       flow: learns the facts of the op's outputs, and states its needs.
       emit: applies the op to cut inputs. It returns a list of outputs; an axis that still has
         its dense size is cut by the caller.
+      conservative: what stays whole though it need not always, for the table of primitives; empty for
+        a rule that keeps no more than what is needed.
     """
 
     link: Callable[[Op, AxisGraph], None]
     flow: Callable[[Op, Facts], None]
     emit: Callable[[Op, list[Any], Frame], list[Any]]
+    conservative: str = ""
 
 
 def unknown(op: Op, facts: Facts) -> None:

@@ -55,23 +55,26 @@ def _pass(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> Non
             facts.learn(other, known.zero, known.fill)
 
 
-def _run(region: Region, facts: Facts) -> None:
+def run_region(region: Region, facts: Facts) -> None:
+    """Learns the facts of a body, whose inputs are known."""
     run(region, facts, rule_for)
 
 
 # Checkpointed code.
 
 
-def _link_body(op: Op, graph: AxisGraph) -> None:
+def link_body(op: Op, graph: AxisGraph) -> None:
+    """A `link`: the inputs and outputs of the op are those of its body."""
     body = op.regions["body"]
     tie(graph, op.inputs, body.inputs)
     tie(graph, op.outputs, body.outputs)
 
 
-def _flow_body(op: Op, facts: Facts) -> None:
+def flow_body(op: Op, facts: Facts) -> None:
+    """A `flow`: what is known of the outputs is what is known of the body's."""
     body = op.regions["body"]
     _pass(facts, op.inputs, body.inputs)
-    _run(body, facts)
+    run_region(body, facts)
     _pass(facts, body.outputs, op.outputs)
 
 
@@ -83,14 +86,14 @@ def _emit_checkpoint(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return again(*args)
 
 
-register_rule("remat", "remat2", "checkpoint", rule=Rule(_link_body, _flow_body, _emit_checkpoint))
+register_rule("remat", "remat2", "checkpoint", rule=Rule(link_body, flow_body, _emit_checkpoint))
 
 
 # Functions with a derivative of their own: it is a second body, under the same constraints.
 
 
 def _link_jvp(op: Op, graph: AxisGraph) -> None:
-    _link_body(op, graph)
+    link_body(op, graph)
     jvp = op.regions["jvp"]
     moving = [value for value in op.inputs if is_differentiable(value)]
     tie(graph, [*op.inputs, *moving], jvp.inputs)
@@ -98,7 +101,7 @@ def _link_jvp(op: Op, graph: AxisGraph) -> None:
 
 
 def _flow_jvp(op: Op, facts: Facts) -> None:
-    _flow_body(op, facts)
+    flow_body(op, facts)
     jvp = op.regions["jvp"]
     # A slice that is zero whatever the live params are does not move.
     moving = [value for value in op.inputs if is_differentiable(value)]
@@ -107,7 +110,7 @@ def _flow_jvp(op: Op, facts: Facts) -> None:
         for value, tangent in zip(flat_layers(whole), flat_layers(whole_tangent), strict=True):
             known = facts.of(value)
             facts.learn(tangent, known.zero, 0 if known.fill is not None else None)
-    _run(jvp, facts)
+    run_region(jvp, facts)
 
 
 def _emit_jvp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -136,7 +139,7 @@ register_rule("custom_jvp_call", rule=Rule(_link_jvp, _flow_jvp, _emit_jvp))
 
 
 def _link_vjp(op: Op, graph: AxisGraph) -> None:
-    _link_body(op, graph)
+    link_body(op, graph)
     vjp = op.regions["vjp"]
     cotangents = [value for value in op.outputs if is_differentiable(value)]
     tie(graph, [*op.inputs, *cotangents], vjp.inputs)
@@ -144,13 +147,13 @@ def _link_vjp(op: Op, graph: AxisGraph) -> None:
 
 
 def _flow_vjp(op: Op, facts: Facts) -> None:
-    _flow_body(op, facts)
+    flow_body(op, facts)
     vjp = op.regions["vjp"]
     _pass(facts, op.inputs, vjp.inputs[: len(op.inputs)])
     for cotangent in vjp.inputs[len(op.inputs) :]:
         for each in flat_layers(cotangent):
             facts.learn(each)
-    _run(vjp, facts)
+    run_region(vjp, facts)
 
 
 def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -193,7 +196,7 @@ def _flow_cond(op: Op, facts: Facts) -> None:
     branches = list(op.regions.values())
     for branch in branches:
         _pass(facts, op.inputs[1:], branch.inputs)
-        _run(branch, facts)
+        run_region(branch, facts)
     for place, output in enumerate(op.outputs):
         known = _shared([facts.of(branch.outputs[place]) for branch in branches])
         facts.learn(output, known.zero, known.fill)
@@ -252,7 +255,7 @@ def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: in
     """Learns the facts of a loop's body: those of the carry that hold in every round."""
     _pass(facts, initial, body.inputs[consts : consts + carried])
     while True:
-        _run(body, facts)
+        run_region(body, facts)
         changed = False
         for before, after in zip(body.inputs[consts : consts + carried], body.outputs[:carried], strict=True):
             known = _shared([facts.of(before), facts.of(after)])
@@ -288,7 +291,10 @@ def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return [*carry, *ys]
 
 
-register_rule("scan", rule=Rule(_link_scan, _flow_scan, _emit_scan))
+register_rule(
+    "scan",
+    rule=Rule(_link_scan, _flow_scan, _emit_scan, conservative="the axis that it runs along stays whole"),
+)
 
 
 def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
@@ -313,7 +319,7 @@ def _flow_while(op: Op, facts: Facts) -> None:
     _flow_round(carry, body, len(of_body), len(carry), facts)
     _pass(facts, of_condition, condition.inputs[: len(of_condition)])
     _pass(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
-    _run(condition, facts)
+    run_region(condition, facts)
     _pass(facts, body.inputs[len(of_body) :], op.outputs)
 
 

@@ -168,4 +168,12 @@ def _emit_conv(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     ]
 
 
-register_rule("conv_general_dilated", rule=Rule(_link_conv, _flow_conv, _emit_conv))
+register_rule(
+    "conv_general_dilated",
+    rule=Rule(
+        _link_conv,
+        _flow_conv,
+        _emit_conv,
+        conservative="axes that the window slides along stay whole, and channels and images in batch groups",
+    ),
+)

@@ -124,10 +124,18 @@ def _flow_each(op: Op, facts: Facts) -> None:
 
 
 def _emit_unconstrained(op: Op, args: list[Any], frame: Any) -> list[Any]:
-    """Where an array lies is a hint, and one that its new size may not allow."""
+    """Where an array lies is a hint, and one that its new size may not allow.
+
+    On a mesh with explicit axes it is part of the type of the output, and restored there.
+    """
     del op, frame
     return args
 
 
 register_rule("optimization_barrier", rule=Rule(_link_each, _flow_each, as_it_was))
-register_rule("sharding_constraint", "device_put", rule=Rule(_link_each, _flow_each, _emit_unconstrained))
+register_rule(
+    "sharding_constraint",
+    "device_put",
+    "reshard",
+    rule=Rule(_link_each, _flow_each, _emit_unconstrained),
+)

@@ -12,6 +12,9 @@ from jaxprune.graph.ir import Op, concrete
 from jaxprune.graph.rules.base import Frame, Rule, as_it_was, register_rule
 from jaxprune.graph.rules.slices import take_dense
 
+_PICKED = "an axis stays whole where slices are picked by numbers that are known only at run time"
+_WRITTEN = "an axis stays whole where only some of its slices are written"
+
 
 def _equal(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
@@ -140,7 +143,7 @@ def _move(array: Any, axis: int, place: int) -> Any:
     return lax.transpose(array, order)
 
 
-register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather))
+register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, conservative=_PICKED))
 
 
 def _link_dynamic_slice(op: Op, graph: AxisGraph) -> None:
@@ -166,7 +169,10 @@ def _emit_dynamic_slice(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return [lax.dynamic_slice(args[0], args[1:], frame.shape(op.outputs[0]))]
 
 
-register_rule("dynamic_slice", rule=Rule(_link_dynamic_slice, _flow_dynamic_slice, _emit_dynamic_slice))
+register_rule(
+    "dynamic_slice",
+    rule=Rule(_link_dynamic_slice, _flow_dynamic_slice, _emit_dynamic_slice, conservative=_PICKED),
+)
 
 
 def _link_update(op: Op, graph: AxisGraph) -> None:
@@ -193,7 +199,7 @@ def _flow_update(op: Op, facts: Facts) -> None:
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("dynamic_update_slice", rule=Rule(_link_update, _flow_update, as_it_was))
+register_rule("dynamic_update_slice", rule=Rule(_link_update, _flow_update, as_it_was, conservative=_WRITTEN))
 
 
 # Scatter: windows as long as the operand's axis are free, what is indexed stays whole.
@@ -250,5 +256,5 @@ register_rule(
     "scatter_mul",
     "scatter_min",
     "scatter_max",
-    rule=Rule(_link_scatter, _flow_scatter, as_it_was),
+    rule=Rule(_link_scatter, _flow_scatter, as_it_was, conservative=_WRITTEN),
 )

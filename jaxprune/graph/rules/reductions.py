@@ -14,6 +14,7 @@ from jaxprune.graph.facts import Facts, either
 from jaxprune.graph.ir import Op, Value
 from jaxprune.graph.rules.base import Frame, Rule, as_it_was, register_rule
 
+_REDUCED = "the reduced axes stay whole"
 _EXTREMA = ("reduce_max", "reduce_min", "reduce_or", "reduce_and")
 
 
@@ -112,13 +113,8 @@ def _flow_product(op: Op, facts: Facts) -> None:
     _flow_left(op, facts, empty=any(facts.zero(value, axis) is not None for axis in op.params["axes"]))
 
 
-def _flow_index(op: Op, facts: Facts) -> None:
-    facts.learn(op.outputs[0])
-
-
-register_rule("reduce_prod", rule=Rule(_link_whole_axes, _flow_product, as_it_was))
-register_rule("reduce_xor", rule=Rule(_link_whole_axes, _flow_left, as_it_was))
-register_rule("argmax", "argmin", rule=Rule(_link_whole_axes, _flow_index, as_it_was))
+register_rule("reduce_prod", rule=Rule(_link_whole_axes, _flow_product, as_it_was, conservative=_REDUCED))
+register_rule("reduce_xor", rule=Rule(_link_whole_axes, _flow_left, as_it_was, conservative=_REDUCED))
 
 
 # Ops that move or mix entries along some axes, and treat each slice along the others alike.
@@ -149,7 +145,7 @@ def _along(axes_of: Any, keeps_zero: bool = True) -> Rule:
         for output in op.outputs[len(op.inputs) :]:
             facts.learn(output)
 
-    return Rule(link, flow, as_it_was)
+    return Rule(link, flow, as_it_was, conservative="the axis that it runs along stays whole")
 
 
 def _axis(op: Op) -> tuple[int, ...]:
@@ -159,7 +155,6 @@ def _axis(op: Op) -> tuple[int, ...]:
 register_rule("cumsum", "cumprod", "cummax", "cummin", rule=_along(_axis))
 register_rule("cumlogsumexp", rule=_along(_axis, keeps_zero=False))
 register_rule("sort", rule=_along(lambda op: (op.params["dimension"],)))
-register_rule("top_k", rule=_along(lambda op: (op.params.get("axis", -1) % len(op.inputs[0].shape),)))
 
 
 def _fft_axes(op: Op) -> tuple[int, ...]:
@@ -171,6 +166,9 @@ register_rule("fft", rule=_along(_fft_axes))
 
 
 # Windows: an axis that the window does not run along is an axis like any other.
+
+
+_WINDOW = "axes that the window slides along stay whole"
 
 
 def _window(op: Op, axis: int) -> tuple[Any, ...]:
@@ -220,7 +218,7 @@ register_rule(
     "reduce_window_sum",
     "reduce_window_max",
     "reduce_window_min",
-    rule=Rule(_link_window, _flow_window, as_it_was),
+    rule=Rule(_link_window, _flow_window, as_it_was, conservative=_WINDOW),
 )
 
 
@@ -250,5 +248,5 @@ def _flow_scatter_windows(op: Op, facts: Facts) -> None:
 register_rule(
     "select_and_scatter_add",
     "select_and_gather_add",
-    rule=Rule(_link_scatter_windows, _flow_scatter_windows, as_it_was),
+    rule=Rule(_link_scatter_windows, _flow_scatter_windows, as_it_was, conservative=_WINDOW),
 )

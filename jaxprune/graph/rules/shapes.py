@@ -205,4 +205,12 @@ def _emit_reshape(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return [lax.reshape(args[0], frame.shape(op.outputs[0]))]
 
 
-register_rule("reshape", rule=Rule(_link_reshape, _flow_reshape, _emit_reshape))
+register_rule(
+    "reshape",
+    rule=Rule(
+        _link_reshape,
+        _flow_reshape,
+        _emit_reshape,
+        conservative="axes stay whole that are mixed with others they share no factor with (2 x 3 to 3 x 2)",
+    ),
+)

@@ -153,6 +153,9 @@ def _flow_concatenate(op: Op, facts: Facts) -> None:
 register_rule("concatenate", rule=Rule(_link_concatenate, _flow_concatenate, as_it_was))
 
 
+_STACKED = "the axis that is made, or taken apart, stays whole"
+
+
 def _link_stack(op: Op, graph: AxisGraph) -> None:
     """`stack`, and `unstack` the other way round: the axis made or taken apart stays whole."""
     along = op.params["axis"]
@@ -180,9 +183,9 @@ def _flow_unstack(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill)
 
 
-stack = Rule(_link_stack, _flow_stack, as_it_was)
+stack = Rule(_link_stack, _flow_stack, as_it_was, conservative=_STACKED)
 register_rule("stack", rule=stack)
-register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, as_it_was))
+register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, as_it_was, conservative=_STACKED))
 
 
 def _reordered(source: Any) -> Rule:

@@ -1,0 +1,79 @@
+"""What finding coupled channels costs beside tracing a gradient, for a 12-layer decoder.
+
+    python -m experiments.benchmarks.grouping
+
+Both are done in turn in one process, on abstract params, and their CPU times are compared: tracing
+the gradient (`jax.make_jaxpr(jax.grad(loss))`) is what a training step costs before it is compiled.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxprune as jp
+from experiments._config import flag, parse
+from experiments.benchmarks.graph import decoder, decoder_params, size
+
+
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    layers: int = flag(12, "layers of the decoder, in a list", at_least=1)
+    rounds: int = flag(9, "how often each is done; the first round is left out", at_least=2)
+
+
+def cpu_time(function: Callable[[], Any]) -> float:
+    """The CPU seconds that a function takes."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+SIZES = ((512, 1408, 8), (4096, 11008, 32))
+"""Width, hidden width and heads of the decoders."""
+
+
+def measure(config: Config, width: int, hidden: int, heads: int) -> tuple[float, float, str]:
+    """The median CPU seconds of finding groups and of tracing the gradient, and what of."""
+    params = decoder_params(config.layers, width, hidden, heads, vocabulary=4096)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    times: tuple[list[float], list[float]] = ([], [])
+    found = 0
+    for _ in range(config.rounds):
+        # New functions each time, because jax keeps what it traced by function.
+        def apply(params: Any, tokens: jax.Array) -> jax.Array:
+            return decoder(params, tokens, heads)
+
+        def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            return jnp.mean(decoder(params, tokens, heads).astype(jnp.float32) ** 2)
+
+        groups: list[Any] = []
+        times[0].append(
+            cpu_time(
+                lambda apply=apply, groups=groups: groups.extend(jp.channel_groups(apply, params, tokens))
+            )
+        )
+        times[1].append(cpu_time(lambda loss=loss: jax.make_jaxpr(jax.grad(loss))(params, tokens)))
+        found = len(groups)
+    name = f"{config.layers} layers of width {width}, {size(params) / 1e6:,.0f} M parameters, {found} groups"
+    finding, tracing = (statistics.median(each[1:]) for each in times)
+    return finding, tracing, name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the ratio."""
+    config = parse(Config, argv, __doc__)
+    print(f"{f'CPU time, median of {config.rounds - 1}':<58}{'groups':>10}{'gradient':>10}{'ratio':>8}")
+    for sizes in SIZES:
+        finding, tracing, name = measure(config, *sizes)
+        print(f"{name:<58}{finding:>8.2f} s{tracing:>8.2f} s{finding / tracing:>8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
