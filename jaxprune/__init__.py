@@ -27,7 +27,15 @@ from jaxprune.budget import Budget, budget
 from jaxprune.dynamic import rewiring, rigl, set_
 
 # Structured pruning: coupled channels, and the network without them
-from jaxprune.graph import Compacted, CompactedModule, Plan, channel_groups, compact, compact_module
+from jaxprune.graph import (
+    Compacted,
+    CompactedModule,
+    Plan,
+    channel_groups,
+    compact,
+    compact_module,
+    residual_blocks,
+)
 
 # Iterative pruning and lottery tickets
 from jaxprune.lottery import (
@@ -128,6 +136,7 @@ __all__ = [
     "pruner",
     "quantization",
     "recipes",
+    "residual_blocks",
     "rewind",
     "rewiring",
     "rigl",

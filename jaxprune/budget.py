@@ -10,11 +10,12 @@ import numpy as np
 
 from jaxprune.arguments import check_function, check_number
 from jaxprune.paths import kernels
-from jaxprune.prune import check_choices
+from jaxprune.prune import check_choices, equal_families, kept_in_each
 from jaxprune.ranked import Counts, Ranked, rank
 from jaxprune.scores import magnitude
+from jaxprune.stacks import Family, Stacked
 from jaxprune.structures import Structure
-from jaxprune.targets import rank_sizes, ranks, target_counts
+from jaxprune.targets import by_layer, rank_sizes, ranks, taken_apart, target_counts
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
 Measure = Callable[[Masks], Any]
@@ -52,6 +53,7 @@ def budget(
     where: Where = kernels,
     masks: Masks | None = None,
     floor: int = 1,
+    stacked: Stacked | None = None,
     grads: Any = None,
     key: jax.Array | None = None,
     **extra: Any,
@@ -84,6 +86,7 @@ def budget(
       where: which leaves take part.
       masks: masks to start from.
       floor: how many units of each leaf or group stay at least.
+      stacked: as for `prune_once`: which axes of which leaves count layers.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
       **extra: passed on to the score, which must name them.
@@ -121,7 +124,7 @@ def budget(
     check_choices(scope, "total", floor)
     if distribution is not None and scope != "layerwise":
         raise ValueError(f"a distribution has a target for each path: pass scope='layerwise', got {scope!r}.")
-    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, budget)
+    ranked = rank(params, scores, structure, where, masks, floor, stacked, grads, key, extra, budget)
     line = _Line(ranked, scope, distribution)
     found: dict[Counts, tuple[Masks, Any]] = {}
     tried: list[tuple[float, float]] = []
@@ -197,6 +200,7 @@ class _Line:
         self._sizes = rank_sizes(ranked.sizes, self._together)
         self._units = sum(ranked.sizes.values())
         self._orders: dict[str, np.ndarray] = {}
+        self._equal = equal_families(ranked.families, scope)
         self.floor = max(ranked.least.values())
         # A sparsity is below 1, but all groups of n:m are pruned at one of 1 - n/m.
         self.last = self._units - (ranked.structure.max_sparsity == 1)
@@ -209,12 +213,25 @@ class _Line:
         """How many units go from each pool."""
         sparsity: Any = self.sparsity(step)
         if self._distribution is not None:
-            sparsity = self._distribution(sparsity)
+            sparsity = taken_apart(self._distribution(sparsity), "sparsity")
+            sparsity = by_layer(sparsity, self._ranked.families, "sparsity")
         targets = target_counts(sparsity, self._sizes, self._ranked.structure, self._scope)
         by_pool: dict[str, int] = {}
         for name, pools in self._together.items():
             by_pool |= self._shared(name, pools, targets[name])
+        for family in self._equal.values():
+            by_pool |= self._equally_many(family, by_pool)
         return self._ranked.to_go(by_pool)
+
+    def _equally_many(self, family: Family, by_pool: Mapping[str, int]) -> dict[str, int]:
+        """How many units of a stack's layers should be gone, so that each keeps as many as the others."""
+        ranked, names = self._ranked, family.names
+        going = dict(zip(ranked.sizes, ranked.to_go(by_pool), strict=True))
+        alive = np.array([ranked.alive[name] for name in names])
+        kept = np.array([ranked.alive[name] - going[name] for name in names])
+        least = max(ranked.least[name] for name in names)
+        number = int(kept_in_each(kept, alive, least, family.multiple_of))
+        return {name: ranked.sizes[name] - min(number, ranked.alive[name]) for name in names}
 
     def _shared(self, name: str, pools: tuple[str, ...], target: int) -> dict[str, int]:
         """How many units of each pool should be gone, of a target for all of them."""

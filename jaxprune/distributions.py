@@ -1,8 +1,10 @@
 """Distributions: how much each leaf gives, as targets by path for `scope="layerwise"`."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,22 +12,27 @@ from jaxprune.arguments import check_number, shown
 from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.schedules import check_sparsity
 from jaxprune.sensitivity_result import Point, Sensitivity
+from jaxprune.stacks import Stacked, layer_indices, layer_shape, stacks_of, take_layer
 from jaxprune.typing import Params, Where
 
 
-def uniform(params: Params, sparsity: float, where: Where = kernels) -> dict[str, float]:
+def uniform(
+    params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None
+) -> dict[str, float]:
     """The same sparsity for every leaf, as a dict to edit.
 
     Args:
       params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
       sparsity: the fraction removed from each leaf, in [0, 1).
       where: which leaves take part.
+      stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Sparsity by path.
+      Sparsity by path. That of a stacked leaf is for each of its layers; one of them may be given another
+      by its name, "layers/kernel[2]".
 
     Raises:
-      ValueError: sparsity outside [0, 1), or `where` matches nothing.
+      ValueError: sparsity outside [0, 1), `where` matches nothing, or `stacked` does not fit a leaf.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -34,10 +41,13 @@ def uniform(params: Params, sparsity: float, where: Where = kernels) -> dict[str
       {'a/kernel': 0.9, 'head/kernel': 0.5}
     """
     target = check_sparsity(sparsity)
-    return dict.fromkeys(selected(params, where), target)
+    paths, _ = _stacks(params, where, stacked)
+    return dict.fromkeys(paths, target)
 
 
-def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, float]:
+def erk(
+    params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None
+) -> dict[str, float]:
     """Erdos-Renyi-Kernel: small and narrow layers stay denser.
 
     The density of a leaf is `eps * sum(dims) / prod(dims)`. eps makes the densities, weighted by
@@ -48,12 +58,14 @@ def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, fl
       params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
       sparsity: the fraction removed from all these leaves together, in [0, 1).
       where: which leaves take part.
+      stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Sparsity by path; 0.0 for the leaves that stay dense.
+      Sparsity by path; 0.0 for the leaves that stay dense. The layers of a stacked leaf are of one shape,
+      so they have one sparsity: that of the same layers as leaves of their own.
 
     Raises:
-      ValueError: sparsity outside [0, 1), or `where` matches nothing.
+      ValueError: sparsity outside [0, 1), `where` matches nothing, or `stacked` does not fit a leaf.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -67,9 +79,12 @@ def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, fl
     """
     target = check_sparsity(sparsity)
     leaves = array_leaves(params)
-    paths = [path for path in selected(params, where) if leaves[path].size]
+    chosen, stacks = _stacks(params, where, stacked)
+    paths = [path for path in chosen if leaves[path].size]
     size = {path: float(leaves[path].size) for path in paths}
-    raw = {path: sum(leaves[path].shape or (1,)) / size[path] for path in paths}
+    shape = {path: layer_shape(leaves[path].shape, stacks.get(path, ())) for path in paths}
+    # As many layers as a stack has are as many leaves: of its size, and each with the density of one.
+    raw = {path: sum(shape[path] or (1,)) / math.prod(shape[path]) for path in paths}
 
     # sum_dense size + eps * sum_rest (raw * size) = (1 - sparsity) * sum size, solved for eps.
     # Every leaf the solution overfills becomes dense; each round makes at least one so, or ends.
@@ -86,7 +101,9 @@ def erk(params: Params, sparsity: float, where: Where = kernels) -> dict[str, fl
     return {path: 0.0 if path in dense else float(np.clip(1 - eps * raw[path], 0, 1)) for path in paths}
 
 
-def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, Any]:
+def sigma(
+    params: Params, quality: float, where: Where = kernels, *, stacked: Stacked | None = None
+) -> dict[str, Any]:
     """Thresholds proportional to each leaf's standard deviation, `quality * std(w)`.
 
     Args:
@@ -94,12 +111,14 @@ def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, A
       quality: the factor, 0 or more. For normally distributed weights of mean 0 and the
         magnitude score, 1.0 removes 68 %, 0.5 removes 38 %.
       where: which leaves take part.
+      stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Threshold by path, for `prune_once(..., threshold=...)`.
+      Threshold by path, for `prune_once(..., threshold=...)`; of a stacked leaf an array of its stack's
+      shape, one threshold for each layer.
 
     Raises:
-      ValueError: a negative quality, or `where` matches nothing.
+      ValueError: a negative quality, `where` matches nothing, or `stacked` does not fit a leaf.
       TypeError: a quality that is no number.
 
     Example:
@@ -116,7 +135,27 @@ def sigma(params: Params, quality: float, where: Where = kernels) -> dict[str, A
     if not quality >= 0:
         raise ValueError(f"quality must be 0 or more, got {quality}.")
     leaves = array_leaves(params)
-    return {path: float(quality) * jnp.std(leaves[path]) for path in selected(params, where)}
+    chosen, stacks = _stacks(params, where, stacked)
+
+    def deviation(path: str) -> jax.Array:
+        axes, shape = stacks.get(path, ()), leaves[path].shape
+        if not axes:
+            return jnp.std(leaves[path])
+        each = [jnp.std(take_layer(leaves[path], axes, index)) for index in layer_indices(shape, axes)]
+        return jnp.stack(each).reshape([shape[axis] for axis in axes])
+
+    return {path: float(quality) * deviation(path) for path in chosen}
+
+
+def _stacks(
+    params: Params, where: Where, stacked: Stacked | None
+) -> tuple[list[str], dict[str, tuple[int, ...]]]:
+    """The paths of the leaves that take part, and the stack axes of those that are stacked."""
+    chosen = selected(params, where)
+    if stacked is None:
+        return chosen, {}
+    leaves = array_leaves(params)
+    return chosen, stacks_of(stacked, {path: leaves[path] for path in chosen})
 
 
 def from_sensitivity(

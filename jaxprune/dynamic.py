@@ -1,5 +1,6 @@
 """Dynamic sparse training: masks that move while their number of entries stays."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,14 +8,15 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import as_integer, check_key, check_number, check_state, is_number, name_of
 from jaxprune.control import update_if
-from jaxprune.evaluation import all_finite, evaluate
+from jaxprune.evaluation import all_finite, evaluate, of_layers
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.ordering import ordered_bits
 from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
-from jaxprune.prune import checked_structure, pool
+from jaxprune.prune import checked_structure, pool, with_stacks
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
+from jaxprune.stacks import Stacked, check_stacked, join_layers, split_layers
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.table import REWIRED, with_rows
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
@@ -28,6 +30,7 @@ def rigl(
     fraction: float = 0.3,
     structure: Structure | None = None,
     where: Where = kernels,
+    stacked: Stacked | None = None,
 ) -> Pruner:
     """RigL: drops the smallest weights, grows where the dense gradient is largest.
 
@@ -45,6 +48,8 @@ def rigl(
       structure: what is dropped and grown as one: entries (the default), `slices`, `blocks`; with
         `nm` weights move inside their groups. The masks must be made of its units.
       where: which leaves take part; the others' masks stay as they are.
+      stacked: which axes of which leaves count layers, as for `prune_once`: each layer then keeps its own
+        number of weights.
 
     Returns:
       A `Pruner` for `wrap_optax`, whose `update` needs `grads`, of the masked network with
@@ -75,6 +80,7 @@ def rigl(
         fraction=fraction,
         structure=structure,
         where=where,
+        stacked=stacked,
     )
 
 
@@ -86,6 +92,7 @@ def set_(
     fraction: float = 0.3,
     structure: Structure | None = None,
     where: Where = kernels,
+    stacked: Stacked | None = None,
     seed: int | jax.Array = 0,
 ) -> Pruner:
     """SET, sparse evolutionary training: drops the smallest weights, grows at random.
@@ -98,7 +105,7 @@ def set_(
       every: steps between two updates of the masks (an epoch in the paper).
       end_step: no updates from this step on.
       fraction: of the kept weights, dropped in an update at the start.
-      structure, where: as for `rigl`.
+      structure, where, stacked: as for `rigl`.
       seed: an integer or a PRNG key, where `update` is given no key. Under `vmap` pass a key of each
         element's own, or all draw the same numbers.
 
@@ -129,6 +136,7 @@ def set_(
         fraction=fraction,
         structure=structure,
         where=where,
+        stacked=stacked,
         seed=seed,
     )
 
@@ -143,6 +151,7 @@ def rewiring(
     fraction: float = 0.3,
     structure: Structure | None = None,
     where: Where = kernels,
+    stacked: Stacked | None = None,
     seed: int | jax.Array = 0,
 ) -> Pruner:
     """Dynamic sparse training with scores of one's own; `rigl` and `set_` are two of its kind.
@@ -162,7 +171,7 @@ def rewiring(
       end_step: no updates from this step on.
       fraction: of the kept units, dropped in an update at the start; it falls to 0 by
         `fraction / 2 (1 + cos(pi t / end_step))`.
-      structure, where: as for `rigl`.
+      structure, where, stacked: as for `rigl`.
       seed: an integer or a PRNG key (which may be traced) for scores that need one, where `update`
         is given none.
 
@@ -203,9 +212,11 @@ def rewiring(
         )
     masks = bool_masks(masks)
     check_where(where)
+    if stacked is not None:
+        check_stacked(stacked)
     if is_concrete(masks):
         with jax.ensure_compile_time_eval():  # a traced function may have closed over them
-            _check_units(masks, where, structure)
+            _check_units(masks, where, structure, stacked)
 
     def init_fn(params: Params) -> PrunerState:
         selected(params, where)
@@ -218,6 +229,8 @@ def rewiring(
         check_state(state)
         check_extra((drop, grow), extra, "pruner.update", ("grads", "key"))
         chosen = selected(params, where)
+        units_of = with_stacks(structure, stacked, array_leaves(params), chosen)
+        both = [of_layers(score, params, units_of.stacks, stacked) for score in (drop, grow)]
         # Its rows count moves; a state of another pruner starts to count here.
         state = with_rows(state)
         moves = jnp.where(state.schedule == REWIRED, state.row, 0)
@@ -229,10 +242,10 @@ def rewiring(
         def move(state: PrunerState) -> PrunerState:
             lows, highs = (
                 evaluate(score, params, grads=grads, key=jax.random.fold_in(rng, number), **extra)
-                for number, score in enumerate((drop, grow))
+                for number, score in enumerate(both)
             )
             part = fraction / 2 * (1 + jnp.cos(jnp.pi / end_step * state.step.astype(jnp.float32)))
-            masks = _moved(unpack_masks(state.masks), lows, highs, part, chosen, structure)
+            masks = _moved(unpack_masks(state.masks), lows, highs, part, chosen, units_of)
             return state._replace(masks=packed_like(masks, state.masks), row=state.row + 1)
 
         due = (state.step % every == 0) & (state.step < end_step)
@@ -255,6 +268,8 @@ def _moved(
 
     A leaf that prunes nothing comes out as it was: what is dropped there is all that can grow.
     """
+    if stacks := {path: axes for path, axes in (structure.stacks or {}).items() if path in chosen}:
+        return _moved_by_layer(masks, lows, highs, part, chosen, structure, stacks)
     before, everything = array_leaves(masks, "masks"), ones_masks(masks)
     here = pool(lows, masks, chosen, structure)
     if structure.max_sparsity == 1:
@@ -278,6 +293,27 @@ def _moved(
     finite = all_finite(lows, masks, chosen) & all_finite(highs, everything, chosen)
     new = before | {path: jnp.where(finite, after[path], before[path]) for path in chosen}
     return jax.tree.unflatten(jax.tree.structure(masks), list(new.values()))
+
+
+def _moved_by_layer(
+    masks: Masks,
+    lows: Scores,
+    highs: Scores,
+    part: Any,
+    chosen: list[str],
+    structure: Structure,
+    stacks: Mapping[str, tuple[int, ...]],
+) -> Masks:
+    """`_moved` of each layer of the stacked leaves."""
+    leaves = array_leaves(masks, "masks")
+    whole = {path: leaves[path] for path in chosen}
+    before, low, high = (
+        split_layers({path: array_leaves(tree)[path] for path in chosen}, stacks)
+        for tree in (masks, lows, highs)
+    )
+    moved = _moved(before, low, high, part, list(before), structure._replace(stacks=None))
+    after = leaves | join_layers(moved, stacks, {path: whole[path].shape for path in stacks})
+    return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
 
 
 def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:
@@ -308,7 +344,7 @@ def _most(dtype: Any) -> jax.Array:
     return jnp.array(jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).max, dtype)
 
 
-def _check_units(masks: Masks, where: Where, structure: Structure) -> None:
+def _check_units(masks: Masks, where: Where, structure: Structure, stacked: Stacked | None) -> None:
     """Checks that a move of nothing gives the masks back, and that something could move."""
     leaves = array_leaves(masks, "masks")
     chosen = [path for path, mask in leaves.items() if where(path, mask)]
@@ -317,6 +353,7 @@ def _check_units(masks: Masks, where: Where, structure: Structure) -> None:
             "masks prune nothing of what where= takes in, so no connection could move. Start from "
             "sparse masks: jaxprune.prune_once(params, jaxprune.scores.random, key=key, sparsity=...)."
         )
+    structure = with_stacks(structure, stacked, leaves, chosen)
     scores = jax.tree.map(lambda mask: mask.astype(jnp.float32), masks)
     same = array_leaves(_moved(masks, scores, scores, 0.0, chosen, structure), "masks")
     for path in chosen:

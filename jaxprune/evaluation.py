@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import inspect
 from typing import Any
 
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 from jaxprune import scores as score_functions
 from jaxprune.arguments import shown
 from jaxprune.dtypes import is_narrow, is_numeric
+from jaxprune.extras import named_by
 from jaxprune.paths import array_leaves, check_mirrors, is_array, is_concrete
 from jaxprune.recompute import Recipe, with_recipes
+from jaxprune.stacks import Stacked, Stacks, stacks_of
 from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 
 
@@ -37,6 +40,32 @@ def is_tree_of_scores(scores: ScoreFn | Scores, params: Params) -> bool:
     """Whether scores are values rather than a function; a module of arrays can be called, too."""
     mirrored = jax.tree.structure(scores) == jax.tree.structure(params)
     return not callable(scores) or (mirrored and all(map(is_array, jax.tree.leaves(scores))))
+
+
+def of_layers(
+    scores: ScoreFn | Scores, params: Params, stacks: Stacks | None, stacked: Stacked | None
+) -> ScoreFn | Scores:
+    """The scores; a score function that takes `stacked` is given it.
+
+    Args:
+      scores: a function, or a tree of scores.
+      params: the params.
+      stacks: the stacks of the leaves that take part, or of all that the structure knows.
+      stacked: what the user says of others; it need not fit leaves that take no part.
+    """
+    if not stacks or is_tree_of_scores(scores, params) or "stacked" not in (named_by(scores) or ()):
+        return scores
+    if isinstance(scores, functools.partial) and "stacked" in scores.keywords:
+        return scores
+
+    def says(path: str, leaf: Any) -> tuple[int, ...]:
+        if path in stacks or stacked is None:
+            return stacks.get(path, ())
+        with contextlib.suppress(ValueError):
+            return stacks_of(stacked, {path: leaf}).get(path, ())
+        return ()
+
+    return functools.partial(scores, stacked=says)  # pyright: ignore[reportCallIssue]
 
 
 def _call_score(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> Scores:

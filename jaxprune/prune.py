@@ -5,16 +5,17 @@ steps again and again, with a count that a schedule gives.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.arguments import as_integer, check_params, shown
 from jaxprune.dtypes import is_narrow
-from jaxprune.evaluation import is_tree_of_scores, scored
+from jaxprune.evaluation import is_tree_of_scores, of_layers, scored
 from jaxprune.extras import check_extra
 from jaxprune.masks import like_params, ones_masks
 from jaxprune.paths import (
@@ -29,16 +30,32 @@ from jaxprune.paths import (
 from jaxprune.recompute import Recipe
 from jaxprune.selection import Request, select, select_arrays
 from jaxprune.sources import Source
+from jaxprune.stacks import (
+    Family,
+    Stacked,
+    check_stacks,
+    families_of,
+    join_layers,
+    layer_indices,
+    layer_name,
+    layer_shape,
+    leaf_of_layer,
+    split_layers,
+    stacks_of,
+    take_layer,
+)
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import (
     SCOPES,
     Counts,
     Ranks,
+    by_layer,
     checked_counts,
     pool_sizes,
     rank_sizes,
     ranks,
     sparsity_counts,
+    taken_apart,
     threshold_counts,
 )
 from jaxprune.targets import (
@@ -61,6 +78,7 @@ def prune_once(
     where: Where = kernels,
     masks: Masks | None = None,
     floor: int = 1,
+    stacked: Stacked | None = None,
     grads: Any = None,
     key: jax.Array | None = None,
     **extra: Any,
@@ -93,6 +111,11 @@ def prune_once(
       masks: masks to start from; by default nothing is pruned.
       floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
         the network there.
+      stacked: which leaves hold the same param of many layers: a function of (path, leaf) that returns how
+        many leading axes of the leaf count layers, or a tuple of the axes that do. Each layer is then
+        pruned as a leaf of its own, called `path[i]`, and axes of structures count those of one layer.
+        Coupled channels know their stacks by themselves. A target of a stacked leaf by its path is one
+        number for all layers, or an array of the stack's shape.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
       **extra: passed on to the score, which must name them; a bare `**_` in its signature names nothing.
@@ -107,8 +130,9 @@ def prune_once(
         argument that neither this function nor the score names.
 
     Warns:
-      UserWarning: the target was not reached, `floor` kept units that would have gone, or without
-        a floor a leaf was emptied (layer collapse).
+      UserWarning: the target was not reached, `floor` kept units that would have gone, without
+        a floor a leaf was emptied (layer collapse), or a stack of coupled channels keeps another number than
+        was asked for, because it keeps equally many in each layer unless `scope="layerwise"`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -131,20 +155,29 @@ def prune_once(
             f"sparsity={sparsity}, count={count}, threshold={threshold}."
         )
     chosen = selected(params, where)
+    structure = with_stacks(structure, stacked, array_leaves(params), chosen)
     whole = masks is None
     masks = ones_masks(params) if whole else like_params(masks, params)
+    scores = of_layers(scores, params, structure.stacks, stacked)
     tree, recipes = scored(scores, params, grads=grads, key=key, **extra)
     units = pool(tree, masks, chosen, structure, recipes, whole)
     # A threshold is the same for all, so every pool has its own count.
     together = ranks(units.scores, structure, scope if threshold is None else "layerwise")
-    if sparsity is not None:
-        counts = sparsity_counts(sparsity, units, structure, together, scope, of)
-    elif count is not None:
-        counts = checked_counts(count, units, together, scope)
+    what, target = next(
+        (name, target)
+        for name, target in (("sparsity", sparsity), ("count", count), ("threshold", threshold))
+        if target is not None
+    )
+    target = by_layer(taken_apart(target, what), units.families, what)
+    if what == "sparsity":
+        counts = sparsity_counts(target, units, structure, together, scope, of)
+    elif what == "count":
+        counts = checked_counts(target, units, together, scope)
     else:
-        counts = threshold_counts(threshold, units)
+        counts = threshold_counts(target, units)
     of_all = sparsity is not None and of == "total"
-    return remove(masks, units, counts, together, floors_of(units.scores, structure, floor), of_all)
+    least, equal = floors_of(units.scores, structure, floor), equal_families(units.families, scope)
+    return remove(masks, units, counts, together, least, of_all, equal, tell=True)
 
 
 def checked_structure(structure: Structure | None) -> Structure:
@@ -168,11 +201,58 @@ def default_where(where: Where, structure: Structure) -> Where:
     if where is not kernels or not structure.weights:
         return where
 
+    # A leaf is asked about as a whole; it takes part if one of its layers is used as weights.
+    of_leaf: dict[str, bool] = {}
+    for name, used in structure.weights.items():
+        leaf_path = leaf_of_layer(name)
+        if leaf_path is not None:
+            of_leaf[leaf_path] = of_leaf.get(leaf_path, False) or used
+    known = of_leaf | dict(structure.weights)
+
     def weights(path: str, leaf: Any) -> bool:
-        return structure.weights[path] if path in structure.weights else kernels(path, leaf)
+        return known[path] if path in known else kernels(path, leaf)
 
     weights.__name__ = kernels.__name__
     return weights
+
+
+def with_stacks(
+    structure: Structure, stacked: Stacked | None, leaves: Mapping[str, Any], chosen: Iterable[str]
+) -> Structure:
+    """The structure with the stacks of these leaves: its own, or as `stacked` says.
+
+    Args:
+      structure: a structure.
+      stacked: as for `prune_once`.
+      leaves: all leaves by path, params or masks.
+      chosen: the paths of those that take part.
+
+    Raises:
+      ValueError: a structure that knows its stacks, and a function that says something else.
+      TypeError: as `stacks_of`.
+    """
+    if stacked is None:
+        return structure
+    asked = leaves if structure.spans_leaves else {path: leaves[path] for path in chosen}
+    known = structure.stacks
+    if known is not None:
+        asked = {path: leaves[path] for path in dict.fromkeys((*chosen, *known)) if path in leaves}
+    given = stacks_of(stacked, asked)
+    if known is None:
+        return structure._replace(stacks=given)
+    for path in asked:
+        if known.get(path, ()) != given.get(path, ()):
+            raise ValueError(
+                f"stacked= says that the axes {given.get(path, ())} of params[{path!r}] count layers, but "
+                f"{structure.name} has {known.get(path, ())}. Leave out stacked=, or pass the same to "
+                "channel_groups."
+            )
+    return structure
+
+
+def equal_families(families: Mapping[str, Family], scope: str) -> dict[str, Family]:
+    """The stacks of coupled channels that keep equally many units in each layer under a scope."""
+    return {name: family for name, family in families.items() if family.equal and scope != "layerwise"}
 
 
 def check_choices(scope: str, of: str, floor: Any) -> int:
@@ -245,20 +325,75 @@ def pool(
     }
     # Units that span leaves may have to be told alive by leaves that give no scores.
     seen = before if structure.spans_leaves else {path: before[path] for path in chosen}
-    units = structure.pool(picked, seen)
-    same = {path for path, leaf in picked.items() if units.scores.get(path) is leaf}
+    stacks = {path: axes for path, axes in (structure.stacks or {}).items() if path in seen}
+    check_stacks(stacks, seen)
+    parts = split_layers(picked, stacks)
+    units = structure.pool(parts, split_layers(seen, stacks))
+    same = {name for name, part in parts.items() if units.scores.get(name) is part}
     # Where all units are entries of one dtype, they are ranked in it: half as many bits take half the time.
     narrow = len(same) == len(units.scores) and len(set(dtypes[: len(raw)])) == 1
-    recipes = {path: recipes.get(path, Recipe(lambda leaf: leaf, raw[path])) for path in same}
     rank_dtype = dtypes[0] if narrow else dtype
+    shapes = {path: seen[path].shape for path in stacks}
+    layers = {
+        layer_name(path, index): (path, axes, index)
+        for path, axes in stacks.items()
+        for index in layer_indices(shapes[path], axes)
+    }
 
-    def source(path: str) -> Source:
-        compute, inputs = recipes[path]
+    def source(name: str) -> Source:
+        path, axes, index = layers.get(name, (name, (), ()))
+        compute, inputs = recipes.get(path, Recipe(lambda leaf: leaf, raw[path]))
         # Where masks have values, one program serves those that prune nothing as well.
         alive = None if whole and not is_concrete(raw[path]) else before[path]
-        return Source(lambda given: (compute(given[0]).astype(rank_dtype), given[1]), (inputs, alive))
 
-    return units._replace(sources={path: source(path) for path in same})
+        def read(given: Any) -> tuple[jax.Array, jax.Array | None]:
+            # Layers are taken from what is computed, not stored: a slice of it computes that slice alone.
+            scores, kept = compute(given[0]).astype(rank_dtype), given[1]
+            return take_layer(scores, axes, index), None if kept is None else take_layer(kept, axes, index)
+
+        return Source(read, (inputs, alive))
+
+    sources = {name: source(name) for name in same}
+    if not stacks:
+        return units._replace(sources=sources)
+    return units._replace(
+        sources=sources,
+        expand=lambda keep: _joined(units.expand(keep), stacks, shapes),
+        families=families_in(structure, shapes, units.scores),
+    )
+
+
+def families_in(
+    structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
+) -> dict[str, Family]:
+    """By name, the pools that are the layers of a stack: of a leaf, or of coupled channels.
+
+    Args:
+      structure: what pools.
+      shapes: the shapes of stacked leaves by path.
+      pools: the names of all pools.
+    """
+    families = families_of(structure.stacks or {}, shapes, pools)
+    for name, family in structure.families.items():
+        if pooled := tuple(pool for pool in family.names if pool in pools):
+            shape = family.shape if len(pooled) == len(family.names) else (len(pooled),)
+            families[name] = family._replace(names=pooled, shape=shape)
+    return families
+
+
+def _joined(
+    entries: Mapping[str, jax.Array],
+    stacks: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, jax.Array]:
+    """Masks by path from those of layers; a layer in which no unit lies is kept whole."""
+    complete = dict(entries)
+    for path, axes in stacks.items():
+        names = [layer_name(path, index) for index in layer_indices(shapes[path], axes)]
+        if any(name in entries for name in names):
+            whole = jnp.ones(layer_shape(shapes[path], axes), bool)
+            complete |= {name: entries.get(name, whole) for name in names}
+    return join_layers(complete, stacks, shapes)
 
 
 def remove(
@@ -268,6 +403,8 @@ def remove(
     together: Ranks,
     floors: Mapping[str, int],
     of_all: bool = False,
+    equal: Mapping[str, Family] = MappingProxyType({}),
+    tell: bool = False,
 ) -> Masks:
     """Masks without the lowest units.
 
@@ -278,6 +415,9 @@ def remove(
       together: the pools of each rank.
       floors: how many units of each pool stay at least.
       of_all: whether the counts include what is pruned already.
+      equal: stacks of which each layer keeps equally many units, the number nearest to what its layers
+        would keep together.
+      tell: whether to warn where that is another number.
 
     Returns:
       Masks like `masks`, keeping a subset.
@@ -288,6 +428,10 @@ def remove(
     gone = _lowest_units(units, counts, together, floors, of_all)
     if is_concrete(units.alive, counts, gone):
         _say_what_was_not_done(units, counts, together, floors, of_all, gone)
+    if equal:
+        pooled, gone = gone, _equally_many(units, gone, equal, floors)
+        if tell and is_concrete(units.alive, pooled, gone):
+            _say_what_equal_numbers_changed(units, equal, pooled, gone)
     before = array_leaves(masks, "masks")
     changed = kept_entries(units, {name: ~gone[name] for name in gone}, before)
     if not any(floors.values()) and is_concrete(before, changed):
@@ -335,6 +479,72 @@ def _lowest_units(
     else:
         gone = select(sources, request)
     return dict(zip(names, gone, strict=True))
+
+
+def _equally_many(
+    units: Units, gone: Mapping[str, jax.Array], equal: Mapping[str, Family], floors: Mapping[str, int]
+) -> dict[str, jax.Array]:
+    """For each pool, the units that go, where each layer of a stack keeps as many as the others."""
+    counts: dict[str, Any] = {}
+    for family in equal.values():
+        alive = [jnp.sum(units.alive[name], dtype=jnp.int32) for name in family.names]
+        kept = [jnp.sum(units.alive[name] & ~gone[name], dtype=jnp.int32) for name in family.names]
+        least = max(floors[name] for name in family.names)
+        number = kept_in_each(jnp.stack(kept), jnp.stack(alive), least, family.multiple_of)
+        counts |= {n: jnp.maximum(a - number, 0) for n, a in zip(family.names, alive, strict=True)}
+    lowest = _lowest_units(units, counts, {name: (name,) for name in counts}, dict.fromkeys(counts, 0), False)
+    return {**gone, **lowest}
+
+
+def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: int) -> Any:
+    """How many units each layer of a stack keeps, so that all keep equally many.
+
+    That is the mean of what they would keep, rounded half to even, then up to a multiple. What is pruned
+    never comes back, so it is at most what the layer with the fewest has left.
+
+    Args:
+      kept: how many units each layer would keep, an array of NumPy or of JAX.
+      alive: how many units each has left.
+      floor: how many each keeps at least; one that has fewer left keeps those.
+      multiple_of: the multiple.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.prune import kept_in_each
+      >>> [int(kept_in_each(np.array(kept), np.array([9, 9]), 2, 1)) for kept in ([5, 2], [0, 1], [7, 6])]
+      [4, 2, 6]
+    """
+    xp: Any = np if isinstance(kept, np.ndarray) else jnp
+    whole, rest = xp.divmod(xp.sum(kept, dtype=kept.dtype), len(kept))
+    number = whole + ((2 * rest > len(kept)) | ((2 * rest == len(kept)) & (whole % 2 == 1)))
+    fewest, most = xp.min(alive), xp.max(alive)
+    up = -(-xp.maximum(number, floor) // multiple_of) * multiple_of
+    # Beyond what a layer has left: all of it, if all have as many left, and else a multiple that all have.
+    down = fewest - fewest % multiple_of
+    within = xp.where((fewest == most) | (down < floor), fewest, down)
+    return xp.maximum(xp.where(up <= fewest, up, within), xp.minimum(floor, most))
+
+
+def _say_what_equal_numbers_changed(
+    units: Units,
+    equal: Mapping[str, Family],
+    pooled: Mapping[str, jax.Array],
+    gone: Mapping[str, jax.Array],
+) -> None:
+    """Warns of stacks that keep more or fewer units than was asked for."""
+    for name, family in equal.items():
+        asked, got = (
+            [int(jnp.sum(units.alive[pool] & ~each[pool])) for pool in family.names]
+            for each in (pooled, gone)
+        )
+        if sum(asked) != sum(got):
+            each = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
+            warnings.warn(
+                f"{name}: {sum(got)} units are kept where the target asks for {sum(asked)}, because a stack "
+                f"keeps equally many in each of its {len(got)} layers: {each}. With scope='layerwise' each "
+                "layer, or stack, has a target of its own.",
+                stacklevel=4,
+            )
 
 
 def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:

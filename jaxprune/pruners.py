@@ -2,7 +2,7 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -13,17 +13,27 @@ from jax.core import Tracer
 from jaxprune import table as targets_of
 from jaxprune.arguments import as_integer, check_state, is_number, name_of, shown
 from jaxprune.control import update_if
-from jaxprune.evaluation import all_finite, check_score_is_no_name, scored
+from jaxprune.evaluation import all_finite, check_score_is_no_name, of_layers, scored
 from jaxprune.extras import check_extra, named_by
 from jaxprune.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.metrics.sizes import alive_units
 from jaxprune.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
-from jaxprune.prune import check_choices, checked_structure, default_where, pool, remove
+from jaxprune.prune import (
+    check_choices,
+    checked_structure,
+    default_where,
+    equal_families,
+    families_in,
+    pool,
+    remove,
+    with_stacks,
+)
 from jaxprune.recompute import Recipe
 from jaxprune.schedules import Schedule, check_sparsity
+from jaxprune.stacks import Stacked, check_stacked, split_shapes
 from jaxprune.structures import Structure, elements
 from jaxprune.table import Grid, Request, Table
-from jaxprune.targets import alive_counts, floors, rank_sizes, ranks, target_counts
+from jaxprune.targets import alive_counts, by_layer, floors, rank_sizes, ranks, target_counts
 from jaxprune.typing import (
     DenseShapes,
     Masks,
@@ -55,6 +65,7 @@ def pruner(
     stop: float | None = None,
     masks: Masks | None = None,
     seed: int = 0,
+    stacked: Stacked | None = None,
 ) -> Pruner:
     """A pruner that follows a schedule, acting every so many updates.
 
@@ -93,6 +104,8 @@ def pruner(
       masks: masks to start from, as from `prune_once`; by default nothing is pruned. What they prune counts
         towards a target `of="total"`.
       seed: for scores that need a key, where `update` is given none.
+      stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then pruned as a
+        leaf of its own. In a dict of targets a stacked leaf may have an array of numbers.
 
     Returns:
       A `Pruner`.
@@ -140,6 +153,8 @@ def pruner(
     structure = checked_structure(structure)
     where = default_where(where, structure)
     masks = None if masks is None else bool_masks(masks)
+    if stacked is not None:
+        check_stacked(stacked)
     asks = Request(schedules, grid, structure, scope, of, floor, limit)
     description = _described(scores, schedules, asks)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
@@ -152,12 +167,19 @@ def pruner(
 
     @lru_cache(maxsize=8)
     def table(
-        sizes: tuple[tuple[str, int], ...], cut_out: tuple[tuple[str, int], ...], places: tuple[str, ...]
+        sizes: tuple[tuple[str, int], ...],
+        cut_out: tuple[tuple[str, int], ...],
+        places: tuple[str, ...],
+        stacks: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
     ) -> Table:
-        return targets_of.build(asks, dict(sizes), dict(cut_out), places)
+        known = structure._replace(stacks={path: axes for path, axes, _ in stacks}) if stacks else structure
+        shapes = {path: shape for path, _, shape in stacks}
+        return targets_of.build(
+            _of_layers(asks, known, shapes, dict(sizes)), dict(sizes), dict(cut_out), places
+        )
 
     def init_fn(params: Params) -> PrunerState:
-        selected(params, where)
+        with_stacks(structure, stacked, array_leaves(params), selected(params, where))
         start = ones_masks(params) if masks is None else own_masks(masks, params)
         number = targets_of.NO_SCHEDULE if masks is None else targets_of.FROM_MASKS
         # An array for each number: a train step that donates its state can donate no array twice.
@@ -170,12 +192,14 @@ def pruner(
             raise ValueError("pruner.update needs params: the scores are of them.")
         check_state(state)
         check_extra(scores, extra, "pruner.update", ("grads", "key"))
-        chosen = selected(params, where)
+        chosen, leaves = selected(params, where), array_leaves(params)
+        units_of = with_stacks(structure, stacked, leaves, chosen)
+        score = of_layers(scores, params, units_of.stacks, stacked)
         check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
         def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            return scored(scores, params, grads=grads, key=rng, **extra)
+            return scored(score, params, grads=grads, key=rng, **extra)
 
         def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recipe]]:
             return (state.scores, {}) if memory else scores_now(state.step)
@@ -190,7 +214,7 @@ def pruner(
             before = unpack_masks(state.masks)
             sound = all_finite(now, before, chosen)
             if is_concrete(sound):
-                pool(now, before, chosen, structure)  # says which scores are not finite
+                pool(now, before, chosen, units_of)  # says which scores are not finite
 
             def added(old, new):
                 total = memory * old + new.astype(old.dtype)
@@ -200,28 +224,30 @@ def pruner(
             state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
         def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
-            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, structure)
+            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, units_of)
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
         sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
-        cut_out = _cut_out(state.dense, sizes, structure, chosen, description)
+        cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
         places = tuple(targets_of.places_of(sizes, leaf_paths(params)))
-        targets = table(tuple(sizes.items()), tuple(cut_out.items()), places)
+        stacks = [(path, axes, tuple(leaves[path].shape)) for path, axes in (units_of.stacks or {}).items()]
+        targets = table(tuple(sizes.items()), tuple(cut_out.items()), places, tuple(stacks))
         at = targets_of.place(targets, grid, state)
 
         def advance(state: PrunerState) -> PrunerState:
             tree, recipes = tree_now(state)
             before = unpack_masks(state.masks)
-            units = pool(tree, before, chosen, structure, recipes)
+            units = pool(tree, before, chosen, units_of, recipes)
             competing, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
+            equal = equal_families(units.families, scope)
             counts = targets_of.counts_at(targets, at, units.alive, competing)
             if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
                 # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
                 gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
                 least_gone = rank_sizes(gone, competing)
                 counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
-            after = remove(before, units, counts, competing, least, of_all=True)
+            after = remove(before, units, counts, competing, least, True, equal)
             finite = all_finite(tree, before, chosen)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
             after = packed_like(after, state.masks)
@@ -232,7 +258,7 @@ def pruner(
         return update_if(at.due & sound, advance, state)
 
     def progress(masks: Masks) -> Progress:
-        return _progress(masks, asks, where)
+        return _progress(masks, asks, where, stacked)
 
     return Pruner(
         init_fn,
@@ -334,10 +360,10 @@ def _cut_out(
         return {}
     before: Mapping[str, int | None] = {}
     if structure.sizes_of is not None:
-        before = structure.sizes_of(dict(dense.by_path))
+        before = structure.sizes_of(split_shapes(dict(dense.by_path), structure.stacks or {}))
     elif not structure.spans_leaves:
         chosen_shapes = {path: shape for path, shape in dense.by_path if path in chosen}
-        before = _sizes(chosen_shapes, structure)
+        before = _sizes(split_shapes(chosen_shapes, structure.stacks or {}), structure)
     if unknown := [name for name in sizes if before.get(name) is None]:
         left = ", ".join(f"{name} has {sizes[name]}" for name in unknown)
         warnings.warn(
@@ -359,15 +385,27 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
     return {name: units.size for name, units in jax.eval_shape(alive, masks).items()}
 
 
-def _progress(masks: Masks, asks: Request, where: Where) -> Progress:
+def _of_layers(
+    asks: Request, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
+) -> Request:
+    """What is asked, with a schedule for each layer in place of those for a whole stack."""
+    families = families_in(structure, shapes, pools)
+    return asks._replace(structure=structure, schedules=by_layer(asks.schedules, families, "sparsity"))
+
+
+def _progress(masks: Masks, asks: Request, where: Where, stacked: Stacked | None) -> Progress:
     """How many units of what takes part are left, and how many are to go by the end of the schedule."""
     leaves = array_leaves(unpack_masks(masks), "masks")
-    if not any(where(path, mask) for path, mask in leaves.items()):
+    chosen = [path for path, mask in leaves.items() if where(path, mask)]
+    if not chosen:
         raise ValueError(
             f"where={name_of(where)} of the pruner matches no leaf of the masks: {', '.join(leaves)}."
         )
-    alive = alive_units(asks.structure, leaves, where)
+    structure = with_stacks(asks.structure, stacked, leaves, chosen)
+    alive = alive_units(structure, leaves, where)
     sizes = {name: units.size for name, units in alive.items()}
+    stacks = {path: axes for path, axes in (structure.stacks or {}).items() if path in leaves}
+    asks = _of_layers(asks, structure, {path: leaves[path].shape for path in stacks}, sizes)
     asked = None
     if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
         last = asks.grid.count(asks.grid.last or 1)
@@ -381,4 +419,4 @@ def _progress(masks: Masks, asks: Request, where: Where) -> Progress:
             asked = min(asked, most)
     kept = sum(int(jnp.sum(units)) for units in alive.values())
     unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
-    return Progress(unit, kept, sum(sizes.values()), asked)
+    return Progress(unit, kept, sum(sizes.values()), asked, stacks)

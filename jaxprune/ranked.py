@@ -16,11 +16,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.evaluation import evaluate, is_tree_of_scores
+from jaxprune.evaluation import evaluate, is_tree_of_scores, of_layers
 from jaxprune.extras import check_extra
 from jaxprune.masks import apply_masks, like_params, ones_masks
 from jaxprune.paths import array_leaves, is_array, is_concrete, selected
-from jaxprune.prune import check_choices, checked_structure, default_where, kept_entries, pool
+from jaxprune.prune import (
+    check_choices,
+    checked_structure,
+    default_where,
+    families_in,
+    kept_entries,
+    pool,
+    with_stacks,
+)
+from jaxprune.stacks import Family, Stacked
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.targets import floors
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
@@ -49,6 +58,7 @@ class Ranked(NamedTuple):
       sizes: by pool, how many units there are, those pruned before included.
       alive: by pool, how many are left.
       least: by pool, how many stay at least.
+      families: by name, the pools that are the layers of a stack.
     """
 
     params: Params
@@ -61,6 +71,7 @@ class Ranked(NamedTuple):
     sizes: dict[str, int]
     alive: dict[str, int]
     least: dict[str, int]
+    families: dict[str, Family]
 
     def most(self, name: str) -> int:
         """How many units can go from a pool."""
@@ -104,6 +115,7 @@ def rank(
     where: Where,
     masks: Masks | None,
     floor: int,
+    stacked: Stacked | None,
     grads: Any,
     key: Any,
     extra: Mapping[str, Any],
@@ -118,6 +130,7 @@ def rank(
       where: which leaves take part.
       masks: masks to start from.
       floor: how many units of each pool stay at least.
+      stacked: which axes of which leaves count layers.
       grads: for the score.
       key: for the score.
       extra: for the score.
@@ -140,6 +153,10 @@ def rank(
             f"{caller.__name__} counts and ranks on the host, so it cannot run under jit or vmap: give it "
             "values."
         )
+    whole = array_leaves(params)
+    structure = with_stacks(structure, stacked, whole, chosen)
+    shapes = {path: tuple(whole[path].shape) for path in structure.stacks or {} if path in whole}
+    scores = of_layers(scores, params, structure.stacks, stacked)
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
         masks = like_params(masks, params)
@@ -166,12 +183,13 @@ def rank(
         sizes={name: mask.size for name, mask in alive.items()},
         alive=living,
         least=floors(living, structure, floor),
+        families=families_in(structure, shapes, living),
     )
 
 
-def pooling(structure: Structure) -> tuple[Any, bool]:
+def pooling(structure: Structure) -> tuple[Any, bool, tuple[tuple[str, tuple[int, ...]], ...]]:
     """What decides how units are pooled: a structure as far as it can be a static argument of `jit`."""
-    return structure.pool, structure.spans_leaves
+    return structure.pool, structure.spans_leaves, tuple(sorted((structure.stacks or {}).items()))
 
 
 def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
@@ -253,5 +271,6 @@ def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
 
 
 def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
-    function, spans_leaves = pool_units
-    return pool(scores, masks, list(chosen), Structure(function, spans_leaves=spans_leaves))
+    function, spans_leaves, stacks = pool_units
+    structure = Structure(function, spans_leaves=spans_leaves, stacks=dict(stacks))
+    return pool(scores, masks, list(chosen), structure)

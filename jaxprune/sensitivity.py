@@ -17,6 +17,7 @@ from jaxprune.ranked import Counts, Ranked, pooling, pruned_params, rank
 from jaxprune.schedules import check_sparsity
 from jaxprune.scores import magnitude
 from jaxprune.sensitivity_result import Point, Sensitivity
+from jaxprune.stacks import Family, Stacked
 from jaxprune.structures import Structure
 from jaxprune.targets import target_counts
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
@@ -40,6 +41,7 @@ def sensitivity(
     maximize: bool = True,
     at_once: int = 1,
     jit: bool = True,
+    stacked: Stacked | None = None,
     grads: Any = None,
     key: jax.Array | None = None,
     **extra: Any,
@@ -67,7 +69,8 @@ def sensitivity(
       structure: as for `prune_once`; `slices(axis=-1, norm=1)` prunes filters by their L1 norm.
       where: which leaves take part.
       together: sets of what is pruned at equal ratios, in place of each alone (the stages of a
-        network): names of paths or groups, or shell patterns of them, by the set's name.
+        network): names of paths or groups, or shell patterns of them, by the set's name. The name of a
+        stacked leaf, or of a stack of groups, is that of all its layers.
       masks: masks to start from. Levels are of the total, what these prune included.
       floor: how many units of each tensor stay at least.
       metric: its name. Needed if `evaluate` returns a dict.
@@ -77,6 +80,8 @@ def sensitivity(
         slow at batches of convolutions with different kernels. Small networks on an accelerator
         gain from more.
       jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
+      stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then a tensor
+        of its own.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
       **extra: passed on to the score, which must name them.
@@ -113,8 +118,8 @@ def sensitivity(
     check_function(evaluate, "sensitivity", "evaluate(params)")
     if metric is not None and not isinstance(metric, str):
         raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
-    ranked = rank(params, scores, structure, where, masks, floor, grads, key, extra, sensitivity)
-    sets = _sets(together, tuple(ranked.ranks))
+    ranked = rank(params, scores, structure, where, masks, floor, stacked, grads, key, extra, sensitivity)
+    sets = _sets(together, tuple(ranked.ranks), ranked.families)
     plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
     nothing = (0,) * len(ranked.ranks)
     rows = tuple(dict.fromkeys((nothing, *plan.values())))
@@ -213,7 +218,9 @@ def _checked_sets(together: Any) -> dict[str, tuple[str, ...]]:
     return sets
 
 
-def _sets(together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, ...]) -> dict:
+def _sets(
+    together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, ...], families: Mapping[str, Family]
+) -> dict:
     """By name, what is pruned together: the sets first, then each pool that is in none."""
     sets: dict[str, tuple[str, ...]] = {}
     taken: dict[str, str] = {}
@@ -222,6 +229,8 @@ def _sets(together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, 
         for pattern in patterns:
             # Names of groups hold brackets, which patterns take for something else.
             matches = [pattern] if pattern in pools else fnmatch.filter(pools, pattern)
+            if pattern in families:
+                matches = list(families[pattern].names)
             if not matches:
                 raise ValueError(
                     f"together[{name!r}] names {pattern!r}, which is none of {', '.join(pools)}."

@@ -6,11 +6,13 @@ stacked leaf is taken apart into such leaves, and put together again. The layer 
 "layers/kernel" is called "layers/kernel[i]"; with two stack axes "layers/kernel[i,j]".
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune.arguments import check_function, shown
 from jaxprune.paths import describe
@@ -18,11 +20,29 @@ from jaxprune.paths import describe
 Stacked = Callable[[str, Any], int | Sequence[int]]
 """`stacked(path, leaf)`: how many leading axes of the leaf count layers, or which axes do."""
 
+_INDEX = re.compile(r"\d+(,\d+)*\]")
+
 Stacks = Mapping[str, tuple[int, ...]]
 """By path, the axes that count layers, from 0; leaves without a stack are not in it."""
 
 
-def layer_name(path: str, index: Sequence[int]) -> str:
+class Family(NamedTuple):
+    """The pools that are the same part of each layer of a stack.
+
+    Attributes:
+      shape: the sizes of the stack's axes.
+      names: the pools, in row-major order of the stack.
+      equal: whether the network needs equally many units in each, as coupled channels of a scan do.
+      multiple_of: what is kept of each pool is rounded up to a multiple of so many units.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    equal: bool = False
+    multiple_of: int = 1
+
+
+def layer_name(path: str, index: Sequence[Any]) -> str:
     """The name of one layer of a stacked leaf."""
     return f"{path}[{','.join(map(str, index))}]"
 
@@ -37,34 +57,100 @@ def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
+def check_stacked(stacked: Any) -> None:
+    """Checks that what says which leaves are stacked is a function.
+
+    Raises:
+      TypeError: it is not.
+    """
+    check_function(
+        stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
+    )
+
+
 def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The stack axes of leaves, as a user's function says them.
 
     Raises:
       TypeError: `stacked` is not a function, or returns neither an integer nor a tuple of integers.
-      ValueError: a leaf has no such axes, or all its axes are said to count layers.
+      ValueError: a leaf has no such axes, or one is named twice.
     """
-    check_function(
-        stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
-    )
+    check_stacked(stacked)
     stacks = {}
     for path, leaf in leaves.items():
         said: Any = stacked(path, leaf)
-        if not _is_integer(said) and not (isinstance(said, (tuple, list)) and all(map(_is_integer, said))):
+        several = isinstance(said, (tuple, list))
+        if not (all(map(_is_integer, said)) if several else _is_integer(said)):
             raise TypeError(
                 f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes "
                 "of the leaf count layers (0 for none), or a tuple of the axes that do."
             )
-        wanted = tuple(range(said)) if _is_integer(said) else tuple(map(int, said))
+        wanted = tuple(map(int, said)) if several else tuple(range(int(said)))
         axes = tuple(axis + leaf.ndim if axis < 0 else axis for axis in wanted)
         inside = all(0 <= axis < leaf.ndim for axis in axes) and len(set(axes)) == len(axes)
-        if not inside or (_is_integer(said) and said < 0):
+        if not inside or (not several and said < 0):
             raise ValueError(
                 f"stacked({path!r}, leaf) returned {shown(said)}, but the leaf is {describe(leaf)}."
             )
         if axes:
             stacks[path] = axes
     return stacks
+
+
+def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
+    """Checks that leaves have the stack axes that coupled channels were found with.
+
+    Raises:
+      ValueError: a leaf that has not.
+    """
+    for path in stacks.keys() & leaves.keys():
+        if any(not 0 <= axis < leaves[path].ndim for axis in stacks[path]):
+            raise ValueError(
+                f"params[{path!r}] has the shape {tuple(leaves[path].shape)}, but the groups have layers "
+                f"along its axes {stacks[path]}. Call channel_groups with the params that are pruned."
+            )
+
+
+def leaf_of_layer(name: str) -> str | None:
+    """The path of the stacked leaf if a name is that of a layer; None if it is not."""
+    path, bracket, index = name.rpartition("[")
+    return path if bracket and _INDEX.fullmatch(index) else None
+
+
+def families_of(
+    stacks: Stacks, shapes: Mapping[str, Sequence[int]], pools: Collection[str]
+) -> dict[str, Family]:
+    """By path, the layers of the stacked leaves, where these are pools."""
+    families = {}
+    for path in stacks.keys() & shapes.keys():
+        axes, shape = stacks[path], shapes[path]
+        names = tuple(layer_name(path, index) for index in layer_indices(shape, axes))
+        if names and all(name in pools for name in names):
+            families[path] = Family(tuple(shape[axis] for axis in axes), names)
+    return families
+
+
+def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
+    """One layer of a stacked array."""
+    for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
+        if isinstance(array, np.ndarray):
+            array = np.take(array, number, axis)
+        else:
+            array = lax.index_in_dim(array, number, axis, keepdims=False)
+    return array
+
+
+def split_shapes(shapes: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, with the shape of each layer by name in place of a stacked one."""
+    split: dict[str, tuple[int, ...]] = {}
+    for path, shape in shapes.items():
+        axes = stacks.get(path, ())
+        if axes and max(axes) < len(shape):
+            names = [layer_name(path, index) for index in layer_indices(shape, axes)]
+            split |= dict.fromkeys(names, layer_shape(shape, axes))
+        else:
+            split[path] = shape
+    return split
 
 
 def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
@@ -75,10 +161,8 @@ def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
             split[path] = array
             continue
         axes = stacks[path]
-        module: Any = np if isinstance(array, np.ndarray) else jnp
-        front = module.moveaxis(array, axes, range(len(axes)))
         for index in layer_indices(array.shape, axes):
-            split[layer_name(path, index)] = front[index]
+            split[layer_name(path, index)] = take_layer(array, axes, index)
     return split
 
 

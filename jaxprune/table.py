@@ -19,7 +19,7 @@ from jaxprune import wide
 from jaxprune.schedules import Schedule, constant
 from jaxprune.search import count_true
 from jaxprune.structures import Structure
-from jaxprune.targets import floors, per_pool, rank_sizes, ranks, target_counts
+from jaxprune.targets import floors, per_pool, rank_sizes, ranks, taken_apart, target_counts
 from jaxprune.typing import PrunerState
 from jaxprune.wide import Count, Wide
 
@@ -105,7 +105,7 @@ class Table(NamedTuple):
 
 
 def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
-    """The schedules by path; under the path "" if there is one for all.
+    """The schedules by path; under the path "" if there is one for all; by `LayerOf` those of an array.
 
     Raises:
       ValueError: an empty dict, or schedules that do not begin and end together.
@@ -126,7 +126,7 @@ def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
 
     if not isinstance(sparsity, Mapping):
         return {"": schedule(sparsity)}
-    by_path = {path: schedule(value) for path, value in sparsity.items()}
+    by_path = {path: schedule(value) for path, value in taken_apart(sparsity, "sparsity").items()}
     if not by_path:
         raise ValueError("sparsity is an empty dict, so nothing would be pruned.")
     spans = {path: (s.begin_step, s.end_step) for path, s in by_path.items()}
@@ -154,8 +154,11 @@ def places_of(pools: Iterable[str], paths: Sequence[str]) -> list[str]:
     place = {path: str(number) for number, path in enumerate(paths)}
 
     def of(pool: str) -> str:
-        path, bracket, rest = pool.rpartition("[")
-        return place.get(pool) or (place[path] + bracket + rest if path in place else pool)
+        path, rest = pool, ""
+        while path not in place and "[" in path:  # of a layer and of an axis, "a/kernel[2][1]"
+            path, bracket, last = path.rpartition("[")
+            rest = bracket + last + rest
+        return place[path] + rest if path in place else pool
 
     return [of(pool) for pool in pools]
 

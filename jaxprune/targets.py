@@ -6,17 +6,18 @@ together, a rank; every count is one per rank.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import scalar
+from jaxprune.arguments import scalar, shown
 from jaxprune.paths import is_array, is_concrete
 from jaxprune.schedules import check_sparsity
 from jaxprune.search import count_true
 from jaxprune.selection import removed_count
+from jaxprune.stacks import Family
 from jaxprune.structures import Structure, Units
 from jaxprune.typing import PerPath
 
@@ -28,6 +29,20 @@ Ranks = Mapping[str, tuple[str, ...]]
 
 SCOPES = ("global", "layerwise", "isomorphic")
 _TOGETHER = "all leaves together"
+
+
+class LayerOf(NamedTuple):
+    """The place of a target in an array of one for each layer.
+
+    Attributes:
+      path: the stacked leaf, or stack of coupled channels, that the array is for.
+      shape: the array's shape.
+      index: the place in it.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    index: tuple[int, ...]
 
 
 def ranks(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
@@ -94,6 +109,70 @@ def target_counts(
         name: part(by_rank[name], size, f"sparsity[{name!r}]" if named else "sparsity")
         for name, size in sizes.items()
     }
+
+
+def taken_apart(targets: Any, what: str) -> Any:
+    """A dict of targets by path with each array of targets taken apart, by `LayerOf`; else what it is.
+
+    Raises:
+      TypeError: a list that holds something else than numbers.
+    """
+    if not isinstance(targets, Mapping):
+        return targets
+    apart: dict[Any, Any] = {}
+    for path, value in targets.items():
+        if isinstance(value, (list, tuple)):
+            try:
+                value = np.asarray(value)
+            except ValueError:
+                value = np.asarray(None)
+            if value.dtype.kind not in "iuf":
+                raise TypeError(
+                    f"{what}[{path!r}] is {shown(targets[path])}; the targets of a stack's layers are an "
+                    "array of numbers."
+                )
+        if not is_array(value) or not value.shape:
+            apart[path] = value
+            continue
+        concrete = np.asarray(value) if is_concrete(value) else value
+        for index in np.ndindex(*value.shape):
+            each: Any = concrete[index]
+            apart[LayerOf(path, value.shape, index)] = each.item() if is_concrete(each) else each
+    return apart
+
+
+def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
+    """Targets that `taken_apart` gives, with one for each layer in place of those for a whole stack.
+
+    The target of a layer, by its name, comes before that of the stack.
+
+    Raises:
+      ValueError: an array of another shape than the stack has, or for what is no stack.
+    """
+    if not isinstance(targets, Mapping) or not (families or any(isinstance(k, LayerOf) for k in targets)):
+        return targets
+    layers: dict[str, Any] = {}
+    others: dict[str, Any] = {}
+    for key, value in targets.items():
+        path = key.path if isinstance(key, LayerOf) else key
+        family = families.get(path)
+        if isinstance(key, LayerOf):
+            if family is None:
+                raise ValueError(
+                    f"{what}[{path!r}] has shape {key.shape}, but it is not stacked, so it has one target: "
+                    "pass a number, or say by stacked= which axes of the leaf count layers."
+                )
+            if key.shape != family.shape:
+                raise ValueError(
+                    f"{what}[{path!r}] has shape {key.shape}, but its stack has the shape {family.shape}: "
+                    "pass one target for each layer, or a number for all of them."
+                )
+            layers[family.names[int(np.ravel_multi_index(key.index, key.shape))]] = value
+        elif family is not None:
+            layers |= dict.fromkeys(family.names, value)
+        else:
+            others[path] = value
+    return layers | others
 
 
 def per_pool(

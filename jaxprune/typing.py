@@ -1,6 +1,7 @@
 """The types the library speaks in: trees, callables, and the `Pruner` pair."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -76,12 +77,14 @@ class Progress(NamedTuple):
       kept: how many units are left.
       size: how many there are.
       asked: how many are to be removed when the schedule has ended; None for a schedule without end.
+      stacks: by path, the axes of stacked leaves that count layers.
     """
 
     unit: str
     kept: int
     size: int
     asked: int | None
+    stacks: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class Pruner(NamedTuple):

@@ -209,6 +209,23 @@ def channels(treedef: Any, **options: Any) -> jp.Structure:
     return jp.structures.channels(groups(treedef), **options)
 
 
+def whole_layers(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of the deep network, layers, of which all leaves are gone or none."""
+    gone = []
+    for layer in "abcd":
+        left = np.concatenate([mask.ravel() for path, mask in masks.items() if path.startswith(f"{layer}/")])
+        assert left.any() == left.all()
+        gone.append(not left.any())
+    return {"layers": np.array(gone)}
+
+
+@cache
+def layers(treedef: Any) -> jp.Structure:
+    """The layers of the deep network as blocks, in a tree of some structure."""
+    params = treedef.unflatten(jax.tree.leaves(problem(0, DEEP).params))
+    return jp.structures.layers([path_of(params, f"{name}/bias").rpartition("/")[0] for name in "abcd"])
+
+
 @cache
 def hidden(treedef: Any) -> jp.Structure:
     """Of the flat network, hidden units: columns of one kernel and rows of the next."""

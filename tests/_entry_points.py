@@ -37,9 +37,24 @@ def network(params, x):
     return jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]["kernel"]
 
 
+LAYERS = {"layers": [{"kernel": jnp.ones((4, 4))}, {"kernel": 2 * jnp.ones((4, 4))}]}
+
+
+def residual(params, x):
+    """Two blocks."""
+    for layer in params["layers"]:
+        x = x + jnp.tanh(x @ layer["kernel"])
+    return x
+
+
 def loss(params, batch):
     """Of the network's outputs."""
     return jnp.mean(network(params, batch) ** 2)
+
+
+def layers(path, leaf):
+    """Which axes count layers."""
+    return int(path == "a/kernel")
 
 
 def total(params):
@@ -73,6 +88,7 @@ ARGUMENTS = {
             "floor": 1,
             "grads": None,
             "key": None,
+            "stacked": layers,
         },
     ),
     "prune_once of a count": Entry(
@@ -96,6 +112,7 @@ ARGUMENTS = {
             "memory": 0.0,
             "stop": None,
             "seed": 0,
+            "stacked": layers,
         },
     ),
     "a pruner's init": Entry(PRUNER.init, {"params": PARAMS}),
@@ -131,10 +148,10 @@ ARGUMENTS = {
     "structures.blocks": Entry(jp.structures.blocks, {"shape": (2, 2)}),
     "structures.slices": Entry(jp.structures.slices, {"axis": -1, "norm": 1}),
     "distributions.erk": Entry(
-        jp.distributions.erk, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels}
+        jp.distributions.erk, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "distributions.uniform": Entry(
-        jp.distributions.uniform, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels}
+        jp.distributions.uniform, {"params": PARAMS, "sparsity": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "matching": Entry(lambda pattern: jp.matching(pattern), {"pattern": "*"}),
     "schedules.linear": Entry(
@@ -142,7 +159,7 @@ ARGUMENTS = {
     ),
     "Schedule": Entry(jp.Schedule, {"value": lambda step: 0.5, "begin_step": 0, "end_step": 9}),
     "distributions.sigma": Entry(
-        jp.distributions.sigma, {"params": PARAMS, "quality": 0.5, "where": jp.kernels}
+        jp.distributions.sigma, {"params": PARAMS, "quality": 0.5, "where": jp.kernels, "stacked": layers}
     ),
     "distributions.from_sensitivity": Entry(
         jp.distributions.from_sensitivity, {"result": CURVES, "tolerance": 0.01}
@@ -159,6 +176,7 @@ ARGUMENTS = {
             "where": jp.kernels,
             "masks": None,
             "floor": 1,
+            "stacked": layers,
         },
     ),
     "sensitivity": Entry(
@@ -175,15 +193,32 @@ ARGUMENTS = {
             "floor": 1,
             "metric": None,
             "at_once": 1,
+            "stacked": layers,
         },
     ),
     "rigl": Entry(
         jp.rigl,
-        {"masks": HALF, "every": 2, "end_step": 8, "fraction": 0.3, "structure": None, "where": jp.kernels},
+        {
+            "masks": HALF,
+            "every": 2,
+            "end_step": 8,
+            "fraction": 0.3,
+            "structure": None,
+            "where": jp.kernels,
+            "stacked": layers,
+        },
     ),
     "set_": Entry(
         jp.set_,
-        {"masks": HALF, "every": 2, "end_step": 8, "fraction": 0.3, "structure": None, "where": jp.kernels},
+        {
+            "masks": HALF,
+            "every": 2,
+            "end_step": 8,
+            "fraction": 0.3,
+            "structure": None,
+            "where": jp.kernels,
+            "stacked": layers,
+        },
     ),
     "rewiring": Entry(
         jp.rewiring,
@@ -197,6 +232,7 @@ ARGUMENTS = {
             "structure": None,
             "where": jp.kernels,
             "seed": 0,
+            "stacked": layers,
         },
     ),
     "rigl's init": Entry(RIGL.init, {"params": PARAMS}),
@@ -227,6 +263,24 @@ ARGUMENTS = {
             "min_width": 1,
             "multiple_of": 1,
         },
+    ),
+    "residual_blocks": Entry(
+        lambda apply_fn, params, prefixes, stacked, state: jp.residual_blocks(
+            apply_fn, params, jnp.ones((2, 4)), prefixes=prefixes, stacked=stacked, state=state
+        ),
+        {
+            "apply_fn": residual,
+            "params": LAYERS,
+            "prefixes": ["layers/0", "layers/1"],
+            "stacked": None,
+            "state": None,
+        },
+    ),
+    "structures.layers": Entry(
+        lambda blocks, **given: jp.prune_once(
+            LAYERS, jp.scores.magnitude, 0.5, structure=jp.structures.layers(blocks, **given)
+        ),
+        {"blocks": ["layers/0", "layers/1"], "norm": 2, "reduce": jnp.mean, "stacked": None},
     ),
     "distillation.soft_targets": Entry(
         jp.distillation.soft_targets, {"logits": X, "teacher_logits": X, "temperature": 4.0}
@@ -299,7 +353,9 @@ ARGUMENTS = {
     "metrics.compression": Entry(jp.metrics.compression, {"tree": HALF, "where": jp.kernels}),
     "metrics.collapsed": Entry(jp.metrics.collapsed, {"tree": HALF, "where": jp.kernels}),
     "metrics.overlap": Entry(jp.metrics.overlap, {"masks": HALF, "others": HALF, "where": jp.kernels}),
-    "metrics.table": Entry(jp.metrics.table, {"masks": HALF, "where": jp.kernels, "asked": 0.5}),
+    "metrics.table": Entry(
+        jp.metrics.table, {"masks": HALF, "where": jp.kernels, "asked": 0.5, "stacked": layers}
+    ),
     "metrics.macs": Entry(lambda function: jp.metrics.macs(function, PARAMS, X), {"function": network}),
     "metrics.summary": Entry(
         lambda apply_fn, params, **given: jp.metrics.summary(apply_fn, params, X, **given),

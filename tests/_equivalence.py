@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import compact
+from jaxprune.graph.closing import zero_slices
 from jaxprune.graph.program import Linked
 from jaxprune.jaxprs import scan_split
 from jaxprune.masks import apply_masks
+from jaxprune.paths import array_leaves
+from jaxprune.stacks import join_layers, split_layers
 
 TOLERANCE = 1e-12
 
@@ -50,11 +53,12 @@ def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
 # Facts: every value is computed, bodies included, and held against what is claimed of it.
 
 
-def check_facts(function, params, zeros, inputs, rng, nans=False):
+def check_facts(function, params, masks, inputs, rng, nans=False):
     """Looks at every slice that is claimed to be known, of every value.
 
     Args:
-      function, params, zeros, inputs: as for `Linked`.
+      function, params, inputs: as for `Linked`; the params are masked.
+      masks: their masks.
       rng: draws the tangents and cotangents that derivatives are tried on.
       nans: whether what is said to be known may be NaN.
 
@@ -65,7 +69,8 @@ def check_facts(function, params, zeros, inputs, rng, nans=False):
       How many claims were looked at.
     """
     linked = Linked(function, params, inputs)
-    facts = linked.facts(zeros)
+    masks = {path: np.asarray(mask) for path, mask in array_leaves(masks).items()}
+    facts = linked.facts(zero_slices(split_layers(masks, linked.stacks)))
     seen = _Seen(facts, rng)
 
     def run(leaves):
@@ -125,12 +130,19 @@ class _Seen:
 
         def read(value):
             if id(value) not in env:
+                if value.source is not None:
+                    return read(value.source)
+                if value.layers:
+                    return jnp.stack([read(layer) for layer in value.layers], value.along)
                 env[id(value)] = self.note(value, value.constant, "a constant")
             return env[id(value)]
 
         def write(values, arrays, where):
             for value, array in zip(values, arrays, strict=True):
-                env[id(value)] = self.note(value, array, where)
+                if value.layers:  # what is known of a stack is known of its layers
+                    write(value.layers, jnp.moveaxis(array, value.along, 0), where)
+                else:
+                    env[id(value)] = self.note(value, array, where)
 
         write(region.inputs, args, "an input of a region")
         for op in region.ops:
@@ -298,14 +310,33 @@ def _moved(rng, leaf):
 # A plan, said again in numpy.
 
 
+def blocks(small, path):
+    """For each layer of a param, where it lies in the dense array and in the small one."""
+    plan, shape = small.plan, small.plan.shapes[path]
+    stack, keep = plan.stacks.get(path, ()), small.keep.get(path, {})
+    left = [keep.get(axis, np.arange(shape[axis])) for axis in stack]
+    for index in np.ndindex(*map(len, left)):
+        dense, compacted = [], []
+        for axis, size in enumerate(shape):
+            if axis in stack:
+                place = index[stack.index(axis)]
+                dense.append([left[stack.index(axis)][place]])
+                compacted.append([place])
+            else:
+                kept = keep[axis][index] if axis in keep else np.arange(size)
+                dense.append(kept)
+                compacted.append(np.arange(len(kept)))
+        yield np.ix_(*dense), np.ix_(*compacted)
+
+
 def shrink(small, tree):
     """What is left of dense leaves."""
     cut = {}
     for path, leaf in tree.items():
         leaf = np.asarray(leaf)
-        for axis, kept in small.keep.get(path, {}).items():
-            leaf = np.take(leaf, kept, axis)
-        cut[path] = leaf
+        cut[path] = np.zeros(small.plan.small_shape(path), leaf.dtype)
+        for dense, compacted in blocks(small, path):
+            cut[path][compacted] = leaf[dense]
     return cut
 
 
@@ -313,10 +344,9 @@ def expand(small, tree):
     """Small leaves amid zeros."""
     full = {}
     for path, leaf in tree.items():
-        shape = small.plan.shapes[path]
-        kept = [small.keep.get(path, {}).get(axis, np.arange(n)) for axis, n in enumerate(shape)]
-        full[path] = np.zeros(shape, leaf.dtype)
-        full[path][np.ix_(*kept)] = leaf
+        full[path] = np.zeros(small.plan.shapes[path], leaf.dtype)
+        for dense, compacted in blocks(small, path):
+            full[path][dense] = np.asarray(leaf)[compacted]
     return full
 
 
@@ -353,10 +383,12 @@ def random_masks(rng, params, pattern):
 def zero_units(rng, masks, groups, share=0.5):
     """Masks that take some units of every removable group."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
-    arrays = {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(m) for p, m in leaves}
+    dense = {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(m) for p, m in leaves}
+    arrays = split_layers(dense, groups.stacks)
     for group in groups.removable():
         gone = rng.random(group.units) < share
         gone[rng.integers(group.units)] = True
         for member in (member for member in group.members if not member.divisor):
             np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
-    return treedef.unflatten([jnp.asarray(m) for m in arrays.values()])
+    joined = join_layers(arrays, groups.stacks, {path: mask.shape for path, mask in dense.items()})
+    return treedef.unflatten([jnp.asarray(joined[path]) for path in dense])

@@ -70,7 +70,7 @@ BAD = {
 }
 
 
-USERS = ("network", "loss", "total")
+USERS = ("network", "residual", "loss", "total")
 ABSTRACT = {"a shape", "a key"}
 WRITE = ("io.save", "io.save_safetensors")
 JUNK = {"any function", "a function of nan"}

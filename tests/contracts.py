@@ -32,11 +32,13 @@ from _contract_problem import (
     erk_by_hand,
     hidden,
     hidden_units,
+    layers,
     loss_fn,
     of_what_remains,
     problem,
     size_of,
     together,
+    whole_layers,
 )
 from _trees import path_of
 from oracle import Spec
@@ -316,6 +318,15 @@ TABLE: dict[str, Member] = {
             for a, b, c in ((2, 2, 0), (2, 2, 2), (4, 4, 2), (4, 4, 2))
         ],
         multiple_of=2,
+    ),
+    "layers": Member(
+        ("structures.layers",),
+        lambda p, s: jp.pruner(jp.scores.magnitude, s, structure=layers(jax.tree.structure(p.params))),
+        together({"layers": 4}),
+        units=whole_layers,
+        widths=DEEP,
+        blind="channels",
+        unsharded=COUPLED,
     ),
     "constant": _of_schedule(
         "constant", jp.schedules.constant(0.3), of_what_remains(0.3, 56), of="remaining"

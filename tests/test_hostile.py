@@ -41,6 +41,7 @@ NOT_HERE = {
     "graph.compact": "compact, by another name",
     "graph.compact_module": "compact_module, by another name",
     "graph.register_rule": "changes what is known of all functions",
+    "graph.residual_blocks": "residual_blocks, by another name",
     "io.load_safetensors": "of files, see _hostile_files",
     "kernels": "a predicate, called with each leaf",
     "leaf_paths": "takes anything",

@@ -123,6 +123,10 @@ STRUCTURES = {
     "slices": ({"slices": {"axis": [-1], "norm": ".inf"}}, jp.structures.slices(axis=(-1,), norm=np.inf)),
     "blocks": ({"blocks": {"shape": [2, 2], "norm": "sum"}}, jp.structures.blocks((2, 2), norm=jnp.sum)),
     "nm": ({"nm": {"n": 2, "m": 4}}, jp.structures.nm(2, 4)),
+    "layers": (
+        {"layers": {"blocks": ["a", "b"], "norm": "sum", "reduce": "max"}},
+        jp.structures.layers(["a", "b"], norm=jnp.sum, reduce=jnp.max),
+    ),
     "channels": (
         {"channels": {"normalize": "mean", "reduce": "max", "min_width": {"a/kernel:1": 2}, "axis": -1}},
         None,

@@ -22,6 +22,7 @@ from zoo import ZOO, Case
 import jaxprune as jp
 from jaxprune.graph.compaction import with_state
 from jaxprune.paths import array_leaves
+from jaxprune.stacks import join_layers, split_layers
 
 
 class Errors(NamedTuple):
@@ -40,7 +41,8 @@ class Errors(NamedTuple):
 
 def random_masks(params, groups, fraction, rng):
     """Masks without a fraction of the units of every group that can lose some, but for one."""
-    masks = {path: np.ones(leaf.shape, bool) for path, leaf in array_leaves(params).items()}
+    shapes = {path: leaf.shape for path, leaf in array_leaves(params).items()}
+    masks = split_layers({path: np.ones(shape, bool) for path, shape in shapes.items()}, groups.stacks)
     for group in groups.removable():
         count = min(round(group.units * fraction), group.units - 1)
         gone = rng.choice(group.units, count, replace=False)
@@ -49,7 +51,8 @@ def random_masks(params, groups, fraction, rng):
                 place = [slice(None)] * len(shape)
                 place[axis] = indices[gone].ravel()
                 masks[path][tuple(place)] = False
-    return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(m) for m in masks.values()])
+    masks = join_layers(masks, groups.stacks, shapes)
+    return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(masks[path]) for path in shapes])
 
 
 def cast(tree, dtype):

@@ -1,5 +1,6 @@
 """Structured pruning from a function's jaxpr: coupled channels, and the network without them."""
 
+from jaxprune.graph.blocks import Block, ResidualBlocks, residual_blocks
 from jaxprune.graph.compaction import Compacted, Stayed, compact
 from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
 from jaxprune.graph.modules import CompactedModule, compact_module
@@ -9,6 +10,7 @@ from jaxprune.graph.rules import Frame, Rule, elementwise, register_rule
 from jaxprune.graph.widths import linen_widths
 
 __all__ = [
+    "Block",
     "ChannelGroups",
     "Compacted",
     "CompactedModule",
@@ -17,6 +19,7 @@ __all__ = [
     "Member",
     "Plan",
     "Report",
+    "ResidualBlocks",
     "Rule",
     "Stayed",
     "channel_groups",
@@ -25,4 +28,5 @@ __all__ = [
     "elementwise",
     "linen_widths",
     "register_rule",
+    "residual_blocks",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxprune.arguments import as_integer
 from jaxprune.calls import check_call, check_masks_third
-from jaxprune.graph import ir, placing
+from jaxprune.graph import placing
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.closing import close, zero_slices
@@ -21,9 +21,17 @@ from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked
 from jaxprune.graph.report import Report, report
-from jaxprune.jaxprs import explicit_sharding, split_static
+from jaxprune.jaxprs import abstract, explicit_sharding, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.paths import array_leaves, is_array, is_concrete
+from jaxprune.stacks import (
+    Stacked,
+    join_layers,
+    layer_indices,
+    layer_name,
+    split_layers,
+    stacks_of,
+)
 from jaxprune.typing import Masks, Params, Where
 
 _CALL = "compact(apply_fn, params, masks, *inputs)"
@@ -115,6 +123,7 @@ def compact(
     masks: Masks | Plan,
     *inputs: Any,
     state: Callable[[Any], Any] | None = None,
+    stacked: Stacked | None = None,
     multiple_of: int = 1,
     fold_constants: bool = False,
     verify: bool = True,
@@ -138,6 +147,10 @@ def compact(
         static.
       state: from the function's output to that part of it that is new values of params (updated
         BatchNorm statistics, a cache), at the same paths as in `params`.
+      stacked: which axes of params count layers, a function of (path, leaf) that returns a number of
+        leading axes or a tuple of axes; by default those that the function's scans run along. Each layer
+        of a stack keeps slices of its own, and as many as the layer that keeps most: `stayed` names those
+        that are kept for it.
       multiple_of: widths are rounded up to a multiple of this, with units that are zero.
       fold_constants: first folds channels that are constant, not zero, into what reads them: masks
         of filters alone leave relu(bias) alive. It changes params that stay, so it is a step for
@@ -168,12 +181,16 @@ def compact(
       >>> small.keep["b"]
       {0: array([0, 2, 3])}
     """
-    options = ("state", "multiple_of", "fold_constants", "verify")
+    options = ("state", "stacked", "multiple_of", "fold_constants", "verify")
     check_call(_CALL, apply_fn, (params, *inputs), keywords, options)
     if not isinstance(masks, Plan):
         check_masks_third(_CALL, params, masks, inputs)
     multiple_of = as_integer(multiple_of, "multiple_of", at_least=1)
-    linked = Linked(apply_fn, params, inputs, state)
+    if isinstance(masks, Plan):
+        stacks = masks.stacks
+    else:
+        stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
+    linked = Linked(apply_fn, params, inputs, state, stacks)
     stayed: list[Stayed] = []
     given = None
     if isinstance(masks, Plan):
@@ -190,6 +207,7 @@ def compact(
             given = apply_masks(params, masks)
             params, masks = _folded(linked, given, masks, inputs)
         arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
+        arrays = split_layers(arrays, linked.stacks)
         kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
         kept, divisors = _rounded(linked, kept, divisors, multiple_of)
         plan = plan_of(linked, kept, divisors)
@@ -206,12 +224,18 @@ def _folded(linked: Linked, params: Params, masks: Masks, inputs: Sequence[Any])
     arrays, _ = split_static(inputs)
     if not is_concrete(params, arrays):
         raise TypeError("fold_constants=True reads constants off the network, so it needs real arrays.")
-    leaves = array_leaves(params)
+    dense = array_leaves(params)
+    leaves = split_layers(dense, linked.stacks)
     found = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
-    fold(linked, leaves, found, list(arrays.values()))
+    found = split_layers(found, linked.stacks)
+    fold(linked, leaves, found, [*dense.values(), *arrays.values()])
     tree = jax.tree.structure(params)
-    alive = [jnp.asarray(mask) for mask in found.values()]
-    return jax.tree.unflatten(tree, list(leaves.values())), jax.tree.unflatten(tree, alive)
+    shapes = {path: leaf.shape for path, leaf in dense.items()}
+    folded, alive = (join_layers(by_name, linked.stacks, shapes) for by_name in (leaves, found))
+    return (
+        jax.tree.unflatten(tree, list(folded.values())),
+        jax.tree.unflatten(tree, [jnp.asarray(mask) for mask in alive.values()]),
+    )
 
 
 def _abstract(tree: Any) -> bool:
@@ -220,33 +244,55 @@ def _abstract(tree: Any) -> bool:
 
 def plan_of(linked: Linked, kept: Kept, divisors: frozenset[ParamAxis] = frozenset()) -> Plan:
     """The slices of params that a solution keeps, and which of those it drops must not be zero."""
-    keep = {}
-    for path, value in linked.values.items():
-        axes = {axis: kept.indices(node) for axis, node in enumerate(value.axes)}
-        if cut := {axis: indices for axis, indices in axes.items() if indices is not None}:
-            keep[path] = cut
-    nonzero = {path: tuple(axis for axis in axes if (path, axis) in divisors) for path, axes in keep.items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
-    return Plan(shapes, keep, {path: axes for path, axes in nonzero.items() if axes})
+    keep: dict[str, dict[int, np.ndarray]] = {}
+    nonzero: dict[str, set[int]] = {}
+    for path, shape in shapes.items():
+        stack = linked.stacks.get(path, ())
+        rest = [axis for axis in range(len(shape)) if axis not in stack]
+        names = [layer_name(path, i) for i in layer_indices(shape, stack)] if stack else [path]
+        counts = tuple(shape[axis] for axis in stack)
+        for layer_axis, axis in enumerate(rest):
+            rows = [kept.indices(linked.values[name].axes[layer_axis]) for name in names]
+            if any(row is not None for row in rows):
+                full = [np.arange(shape[axis]) if row is None else row for row in rows]
+                keep.setdefault(path, {})[axis] = np.stack(full).reshape(*counts, -1)
+                if any((name, layer_axis) in divisors for name in names):
+                    nonzero.setdefault(path, set()).add(axis)
+    return Plan(shapes, keep, {path: tuple(sorted(axes)) for path, axes in nonzero.items()}, linked.stacks)
 
 
 def _rounded(
     linked: Linked, kept: Kept, divisors: frozenset[ParamAxis], multiple_of: int
 ) -> tuple[Kept, frozenset[ParamAxis]]:
-    """A solution whose widths are multiples, as far as there are slices to fill up with."""
+    """A solution whose widths are multiples, and equal in the layers of a stack."""
     while True:
         seeds: list[tuple[int, State]] = []
         for value in linked.values.values():
             for node, size in zip(value.axes, value.shape, strict=True):
                 indices = kept.indices(node)
                 if indices is not None and (missing := -len(indices) % multiple_of):
-                    state = np.ones(size, bool)
-                    state[np.setdiff1d(np.arange(size), indices)[missing:]] = False
-                    seeds.append((node, state))
+                    seeds.append((node, _with_more(indices, size, missing)))
+        for values in linked.families if not seeds else ():
+            for axis, size in enumerate(values[0].shape):
+                rows = [(value.axes[axis], kept.indices(value.axes[axis])) for value in values]
+                most = max(size if indices is None else len(indices) for _, indices in rows)
+                seeds += [
+                    (node, _with_more(indices, size, most - len(indices)))
+                    for node, indices in rows
+                    if indices is not None and len(indices) < most
+                ]
         if not seeds:
             return kept, divisors
         dropped = linked.dropped(kept)
         kept, divisors = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
+
+
+def _with_more(indices: np.ndarray, size: int, count: int) -> State:
+    """Slices that are to stay: some, and so many of the others."""
+    state = np.ones(size, bool)
+    state[np.setdiff1d(np.arange(size), indices)[count:]] = False
+    return True if state.all() else state
 
 
 def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
@@ -265,10 +311,11 @@ def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
         )
     facts = linked.facts(plan.zeros())
     kept = linked.solve(facts, linked.seeds(plan.dropped()))
+    by_layer = plan.by_layer()
     for path, value in linked.values.items():
         for axis, node in enumerate(value.axes):
-            wanted, planned = kept.indices(node), plan.keep.get(path, {}).get(axis)
-            have = np.arange(plan.shapes[path][axis]) if wanted is None else wanted
+            wanted, planned = kept.indices(node), by_layer.keep.get(path, {}).get(axis)
+            have = np.arange(by_layer.shapes[path][axis]) if wanted is None else wanted
             if planned is not None and len(have) != len(planned):
                 first = int(np.setdiff1d(have, planned)[0])
                 raise ValueError(
@@ -304,7 +351,7 @@ def bind(
                 _dense_struct(plan.shapes[path], leaf, shardings.get(path))
                 for path, leaf in array_leaves(params).items()
             ]
-            linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state)
+            linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state, plan.stacks)
             solution = fit(linked, plan)
             if linked.closes_over_tracers():
                 return linked.replay(*solution, [*small, *arrays.values()])
@@ -324,7 +371,7 @@ def _dense_struct(shape: tuple[int, ...], leaf: Any, sharding: Any) -> jax.Shape
 
 def _signature(leaf: Any) -> Any:
     if is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
-        struct = ir.abstract(leaf)
+        struct = abstract(leaf)
         return struct.shape, struct.dtype, struct.weak_type, struct.sharding
     return leaf
 
@@ -341,7 +388,7 @@ class Stayed:
 
 def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
     dropped, result = plan.dropped(), []
-    facts = None
+    by_layer, facts = plan.by_layer(), None
     for path, marks in zeros.items():
         for axis, (zero, gone) in enumerate(zip(marks, dropped[path], strict=True)):
             left = zero if zero is None or gone is None else zero & ~gone
@@ -349,9 +396,14 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
                 continue
             facts = facts or linked.facts(plan.zeros())
             why = explain(linked, facts, linked.values[path].axes[axis], int(np.flatnonzero(left)[0]))
+            if why == _EMPTY_OR_ROUNDED and by_layer.shapes[path] != plan.shapes.get(path):
+                kept = len(by_layer.keep.get(path, {}).get(axis, zero))
+                why = f"the layers of a stack keep equally many slices, and one of them needs {kept}"
             result.append(Stayed(path, axis, int(left.sum()), why))
     return result
 
+
+_EMPTY_OR_ROUNDED = "an axis cannot be empty, or its width is rounded up"
 
 # What ops do with the slices that they need; all others sum them.
 _VERBS = {
@@ -374,7 +426,7 @@ def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
         alone = linked.graph.solve([(needed, state)], never_empty=False).state(node)
         if alone is True or alone[index]:
             return f"{op} {_VERBS.get(op.name, 'sums')} it with slices that are not zero"
-    return "an axis cannot be empty, or its width is rounded up"
+    return _EMPTY_OR_ROUNDED
 
 
 def _verify(

@@ -149,14 +149,16 @@ def _keeps_constants(op: Op, axis: int) -> bool:
     return all(tuple(op.params["padding"][a]) == (0, 0) for a in rank)
 
 
-def fold(linked: Linked, leaves: dict[str, Any], masks: dict[str, np.ndarray], inputs: Sequence[Any]) -> None:
+def fold(
+    linked: Linked, leaves: dict[str, Any], masks: dict[str, np.ndarray], arguments: Sequence[Any]
+) -> None:
     """Folds constant channels into what reads them, in place.
 
     Args:
       linked: the function.
-      leaves: its params by path, masked.
-      masks: their masks by path.
-      inputs: the leaves of example inputs, to read the constants from.
+      leaves: its params by path, masked; those of a stack by layer.
+      masks: their masks by path, or by layer.
+      arguments: the leaves of the params and of example inputs, to read the constants from.
     """
     facts = linked.facts({p: [_zero(m, axis) for axis in range(m.ndim)] for p, m in masks.items()})
     constants = Constants(facts)
@@ -164,7 +166,7 @@ def fold(linked: Linked, leaves: dict[str, Any], masks: dict[str, np.ndarray], i
     sites = [site for op in linked.region.ops if (site := _site(op, linked, constants)) is not None]
     if not sites:
         return
-    numbers = _read(linked, facts, [site.image_axis for site in sites], [*leaves.values(), *inputs])
+    numbers = _read(linked, facts, [site.image_axis for site in sites], arguments)
     for site, number in zip(sites, numbers, strict=True):
         site.fold(leaves, masks, number)
 

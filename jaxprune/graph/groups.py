@@ -4,7 +4,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ from jaxprune.graph.divisors import find_divisors, without
 from jaxprune.graph.program import Linked
 from jaxprune.graph.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.roles import weights
+from jaxprune.graph.streams import stream_axes
+from jaxprune.paths import array_leaves
+from jaxprune.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params, Where
 
 _CALL = "channel_groups(apply_fn, params, *inputs)"
@@ -28,10 +31,10 @@ class Member(NamedTuple):
     """An axis of a param that a group's units have slices of.
 
     Attributes:
-      path: the param's path.
-      axis: the axis, from 0.
+      path: the param's path; of a stacked param that of one layer, such as "layers/up[0]".
+      axis: the axis, from 0, of that layer.
       indices: int array, units x slices: the slices of each unit.
-      shape: the param's shape.
+      shape: the param's shape, or that of the layer.
       divisor: whether the function divides by these slices, or would otherwise be NaN where they
         are zero. The masks of a pruned unit leave them alive, since the rest of the unit makes them
         harmless, and `compact` drops them with it.
@@ -55,6 +58,10 @@ class Group(NamedTuple):
       why_not: why no unit can be removed; None where units can.
       weights: the paths of the members that the function uses as the weights of a product: what
         takes part by default; None where that is not known.
+      stack: for groups in one layer of stacked params, the name of the groups that are the same in all
+        layers, such as "layers/up[*][1]". `compact` needs equal numbers of units in them; else None.
+      residual: whether the units lie on a residual stream, which all blocks add to: see
+        `ChannelGroups.inner`.
     """
 
     name: str
@@ -63,6 +70,8 @@ class Group(NamedTuple):
     kind: str
     why_not: str | None = None
     weights: tuple[str, ...] | None = None
+    stack: str | None = None
+    residual: bool = False
 
     @property
     def removable(self) -> bool:
@@ -89,10 +98,12 @@ class ChannelGroups:
     Attributes:
       groups: those with units, in the order of the params.
       whole: the axes of params that are in none, and why.
+      stacks: by path, the axes of stacked params that count layers.
     """
 
     groups: tuple[Group, ...]
     whole: tuple[Whole, ...]
+    stacks: Stacks = field(default_factory=dict)
 
     def removable(self) -> tuple[Group, ...]:
         """The groups that units can be removed from."""
@@ -117,8 +128,8 @@ class ChannelGroups:
                 left = group.weights and tuple(
                     path.removeprefix(start) for path in group.weights if path.startswith(start)
                 )
-                name = group.name.removeprefix(start)
-                group = group._replace(name=name, members=members, weights=left)
+                name, stack = group.name.removeprefix(start), group.stack and group.stack.removeprefix(start)
+                group = group._replace(name=name, members=members, weights=left, stack=stack)
                 if group.removable and all(member.divisor for member in members):
                     group = group._replace(why_not=f"the function divides by all that lies under {prefix!r}")
                 groups.append(group)
@@ -127,7 +138,8 @@ class ChannelGroups:
             raise ValueError(
                 f"no member of a group lies under {prefix!r}; their paths are {', '.join(paths)}."
             )
-        return ChannelGroups(tuple(groups), ())
+        stacks = {p.removeprefix(start): axes for p, axes in self.stacks.items() if p.startswith(start)}
+        return ChannelGroups(tuple(groups), (), stacks)
 
     def without(self, where: Where) -> "ChannelGroups":
         """The groups but for those with a member that `where(path, member)` matches.
@@ -139,6 +151,31 @@ class ChannelGroups:
         if len(kept) == len(self.groups):
             raise ValueError(f"without({getattr(where, '__name__', where)}) matches no member of a group.")
         return replace(self, groups=kept)
+
+    def inner(self) -> "ChannelGroups":
+        """The groups inside blocks, which leave the residual stream whole: heads and hidden units alone.
+
+        A stream is what residual connections add to: the width of a transformer, or of a stage of a
+        ResNet. Taking a channel out of it changes every block; what is inside a block is its own. A network
+        without residual connections has inner groups only.
+
+        Raises:
+          ValueError: all groups lie on a stream.
+
+        Example:
+          >>> import jax.numpy as jnp, jaxprune as jp
+          >>> params = {"embed": jnp.ones((2, 3)), "up": jnp.ones((3, 4)), "down": jnp.ones((4, 3))}
+          >>> def apply_fn(params, x):
+          ...     x = x @ params["embed"]
+          ...     return jnp.sum(x + jnp.tanh(x @ params["up"]) @ params["down"])
+          >>> groups = jp.channel_groups(apply_fn, params, jnp.ones((1, 2)))
+          >>> [group.name for group in groups], [group.name for group in groups.inner()]
+          (['down[1]', 'up[1]'], ['up[1]'])
+        """
+        inner = tuple(group for group in self.groups if not group.residual)
+        if self.groups and not inner:
+            raise ValueError("inner() leaves nothing: every group lies on a residual stream.")
+        return replace(self, groups=inner)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -156,6 +193,7 @@ def channel_groups(
     *inputs: Any,
     split: Split = "major",
     state: Callable[[Any], Any] | None = None,
+    stacked: Stacked | None = None,
     **keywords: Any,
 ) -> ChannelGroups:
     """The coupled channels of a function: which slices of which params can only go together.
@@ -170,6 +208,9 @@ def channel_groups(
     if the rest of the unit makes them harmless. If that cannot be proved, the group is not removable,
     and `why_not` names the op and its line.
 
+    Params that are stacked, one array for all layers that a scan runs along, have groups of their own in
+    each layer, whose members are called by layer: "layers/up[0]".
+
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
@@ -179,6 +220,9 @@ def channel_groups(
         attention), `"minor"`, the last (the same places of every head), or the index of one (1 of
         keys x heads of a key x width: the same head of every key).
       state: as for `compact`: the outputs that are new values of params.
+      stacked: which axes of params count layers, a function of (path, leaf) that returns a number of
+        leading axes or a tuple of axes; by default those that the function's scans run along. Layers
+        of params under `vmap` have to be told by it; `lambda path, leaf: 0` says that there are none.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
@@ -203,18 +247,22 @@ def channel_groups(
       Whole: a[0]: it meets an axis of the input [0].
       Whole: b[1]: it meets an axis of the output.
     """
-    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state"))
+    check_call(_CALL, apply_fn, (params, *inputs), keywords, ("split", "state", "stacked"))
     if not (isinstance(split, str) and split in ("major", "minor")):
         split = as_integer(split, "split", what="the index of a factor; or 'major', 'minor'")
-    linked = Linked(apply_fn, params, inputs, state)
+    stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
+    linked = Linked(apply_fn, params, inputs, state, stacks)
     linked.pin_unread()
     graph, groups = _separate_groups(linked, split)
-    found = weights(linked)
+    found, streams = weights(linked), stream_axes(linked, graph)
     groups = [
-        group._replace(weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)))
+        group._replace(
+            weights=tuple(dict.fromkeys(m.path for m in group.members if m.path in found)),
+            residual=any((m.path, m.axis) in streams for m in group.members),
+        )
         for group in groups
     ]
-    return ChannelGroups(tuple(groups), _whole(linked, graph))
+    return ChannelGroups(tuple(groups), _whole(linked, graph), linked.stacks)
 
 
 def _separate_groups(linked: Linked, split: Split) -> tuple[AxisGraph, list[Group]]:
@@ -275,7 +323,7 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
         for label, indices in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
             if label >= 0:
                 units.setdefault(label, []).append((root, indices))
-    shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
+    shapes = {path: tuple(value.shape) for path, value in linked.values.items()}
     alike: dict[tuple, list[list[tuple[int, np.ndarray]]]] = {}
     for label in sorted(units):
         signature = tuple((root, len(indices)) for root, indices in units[label])
@@ -289,7 +337,7 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
         ]
         position = {path: n for n, path in enumerate(linked.values)}
         members.sort(key=lambda m: (position[m.path], m.axis))
-        groups.append(_named(members))
+        groups.append(_named(members, linked))
     groups.sort(key=lambda g: [position[m.path] for m in g.members])
     names = [group.name for group in groups]
     twice = {name for name in names if names.count(name) > 1}
@@ -303,12 +351,19 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
     return result
 
 
-def _named(members: list[Member]) -> Group:
+def _named(members: list[Member], linked: Linked) -> Group:
     kernels = [m for m in members if len(m.shape) >= 2]
     outputs = [m for m in kernels if m.axis == len(m.shape) - 1]
     first = (outputs or kernels or members)[0]
-    kind = sorted(f"{_last_name(m.path)}[{m.axis} of {len(m.shape)}]" for m in members)
-    return Group(f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind))
+    paths = {m.path: linked.paths[m.path] for m in members}
+    kind = sorted(f"{_last_name(paths[m.path][0])}[{m.axis} of {len(m.shape)}]" for m in members)
+    layers, stack = {index for _, index in paths.values()}, None
+    if len(layers) == 1 and layers != {()}:
+        path, index = paths[first.path]
+        stack = f"{layer_name(path, ['*'] * len(index))}[{first.axis}]"
+    return Group(
+        f"{first.path}[{first.axis}]", len(first.indices), tuple(members), " ".join(kind), stack=stack
+    )
 
 
 def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:

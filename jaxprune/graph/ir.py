@@ -1,13 +1,13 @@
-"""The small program that the rest of the package works on, traced from a function.
+"""The small program that the rest of the package works on; `tracing` makes it from a function.
 
 A `Region` is a list of `Op`s from inputs to outputs; every value is made once and knows what made
 it. Calls (`jit`) are inlined. What has bodies of its own, a scan say, is one op with a region for
 each body. Each axis of each value has a node in the program's `AxisGraph`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.axes import AxisGraph
-from jaxprune.jaxprs import abstract, binder, is_library_call, place, struct_of
 
-if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
-    from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-
-_INLINED = ("jit", "pjit", "closed_call", "core_call")
-_CUSTOM_DEPTH = 2  # derivatives of a custom rule that are taken by the rule itself
 _MAX_CONCRETE = 2**20
 
 
@@ -36,6 +30,11 @@ class Value:
       op: what makes it; None for an input or a constant.
       constant: its array, for a constant.
       sharding: how it is sharded over explicit axes of a mesh; None where it is not.
+      layers: for a stack, its slices along `along`, each with nodes of its own; those of the stack itself
+        say nothing. They are nested where several axes count layers.
+      along: the axis that counts layers.
+      source: for a stack, the value without layers that it is.
+      part: for a slice of a stack, the stack, the axis and the index.
     """
 
     shape: tuple[Any, ...]
@@ -44,6 +43,10 @@ class Value:
     op: "Op | None" = None
     constant: Any = None
     sharding: Any = None
+    layers: tuple["Value", ...] = ()
+    along: int = 0
+    source: "Value | None" = None
+    part: "tuple[Value, int, int] | None" = None
 
 
 @dataclass(eq=False)
@@ -73,6 +76,8 @@ class Op:
       source: the line of the user's code it comes from, as "file:line"; see `jaxprs.place`.
       regions: its bodies by name, as the rules of calls expect them.
       memo: what a rule found out and will want again.
+      rolls: the loops that it is one round of, from the outermost, each with the number of the round.
+      lazy: whether it is applied only if its output is read: what an op on a stack is in one layer.
     """
 
     name: str
@@ -83,11 +88,54 @@ class Op:
     source: str
     regions: dict[str, Region] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
+    rolls: tuple[tuple["Roll", int], ...] = ()
+    lazy: bool = False
 
     def __str__(self) -> str:
         if self.source.startswith("<"):  # shapes, where no line is known
             return f"{self.name} of {self.source[1:-1]}"
         return f"{self.name} at {self.source}"
+
+
+@dataclass(eq=False)
+class Round:
+    """One round of a loop over layers.
+
+    Attributes:
+      taken: what is carried in.
+      given: what is carried out.
+      made: the slices of the outputs that are stacked.
+    """
+
+    taken: list[Value]
+    given: list[Value]
+    made: list[Value]
+
+
+@dataclass(eq=False)
+class Roll:
+    """A loop over layers (a scan), each round of which stands in the program by itself.
+
+    So each layer has constraints of its own. Where the layers keep equal numbers of slices, replaying
+    makes one loop of them again.
+
+    Attributes:
+      rounds: by the number of the layer.
+      reverse: whether the last layer comes first.
+      unroll: how many rounds XLA is to do at once.
+      outputs: the stacks made of `made`.
+      bind: applies the loop as it was to new inputs.
+      inputs: its inputs, as they were.
+      results: all its outputs, as they were.
+    """
+
+    rounds: list[Round]
+    reverse: bool
+    unroll: Any
+    outputs: list[Value]
+    bind: Callable[..., list[Any]]
+    inputs: list[Value]
+    results: list[Value]
 
 
 class Program(NamedTuple):
@@ -97,130 +145,15 @@ class Program(NamedTuple):
       graph: the axes of all values.
       region: the function; its inputs are the leaves of the arguments, in order.
       out_tree: the structure of its output.
+      stacks: by the number of an input, the axes that count layers.
+      families: values that are the same one in different layers.
     """
 
     graph: AxisGraph
     region: Region
     out_tree: Any
-
-
-def trace(function: Callable[..., Any], *arguments: Any) -> Program:
-    """Traces a function of pytrees of arrays (or of `jax.ShapeDtypeStruct`)."""
-    leaves, treedef = jax.tree.flatten(arguments)
-    out_trees = []
-
-    def flat(*leaves: Any) -> list[Any]:
-        out_leaves, out_tree = jax.tree.flatten(function(*jax.tree.unflatten(treedef, leaves)))
-        out_trees.append(out_tree)
-        return out_leaves
-
-    closed = jax.make_jaxpr(flat)(*map(abstract, leaves))
-    builder = _Builder(AxisGraph())
-    region = builder.region(closed)
-    return Program(builder.graph, prune_dead(region), out_trees[-1])
-
-
-class _Builder:
-    """Turns jaxprs into regions whose axes are nodes of one graph."""
-
-    def __init__(self, graph: AxisGraph):
-        self.graph = graph
-
-    def value(self, aval: Any, constant: Any = None) -> Value:
-        shape = tuple(aval.shape)
-        sharding = struct_of(aval).sharding if shape else None
-        axes = tuple(map(self.graph.node, shape))
-        return Value(shape, aval.dtype, axes, constant=constant, sharding=sharding)
-
-    def region(
-        self, closed: "ClosedJaxpr", custom_depth: int = 0, called_at: str = "", cached: bool = False
-    ) -> Region:
-        return self.open_region(closed.jaxpr, closed.consts, custom_depth, called_at, cached)
-
-    def open_region(
-        self, jaxpr: "Jaxpr", consts: Sequence[Any], custom_depth: int, called_at: str, cached: bool
-    ) -> Region:
-        inputs = [self.value(var.aval) for var in jaxpr.invars]
-        ops: list[Op] = []
-        outputs = self.inline(jaxpr, consts, inputs, ops, custom_depth, called_at, cached)
-        return Region(inputs, outputs, ops)
-
-    def inline(
-        self,
-        jaxpr: "Jaxpr",
-        consts: Sequence[Any],
-        inputs: Sequence[Value],
-        ops: list[Op],
-        custom_depth: int,
-        called_at: str = "",
-        cached: bool = False,
-    ) -> list[Value]:
-        """Appends a jaxpr's ops and returns its outputs.
-
-        A `cached` jaxpr has the lines of an earlier call: its ops are placed at this one.
-        """
-        env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update(
-            (var, self.value(var.aval, const)) for var, const in zip(jaxpr.constvars, consts, strict=True)
-        )
-
-        def read(atom: Any) -> Value:
-            return (
-                self.value(atom.aval, atom.val) if hasattr(atom, "val") else env[atom]
-            )  # a literal or a variable
-
-        for eqn in jaxpr.eqns:
-            args = [read(atom) for atom in eqn.invars]
-            name, source = eqn.primitive.name, called_at if cached else place(eqn, called_at)
-            if name in _INLINED:
-                inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-                again = cached or is_library_call(eqn)
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source, again)
-            elif name in ("custom_jvp_call", "custom_vjp_call") and custom_depth >= _CUSTOM_DEPTH:
-                inner = eqn.params["call_jaxpr"]
-                outputs = self.inline(inner.jaxpr, inner.consts, args, ops, custom_depth, source, cached)
-            else:
-                outputs = [self.value(var.aval) for var in eqn.outvars]
-                regions = self.regions(eqn, custom_depth, source, cached)
-                op = Op(name, eqn.params, args, outputs, binder(eqn), source, regions)
-                for output in outputs:
-                    output.op = op
-                ops.append(op)
-            env.update(zip(eqn.outvars, outputs, strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def regions(self, eqn: "JaxprEqn", custom_depth: int, source: str, cached: bool) -> dict[str, Region]:
-        params, name, at = eqn.params, eqn.primitive.name, (source, cached)
-        if name == "scan":
-            return {"body": self.region(params["jaxpr"], custom_depth, *at)}
-        if name == "while":
-            return {
-                "condition": self.region(params["cond_jaxpr"], custom_depth, *at),
-                "body": self.region(params["body_jaxpr"], custom_depth, *at),
-            }
-        if name == "cond":
-            return {
-                f"branch {n}": self.region(branch, custom_depth, *at)
-                for n, branch in enumerate(params["branches"])
-            }
-        if name in ("remat", "remat2", "checkpoint"):
-            return {"body": self.open_region(params["jaxpr"], (), custom_depth, *at)}
-        if name in ("composite", "custom_vmap_call"):
-            body = params["jaxpr"] if name == "composite" else params["call"]
-            return {"body": self.region(body, custom_depth, *at)}
-        if name == "shard_map":
-            return {"body": self.open_region(params["jaxpr"], (), custom_depth, *at)}
-        if name == "custom_jvp_call":
-            return {
-                "body": self.region(params["call_jaxpr"], custom_depth, *at),
-                "jvp": self.region(_jvp_jaxpr(eqn), custom_depth + 1, *at),
-            }
-        if name == "custom_vjp_call":
-            return {
-                "body": self.region(params["call_jaxpr"], custom_depth, *at),
-                "vjp": self.region(_vjp_jaxpr(eqn), custom_depth + 1, *at),
-            }
-        return {}
+    stacks: dict[int, tuple[int, ...]]
+    families: list[Sequence[Value]]
 
 
 def is_differentiable(value: Any) -> bool:
@@ -228,73 +161,27 @@ def is_differentiable(value: Any) -> bool:
     return jnp.issubdtype(value.dtype, jnp.inexact)
 
 
-def _split_call(eqn: "JaxprEqn") -> tuple[Callable[..., list[Any]], list[Any], list[bool]]:
-    """An equation as a function of its differentiable inputs; their avals, and which they are."""
-    avals = [atom.aval for atom in eqn.invars]
-    return binder(eqn), avals, [is_differentiable(aval) for aval in avals]
-
-
-def _jvp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
-    """An equation and its derivative, by its own rule.
-
-    It maps all inputs and the tangents of the differentiable ones to the outputs and the tangents
-    of the differentiable outputs.
-    """
-    bind, avals, differentiable = _split_call(eqn)
-
-    def jvp(*inputs):
-        primals, tangents = inputs[: len(avals)], inputs[len(avals) :]
-        moving = [p for p, d in zip(primals, differentiable, strict=True) if d]
-
-        def of_moving(*moving):
-            left = iter(moving)
-            return bind(*(next(left) if d else p for p, d in zip(primals, differentiable, strict=True)))
-
-        out, out_tangents = jax.jvp(of_moving, tuple(moving), tuple(tangents))
-        return [*out, *(t for o, t in zip(out, out_tangents, strict=True) if is_differentiable(o))]
-
-    return jax.make_jaxpr(jvp)(*map(struct_of, avals), *(struct_of(a) for a in avals if is_differentiable(a)))
-
-
-def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
-    """The derivative of an equation backwards, by its own rule.
-
-    It maps all inputs and the cotangents of the differentiable outputs to the cotangents of the
-    differentiable inputs.
-    """
-    bind, avals, differentiable = _split_call(eqn)
-
-    def vjp(*inputs):
-        primals, cotangents = inputs[: len(avals)], inputs[len(avals) :]
-        moving = [p for p, d in zip(primals, differentiable, strict=True) if d]
-
-        def of_moving(*moving):
-            left = iter(moving)
-            out = bind(*(next(left) if d else p for p, d in zip(primals, differentiable, strict=True)))
-            return [o for o in out if is_differentiable(o)]
-
-        return jax.vjp(of_moving, *moving)[1](list(cotangents))
-
-    outputs = [var.aval for var in eqn.outvars]
-    return jax.make_jaxpr(vjp)(
-        *map(struct_of, avals), *(struct_of(a) for a in outputs if is_differentiable(a))
-    )
-
-
-def prune_dead(region: Region) -> Region:
-    """A region without the ops whose outputs nobody reads: they would only ask for slices."""
-    read = set(map(id, region.outputs))
-    ops: list[Op] = []
-    for op in reversed(region.ops):
-        if op.bind.has_effects or any(id(output) in read for output in op.outputs):  # type: ignore[attr-defined]
-            read.update(map(id, op.inputs))
-            ops.append(op)
-    return Region(region.inputs, region.outputs, ops[::-1])
-
-
 def read_by(region: Region) -> set[int]:
-    """The ids of the values that a region's ops and outputs read."""
-    return set(map(id, region.outputs)) | {id(value) for op in region.ops for value in op.inputs}
+    """The ids of the values that a region's ops and outputs read, and of the layers of stacks among them."""
+    read: set[int] = set()
+    for value in (*region.outputs, *(value for op in region.ops for value in op.inputs)):
+        read.update(map(id, with_layers(value)))
+    return read
+
+
+def with_layers(value: Value) -> Iterator[Value]:
+    """A value, its layers, and theirs."""
+    yield value
+    for layer in value.layers:
+        yield from with_layers(layer)
+
+
+def flat_layers(value: Value) -> Iterator[Value]:
+    """The values without layers that a value consists of, in row-major order; itself if it has none."""
+    if not value.layers:
+        yield value
+    for layer in value.layers:
+        yield from flat_layers(layer)
 
 
 def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:

@@ -1,7 +1,7 @@
 """A plan: which slices of which params stay. It moves any tree between the dense and the small."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arguments import check_function
@@ -18,9 +19,10 @@ from jaxprune.io.atomic import replacing
 from jaxprune.jaxprs import explicit_sharding
 from jaxprune.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.stacks import Stacks, layer_indices, layer_name, layer_shape
 from jaxprune.typing import DenseShapes, PrunerState, Where
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,12 @@ class Plan:
 
     Attributes:
       shapes: the dense shape of every param, by path.
-      keep: by path, for each axis that loses slices, the dense indices of those that stay, in order.
+      keep: by path, for each axis that loses slices, the dense indices of those that stay, in order. The
+        layers of a stacked param keep slices of their own, equally many: there the indices are an array
+        with a row for each layer (layers x kept; with several stack axes, an axis for each).
       divisors: by path, the axes whose lost slices must not be zero, because the function divides by
         them: `expand` puts copies of the slices that stay, in turn, in their places.
+      stacks: by path, the axes of stacked params that count layers.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxprune as jp
@@ -44,14 +49,38 @@ class Plan:
     shapes: Mapping[str, tuple[int, ...]]
     keep: Mapping[str, Mapping[int, np.ndarray]]
     divisors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stacks: Stacks = field(default_factory=dict)
 
     def small_shape(self, path: str) -> tuple[int, ...]:
         """The shape of a param without the slices that go."""
         kept = self.keep.get(path, {})
-        return tuple(len(kept[a]) if a in kept else n for a, n in enumerate(self.shapes[path]))
+        return tuple(kept[a].shape[-1] if a in kept else n for a, n in enumerate(self.shapes[path]))
+
+    def by_layer(self) -> "Plan":
+        """The same plan for the layers of stacked params as params of their own, named like "up[0]"."""
+        shapes, keep, divisors = {}, {}, {}
+        for path, shape in self.shapes.items():
+            axes = self.stacks.get(path, ())
+            rest = [axis for axis in range(len(shape)) if axis not in axes]
+            for index in layer_indices(shape, axes) if axes else [()]:
+                name = layer_name(path, index) if axes else path
+                shapes[name] = layer_shape(shape, axes)
+                kept = self.keep.get(path, {})
+                keep[name] = {new: kept[old][index] for new, old in enumerate(rest) if old in kept}
+                divisors[name] = tuple(n for n, old in enumerate(rest) if old in self.divisors.get(path, ()))
+        return Plan(
+            shapes,
+            {name: axes for name, axes in keep.items() if axes},
+            {name: axes for name, axes in divisors.items() if axes},
+        )
 
     def dropped(self) -> dict[str, list[np.ndarray | None]]:
-        """The slices that go, as a bool vector for each axis of each param; None for none."""
+        """The slices that go, as a bool vector for each axis of each param; None for none.
+
+        The layers of stacked params stand by themselves, named like "up[0]".
+        """
+        if self.stacks:
+            return self.by_layer().dropped()
 
         def gone(path: str, axis: int, size: int) -> np.ndarray | None:
             if axis not in self.keep.get(path, {}):
@@ -64,6 +93,8 @@ class Plan:
 
     def zeros(self) -> dict[str, list[np.ndarray | None]]:
         """The slices that go and count as zero: all but the divisors, as `dropped` has them."""
+        if self.stacks:
+            return self.by_layer().zeros()
         return {
             path: [None if axis in self.divisors.get(path, ()) else gone for axis, gone in enumerate(marks)]
             for path, marks in self.dropped().items()
@@ -82,7 +113,7 @@ class Plan:
 
         if not part(self.shapes):
             raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
-        return Plan(part(self.shapes), part(self.keep), part(self.divisors))
+        return Plan(part(self.shapes), part(self.keep), part(self.divisors), part(self.stacks))
 
     def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """A tree with the slices that go cut out of every part that mirrors a param.
@@ -107,7 +138,10 @@ class Plan:
         def cut(leaf: Any, path: str, _: str) -> Any:
             lead = leaf.ndim - len(self.shapes[path])
             for axis, kept in self.keep.get(path, {}).items():
-                leaf = _take(leaf, lead + axis, kept)
+                if kept.ndim == 1:
+                    leaf = _take(leaf, lead + axis, kept)
+                else:
+                    leaf = _take_by_layer(leaf, lead, self.stacks[path], axis, kept)
             return leaf
 
         return _with_dense_shapes(tree, self._map(tree, lambda path: self.shapes[path], cut, "shrink", where))
@@ -139,6 +173,10 @@ class Plan:
             for axis, kept in sorted(
                 self.keep.get(path, {}).items(), key=lambda item: item[0] not in divisors
             ):
+                if kept.ndim > 1:
+                    size, stack = self.shapes[path][axis], self.stacks[path]
+                    leaf = _spread_by_layer(leaf, lead, stack, axis, kept, size, axis in divisors)
+                    continue
                 size, places = self.shapes[path][axis], (slice(None),) * (lead + axis) + (kept,)
                 if explicit_sharding(leaf) is not None:
                     number = None if axis in divisors and not mask else int(axis in divisors)
@@ -238,6 +276,7 @@ class Plan:
         arrays.update(
             (f"divisors:{path}", np.asarray(axes, np.int64)) for path, axes in self.divisors.items()
         )
+        arrays.update((f"stack:{path}", np.asarray(axes, np.int64)) for path, axes in self.stacks.items())
         with replacing(file) as new, new.open("wb") as stream:
             np.savez_compressed(stream, format=np.int64(_FORMAT), **arrays)
 
@@ -251,9 +290,10 @@ class Plan:
         shapes: dict[str, tuple[int, ...]] = {}
         keep: dict[str, dict[int, np.ndarray]] = {}
         divisors: dict[str, tuple[int, ...]] = {}
+        stacks: dict[str, tuple[int, ...]] = {}
         with np.load(file, allow_pickle=False) as arrays:
-            if "format" not in arrays or int(arrays["format"]) != _FORMAT:
-                raise ValueError(f"{file} is not a plan of format {_FORMAT}.")
+            if "format" not in arrays or not 1 <= int(arrays["format"]) <= _FORMAT:
+                raise ValueError(f"{file} is not a plan of format {_FORMAT} or lower.")
             for name in arrays.files:
                 kind, _, path = name.partition(":")
                 if kind == "shape":
@@ -262,15 +302,22 @@ class Plan:
                     keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
                 elif kind == "divisors":
                     divisors[path] = tuple(arrays[name].ravel().tolist())
-        plan = cls(shapes, keep, divisors)
+                elif kind == "stack":
+                    stacks[path] = tuple(arrays[name].ravel().tolist())
+        plan = cls(shapes, keep, divisors, stacks)
         for path, axes in divisors.items():
             if not set(axes) <= set(keep.get(path, {})):
                 raise ValueError(f"{file}: the divisors of {path} are on axes {axes}, which lose no slices.")
         for path, axes in keep.items():
             for axis, kept in axes.items():
                 size = shapes[path][axis] if path in shapes and axis < len(shapes[path]) else 0
-                sorted_once = kept.ndim == 1 and kept.size > 0 and bool((np.diff(kept) > 0).all())
-                if not (sorted_once and kept[0] >= 0 and kept[-1] < size):
+                counts = (
+                    tuple(shapes[path][a] for a in stacks.get(path, ()) if a < len(shapes[path]))
+                    if size
+                    else ()
+                )
+                sorted_once = kept.shape[:-1] == counts and kept.size > 0 and bool((np.diff(kept) > 0).all())
+                if not (sorted_once and kept.min() >= 0 and kept.max() < size):
                     raise ValueError(f"{file}: the indices of {path}, axis {axis}, do not fit size {size}.")
         return plan
 
@@ -317,6 +364,56 @@ def _with_dense_shapes(before: Any, after: Any) -> Any:
     leaves, treedef = jax.tree.flatten(after, is_leaf=_is_pruner_state)
     olds = jax.tree.leaves(before, is_leaf=_is_pruner_state)
     return treedef.unflatten(map(keep_shapes, olds, leaves))
+
+
+def _places_by_layer(rank: int, lead: int, stack: Sequence[int], axis: int, rows: np.ndarray) -> jax.Array:
+    """Indices along an axis, a row for each layer, laid out for an array of a rank.
+
+    `lead` axes come before those of the param; `stack` and `axis` are counted among the latter.
+    """
+    shape = [1] * rank
+    order = sorted(range(len(stack)), key=lambda n: stack[n])
+    for each in order:
+        shape[lead + stack[each]] = rows.shape[each]
+    rows = np.moveaxis(rows, list(order), range(len(order)))
+    # The axis itself stands where it is among those that count layers.
+    before = sum(each < axis for each in stack)
+    rows = np.moveaxis(rows, -1, before)
+    shape[lead + axis] = rows.shape[before]
+    return jnp.asarray(rows.reshape(shape).astype(np.int32))
+
+
+def _take_by_layer(leaf: Any, lead: int, stack: Sequence[int], axis: int, kept: np.ndarray) -> Any:
+    """The slices that each layer keeps."""
+    flat = kept.reshape(-1, kept.shape[-1])
+    if (flat == flat[0]).all():
+        return _take(leaf, lead + axis, flat[0])
+    places = _places_by_layer(leaf.ndim, lead, stack, axis, kept)
+    return placing.on_whole(
+        leaf, lambda leaf: jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
+    )
+
+
+def _spread_by_layer(
+    leaf: Any, lead: int, stack: Sequence[int], axis: int, kept: np.ndarray, size: int, is_divisor: bool
+) -> Any:
+    """The dense array of the slices that each layer keeps, with zeros between; with copies, of a divisor."""
+    count, is_mask = kept.shape[-1], leaf.dtype == bool
+    rows = np.full((*kept.shape[:-1], size), count)
+    for index in np.ndindex(*kept.shape[:-1]):
+        rows[index][kept[index]] = np.arange(count)
+        if is_divisor and not is_mask:
+            gone = np.setdiff1d(np.arange(size), kept[index])
+            rows[index][gone] = np.arange(len(gone)) % count
+    places = _places_by_layer(leaf.ndim, lead, stack, axis, rows)
+
+    def spread(leaf: Any) -> Any:
+        # One slice more than there are is what goes in the place of those that went.
+        filler = jnp.full_like(lax.slice_in_dim(leaf, 0, 1, axis=lead + axis), is_divisor and is_mask)
+        longer = jnp.concatenate([leaf, filler], lead + axis)
+        return jnp.take_along_axis(longer, places, axis=lead + axis, mode="clip")
+
+    return placing.on_whole(leaf, spread)
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:

@@ -9,19 +9,21 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune.arguments import check_function
-from jaxprune.graph import ir
+from jaxprune.graph import ir, tracing
 from jaxprune.graph.axes import Kept, State, Vector
 from jaxprune.graph.facts import Facts, run
 from jaxprune.graph.readers import separate
 from jaxprune.graph.replay import Replay
 from jaxprune.graph.rules import link_region, rule_for
+from jaxprune.graph.rules.calls import tie
 from jaxprune.graph.rules.choices import pin_choices
 from jaxprune.jaxprs import split_static
 from jaxprune.paths import array_leaves, describe, leaf_paths
+from jaxprune.stacks import Stacks, layer_indices, layer_name
 from jaxprune.typing import Params
 
 Zeros = Mapping[str, Sequence[Vector | None]]
-"""For some leaves by path, and each of their axes, which slices are zero."""
+"""For some leaves (or layers of stacked ones) by name, and each of their axes, which slices are zero."""
 
 
 class Linked:
@@ -31,8 +33,11 @@ class Linked:
 
     Attributes:
       leaves: the params by path, as `jax.ShapeDtypeStruct`.
+      stacks: by path, the axes of params that count layers.
       graph: the axes of all values.
-      values: the param values by path.
+      values: the param values by path; those of a stack by the names of its layers, such as "up[0]".
+      paths: of each of `values`, the param's path and the index of the layer.
+      families: values that are the same one in different layers.
       region: the function.
     """
 
@@ -42,14 +47,32 @@ class Linked:
         params: Params,
         inputs: Sequence[Any],
         state: Callable[[Any], Any] | None = None,
+        stacks: Stacks | None = None,
     ):
+        """Traces the function.
+
+        Args:
+          function: a function of params and inputs.
+          params: the params.
+          inputs: the inputs.
+          state: from outputs to those that are new values of params.
+          stacks: by path, the axes of params that count layers; None to read them off the function's scans.
+        """
         self.leaves = array_leaves(params)
         check_function(function, "the graph of a network", "apply_fn(params, *inputs)")
         if state is not None:
             check_function(state, "state=", "from outputs to new values of params")
         arrays, rebuild = split_static(inputs)
         try:
-            program = ir.trace(lambda params, arrays: function(params, *rebuild(arrays)), params, arrays)
+            program = tracing.trace(
+                lambda params, arrays: function(params, *rebuild(arrays)),
+                params,
+                arrays,
+                stacks=None
+                if stacks is None
+                else {n: stacks.get(path, ()) for n, path in enumerate(self.leaves)},
+                count=len(self.leaves),
+            )
         except TypeError as error:
             if inputs:
                 raise
@@ -57,16 +80,28 @@ class Linked:
                 f"the function fails without inputs ({error}). Pass example inputs, arrays or "
                 "jax.ShapeDtypeStruct, after the params (or the masks)."
             ) from error
-        self.graph, self.region, self.out_tree = program
+        self.graph, self.region, self.out_tree, found, self.families = program
         count = len(self.leaves)
-        separate(self.region, self.graph, self.region.inputs[:count])
+        params = [layer for value in self.region.inputs[:count] for layer in ir.flat_layers(value)]
+        separate(self.region, self.graph, params)
         link_region(self.region, self.graph)
         pin_choices(self.region, self.graph)
-        self.values = dict(zip(self.leaves, self.region.inputs[:count], strict=True))
+        self.stacks: Stacks = {path: found[n] for n, path in enumerate(self.leaves) if found.get(n)}
+        self.values: dict[str, ir.Value] = {}
+        self.paths: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for path, value in zip(self.leaves, self.region.inputs[:count], strict=True):
+            self._name(path, value)
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
                 self.graph.pin(node, f"it meets an axis of the input [{name}]")
+
+    def _name(self, path: str, value: ir.Value) -> None:
+        """Names a param's value, or its layers."""
+        indices = list(layer_indices(value.shape, self.stacks.get(path, ())))
+        for index, layer in zip(indices, ir.flat_layers(value), strict=True):
+            name = layer_name(path, index) if value.layers else path
+            self.values[name], self.paths[name] = layer, (path, index)
 
     def _tie_outputs(self, state: Callable[[Any], Any] | None) -> None:
         """Ties the outputs that are new values of params to these, and pins the others."""
@@ -74,24 +109,24 @@ class Linked:
         tree = jax.tree.unflatten(self.out_tree, range(len(outputs)))
         new = [] if state is None else state(tree)
         tied = dict(zip(leaf_paths(new), jax.tree.leaves(new), strict=True))
+        values = dict(zip(self.leaves, self.region.inputs, strict=False))
         for path, number in tied.items():
-            if path not in self.values:
+            if path not in values:
                 raise ValueError(
                     f"state= gives an output at {path!r}, but params has no such leaf. It must return those "
-                    f"outputs that are new values of params, at the same paths: {', '.join(self.values)}."
+                    f"outputs that are new values of params, at the same paths: {', '.join(values)}."
                 )
-            value = self.values[path]
+            value = values[path]
             if outputs[number].shape != value.shape:
                 raise ValueError(
                     f"state= gives {describe(outputs[number])} at {path!r}, but that param is "
                     f"{describe(value)}."
                 )
-            for a, b in zip(outputs[number].axes, value.axes, strict=True):
-                self.graph.same(a, b)
+            tie(self.graph, [outputs[number]], [value])
         names = leaf_paths(tree)
         for number, (value, name) in enumerate(zip(outputs, names, strict=True)):
             if number not in tied.values():
-                for node in value.axes:
+                for node in (node for layer in ir.flat_layers(value) for node in layer.axes):
                     self.graph.pin(node, f"it meets an axis of the output{f' [{name}]' if name else ''}")
 
     def pin_unread(self) -> None:
@@ -145,7 +180,7 @@ class Linked:
         """Some values of the dense function, from its params and inputs."""
         everything = Kept(self.graph.find, defaultdict(lambda: True))
         region = ir.Region(self.region.inputs, list(wanted), self.region.ops)
-        return Replay(everything, facts).run(region, leaves)
+        return Replay(everything, facts, loops=False).run(region, leaves)
 
     def replay(self, kept: Kept, facts: Facts, leaves: Sequence[Any]) -> Any:
         """The function's output from small params and inputs."""

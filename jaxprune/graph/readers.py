@@ -55,6 +55,7 @@ _REDUCTIONS = frozenset(
         *("reduce_xor", "argmax", "argmin"),
     )
 )
+_LAYERS = frozenset(("take_layer", "join_layers"))
 _MADE_AGAIN = frozenset(("broadcast_in_dim", "iota"))
 _ONCE = frozenset(
     ("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "composite", "custom_vmap_call")
@@ -121,7 +122,12 @@ class _Origins:
         self._run(region)
 
     def _run(self, region: Region) -> None:
+        # What a loop over layers carries is the same in all rounds, though the first is given a constant.
+        rolls = {id(roll): roll for op in region.ops for roll, _ in op.rolls}.values()
+        carried = {id(value) for roll in rolls for one in roll.rounds for value in one.taken}
         for op in region.ops:
+            if any(id(output) in carried for output in op.outputs):
+                continue
             pure = not getattr(op.bind, "has_effects", False)
             if op.regions:
                 self._call(op)
@@ -265,6 +271,12 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
     def copies(value: Value) -> list[Op]:
         """Ops that make the copies of a value; none where it needs none."""
         places, of = reads[id(value)], origins.of(value)
+        if (
+            value.layers
+            or value.part is not None
+            or any(r is not None and r.name in _LAYERS for *_, r in places)
+        ):
+            return []
         if Origin.PARAM in of and any(origins.sums(value, reader) for _, _, reader in places):
             origins.summed.add(id(value))
             of = tuple(Origin.OTHER if origin is Origin.PARAM else origin for origin in of)
@@ -283,12 +295,13 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
             if again:
                 op = value.op
                 assert op is not None
-                copy.op = Op(op.name, op.params, list(op.inputs), [copy], op.bind, op.source)
+                copy.op = Op(op.name, op.params, list(op.inputs), [copy], op.bind, op.source, rolls=op.rolls)
                 note(copy.op)
             else:
                 source = (reader or value.op or _NOWHERE).source
                 params = {"origins": of, "whole": outermost}
-                copy.op = Op(NAME, params, [value], [copy], _itself, source)
+                rolls = () if value.op is None else value.op.rolls
+                copy.op = Op(NAME, params, [value], [copy], _itself, source, rolls=rolls)
             origins._of[id(copy)] = of
             made.append(copy.op)
         return made
@@ -340,7 +353,7 @@ def part_of(op: Op, array: Any, frame: Frame, besides: int | None = None) -> Any
     for axis in range(len(value.shape)):
         kept = frame.indices(copy, axis)
         if kept is not None and axis != besides:
-            array = take_dense(array, axis, kept, frame.indices(value, axis))
+            array = take_dense(frame, array, axis, kept, frame.indices(value, axis))
     return array
 
 

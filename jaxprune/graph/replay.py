@@ -1,8 +1,10 @@
 """Runs a program on arrays that have lost the slices that a solution drops."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -10,7 +12,8 @@ from jax import lax
 from jaxprune.graph import placing, readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
-from jaxprune.graph.ir import Op, Region, Value
+from jaxprune.graph.ir import Op, Region, Roll, Value, flat_layers
+from jaxprune.graph.rolling import LayersDifferError, Positions, check_alike, tables
 from jaxprune.graph.rules import elementwise, rule_for
 from jaxprune.graph.rules.slices import take
 
@@ -21,32 +24,66 @@ class Replay:
     An op none of whose values lost a slice is applied as it was traced; any other by its rule.
     """
 
-    def __init__(self, kept: Kept, facts: Facts):
-        self._kept, self.facts = kept, facts
+    def __init__(self, kept: Kept, facts: Facts, loops: bool = True):
+        """Replays under a solution; without `loops`, the rounds of loops over layers one after the other."""
+        self._kept, self.facts, self.loops = kept, facts, loops
         self._changed: dict[int, bool] = {}
+        self.positions: Positions | None = None
 
     def indices(self, value: Value, axis: int) -> np.ndarray | None:
-        """Which slices of an axis stay; None for all of them."""
-        return self._kept.indices(value.axes[axis])
+        """Which slices of an axis stay; None for all of them.
+
+        Raises:
+          LayersDifferError: the layers of a stack keep different ones.
+        """
+        if not value.layers:
+            return self._kept.indices(value.axes[axis])
+        if axis == value.along:
+            return None
+        first, *others = [self.indices(layer, axis - (axis > value.along)) for layer in value.layers]
+        if any(not np.array_equal(_or_empty(first), _or_empty(other)) for other in others):
+            raise LayersDifferError
+        return first
 
     def shape(self, value: Value) -> tuple[Any, ...]:
-        """The shape of a value without the slices that go."""
-        kept = [self.indices(value, axis) for axis in range(len(value.shape))]
-        return tuple(n if k is None else len(k) for n, k in zip(value.shape, kept, strict=True))
+        """The shape of a value without the slices that go.
+
+        Raises:
+          LayersDifferError: the layers of a stack keep different numbers of slices.
+        """
+        if not value.layers:
+            kept = [self.indices(value, axis) for axis in range(len(value.shape))]
+            return tuple(n if k is None else len(k) for n, k in zip(value.shape, kept, strict=True))
+        first, *others = [self.shape(layer) for layer in value.layers]
+        if any(other != first for other in others):
+            raise LayersDifferError
+        return (*first[: value.along], len(value.layers), *first[value.along :])
 
     def node_size(self, node: int, dense: Any) -> Any:
         """How many of a node's slices stay, of so many in the dense program."""
         kept = self._kept.indices(node)
         return dense if kept is None else len(kept)
 
+    def take(self, array: Any, axis: int, positions: np.ndarray) -> Any:
+        """Slices of an array at known places; in a loop over layers, at those of the layer."""
+        return (take if self.positions is None else self.positions.take)(array, axis, positions)
+
+    def hoisted(self, table: np.ndarray) -> Any:
+        """A table of places; in a loop over layers, that of the layer."""
+        return table if self.positions is None else self.positions.hoisted(table)
+
     def cut(self, value: Value, array: Any) -> Any:
         """An array without the slices that go, where it still has them."""
+        if value.layers:
+            if tuple(array.shape) != self.shape(value):
+                raise LayersDifferError
+            return array
         if not any(self.indices(value, axis) is not None for axis in range(len(value.shape))):
             return array
         for axis, size in enumerate(self.shape(value)):
             kept = self.indices(value, axis)
             if kept is not None and array.shape[axis] != size:
-                array = take(placing.gather(array, (axis,)), axis, kept)
+                array = self.take(placing.gather(array, (axis,)), axis, kept)
         return array
 
     def lost(self, value: Value) -> list[int]:
@@ -59,41 +96,151 @@ class Replay:
             return array
         return placing.place(array, placing.small_sharding(value.sharding, value.shape, self.shape(value)))
 
+    def is_cut(self, value: Value) -> bool:
+        """Whether a value has lost a slice."""
+        return any(not self._kept.full(node) for layer in flat_layers(value) for node in layer.axes)
+
     def changed(self, op: Op) -> bool:
         """Whether a value of an op, or of its regions, has lost a slice."""
         if id(op) not in self._changed:
             values = [*op.inputs, *op.outputs]
             inner = [op for region in op.regions.values() for op in region.ops]
             values += [v for region in op.regions.values() for v in (*region.inputs, *region.outputs)]
-            cut = any(not self._kept.full(node) for value in values for node in value.axes)
-            self._changed[id(op)] = cut or any(map(self.changed, inner))
+            self._changed[id(op)] = any(map(self.is_cut, values)) or any(map(self.changed, inner))
         return self._changed[id(op)]
 
     def run(self, region: Region, args: Sequence[Any]) -> list[Any]:
         """Runs a region on small inputs; its outputs are small too."""
-        return _Run(self, region, args).outputs
+        env = {id(v): self.place(v, array) for v, array in zip(region.inputs, args, strict=True)}
+        run = _Run(self, env)
+        run.apply_all(region.ops, 0)
+        return [run.read(value) for value in region.outputs]
+
+
+def _or_empty(indices: np.ndarray | None) -> np.ndarray:
+    return np.zeros(0, int) if indices is None else indices
+
+
+def _from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[tuple[Value, ...]]:
+    """What the rounds of a loop read that none of them makes: for each such value, that of every round.
+
+    Raises:
+      LayersDifferError: the rounds do not have the same ops.
+    """
+    if any([op.name for op in ops] != [op.name for op in rounds[0]] for ops in rounds):
+        raise LayersDifferError
+    columns: dict[tuple[int, ...], tuple[Value, ...]] = {}
+    for ops in zip(*rounds, strict=True):
+        for values in zip(*(op.inputs for op in ops), strict=True):
+            inside = [id(value) in made_here or value.constant is not None for value in values]
+            if any(inside) and not all(inside):
+                raise LayersDifferError
+            if not any(inside):
+                values = _whole_stacks(values)
+                columns[tuple(map(id, values))] = values
+    return list(columns.values())
+
+
+def _whole_stacks(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """What the rounds of a loop read of stacks of their own: these stacks, as an inner loop needs all of them."""
+    while all(value.part is not None for value in values):
+        stacks, places = zip(
+            *((value.part[0], value.part[1:]) for value in values if value.part), strict=True
+        )
+        if all(stack is stacks[0] for stack in stacks) or any(place != places[0] for place in places):
+            break
+        values = stacks
+    return values
 
 
 class _Run:
     """One run of a region: the arrays of its values. It is the `Frame` that rules emit in."""
 
-    def __init__(self, replay: Replay, region: Region, args: Sequence[Any]):
+    def __init__(self, replay: Replay, env: dict[int, Any]):
         self._replay, self.facts = replay, replay.facts
         self.shape, self.indices, self.run = replay.shape, replay.indices, replay.run
-        self.node_size = replay.node_size
-        pairs = list(zip(region.inputs, args, strict=True))
-        self._env = {id(value): replay.place(value, array) for value, array in pairs}
-        for op in region.ops:
-            self._apply(op)
-        self.outputs = [self._read(value) for value in region.outputs]
+        self.node_size, self.take = replay.node_size, replay.take
+        self._env = env
 
-    def _read(self, value: Value) -> Any:
+    def same_in_all_layers(self) -> Any:
+        """A context in which all layers of a loop have to take slices at the same places."""
+        positions = self._replay.positions
+        return nullcontext() if positions is None else positions.same_in_all()
+
+    def foresee(self, region: Region, args: Sequence[Any]) -> None:
+        """Notes where a region will take slices that runs later, when a derivative is taken."""
+        positions = self._replay.positions
+        if positions is not None and positions.is_noting:
+            with positions.same_in_all():
+                jax.eval_shape(lambda *args: self.run(region, list(args)), *args)
+
+    def apply_all(self, ops: Sequence[Op], level: int) -> None:
+        """Applies ops in order; those of a loop over layers, below `level` such loops, as one loop."""
+        start = 0
+        while start < len(ops):
+            op, end = ops[start], start + 1
+            if self._replay.loops and len(op.rolls) > level:
+                roll = op.rolls[level][0]
+                while end < len(ops) and len(ops[end].rolls) > level and ops[end].rolls[level][0] is roll:
+                    end += 1
+                self._loop(roll, ops[start:end], level)
+            elif not op.lazy:
+                self._apply(op)
+            start = end
+
+    def read(self, value: Value) -> Any:
+        """The small array of a value."""
         if id(value) not in self._env:
-            self._env[id(value)] = self._replay.cut(value, value.constant)
+            self._env[id(value)] = self._made(value)
         return self._env[id(value)]
 
+    def _made(self, value: Value) -> Any:
+        """The array of a value that no op has made yet: a constant, a stack, or a layer of one."""
+        if value.constant is not None:
+            return self._replay.cut(value, value.constant)
+        if value.layers:
+            return self._stack(value)
+        if value.part is not None:
+            return self._part(value)
+        raise AssertionError("a value is read before it is made")
+
+    def _part(self, value: Value) -> Any:
+        assert value.part is not None
+        stack, axis, index = value.part
+        return lax.index_in_dim(self.read(stack), index, axis, keepdims=False)
+
+    def _stack(self, value: Value) -> Any:
+        """The array of a stack."""
+        if value.source is not None:
+            return self.read(value.source)
+        if value.part is not None:
+            return self._part(value)
+        if value.op is not None and all(id(layer) not in self._env for layer in value.layers):
+            try:
+                # All layers at once, as the function did it.
+                args = [self.read(operand) for operand in value.op.inputs]
+                outputs = rule_for(value.op.name).emit(value.op, args, self)
+                pairs = zip(value.op.outputs, outputs, strict=True)
+                arrays = {id(output): self._replay.cut(output, array) for output, array in pairs}
+                self._env.update(arrays)
+                return arrays[id(value)]
+            except LayersDifferError:
+                for layer in value.layers:
+                    self._apply_lazy(layer)
+        return jnp.stack([self.read(layer) for layer in value.layers], value.along)
+
+    def _apply_lazy(self, value: Value) -> None:
+        """Makes a layer of a stack by what the stack's op is in that layer."""
+        for layer in flat_layers(value):
+            assert layer.op is not None
+            if layer.op.lazy and id(layer) not in self._env:
+                self._apply(layer.op)
+
     def _apply(self, op: Op) -> None:
-        args = [self._read(value) for value in op.inputs]
+        if op.name == "join_layers":
+            self._env[id(op.outputs[0])] = self.read(op.params["stack"])
+            return
+        args = [self.read(value) for value in op.inputs]
         if self._replay.changed(op):
             emitted = op
             if placing.is_explicit((*op.inputs, *op.outputs)):
@@ -111,6 +258,103 @@ class _Run:
             return None
         return placing.small_sharding(value.sharding, value.shape, self.shape(value))
 
+    def _loop(self, roll: Roll, ops: Sequence[Op], level: int) -> None:
+        """Applies the ops of a loop over layers: as one loop, if all rounds are alike."""
+        inner = self._replay
+        cut = any(map(inner.changed, ops)) or any(map(inner.is_cut, (*roll.inputs, *roll.results)))
+        if not cut:
+            outputs = roll.bind(*(self.read(value) for value in roll.inputs))
+            self._env.update((id(v), array) for v, array in zip(roll.results, outputs, strict=True))
+            return
+        try:
+            self._env.update(self._one_loop(roll, ops, level))
+        except LayersDifferError:
+            self.apply_all(ops, level + 1)
+
+    def _one_loop(self, roll: Roll, ops: Sequence[Op], level: int) -> dict[int, Any]:
+        """The outputs of a loop over layers, by the ids of their values.
+
+        Raises:
+          LayersDifferError: the rounds differ in more than which slices they take.
+        """
+        count = len(roll.rounds)
+        rounds: list[list[Op]] = [[] for _ in range(count)]
+        taken = {id(value) for one in roll.rounds for value in one.taken}
+        for op in ops:
+            if id(op.outputs[0]) not in taken:
+                rounds[op.rolls[level][1]].append(op)
+        made_here = {id(output) for op in ops for output in op.outputs}
+        columns = _from_outside(rounds, made_here)
+        sliced = [values for values in columns if any(value is not values[0] for value in values)]
+        for values in columns:
+            if all(value is values[0] for value in values):
+                self.read(values[0])
+        xs = [self._as_stack(values) for values in sliced]
+
+        def is_read(value: Value) -> bool:
+            """Whether a value is made at all: what nobody reads is not."""
+            inside = value.op is not None and any(roll is other for other, _ in value.op.rolls)
+            return id(value) in made_here or not inside
+
+        carried = [n for n, value in enumerate(roll.rounds[0].given) if is_read(value)]
+        stacked = [n for n, value in enumerate(roll.rounds[0].made) if is_read(value)]
+        first = roll.rounds[-1 if roll.reverse else 0]
+        initial = [self.read(first.taken[n].op.inputs[0]) for n in carried]  # type: ignore[union-attr]
+
+        def one_round(number: int, positions: Positions, differs: Sequence[bool] | None) -> Any:
+            """A round as a function of what is carried, of its slices, and of the places it takes."""
+
+            def step(carry: Sequence[Any], slices: Sequence[Any], rows: Sequence[Any]) -> Any:
+                this, before = roll.rounds[number], self._replay.positions
+                env = dict(self._env)
+                env.update((id(this.taken[n]), array) for n, array in zip(carried, carry, strict=True))
+                env.update((id(v[number]), array) for v, array in zip(sliced, slices, strict=True))
+                run = _Run(self._replay, env)
+                self._replay.positions = positions.start(differs, rows)
+                try:
+                    run.apply_all(rounds[number], level + 1)
+                    given = [run.read(this.given[n]) for n in carried]
+                    return given, [run.read(this.made[n]) for n in stacked]
+                finally:
+                    self._replay.positions = before
+
+            return step
+
+        slices = [jax.eval_shape(lambda x: x[0], x) for x in xs]
+        noted = [Positions() for _ in range(count)]
+        for number, positions in enumerate(noted):
+            jax.eval_shape(one_round(number, positions, None), initial, slices, [])
+        differs, found = tables(noted)
+        hoisted = [self._replay.hoisted(table) for table in found]
+        rows = [jax.ShapeDtypeStruct(table.shape[1:], table.dtype) for table in found]
+        steps = [one_round(number, positions, differs) for number, positions in enumerate(noted)]
+        check_alike([jax.make_jaxpr(step)(initial, slices, rows) for step in steps])
+        carry, stacks = lax.scan(
+            lambda carry, x: steps[0](carry, *x),
+            initial,
+            (xs, [jnp.asarray(table) for table in hoisted]),
+            length=count,
+            reverse=roll.reverse,
+            unroll=roll.unroll,
+        )
+        outputs = dict(zip((id(roll.results[n]) for n in carried), carry, strict=True))
+        return outputs | dict(zip((id(roll.outputs[n]) for n in stacked), stacks, strict=True))
+
+    def _as_stack(self, values: Sequence[Value]) -> Any:
+        """The arrays of values, one for each layer, along a new first axis."""
+        parts = [value.part for value in values]
+        if all(part is not None and part[0] is parts[0][0] for part in parts):  # type: ignore[index]
+            stack, axis, _ = parts[0]  # type: ignore[misc]
+            indices = [part[2] for part in parts]  # type: ignore[index]
+            array = self.read(stack)
+            if indices != list(range(array.shape[axis])):
+                array = take(array, axis, np.array(indices))
+            return array if axis == 0 else jnp.moveaxis(array, axis, 0)
+        arrays = [self.read(value) for value in values]
+        if any(array.shape != arrays[0].shape for array in arrays):
+            raise LayersDifferError
+        return jnp.stack(arrays)
+
     def representative(self, value: Value, axis: int) -> Any:
         """One of the slices that are alike along an axis, which then has size 1.
 
@@ -120,7 +364,7 @@ class _Run:
         known = self.facts.of(value)
         alike = known.alike[axis]
         if known.fill is not None or (alike is not None and alike.all()):
-            return lax.slice_in_dim(placing.gather(jnp.asarray(self._read(value)), (axis,)), 0, 1, axis=axis)
+            return lax.slice_in_dim(placing.gather(jnp.asarray(self.read(value)), (axis,)), 0, 1, axis=axis)
         op = value.op
         if alike is None or op is None:
             shape = list(self.shape(value))
@@ -145,7 +389,7 @@ class _Run:
             raise NotImplementedError(f"{op} says that slices are alike, but not how one is made.")
         along = len(value.shape)
         inputs = [
-            self.representative(v, axis) if len(v.shape) == along and v.shape[axis] != 1 else self._read(v)
+            self.representative(v, axis) if len(v.shape) == along and v.shape[axis] != 1 else self.read(v)
             for v in op.inputs
         ]
         shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in inputs))

@@ -6,12 +6,13 @@ it is looked up (an embedding), or only added to data or multiplied entry by ent
 scales). Where the program does not tell, the name does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
 
+import jax
 import numpy as np
 
-from jaxprune.graph.ir import Op, Region, Value
+from jaxprune.graph.ir import Op, Region, Value, flat_layers
 from jaxprune.graph.program import Linked
 from jaxprune.graph.rules import elementwise, has_rule, rule_for
 from jaxprune.jaxprs import scan_split
@@ -43,18 +44,27 @@ _Flows = dict[str, _Flow]
 _LAYOUT = frozenset(
     (
         *("reshape", "transpose", "squeeze", "expand_dims", "rev", "pad", "broadcast_in_dim", "tile"),
-        *("concatenate", "stack", "convert_element_type", "reduce_precision", "neg", "copy", "copy_p"),
+        *(
+            "concatenate",
+            "stack",
+            "join_layers",
+            "convert_element_type",
+            "reduce_precision",
+            "neg",
+            "copy",
+            "copy_p",
+        ),
         *("stop_gradient", "optimization_barrier", "sharding_constraint", "name", "pvary", "reshard"),
         "per_reader",
     )
 )
-_PARTS = frozenset(["slice", "split", "unstack"])
+_PARTS = frozenset(["slice", "split", "unstack", "take_layer"])
 _PICKS = frozenset(["gather", "dynamic_slice"])
 _PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
 
 def weights(linked: Linked) -> frozenset[str]:
-    """The paths of the params that a function uses as the weights of a product.
+    """The params (of stacked ones the layers) that a function uses as the weights of a product.
 
     Adapters (LoRA) are weights of products too, but one factor of each starts at zero: they are left
     out by name, see `kernel_names`. So are params of one axis.
@@ -67,14 +77,16 @@ def weights(linked: Linked) -> frozenset[str]:
     walk.run(region)
 
     def is_weight(path: str) -> bool:
-        leaf, use = linked.leaves[path], walk.uses.get(path)
-        if len(leaf.shape) < 2 or is_adapter(path):
+        leaf, use, (owner, _) = linked.values[path], walk.uses.get(path), linked.paths[path]
+        if len(leaf.shape) < 2 or is_adapter(owner):
             return False
         if use in (_Use.PRODUCT, _Use.LOOKUP):
             return use is _Use.PRODUCT
-        return (use is not None or path in walk.unread(linked)) and kernels(path, leaf)
+        return (use is not None or path in walk.unread(linked)) and kernels(
+            owner, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        )
 
-    return frozenset(path for path in linked.leaves if is_weight(path))
+    return frozenset(path for path in linked.values if is_weight(path))
 
 
 class _Walk:
@@ -93,7 +105,7 @@ class _Walk:
 
     def unread(self, linked: Linked) -> set[str]:
         """The params that the program never reads."""
-        read = {id(v) for op in linked.region.ops for v in op.inputs}
+        read = {id(each) for op in linked.region.ops for v in op.inputs for each in flat_layers(v)}
         return {path for path, value in linked.values.items() if id(value) not in read}
 
     def run(self, region: Region) -> None:
@@ -137,7 +149,7 @@ class _Walk:
             least = {path: min(flow, _Flow.PART) for path, flow in flows[0].items()}
             return self._learn(op.outputs, least, any(data))
         if op.name in _LAYOUT:
-            many = op.name in ("concatenate", "stack")
+            many = op.name in ("concatenate", "stack", "join_layers")
             joined = _joined(flows if many else flows[:1])
             if many and any(data) and not all(data):  # a token beside data
                 joined = {}
@@ -195,13 +207,13 @@ class _Walk:
                 continue
             inputs = op.inputs[op.params["cond_nconsts"] :] if op.name == "while" else op.inputs
             inputs = inputs[1:] if op.name == "cond" else inputs
-            for outer, inner in zip(inputs, region.inputs, strict=True):
+            for outer, inner in _pairs(inputs, region.inputs):
                 self._learn([inner], self._of(outer), self._is_data(outer))
             while True:
                 self.run(region)
                 if not self._carried(op, region):
                     break
-            for inner, outer in zip(region.outputs, op.outputs, strict=True):
+            for inner, outer in _pairs(region.outputs, op.outputs):
                 self._learn([outer], self._of(inner), self._is_data(inner))
 
     def _carried(self, op: Op, region: Region) -> bool:
@@ -218,6 +230,12 @@ class _Walk:
             self._learn([taken], self._of(given), self._is_data(given))
             new |= before != (self._of(taken), self._is_data(taken))
         return new
+
+
+def _pairs(values: Sequence[Value], others: Sequence[Value]) -> Iterator[tuple[Value, Value]]:
+    """Values that are the same outside of a body and in it, layer by layer."""
+    for value, other in zip(values, others, strict=True):
+        yield from zip(flat_layers(value), flat_layers(other), strict=False)
 
 
 def _joined(flows: Sequence[_Flows]) -> _Flows:

@@ -42,6 +42,8 @@ def put_right(nnx: Any, module: Any, plan: Plan) -> Changes:
         path = paths[id(variable)]
         dense = plan.shapes[path]
         kept = plan.keep.get(path, {}).get(len(dense) + axis)
+        # The layers of a stack keep equally many slices, each its own; only their number is of interest.
+        kept = kept if kept is None or kept.ndim == 1 else kept.reshape(-1, kept.shape[-1])[0]
         return dense[axis], np.arange(dense[axis]) if kept is None else kept
 
     changes: Changes = {}

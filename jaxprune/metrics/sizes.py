@@ -12,6 +12,7 @@ from jaxprune.arguments import check_number, shown
 from jaxprune.dtypes import is_numeric
 from jaxprune.masks import unpack_masks
 from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
+from jaxprune.stacks import Stacked, check_stacks, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 
@@ -135,6 +136,7 @@ def table(
     where: Where | None = None,
     asked: float | Pruner | None = None,
     structure: Any = None,
+    stacked: Stacked | None = None,
 ) -> str:
     """Kept entries and sparsity of each leaf, of the prunable leaves and of the model, as text.
 
@@ -147,6 +149,8 @@ def table(
       asked: the sparsity that was asked for, or the pruner that made the masks, whose units, leaves and
         final target are shown then.
       structure: what the masks were made of, where `asked` is a number.
+      stacked: as for `prune_once`, where neither a pruner nor a structure says which leaves are stacked. Each
+        layer gets a row below its leaf's.
 
     Returns:
       Lines of at most 80 characters, unless a path is longer than 32.
@@ -154,7 +158,7 @@ def table(
     Raises:
       ValueError: an empty tree; a `where` that takes in nothing.
       TypeError: a `where` that is not a function, an `asked` that is neither a number nor a pruner, a
-        `structure` beside a pruner.
+        `structure` or `stacked` beside a pruner.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -181,8 +185,10 @@ def table(
     leaves = counted(masks)
     where = where or (asked.where if isinstance(asked, Pruner) else None) or kernels
     check_where(where)
-    progress = _progress(masks, leaves, where, asked, structure)
-    width = max([11, *map(len, leaves)])
+    progress = _progress(masks, leaves, where, asked, structure, stacked)
+    stacks = _stacks(leaves, where, progress, stacked)
+    layers = {path: split_layers({path: leaf}, stacks) for path, leaf in leaves.items() if path in stacks}
+    width = max([11, *map(len, leaves), *(len(name) + 2 for each in layers.values() for name in each)])
 
     def line(name: str, shape: str, kept: int, size: int) -> str:
         return f"{name:<{width}}  {shape:<12}{kept:>11}{size:>12}{1 - kept / max(size, 1):>10.4f}"
@@ -192,7 +198,10 @@ def table(
         return line(name, shape, sum(_nonzeros(leaves[path]) for path in paths), size)
 
     rows = [f"{'leaf':<{width}}  {'shape':<12}{'kept':>11}{'size':>12}{'sparsity':>10}"]
-    rows += [row(path, "x".join(map(str, leaf.shape)), [path]) for path, leaf in leaves.items()]
+    for path, leaf in leaves.items():
+        rows.append(row(path, "x".join(map(str, leaf.shape)), [path]))
+        for name, layer in layers.get(path, {}).items():
+            rows.append(line(f"  {name}", "x".join(map(str, layer.shape)), _nonzeros(layer), layer.size))
     rows.append(row("prunable", "", [path for path, leaf in leaves.items() if where(path, leaf)]))
     if progress is not None and progress.unit != "entries":
         rows.append(line("  units", "", progress.kept, progress.size))
@@ -206,12 +215,14 @@ def table(
 
 
 def _progress(
-    masks: Masks, leaves: Mapping[str, Any], where: Where, asked: Any, structure: Any
+    masks: Masks, leaves: Mapping[str, Any], where: Where, asked: Any, structure: Any, stacked: Any
 ) -> Progress | None:
     """How far masks are in units, where a pruner or a structure says what a unit is."""
     if isinstance(asked, Pruner):
         if structure is not None:
             raise TypeError("structure= is for a sparsity that was asked for; a pruner knows its own.")
+        if stacked is not None:
+            raise TypeError("stacked= is for a sparsity that was asked for; a pruner knows its own.")
         return None if asked.progress is None else asked.progress(masks)
     if asked is not None:
         check_number(asked, "asked", "(the sparsity asked for) or the pruner that made the masks")
@@ -219,9 +230,22 @@ def _progress(
         return None
     if not (hasattr(structure, "pool") and hasattr(structure, "spans_leaves")):
         raise TypeError(f"structure must be one of jaxprune.structures, called; got {shown(structure)}.")
+    if structure.stacks is None and stacked is not None:
+        structure = structure._replace(stacks=_stacks(leaves, where, None, stacked))
     alive = alive_units(structure, leaves, where)
     kept = sum(int(jnp.sum(units)) for units in alive.values())
-    return Progress(structure.name, kept, sum(units.size for units in alive.values()), None)
+    size = sum(units.size for units in alive.values())
+    return Progress(structure.name, kept, size, None, structure.stacks or {})
+
+
+def _stacks(
+    leaves: Mapping[str, Any], where: Where, progress: Progress | None, stacked: Any
+) -> Mapping[str, tuple[int, ...]]:
+    """By path, the axes of stacked leaves that count layers."""
+    known = {} if progress is None else progress.stacks
+    if known or stacked is None:
+        return known
+    return stacks_of(stacked, {path: leaf for path, leaf in leaves.items() if where(path, leaf)})
 
 
 def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[str, jax.Array]:
@@ -230,7 +254,9 @@ def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[
     chosen = {path: mask for path, mask in kept.items() if where(path, mask)}
     scores = {path: mask.astype(jnp.float32) for path, mask in chosen.items()}
     # Units that span leaves may have to be told alive by leaves that give no scores.
-    return structure.pool(scores, kept if structure.spans_leaves else chosen).alive
+    seen, stacks = kept if structure.spans_leaves else chosen, structure.stacks or {}
+    check_stacks(stacks, seen)
+    return structure.pool(split_layers(scores, stacks), split_layers(seen, stacks)).alive
 
 
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxprune import paths
 from jaxprune.arguments import shown
 from jaxprune.recipes.document import Node, RecipeError, unknown
+from jaxprune.stacks import Stacked
 from jaxprune.typing import ScoreFn, Where
 
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
@@ -51,7 +52,7 @@ class Call(NamedTuple):
         """Calls the function with its options and the inputs it takes.
 
         Args:
-          given: inputs by name; `where` goes to functions that take one and have none written.
+          given: inputs by name; `where` and `stacked` go to functions that take them and have none written.
 
         Raises:
           RecipeError: an input is missing, or the function refuses its arguments.
@@ -66,8 +67,9 @@ class Call(NamedTuple):
         taken = {key: given[key] for key in self.inputs}
         if not self.called:
             return _bound(self.function, options)
-        if "where" in given and "where" in inspect.signature(self.function).parameters:
-            taken["where"] = given["where"]
+        for name in ("where", "stacked"):
+            if name in given and name in inspect.signature(self.function).parameters:
+                taken[name] = given[name]
         return attempt(self.node, lambda: self.function(**taken | options))
 
 
@@ -166,6 +168,21 @@ def read_where(node: Node) -> Where:
     return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
 
 
+def read_stacked(node: Node) -> Stacked:
+    """Which leaves are stacked: by pattern how many leading axes count layers, or a list of axes."""
+    by_pattern: dict[str, int | tuple[int, ...]] = {}
+    for pattern, inner in node.mapping('a mapping such as {"layers/*": 1}').items():
+        several = isinstance(inner.value, list)
+        by_pattern[pattern] = tuple(each.integer() for each in inner.value) if several else inner.integer()
+    if not by_pattern:
+        node.fail("it is empty, so no leaf would be stacked.")
+
+    def stacked(path: str, leaf: Any) -> int | tuple[int, ...]:
+        return next((axes for pattern, axes in by_pattern.items() if paths.matching(pattern)(path, leaf)), 0)
+
+    return stacked
+
+
 def check_patterns(node: Node, leaves: Iterable[str]) -> None:
     """Checks that every pattern of a predicate matches a leaf, also beside others that do.
 
@@ -189,7 +206,7 @@ def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
     if scores is not None and not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a dict of scores by name, got {shown(scores)}.")
     own = dict(scores or {})
-    call = named(node, public_scores() | own, "scores")
+    call = named(node, public_scores() | own, "scores", hidden=("stacked",))  # which a pruner passes on
     return call._replace(called=False, inputs=()) if call.function in own.values() else call
 
 
@@ -250,6 +267,8 @@ def _is_data(kind: Any) -> bool:
     """Whether a recipe can hold values of a type."""
     if kind in (type(None), bool, int, float, str) or kind is ScoreFn:
         return True
+    if kind == Stacked:  # a function of the caller's, not a reduction
+        return False
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Literal, Callable):
         return True
@@ -260,6 +279,8 @@ def _is_data(kind: Any) -> bool:
 
 def _shape(kind: Any) -> str:
     """What a value of a type is written as."""
+    if kind == Stacked:
+        return "mapping"
     if kind is ScoreFn or typing.get_origin(kind) is Callable:
         return "name"
     shapes = {tuple: "list", list: "list", Sequence: "list", dict: "mapping", Mapping: "mapping"}
@@ -272,6 +293,8 @@ def _read_as(node: Node, kind: Any) -> Any:
         return float(node.number()) if kind is float else scalars[kind]()
     if kind == Where:
         return read_where(node)
+    if kind == Stacked:
+        return read_stacked(node)
     if kind is ScoreFn:
         return read_score(node)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)

@@ -13,7 +13,7 @@ from jaxprune import distributions, dynamic, schedules, structures
 from jaxprune.extras import unread
 from jaxprune.graph import channel_groups
 from jaxprune.masks import intersect
-from jaxprune.paths import kernels, leaf_paths, selected
+from jaxprune.paths import kernels, leaf_paths, matching, selected
 from jaxprune.prune import prune_once
 from jaxprune.pruners import pruner
 from jaxprune.recipes.document import Node, unknown
@@ -30,6 +30,7 @@ from jaxprune.recipes.options import (
 )
 from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
+from jaxprune.stacks import Stacked
 from jaxprune.structures import Structure, elements
 from jaxprune.table import with_rows
 from jaxprune.targets import per_pool, ranks, target_counts
@@ -42,7 +43,7 @@ _PRUNER = {
     if name not in ("scores", "sparsity", "structure", "stop", "masks")
 }
 _KEYS = ("score", "sparsity", "structure", *_PRUNER, "rewire")
-_REWIRED = ("score", "sparsity", "structure", "scope", "where", "floor", "seed", "rewire")
+_REWIRED = ("score", "sparsity", "structure", "scope", "where", "floor", "seed", "stacked", "rewire")
 
 _STRUCTURES = {
     name: getattr(structures, name)
@@ -64,13 +65,13 @@ class Targets(NamedTuple):
     """How much goes: what `sparsity` says.
 
     Attributes:
-      of: `of(params, where)` gives what `jaxprune.pruner` takes as sparsity.
+      of: `of(params, where, stacked)` gives what `jaxprune.pruner` takes as sparsity.
       each: the schedules and numbers in it that are known without params.
       by_path: whether it is a dict by path.
       node: where it is written.
     """
 
-    of: Callable[[Params, Where], Any]
+    of: Callable[[Params, Where, Stacked | None], Any]
     each: tuple[float | Schedule, ...]
     by_path: bool
     node: Node
@@ -131,12 +132,19 @@ class Section(NamedTuple):
         Raises:
           RecipeError: it does not fit the params, or an input is missing.
         """
-        given = {**given, "where": self.where}
+        stacked = self.options.get("stacked")
+        given = {**given, "where": self.where} | ({} if stacked is None else {"stacked": stacked})
         attempt(self._at("where"), lambda: selected(params, self.where))
         if isinstance(self.node.value, dict) and "where" in self.node.value:
             check_patterns(self._at("where"), leaf_paths(params))
+        if stacked is not None:
+            for pattern, node in self._at("stacked").mapping().items():
+                if not any(matching(pattern)(path, None) for path in leaf_paths(params)):
+                    node.fail(
+                        f"{pattern!r} matches no leaf. The leaves are: {', '.join(leaf_paths(params))}."
+                    )
         structure = self._structure(params, given)
-        targets = attempt(self.targets.node, lambda: self.targets.of(params, self.where))
+        targets = attempt(self.targets.node, lambda: self.targets.of(params, self.where, stacked))
         score = self.score.make(given)
         self._try_out(params, targets, structure)
         if self.rewire is None:
@@ -153,7 +161,10 @@ class Section(NamedTuple):
         if "groups" in self.structure.needs and given.get("groups") is None and apply_fn is not None:
             if x is None:
                 self.structure.node.fail("apply_fn is given and x is not: pass x=..., an example input.")
-            groups = attempt(self.structure.node, lambda: channel_groups(apply_fn, params, x))
+            stacked = given.get("stacked")
+            groups = attempt(
+                self.structure.node, lambda: channel_groups(apply_fn, params, x, stacked=stacked)
+            )
             given = {**given, "groups": groups}
         return self.structure.make(given)
 
@@ -195,7 +206,9 @@ def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
         structure = named(fields["structure"], _STRUCTURES, "structures")
     rewire = None
     if rewired:
-        rewire = named(fields["rewire"], _DYNAMIC, "ways to rewire", hidden=("masks", "structure", "where"))
+        rewire = named(
+            fields["rewire"], _DYNAMIC, "ways to rewire", hidden=("masks", "structure", "where", "stacked")
+        )
         rewire = rewire._replace(inputs=("masks", "structure"))
         if rewire.needs == {"masks", "structure"}:  # its own options can be looked at, by the smallest masks
             rewire.make({"masks": {"kernel": np.array([[True, False]])}, "structure": elements()})
@@ -228,19 +241,23 @@ def _read_targets(node: Node) -> Targets:
     if not isinstance(node.value, dict):
         value = float(node.number())
         attempt(node, lambda: schedules.check_sparsity(value))
-        return Targets(lambda params, where: value, (value,), False, node)
+        return Targets(lambda params, where, stacked: value, (value,), False, node)
     name = next(iter(node.value), "")
     if len(node.value) == 1 and name == "per_path":
         return _per_path(node.value[name])
     if len(node.value) == 1 and name in _DISTRIBUTIONS:
-        # `params` and `where` are the section's.
-        call = named(node, _DISTRIBUTIONS, "distributions", hidden=("params", "where"))
+        # `params`, `where` and `stacked` are the section's.
+        call = named(node, _DISTRIBUTIONS, "distributions", hidden=("params", "where", "stacked"))
         call = call._replace(inputs=("params",))
         value = call.options.get("sparsity")
         if value is not None:
             attempt(call.node, lambda: schedules.check_sparsity(value))
         each = () if value is None else (value,)
-        return Targets(lambda params, where: call.make({"params": params, "where": where}), each, True, node)
+
+        def shared_out(params: Params, where: Where, stacked: Stacked | None) -> dict[str, float]:
+            return call.make({"params": params, "where": where, "stacked": stacked})
+
+        return Targets(shared_out, each, True, node)
     if len(node.value) != 1 or name not in _SCHEDULES:
         known = ["per_path", *_SCHEDULES, *_DISTRIBUTIONS]
         if len(node.value) == 1:
@@ -254,7 +271,7 @@ def _schedule(node: Node, name: str) -> Targets:
     leaves = inner.value.get("sparsity") if isinstance(inner.value, dict) else inner
     if leaves is None or not isinstance(leaves.value, dict) or leaves is inner:
         schedule = named(node, _SCHEDULES, "schedules").make({})
-        return Targets(lambda params, where: schedule, (schedule,), False, node)
+        return Targets(lambda params, where, stacked: schedule, (schedule,), False, node)
     # The same schedule for each leaf, to a target of its own.
     targets = _read_targets(leaves)
     if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
@@ -265,8 +282,8 @@ def _schedule(node: Node, name: str) -> Targets:
     def to(sparsity: float) -> Schedule:
         return first._replace(options={**first.options, "sparsity": sparsity}).make({})
 
-    def of(params: Params, where: Where) -> dict[str, Schedule]:
-        return {path: to(s) for path, s in targets.of(params, where).items()}
+    def of(params: Params, where: Where, stacked: Stacked | None) -> dict[str, Schedule]:
+        return {path: to(s) for path, s in targets.of(params, where, stacked).items()}
 
     each = tuple(to(value) for value in targets.each if isinstance(value, float))
     return Targets(of, each, True, node)
@@ -282,7 +299,7 @@ def _per_path(node: Node) -> Targets:
     each = tuple(value for targets in leaves.values() for value in targets.each)
     by_path = {path: targets.each[0] for path, targets in leaves.items()}
     attempt(node, lambda: pruner(magnitude, by_path))
-    return Targets(lambda params, where: by_path, each, True, node)
+    return Targets(lambda params, where, stacked: by_path, each, True, node)
 
 
 def inputs() -> list[str]:
@@ -348,6 +365,7 @@ def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
             sum(part.kept for part in parts),
             sum(part.size for part in parts),
             sum(asked) if len(asked) == len(parts) else None,
+            {path: axes for part in parts for path, axes in part.stacks.items()},
         )
 
     return Pruner(

@@ -34,10 +34,19 @@ from jaxprune.arguments import as_integer, check_array, shown
 from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves, describe
 from jaxprune.scores.common import with_nan_elsewhere
+from jaxprune.stacks import (
+    Stacked,
+    join_layers,
+    layer_indices,
+    layer_name,
+    split_layers,
+    stacks_of,
+    take_layer,
+)
 from jaxprune.typing import Params, ScoreFn, Scores
 
 
-def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
+def fpgm(params: Params, *, axis: int = -1, stacked: Stacked | None = None, **extra: Any) -> Scores:
     """Distance to the geometric median: `sum_j ||F_i - F_j||_2` over the filters of a leaf.
 
     A filter near the median of its layer can be replaced by the others, so it goes first, however
@@ -47,6 +56,8 @@ def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
     Args:
       params: a pytree of arrays.
       axis: the axis that indexes the filters.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
+        then a leaf of its own, of which `axis` is an axis.
       **extra: ignored.
 
     Returns:
@@ -77,12 +88,13 @@ def fpgm(params: Params, *, axis: int = -1, **extra: Any) -> Scores:
         # From the differences themselves: norms and inner products would cancel between near filters.
         return lax.map(lambda one: jnp.sum(jnp.sqrt(jnp.sum((filters - one) ** 2, axis=1))), filters)
 
-    by_path = {}
-    for path, leaf in array_leaves(params).items():
-        if leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating):
-            along = _channel_axis(path, leaf, axis)
-            by_path[path] = _spread(distances(leaf, along), leaf, along)
-    return with_nan_elsewhere(by_path, params)
+    by_layer, leaves = {}, array_leaves(params)
+    stacks = _stacks(stacked, {p: x for p, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)})
+    for name, layer in split_layers(leaves, stacks).items():
+        if layer.ndim >= 2 and jnp.issubdtype(layer.dtype, jnp.floating):
+            along = _channel_axis(name, layer, axis)
+            by_layer[name] = _spread(distances(layer, along), layer, along)
+    return _joined(by_layer, stacks, leaves, params)
 
 
 def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
@@ -96,8 +108,8 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
       axis: the axis of the kernels that indexes their channels.
 
     Returns:
-      A score `score(params, **extra)`: for the kernels named each entry has its channel's score,
-      NaN for the other leaves.
+      A score `score(params, *, stacked=None, **extra)`: for the kernels named each entry has its channel's
+      score, NaN for the other leaves. Where a kernel is stacked its scale is as well.
 
     Raises:
       TypeError: `scales` is not a dict.
@@ -122,13 +134,17 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
             f"scores.bn_scale needs paths of scales, got {shown(wrong[0])}. For example {example}."
         )
 
-    def score(params: Params, **extra: Any) -> Scores:
+    def score(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
         del extra
         leaves = array_leaves(params)
         _check_paths(scales.values(), leaves, "scores.bn_scale")
+        stacks = _stacks(stacked, {path: leaves[path] for path in scales.values()})
 
-        def channel_scores(path, channels):
+        def channel_scores(path, channels, index, stack):
             gamma = leaves[scales[path]]
+            axes = stacks.get(scales[path], ())
+            if len(axes) == len(index) and all(n < gamma.shape[a] for n, a in zip(index, axes, strict=True)):
+                gamma = take_layer(gamma, axes, index)
             if gamma.shape != (channels,):
                 raise ValueError(
                     f"scores.bn_scale: params[{scales[path]!r}] is {describe(gamma)}, but params[{path!r}] "
@@ -136,13 +152,18 @@ def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
                 )
             return promote_to_float32(jnp.abs(gamma))
 
-        return _of_named(scales, channel_scores, "scores.bn_scale", params, axis)
+        return _of_named(scales, channel_scores, "scores.bn_scale", params, axis, stacked)
 
     return score
 
 
 def apoz(
-    params: Params, *, activations: Mapping[str, jax.Array] | None = None, axis: int = -1, **extra: Any
+    params: Params,
+    *,
+    activations: Mapping[str, jax.Array] | None = None,
+    axis: int = -1,
+    stacked: Stacked | None = None,
+    **extra: Any,
 ) -> Scores:
     """How often a channel is active: 1 less its average percentage of zeros (APoZ).
 
@@ -152,8 +173,10 @@ def apoz(
     Args:
       params: a pytree of arrays.
       activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
-        shape (..., channels).
+        shape (..., channels); of a stacked kernel (stack..., ..., channels), as a scan returns them.
       axis: the axis of the kernels that indexes their channels.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
+        then a leaf of its own, of which `axis` is an axis.
       **extra: ignored.
 
     Returns:
@@ -179,11 +202,16 @@ def apoz(
       Architectures", arXiv:1607.03250.
     """
     del extra
-    return _means(activations, lambda a: (a != 0).astype(jnp.float32), "scores.apoz", params, axis)
+    return _means(activations, lambda a: (a != 0).astype(jnp.float32), "scores.apoz", params, axis, stacked)
 
 
 def mean_activation(
-    params: Params, *, activations: Mapping[str, jax.Array] | None = None, axis: int = -1, **extra: Any
+    params: Params,
+    *,
+    activations: Mapping[str, jax.Array] | None = None,
+    axis: int = -1,
+    stacked: Stacked | None = None,
+    **extra: Any,
 ) -> Scores:
     """The mean size of a channel's activations, `mean |a|` over examples and places.
 
@@ -193,8 +221,10 @@ def mean_activation(
     Args:
       params: a pytree of arrays.
       activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
-        shape (..., channels).
+        shape (..., channels); of a stacked kernel (stack..., ..., channels), as a scan returns them.
       axis: the axis of the kernels that indexes their channels.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
+        then a leaf of its own, of which `axis` is an axis.
       **extra: ignored.
 
     Returns:
@@ -218,25 +248,39 @@ def mean_activation(
     """
     del extra
     return _means(
-        activations, lambda a: promote_to_float32(jnp.abs(a)), "scores.mean_activation", params, axis
+        activations, lambda a: promote_to_float32(jnp.abs(a)), "scores.mean_activation", params, axis, stacked
     )
 
 
-ChannelScores = Callable[[str, int], jax.Array]
-"""From the path of a kernel and how many channels it has, one score for each."""
+ChannelScores = Callable[[str, int, tuple[int, ...], tuple[int, ...]], jax.Array]
+"""From the path of a kernel, how many channels it has, the index of its layer in the stack, and the shape of
+the stack (both empty where it is not stacked), one score for each channel."""
 
 
 def _means(
-    activations: Any, of: Callable[[jax.Array], jax.Array], name: str, params: Params, axis: int
+    activations: Any,
+    of: Callable[[jax.Array], jax.Array],
+    name: str,
+    params: Params,
+    axis: int,
+    stacked: Stacked | None,
 ) -> Scores:
     """The mean of a function of the activations, over all their axes but the last."""
     if activations is None:
         raise ValueError(f"{name} needs activations: pass activations={{'conv/kernel': relu(outputs)}}.")
     _check_named(activations, name, "activations={'conv/kernel': relu(outputs)}")
 
-    def channel_scores(path, channels):
+    def channel_scores(path, channels, index, stack):
         check_array(activations[path], f"{name}: activations[{path!r}]")
         outputs = jnp.asarray(activations[path])
+        if index and (outputs.ndim < len(index) + 2 or outputs.shape[: len(index)] != stack):
+            wanted = ", ".join(map(str, stack))
+            raise ValueError(
+                f"{name}: activations[{path!r}] is {describe(outputs)}, but params[{path!r}] is a stack of "
+                f"shape {stack}: pass the activations of each layer, an array of shape ({wanted}, ..., "
+                f"{channels})."
+            )
+        outputs = outputs[index] if index else outputs
         if outputs.ndim < 2 or outputs.shape[-1] != channels or not outputs.size:
             raise ValueError(
                 f"{name}: activations[{path!r}] is {describe(outputs)}, but params[{path!r}] has {channels} "
@@ -244,23 +288,45 @@ def _means(
             )
         return jnp.mean(of(outputs), axis=tuple(range(outputs.ndim - 1)))
 
-    return _of_named(activations, channel_scores, name, params, axis)
+    return _of_named(activations, channel_scores, name, params, axis, stacked)
 
 
 def _of_named(
-    named: Mapping[str, Any], channel_scores: ChannelScores, name: str, params: Params, axis: int
+    named: Mapping[str, Any],
+    channel_scores: ChannelScores,
+    name: str,
+    params: Params,
+    axis: int,
+    stacked: Stacked | None,
 ) -> Scores:
     """The channel scores of the kernels named, spread over their entries."""
     leaves = array_leaves(params)
     _check_paths(named, leaves, name)
-    along = {path: _channel_axis(path, leaves[path], axis) for path in named}
-    return with_nan_elsewhere(
-        {
-            path: _spread(channel_scores(path, leaves[path].shape[a]), leaves[path], a)
-            for path, a in along.items()
-        },
-        params,
-    )
+    stacks = _stacks(stacked, {path: leaves[path] for path in named})
+    by_layer = {}
+    for path in named:
+        axes = stacks.get(path, ())
+        stack = tuple(leaves[path].shape[axis] for axis in axes)
+        for index in layer_indices(leaves[path].shape, axes):
+            layer = take_layer(leaves[path], axes, index)
+            along = _channel_axis(path, layer, axis)
+            each = channel_scores(path, layer.shape[along], index, stack)
+            by_layer[layer_name(path, index) if axes else path] = _spread(each, layer, along)
+    return _joined(by_layer, stacks, leaves, params)
+
+
+def _stacks(stacked: Stacked | None, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {} if stacked is None else stacks_of(stacked, leaves)
+
+
+def _joined(
+    by_layer: dict[str, jax.Array],
+    stacks: Mapping[str, tuple[int, ...]],
+    leaves: Mapping[str, Any],
+    params: Params,
+) -> Scores:
+    """Scores like `params` from those of layers, NaN where there are none."""
+    return with_nan_elsewhere(join_layers(by_layer, stacks, {p: leaves[p].shape for p in stacks}), params)
 
 
 def _spread(channel_scores: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune.dtypes import is_narrow, is_numeric, promote_to_float32
 from jaxprune.paths import array_leaves, describe, is_array, leaf_paths, selected
+from jaxprune.stacks import Stacked, join_layers, split_layers, stacks_of
 from jaxprune.typing import Params, Scores, Where
 
 LossFn = Callable[[Params, Any], jax.Array]
@@ -23,6 +24,21 @@ def map_leaves(score: Callable[..., jax.Array], params: Params, *others: Any) ->
         return jnp.zeros(leaf.shape, jnp.float32)
 
     return jax.tree.map(scored, params, *others)
+
+
+def map_layers(score: Callable[[jax.Array], jax.Array], params: Params, stacked: Stacked | None) -> Scores:
+    """`score(leaf)` of each leaf, and of a stacked leaf of each of its layers; 0 for leaves without numbers.
+
+    Raises:
+      ValueError, TypeError: as `stacks_of`, where `stacked` does not fit the leaves.
+    """
+    if stacked is None:
+        return map_leaves(score, params)
+    leaves = array_leaves(params)
+    stacks = stacks_of(stacked, {path: leaf for path, leaf in leaves.items() if is_numeric(leaf)})
+    scored = map_leaves(score, split_layers(leaves, stacks))
+    joined = join_layers(scored, stacks, {path: leaves[path].shape for path in stacks})
+    return jax.tree.unflatten(jax.tree.structure(params), [joined[path] for path in leaves])
 
 
 def in_float32(function: Callable[..., Any], *trees: Any) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from jaxprune.arguments import check_function, shown
 from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
 from jaxprune.scores.common import in_float32, with_nan_elsewhere
+from jaxprune.stacks import Stacked, join_layers, layer_shape, split_layers, stacks_of
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 _ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)
@@ -58,8 +59,8 @@ def synflow(
       rescale: whether leaves are divided as above.
 
     Returns:
-      A score `score(params, **extra)`, NaN for the leaves left out; under `jit` NaN throughout
-      where R is 0 or overflows.
+      A score `score(params, *, stacked=None, **extra)`, NaN for the leaves left out; under `jit` NaN
+      throughout where R is 0 or overflows. Of a stacked leaf each layer is divided by itself.
 
     Raises:
       TypeError: `apply_fn` is not a function, inputs or scored leaves that are not real
@@ -96,10 +97,12 @@ def synflow(
     ones = jax.tree.map(lambda leaf: jnp.ones((1, *leaf.shape[1:]), leaf.dtype), x)
     added = _is_added if biases is None else biases
 
-    def score(params: Params, **extra: Any) -> Scores:
+    def score(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
         del extra
         by_path = array_leaves(params)
         chosen = selected(params, where)
+        inexact = {path: leaf for path, leaf in by_path.items() if jnp.issubdtype(leaf.dtype, jnp.inexact)}
+        stacks = {} if stacked is None else stacks_of(stacked, inexact)
         if complex_paths := [p for p in chosen if not jnp.issubdtype(by_path[p].dtype, jnp.floating)]:
             path = complex_paths[0]
             raise TypeError(
@@ -110,10 +113,14 @@ def synflow(
         def linearized(path, leaf):
             if not jnp.issubdtype(leaf.dtype, jnp.inexact):
                 return leaf
-            if path not in chosen and added(path, leaf):
+            layer = jax.ShapeDtypeStruct(layer_shape(leaf.shape, stacks.get(path, ())), leaf.dtype)
+            if path not in chosen and added(path, layer if biases is None else leaf):
                 return jnp.zeros_like(leaf)
             size = jnp.abs(leaf)
-            return _even_gain(size) if rescale else size
+            if not rescale:
+                return size
+            layers = {name: _even_gain(x) for name, x in split_layers({path: size}, stacks).items()}
+            return join_layers(layers, stacks, {p: by_path[p].shape for p in stacks})[path]
 
         params, inputs = in_float32(apply_fn, params, ones)
         positive = {path: linearized(path, leaf) for path, leaf in array_leaves(params).items()}

@@ -9,7 +9,8 @@ from jax import lax
 from jaxprune.arguments import check_key
 from jaxprune.dtypes import promote_to_float32
 from jaxprune.paths import array_leaves
-from jaxprune.scores.common import map_leaves
+from jaxprune.scores.common import map_layers, map_leaves
+from jaxprune.stacks import Stacked
 from jaxprune.typing import Params, Scores
 
 
@@ -39,7 +40,7 @@ def magnitude(params: Params, **extra: Any) -> Scores:
     return map_leaves(jnp.abs, params)
 
 
-def normalized_magnitude(params: Params, **extra: Any) -> Scores:
+def normalized_magnitude(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
     """The magnitude relative to its leaf, `|w| / ||W||_2` with W the leaf that holds w.
 
     Ranked over all leaves together, a layer of small weights does not go first because of its
@@ -47,13 +48,16 @@ def normalized_magnitude(params: Params, **extra: Any) -> Scores:
 
     Args:
       params: a pytree of arrays.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
+        then a leaf of its own.
       **extra: ignored.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
 
     Raises:
-      TypeError: a leaf that is not an array.
+      TypeError: a leaf that is not an array, or a `stacked` that is not a function.
+      ValueError: a leaf has no such axes as `stacked` says.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -72,10 +76,10 @@ def normalized_magnitude(params: Params, **extra: Any) -> Scores:
         norm = jnp.sqrt(jnp.sum(size * size))
         return size / jnp.where(norm == 0, jnp.ones_like(norm), norm)
 
-    return map_leaves(relative, params)
+    return map_layers(relative, params, stacked)
 
 
-def lamp(params: Params, **extra: Any) -> Scores:
+def lamp(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
     """Layer-adaptive magnitude: `w_u^2 / sum_{v >= u} w_v^2`, with the leaf in ascending order of `|w|`.
 
     What a weight is of all that would be left in its leaf once all smaller ones are gone. Within
@@ -85,13 +89,16 @@ def lamp(params: Params, **extra: Any) -> Scores:
 
     Args:
       params: a pytree of arrays.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
+        then a leaf of its own.
       **extra: ignored.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
 
     Raises:
-      TypeError: a leaf that is not an array.
+      TypeError: a leaf that is not an array, or a `stacked` that is not a function.
+      ValueError: a leaf has no such axes as `stacked` says.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -116,7 +123,7 @@ def lamp(params: Params, **extra: Any) -> Scores:
         ranked = lax.cummax(ratios)
         return jnp.zeros_like(size).at[order].set(ranked).reshape(w.shape)
 
-    return map_leaves(adapted, params)
+    return map_layers(adapted, params, stacked)
 
 
 def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Scores:

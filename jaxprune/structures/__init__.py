@@ -2,6 +2,7 @@
 
 from jaxprune.structures.base import Norm, Structure, Units
 from jaxprune.structures.channels import channels
+from jaxprune.structures.depth import layers
 from jaxprune.structures.leafwise import blocks, elements, nm, slices
 
-__all__ = ["Norm", "Structure", "Units", "blocks", "channels", "elements", "nm", "slices"]
+__all__ = ["Norm", "Structure", "Units", "blocks", "channels", "elements", "layers", "nm", "slices"]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxprune.arguments import is_number, shown
 from jaxprune.sources import Source
+from jaxprune.stacks import Family, Stacks
 
 Norm = float | Callable[..., jax.Array]
 """How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""
@@ -29,12 +30,15 @@ class Units(NamedTuple):
       expand: from a dict like `alive`, True for the units to keep, to a bool mask for each leaf.
       sources: for pools whose units are entries, where selection reads their scores; a structure
         leaves it empty.
+      families: by the path of a stacked leaf, or the name of a stack of coupled channels, the pools that
+        are its layers; a structure leaves it empty.
     """
 
     scores: dict[str, jax.Array]
     alive: dict[str, jax.Array]
     expand: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
     sources: Mapping[str, Source] = MappingProxyType({})
+    families: Mapping[str, Family] = MappingProxyType({})
 
 
 class Structure(NamedTuple):
@@ -52,7 +56,12 @@ class Structure(NamedTuple):
       sizes_of: for a structure made for leaves of certain shapes, how many units each pool has where the
         leaves have others: from shapes by path to numbers by pool, None for what is not known.
       weights: by path, whether the network uses a leaf as the weights of a product, for structures that
-        know the network: it decides where the pruner's `where` is the default, `kernels`.
+        know the network: it decides where the pruner's `where` is the default, `kernels`. A layer of a
+        stacked leaf goes by its name, "layers/up[2]".
+      stacks: by path, the axes of stacked leaves that count layers, for structures that know the network;
+        None for those that do not, where the pruner's `stacked` says so. `pool` then gets each layer by
+        itself, by its name, and gives masks of layers.
+      families: by name, pools that are the same in each layer of a stack.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -63,6 +72,8 @@ class Structure(NamedTuple):
     spans_leaves: bool = False
     sizes_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, int | None]] | None = None
     weights: Mapping[str, bool] = MappingProxyType({})
+    stacks: Stacks | None = None
+    families: Mapping[str, Family] = MappingProxyType({})
 
 
 def reducer(norm: Norm) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:

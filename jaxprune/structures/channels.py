@@ -1,5 +1,6 @@
 """Coupled channels as units: slices of several leaves that go together."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -11,6 +12,7 @@ from jaxprune.arguments import as_integer, check_function, shown
 from jaxprune.graph.groups import ChannelGroups, Group, Member
 from jaxprune.paths import explain_paths, some_of
 from jaxprune.sharding import everywhere
+from jaxprune.stacks import Family, leaf_of_layer
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.typing import Where
 
@@ -43,6 +45,12 @@ def channels(
     is pruned, and `compact` drops the divisors with it.
     With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
     together, and each kind gives its share.
+
+    Where leaves are stacked (`groups.stacks`), each layer has groups of its own, "layers/up[2][1]", which are
+    pools like any other. As the layers of a scan must stay of one width, each keeps equally many units: with
+    `scope="layerwise"` if their targets are equal; with other scopes always, as many as is nearest to what
+    its layers would keep together, and each layer drops its own lowest. A target may name the stack,
+    "layers/up[*][1]".
 
     Args:
       groups: from `channel_groups`.
@@ -100,7 +108,15 @@ def channels(
         _warn_of_axis(sorted(untouched), axis)
     filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
 
+    layers = {m.path for group in chosen for m in group.members if leaf_of_layer(m.path) is not None}
+
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
+        if unknown := [name for name in layers - masks.keys() if leaf_of_layer(name) in masks]:
+            raise ValueError(
+                f"the groups have members in {some_of(unknown)}, layers of leaves that are not known to be "
+                "stacked. Pass channels(...) the ChannelGroups themselves, which know their stacks, or say "
+                "by stacked= which axes count layers."
+            )
         pooled, alive = {}, {}
         for group in chosen:
             members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path].ndim, axis)]
@@ -143,7 +159,29 @@ def channels(
         spans_leaves=True,
         sizes_of=lambda shapes: {group.name: _units_in(group, shapes) for group in chosen},
         weights=_weights(chosen),
+        stacks=dict(groups.stacks) if isinstance(groups, ChannelGroups) else None,
+        families=_families(chosen, multiple_of),
     )
+
+
+def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
+    """By name, the groups that are the same axis in each layer of a stack."""
+    by_stack: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    for group in groups:
+        if group.stack is not None:
+            named = [m.path for m in group.members if leaf_of_layer(m.path) is not None]
+            index = tuple(map(int, named[0].rpartition("[")[2].removesuffix("]").split(","))) if named else ()
+            # Several groups on one axis of a layer are told apart by a number, "layers/up[2][1]#1".
+            _, number, which = group.name.rpartition("]")[2].rpartition("#")
+            by_stack.setdefault(group.stack + number + which, []).append((index, group.name))
+    families = {}
+    for stack, layers in by_stack.items():
+        layers.sort()
+        shape = tuple(max(numbers) + 1 for numbers in zip(*(index for index, _ in layers), strict=True))
+        if math.prod(shape) != len(layers) or not shape:  # some layers have no such group
+            shape = (len(layers),)
+        families[stack] = Family(shape, tuple(name for _, name in layers), True, multiple_of)
+    return families
 
 
 def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) -> str:

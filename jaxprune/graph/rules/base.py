@@ -35,12 +35,28 @@ class Frame(Protocol):
         """How many slices of a node stay, of so many in the dense program."""
         ...
 
+    def take(self, array: Any, axis: int, positions: Any) -> Any:
+        """Slices of an array at known positions.
+
+        Positions that depend on which slices stay have to be taken this way: those of the layers of a
+        stack may differ, and one program does them all.
+        """
+        ...
+
     def representative(self, value: Value, axis: int) -> Any:
         """One of the slices that are alike along an axis, which then has size 1."""
         ...
 
     def run(self, region: Region, args: list[Any]) -> list[Any]:
         """Replays a region of the op on inputs that have lost slices."""
+        ...
+
+    def same_in_all_layers(self) -> Any:
+        """A context for functions that must not close over arrays: one with a derivative of its own."""
+        ...
+
+    def foresee(self, region: Region, args: list[Any]) -> None:
+        """Says that a region will be replayed on such inputs later, when a derivative is taken."""
         ...
 
 

@@ -4,6 +4,7 @@ A body's inputs and outputs are tied to those of the op; its facts are learnt in
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,15 +13,24 @@ from jax import lax
 
 from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.facts import Facts, Known, both, run
-from jaxprune.graph.ir import Op, Region, Value, is_differentiable
+from jaxprune.graph.ir import Op, Region, Value, flat_layers, is_differentiable
 from jaxprune.graph.rules.base import Frame, Rule, register_rule, rule_for
 from jaxprune.jaxprs import scan_split
 
 
-def _tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip: int = 0) -> None:
-    """Ties arrays to arrays that lack their first `skip` axes."""
+def tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip: int = 0) -> None:
+    """Ties arrays to arrays that lack their first `skip` axes, layer by layer where they have layers."""
     for value, other in zip(values, others, strict=True):
-        for a, b in zip(value.axes[skip:], other.axes, strict=True):
+        if other.layers and not value.layers:
+            value, other = other, value
+        if value.layers and other.layers:
+            tie(graph, value.layers, other.layers)
+            continue
+        for layer in value.layers:
+            graph.pin(other.axes[value.along], "it counts layers")
+            rest = [node for axis, node in enumerate(other.axes) if axis != value.along]
+            tie(graph, [layer], [replace(other, axes=tuple(rest))])
+        for a, b in () if value.layers else zip(value.axes[skip:], other.axes, strict=True):
             graph.same(a, b)
 
 
@@ -35,8 +45,14 @@ def link_region(region: Region, graph: AxisGraph) -> None:
 def _pass(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> None:
     """Tells values what is known of others. What made them is out of reach, so `alike` is not."""
     for value, other in zip(values, others, strict=True):
-        known = facts.of(value)
-        facts.learn(other, known.zero, known.fill)
+        if value.layers and other.layers:
+            _pass(facts, value.layers, other.layers)
+        elif value.layers or other.layers:  # nothing is told of a layer by the whole
+            for each in flat_layers(other):
+                facts.learn(each)
+        else:
+            known = facts.of(value)
+            facts.learn(other, known.zero, known.fill)
 
 
 def run_region(region: Region, facts: Facts) -> None:
@@ -50,8 +66,8 @@ def run_region(region: Region, facts: Facts) -> None:
 def link_body(op: Op, graph: AxisGraph) -> None:
     """A `link`: the inputs and outputs of the op are those of its body."""
     body = op.regions["body"]
-    _tie(graph, op.inputs, body.inputs)
-    _tie(graph, op.outputs, body.outputs)
+    tie(graph, op.inputs, body.inputs)
+    tie(graph, op.outputs, body.outputs)
 
 
 def flow_body(op: Op, facts: Facts) -> None:
@@ -80,8 +96,8 @@ def _link_jvp(op: Op, graph: AxisGraph) -> None:
     link_body(op, graph)
     jvp = op.regions["jvp"]
     moving = [value for value in op.inputs if is_differentiable(value)]
-    _tie(graph, [*op.inputs, *moving], jvp.inputs)
-    _tie(graph, [*op.outputs, *(v for v in op.outputs if is_differentiable(v))], jvp.outputs)
+    tie(graph, [*op.inputs, *moving], jvp.inputs)
+    tie(graph, [*op.outputs, *(v for v in op.outputs if is_differentiable(v))], jvp.outputs)
 
 
 def _flow_jvp(op: Op, facts: Facts) -> None:
@@ -90,26 +106,32 @@ def _flow_jvp(op: Op, facts: Facts) -> None:
     # A slice that is zero whatever the live params are does not move.
     moving = [value for value in op.inputs if is_differentiable(value)]
     _pass(facts, op.inputs, jvp.inputs[: len(op.inputs)])
-    for value, tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
-        known = facts.of(value)
-        facts.learn(tangent, known.zero, 0 if known.fill is not None else None)
+    for whole, whole_tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
+        for value, tangent in zip(flat_layers(whole), flat_layers(whole_tangent), strict=True):
+            known = facts.of(value)
+            facts.learn(tangent, known.zero, 0 if known.fill is not None else None)
     run_region(jvp, facts)
 
 
 def _emit_jvp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     @jax.custom_jvp
     def function(*args):
-        return frame.run(op.regions["body"], list(args))
+        with frame.same_in_all_layers():
+            return frame.run(op.regions["body"], list(args))
 
     def rule(primals, tangents):
         moving = [t for t, value in zip(tangents, op.inputs, strict=True) if is_differentiable(value)]
-        out = frame.run(op.regions["jvp"], [*primals, *moving])
+        with frame.same_in_all_layers():
+            out = frame.run(op.regions["jvp"], [*primals, *moving])
         primals_out, left = out[: len(op.outputs)], iter(out[len(op.outputs) :])
         return primals_out, [
             next(left) if is_differentiable(p) else np.zeros(p.shape, jax.dtypes.float0) for p in primals_out
         ]
 
     function.defjvp(rule)
+    frame.foresee(
+        op.regions["jvp"], [*args, *(a for a, v in zip(args, op.inputs, strict=True) if is_differentiable(v))]
+    )
     return function(*args)
 
 
@@ -120,8 +142,8 @@ def _link_vjp(op: Op, graph: AxisGraph) -> None:
     link_body(op, graph)
     vjp = op.regions["vjp"]
     cotangents = [value for value in op.outputs if is_differentiable(value)]
-    _tie(graph, [*op.inputs, *cotangents], vjp.inputs)
-    _tie(graph, [value for value in op.inputs if is_differentiable(value)], vjp.outputs)
+    tie(graph, [*op.inputs, *cotangents], vjp.inputs)
+    tie(graph, [value for value in op.inputs if is_differentiable(value)], vjp.outputs)
 
 
 def _flow_vjp(op: Op, facts: Facts) -> None:
@@ -129,27 +151,33 @@ def _flow_vjp(op: Op, facts: Facts) -> None:
     vjp = op.regions["vjp"]
     _pass(facts, op.inputs, vjp.inputs[: len(op.inputs)])
     for cotangent in vjp.inputs[len(op.inputs) :]:
-        facts.learn(cotangent)
+        for each in flat_layers(cotangent):
+            facts.learn(each)
     run_region(vjp, facts)
 
 
 def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     @jax.custom_vjp
     def function(*args):
-        return frame.run(op.regions["body"], list(args))
+        with frame.same_in_all_layers():
+            return frame.run(op.regions["body"], list(args))
 
     def forward(*args):
         return function(*args), args
 
     def backward(args, cotangents):
         moving = [c for c, value in zip(cotangents, op.outputs, strict=True) if is_differentiable(value)]
-        left = iter(frame.run(op.regions["vjp"], [*args, *moving]))
+        with frame.same_in_all_layers():
+            left = iter(frame.run(op.regions["vjp"], [*args, *moving]))
         return tuple(
             next(left) if is_differentiable(a) else np.zeros(np.shape(a), jax.dtypes.float0) for a in args
         )
 
     function.defvjp(forward, backward)
-    return function(*args)
+    outputs = function(*args)
+    moving = [o for o, value in zip(outputs, op.outputs, strict=True) if is_differentiable(value)]
+    frame.foresee(op.regions["vjp"], [*args, *moving])
+    return outputs
 
 
 register_rule("custom_vjp_call", rule=Rule(_link_vjp, _flow_vjp, _emit_vjp))
@@ -160,8 +188,8 @@ register_rule("custom_vjp_call", rule=Rule(_link_vjp, _flow_vjp, _emit_vjp))
 
 def _link_cond(op: Op, graph: AxisGraph) -> None:
     for branch in op.regions.values():
-        _tie(graph, op.inputs[1:], branch.inputs)
-        _tie(graph, op.outputs, branch.outputs)
+        tie(graph, op.inputs[1:], branch.inputs)
+        tie(graph, op.outputs, branch.outputs)
 
 
 def _flow_cond(op: Op, facts: Facts) -> None:
@@ -200,11 +228,11 @@ register_rule("cond", rule=Rule(_link_cond, _flow_cond, _emit_cond))
 def _link_scan(op: Op, graph: AxisGraph) -> None:
     body = op.regions["body"]
     consts, carried = scan_split(op.params)
-    _tie(graph, op.inputs[: consts + carried], body.inputs[: consts + carried])
-    _tie(graph, op.inputs[consts + carried :], body.inputs[consts + carried :], skip=1)
-    _tie(graph, op.outputs[:carried], body.outputs[:carried])
-    _tie(graph, body.inputs[consts : consts + carried], body.outputs[:carried])
-    _tie(graph, op.outputs[carried:], body.outputs[carried:], skip=1)
+    tie(graph, op.inputs[: consts + carried], body.inputs[: consts + carried])
+    tie(graph, op.inputs[consts + carried :], body.inputs[consts + carried :], skip=1)
+    tie(graph, op.outputs[:carried], body.outputs[:carried])
+    tie(graph, body.inputs[consts : consts + carried], body.outputs[:carried])
+    tie(graph, op.outputs[carried:], body.outputs[carried:], skip=1)
     for value in (*op.inputs[consts + carried :], *op.outputs[carried:]):
         graph.pin(value.axes[0], f"{op} runs along it")
 
@@ -278,10 +306,10 @@ def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
 def _link_while(op: Op, graph: AxisGraph) -> None:
     of_condition, of_body, carry = _while_parts(op)
     condition, body = op.regions["condition"], op.regions["body"]
-    _tie(graph, [*of_condition, *carry], condition.inputs)
-    _tie(graph, [*of_body, *carry], body.inputs)
-    _tie(graph, carry, op.outputs)
-    _tie(graph, carry, body.outputs)
+    tie(graph, [*of_condition, *carry], condition.inputs)
+    tie(graph, [*of_body, *carry], body.inputs)
+    tie(graph, carry, op.outputs)
+    tie(graph, carry, body.outputs)
 
 
 def _flow_while(op: Op, facts: Facts) -> None:

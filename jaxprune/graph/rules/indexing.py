@@ -115,7 +115,7 @@ def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:
         axis, place, dense = known
         after = frame.indices(output, place)
         taken = take_dense(
-            args[0], axis, dense if after is None else dense[after], frame.indices(operand, axis)
+            frame, args[0], axis, dense if after is None else dense[after], frame.indices(operand, axis)
         )
         return [
             np.moveaxis(taken, axis, place) if isinstance(taken, np.ndarray) else _move(taken, axis, place)

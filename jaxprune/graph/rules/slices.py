@@ -25,9 +25,9 @@ def take(array: Any, axis: int, positions: np.ndarray) -> Any:
     return jnp.take(array, positions, axis=axis, mode="clip")
 
 
-def take_dense(array: Any, axis: int, dense: np.ndarray, kept: np.ndarray | None) -> Any:
+def take_dense(frame: Frame, array: Any, axis: int, dense: np.ndarray, kept: np.ndarray | None) -> Any:
     """Slices at known dense positions of an array that has only the `kept` ones."""
-    return take(array, axis, dense if kept is None else np.searchsorted(kept, dense))
+    return frame.take(array, axis, dense if kept is None else np.searchsorted(kept, dense))
 
 
 def _slice_indices(op: Op, axis: int) -> np.ndarray:
@@ -77,7 +77,7 @@ def _emit_slice(op: Op, args: list[Any], frame: Frame) -> list[Any]:
             kept = frame.indices(output, axis)
             taken = _slice_indices(op, axis)
             array = take_dense(
-                array, axis, taken if kept is None else taken[kept], frame.indices(value, axis)
+                frame, array, axis, taken if kept is None else taken[kept], frame.indices(value, axis)
             )
     return [array]
 
@@ -159,7 +159,7 @@ _STACKED = "the axis that is made, or taken apart, stays whole"
 def _link_stack(op: Op, graph: AxisGraph) -> None:
     """`stack`, and `unstack` the other way round: the axis made or taken apart stays whole."""
     along = op.params["axis"]
-    whole, parts = (op.outputs[0], op.inputs) if op.name == "stack" else (op.inputs[0], op.outputs)
+    whole, parts = (op.inputs[0], op.outputs) if op.name == "unstack" else (op.outputs[0], op.inputs)
     rest = [node for axis, node in enumerate(whole.axes) if axis != along]
     graph.pin(whole.axes[along], f"{op} runs along it")
     for part in parts:
@@ -183,7 +183,8 @@ def _flow_unstack(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill)
 
 
-register_rule("stack", rule=Rule(_link_stack, _flow_stack, as_it_was, conservative=_STACKED))
+stack = Rule(_link_stack, _flow_stack, as_it_was, conservative=_STACKED)
+register_rule("stack", rule=stack)
 register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, as_it_was, conservative=_STACKED))
 
 
@@ -284,7 +285,7 @@ def _emit_pad(op: Op, args: list[Any], frame: Frame) -> list[Any]:
         source = np.full(output.shape[axis], len(kept))
         stays = np.isin(places[0], kept)
         source[places[1][stays]] = np.searchsorted(kept, places[0][stays])
-        array = take(array, axis, source if after is None else source[after])
+        array = frame.take(array, axis, source if after is None else source[after])
     return [array]
 
 

@@ -1,0 +1,287 @@
+"""Which axes of params lie on a residual stream.
+
+A stream is what residual connections add to: the width of a transformer, of a stage of a ResNet. The
+axis of a sum is one if both addends are *written* along it, by different products with weights (or
+look-ups of embeddings), and one of the products is computed from what the other has written:
+`x + f(x)`. So it is if the input of one of them goes through another product and a non-linear function
+to the other: `p(x) + f(x)`, a projected shortcut. Sums of products side by side are none: the gates of a
+recurrent network `W x + U h`, an adapter `W x + B A x`.
+
+Values are followed once, forwards. For each axis of a value a set of products says which have written it;
+a product passes on what its data had written along the axes that it does not sum over.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from jaxprune.graph.axes import AxisGraph
+from jaxprune.graph.divisors import ParamAxis
+from jaxprune.graph.identity import inlined
+from jaxprune.graph.ir import Op, Region, Value
+from jaxprune.graph.program import Linked
+from jaxprune.jaxprs import scan_split
+
+_NONLINEAR = frozenset(
+    (
+        *(
+            "max",
+            "min",
+            "tanh",
+            "logistic",
+            "exp",
+            "exp2",
+            "expm1",
+            "erf",
+            "erfc",
+            "log",
+            "log1p",
+            "sin",
+            "cos",
+        ),
+        *(
+            "abs",
+            "sign",
+            "square",
+            "integer_pow",
+            "pow",
+            "rsqrt",
+            "sqrt",
+            "clamp",
+            "select_n",
+            "custom_jvp_call",
+        ),
+        *("custom_vjp_call", "scan", "while", "reduce_max", "argmax", "sort", "top_k", "reduce_window_max"),
+    )
+)
+
+
+class _Past(NamedTuple):
+    """How a value that depends on the inputs came about; sets of products are bits of integers.
+
+    Attributes:
+      written: for each axis, the products that have written it.
+      after: the products that it descends from.
+      inputs: the values, by the bit of each, that a product has read on the way to it.
+      bent: those of them after whose product a non-linear function came.
+    """
+
+    written: tuple[int, ...]
+    after: int
+    inputs: int
+    bent: int
+
+
+def stream_axes(linked: Linked, graph: AxisGraph) -> frozenset[ParamAxis]:
+    """The axes of params that lie on a residual stream, or whose slices go with those of one.
+
+    Args:
+      linked: the function.
+      graph: its axes, with the pins that say how products of axes lose slices.
+    """
+    walk = _Walk(linked.graph)
+    for value in linked.region.inputs[len(linked.leaves) :]:
+        walk.past[id(value)] = _Past((0,) * len(value.shape), 0, 0, 0)
+    walk.run(inlined(linked.region))
+    roots = {graph.find(node) for node in walk.streams}
+    labels = graph.units()
+    units = {label for root in roots if root in labels for label in labels[root].tolist()} - {-1}
+    for root, of_root in labels.items():
+        if root not in roots and units and not units.isdisjoint(of_root.tolist()):
+            roots.add(root)
+    return frozenset(
+        (path, axis)
+        for path, value in linked.values.items()
+        for axis, node in enumerate(value.axes)
+        if graph.find(node) in roots
+    )
+
+
+class _Walk:
+    """One pass over a program.
+
+    Attributes:
+      past: by the id of a value that depends on the inputs, how it came about.
+      streams: the nodes of axes that residual connections add along.
+    """
+
+    def __init__(self, graph: AxisGraph):
+        self.graph = graph
+        self.past: dict[int, _Past] = {}
+        self.streams: set[int] = set()
+        self._before: list[_Past] = []  # of each product, of its data
+        self._read: list[int] = []  # of each product, the bit of its data
+        self._numbers: dict[int, int] = {}
+
+    def run(self, region: Region) -> None:
+        for op in region.ops:
+            data = [value for value in op.inputs if id(value) in self.past]
+            if not data:
+                continue
+            if op.name == "inline":
+                for value, output in zip(op.inputs, op.outputs, strict=True):
+                    if id(value) in self.past:
+                        self.past[id(output)] = self.past[id(value)]
+            elif op.regions and op.name not in ("scan", "while"):
+                self._branches(op)
+            elif op.regions:
+                self._loop(op)
+            else:
+                if op.name in ("add", "sub", "add_any") and len(data) == 2:
+                    self._sum(op)
+                self._apply(op, data)
+
+    def _apply(self, op: Op, data: Sequence[Value]) -> None:
+        before = _joined([self.past[id(value)] for value in data])
+        bent = before.bent | (before.inputs if op.name in _NONLINEAR else 0)
+        traced = [
+            [self._written(op, data, output, axis) for axis in range(len(output.shape))]
+            for output in op.outputs
+        ]
+        product = 0
+        if any(mask is None for axes in traced for mask in axes):
+            product = 1 << len(self._before)
+            self._before.append(before)
+            self._read.append(1 << self._numbers.setdefault(id(data[0]), len(self._numbers)))
+        inputs = before.inputs | (self._read[-1] if product else 0)
+        for output, axes in zip(op.outputs, traced, strict=True):
+            written = tuple(product if mask is None else mask for mask in axes)
+            self.past[id(output)] = _Past(written, before.after | product, inputs, bent)
+
+    def _written(self, op: Op, data: Sequence[Value], output: Value, axis: int) -> int | None:
+        """The products that have written along an axis of an output; None if the op itself does."""
+        sources = _sources(op, axis)
+        if sources is None:
+            root = self.graph.find(output.axes[axis])
+            sources = [
+                (value, a) for value in op.inputs for a in range(len(value.shape)) if self._is(value, a, root)
+            ]
+        passed = [(value, a) for value, a in sources if id(value) in self.past]
+        if passed:
+            return _any_of(self.past[id(value)].written[a] for value, a in passed)
+        if sources:  # of params alone: weights, or rows of an embedding
+            return None
+        return _any_of(mask for value in data for mask in self.past[id(value)].written)
+
+    def _is(self, value: Value, axis: int, root: int) -> bool:
+        return self.graph.find(value.axes[axis]) == root
+
+    def _sum(self, op: Op) -> None:
+        first, second = (self.past[id(value)] for value in op.inputs)
+        if len(op.inputs[0].shape) != len(op.inputs[1].shape):
+            return
+        pairs = zip(first.written, second.written, strict=True)
+        for axis, (one, other) in enumerate(pairs):
+            if one and other and not one & other and (self._follows(one, other) or self._follows(other, one)):
+                self.streams.add(op.outputs[0].axes[axis])
+
+    def _follows(self, one: int, other: int) -> bool:
+        """Whether a product is computed from what others have written, or, bent, from what they read."""
+        read = _any_of(self._read[number] for number in _bits(other))
+        return any(
+            self._before[number].after & other or self._before[number].bent & read for number in _bits(one)
+        )
+
+    def _branches(self, op: Op) -> None:
+        """Functions with a derivative of their own, and branches: as if their bodies were here."""
+        bodies = [
+            region for name, region in op.regions.items() if name == "body" or name.startswith("branch")
+        ]
+        given = op.inputs[1:] if op.name == "cond" else op.inputs
+        found: dict[int, list[_Past]] = {}
+        for body in bodies:
+            for outer, inner in zip(given, body.inputs, strict=True):
+                if id(outer) in self.past:
+                    self.past[id(inner)] = self.past[id(outer)]
+            self.run(inlined(body))
+            for place, inner in enumerate(body.outputs):
+                if id(inner) in self.past:
+                    found.setdefault(place, []).append(self.past[id(inner)])
+        for place, output in enumerate(op.outputs):
+            if place in found:
+                past = _joined(found[place])
+                bent = past.bent | (past.inputs if op.name in _NONLINEAR else 0)
+                self.past[id(output)] = past._replace(bent=bent)
+
+    def _loop(self, op: Op) -> None:
+        """The body of a loop: what is carried stands for whatever earlier rounds have written."""
+        if op.name == "scan":
+            consts, carried = scan_split(op.params)
+            given = op.inputs
+        else:
+            consts, carried = op.params["body_nconsts"], len(op.outputs)
+            given = op.inputs[op.params["cond_nconsts"] :]
+        body = op.regions["body"]
+        for place, (outer, inner) in enumerate(zip(given, body.inputs, strict=True)):
+            past = self.past.get(id(outer))
+            if consts <= place < consts + carried:
+                product = 1 << len(self._before)
+                self._before.append(_Past((), 0, 0, 0))
+                self._read.append(0)
+                self.past[id(inner)] = _Past((product,) * len(inner.shape), product, 0, 0)
+            elif past is not None:
+                self.past[id(inner)] = past if place < consts else past._replace(written=past.written[1:])
+        self.run(inlined(body))
+        before = _joined([self.past[id(value)] for value in op.inputs if id(value) in self.past])
+        for place, (inner, output) in enumerate(zip(body.outputs, op.outputs, strict=True)):
+            past = self.past.get(id(inner))
+            if past is None:
+                continue
+            initial = self.past.get(id(given[consts + place])) if place < carried else None
+            if place >= carried:
+                past = past._replace(written=(0, *past.written))
+            elif initial is not None:
+                past = _joined([past, initial])
+            # All that goes into a loop is taken to come out of it, bent.
+            self.past[id(output)] = _Past(
+                past.written,
+                past.after | before.after,
+                past.inputs | before.inputs,
+                past.bent | past.inputs | before.inputs,
+            )
+
+
+def _sources(op: Op, axis: int) -> list[tuple[Value, int]] | None:
+    """The axes of inputs of a product that an axis of its output is; None for other ops."""
+    if op.name == "dot_general":
+        (left_sum, right_sum), (left_batch, right_batch) = op.params["dimension_numbers"]
+        left, right = op.inputs
+        if axis < len(left_batch):
+            return [(left, left_batch[axis]), (right, right_batch[axis])]
+        free = [(left, a) for a in range(len(left.shape)) if a not in (*left_sum, *left_batch)]
+        free += [(right, a) for a in range(len(right.shape)) if a not in (*right_sum, *right_batch)]
+        return [free[axis - len(left_batch)]]
+    if op.name == "conv_general_dilated":
+        numbers, (left, right) = op.params["dimension_numbers"], op.inputs
+        place = numbers.out_spec.index(axis)
+        if place != 1:
+            return [(left, numbers.lhs_spec[place])]
+        grouped = op.params["feature_group_count"] == left.shape[numbers.lhs_spec[1]]  # depthwise
+        return [(left, numbers.lhs_spec[1])] if grouped else [(right, numbers.rhs_spec[0])]
+    return None
+
+
+def _joined(pasts: Sequence[_Past]) -> _Past:
+    first, *rest = pasts
+    for other in rest:
+        both = zip(first.written, other.written, strict=False)
+        first = _Past(
+            tuple(a | b for a, b in both) or first.written,
+            first.after | other.after,
+            first.inputs | other.inputs,
+            first.bent | other.bent,
+        )
+    return first
+
+
+def _any_of(masks: Iterable[int]) -> int:
+    result = 0
+    for mask in masks:
+        result |= mask
+    return result
+
+
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low

@@ -1,0 +1,192 @@
+"""Whole residual blocks as units: depth pruning."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune.arguments import check_function
+from jaxprune.graph.blocks import Block, Prefixes, ResidualBlocks, check_blocks, find_blocks
+from jaxprune.paths import prefix_to, some_of
+from jaxprune.sharding import everywhere
+from jaxprune.stacks import Stacked, Stacks
+from jaxprune.structures.base import Norm, Structure, Units, reducer
+
+
+def layers(
+    blocks: ResidualBlocks | Prefixes | None = None,
+    norm: Norm = jnp.mean,
+    reduce: Callable[..., jax.Array] = jnp.mean,
+    *,
+    stacked: Stacked | None = None,
+) -> Structure:
+    """Whole residual blocks: a unit is all leaves of a block, or one layer of all stacked leaves.
+
+    The score of a block is `reduce` over its leaves of `norm` over the entries of each,
+
+        `score = mean over leaves l of (mean over i of s_l[i])`
+
+    by default, so that a large leaf counts no more than a small one, and already pruned entries count as
+    0; `norm=jnp.sum, reduce=jnp.sum` is the sum of all scores, of `scores.taylor` say. Only the leaves
+    that the pruner's `where` takes in give scores. Pruning a block masks all of its leaves, biases and
+    norms included, but for those that `residual_blocks` marks as divisors. A sparsity, a count and
+    `floor` are of blocks, one stays at least by default, and a dict of targets goes by pool: `"layers"`,
+    the keys of a dict of prefixes, or `"stacked"` beside a list called `"layers"`.
+
+    Args:
+      blocks: from `residual_blocks`, which proves that each is the identity when its leaves are zero; or,
+        unchecked, a path prefix per block, `["blocks/0", "blocks/1"]`, as `residual_blocks` takes them.
+        A block that is not the identity cuts the network.
+      norm: the order of the norm within a leaf, or a reduction such as `jnp.mean` or `jnp.sum`.
+      reduce: `reduce(array, axis=0)` of leaves x blocks.
+      stacked: `stacked(path, leaf)`, for layers stacked in one leaf: how many leading axes count layers
+        (0 for none), or which axes do. All stacked leaves have the same number of layers.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      ValueError: no blocks; on use, a prefix that no leaf has, or twice, or inside another, stacked leaves
+        with different numbers of layers, a block of which `where` takes in no leaf.
+      TypeError: blocks, a reduction or a `stacked` that is none, `stacked` beside checked blocks.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"blocks": [{"kernel": jnp.full((2, 2), w), "bias": jnp.ones(2)} for w in (3.0, 1.0, 2.0)]}
+      >>> structure = jp.structures.layers(["blocks/0", "blocks/1", "blocks/2"])
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, count=1, structure=structure)
+      >>> [bool(block["bias"].all()) for block in masks["blocks"]]
+      [True, False, True]
+
+    References:
+      Elhoushi et al., "LayerSkip", ACL 2024, and Men et al., "ShortGPT", arXiv:2403.03853, drop whole
+      layers; they rank them by what a layer changes of its input, which is a score and not a structure.
+    """
+    check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
+    in_leaf = reducer(norm)
+    checked, prefixes = (blocks, None) if isinstance(blocks, ResidualBlocks) else (None, blocks)
+    if checked is not None and stacked is not None:
+        raise TypeError("layers takes stacked= beside prefixes; residual_blocks has read its own already.")
+    if checked is None:
+        check_blocks(prefixes, stacked)
+
+    def found(leaves: Mapping[str, Any]) -> tuple[dict[str, list[Block]], Stacks]:
+        """The blocks of each pool among some leaves."""
+        if checked is None:
+            given, stacks = find_blocks(leaves, prefixes, stacked)
+        else:
+            given, stacks = list(checked.blocks), checked.stacks
+            _check_paths(checked, leaves)
+        pools: dict[str, list[Block]] = {}
+        for block in given:
+            pools.setdefault(block.pool, []).append(block)
+        return pools, stacks
+
+    def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
+        pools, stacks = found(masks)
+        fixed = checked.fixed if checked is not None else frozenset[str]()
+        pooled: dict[str, jax.Array] = {}
+        alive: dict[str, jax.Array] = {}
+        for name, members in pools.items():
+            rows = [_Rows(members[0], stacks)] if members[0].index else [_Rows(b, stacks) for b in members]
+            each = [row.scores(scores, masks, in_leaf, reduce) for row in rows]
+            pooled[name] = everywhere(jnp.concatenate(each))
+            alive[name] = everywhere(jnp.concatenate([row.alive(masks, fixed) for row in rows]))
+
+        def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            entries: dict[str, jax.Array] = {}
+            for name, members in pools.items():
+                if members[0].index:
+                    entries |= _Rows(members[0], stacks).expand(keep[name], masks, fixed)
+                    continue
+                for place, block in enumerate(members):
+                    entries |= _Rows(block, stacks).expand(keep[name][place : place + 1], masks, fixed)
+            return entries
+
+        return Units(pooled, alive, expand)
+
+    def sizes_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int | None]:
+        leaves = {path: jax.ShapeDtypeStruct(shape, jnp.bool_) for path, shape in shapes.items()}
+        pools, stacks = found(leaves)
+        return {
+            name: _Rows(members[0], stacks).count(leaves) if members[0].index else len(members)
+            for name, members in pools.items()
+        }
+
+    weights = checked.weights if checked is not None else {}
+    return Structure(pool, name="layers()", spans_leaves=True, sizes_of=sizes_of, weights=weights)
+
+
+class _Rows:
+    """The leaves of one block, or of all layers of a stack: of each, one row for each block."""
+
+    def __init__(self, block: Block, stacks: Stacks):
+        self.block = block
+        self.axes = {path: stacks[path] if block.index else () for path in block.paths}
+
+    def count(self, leaves: Mapping[str, Any]) -> int:
+        """How many blocks there are."""
+        path = self.block.paths[0]
+        size = 1
+        for axis in self.axes[path]:
+            size *= leaves[path].shape[axis]
+        return size
+
+    def scores(
+        self,
+        scores: Mapping[str, jax.Array],
+        masks: Mapping[str, jax.Array],
+        in_leaf: Callable[..., jax.Array],
+        reduce: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """One score for each block."""
+        paths = [path for path in self.block.paths if path in scores]
+        if not paths:
+            raise ValueError(
+                f"where= takes in no leaf of the block {self.block.name!r}, so it has no score. Its leaves "
+                f"are {some_of(self.block.paths)}."
+            )
+        each = [self._by_block(path, jnp.where(masks[path], scores[path], 0), in_leaf) for path in paths]
+        return reduce(jnp.stack(each), axis=0)
+
+    def alive(self, masks: Mapping[str, jax.Array], fixed: frozenset[str]) -> jax.Array:
+        """For each block, whether anything is left that pruning it would remove."""
+        paths = [path for path in self.block.paths if path not in fixed and path not in self.block.divisors]
+        each = [self._by_block(path, masks[path], lambda x, axes: jnp.any(x, axis=axes)) for path in paths]
+        return jnp.any(jnp.stack(each), axis=0) if each else jnp.ones(self.count(masks), bool)
+
+    def expand(
+        self, keep: jax.Array, masks: Mapping[str, jax.Array], fixed: frozenset[str]
+    ) -> dict[str, jax.Array]:
+        """The masks of the leaves, given which blocks stay."""
+        entries = {}
+        for path in self.block.paths:
+            if path in fixed or path in self.block.divisors:
+                continue
+            shape, axes = masks[path].shape, self.axes[path]
+            along = jnp.reshape(keep, tuple(shape[axis] for axis in axes))
+            along = jnp.transpose(along, [axes.index(axis) for axis in sorted(axes)])
+            others = [axis for axis in range(len(shape)) if axis not in axes]
+            entries[path] = jnp.broadcast_to(jnp.expand_dims(along, others), shape)
+        return entries
+
+    def _by_block(self, path: str, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+        """One number for each block, from the entries of a leaf."""
+        axes = self.axes[path]
+        front = jnp.moveaxis(leaf, axes, range(len(axes)))
+        return jnp.reshape(reduce(front, tuple(range(len(axes), leaf.ndim))), -1)
+
+
+def _check_paths(blocks: ResidualBlocks, leaves: Mapping[str, Any]) -> None:
+    """Checks that the params have the leaves of the blocks."""
+    if missing := [path for path in blocks.shapes if path not in leaves]:
+        prefix = prefix_to(blocks.shapes, leaves)
+        advice = (
+            "Call residual_blocks with the params that are pruned."
+            if prefix is None
+            else f"The blocks' tree holds these params under {prefix!r}: pass blocks.under({prefix!r})."
+        )
+        raise ValueError(
+            f"the blocks have leaves at {some_of(missing)}, which the params do not have. {advice}"
+        )
