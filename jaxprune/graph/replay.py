@@ -142,7 +142,7 @@ def _from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[t
 
 
 def _whole_stacks(values: tuple[Value, ...]) -> tuple[Value, ...]:
-    """What the rounds of a loop read of stacks of their own: these stacks, as an inner loop needs all of them."""
+    """What the rounds of a loop read of stacks of their own: these, as an inner loop needs all of them."""
     while all(value.part is not None for value in values):
         stacks, places = zip(
             *((value.part[0], value.part[1:]) for value in values if value.part), strict=True
