@@ -109,7 +109,10 @@ def _mirrors(node: Any, parent: str, shapes: Shapes, gone: Sequence[str]) -> boo
     """Whether a list or dict is that of the params, perhaps without some blocks, or one like it."""
     start = f"{parent}/" if parent else ""
     own = {path.removeprefix(start): shape for path, shape in shapes.items() if path.startswith(start)}
-    if gone and not isinstance(node, Mapping):
+    listed = all(path.partition("/")[0].isdigit() for path in own)
+    if listed is isinstance(node, Mapping) and gone:
+        return False
+    if gone and listed:
         names = sorted({int(path.partition("/")[0]) for path in own})
         left = [n for n in names if str(n) not in gone]
         number = {str(n): str(place) for place, n in enumerate(left)}

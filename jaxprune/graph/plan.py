@@ -446,7 +446,9 @@ def _take_by_layer(leaf: Any, lead: int, stack: Sequence[int], axis: int, kept: 
     if (flat == flat[0]).all():
         return _take(leaf, lead + axis, flat[0])
     places = _places_by_layer(leaf.ndim, lead, stack, axis, kept)
-    return jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
+    return placing.on_whole(
+        leaf, lambda leaf: jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
+    )
 
 
 def _spread_by_layer(
@@ -460,12 +462,15 @@ def _spread_by_layer(
         if is_divisor and not is_mask:
             gone = np.setdiff1d(np.arange(size), kept[index])
             rows[index][gone] = np.arange(len(gone)) % count
-    # One slice more than there are is what goes in the place of those that went.
-    filler = jnp.full_like(lax.slice_in_dim(leaf, 0, 1, axis=lead + axis), is_divisor and is_mask)
     places = _places_by_layer(leaf.ndim, lead, stack, axis, rows)
-    return jnp.take_along_axis(
-        jnp.concatenate([leaf, filler], lead + axis), places, axis=lead + axis, mode="clip"
-    )
+
+    def spread(leaf: Any) -> Any:
+        # One slice more than there are is what goes in the place of those that went.
+        filler = jnp.full_like(lax.slice_in_dim(leaf, 0, 1, axis=lead + axis), is_divisor and is_mask)
+        longer = jnp.concatenate([leaf, filler], lead + axis)
+        return jnp.take_along_axis(longer, places, axis=lead + axis, mode="clip")
+
+    return placing.on_whole(leaf, spread)
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:

@@ -93,20 +93,35 @@ def _layers(linked: Linked) -> Iterator[list[frozenset[str]]]:
         paths = set[str]()
         for op in linked.region.ops:
             if any(other is roll for other, _ in op.rolls):
-                read = (name_of.get(id(value)) for value in op.inputs)
-                paths |= {linked.paths[name][0] for name in read if name is not None and name.endswith("]")}
+                names = (name for value in op.inputs for name in _made_of(value, name_of))
+                paths |= {linked.paths[name][0] for name in names}
         paths = {path for path in paths if len(linked.stacks.get(path, ())) == 1}
         for other in [each for each in together if each & paths]:
             together.remove(other)
             paths |= other
         if paths:
             together.append(paths)
+    # Layers that are read by index: those of stacks of one length may belong together.
+    rest = {
+        p: axes for p, axes in linked.stacks.items() if len(axes) == 1 and not any(p in t for t in together)
+    }
+    lengths = {path: linked.leaves[path].shape[axes[0]] for path, axes in rest.items()}
+    together += [{p for p in rest if lengths[p] == length} for length in sorted(set(lengths.values()))]
     for paths in together:
         by_index: dict[tuple[int, ...], set[str]] = {}
         for name, (path, index) in linked.paths.items():
             if path in paths:
                 by_index.setdefault(index, set()).add(name)
         yield list(map(frozenset, by_index.values()))
+
+
+def _made_of(value: Value, name_of: Mapping[int, str]) -> Iterator[str]:
+    """The names of the params that a value is, or was made of layer by layer."""
+    if id(value) in name_of:
+        yield name_of[id(value)]
+    elif value.op is not None and value.op.lazy:
+        for given in value.op.inputs:
+            yield from _made_of(given, name_of)
 
 
 def _listed(linked: Linked, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
@@ -167,7 +182,8 @@ def _bypasses(linked: Linked, removed: Removed) -> tuple[dict[int, Value], set[_
 
 
 def _reads(op: Op, ids: Collection[int]) -> bool:
-    return any(id(each) in ids for value in op.inputs for each in with_layers(value))
+    """Whether an op reads some layers, or what was made of them outside of loops."""
+    return any(is_gone(each, ids) for value in op.inputs for each in with_layers(value))
 
 
 def _still_read(linked: Linked, removed: Removed) -> frozenset[str]:
@@ -191,5 +207,5 @@ def _still_read(linked: Linked, removed: Removed) -> frozenset[str]:
             # The round does something else that is needed: all of its params stay.
             roll, number = op.rolls[0]
             of_round = [o for o in linked.region.ops if o.rolls[:1] == ((roll, number),)]
-            left |= {name_of[id(v)] for o in of_round for v in o.inputs if id(v) in name_of}
+            left |= {name for o in of_round for v in o.inputs for name in _made_of(v, name_of)}
     return frozenset(left | {name for key, name in name_of.items() if key in read})
