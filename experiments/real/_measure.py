@@ -23,6 +23,7 @@ import numpy as np
 import jaxprune as jp
 from experiments.real._case import Case, Model, is_floating, moved
 from jaxprune.graph import Group
+from jaxprune.graph.compaction import with_state
 
 _COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOLERANCE = 1e-4  # relative to the largest output, in float32
@@ -50,7 +51,7 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(model: Model, fraction: float = 0.3, seed: int = 0) -> dict[str, Any]:
-    """Prunes a fraction of the units of every removable group, and compares what is left with the masked model.
+    """Prunes a fraction of the units of every removable group, and compares what is left.
 
     Args:
       model: the model, whose packages are installed.
@@ -112,7 +113,8 @@ def _figures(
         )
         masks = jax.jit(prune)(params)  # op by op every shape would be compiled for itself
         arrays = dict(zip(jp.leaf_paths(masks), map(np.asarray, jax.tree.leaves(masks)), strict=True))
-        line["expected"] = _left(params, removable, lambda group: _dead(group, arrays)) / size
+        stacks = dict(getattr(groups, "stacks", {}))
+        line["expected"] = _left(params, removable, lambda group: _dead(group, arrays, stacks)) / size
     with _stage("compact", seconds):
         small = jp.compact(apply, params, masks, *inputs, state=state, verify=False)
         line["ratio"] = _size(small.params) / size
@@ -165,25 +167,27 @@ def _left(params: Any, groups: Sequence[Group], dead: Callable[[Group], np.ndarr
     return left
 
 
-def _dead(group: Group, masks: dict[str, np.ndarray]) -> np.ndarray:
+def _dead(group: Group, masks: dict[str, np.ndarray], stacks: dict[str, tuple[int, ...]]) -> np.ndarray:
     """Which units of a group the masks remove: all slices of all members that are no divisors are masked."""
     dead = np.ones(group.units, bool)
     for member in group.members:
         if member.divisor:
             continue
-        mask = _of_layer(masks, member.path)
-        alive = mask.any(axis=tuple(axis for axis in range(mask.ndim) if axis != member.axis))
+        mask = _of_layer(masks, member.path, stacks)
+        alive = np.asarray(mask.any(axis=tuple(axis for axis in range(mask.ndim) if axis != member.axis)))
         dead &= ~alive[np.asarray(member.indices)].any(axis=1)
     return dead
 
 
-def _of_layer(masks: dict[str, np.ndarray], path: str) -> np.ndarray:
+def _of_layer(masks: dict[str, np.ndarray], path: str, stacks: dict[str, tuple[int, ...]]) -> np.ndarray:
     """The mask of a leaf, or of one layer of a leaf that stacks them: "path[2]"."""
     if path in masks:
         return masks[path]
     name, _, rest = path.rpartition("[")
-    index = tuple(int(number) for number in rest.rstrip("]").split(","))
-    return masks[name][index]
+    place: list[Any] = [slice(None)] * masks[name].ndim
+    for axis, number in zip(stacks[name], rest.rstrip("]").split(","), strict=True):
+        place[axis] = int(number)
+    return masks[name][tuple(place)]
 
 
 def _counted(reasons: Sequence[str]) -> dict[str, int]:
@@ -196,13 +200,13 @@ def _counted(reasons: Sequence[str]) -> dict[str, int]:
 
 
 def _errors(case: Case, masked: Any, small: jp.Compacted, rng: np.random.Generator) -> dict[str, Any]:
-    """The compacted model against the masked one, and against the dense one at expanded random small params."""
+    """The compacted model against the masked one, and against the dense one at random small params."""
     apply, _, inputs, state = case
 
     def both(dense: Any, params: Any) -> tuple[Any, Any]:
         outputs = apply(dense, *inputs)
         if state is not None:  # what is new values of params is as small as these
-            outputs = jp.graph.compaction.with_state(outputs, state, small.shrink(state(outputs)))
+            outputs = with_state(outputs, state, small.shrink(state(outputs)))
         return outputs, small.apply(params, *inputs)
 
     arguments = masked, small.params
@@ -217,16 +221,20 @@ def _errors(case: Case, masked: Any, small: jp.Compacted, rng: np.random.Generat
 
 
 def difference(first: Any, second: Any) -> tuple[float, bool, bool]:
-    """The largest difference of two trees relative to the largest entry; whether all is finite; whether 16 bits are used.
+    """Compares two trees of arrays.
 
     Entries that are not finite have to be the same in both, or the difference is infinite.
+
+    Returns:
+      The largest difference relative to the largest entry of all; whether all is finite; whether there are
+      numbers of 16 bits.
     """
     largest = apart = 0.0
     finite, half = True, False
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         if a.shape != b.shape:
             raise ValueError(f"outputs of shapes {a.shape} and {b.shape}")
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) or not a.size:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) or not a.size:
             continue
         half |= jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
         wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64

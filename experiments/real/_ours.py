@@ -96,7 +96,7 @@ def _nnx_stack(rng: np.random.Generator) -> Case:
 
 
 def _llama(rng: np.random.Generator, stacked: str) -> Case:
-    """A decoder of plain arrays with rotary embeddings and grouped queries; blocks scanned, indexed or listed."""
+    """A decoder of plain arrays with grouped queries, whose blocks are scanned, indexed or listed."""
     d, size, shared = _WIDTH, 8, 2
     block = {
         "norm1": (d,),
@@ -154,7 +154,7 @@ def _llama(rng: np.random.Generator, stacked: str) -> Case:
 
 
 def _experts(rng: np.random.Generator, how: str) -> Case:
-    """Two of four experts for each token: all computed and weighted, or sorted and multiplied in ragged parts."""
+    """Two of four experts for each token: all are computed and weighted, or tokens are sorted by them."""
     d, count, chosen = _WIDTH, 4, 2
     shapes = {
         "embed": (_VOCABULARY, d),

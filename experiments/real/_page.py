@@ -38,11 +38,11 @@ def text(
     fraction = f"{lines[0]['fraction']:.0%}" if lines else "some"
     parts = [
         _TITLE,
-        f"Models from libraries, in small random configurations. {fraction} of the units of every group that can "
-        "lose some are pruned by L2 magnitude, and the network is compacted. It is compared with the masked "
-        "network, and again with the dense one at random values of the small params that are put back among "
-        "zeros; the error is the larger difference, relative to the largest output. This page is written by the "
-        "command:",
+        f"Models from libraries, in small random configurations. {fraction} of the units of every group that "
+        "can lose some are pruned by L2 magnitude, and the network is compacted. It is compared with the "
+        "masked network, and again with the dense one at random values of the small params that are put back "
+        "among zeros; the error is the larger difference, relative to the largest output. The command writes "
+        "this page:",
         "```bash\npython -m experiments.real_models --page docs/results/real-models.md\n```",
         _summary(lines),
         f"![ratio of params and error, model by model]({picture})",
@@ -69,11 +69,11 @@ def _summary(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def _explained() -> str:
     return (
-        "Groups: those that can lose units, of those found. Share: of the params, that lie in them. Expected: "
-        "params left over params, counted by leaf from the masks, as the product over its axes of the slices "
-        "that no pruned unit has; params and MACs: what the compacted network has, over what the dense one "
-        "has. A network is right if the error is at most 1e-4 in float32, .05 where it computes in 16 bits. "
-        "*Ours* are networks that are written in this repository, of the library's layers at most."
+        "Groups: those that can lose units, of those found. Share: of the params, that lie in them. "
+        "Expected: params left over params, counted by leaf from the masks, as the product over its axes of "
+        "the slices that no pruned unit has; params and MACs: what the compacted network has, over what the "
+        "dense one has. A network is right if the error is at most 1e-4 in float32, .05 where it computes in "
+        "16 bits. *Ours* are networks that are written in this repository, of the library's layers at most."
     )
 
 

@@ -8,17 +8,8 @@ from typing import Any, NamedTuple
 
 from jaxprune.io.atomic import replacing
 
-_FIELDS = (
-    "model",
-    "groups",
-    "removable",
-    "share",
-    "ratio",
-    "macs_ratio",
-    "error",
-    "measured_with",
-    "configuration",
-)
+_RATIOS = ("ratio", "macs_ratio", "error")
+_FIELDS = ("model", "groups", "removable", "share", *_RATIOS, "measured_with", "configuration")
 ROUNDING = 0.0015  # the figures of a table are rounded to three places
 ERROR = 1e-5  # an error below it is rounding, however much more than before
 
@@ -63,11 +54,14 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
             try:
                 if row["configuration"] not in ("same", "other"):
                     raise ValueError(f"configuration must be same or other, got {row['configuration']!r}")
+                figures = [float(row[name]) if row[name] else None for name in _RATIOS]
                 reached = Reached(
                     int(row["groups"]),
                     int(row["removable"]),
                     float(row["share"]),
-                    *(float(row[name]) if row[name] else None for name in ("ratio", "macs_ratio", "error")),
+                    figures[0],
+                    figures[1],
+                    figures[2],
                     row["measured_with"],
                     row["configuration"] == "same",
                 )
