@@ -87,17 +87,6 @@ def _equimo(rng: np.random.Generator, name: str) -> Case:
             **staged,
         )
         return _image(rng, 64, model)
-    if name == "PartialFormer":
-        model = models.PartialFormer(
-            img_size=56,
-            in_channels=3,
-            dim=16,
-            num_heads=[2, 2],
-            depths=[1, 1],
-            foreground_ratios=0.5,
-            **staged,
-        )
-        return _image(rng, 56, model)
     make = getattr(models, name)
     return _image(rng, 64, make(in_channels=3, num_classes=5, key=key))
 

@@ -258,10 +258,33 @@ def _netket(rng: np.random.Generator, kind: str) -> Case:
     return from_linen(rng, model, spins)
 
 
+def _e3nn(rng: np.random.Generator) -> Case:
+    """Equivariant layers between scalars, vectors and the harmonics of a direction."""
+    e3nn, nn = module("e3nn_jax"), module("flax.linen")
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, direction: jax.Array) -> jax.Array:
+            hidden = e3nn.flax.Linear("16x0e")(e3nn.IrrepsArray("4x0e", x))
+            around = e3nn.spherical_harmonics("0e + 1o", e3nn.IrrepsArray("1o", direction), True)
+            hidden = e3nn.tensor_product(hidden, around, filter_ir_out=["0e", "1o"])
+            hidden = e3nn.flax.Linear("24x0e + 8x1o")(hidden)
+            hidden = e3nn.scalar_activation(hidden, [jax.nn.silu, None])
+            return e3nn.flax.Linear("2x0e + 1x1o")(hidden).array
+
+    return from_linen(rng, Net(), normal(rng, 5, 4), normal(rng, 5, 3))
+
+
+def _e3nn_mlp(rng: np.random.Generator) -> Case:
+    made = module("e3nn_jax").flax.MultiLayerPerceptron((24, 16, 3), act=jax.nn.silu)
+    return from_linen(rng, made, normal(rng, 5, 4))
+
+
 _OTHERS: dict[str, tuple[tuple[str, ...], Callable[[np.random.Generator], Case], str]] = {
     "diffusers/FlaxAutoencoderKL": (("diffusers",), _autoencoder, "diffusion"),
     "diffusers/FlaxControlNet": (("diffusers",), _controlnet, "diffusion"),
     "diffusers/FlaxUNet2DCondition": (("diffusers",), _unet, "diffusion"),
+    "e3nn-jax/MultiLayerPerceptron": (("e3nn-jax",), _e3nn_mlp, "layers"),
     "transformer-in-transformer-flax/TNT": (("transformer-in-transformer-flax",), _tnt, "image"),
     "nano-moe-jax/NanoMoE": (("nano-moe-jax",), _nano_moe, "mixture of experts"),
     "ablanx/AbLang2": (("ablanx",), _ablang, "protein"),
@@ -271,6 +294,7 @@ _FLAXMODELS = ("ResNet18", "ResNet50", "VGG16")
 _BRAX = ("MLP", "VisionMLP", "DistributionalCritic", "q network")
 _NETKET = ("RBM", "NDM", "MLP", "DeepSetMLP", "GCNN", "ARNNDense", "ARNNConv1D", "FastARNNConv1D")
 MODELS = (
+    Model("e3nn-jax/equivariant layers", ("e3nn-jax",), _e3nn, "physics", ours=True),
     *(Model(f"brax/{kind}", ("brax",), partial(_brax, kind=kind), "reinforcement") for kind in _BRAX),
     *(Model(f"netket/{kind}", ("netket",), partial(_netket, kind=kind), "physics") for kind in _NETKET),
     *(

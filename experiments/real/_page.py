@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.real import _table
+from experiments.real._models import TRIED
 from jaxprune.io.atomic import replacing
 
 _TITLE = "# Real models"
@@ -52,6 +53,8 @@ def text(
         own = [line for line in lines if line["model"].partition("/")[0] == library]
         parts += [f"## {library}", _versions(own), _markdown(own)]
     parts += ["## What is not removed, and why", _refusals(lines)]
+    tried = "\n".join(f"- {names}: {why}." for names, why in TRIED.items())
+    parts += ["## Tried, and not here", tried]
     if baseline is not None:
         parts += ["## What was reached before", _before(lines, baseline)]
     return "\n\n".join(part for part in parts if part) + "\n"
