@@ -95,6 +95,21 @@ def _off(small):
     return small
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)])
+def test_a_reshape_that_transposes_first(order):
+    """Concatenating the slices of an array is one, which nanodl's Mistral does."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (5, 8), "b": (4 * 8 // 4, 3)}
+    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+
+    def apply(params, x):
+        hidden = jnp.tanh(x @ params["a"]).reshape(4, 2, 4)
+        return jax.lax.reshape(hidden, (4, 8), order) @ params["b"]
+
+    line = _measure.measure(model(Case(apply, params, (jnp.asarray(rng.standard_normal((4, 5))),))))
+    assert line["status"] == "ok", line
+
+
 def test_refusals_have_their_reasons():
     case = Case(lambda params, x: x * params["a"], {"a": jnp.ones(3)}, (jnp.ones((2, 3)),))
     line = _measure.measure(model(case))

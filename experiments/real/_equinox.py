@@ -240,7 +240,13 @@ MODELS = (
         for name, build in _OWN.items()
     ),
     *(Model(f"flowjax/{name}", ("flowjax",), partial(_flow, name=name), "flow") for name in _FLOWS),
-    Model("transformer-flows/TarFlow", ("transformer-flows",), _transformer_flow, "flow"),
+    Model(
+        "transformer-flows/TarFlow",
+        ("transformer-flows",),
+        _transformer_flow,
+        "flow",
+        note="among its leaves are caches for sampling, which it does not read here, so that less is left",
+    ),
     *(Model(f"pdequinox/{name}", ("pdequinox",), partial(_pdequinox, name=name), "physics") for name in _PDE),
     *(Model(f"equimo/{name}", ("equimo",), partial(_equimo, name=name), "image") for name in _EQUIMO),
 )

@@ -88,7 +88,7 @@ def _jraph(rng: np.random.Generator, name: str) -> Case:
 
     def gat(x: jax.Array, e: jax.Array) -> Any:
         layer = jraph.GAT(
-            attention_query_fn=lambda n: hk.Linear(16)(n),
+            attention_query_fn=lambda n: hk.Linear(48)(n),
             attention_logit_fn=lambda q, k, e: hk.Linear(1)(jax.nn.leaky_relu(jnp.concatenate([q, k], -1))),
             node_update_fn=lambda n: jax.nn.relu(n),
         )

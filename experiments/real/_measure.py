@@ -104,8 +104,12 @@ def _figures(
         return line | {"status": "refused", "reason": reasons[0] if reasons else "it has no params"}
     with _stage("prune", seconds):
         structure = jp.structures.channels(removable)
+        # Whole numbers, as quantized weights are, give no scores; the scales beside them do.
+        whole = not all(map(is_floating, jax.tree.leaves(params)))
+        where: dict[str, Any] = {"where": lambda _, leaf: is_floating(leaf)} if whole else {}
         prune = partial(
             jp.prune_once,
+            **where,
             scores=jp.scores.magnitude,
             sparsity=fraction,
             structure=structure,
@@ -240,15 +244,12 @@ def difference(first: Any, second: Any) -> tuple[float, bool, bool]:
         wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
         x, y = np.asarray(a).astype(wide), np.asarray(b).astype(wide)
         known = np.isfinite(x)
-        if not known.all():
-            finite = False
-            if not np.array_equal(x[~known], y[~known], equal_nan=True):
-                return math.inf, False, half
+        finite &= bool(known.all())
+        if not np.isfinite(y[known]).all() or not np.array_equal(x[~known], y[~known], equal_nan=True):
+            return math.inf, finite, half
         if known.any():
             largest = max(largest, float(np.abs(x[known]).max()))
             apart = max(apart, float(np.abs(x[known] - y[known]).max()))
-    if math.isnan(apart):
-        return math.inf, finite, half
     return (apart / largest if largest else apart), finite, half
 
 

@@ -4,7 +4,7 @@ from experiments.real import _equinox, _haiku, _hf, _keras, _keras_hub, _linen, 
 
 TRIED = {
     "equimo's AttNet, FasterViT, SHViT, PartialFormer": "fail in their own call",
-    "canvit-nnx, discretax, eqx-zoo, flax-vision-models, norax, sbgm": "have no release that installs on Python 3.11",
+    "canvit-nnx, discretax, eqx-zoo, flax-vision-models, norax, sbgm": "have no release for Python 3.11",
     "deepvit-flax, fttjax": "import what they do not have",
     "e1jax, levanter, palm-jax, rnn-jax": "need versions of other packages that cannot be had together",
     "easydel": "ends the process when it is imported, by an XLA flag that jaxlib 0.10.2 does not know",
