@@ -8,7 +8,7 @@ TRIED = {
     "deepvit-flax, fttjax": "import what they do not have",
     "e1jax, levanter, palm-jax, rnn-jax": "need versions of other packages that cannot be had together",
     "easydel": "ends the process when it is imported, by an XLA flag that jaxlib 0.10.2 does not know",
-    "gemma": "pip came to no end of resolving it within six minutes",
+    "gemma": "pip had not resolved it after four minutes, when it was stopped",
     "maxtext, t5x": "do not install on Python 3.11; a stack along axis 1 as MaxText has it is among ours",
     "neural-tangents": "imports `jax.core.Jaxpr`, which JAX has moved",
     "recurrentgemma": "imports `for_loop` from JAX's own modules, which JAX has dropped",
