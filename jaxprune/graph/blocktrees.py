@@ -77,7 +77,8 @@ def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[s
         rest, full = iter(node), []
         for n in range(len(node) + len(gone)):
             full.append(block(str(n)) if str(n) in gone else next(rest))
-        return type(node)(full)
+        rebuilt: Any = type(node)
+        return rebuilt(full)
 
     return _walk(tree, "", wanted, change)
 
