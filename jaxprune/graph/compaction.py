@@ -209,9 +209,9 @@ def compact(
         arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
         arrays = split_layers(arrays, linked.stacks)
         kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
-        kept, divisors = _rounded(linked, kept, divisors, multiple_of)
-        plan = plan_of(linked, kept, divisors)
-        stayed = _stayed(linked, zero_slices(arrays), plan)
+        rounded, divisors = _rounded(linked, kept, divisors, multiple_of)
+        plan = plan_of(linked, rounded, divisors)
+        stayed = _stayed(linked, zero_slices(arrays), plan, kept)
     masked = params if _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
     if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
@@ -386,7 +386,15 @@ class Stayed:
         return f"{self.count} masked slices of {self.path} along axis {self.axis} stay: {self.why}"
 
 
-def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
+def _stayed(linked: Linked, zeros: Any, plan: Plan, needed: Kept) -> list[Stayed]:
+    """What is masked but stays, and why.
+
+    Args:
+      linked: the network.
+      zeros: what is masked, by path and axis.
+      plan: what stays.
+      needed: the solution before its widths were rounded up, and made equal in the layers of a stack.
+    """
     dropped, result = plan.dropped(), []
     by_layer, facts = plan.by_layer(), None
     for path, marks in zeros.items():
@@ -394,8 +402,13 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan) -> list[Stayed]:
             left = zero if zero is None or gone is None else zero & ~gone
             if left is None or not left.any():
                 continue
-            facts = facts or linked.facts(plan.zeros())
-            why = explain(linked, facts, linked.values[path].axes[axis], int(np.flatnonzero(left)[0]))
+            node = linked.values[path].axes[axis]
+            indices = needed.indices(node)
+            asked = np.flatnonzero(left) if indices is None else np.intersect1d(np.flatnonzero(left), indices)
+            why = _EMPTY_OR_ROUNDED
+            if len(asked):
+                facts = facts or linked.facts(plan.zeros())
+                why = explain(linked, facts, node, int(asked[0]))
             if why == _EMPTY_OR_ROUNDED and by_layer.shapes[path] != plan.shapes.get(path):
                 kept = len(by_layer.keep.get(path, {}).get(axis, zero))
                 why = f"the layers of a stack keep equally many slices, and one of them needs {kept}"
