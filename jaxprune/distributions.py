@@ -12,7 +12,7 @@ from jaxprune.arguments import check_number, shown
 from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.schedules import check_sparsity
 from jaxprune.sensitivity_result import Point, Sensitivity
-from jaxprune.stacks import Stacked, layer_indices, layer_shape, stacks_of, take_layer
+from jaxprune.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
 from jaxprune.typing import Params, Where
 
 
@@ -151,7 +151,7 @@ def _stacks(
     params: Params, where: Where, stacked: Stacked | None
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """The paths of the leaves that take part, and the stack axes of those that are stacked."""
-    chosen = selected(params, where)
+    chosen = selected(params, about_layers(where, stacked))
     if stacked is None:
         return chosen, {}
     leaves = array_leaves(params)

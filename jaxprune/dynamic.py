@@ -16,7 +16,7 @@ from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, ker
 from jaxprune.prune import checked_structure, pool, with_stacks
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection import Request, select_arrays
-from jaxprune.stacks import Stacked, check_stacked, join_layers, split_layers
+from jaxprune.stacks import Stacked, about_layers, check_stacked, join_layers, split_layers
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.table import REWIRED, with_rows
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
@@ -214,6 +214,7 @@ def rewiring(
     check_where(where)
     if stacked is not None:
         check_stacked(stacked)
+    where = about_layers(where, stacked)
     if is_concrete(masks):
         with jax.ensure_compile_time_eval():  # a traced function may have closed over them
             _check_units(masks, where, structure, stacked)

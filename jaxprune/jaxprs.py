@@ -69,14 +69,16 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def explicit_sharding(leaf: Any) -> Any:
-    """How an array or a struct is sharded over explicit axes of a mesh; None where it is not."""
-    sharding = struct_of(leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)).sharding
+    """How an array, or what has a shape, is sharded over explicit axes of a mesh; None where it is not."""
+    has_its_own = hasattr(leaf, "sharding") and not isinstance(leaf, jax.Array)
+    aval = leaf if has_its_own else jax.typeof(leaf)
+    sharding = struct_of(aval).sharding
     return sharding if sharding is not None and any(sharding.spec) else None
 
 
 def struct_of(aval: Any) -> jax.ShapeDtypeStruct:
     """An abstract value as a `jax.ShapeDtypeStruct`, with its sharding where axes of a mesh are explicit."""
-    sharding, weak = getattr(aval, "sharding", None), getattr(aval, "weak_type", False)
+    sharding, weak = getattr(aval, "sharding", None), bool(getattr(aval, "weak_type", False))
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         sharding = None

@@ -6,6 +6,7 @@ steps again and again, with a count that a schedule gives.
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -29,10 +30,12 @@ from jaxprune.paths import (
 )
 from jaxprune.recompute import Recipe
 from jaxprune.selection import Request, select, select_arrays
+from jaxprune.sharding import sharded_like
 from jaxprune.sources import Source
 from jaxprune.stacks import (
     Family,
     Stacked,
+    about_layers,
     check_stacks,
     families_of,
     join_layers,
@@ -106,8 +109,8 @@ def prune_once(
         from each leaf; `"isomorphic"`, of coupled channels, from all groups of one kind. A
         threshold is the same in all.
       structure: which entries go together (see `structures`); by default each is a unit.
-      where: which leaves take part, a function of (path, leaf); by default `kernels`, and for coupled
-        channels what the network uses as weights (see `structures.channels`).
+      where: which leaves take part, a function of (path, leaf); by default `kernels`, which sees one layer of
+        a stacked leaf, and for coupled channels what the network uses as weights (see `structures.channels`).
       masks: masks to start from; by default nothing is pruned.
       floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
         the network there.
@@ -148,7 +151,7 @@ def prune_once(
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, prune_once)
     structure = checked_structure(structure)
     floor = check_choices(scope, of, floor)
-    where = default_where(where, structure)
+    where = default_where(where, structure, stacked)
     if sum(target is not None for target in (sparsity, count, threshold)) != 1:
         raise ValueError(
             "prune_once needs exactly one of sparsity, count and threshold, got "
@@ -196,10 +199,14 @@ def checked_structure(structure: Structure | None) -> Structure:
     return structure
 
 
-def default_where(where: Where, structure: Structure) -> Where:
+def default_where(where: Where, structure: Structure, stacked: Stacked | None) -> Where:
     """Which leaves take part: as asked; by default as the structure knows, and else by name."""
-    if where is not kernels or not structure.weights:
+    if where is not kernels:
         return where
+    stacks = structure.stacks
+    named = about_layers(kernels, stacked if not stacks else lambda path, leaf: stacks.get(path, ()))
+    if not structure.weights:
+        return named
 
     # A leaf is asked about as a whole; it takes part if one of its layers is used as weights.
     of_leaf: dict[str, bool] = {}
@@ -210,7 +217,7 @@ def default_where(where: Where, structure: Structure) -> Where:
     known = of_leaf | dict(structure.weights)
 
     def weights(path: str, leaf: Any) -> bool:
-        return known[path] if path in known else kernels(path, leaf)
+        return known[path] if path in known else named(path, leaf)
 
     weights.__name__ = kernels.__name__
     return weights
@@ -244,8 +251,8 @@ def with_stacks(
         if known.get(path, ()) != given.get(path, ()):
             raise ValueError(
                 f"stacked= says that the axes {given.get(path, ())} of params[{path!r}] count layers, but "
-                f"{structure.name} has {known.get(path, ())}. Leave out stacked=, or pass the same to "
-                "channel_groups."
+                f"{structure.name} has {known.get(path, ())}. Leave out stacked=: the structure knows its "
+                "layers by itself, coupled channels from channel_groups(..., stacked=...)."
             )
     return structure
 
@@ -342,14 +349,18 @@ def pool(
 
     def source(name: str) -> Source:
         path, axes, index = layers.get(name, (name, (), ()))
-        compute, inputs = recipes.get(path, Recipe(lambda leaf: leaf, raw[path]))
+        compute, inputs, compute_slice = recipes.get(path, Recipe(lambda leaf: leaf, raw[path]))
         # Where masks have values, one program serves those that prune nothing as well.
         alive = None if whole and not is_concrete(raw[path]) else before[path]
 
         def read(given: Any) -> tuple[jax.Array, jax.Array | None]:
-            # Layers are taken from what is computed, not stored: a slice of it computes that slice alone.
-            scores, kept = compute(given[0]).astype(rank_dtype), given[1]
-            return take_layer(scores, axes, index), None if kept is None else take_layer(kept, axes, index)
+            take = partial(take_layer, axes=axes, index=index)
+            # Of a layer its own slice alone is computed: a leaf computed for all its layers would be stored.
+            if not index or compute_slice is None:
+                scores = take(compute(given[0]))
+            else:
+                scores = compute_slice(given[0], take)
+            return scores.astype(rank_dtype), None if given[1] is None else take(given[1])
 
         return Source(read, (inputs, alive))
 
@@ -358,7 +369,7 @@ def pool(
         return units._replace(sources=sources)
     return units._replace(
         sources=sources,
-        expand=lambda keep: _joined(units.expand(keep), stacks, shapes),
+        expand=lambda keep: _joined(units.expand(keep), stacks, {path: seen[path] for path in stacks}),
         families=families_in(structure, shapes, units.scores),
     )
 
@@ -384,16 +395,17 @@ def families_in(
 def _joined(
     entries: Mapping[str, jax.Array],
     stacks: Mapping[str, tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]],
+    leaves: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Masks by path from those of layers; a layer in which no unit lies is kept whole."""
-    complete = dict(entries)
+    complete, shapes = dict(entries), {path: leaf.shape for path, leaf in leaves.items()}
     for path, axes in stacks.items():
         names = [layer_name(path, index) for index in layer_indices(shapes[path], axes)]
         if any(name in entries for name in names):
             whole = jnp.ones(layer_shape(shapes[path], axes), bool)
             complete |= {name: entries.get(name, whole) for name in names}
-    return join_layers(complete, stacks, shapes)
+    joined = join_layers(complete, stacks, shapes)
+    return {path: sharded_like(x, leaves[path]) if path in leaves else x for path, x in joined.items()}
 
 
 def remove(

@@ -151,7 +151,7 @@ def pruner(
     first = next(iter(schedules.values()))
     grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
-    where = default_where(where, structure)
+    where = default_where(where, structure, stacked)
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
         check_stacked(stacked)

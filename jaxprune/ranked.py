@@ -146,7 +146,7 @@ def rank(
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
     floor = check_choices("layerwise", "total", floor)
     structure = checked_structure(ELEMENTS if structure is None else structure)
-    where = default_where(where, structure)
+    where = default_where(where, structure, stacked)
     chosen = tuple(selected(params, where))
     if not is_concrete(params, masks):
         raise TypeError(

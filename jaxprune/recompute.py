@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune.jaxprs import CALLS, binder, called_jaxpr
 from jaxprune.paths import array_leaves
@@ -33,10 +34,13 @@ class Recipe(NamedTuple):
     Attributes:
       compute: from the inputs, the array.
       inputs: arrays, no more of its size than it is made of.
+      compute_slice: from the inputs and a function that takes a slice of an array of its shape, that slice
+        of the array, computed of slices of the inputs; None where it is not known how.
     """
 
     compute: Callable[[Any], jax.Array]
     inputs: Any
+    compute_slice: Callable[[Any, Callable[[Any], Any]], jax.Array] | None = None
 
 
 def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recipe]]:
@@ -58,7 +62,8 @@ def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recipe]]:
         if eqns is not None:
             needed = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)] or [out]
             used = list(dict.fromkeys(v for v in needed if v in consts))
-            recipes[path] = Recipe(_runner(eqns, used, out), [consts[v] for v in used])
+            sliced = _slice_runner(eqns, used, out) if all(map(_is_free_of_shardings, eqns)) else None
+            recipes[path] = Recipe(_runner(eqns, used, out), [consts[v] for v in used], sliced)
     return tree, recipes
 
 
@@ -102,3 +107,51 @@ def _runner(eqns: list["JaxprEqn"], inputs: list[Any], out: Any) -> Callable[[An
         return values[out]
 
     return run
+
+
+def _slice_runner(
+    eqns: list["JaxprEqn"], inputs: list[Any], out: Any
+) -> Callable[[Any, Callable[[Any], Any]], jax.Array]:
+    """A slice of the array that some equations make of arrays, computed of slices of these.
+
+    The equations work entry by entry, on scalars and on arrays of one shape.
+    """
+
+    def run(arrays: Any, take: Callable[[Any], Any]) -> jax.Array:
+        whole = out.aval.shape
+        slices = [take(array) if array.shape == whole else array for array in arrays]
+        shape = jax.eval_shape(take, jax.ShapeDtypeStruct(whole, out.aval.dtype)).shape
+        (made,) = _run_on_slices(eqns, dict(zip(inputs, slices, strict=True)), [out], shape)
+        return made
+
+    return run
+
+
+def _run_on_slices(
+    eqns: list["JaxprEqn"], values: dict[Any, Any], outs: list[Any], shape: tuple[int, ...]
+) -> list[Any]:
+    """The values of some variables, where arrays have another shape than when the equations were traced."""
+
+    def read(var: Any) -> Any:
+        return var.val if hasattr(var, "val") else values[var]
+
+    for eqn in eqns:
+        args = list(map(read, eqn.invars))
+        if eqn.primitive.name in CALLS:
+            inner = called_jaxpr(eqn)
+            known = dict(zip(inner.jaxpr.constvars, inner.consts, strict=True))
+            known |= dict(zip(inner.jaxpr.invars, args, strict=True))
+            made = _run_on_slices(inner.jaxpr.eqns, known, inner.jaxpr.outvars, shape)
+        elif eqn.primitive.name == "broadcast_in_dim":  # of a scalar
+            made = [jnp.broadcast_to(args[0], shape if eqn.params["shape"] else ())]
+        else:
+            made = binder(eqn)(*args)
+        values.update(zip(eqn.outvars, made, strict=True))
+    return list(map(read, outs))
+
+
+def _is_free_of_shardings(eqn: "JaxprEqn") -> bool:
+    """Whether an equation says nothing of where its arrays lie, as it does on explicit mesh axes."""
+    if eqn.primitive.name in CALLS:
+        return all(map(_is_free_of_shardings, called_jaxpr(eqn).jaxpr.eqns))
+    return eqn.params.get("sharding") is None

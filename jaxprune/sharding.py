@@ -5,7 +5,7 @@ asks how a reshaped array is sharded; where they are automatic, XLA finds out.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,23 @@ def everywhere(array: jax.Array) -> jax.Array:
     if not any(_spec(array)):
         return array
     return jax.sharding.reshard(array, NamedSharding(_type(array).mesh, PartitionSpec()))
+
+
+def whole_along(array: Any, axes: Sequence[int]) -> Any:
+    """The array whole along some axes on every device, of explicit mesh axes: to take indices of them."""
+    spec = _spec(array)
+    if not any(spec[axis] for axis in axes):
+        return array
+    left = [None if axis in axes else names for axis, names in enumerate(spec)]
+    return jax.sharding.reshard(array, NamedSharding(_type(array).mesh, PartitionSpec(*left)))
+
+
+def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
+    """The array sharded as another of its shape, of explicit mesh axes."""
+    spec = _spec(other)
+    if not any(spec) or _spec(array) == spec:
+        return array
+    return jax.sharding.reshard(array, NamedSharding(_type(other).mesh, PartitionSpec(*spec)))
 
 
 def _type(array: Any) -> Any:

@@ -6,16 +6,21 @@ stacked leaf is taken apart into such leaves, and put together again. The layer 
 "layers/kernel" is called "layers/kernel[i]"; with two stack axes "layers/kernel[i,j]".
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from jaxprune.arguments import check_function, shown
-from jaxprune.paths import describe
+from jaxprune.kernel_names import names_kernel
+from jaxprune.paths import describe, kernels
+from jaxprune.sharding import whole_along
+from jaxprune.typing import Where
 
 Stacked = Callable[[str, Any], int | Sequence[int]]
 """`stacked(path, leaf)`: how many leading axes of the leaf count layers, or which axes do."""
@@ -97,6 +102,27 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
     return stacks
 
 
+def about_layers(where: Where, stacked: Stacked | None) -> Where:
+    """The predicate; the default, `kernels`, with a layer in place of a stacked leaf.
+
+    Else a stack of biases would have two axes, as the kernel of one layer has.
+    """
+    if where is not kernels or stacked is None:
+        return where
+    check_stacked(stacked)
+
+    def kernels_of_layers(path: str, leaf: Any) -> bool:
+        axes: tuple[int, ...] = ()
+        with contextlib.suppress(ValueError):  # it need not fit leaves that take no part
+            axes = stacks_of(stacked, {path: leaf}).get(path, ())
+        if not axes:
+            return kernels(path, leaf)
+        return names_kernel(path, layer_shape(leaf.shape, axes))
+
+    kernels_of_layers.__name__ = kernels.__name__
+    return kernels_of_layers
+
+
 def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
     """Checks that leaves have the stack axes that coupled channels were found with.
 
@@ -132,6 +158,8 @@ def families_of(
 
 def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
     """One layer of a stacked array."""
+    if isinstance(array, jax.Array):
+        array = whole_along(array, axes)
     for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
         if isinstance(array, np.ndarray):
             array = np.take(array, number, axis)

@@ -86,7 +86,10 @@ def check(kind):
         x = rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
         one = {n: jnp.asarray(leaf) for n, leaf in host.items()}
         groups = jp.channel_groups(plain, one, x)
-        masks = zero_units(rng, random_masks(rng, one, "none"), groups, share)
+        if groups.stacks:
+            masks = equal_in_all_layers(rng, groups, one, share)
+        else:
+            masks = zero_units(rng, random_masks(rng, one, "none"), groups, share)
         expected = jp.compact(plain, one, masks, x)
         mesh = jax.make_mesh((2, 4), ("data", "model"))
         with jax.set_mesh(mesh):
@@ -121,6 +124,17 @@ def check(kind):
             largest = np.abs(plain_grads[n]).max()
             np.testing.assert_allclose(leaf, plain_grads[n], rtol=0, atol=1e-5 * largest)
     print(kind.__name__, "replicated axes:", cut)
+
+
+def equal_in_all_layers(rng, groups, params, share):
+    """Masks that take as many units of each layer of a stack, but other ones."""
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in params.items()}
+    for group in groups.removable():
+        gone = rng.permutation(group.units)[: round(share * group.units) - 1]
+        for member in group.members:
+            path, _, layer = member.path.removesuffix("]").partition("[")
+            np.moveaxis(masks[path][int(layer)], member.axis, 0)[member.indices[gone].ravel()] = False
+    return masks
 
 
 def told_of(group):

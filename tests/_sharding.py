@@ -347,6 +347,26 @@ def parts_of_unequal_size(kind):
     assert_same(prune(host), lowest(host, oracle.half_even(0.5, size_of(host))))
 
 
+def stacked_layers(kind):
+    """Stacks are sharded over their layers or within them, and so are their masks."""
+    leaf = with_ties({"w": (4, 8, 6)}, 3)["w"]
+    for axis, spec in ((0, P("data")), (0, P(None, "data", "tensor")), (2, P("data", None, "tensor"))):
+        prune = partial(
+            jp.prune_once,
+            scores=jp.scores.magnitude,
+            sparsity=0.4,
+            where=everything,
+            stacked=lambda path, leaf, axis=axis: (axis,),
+        )
+        expected = prune({"w": jnp.asarray(leaf)})
+        mesh = mesh_of(kind)
+        with jax.set_mesh(mesh):
+            params = put({"w": leaf}, {"w": spec}, mesh)
+            for masks in (prune(params), jax.jit(prune)(params)):
+                np.testing.assert_array_equal(masks["w"], expected["w"])
+                assert masks["w"].sharding.is_equivalent_to(params["w"].sharding, 3)
+
+
 CHECKS = (
     in_an_optimizer,
     moves_numbers_only,
@@ -357,6 +377,7 @@ CHECKS = (
     models_of_their_own,
     one_network_in_parts,
     parts_of_unequal_size,
+    stacked_layers,
 )
 
 

@@ -104,6 +104,7 @@ def check(
       seed: of masks and of other small params.
       masks: masks of the list of layers by path; by default half of the units of each of its groups.
       alike: whether the list must keep the same slices, which it does where layers keep equally many.
+      tied: whether the groups must be others than those of the list, whose layers nothing ties.
       gradients: whether to compare gradients.
       **options: of `compact`.
 
@@ -114,7 +115,7 @@ def check(
     groups = jp.channel_groups(stacked_net, params, *inputs, stacked=stacked)
     list_params = taken_apart(params, groups.stacks)
     list_groups = jp.channel_groups(list_net, list_params, *inputs)
-    assert coupled(groups) == coupled(list_groups)
+    assert (coupled(groups) != coupled(list_groups)) == tied
 
     list_masks = half(rng, list_groups, list_params) if masks is None else masks
     tree = jax.tree.structure(list_params)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.extend.core import Primitive
 
-from jaxprune.graph import ir, readers
+from jaxprune.graph import readers, tracing
 from jaxprune.graph.rules import base
 
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "primitives.md"
@@ -52,7 +52,7 @@ def primitives() -> set[str]:
 
 def status(name: str) -> tuple[str, str]:
     """How a primitive is treated, and what about that is conservative."""
-    if name in ir._INLINED:
+    if name in tracing._INLINED:
         return "exact", _INLINED
     if not base.has_rule(name):
         return "without a rule", ""

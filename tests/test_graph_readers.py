@@ -14,7 +14,6 @@ from _equivalence import Dense, check_facts, random_masks, removed, zero_units
 from jax import lax
 
 from jaxprune.graph import channel_groups, compact
-from jaxprune.graph.compaction import zero_slices
 from jaxprune.graph.program import Linked
 from jaxprune.graph.readers import NAME
 
@@ -193,7 +192,7 @@ def test_each_layer_takes_its_part_of_a_table(name):
 
     masks = zero_units(rng, random_masks(rng, flat, "none"), channel_groups(function, flat, *inputs))
     masked = jax.tree.map(jnp.where, masks, flat, jax.tree.map(jnp.zeros_like, flat))
-    assert check_facts(function, masked, zero_slices(masks), inputs, rng)
+    assert check_facts(function, masked, masks, inputs, rng)
     weights = [rng.normal(size=(2, LENGTH, 2))]
     (small,) = Dense([function], flat, inputs, [weights]).check([masks], rng)
     assert removed(small)
@@ -355,3 +354,34 @@ def test_a_value_with_one_reader_is_not_copied():
     p = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}
     linked = Linked(function, p, (jnp.ones((1, 3)),))
     assert all(op.name != NAME for op in linked.region.ops)
+
+
+@pytest.mark.parametrize("shared", ["constant", "param"])
+def test_layers_under_a_scan_cut_one_table_each_for_itself(shared):
+    """Heads of each layer of a stack, and the loop over the layers is still one."""
+    rng = np.random.default_rng(7)
+    p = {n: jnp.asarray(rng.normal(size=(LAYERS, FEATURES, FEATURES))) / 3 for n in "qkvo"}
+    p["bias"] = jnp.asarray(rng.normal(size=(LENGTH, HEADS)))
+    x = jnp.asarray(rng.normal(size=(2, LENGTH, FEATURES)))
+
+    def function(p, x):
+        table = alibi(p) if shared == "constant" else shared_bias(p)
+
+        def layer(x, w):
+            q, k, v = ((x @ w[n]).reshape(2, LENGTH, HEADS, WIDTH) for n in "qkv")
+            scores = jax.nn.softmax(twice(jnp.einsum("bqhd,bkhd->bhqk", q, k), table))
+            return x + jnp.einsum("bhqk,bkhd->bqhd", scores, v).reshape(x.shape) @ w["o"], None
+
+        return lax.scan(layer, x, {n: p[n] for n in "qkvo"})[0]
+
+    assert [g.units for g in channel_groups(function, p, x).removable()] == [HEADS] * LAYERS
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in p.items()}
+    for number, head in enumerate((1, 2, 0)):
+        part = slice(head * WIDTH, (head + 1) * WIDTH)
+        for name in "qkv":
+            masks[name][number][:, part] = False
+        masks["o"][number][part] = False
+    (small,) = Dense([function], p, [x], [[rng.normal(size=x.shape)]]).check([masks], rng)
+    assert small.params["o"].shape == (LAYERS, FEATURES - WIDTH, FEATURES)
+    eqns = jax.make_jaxpr(small.apply)(small.params, x).eqns
+    assert [eqn.primitive.name for eqn in eqns].count("scan") == 1

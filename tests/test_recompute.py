@@ -43,6 +43,26 @@ def test_entry_by_entry_is_computed_again(function):
 @pytest.mark.parametrize(
     "function",
     [
+        lambda x, g: {"a": jnp.abs(x)},
+        lambda x, g: {"a": jnp.where(x > 0, x, 2 * g).astype(jnp.bfloat16)},
+        lambda x, g: {"a": jnp.minimum(x, jnp.float32(3) * 2) / (1 + jax.jit(jnp.square)(g))},
+    ],
+    ids=["abs", "where", "calls"],
+)
+def test_a_slice_is_computed_of_slices(function):
+    def run(x, g):
+        tree, recipes = recompute.with_recipes(lambda: function(x, g))
+        sliced = recipes["a"].compute_slice
+        assert sliced is not None
+        return tree["a"], sliced(recipes["a"].inputs, lambda array: array[:, 1])
+
+    whole, part = jax.jit(run)(X, G)
+    np.testing.assert_array_equal(part, whole[:, 1])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
         lambda x, g: {"a": x - jnp.mean(x, axis=0)},
         lambda x, g: {"a": x @ g.T},
         lambda x, g: {"a": jnp.exp(x)},

@@ -303,6 +303,21 @@ def test_where_is_asked_with_the_whole_leaf():
     assert set(asked) == {("body/kernel", (4, 3, 6)), ("out/kernel", (4, 6))}
 
 
+def test_the_default_where_sees_one_layer():
+    params = {"body": {"w": jnp.ones((3, 4, 5)), "g": jnp.ones((3, 5))}}
+    stacked = lambda path, leaf: 1  # noqa: E731
+    masks = jp.prune_once(params, jp.scores.magnitude, 0.5, scope="layerwise", stacked=stacked)
+    assert masks["body"]["g"].all() and masks["body"]["w"].sum((1, 2)).tolist() == [10] * 3
+    assert list(jp.distributions.erk(params, 0.5, stacked=stacked)) == ["body/w"]
+    pruner = jp.pruner(jp.scores.magnitude, 0.5, scope="layerwise", stacked=stacked)
+    assert updated(pruner, params)["body"]["g"].all() and pruner.progress(masks).size == 60
+    table = jp.metrics.table(masks, asked=0.5, stacked=stacked)
+    assert ["prunable", "30", "60", "0.5000"] in [line.split() for line in table.splitlines()]
+    options = {"where": jp.matching("*"), "scope": "layerwise", "stacked": stacked}
+    both = jp.prune_once(params, jp.scores.magnitude, 0.4, **options)
+    assert both["body"]["g"].sum(1).tolist() == [3] * 3
+
+
 def test_nothing_changes_where_no_leaf_is_stacked():
     params = Both(1, (3, 1), (4, 6)).params
 

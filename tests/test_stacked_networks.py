@@ -341,6 +341,31 @@ def test_what_layers_take_besides_params():
     check(net, plain, network(), x(), normal(7, 2, 2, 3, HIDDEN))
 
 
+@pytest.mark.parametrize("zeros", ["the same", "others", "none"])
+def test_constants_of_layers(zeros):
+    """A table with a row for each layer, some entries of which are zero, cut for each."""
+    table = np.ones((2, HIDDEN)) + np.arange(2 * HIDDEN).reshape(2, HIDDEN) / 9
+    if zeros != "none":
+        table[0, :2], table[1, -2:] = 0, 0
+        table[1] = np.roll(table[1], 2 if zeros == "the same" else 0)
+
+    def one(w, h, row):
+        return h + (jnp.tanh(h @ w["up"] + w["bias"]) * row) @ w["down"] * w["norm"]
+
+    def net(p, x):
+        body = lambda h, w: (one(w[0], h, w[1]), None)  # noqa: E731
+        return lax.scan(body, x @ p["inner"], (p["layers"], jnp.asarray(table)))[0] @ p["out"]
+
+    def plain(p, x):
+        h = x @ p["inner"]
+        for number in range(2):
+            h = one(at(p["layers"], number), h, table[number])
+        return h @ p["out"]
+
+    for seed in range(2):
+        check(net, plain, network(), x(), alike=False, tied=True, seed=seed)
+
+
 def test_what_layers_give_is_read_by_other_layers():
     """Skips from one stack to another, the last first."""
     p = network({"a": blocks(), "b": blocks(seed=30) | {"skip": normal(8, 2, HIDDEN, DATA)}})
@@ -595,7 +620,7 @@ def test_plans_of_parts_of_params(compacted):
 
 
 def test_shrink_and_expand_are_numpys(compacted):
-    _, p, masks, small = compacted
+    _, p, _, small = compacted
     cut, back = small.shrink(p), small.expand(small.params)
     for path, leaf in by_path(p).items():
         small_leaf, full = np.asarray(by_path(cut)[path]), np.asarray(by_path(back)[path])

@@ -1,6 +1,6 @@
 """`compact`: the smaller network that computes what the masked one does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxprune.calls import check_call, check_masks_third
 from jaxprune.graph import placing
 from jaxprune.graph.agreement import gap, ops_of
 from jaxprune.graph.axes import Kept, State
+from jaxprune.graph.blocktrees import blocks_of
 from jaxprune.graph.closing import close, zero_slices
 from jaxprune.graph.divisors import ParamAxis
 from jaxprune.graph.facts import Facts
@@ -21,6 +22,7 @@ from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.program import Linked
 from jaxprune.graph.report import Report, report
+from jaxprune.graph.shortening import NOTHING, Removed, removable, remove
 from jaxprune.jaxprs import abstract, explicit_sharding, split_static
 from jaxprune.masks import apply_masks, like_params
 from jaxprune.paths import array_leaves, is_array, is_concrete
@@ -208,9 +210,12 @@ def compact(
             params, masks = _folded(linked, given, masks, inputs)
         arrays = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
         arrays = split_layers(arrays, linked.stacks)
+        blocks = blocks_of(params)
+        taken_out = removable(linked, arrays, blocks)
+        remove(linked, taken_out)
         kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
         rounded, divisors = _rounded(linked, kept, divisors, multiple_of)
-        plan = plan_of(linked, rounded, divisors)
+        plan = plan_of(linked, rounded, divisors, taken_out, blocks)
         stayed = _stayed(linked, zero_slices(arrays), plan, kept)
     masked = params if _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
@@ -242,24 +247,60 @@ def _abstract(tree: Any) -> bool:
     return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
 
 
-def plan_of(linked: Linked, kept: Kept, divisors: frozenset[ParamAxis] = frozenset()) -> Plan:
-    """The slices of params that a solution keeps, and which of those it drops must not be zero."""
+def plan_of(
+    linked: Linked,
+    kept: Kept,
+    divisors: frozenset[ParamAxis] = frozenset(),
+    taken_out: Removed = NOTHING,
+    blocks: Sequence[str] = (),
+) -> Plan:
+    """The slices of params that a solution keeps, and what of those it drops must not be zero.
+
+    Args:
+      linked: the function.
+      kept: the solution.
+      divisors: the axes of params whose dropped slices must not be zero.
+      taken_out: the params, or layers of them, that go whole.
+      blocks: the paths of what could be taken out of lists and dicts.
+    """
     shapes = {path: tuple(leaf.shape) for path, leaf in linked.leaves.items()}
     keep: dict[str, dict[int, np.ndarray]] = {}
     nonzero: dict[str, set[int]] = {}
+    removed = _outermost(block for block in blocks if _goes(block, linked, taken_out))
     for path, shape in shapes.items():
         stack = linked.stacks.get(path, ())
         rest = [axis for axis in range(len(shape)) if axis not in stack]
-        names = [layer_name(path, i) for i in layer_indices(shape, stack)] if stack else [path]
+        names = {layer_name(path, i) if stack else path: i for i in layer_indices(shape, stack)}
         counts = tuple(shape[axis] for axis in stack)
+        if len(stack) == 1 and (gone := names.keys() & taken_out.names):
+            rows = sorted(index[0] for name, index in names.items() if name not in gone)
+            names = {name: index for name, index in names.items() if name not in gone}
+            counts = (len(rows),)
+            keep[path] = {stack[0]: np.array(rows)}
+            if gone & taken_out.alive:
+                nonzero[path] = {stack[0]}
+        elif names.keys() <= taken_out.alive:
+            nonzero[path] = set(range(len(shape)))
         for layer_axis, axis in enumerate(rest):
-            rows = [kept.indices(linked.values[name].axes[layer_axis]) for name in names]
-            if any(row is not None for row in rows):
-                full = [np.arange(shape[axis]) if row is None else row for row in rows]
+            indices = [kept.indices(linked.values[name].axes[layer_axis]) for name in names]
+            if any(row is not None for row in indices):
+                full = [np.arange(shape[axis]) if row is None else row for row in indices]
                 keep.setdefault(path, {})[axis] = np.stack(full).reshape(*counts, -1)
                 if any((name, layer_axis) in divisors for name in names):
                     nonzero.setdefault(path, set()).add(axis)
-    return Plan(shapes, keep, {path: tuple(sorted(axes)) for path, axes in nonzero.items()}, linked.stacks)
+    divided = {path: tuple(sorted(axes)) for path, axes in nonzero.items()}
+    return Plan(shapes, keep, divided, linked.stacks, removed)
+
+
+def _goes(block: str, linked: Linked, taken_out: Removed) -> bool:
+    """Whether all of a block is taken out."""
+    names = {name for name, (path, _) in linked.paths.items() if path.startswith(f"{block}/")}
+    return bool(names) and names <= taken_out.names
+
+
+def _outermost(blocks: Iterable[str]) -> tuple[str, ...]:
+    found = list(blocks)
+    return tuple(block for block in found if not any(block.startswith(f"{other}/") for other in found))
 
 
 def _rounded(
@@ -309,10 +350,13 @@ def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
             f"the plan does not fit the params: at {path!r} the plan has {plan.shapes.get(path)}, "
             f"the params have {shapes.get(path)}."
         )
+    remove(linked, plan.taken_out())
     facts = linked.facts(plan.zeros())
     kept = linked.solve(facts, linked.seeds(plan.dropped()))
     by_layer = plan.by_layer()
     for path, value in linked.values.items():
+        if path in linked.removed:
+            continue
         for axis, node in enumerate(value.axes):
             wanted, planned = kept.indices(node), by_layer.keep.get(path, {}).get(axis)
             have = np.arange(by_layer.shapes[path][axis]) if wanted is None else wanted
@@ -341,6 +385,7 @@ def bind(
 
     def bound(params: Params, *inputs: Any) -> Any:
         plan.check(params)
+        params = plan.filled(params)
         arrays, _ = split_static(inputs)
         leaves, treedef = jax.tree.flatten((params, inputs))
         key = (treedef, tuple(_signature(leaf) for leaf in leaves))
@@ -398,6 +443,8 @@ def _stayed(linked: Linked, zeros: Any, plan: Plan, needed: Kept) -> list[Stayed
     dropped, result = plan.dropped(), []
     by_layer, facts = plan.by_layer(), None
     for path, marks in zeros.items():
+        if path in linked.removed:
+            continue
         for axis, (zero, gone) in enumerate(zip(marks, dropped[path], strict=True)):
             left = zero if zero is None or gone is None else zero & ~gone
             if left is None or not left.any():

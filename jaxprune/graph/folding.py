@@ -120,7 +120,7 @@ class Constants:
             marks_of = [self.along(v, axis) for v in op.inputs]
             pairs = zip(marks_of, op.inputs, strict=True)
             return np.concatenate([np.zeros(v.shape[axis], bool) if m is None else m for m, v in pairs])
-        if op.name == "reshape":
+        if op.name == "reshape" and params["dimensions"] is None:
             return self._reshaped(value, output, axis)
         return None
 

@@ -5,7 +5,7 @@ it. Calls (`jit`) are inlined. What has bodies of its own, a scan say, is one op
 each body. Each axis of each value has a node in the program's `AxisGraph`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -174,6 +174,14 @@ def with_layers(value: Value) -> Iterator[Value]:
     yield value
     for layer in value.layers:
         yield from with_layers(layer)
+
+
+def is_gone(value: Value, gone: Collection[int]) -> bool:
+    """Whether a layer of a stack went, by the ids of those that did, or was made of one."""
+    if id(value) in gone:
+        return True
+    op = value.op
+    return op is not None and op.lazy and any(is_gone(given, gone) for given in op.inputs)
 
 
 def flat_layers(value: Value) -> Iterator[Value]:

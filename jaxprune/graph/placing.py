@@ -6,7 +6,7 @@ its output is sharded again.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,15 @@ def gather(array: Any, axes: Collection[int]) -> Any:
         return array
     spec = [None if axis in axes else name for axis, name in enumerate(sharding.spec)]
     return place(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
+def on_whole(array: Any, change: Callable[[Any], Any]) -> Any:
+    """What a function makes of an array, which it is given replicated, sharded as the array was."""
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return change(array)
+    changed = change(gather(array, range(array.ndim)))
+    return place(changed, small_sharding(sharding, array.shape, changed.shape))
 
 
 def spread(array: Any, axis: int, kept: np.ndarray, size: int, filling: Any) -> Any:

@@ -14,7 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.arguments import check_function
 from jaxprune.graph import placing
+from jaxprune.graph.blocktrees import put_back, take_out
 from jaxprune.graph.rules.slices import take
+from jaxprune.graph.shortening import Removed
 from jaxprune.io.atomic import replacing
 from jaxprune.jaxprs import explicit_sharding
 from jaxprune.masks import packed_like, restore_packed, unpack_masks
@@ -36,7 +38,9 @@ class Plan:
         with a row for each layer (layers x kept; with several stack axes, an axis for each).
       divisors: by path, the axes whose lost slices must not be zero, because the function divides by
         them: `expand` puts copies of the slices that stay, in turn, in their places.
-      stacks: by path, the axes of stacked params that count layers.
+      stacks: by path, the axes of stacked params that count layers. Layers that went whole are missing from
+        the indices of that axis, and have no row in those of the others.
+      removed: the paths of whole blocks that are taken out of their lists or dicts.
 
     Example:
       >>> import jax.numpy as jnp, numpy as np, jaxprune as jp
@@ -50,6 +54,7 @@ class Plan:
     keep: Mapping[str, Mapping[int, np.ndarray]]
     divisors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     stacks: Stacks = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
     def small_shape(self, path: str) -> tuple[int, ...]:
         """The shape of a param without the slices that go."""
@@ -60,13 +65,17 @@ class Plan:
         """The same plan for the layers of stacked params as params of their own, named like "up[0]"."""
         shapes, keep, divisors = {}, {}, {}
         for path, shape in self.shapes.items():
-            axes = self.stacks.get(path, ())
+            axes, kept = self.stacks.get(path, ()), self.keep.get(path, {})
             rest = [axis for axis in range(len(shape)) if axis not in axes]
+            rows = [kept[axis].tolist() if axis in kept else list(range(shape[axis])) for axis in axes]
             for index in layer_indices(shape, axes) if axes else [()]:
                 name = layer_name(path, index) if axes else path
                 shapes[name] = layer_shape(shape, axes)
-                kept = self.keep.get(path, {})
-                keep[name] = {new: kept[old][index] for new, old in enumerate(rest) if old in kept}
+                if self._in_removed(path) or any(n not in row for n, row in zip(index, rows, strict=True)):
+                    keep[name] = dict.fromkeys(range(len(rest)), np.zeros(0, int))
+                else:
+                    at = tuple(row.index(n) for n, row in zip(index, rows, strict=True))
+                    keep[name] = {new: kept[old][at] for new, old in enumerate(rest) if old in kept}
                 divisors[name] = tuple(n for n, old in enumerate(rest) if old in self.divisors.get(path, ()))
         return Plan(
             shapes,
@@ -74,12 +83,31 @@ class Plan:
             {name: axes for name, axes in divisors.items() if axes},
         )
 
+    def _in_removed(self, path: str) -> bool:
+        """Whether a param lies in a block that is taken out."""
+        return any(path.startswith(f"{block}/") for block in self.removed)
+
+    def taken_out(self) -> Removed:
+        """The params, and the layers of stacked ones, that go whole, by name."""
+        if not self.removed and not any(
+            axis in self.keep.get(p, {}) for p, a in self.stacks.items() for axis in a
+        ):
+            return Removed(frozenset(), frozenset())
+        by_layer = self.by_layer()
+        names = {
+            name
+            for name, kept in by_layer.keep.items()
+            if len(kept) == len(by_layer.shapes[name]) > 0
+            and not any(len(indices) for indices in kept.values())
+        }
+        return Removed(frozenset(names), frozenset(name for name in names if by_layer.divisors.get(name)))
+
     def dropped(self) -> dict[str, list[np.ndarray | None]]:
         """The slices that go, as a bool vector for each axis of each param; None for none.
 
         The layers of stacked params stand by themselves, named like "up[0]".
         """
-        if self.stacks:
+        if self.stacks or self.removed:
             return self.by_layer().dropped()
 
         def gone(path: str, axis: int, size: int) -> np.ndarray | None:
@@ -93,7 +121,7 @@ class Plan:
 
     def zeros(self) -> dict[str, list[np.ndarray | None]]:
         """The slices that go and count as zero: all but the divisors, as `dropped` has them."""
-        if self.stacks:
+        if self.stacks or self.removed:
             return self.by_layer().zeros()
         return {
             path: [None if axis in self.divisors.get(path, ()) else gone for axis, gone in enumerate(marks)]
@@ -113,7 +141,8 @@ class Plan:
 
         if not part(self.shapes):
             raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
-        return Plan(part(self.shapes), part(self.keep), part(self.divisors), part(self.stacks))
+        removed = tuple(block.removeprefix(start) for block in self.removed if block.startswith(start))
+        return Plan(part(self.shapes), part(self.keep), part(self.divisors), part(self.stacks), removed)
 
     def shrink(self, tree: Any, where: Where | None = None) -> Any:
         """A tree with the slices that go cut out of every part that mirrors a param.
@@ -137,14 +166,39 @@ class Plan:
 
         def cut(leaf: Any, path: str, _: str) -> Any:
             lead = leaf.ndim - len(self.shapes[path])
-            for axis, kept in self.keep.get(path, {}).items():
+            # Layers that go first, because the indices along other axes are of those that stay.
+            for axis, kept in sorted(self.keep.get(path, {}).items(), key=lambda item: item[1].ndim):
                 if kept.ndim == 1:
                     leaf = _take(leaf, lead + axis, kept)
                 else:
                     leaf = _take_by_layer(leaf, lead, self.stacks[path], axis, kept)
             return leaf
 
-        return _with_dense_shapes(tree, self._map(tree, lambda path: self.shapes[path], cut, "shrink", where))
+        small = self._map(tree, lambda path: self.shapes[path], cut, "shrink", where)
+        if self.removed:
+            small = take_out(small, self.removed, self._small_shapes())
+        return _with_dense_shapes(tree, small)
+
+    def small_shapes(self) -> dict[str, tuple[int, ...]]:
+        """By path, the shapes of the params that are left; without those of blocks that are taken out."""
+        return {path: shape for path, shape in self._small_shapes().items() if not self._in_removed(path)}
+
+    def _small_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {path: self.small_shape(path) for path in self.shapes}
+
+    def filled(self, tree: Any) -> Any:
+        """A small tree with zeros (False) for the blocks that were taken out; ones for what is divided by."""
+        if not self.removed:
+            return tree
+
+        def make(path: str, like: Any) -> Any:
+            lead = like.ndim - len(self.shapes[path])
+            shape = (*like.shape[:lead], *self.small_shape(path))
+            if isinstance(like, jax.ShapeDtypeStruct):
+                return jax.ShapeDtypeStruct(shape, like.dtype)
+            return jnp.full(shape, bool(self.divisors.get(path)), like.dtype)
+
+        return put_back(tree, self.removed, self._small_shapes(), make)
 
     def expand(self, tree: Any, where: Where | None = None) -> Any:
         """The tree that `shrink` would make this one of, with zeros (False) where slices went.
@@ -171,7 +225,7 @@ class Plan:
             divisors = self.divisors.get(path, ()) if own else ()
             # Divisors first: where a slice along another axis went as well, zero is what was proved.
             for axis, kept in sorted(
-                self.keep.get(path, {}).items(), key=lambda item: item[0] not in divisors
+                self.keep.get(path, {}).items(), key=lambda item: (-item[1].ndim, item[0] not in divisors)
             ):
                 if kept.ndim > 1:
                     size, stack = self.shapes[path][axis], self.stacks[path]
@@ -194,7 +248,7 @@ class Plan:
                 leaf = filling.at[places].set(leaf)
             return leaf
 
-        dense = self._map(tree, self.small_shape, spread, "expand", where)
+        dense = self._map(self.filled(tree), self.small_shape, spread, "expand", where)
         return jax.tree.map(
             lambda node: node._replace(dense=()) if _is_pruner_state(node) else node,
             dense,
@@ -276,6 +330,8 @@ class Plan:
         arrays.update(
             (f"divisors:{path}", np.asarray(axes, np.int64)) for path, axes in self.divisors.items()
         )
+        if self.removed:
+            arrays["removed"] = np.array(self.removed, dtype=np.str_)
         arrays.update((f"stack:{path}", np.asarray(axes, np.int64)) for path, axes in self.stacks.items())
         with replacing(file) as new, new.open("wb") as stream:
             np.savez_compressed(stream, format=np.int64(_FORMAT), **arrays)
@@ -291,6 +347,7 @@ class Plan:
         keep: dict[str, dict[int, np.ndarray]] = {}
         divisors: dict[str, tuple[int, ...]] = {}
         stacks: dict[str, tuple[int, ...]] = {}
+        removed: tuple[str, ...] = ()
         with np.load(file, allow_pickle=False) as arrays:
             if "format" not in arrays or not 1 <= int(arrays["format"]) <= _FORMAT:
                 raise ValueError(f"{file} is not a plan of format {_FORMAT} or lower.")
@@ -302,21 +359,21 @@ class Plan:
                     keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
                 elif kind == "divisors":
                     divisors[path] = tuple(arrays[name].ravel().tolist())
+                elif name == "removed":
+                    removed = tuple(arrays[name].tolist())
                 elif kind == "stack":
                     stacks[path] = tuple(arrays[name].ravel().tolist())
-        plan = cls(shapes, keep, divisors, stacks)
+        plan = cls(shapes, keep, divisors, stacks, removed)
         for path, axes in divisors.items():
-            if not set(axes) <= set(keep.get(path, {})):
+            if not (set(axes) <= set(keep.get(path, {})) or plan._in_removed(path)):
                 raise ValueError(f"{file}: the divisors of {path} are on axes {axes}, which lose no slices.")
         for path, axes in keep.items():
             for axis, kept in axes.items():
                 size = shapes[path][axis] if path in shapes and axis < len(shapes[path]) else 0
-                counts = (
-                    tuple(shapes[path][a] for a in stacks.get(path, ()) if a < len(shapes[path]))
-                    if size
-                    else ()
-                )
-                sorted_once = kept.shape[:-1] == counts and kept.size > 0 and bool((np.diff(kept) > 0).all())
+                stack = () if axis in stacks.get(path, ()) else stacks.get(path, ())
+                # Rows are of the layers that stay.
+                rows = tuple(len(axes[a]) if a in axes else shapes[path][a] for a in stack) if size else ()
+                sorted_once = kept.shape[:-1] == rows and kept.size > 0 and bool((np.diff(kept) > 0).all())
                 if not (sorted_once and kept.min() >= 0 and kept.max() < size):
                     raise ValueError(f"{file}: the indices of {path}, axis {axis}, do not fit size {size}.")
         return plan
@@ -327,7 +384,7 @@ class Plan:
         Raises:
           ValueError: naming the leaf.
         """
-        leaves = array_leaves(params, what)
+        leaves = array_leaves(self.filled(params), what)
         if leaves.keys() != self.shapes.keys():
             raise ValueError(
                 f"{what} has the leaves {', '.join(leaves)}; the plan is for {', '.join(self.shapes)}."
@@ -389,7 +446,9 @@ def _take_by_layer(leaf: Any, lead: int, stack: Sequence[int], axis: int, kept: 
     if (flat == flat[0]).all():
         return _take(leaf, lead + axis, flat[0])
     places = _places_by_layer(leaf.ndim, lead, stack, axis, kept)
-    return jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
+    return placing.on_whole(
+        leaf, lambda leaf: jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
+    )
 
 
 def _spread_by_layer(
@@ -403,12 +462,15 @@ def _spread_by_layer(
         if is_divisor and not is_mask:
             gone = np.setdiff1d(np.arange(size), kept[index])
             rows[index][gone] = np.arange(len(gone)) % count
-    # One slice more than there are is what goes in the place of those that went.
-    filler = jnp.full_like(lax.slice_in_dim(leaf, 0, 1, axis=lead + axis), is_divisor and is_mask)
     places = _places_by_layer(leaf.ndim, lead, stack, axis, rows)
-    return jnp.take_along_axis(
-        jnp.concatenate([leaf, filler], lead + axis), places, axis=lead + axis, mode="clip"
-    )
+
+    def spread(leaf: Any) -> Any:
+        # One slice more than there are is what goes in the place of those that went.
+        filler = jnp.full_like(lax.slice_in_dim(leaf, 0, 1, axis=lead + axis), is_divisor and is_mask)
+        longer = jnp.concatenate([leaf, filler], lead + axis)
+        return jnp.take_along_axis(longer, places, axis=lead + axis, mode="clip")
+
+    return placing.on_whole(leaf, spread)
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:

@@ -38,6 +38,7 @@ class Linked:
       values: the param values by path; those of a stack by the names of its layers, such as "up[0]".
       paths: of each of `values`, the param's path and the index of the layer.
       families: values that are the same one in different layers.
+      removed: the names of params that were taken out whole, see `shortening`; `gone` has their ids.
       region: the function.
     """
 
@@ -90,7 +91,10 @@ class Linked:
         separate(self.region, self.graph, list(self.values.values()))
         link_region(self.region, self.graph)
         pin_choices(self.region, self.graph)
-        self.families = [list(ir.flat_layers(value)) for value in stacks] + tracing.aligned(self.region)
+        self.stacked = [list(ir.flat_layers(value)) for value in stacks]
+        self.families: list[Sequence[ir.Value]] = [*self.stacked, *tracing.aligned(self.region)]
+        self.removed: frozenset[str] = frozenset()
+        self.gone: set[int] = set()
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
@@ -184,5 +188,5 @@ class Linked:
 
     def replay(self, kept: Kept, facts: Facts, leaves: Sequence[Any]) -> Any:
         """The function's output from small params and inputs."""
-        outputs = Replay(kept, facts).run(self.region, leaves)
+        outputs = Replay(kept, facts, gone=self.gone).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])

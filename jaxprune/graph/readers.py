@@ -55,6 +55,7 @@ _REDUCTIONS = frozenset(
         *("reduce_xor", "argmax", "argmin"),
     )
 )
+_LAYERS = frozenset(("take_layer", "join_layers"))
 _MADE_AGAIN = frozenset(("broadcast_in_dim", "iota"))
 _ONCE = frozenset(
     ("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "composite", "custom_vmap_call")
@@ -121,7 +122,12 @@ class _Origins:
         self._run(region)
 
     def _run(self, region: Region) -> None:
+        # What a loop over layers carries is the same in all rounds, though the first is given a constant.
+        rolls = {id(roll): roll for op in region.ops for roll, _ in op.rolls}.values()
+        carried = {id(value) for roll in rolls for one in roll.rounds for value in one.taken}
         for op in region.ops:
+            if any(id(output) in carried for output in op.outputs):
+                continue
             pure = not getattr(op.bind, "has_effects", False)
             if op.regions:
                 self._call(op)
@@ -267,6 +273,12 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
     def give(value: Value) -> None:
         """Makes the copies of a value, to stand before their readers."""
         places, of = reads[id(value)], origins.of(value)
+        if (
+            value.layers
+            or value.part is not None
+            or any(r is not None and r.name in _LAYERS for *_, r in places)
+        ):
+            return
         if Origin.PARAM in of and any(origins.sums(value, reader) for _, _, reader in places):
             origins.summed.add(id(value))
             of = tuple(Origin.OTHER if origin is Origin.PARAM else origin for origin in of)

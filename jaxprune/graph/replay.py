@@ -1,6 +1,6 @@
 """Runs a program on arrays that have lost the slices that a solution drops."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax import lax
 from jaxprune.graph import placing, readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
-from jaxprune.graph.ir import Op, Region, Roll, Value, flat_layers
+from jaxprune.graph.ir import Op, Region, Roll, Value, flat_layers, is_gone
 from jaxprune.graph.rolling import LayersDifferError, Positions, check_alike, tables
 from jaxprune.graph.rules import elementwise, rule_for
 from jaxprune.graph.rules.slices import take
@@ -24,9 +24,16 @@ class Replay:
     An op none of whose values lost a slice is applied as it was traced; any other by its rule.
     """
 
-    def __init__(self, kept: Kept, facts: Facts, loops: bool = True):
-        """Replays under a solution; without `loops`, the rounds of loops over layers one after the other."""
-        self._kept, self.facts, self.loops = kept, facts, loops
+    def __init__(self, kept: Kept, facts: Facts, loops: bool = True, gone: Collection[int] = ()):
+        """Replays under a solution.
+
+        Args:
+          kept: the solution.
+          facts: the facts of all values.
+          loops: whether loops over layers are loops, not one round after the other.
+          gone: the ids of layers that were taken out of their stacks.
+        """
+        self._kept, self.facts, self.loops, self._gone = kept, facts, loops, gone
         self._changed: dict[int, bool] = {}
         self.positions: Positions | None = None
 
@@ -40,7 +47,7 @@ class Replay:
             return self._kept.indices(value.axes[axis])
         if axis == value.along:
             return None
-        first, *others = [self.indices(layer, axis - (axis > value.along)) for layer in value.layers]
+        first, *others = [self.indices(layer, axis - (axis > value.along)) for layer in self.layers(value)]
         if any(not np.array_equal(_or_empty(first), _or_empty(other)) for other in others):
             raise LayersDifferError
         return first
@@ -54,10 +61,20 @@ class Replay:
         if not value.layers:
             kept = [self.indices(value, axis) for axis in range(len(value.shape))]
             return tuple(n if k is None else len(k) for n, k in zip(value.shape, kept, strict=True))
-        first, *others = [self.shape(layer) for layer in value.layers]
+        first, *others = [self.shape(layer) for layer in self.layers(value)]
         if any(other != first for other in others):
             raise LayersDifferError
-        return (*first[: value.along], len(value.layers), *first[value.along :])
+        return (*first[: value.along], 1 + len(others), *first[value.along :])
+
+    def layers(self, stack: Value) -> list[Value]:
+        """The layers of a stack that are left of it."""
+        if not self._gone or stack.source is not None:
+            return list(stack.layers)
+        return [layer for layer in stack.layers if not is_gone(layer, self._gone)]
+
+    def row(self, stack: Value, index: int) -> int:
+        """Where a layer lies in what is left of a stack."""
+        return index if not self._gone else self.layers(stack).index(stack.layers[index])
 
     def node_size(self, node: int, dense: Any) -> Any:
         """How many of a node's slices stay, of so many in the dense program."""
@@ -211,7 +228,8 @@ class _Run:
     def _part(self, value: Value) -> Any:
         assert value.part is not None
         stack, axis, index = value.part
-        return lax.index_in_dim(self.read(stack), index, axis, keepdims=False)
+        row = self._replay.row(stack, index) if axis == stack.along else index
+        return lax.index_in_dim(self.read(stack), row, axis, keepdims=False)
 
     def _stack(self, value: Value) -> Any:
         """The array of a stack."""
@@ -231,9 +249,9 @@ class _Run:
                 self._env.update(arrays)
                 return arrays[id(value)]
             except LayersDifferError:
-                for layer in value.layers:
+                for layer in self._replay.layers(value):
                     self._apply_lazy(layer)
-        return jnp.stack([self.read(layer) for layer in value.layers], value.along)
+        return jnp.stack([self.read(layer) for layer in self._replay.layers(value)], value.along)
 
     def _apply_lazy(self, value: Value) -> None:
         """Makes a layer of a stack by what the stack's op is in that layer."""
@@ -262,7 +280,9 @@ class _Run:
     def _loop(self, roll: Roll, ops: Sequence[Op], level: int) -> None:
         """Applies the ops of a loop over layers: as one loop, if all rounds are alike."""
         inner = self._replay
-        cut = any(map(inner.changed, ops)) or any(map(inner.is_cut, (*roll.inputs, *roll.results)))
+        shorter = len({op.rolls[level][1] for op in ops}) < len(roll.rounds)
+        cut = shorter or any(map(inner.changed, ops))
+        cut = cut or any(map(inner.is_cut, (*roll.inputs, *roll.results)))
         if not cut:
             outputs = roll.bind(*(self.read(value) for value in roll.inputs))
             self._env.update((id(v), array) for v, array in zip(roll.results, outputs, strict=True))
@@ -278,12 +298,12 @@ class _Run:
         Raises:
           LayersDifferError: the rounds differ in more than which slices they take.
         """
-        count = len(roll.rounds)
-        rounds: list[list[Op]] = [[] for _ in range(count)]
-        taken = {id(value) for one in roll.rounds for value in one.taken}
+        numbers = sorted({op.rolls[level][1] for op in ops})  # of those that are left
+        count, place = len(numbers), {number: n for n, number in enumerate(numbers)}
+        rounds: list[list[Op]] = [[] for _ in numbers]
         for op in ops:
-            if id(op.outputs[0]) not in taken:
-                rounds[op.rolls[level][1]].append(op)
+            if not op.memo.get("carried") or len(op.rolls) > level + 1:
+                rounds[place[op.rolls[level][1]]].append(op)
         made_here = {id(output) for op in ops for output in op.outputs}
         columns = _from_outside(rounds, made_here)
         sliced = [values for values in columns if any(value is not values[0] for value in values)]
@@ -297,16 +317,17 @@ class _Run:
             inside = value.op is not None and any(roll is other for other, _ in value.op.rolls)
             return id(value) in made_here or not inside
 
-        carried = [n for n, value in enumerate(roll.rounds[0].given) if is_read(value)]
-        stacked = [n for n, value in enumerate(roll.rounds[0].made) if is_read(value)]
-        first = roll.rounds[-1 if roll.reverse else 0]
+        of_round = [roll.rounds[number] for number in numbers]
+        carried = [n for n, value in enumerate(of_round[0].given) if is_read(value)]
+        stacked = [n for n, value in enumerate(of_round[0].made) if is_read(value)]
+        first, last = (of_round[-1], of_round[0]) if roll.reverse else (of_round[0], of_round[-1])
         initial = [self.read(first.taken[n].op.inputs[0]) for n in carried]  # type: ignore[union-attr]
 
         def one_round(number: int, positions: Positions, differs: Sequence[bool] | None) -> Any:
             """A round as a function of what is carried, of its slices, and of the places it takes."""
 
             def step(carry: Sequence[Any], slices: Sequence[Any], rows: Sequence[Any]) -> Any:
-                this, before = roll.rounds[number], self._replay.positions
+                this, before = of_round[number], self._replay.positions
                 env = dict(self._env)
                 env.update((id(this.taken[n]), array) for n, array in zip(carried, carry, strict=True))
                 env.update((id(v[number]), array) for v, array in zip(sliced, slices, strict=True))
@@ -338,7 +359,7 @@ class _Run:
             reverse=roll.reverse,
             unroll=roll.unroll,
         )
-        outputs = dict(zip((id(roll.results[n]) for n in carried), carry, strict=True))
+        outputs = dict(zip((id(last.given[n]) for n in carried), carry, strict=True))
         return outputs | dict(zip((id(roll.outputs[n]) for n in stacked), stacks, strict=True))
 
     def _as_stack(self, values: Sequence[Value]) -> Any:
@@ -347,6 +368,7 @@ class _Run:
         if all(part is not None and part[0] is parts[0][0] for part in parts):  # type: ignore[index]
             stack, axis, _ = parts[0]  # type: ignore[misc]
             indices = [part[2] for part in parts]  # type: ignore[index]
+            indices = [self._replay.row(stack, n) if axis == stack.along else n for n in indices]
             array = self.read(stack)
             if indices != list(range(array.shape[axis])):
                 array = take(placing.gather(array, (axis,)), axis, np.array(indices))

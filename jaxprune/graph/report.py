@@ -52,7 +52,7 @@ def report(small: Any, *inputs: Any, rounds: int = 0) -> Report:
       ValueError: times are asked for, but no inputs given.
     """
     plan = small.plan
-    count = _size(plan.shapes), _size({path: plan.small_shape(path) for path in plan.shapes})
+    count = _size(plan.shapes), _size(plan.small_shapes())
     macs = seconds = None
     if rounds and not inputs:
         raise ValueError("report needs inputs to time the networks on: report(x, rounds=10).")
@@ -64,7 +64,11 @@ def report(small: Any, *inputs: Any, rounds: int = 0) -> Report:
         )
     if rounds:
         seconds = _times(small, inputs, rounds)
-    axes = {path: (tuple(plan.shapes[path]), plan.small_shape(path)) for path in plan.keep}
+    axes = {
+        path: (tuple(plan.shapes[path]), plan.small_shape(path))
+        for path in plan.small_shapes()
+        if path in plan.keep
+    }
     return Report(count, macs, seconds, axes, small.stayed)
 
 

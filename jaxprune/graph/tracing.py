@@ -5,7 +5,7 @@ itself, so that each layer has axes of its own, and `Roll` remembers that they w
 to a stack outside of a scan (a cast, a product under `vmap`) is taken apart into what it is in each layer.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -578,10 +578,11 @@ def _vjp_jaxpr(eqn: "JaxprEqn") -> "ClosedJaxpr":
     )
 
 
-def prune_dead(region: Region) -> Region:
+def prune_dead(region: Region, without: Collection[tuple[int, int]] = ()) -> Region:
     """A region without the ops whose outputs nobody reads: they would only ask for slices.
 
-    What is read in one round of a loop over layers stays in all of them, so that they are alike.
+    What is read in one round of a loop over layers stays in all of them, so that they are alike, but for
+    rounds that are to go: `without` has the id of their loop and their number.
     """
     read: set[int] = set()
     for output in region.outputs:
@@ -594,7 +595,8 @@ def prune_dead(region: Region) -> Region:
             wanted = op.bind.has_effects or any(
                 id(v) in read for output in op.outputs for v in with_layers(output)
             )  # type: ignore[attr-defined]
-            keys = place.get(id(op), ())
+            going = bool(op.rolls) and (id(op.rolls[0][0]), op.rolls[0][1]) in without
+            keys = () if going else place.get(id(op), ())
             if wanted or any(key in needed for key in keys):
                 needed.update(keys)
                 for value in op.inputs:

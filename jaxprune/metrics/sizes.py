@@ -12,7 +12,7 @@ from jaxprune.arguments import check_number, shown
 from jaxprune.dtypes import is_numeric
 from jaxprune.masks import unpack_masks
 from jaxprune.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
-from jaxprune.stacks import Stacked, check_stacks, split_layers, stacks_of
+from jaxprune.stacks import Stacked, about_layers, check_stacks, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 
@@ -185,6 +185,7 @@ def table(
     leaves = counted(masks)
     where = where or (asked.where if isinstance(asked, Pruner) else None) or kernels
     check_where(where)
+    where = about_layers(where, stacked)
     progress = _progress(masks, leaves, where, asked, structure, stacked)
     stacks = _stacks(leaves, where, progress, stacked)
     layers = {path: split_layers({path: leaf}, stacks) for path, leaf in leaves.items() if path in stacks}

@@ -267,8 +267,6 @@ def _is_data(kind: Any) -> bool:
     """Whether a recipe can hold values of a type."""
     if kind in (type(None), bool, int, float, str) or kind is ScoreFn:
         return True
-    if kind == Stacked:  # a function of the caller's, not a reduction
-        return False
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Literal, Callable):
         return True

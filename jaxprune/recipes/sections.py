@@ -65,13 +65,13 @@ class Targets(NamedTuple):
     """How much goes: what `sparsity` says.
 
     Attributes:
-      of: `of(params, where, stacked)` gives what `jaxprune.pruner` takes as sparsity.
+      of: `of(params, where, stacked=None)` gives what `jaxprune.pruner` takes as sparsity.
       each: the schedules and numbers in it that are known without params.
       by_path: whether it is a dict by path.
       node: where it is written.
     """
 
-    of: Callable[[Params, Where, Stacked | None], Any]
+    of: Callable[..., Any]
     each: tuple[float | Schedule, ...]
     by_path: bool
     node: Node
@@ -241,7 +241,7 @@ def _read_targets(node: Node) -> Targets:
     if not isinstance(node.value, dict):
         value = float(node.number())
         attempt(node, lambda: schedules.check_sparsity(value))
-        return Targets(lambda params, where, stacked: value, (value,), False, node)
+        return Targets(lambda params, where, stacked=None: value, (value,), False, node)
     name = next(iter(node.value), "")
     if len(node.value) == 1 and name == "per_path":
         return _per_path(node.value[name])
@@ -254,7 +254,7 @@ def _read_targets(node: Node) -> Targets:
             attempt(call.node, lambda: schedules.check_sparsity(value))
         each = () if value is None else (value,)
 
-        def shared_out(params: Params, where: Where, stacked: Stacked | None) -> dict[str, float]:
+        def shared_out(params: Params, where: Where, stacked: Stacked | None = None) -> dict[str, float]:
             return call.make({"params": params, "where": where, "stacked": stacked})
 
         return Targets(shared_out, each, True, node)
@@ -271,7 +271,7 @@ def _schedule(node: Node, name: str) -> Targets:
     leaves = inner.value.get("sparsity") if isinstance(inner.value, dict) else inner
     if leaves is None or not isinstance(leaves.value, dict) or leaves is inner:
         schedule = named(node, _SCHEDULES, "schedules").make({})
-        return Targets(lambda params, where, stacked: schedule, (schedule,), False, node)
+        return Targets(lambda params, where, stacked=None: schedule, (schedule,), False, node)
     # The same schedule for each leaf, to a target of its own.
     targets = _read_targets(leaves)
     if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
@@ -282,7 +282,7 @@ def _schedule(node: Node, name: str) -> Targets:
     def to(sparsity: float) -> Schedule:
         return first._replace(options={**first.options, "sparsity": sparsity}).make({})
 
-    def of(params: Params, where: Where, stacked: Stacked | None) -> dict[str, Schedule]:
+    def of(params: Params, where: Where, stacked: Stacked | None = None) -> dict[str, Schedule]:
         return {path: to(s) for path, s in targets.of(params, where, stacked).items()}
 
     each = tuple(to(value) for value in targets.each if isinstance(value, float))
@@ -299,7 +299,7 @@ def _per_path(node: Node) -> Targets:
     each = tuple(value for targets in leaves.values() for value in targets.each)
     by_path = {path: targets.each[0] for path, targets in leaves.items()}
     attempt(node, lambda: pruner(magnitude, by_path))
-    return Targets(lambda params, where, stacked: by_path, each, True, node)
+    return Targets(lambda params, where, stacked=None: by_path, each, True, node)
 
 
 def inputs() -> list[str]:

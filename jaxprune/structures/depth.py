@@ -115,7 +115,7 @@ def layers(
         }
 
     weights = checked.weights if checked is not None else {}
-    return Structure(pool, name="layers()", spans_leaves=True, sizes_of=sizes_of, weights=weights)
+    return Structure(pool, name="layers()", spans_leaves=True, sizes_of=sizes_of, weights=weights, stacks={})
 
 
 class _Rows:

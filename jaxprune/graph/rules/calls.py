@@ -293,7 +293,12 @@ def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 
 register_rule(
     "scan",
-    rule=Rule(_link_scan, _flow_scan, _emit_scan, conservative="the axis that it runs along stays whole"),
+    rule=Rule(
+        _link_scan,
+        _flow_scan,
+        _emit_scan,
+        conservative="the axis that it runs along stays whole; layers of stacked params are apart",
+    ),
 )
 
 

@@ -161,9 +161,19 @@ def _bounds(sizes: Sequence[int]) -> list[int]:
     return bounds
 
 
+def _reshaped_segments(op: Op) -> list[Segment]:
+    """The segments of a reshape, by the axes of its operand; `dimensions` may permute these first."""
+    value, output = op.inputs[0], op.outputs[0]
+    order = op.params["dimensions"]
+    if order is None:
+        return list(segments(value.shape, output.shape))
+    found = segments([value.shape[axis] for axis in order], output.shape)
+    return [s._replace(before=[(order[axis], factors) for axis, factors in s.before]) for s in found]
+
+
 def _link_reshape(op: Op, graph: AxisGraph) -> None:
     value, output = op.inputs[0], op.outputs[0]
-    for segment in segments(value.shape, output.shape):
+    for segment in _reshaped_segments(op):
         if segment.sizes is None:
             for array, axes in ((value, segment.before), (output, segment.after)):
                 for axis, _ in axes:
@@ -180,7 +190,7 @@ def _link_reshape(op: Op, graph: AxisGraph) -> None:
 def _flow_reshape(op: Op, facts: Facts) -> None:
     value, output = op.inputs[0], op.outputs[0]
     zeros: list[Vector | None] = [None] * len(output.shape)
-    for segment in segments(value.shape, output.shape):
+    for segment in _reshaped_segments(op):
         if segment.sizes is None:
             continue
         for axis, factors in segment.after:
@@ -202,7 +212,7 @@ def _reshaped(zero: Vector, old: Sequence[int], new: Sequence[int], sizes: Seque
 
 
 def _emit_reshape(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    return [lax.reshape(args[0], frame.shape(op.outputs[0]))]
+    return [lax.reshape(args[0], frame.shape(op.outputs[0]), op.params["dimensions"])]
 
 
 register_rule(
