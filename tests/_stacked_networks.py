@@ -92,6 +92,7 @@ def check(
     seed=0,
     masks=None,
     alike=True,
+    tied=False,
     gradients=True,
     **options,
 ):
