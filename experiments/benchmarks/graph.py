@@ -79,8 +79,21 @@ def decoder_params(layers: int, width: int, hidden: int, heads: int, vocabulary:
     }
 
 
+def stacked(params: Any) -> Any:
+    """Abstract params of a decoder with its layers in one array each."""
+    layers = params["layers"]
+
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((len(layers), *leaf.shape), leaf.dtype)
+
+    return {**params, "layers": jax.tree.map(stack, layers[0])}
+
+
 def decoder(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
-    """A decoder with RMSNorm, rotary positions and SwiGLU: tokens (batch, time) -> logits."""
+    """A decoder with RMSNorm, rotary positions and SwiGLU: tokens (batch, time) -> logits.
+
+    Its layers are a list of params, or params that are stacked, which it scans.
+    """
 
     def norm(x, weight):
         wide = x.astype(jnp.float32)
@@ -96,15 +109,22 @@ def decoder(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
 
     batch, length = tokens.shape
     causal = jnp.tril(jnp.ones((length, length), bool))
-    x = params["embedding"][tokens]
-    for layer in params["layers"]:
+
+    def apply_layer(x, layer):
         y = norm(x, layer["norm1"])
         q, k, v = ((y @ layer[n]).reshape(batch, length, heads, -1) for n in ("query", "key", "value"))
         scores = jnp.einsum("bthd,bshd->bhts", rotate(q), rotate(k)) * q.shape[-1] ** -0.5
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e9), axis=-1)
         x = x + jnp.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ layer["out"]
         y = norm(x, layer["norm2"])
-        x = x + (jax.nn.silu(y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"]
+        return x + (jax.nn.silu(y @ layer["gate"]) * (y @ layer["up"])) @ layer["down"], None
+
+    x, layers = params["embedding"][tokens], params["layers"]
+    if isinstance(layers, dict):
+        x, _ = jax.lax.scan(apply_layer, x, layers)
+    else:
+        for layer in layers:
+            x, _ = apply_layer(x, layer)
     return norm(x, params["norm"]) @ params["head"]
 
 

@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.grouping
 
 Both are done in turn in one process, on abstract params, and their CPU times are compared: tracing
-the gradient (`jax.make_jaxpr(jax.grad(loss))`) is what a training step costs before it is compiled.
+the gradient (`jax.make_jaxpr(jax.grad(loss))`) is what a training step costs before it is compiled. The
+layers are a list, and then stacked and scanned, where tracing sees one layer and the groups are of each.
 """
 
 import statistics
@@ -17,14 +18,14 @@ import jax.numpy as jnp
 
 import jaxprune as jp
 from experiments._config import flag, parse
-from experiments.benchmarks.graph import decoder, decoder_params, size
+from experiments.benchmarks.graph import decoder, decoder_params, size, stacked
 
 
 @dataclass(frozen=True)
 class Config:
     """What is measured."""
 
-    layers: int = flag(12, "layers of the decoder, in a list", at_least=1)
+    layers: int = flag(12, "layers of the decoder", at_least=1)
     rounds: int = flag(9, "how often each is done; the first round is left out", at_least=2)
 
 
@@ -39,9 +40,10 @@ SIZES = ((512, 1408, 8), (4096, 11008, 32))
 """Width, hidden width and heads of the decoders."""
 
 
-def measure(config: Config, width: int, hidden: int, heads: int) -> tuple[float, float, str]:
+def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) -> tuple[float, float, str]:
     """The median CPU seconds of finding groups and of tracing the gradient, and what of."""
     params = decoder_params(config.layers, width, hidden, heads, vocabulary=4096)
+    params = stacked(params) if scanned else params
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     times: tuple[list[float], list[float]] = ([], [])
     found = 0
@@ -61,7 +63,8 @@ def measure(config: Config, width: int, hidden: int, heads: int) -> tuple[float,
         )
         times[1].append(cpu_time(lambda loss=loss: jax.make_jaxpr(jax.grad(loss))(params, tokens)))
         found = len(groups)
-    name = f"{config.layers} layers of width {width}, {size(params) / 1e6:,.0f} M parameters, {found} groups"
+    kind = "scanned layers" if scanned else "layers"
+    name = f"{config.layers} {kind} of width {width}, {size(params) / 1e6:,.0f} M params, {found} groups"
     finding, tracing = (statistics.median(each[1:]) for each in times)
     return finding, tracing, name
 
@@ -71,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     print(f"{f'CPU time, median of {config.rounds - 1}':<58}{'groups':>10}{'gradient':>10}{'ratio':>8}")
     for sizes in SIZES:
-        finding, tracing, name = measure(config, *sizes)
-        print(f"{name:<58}{finding:>8.2f} s{tracing:>8.2f} s{finding / tracing:>8.1f}", flush=True)
+        for scanned in (False, True):
+            finding, tracing, name = measure(config, *sizes, scanned)
+            print(f"{name:<58}{finding:>8.2f} s{tracing:>8.2f} s{finding / tracing:>8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[s
         gone = wanted[parent]
         if not _mirrors(node, parent, shapes, gone):
             return None
-        names = list(_children(node)) if isinstance(node, Mapping) else []
+        kind: Any = type(node)
         model = next(iter(node.values() if isinstance(node, Mapping) else node))
 
         def block(name: str) -> Any:
@@ -73,11 +73,11 @@ def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[s
             return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
         if isinstance(node, Mapping):
-            return type(node)({**node, **{name: block(name) for name in gone if name not in names}})
+            return kind({**node, **{name: block(name) for name in gone}})
         rest, full = iter(node), []
         for n in range(len(node) + len(gone)):
             full.append(block(str(n)) if str(n) in gone else next(rest))
-        return type(node)(full)
+        return kind(full)
 
     return _walk(tree, "", wanted, change)
 

@@ -318,11 +318,9 @@ def _rounded(
             for axis, size in enumerate(values[0].shape):
                 rows = [(value.axes[axis], kept.indices(value.axes[axis])) for value in values]
                 most = max(size if indices is None else len(indices) for _, indices in rows)
-                seeds += [
-                    (node, _with_more(indices, size, most - len(indices)))
-                    for node, indices in rows
-                    if indices is not None and len(indices) < most
-                ]
+                for node, indices in rows:
+                    if indices is not None and len(indices) < most:
+                        seeds.append((node, _with_more(indices, size, most - len(indices))))
         if not seeds:
             return kept, divisors
         dropped = linked.dropped(kept)

@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -314,27 +314,14 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
     for path, value in linked.values.items():
         for axis, node in enumerate(value.axes):
             axes.setdefault(graph.find(node), []).append((path, axis))
-    units: dict[int, list[tuple[int, np.ndarray]]] = {}
-    for root in axes:
-        if root not in labels:
-            continue
-        order = np.argsort(labels[root], kind="stable")
-        names, starts = np.unique(labels[root][order], return_index=True)
-        for label, indices in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
-            if label >= 0:
-                units.setdefault(label, []).append((root, indices))
+    slices = {root: _by_label(labels[root]) for root in axes if root in labels}
     shapes = {path: tuple(value.shape) for path, value in linked.values.items()}
-    alike: dict[tuple, list[list[tuple[int, np.ndarray]]]] = {}
-    for label in sorted(units):
-        signature = tuple((root, len(indices)) for root, indices in units[label])
-        alike.setdefault(signature, []).append(units[label])
     groups = []
-    for signature, of_group in alike.items():
-        members = [
-            Member(path, axis, np.stack([unit[place][1] for unit in of_group]), shapes[path])
-            for place, (root, _) in enumerate(signature)
-            for path, axis in axes[root]
-        ]
+    for of_group in _alike(slices):
+        members = []
+        for root, found in slices.items():
+            if (indices := found.of(of_group)) is not None:
+                members += [Member(path, axis, indices, shapes[path]) for path, axis in axes[root]]
         position = {path: n for n, path in enumerate(linked.values)}
         members.sort(key=lambda m: (position[m.path], m.axis))
         groups.append(_named(members, linked))
@@ -349,6 +336,54 @@ def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
             group = group._replace(name=f"{group.name}#{count[group.name]}")
         result.append(group)
     return result
+
+
+class _Slices(NamedTuple):
+    """The slices of an axis by the unit that they belong to.
+
+    Attributes:
+      units: the labels of the units, ascending.
+      starts: where the slices of each begin in `order`.
+      counts: how many each has.
+      order: all slices, by unit.
+    """
+
+    units: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    order: np.ndarray
+
+    def of(self, units: np.ndarray) -> np.ndarray | None:
+        """The slices of some units that have equally many, units x slices; None if they have none here."""
+        places = np.minimum(np.searchsorted(self.units, units), len(self.units) - 1)
+        if not len(self.units) or self.units[places[0]] != units[0]:
+            return None
+        count = self.counts[places[0]]
+        return self.order[self.starts[places][:, None] + np.arange(count)]
+
+
+def _by_label(labels: np.ndarray) -> _Slices:
+    order = np.argsort(labels, kind="stable")
+    units, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    free = units >= 0
+    return _Slices(units[free], starts[free], counts[free], order)
+
+
+def _alike(slices: Mapping[int, _Slices]) -> list[np.ndarray]:
+    """Units that have as many slices as each other on every axis, by group; groups by their first unit."""
+    kind = np.full(1 + max((int(s.units.max(initial=-1)) for s in slices.values()), default=-1), -1)
+    kinds = 0
+    for found in slices.values():
+        # Units were alike so far if they had the same number; they stay so if they have as many slices here.
+        pairs = kind[found.units] * (found.counts.max(initial=0) + 1) + found.counts
+        _, inverse = np.unique(pairs, return_inverse=True)
+        kind[found.units] = kinds + inverse
+        kinds += len(found.units)
+    units = np.flatnonzero(kind >= 0)
+    order = np.argsort(kind[units], kind="stable")
+    _, starts = np.unique(kind[units][order], return_index=True)
+    groups = np.split(units[order], starts[1:]) if len(units) else []
+    return sorted(groups, key=lambda group: int(group[0]))
 
 
 def _named(members: list[Member], linked: Linked) -> Group:

@@ -81,7 +81,7 @@ class Linked:
                 f"the function fails without inputs ({error}). Pass example inputs, arrays or "
                 "jax.ShapeDtypeStruct, after the params (or the masks)."
             ) from error
-        self.graph, self.region, self.out_tree, found, stacks = program
+        self.graph, self.region, self.out_tree, found, made = program
         count = len(self.leaves)
         self.stacks: Stacks = {path: found[n] for n, path in enumerate(self.leaves) if found.get(n)}
         self.values: dict[str, ir.Value] = {}
@@ -91,7 +91,7 @@ class Linked:
         separate(self.region, self.graph, list(self.values.values()))
         link_region(self.region, self.graph)
         pin_choices(self.region, self.graph)
-        self.stacked = [list(ir.flat_layers(value)) for value in stacks]
+        self.stacked = [list(ir.flat_layers(value)) for value in made]
         self.families: list[Sequence[ir.Value]] = [*self.stacked, *tracing.aligned(self.region)]
         self.removed: frozenset[str] = frozenset()
         self.gone: set[int] = set()

@@ -41,7 +41,7 @@ def find_stacks(jaxpr: "Jaxpr", count: int) -> Stacks:
     """
     found: Stacks = {}
     inputs: list[_Origins] = [
-        {n: tuple(range(len(var.aval.shape)))} if n < count else {} for n, var in enumerate(jaxpr.invars)
+        {n: tuple(range(len(_shape(var))))} if n < count else {} for n, var in enumerate(jaxpr.invars)
     ]
     _walk(jaxpr, inputs, {}, found)
     return found
@@ -95,14 +95,15 @@ def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stac
         for number, axes in origins.items():
             if axes and axes[0] is not None:
                 stacked[number] = (*above.get(number, ()), axes[0])
-                deep |= len(atom.aval.shape) >= 3
+                deep |= len(_shape(atom)) >= 3
         inner.append({number: axes[1:] for number, axes in origins.items()})
     for origins, var in zip(given[:consts], body.invars[:consts], strict=True):
         along = _indexed_axis(body, var, length)
         for number, axes in origins.items():
-            if along is not None and axes[along] is not None:
-                stacked[number] = (*above.get(number, ()), axes[along])
-                deep |= len(var.aval.shape) >= 3
+            axis = None if along is None else axes[along]
+            if axis is not None:
+                stacked[number] = (*above.get(number, ()), axis)
+                deep |= len(_shape(var)) >= 3
     is_stack = deep and 1 < length <= _MAX_LAYERS
     if is_stack:
         for number, axes in stacked.items():
@@ -117,22 +118,26 @@ def _indexed_axis(body: "Jaxpr", var: Any, length: int) -> int | None:
     for eqn in body.eqns:
         if eqn.primitive.name == "dynamic_slice" and eqn.invars[0] is var:
             sizes = eqn.params["slice_sizes"]
-            for axis, (size, whole) in enumerate(zip(sizes, var.aval.shape, strict=True)):
+            for axis, (size, whole) in enumerate(zip(sizes, _shape(var), strict=True)):
                 if size == 1 and whole == length and not hasattr(eqn.invars[1 + axis], "val"):
                     return axis
     return None
 
 
+def _shape(atom: Any) -> tuple[int, ...]:
+    return tuple(atom.aval.shape)
+
+
 def _moved(eqn: "JaxprEqn", given: Sequence[_Origins]) -> _Origins:
     """Where the output of an op comes from, if it is made of inputs alone."""
-    name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
+    name, params, shape = eqn.primitive.name, eqn.params, _shape(eqn.outvars[0])
     value = given[0]
     if name in _SAME_SHAPE:
         alone = all(
-            origins or not atom.aval.shape or hasattr(atom, "val")
+            origins or not _shape(atom) or hasattr(atom, "val")
             for origins, atom in zip(given, eqn.invars, strict=True)
         )
-        same = [o for o, atom in zip(given, eqn.invars, strict=True) if atom.aval.shape == shape]
+        same = [o for o, atom in zip(given, eqn.invars, strict=True) if _shape(atom) == shape]
         return {n: axes for origins in same for n, axes in origins.items()} if alone else {}
     if len([origins for origins in given if origins]) != 1 or not value:
         return {}
@@ -140,7 +145,7 @@ def _moved(eqn: "JaxprEqn", given: Sequence[_Origins]) -> _Origins:
     def placed(places: Sequence[int | None]) -> _Origins:
         return {n: tuple(None if p is None else axes[p] for p in places) for n, axes in value.items()}
 
-    old = eqn.invars[0].aval.shape
+    old = _shape(eqn.invars[0])
     if name == "transpose":
         return placed(params["permutation"])
     if name == "squeeze":
