@@ -403,6 +403,24 @@ def test_params_that_are_stacked_and_read_otherwise():
     assert not any("layers/up" in m.path and m.axis == 1 for g in seen.groups.removable() for m in g.members)
 
 
+def test_extrema_of_stacks_that_were_cut():
+    """Each layer keeps other rows, and makes up for its own zeros that went."""
+
+    def net(p, x):
+        return scanned()(p, x) + jnp.max(p["layers"]["down"], 1).sum(0)[:2] + jnp.min(p["layers"]["bias"])
+
+    def plain(p, x):
+        down, bias = p["layers"]["down"], p["layers"]["bias"]
+        return (
+            one_by_one()(p, x)
+            + sum(jnp.max(w, 0) for w in down)[:2]
+            + jnp.min(jnp.stack([jnp.min(b) for b in bias]))
+        )
+
+    layers = blocks() | {"down": -jnp.abs(blocks()["down"]), "bias": jnp.abs(blocks()["bias"])}
+    check(net, plain, network(layers), x())
+
+
 # What compaction makes of them.
 
 
@@ -475,6 +493,31 @@ def test_all_that_is_masked_goes():
     small = jp.compact(net, p, masks, x())
     assert small.params["layers"]["up"].shape == (1, 1, 1)
     assert not small.apply(small.params, x()).any()
+
+
+def test_a_block_beside_things_of_other_layouts():
+    """What goes as a whole is put back like the block that stays, not like the first thing in the dict."""
+    p = {
+        "an_array": normal(1, DATA, DATA),
+        "left": at(blocks(), 0),
+        "right": at(blocks(), 1),
+        "z": [normal(3, DATA, 2)],
+    }
+
+    def net(p, x):
+        h = x @ p["an_array"]
+        for name in ("left", "right"):
+            if name in p:
+                h = block(p[name], h)
+        return h @ p["z"][0]
+
+    masks = jp.ones_masks(p)
+    masks["left"] = jax.tree.map(jnp.zeros_like, masks["left"])
+    small = jp.compact(net, p, masks, x())
+    assert small.params.keys() == {"an_array", "right", "z"}
+    dense = small.expand(small.params)
+    assert jax.tree.map(jnp.shape, dense) == jax.tree.map(jnp.shape, p)
+    assert_close(net(dense, x()), small.apply(small.params, x()), "the dense network")
 
 
 @pytest.mark.parametrize("multiple", [2, 4])
