@@ -261,8 +261,8 @@ class Dense:
         triples = zip(functions, self.weights, many, strict=True)
         return [with_gradient(f, self.inputs, weights)(params) for f, weights, params in triples]
 
-    def check(self, many_masks, rng):
-        """Compacts each function under masks of its own.
+    def check(self, many_masks, rng, stacked=None):
+        """Compacts each function under masks of its own; `stacked` as for `compact`.
 
         Raises:
           Mismatch: unless each small network is the masked one, and the function itself for any params.
@@ -271,7 +271,8 @@ class Dense:
           The `Compacted` of each.
         """
         pairs = list(zip(self.functions, many_masks, strict=True))
-        smalls = [compact(f, self.params, masks, *self.inputs, verify=False) for f, masks in pairs]
+        options = {"stacked": stacked, "verify": False}
+        smalls = [compact(f, self.params, masks, *self.inputs, **options) for f, masks in pairs]
         masked = [apply_masks(self.params, masks) for masks in many_masks]
         moved = [jax.tree.map(partial(_moved, rng), small.params) for small in smalls]
         expanded = [expand(small, params) for small, params in zip(smalls, moved, strict=True)]

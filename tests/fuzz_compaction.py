@@ -6,8 +6,10 @@ at the first mistake, which `--seed N --cases 1` makes again. The tests run some
 
 import argparse
 import math
+import re
 import sys
 import time
+from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,10 +21,10 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _equivalence import Dense, check_facts, random_masks, removed, zero_units
+from _equivalence import Dense, Mismatch, assert_close, check_facts, random_masks, removed, zero_units
 from jax import lax
 
-from jaxprune.graph import channel_groups
+from jaxprune.graph import channel_groups, compact
 
 SIZES = (1, 2, 3, 4, 6)
 LARGEST = 240  # entries of a value
@@ -50,6 +52,7 @@ class Program:
         self.inputs: list[np.ndarray] = []
         self.steps: list[Step] = []
         self.outputs: list[int] = []
+        self.stacks: dict[int, Stack] = {}
 
     def value(self, shape, place):
         self.shapes.append(tuple(shape))
@@ -74,18 +77,45 @@ class Program:
         self.steps.append(Step(function, operands, getattr(function, "__name__", "step")))
         return self.value(out.shape, ("step", len(self.steps) - 1))
 
-    def __call__(self, params, *inputs):
+    def stacked(self, path, leaf):
+        """Along which axes a param is stacked."""
+        del leaf
+        along = {name: axis for s in self.stacks.values() for name, axis in zip(s.names, s.axes, strict=True)}
+        return (along[path],) if path in along else ()
+
+    def taken_apart(self, params):
+        """Params with lists of layers in place of stacked ones."""
+        return {
+            path: [*np.moveaxis(np.asarray(leaf), axes[0], 0)] if (axes := self.stacked(path, leaf)) else leaf
+            for path, leaf in params.items()
+        }
+
+    def one_by_one(self, params, *inputs):
+        """The same function of lists of layers."""
+        return self(params, *inputs, alone=True)
+
+    def __call__(self, params, *inputs, alone=False):
         made: list[Any] = []
         values: list[Any] = []
         done = 0
         for kind, key in self.places:
             if kind == "step":
                 step = self.steps[done]
-                made.append(step.function(*(values[n] for n in step.operands)))
+                operands = [values[n] for n in step.operands]
+                if alone and done in self.stacks:
+                    stack = self.stacks[done]
+                    operands[-len(stack.names) :] = [params[name] for name in stack.names]
+                    made.append(stack.alone(*operands))
+                else:
+                    made.append(step.function(*operands))
                 done += 1
                 values.append(made[-1])
+            elif kind == "input":
+                values.append(inputs[key])
             else:
-                values.append(params[key] if kind == "param" else inputs[key])
+                leaf = params[key]
+                along = self.stacked(key, leaf)
+                values.append(jnp.stack(leaf, along[0]) if alone and along else leaf)
         return [values[n] for n in self.outputs]
 
     # What steps are drawn from.
@@ -510,19 +540,89 @@ def scan(g):
     return g.step(recurrent, n, g.param(width, width), g.param(width))
 
 
+class Stack(NamedTuple):
+    """The layers of a step that were stacked: that step's params, and the step on lists of layers.
+
+    Attributes:
+      names: the params.
+      axes: along which axis each is stacked.
+      alone: the step, whose params are lists of layers.
+    """
+
+    names: tuple[str, ...]
+    axes: tuple[int, ...]
+    alone: Any
+
+
 def layers(g):
-    """Layers of equal shapes, scanned."""
+    """Layers of equal shapes, stacked along any axis, run through by a loop, by indices or side by side."""
     n = g.pick(1)
-    width = g.shapes[n][-1]
+    width, hidden, count = g.shapes[n][-1], g.one_of(2, 3, 4, 6), g.one_of(2, 2, 3)
+    act, way = (
+        g.one_of(jnp.tanh, bent, jax.nn.relu),
+        g.one_of("scan", "scan", "remat", "fori", "index", "vmap"),
+    )
+    mixed = g.one_of("table", "shared", "divided", "gated", "plain", "plain")
+    reverse, casts, twice = (bool(g.rng.random() < share) for share in (0.3, 0.2, 0.15))
+    shapes = [(width, hidden), (hidden,), (hidden, width)]
+    axes = [int(g.rng.integers(len(shape) + 1)) for shape in shapes]
+    if way in ("fori", "index", "vmap") or g.rng.random() < 0.4:
+        axes = [0] * len(shapes)
+    slopes = g.rng.normal(size=hidden) * (g.rng.random(hidden) < 0.8)
 
-    def run(x, w, b):
-        def one(h, wb):
-            w, b = wb
-            return h + bent(h @ w) * b, None
+    def one(h, w, shared):
+        up, scale, down = w
+        a = h @ up
+        if mixed == "table":
+            a = a + jnp.asarray(slopes) * h.sum(-1, keepdims=True)
+        elif mixed == "shared":
+            a = a * jnp.cos(shared)
+        elif mixed == "divided":
+            a = a / (2 + scale) / (1 + scale * scale)
+        elif mixed == "gated":
+            a = a * jnp.tanh(scale)
+        return h + (act(a) + (scale if mixed != "divided" else 0)) @ down * 0.5
 
-        return lax.scan(one, x, (w, b))[0]
+    order = range(count)[::-1] if reverse else range(count)
 
-    return g.step(run, n, g.param(2, width, width), g.param(2, width))
+    def alone(x, shared, *stacks):
+        if way == "vmap":
+            return sum(one(x, w, shared) for w in zip(*stacks, strict=True)) / count
+        for number in (*order, *order) if twice else order:
+            x = one(x, [stack[number] for stack in stacks], shared)
+        return x
+
+    def at_index(number, h, shared, stacks):
+        number = count - 1 - number if reverse else number
+        return one(h, [w[number] for w in stacks], shared)
+
+    def run(x, shared, *stacks):
+        stacks = [
+            jnp.moveaxis(w, axis, 0) * (1.5 if casts else 1.0) for w, axis in zip(stacks, axes, strict=True)
+        ]
+        body = lambda h, w: (one(h, w, shared), None)  # noqa: E731
+        if way == "vmap":
+            return jax.vmap(lambda *w: one(x, w, shared))(*stacks).mean(0)
+        for _ in range(1 + twice):
+            if way in ("scan", "remat"):
+                step = jax.checkpoint(body) if way == "remat" else body
+                x = lax.scan(step, x, stacks, reverse=reverse)[0]
+            elif way == "fori":
+                x = lax.fori_loop(0, count, partial(at_index, shared=shared, stacks=stacks), x)
+            else:
+                for number in order:
+                    x = one(x, [w[number] for w in stacks], shared)
+        return x
+
+    stacks = [g.param(*shape[:axis], count, *shape[axis:]) for shape, axis in zip(shapes, axes, strict=True)]
+    shared = g.param(hidden)
+    names = tuple(g.places[stack][1] for stack in stacks)
+    made = g.step(run, n, shared, *stacks)
+    scaled_up = lambda x, shared, *lists: alone(  # noqa: E731
+        x, shared, *([leaf * 1.5 for leaf in w] if casts else w for w in lists)
+    )
+    g.stacks[len(g.steps) - 1] = Stack(names, tuple(axes), scaled_up)
+    return made
 
 
 def tables(g):
@@ -636,7 +736,7 @@ KINDS = (
     + [several] * 3
     + [reduction, reduction, normalisation, normalisation, group_norm, convolution, convolution]
     + [along, indexing, indexing, lookup, reshape, reshape, rearrangement, rearrangement, rearrangement]
-    + [gated, joined, joined, scan, layers, attention, gram, without_rule]
+    + [gated, joined, joined, scan, layers, layers, layers, attention, gram, without_rule]
     + [tables, tables, ragged, wrapping]
 )
 
@@ -666,6 +766,8 @@ def attempt(g, kind):
         del g.shapes[marks[0] :], g.places[marks[0] :], g.inputs[marks[2] :], g.steps[marks[3] :]
         for name in list(g.params)[marks[1] :]:
             del g.params[name]
+        for number in [number for number in g.stacks if number >= marks[3]]:
+            del g.stacks[number]
         return None
 
 
@@ -711,7 +813,10 @@ def run_case(seed, facts=True, gradients=True):
     """
     rng = np.random.default_rng(seed)
     while True:
-        program = draw_program(rng)
+        try:
+            program = draw_program(rng)
+        except ValueError:  # an output is too large to be read
+            continue
         if not (program.outputs and program.params):
             continue
         inputs = [jnp.asarray(x) for x in program.inputs]
@@ -723,20 +828,50 @@ def run_case(seed, facts=True, gradients=True):
         leaves = [np.asarray(leaf) for leaf in (*outputs, *jax.tree.leaves(grads))]
         if all(np.isfinite(leaf).all() and np.abs(leaf).max(initial=0.0) < 1e4 for leaf in leaves):
             break
-    masks = draw_masks(rng, program, inputs)
+    stacked = program.stacked if program.stacks and rng.random() < 0.7 else None
+    masks = draw_masks(rng, program, inputs, stacked)
     claims = 0
     if facts:
         masked = {path: np.where(masks[path], leaf, 0) for path, leaf in program.params.items()}
         claims = check_facts(program, masked, masks, inputs, rng)
-    small = dense.check([masks], rng)[0]
+    small = dense.check([masks], rng, stacked=stacked)[0]
+    if program.stacks:
+        check_layers(program, masks, small, inputs)
     return Outcome(removed(small), claims)
 
 
-def draw_masks(rng, program, inputs):
+def check_layers(program, masks, small, inputs):
+    """Holds a network of stacks against the one of lists of layers, each of which goes for itself.
+
+    Raises:
+      Mismatch: a layer kept less in the stack than in the list, or the outputs differ.
+    """
+    params, alone = program.taken_apart(program.params), program.taken_apart(masks)
+    listed = compact(program.one_by_one, params, alone, *inputs, verify=False)
+    assert_close(
+        listed.apply(listed.params, *inputs), small.apply(small.params, *inputs), "one by one: output"
+    )
+    in_stack = small.plan.by_layer()
+    read = Counter(n for step in program.steps for n in step.operands)
+    if any(
+        read[n] > 1
+        for n, (kind, key) in enumerate(program.places)
+        if kind == "param" and program.stacked(key, 0)
+    ):
+        return  # a list that is stacked to be read otherwise is not taken apart
+    for path, axes in listed.keep.items():
+        name = re.sub(r"/(\d+)$", r"[\1]", path)
+        for axis, needed in axes.items():
+            kept = in_stack.keep.get(name, {}).get(axis, ())
+            if 0 < len(kept) < len(needed):  # none of a layer that went as a whole
+                raise Mismatch(f"{name} keeps {kept} along axis {axis} in the stack, {needed} alone")
+
+
+def draw_masks(rng, program, inputs, stacked=None):
     pattern = rng.choice(["units", "units", "units", "slices", "slices", "ragged", "leaf", "all"])
     masks = random_masks(rng, program.params, "none" if pattern == "units" else str(pattern))
     if pattern in ("units", "slices"):
-        masks = zero_units(rng, masks, channel_groups(program, program.params, *inputs))
+        masks = zero_units(rng, masks, channel_groups(program, program.params, *inputs, stacked=stacked))
     return masks
 
 

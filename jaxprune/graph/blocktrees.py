@@ -65,11 +65,24 @@ def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[s
         if not _mirrors(node, parent, shapes, gone):
             return None
         kind: Any = type(node)
-        model = next(iter(node.values() if isinstance(node, Mapping) else node))
+        left = list(node) if isinstance(node, Mapping) else range(len(node) + len(gone))
+        left = [name for name in map(str, left) if name not in gone]
+        others = dict(zip(left, node.values() if isinstance(node, Mapping) else node, strict=True))
+
+        def place(name: str) -> str:
+            return f"{parent}/{name}" if parent else name
+
+        def ranks(name: str) -> dict[str, int]:
+            """The ranks of a block's leaves, by path below it."""
+            path = place(name)
+            inside = (at for at in shapes if at == path or at.startswith(f"{path}/"))
+            return {at.removeprefix(path): len(shapes[at]) for at in inside}
 
         def block(name: str) -> Any:
-            path = f"{parent}/{name}" if parent else name
-            leaves = [make(f"{path}/{rest}", leaf) for rest, leaf in _leaves(model).items()]
+            path = place(name)
+            # A dict may hold other things beside the blocks.
+            model = next(others[other] for other in left if ranks(other) == ranks(name))
+            leaves = [make(f"{path}/{rest}" if rest else path, leaf) for rest, leaf in _leaves(model).items()]
             return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
         if isinstance(node, Mapping):

@@ -17,6 +17,11 @@ from jaxprune.graph.rolling import LayersDifferError, Positions, check_alike, ta
 from jaxprune.graph.rules import elementwise, rule_for
 from jaxprune.graph.rules.slices import take
 
+_ASK_FACTS = frozenset(
+    ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
+)
+"""Ops whose rules make up for slices that are gone, as far as facts say what these were."""
+
 
 class Replay:
     """A program under a solution.
@@ -243,6 +248,8 @@ class _Run:
                 args = [self.read(operand) for operand in value.op.inputs]
                 if any(jnp.shape(a) != self.shape(v) for v, a in zip(value.op.inputs, args, strict=True)):
                     raise LayersDifferError
+                if value.op.name in _ASK_FACTS and any(map(self._replay.is_cut, value.op.inputs)):
+                    raise LayersDifferError  # facts are known of each layer, and not of stacks
                 outputs = rule_for(value.op.name).emit(value.op, args, self)
                 pairs = zip(value.op.outputs, outputs, strict=True)
                 arrays = {id(output): self._replay.cut(output, array) for output, array in pairs}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
 _WRAPPERS = ("composite", "custom_vmap_call")
 _CHECKPOINTS = ("remat", "remat2", "checkpoint")
 _INLINED = ("jit", "pjit", "closed_call", "core_call")
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 _CUSTOM_DEPTH = 2  # derivatives of a custom rule that are taken by the rule itself
 
 
@@ -259,6 +260,10 @@ class _Builder:
         along = [value.along if value.layers else None for value in args]
         peeled = peel(name, params, [value.shape for value in args], along)
         if peeled is None:
+            if name in _REDUCTIONS and params.get("out_sharding") is None:
+                inner = tuple(axis for axis in params["axes"] if axis not in _stack_axes(args[0]))
+                if inner:
+                    return self.reduced(eqn, args[0], inner, ops, custom_depth, source)
             if (
                 name == "squeeze"
                 and args[0].shape[args[0].along] == 1
@@ -356,6 +361,27 @@ class _Builder:
             jax.ShapeDtypeStruct(layer.shape, layer.dtype)
         )
         return self.inline(closed.jaxpr, closed.consts, [layer], ops, custom_depth, source, cached)
+
+    def reduced(
+        self,
+        eqn: "JaxprEqn",
+        value: Value,
+        inner: tuple[int, ...],
+        ops: list[Op],
+        custom_depth: int,
+        source: str,
+    ) -> list[Value]:
+        """A reduction of layers and within them: first within, so that it does not tie the layers."""
+        outer = tuple(
+            axis - sum(each < axis for each in inner) for axis in eqn.params["axes"] if axis not in inner
+        )
+
+        def in_turn(array):
+            within = eqn.primitive.bind(array, **{**eqn.params, "axes": inner})
+            return eqn.primitive.bind(within, **{**eqn.params, "axes": outer})
+
+        closed = jax.make_jaxpr(in_turn)(struct_of(value))
+        return self.inline(closed.jaxpr, closed.consts, [value], ops, custom_depth, source, cached=True)
 
     def unroll(
         self, eqn: "JaxprEqn", args: list[Value], ops: list[Op], custom_depth: int, source: str, cached: bool
@@ -456,6 +482,13 @@ def _has_layers(value: Value, axis: int) -> bool:
     if not value.layers:
         return False
     return value.along == axis or all(_has_layers(v, axis - (axis > value.along)) for v in value.layers)
+
+
+def _stack_axes(value: Value) -> list[int]:
+    """The axes of a value that count layers."""
+    if not value.layers:
+        return []
+    return [value.along, *(axis + (axis >= value.along) for axis in _stack_axes(value.layers[0]))]
 
 
 def _stack_of(layer: Value) -> Value:
