@@ -358,7 +358,7 @@ class _Slices(NamedTuple):
         places = np.minimum(np.searchsorted(self.units, units), len(self.units) - 1)
         if not len(self.units) or self.units[places[0]] != units[0]:
             return None
-        count = self.counts[places[0]]
+        count = int(self.counts[places[0]])
         return self.order[self.starts[places][:, None] + np.arange(count)]
 
 
