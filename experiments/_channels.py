@@ -197,7 +197,7 @@ class Cutter:
         groups = jp.channel_groups(self._logits, variables, example, split="major")
         if spared is not None:
             groups = groups.without(spared)
-        self.groups = ChannelGroups(groups.removable(), groups.whole)
+        self.groups = ChannelGroups(groups.removable(), groups.whole, groups.stacks)
         self.macs = jp.metrics.macs(self._logits, self._shapes, example).total
         self._structure = jp.structures.channels(self.groups, normalize=jnp.mean, multiple_of=multiple_of)
 

@@ -103,7 +103,7 @@ def _figures(
         reasons = [why for _, why in line["refusals"]] or list(line["whole"])
         return line | {"status": "refused", "reason": reasons[0] if reasons else "it has no params"}
     with _stage("prune", seconds):
-        structure = jp.structures.channels(removable)
+        structure = jp.structures.channels(groups)
         # Whole numbers, as quantized weights are, give no scores; the scales beside them do.
         whole = not all(map(is_floating, jax.tree.leaves(params)))
         where: dict[str, Any] = {"where": lambda _, leaf: is_floating(leaf)} if whole else {}

@@ -20,7 +20,7 @@ from jaxprune.graph.facts import Facts
 from jaxprune.graph.finite import explain_not_finite, has_nan
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import Linked
+from jaxprune.graph.program import Linked, Zeros
 from jaxprune.graph.report import Report, report
 from jaxprune.graph.shortening import NOTHING, Removed, removable, remove
 from jaxprune.jaxprs import abstract, explicit_sharding, split_static
@@ -214,9 +214,10 @@ def compact(
         taken_out = removable(linked, arrays, blocks)
         remove(linked, taken_out)
         kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
-        rounded, divisors = _rounded(linked, kept, divisors, multiple_of)
-        plan = plan_of(linked, rounded, divisors, taken_out, blocks)
-        stayed = _stayed(linked, zero_slices(arrays), plan, kept)
+        needless = linked.dropped(kept)
+        kept, divisors = _rounded(linked, kept, divisors, multiple_of)
+        plan = plan_of(linked, kept, divisors, taken_out, blocks)
+        stayed = _stayed(linked, zero_slices(arrays), plan, needless)
     masked = params if _abstract(params) else apply_masks(params, masks)
     small = Compacted(apply_fn, masked, masks, plan, state, stayed)
     if verify and is_concrete(params, split_static(inputs)[0]) and not linked.closes_over_tracers():
@@ -314,17 +315,33 @@ def _rounded(
                 indices = kept.indices(node)
                 if indices is not None and (missing := -len(indices) % multiple_of):
                     seeds.append((node, _with_more(indices, size, missing)))
-        for values in linked.families if not seeds else ():
-            for axis, size in enumerate(values[0].shape):
-                rows = [(value.axes[axis], kept.indices(value.axes[axis])) for value in values]
-                most = max(size if indices is None else len(indices) for _, indices in rows)
-                for node, indices in rows:
-                    if indices is not None and len(indices) < most:
-                        seeds.append((node, _with_more(indices, size, most - len(indices))))
+        seeds = seeds or _evened(linked, kept)
         if not seeds:
             return kept, divisors
         dropped = linked.dropped(kept)
         kept, divisors = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
+
+
+def _evened(linked: Linked, kept: Kept) -> list[tuple[int, State]]:
+    """Seeds that give the layers of a stack as many slices of some axis as the one that has most.
+
+    It is the axis on which the fewest are missing: where whole heads went, that of the heads. What has to go
+    with these comes by the constraints, so that other axes of the same units are even afterwards.
+    """
+    best: tuple[int, list[tuple[int, State]]] | None = None
+    for values in linked.families:
+        for axis, size in enumerate(values[0].shape):
+            rows = {linked.graph.find(value.axes[axis]): kept.indices(value.axes[axis]) for value in values}
+            counts = {node: size if indices is None else len(indices) for node, indices in rows.items()}
+            most = max(counts.values())
+            missing = sum(most - count for count in counts.values())
+            if missing and (best is None or missing < best[0]):
+                seeds = []
+                for node, indices in rows.items():
+                    if indices is not None and len(indices) < most:
+                        seeds.append((node, _with_more(indices, size, most - len(indices))))
+                best = missing, seeds
+    return [] if best is None else best[1]
 
 
 def _with_more(indices: np.ndarray, size: int, count: int) -> State:
@@ -429,36 +446,55 @@ class Stayed:
         return f"{self.count} masked slices of {self.path} along axis {self.axis} stay: {self.why}"
 
 
-def _stayed(linked: Linked, zeros: Any, plan: Plan, needed: Kept) -> list[Stayed]:
-    """What is masked but stays, and why.
+def _stayed(linked: Linked, zeros: Zeros, plan: Plan, needless: Zeros) -> list[Stayed]:
+    """The masked slices that stay, with the reason.
 
     Args:
-      linked: the network.
-      zeros: what is masked, by path and axis.
-      plan: what stays.
-      needed: the solution before its widths were rounded up, and made equal in the layers of a stack.
+      linked: the function.
+      zeros: the slices of params that the masks remove.
+      plan: what goes.
+      needless: the slices that the function can do without, before widths were rounded and layers made even.
     """
     dropped, result = plan.dropped(), []
-    by_layer, facts = plan.by_layer(), None
-    for path, marks in zeros.items():
-        if path in linked.removed:
+    facts = None
+    for name, marks in zeros.items():
+        if name in linked.removed:
             continue
-        for axis, (zero, gone) in enumerate(zip(marks, dropped[path], strict=True)):
+        for axis, (zero, gone) in enumerate(zip(marks, dropped[name], strict=True)):
             left = zero if zero is None or gone is None else zero & ~gone
             if left is None or not left.any():
                 continue
-            node = linked.values[path].axes[axis]
-            indices = needed.indices(node)
-            asked = np.flatnonzero(left) if indices is None else np.intersect1d(np.flatnonzero(left), indices)
-            why = _EMPTY_OR_ROUNDED
-            if len(asked):
-                facts = facts or linked.facts(plan.zeros())
-                why = explain(linked, facts, node, int(asked[0]))
-            if why == _EMPTY_OR_ROUNDED and by_layer.shapes[path] != plan.shapes.get(path):
-                kept = len(by_layer.keep.get(path, {}).get(axis, zero))
-                why = f"the layers of a stack keep equally many slices, and one of them needs {kept}"
-            result.append(Stayed(path, axis, int(left.sum()), why))
+            free = needless[name][axis]
+            for slices, is_needed in (
+                ((left, True),) if free is None else ((left & ~free, True), (left & free, False))
+            ):
+                if not slices.any():
+                    continue
+                if is_needed:
+                    facts = facts or linked.facts(plan.zeros())
+                    node = linked.values[name].axes[axis]
+                    why = explain(linked, facts, node, int(np.flatnonzero(slices)[0]))
+                else:
+                    why = _why_even(linked, needless, name, axis)
+                result.append(Stayed(name, axis, int(slices.sum()), why))
     return result
+
+
+def _why_even(linked: Linked, needless: Zeros, name: str, axis: int) -> str:
+    """Why slices stay that the function could do without."""
+    path, index = linked.paths[name]
+    if not index:
+        return _EMPTY_OR_ROUNDED
+
+    def needed(other: str) -> int:
+        free = needless[other][axis]
+        return linked.values[other].shape[axis] - (0 if free is None else int(free.sum()))
+
+    layers = [other for other, (of, _) in linked.paths.items() if of == path and other not in linked.removed]
+    widest = max(layers, key=needed)
+    if needed(widest) <= needed(name):
+        return _EMPTY_OR_ROUNDED
+    return f"the layers of a stack keep equally many slices, and {widest} needs {needed(widest)}"
 
 
 _EMPTY_OR_ROUNDED = "an axis cannot be empty, or its width is rounded up"

@@ -103,6 +103,8 @@ class Constants:
             return self.along(value, axis)
         if op.name == "transpose":
             return self.along(value, params["permutation"][axis])
+        if op.name == "per_reader":
+            return self.along(value, axis)
         if op.name == "squeeze":
             left = [a for a in range(len(value.shape)) if a not in params["dimensions"]]
             return self.along(value, left[axis])

@@ -17,7 +17,7 @@ from jaxprune.jaxprs import scan_split
 # Ops that return their inputs, one by one. `stop_gradient` does not: dropping it would change gradients.
 _COPIES = frozenset(
     (
-        *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "reshard"),
+        *("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "reshard", "per_reader"),
         *("device_put", "pvary", "inline"),
     )
 )

@@ -34,6 +34,9 @@ _DEFINED_AT_ZERO = frozenset((
 _ZERO_MATTERS = {"div": 1, "rem": 1, "pow": 0}
 """The operand that has to be zero for an op to be singular, again to save time."""
 
+_SAME = ("copy", "per_reader")
+"""Ops that return their input."""
+
 
 class Singularity(NamedTuple):
     """An op that is not finite where its operands are zero.
@@ -212,6 +215,8 @@ def _spoilt_output(
                 together[axis] = either(together[axis], marks) if marks is not None else together[axis]
         for axis, marks in enumerate(together):
             left[axis] = None if marks is None else _still_spoilt(op, spoilt, axis, marks, facts)
+    elif op.name in _SAME:
+        left = list(spoilt[id(value)])
     elif op.name == "broadcast_in_dim":
         for axis, place in enumerate(op.params["broadcast_dimensions"]):
             marks = spoilt[id(value)][axis]
@@ -261,6 +266,8 @@ def _number(value: Value, axis: int | None, index: int, facts: Facts) -> Any:
         inner = places.index(axis) if axis in places else None
         if axis is not None and inner is not None and op.inputs[0].shape[inner] == value.shape[axis]:
             number = _number(op.inputs[0], inner, index, facts)
+    elif op is not None and op.name in _SAME:
+        number = _number(op.inputs[0], axis, index, facts)
     elif op is not None and rule_for(op.name) is elementwise:
         numbers = []
         for operand in op.inputs:
