@@ -15,6 +15,7 @@ Params that cannot lose slices for each reader apart are tied again by `tie_read
 from collections import defaultdict
 from collections.abc import Sequence
 from enum import IntEnum
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from jaxprune.graph.axes import AxisGraph
@@ -282,6 +283,11 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
         if Origin.PARAM in of and any(origins.sums(value, reader) for _, _, reader in places):
             origins.summed.add(id(value))
             of = tuple(Origin.OTHER if origin is Origin.PARAM else origin for origin in of)
+        # Readers of different slices do not share any: each takes those of its own units with it.
+        of = tuple(
+            Origin.OTHER if origin is Origin.PARAM and _are_disjoint(places, axis) else origin
+            for axis, origin in enumerate(of)
+        )
         apart = [of[a] for a, n in enumerate(value.shape) if isinstance(n, int) and n > 1]
         if len(places) < 2 or all(origin is Origin.OTHER for origin in apart):
             return
@@ -331,6 +337,17 @@ def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost:
     for copy in before[id(None)]:
         put(copy)
     region.ops[:] = ops
+
+
+def _are_disjoint(places: Sequence[tuple[list[Value], int, Op | None]], axis: int) -> bool:
+    """Whether all readers of a value take a part of it, and none the same slice along an axis as another."""
+    ends = []
+    for *_, reader in places:
+        if reader is None or reader.name != "slice":
+            return False
+        ends.append((reader.params["start_indices"][axis], reader.params["limit_indices"][axis]))
+    ends.sort()
+    return all(limit <= start for (_, limit), (start, _) in pairwise(ends))
 
 
 def _itself(*args: Any) -> list[Any]:
