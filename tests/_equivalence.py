@@ -204,6 +204,9 @@ class _Seen:
 
     def tangent(self, value, array):
         """A tangent of what is zero whatever the live params are is zero too."""
+        if value.layers:
+            rows = zip(value.layers, jnp.moveaxis(array, value.along, 0), strict=True)
+            return jnp.stack([self.tangent(layer, row) for layer, row in rows], value.along)
         tangent = self.draw(array)
         for axis, zero in enumerate(self.facts.of(value).zero):
             if zero is not None:
