@@ -38,6 +38,7 @@ class Linked:
       values: the param values by path; those of a stack by the names of its layers, such as "up[0]".
       paths: of each of `values`, the param's path and the index of the layer.
       families: values that are the same one in different layers.
+      made: the stacks among all values; `stacked` has their layers.
       removed: the names of params that were taken out whole, see `shortening`; `gone` has their ids.
       region: the function.
     """
@@ -91,6 +92,7 @@ class Linked:
         separate(self.region, self.graph, list(self.values.values()))
         link_region(self.region, self.graph)
         pin_choices(self.region, self.graph)
+        self.made = made
         self.stacked = [list(ir.flat_layers(value)) for value in made]
         self.families: list[Sequence[ir.Value]] = [*self.stacked, *tracing.aligned(self.region)]
         self.removed: frozenset[str] = frozenset()

@@ -78,6 +78,11 @@ def remove(linked: Linked, removed: Removed) -> None:
         for one in roll.rounds:
             one.given[:] = [_resolved(value, found) for value in one.given]
             one.made[:] = [_resolved(value, found) for value in one.made]
+    for stack in linked.made:
+        layers = tuple(_resolved(layer, found) for layer in stack.layers)
+        if any(new is not old for new, old in zip(layers, stack.layers, strict=True)):
+            # What made all layers at once would read what went.
+            stack.layers, stack.op = layers, None
     linked.region = prune_dead(Region(region.inputs, region.outputs, region.ops), rounds)
     linked.removed = removed.names
     linked.gone.update(gone)
