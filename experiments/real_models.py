@@ -29,7 +29,7 @@ from experiments._limits import FlagError
 from experiments._results import Results
 from experiments.real import _measure, _page, _table
 from experiments.real._case import Model
-from experiments.real._models import MODELS
+from experiments.real._catalog import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "experiments/real_models_baseline.csv"

@@ -140,7 +140,9 @@ def execute(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: s
     return len(ran)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(block.mark == "" for block in blocks(page, "python"))]
+)
 def test_code_runs(page, tmp_path, monkeypatch):
     assert execute(page, tmp_path, monkeypatch, {""})
 

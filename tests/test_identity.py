@@ -193,7 +193,7 @@ def test_half_precision_in_a_wider_stream():
 )
 def test_claims_about_a_network_hold_of_its_values(name):
     case = ZOO[name]()
-    linked = Linked(case.apply, case.params, case.inputs, case.state)
+    linked = Linked(case.apply, case.params, case.inputs, case.state, stacks={})
     rng = np.random.default_rng(0)
     claims = 0
     for share in (0.2, 0.5, 0.9):

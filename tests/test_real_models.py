@@ -16,7 +16,7 @@ from experiments import real_models
 from experiments._limits import FlagError
 from experiments.real import _measure, _page, _table
 from experiments.real._case import Case, Model, combine, moved, split_floating
-from experiments.real._models import MODELS
+from experiments.real._catalog import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 BY_NAME = {model.name: model for model in MODELS}

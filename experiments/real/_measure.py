@@ -297,7 +297,7 @@ def environment() -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> None:
     """Measures the model of a name and prints a line of JSON."""
-    from experiments.real._models import MODELS
+    from experiments.real._catalog import MODELS
 
     name, fraction, seed, memory = argv
     limit_memory(float(memory))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.real import _table
-from experiments.real._models import TRIED
+from experiments.real._catalog import TRIED
 from jaxprune.io.atomic import replacing
 
 _TITLE = "# Real models"

@@ -59,7 +59,7 @@ class Group(NamedTuple):
       weights: the paths of the members that the function uses as the weights of a product: what
         takes part by default; None where that is not known.
       stack: for groups in one layer of stacked params, the name of the groups that are the same in all
-        layers, such as "layers/up[*][1]". `compact` needs equal numbers of units in them; else None.
+        layers, such as `"layers/up[*][1]"`. `compact` needs equal numbers of units in them; else None.
       residual: whether the units lie on a residual stream, which all blocks add to: see
         `ChannelGroups.inner`.
     """

@@ -46,11 +46,11 @@ def channels(
     With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
     together, and each kind gives its share.
 
-    Where leaves are stacked (`groups.stacks`), each layer has groups of its own, "layers/up[2][1]", which are
-    pools like any other. As the layers of a scan must stay of one width, each keeps equally many units: with
-    `scope="layerwise"` if their targets are equal; with other scopes always, as many as is nearest to what
-    its layers would keep together, and each layer drops its own lowest. A target may name the stack,
-    "layers/up[*][1]".
+    Where leaves are stacked (`groups.stacks`), each layer has groups of its own, `"layers/up[2][1]"`, which
+    are pools like any other. As the layers of a scan must stay of one width, each keeps equally many units:
+    with `scope="layerwise"` if their targets are equal; with other scopes always, as many as is nearest to
+    what its layers would keep together, and each layer drops its own lowest. A target may name the stack,
+    `"layers/up[*][1]"`.
 
     Args:
       groups: from `channel_groups`.
