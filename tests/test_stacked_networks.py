@@ -785,3 +785,29 @@ def test_scans_of_nnx_as_modules():
     assert small.module is not None, small.why_not
     assert small.module.layers.up.kernel.shape == (2, DATA, HIDDEN // 2)
     assert_close(small.module(x()), expected, "the masked network")
+
+
+def test_layers_are_made_even_by_whole_heads():
+    # Fused queries, keys and values, and heads that went in unequal numbers: 1, 2 and 1 of 4.
+    def attention(p, x):
+        def body(x, w):
+            q, k, v = (a.reshape(*x.shape[:2], 4, 3) for a in jnp.split(x @ w["qkv"], 3, -1))
+            weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k))
+            return x + jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(*x.shape[:2], 12) @ w["out"], None
+
+        return jax.lax.scan(body, x, p)[0]
+
+    rng = np.random.default_rng(0)
+    p = {"qkv": jnp.asarray(rng.normal(size=(3, 6, 36))), "out": jnp.asarray(rng.normal(size=(3, 12, 6)))}
+    x = jnp.asarray(rng.normal(size=(2, 5, 6)))
+    qkv, out = np.ones((3, 6, 3, 4, 3), bool), np.ones((3, 4, 3, 6), bool)
+    for layer, gone in enumerate(([0], [1, 2], [3])):
+        qkv[layer, :, :, gone] = out[layer, gone] = False
+    masks = {"qkv": jnp.asarray(qkv.reshape(3, 6, 36)), "out": jnp.asarray(out.reshape(3, 12, 6))}
+    small = jp.compact(attention, p, masks, x)
+    assert small.params["qkv"].shape == (3, 6, 27) and small.params["out"].shape == (3, 9, 6)
+    assert {stayed.path for stayed in small.stayed} == {"qkv[1]", "out[1]"}
+    assert all("out[0] needs 9" in s.why or "qkv[0] needs 27" in s.why for s in small.stayed)
+    np.testing.assert_allclose(
+        small.apply(small.params, x), attention(jp.apply_masks(p, masks), x), rtol=1e-5, atol=1e-5
+    )
