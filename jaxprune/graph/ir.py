@@ -201,7 +201,9 @@ def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
 
 
 def concrete(value: Value) -> np.ndarray | None:
-    """The array a value is in every call, if that follows from constants alone."""
+    """The array a value is in every call, if that follows from constants alone; no keys of random numbers."""
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return None
     if value.constant is not None:
         if isinstance(value.constant, Tracer) or np.size(value.constant) > _MAX_CONCRETE:
             return None

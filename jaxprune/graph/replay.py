@@ -13,7 +13,7 @@ from jaxprune.graph import placing, readers
 from jaxprune.graph.axes import Kept
 from jaxprune.graph.facts import Facts
 from jaxprune.graph.ir import Op, Region, Roll, Value, flat_layers, is_gone
-from jaxprune.graph.rolling import LayersDifferError, Positions, check_alike, tables
+from jaxprune.graph.rolling import LayersDifferError, NotMadeError, Positions, check_alike, tables
 from jaxprune.graph.rules import elementwise, rule_for
 from jaxprune.graph.rules.slices import take
 
@@ -80,6 +80,14 @@ class Replay:
     def row(self, stack: Value, index: int) -> int:
         """Where a layer lies in what is left of a stack."""
         return index if not self._gone else self.layers(stack).index(stack.layers[index])
+
+    def keep_alike(self, value: Value, other: Value) -> bool:
+        """Whether two values keep the same slices."""
+        axes = range(len(value.shape))
+        return value.shape == other.shape and all(
+            np.array_equal(_or_empty(self.indices(value, axis)), _or_empty(self.indices(other, axis)))
+            for axis in axes
+        )
 
     def node_size(self, node: int, dense: Any) -> Any:
         """How many of a node's slices stay, of so many in the dense program."""
@@ -228,7 +236,7 @@ class _Run:
         if value.op is not None and value.op.lazy:
             self._apply(value.op)
             return self._env[id(value)]
-        raise AssertionError("a value is read before it is made")
+        raise NotMadeError("a value is read before it is made")
 
     def _part(self, value: Value) -> Any:
         assert value.part is not None
@@ -248,6 +256,8 @@ class _Run:
                 args = [self.read(operand) for operand in value.op.inputs]
                 if any(jnp.shape(a) != self.shape(v) for v, a in zip(value.op.inputs, args, strict=True)):
                     raise LayersDifferError
+                if not self._reads_operands(value):
+                    raise LayersDifferError  # the layers read copies, which may have lost other slices
                 if value.op.name in _ASK_FACTS and any(map(self._replay.is_cut, value.op.inputs)):
                     raise LayersDifferError  # facts are known of each layer, and not of stacks
                 outputs = rule_for(value.op.name).emit(value.op, args, self)
@@ -259,6 +269,20 @@ class _Run:
                 for layer in self._replay.layers(value):
                     self._apply_lazy(layer)
         return jnp.stack([self.read(layer) for layer in self._replay.layers(value)], value.along)
+
+    def _reads_operands(self, stack: Value) -> bool:
+        """Whether a stack's op reads in each layer what it reads of all layers at once."""
+        assert stack.op is not None
+        for index, layer in enumerate(stack.layers):
+            if layer.op is None or (layer.layers and not self._reads_operands(layer)):
+                return False
+            if layer.layers:
+                continue
+            for operand, own in zip(stack.op.inputs, layer.op.inputs, strict=True):
+                of_layer = operand.layers[index] if operand.layers else operand
+                if of_layer is not own and not self._replay.keep_alike(of_layer, own):
+                    return False
+        return True
 
     def _apply_lazy(self, value: Value) -> None:
         """Makes a layer of a stack by what the stack's op is in that layer."""
@@ -291,9 +315,12 @@ class _Run:
         cut = shorter or any(map(inner.changed, ops))
         cut = cut or any(map(inner.is_cut, (*roll.inputs, *roll.results)))
         if not cut:
-            outputs = roll.bind(*(self.read(value) for value in roll.inputs))
-            self._env.update((id(v), array) for v, array in zip(roll.results, outputs, strict=True))
-            return
+            try:
+                outputs = roll.bind(*(self.read(value) for value in roll.inputs))
+                self._env.update((id(v), array) for v, array in zip(roll.results, outputs, strict=True))
+                return
+            except NotMadeError:
+                pass
         try:
             self._env.update(self._one_loop(roll, ops, level))
         except LayersDifferError:

@@ -5,7 +5,7 @@ reads the block any more. A layer of a stack then leaves the loop; a block of a 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,11 +130,13 @@ def _made_of(value: Value, name_of: Mapping[int, str]) -> Iterator[str]:
 
 
 def _listed(linked: Linked, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
-    """The blocks of each list or dict."""
-    families: dict[str, list[frozenset[str]]] = {}
+    """The blocks of each list or dict that are laid out alike."""
+    families: dict[Any, list[frozenset[str]]] = {}
     for block in blocks:
-        names = (name for name, (path, _) in linked.paths.items() if path.startswith(f"{block}/"))
-        families.setdefault(block.rpartition("/")[0], []).append(frozenset(names))
+        names = frozenset(name for name, (path, _) in linked.paths.items() if path.startswith(f"{block}/"))
+        paths = sorted({linked.paths[name][0] for name in names})
+        layout = tuple((path.removeprefix(block), tuple(linked.leaves[path].shape)) for path in paths)
+        families.setdefault((block.rpartition("/")[0], layout), []).append(names)
     yield from families.values()
 
 
