@@ -128,7 +128,13 @@ class Replay:
         """An array with the sharding of a value that may have lost slices."""
         if value.sharding is None:
             return array
-        return placing.place(array, placing.small_sharding(value.sharding, value.shape, self.shape(value)))
+        return placing.place(array, self.small_sharding(value))
+
+    def small_sharding(self, value: Value) -> Any:
+        """The sharding of a value without the slices that go; None where it has none."""
+        if value.sharding is None:
+            return None
+        return placing.small_sharding(value.sharding, value.shape, self.shape(value))
 
     def changed(self, op: Op) -> bool:
         """Whether a value of an op, or of its regions, has lost a slice."""
@@ -300,7 +306,7 @@ class _Run:
             emitted = op
             if placing.is_explicit((*op.inputs, *op.outputs)):
                 args = placing.gathered(op, args, [self._replay.lost(value) for value in op.inputs])
-                emitted = placing.with_sharding(op, self._small_sharding(op.outputs[0]))
+                emitted = placing.with_sharding(op, self._replay.small_sharding(op.outputs[0]))
             outputs = rule_for(op.name).emit(emitted, args, self)
             outputs = [self._replay.cut(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
             outputs = [self._replay.place(v, a) for v, a in zip(op.outputs, outputs, strict=True)]
@@ -411,11 +417,6 @@ class _Run:
         if any(array.shape != arrays[0].shape for array in arrays):
             raise LayersDifferError
         return jnp.stack(arrays)
-
-    def _small_sharding(self, value: Value) -> Any:
-        if value.sharding is None:
-            return None
-        return placing.small_sharding(value.sharding, value.shape, self.shape(value))
 
     def representative(self, value: Value, axis: int) -> Any:
         """One of the slices that are alike along an axis, which then has size 1.

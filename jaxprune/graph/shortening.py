@@ -49,9 +49,10 @@ def removable(linked: Linked, masks: Mapping[str, np.ndarray], blocks: Collectio
         going += mostly_dead[: len(family) - 1]
     while going:
         names = frozenset[str]().union(*going)
-        left = _still_read(linked, Removed(names, names - dead))
+        removed = Removed(names, names - dead)
+        left = _still_read(linked, removed, *_bypasses(linked, removed))
         if not left:
-            return Removed(names, names - dead)
+            return removed
         going = [each for each in going if not each & left]
     return NOTHING
 
@@ -64,13 +65,13 @@ def remove(linked: Linked, removed: Removed) -> None:
     """
     if not removed.names:
         return
-    if left := _still_read(linked, removed):
+    found, rounds = _bypasses(linked, removed)
+    if left := _still_read(linked, removed, found, rounds):
         raise ValueError(
             f"the plan takes out {', '.join(sorted(left))}, but this function is not the identity there when "
             "it is zero, so it needs it."
         )
     region, gone = linked.region, {id(linked.values[name]) for name in removed.names}
-    found, rounds = _bypasses(linked, removed)
     for op in region.ops:
         op.inputs[:] = [_resolved(value, found) for value in op.inputs]
     region.outputs[:] = [_resolved(value, found) for value in region.outputs]
@@ -193,9 +194,10 @@ def _reads(op: Op, ids: Collection[int]) -> bool:
     return any(is_gone(each, ids) for value in op.inputs for each in with_layers(value))
 
 
-def _still_read(linked: Linked, removed: Removed) -> frozenset[str]:
-    """The params among some that the function needs even if they are zero."""
-    found, rounds = _bypasses(linked, removed)
+def _still_read(
+    linked: Linked, removed: Removed, found: Mapping[int, Value], rounds: Collection[_Round]
+) -> frozenset[str]:
+    """The params among some that the function needs even if they are zero, given their `_bypasses`."""
     name_of = {id(linked.values[name]): name for name in removed.names}
     read: set[int] = set()
 
