@@ -1,5 +1,5 @@
 """For all tests and doctests: programs are compiled without XLA's dearest optimisations."""
 
-from tests._quick import compile_quickly
+from tests.support.quick import compile_quickly
 
 compile_quickly()

@@ -31,11 +31,14 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _distill, _faults, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import LeNet
-from experiments._results import Results
+from experiments.data import datasets
 from experiments.lenet import file_bytes
+from experiments.networks.small import LeNet
+from experiments.run import stopping
+from experiments.run.results import Results
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import tables
+from experiments.training import distill, loops
 
 HALF = (5, 10, 25)  # the widths that half of the channels leave
 STEPS = {
@@ -87,15 +90,15 @@ def applied(model: LeNet) -> Callable[..., Any]:
     return lambda params, x: model.apply({"params": params}, x)
 
 
-def networks(config: Config, train: _train.Split, test: _train.Split, bar: tqdm) -> dict[str, Network]:
+def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -> dict[str, Network]:
     """The networks of each step but the first, by its name."""
     lenet, narrow = (LeNet(jax.default_backend() == "cpu", widths) for widths in ((10, 20, 50), HALF))
-    keys = [_train.seed_keys(config.seeds, purpose) for purpose in range(5)]
-    mix = _distill.Mix(config.temperature, config.alpha)
+    keys = [loops.seed_keys(config.seeds, purpose) for purpose in range(5)]
+    mix = distill.Mix(config.temperature, config.alpha)
     fit, fit_narrow = (
-        _distill.fitter(model, optax.adam(config.lr), config.batch_size, train) for model in (lenet, narrow)
+        distill.fitter(model, optax.adam(config.lr), config.batch_size, train) for model in (lenet, narrow)
     )
-    accuracy, accuracy_narrow = (_train.evaluator(model, test) for model in (lenet, narrow))
+    accuracy, accuracy_narrow = (loops.evaluator(model, test) for model in (lenet, narrow))
 
     def plain(model: LeNet, accuracy: Any, params: Any, masks: Any = None, int8: bool = True) -> Network:
         params = as_int8(params) if int8 else params
@@ -106,17 +109,17 @@ def networks(config: Config, train: _train.Split, test: _train.Split, bar: tqdm)
         return Network(accuracy(params), of_seed, int8)
 
     bar.set_description("LeNet")
-    init = _train.init(lenet, train, keys[0])
+    init = loops.init(lenet, train, keys[0])
     ones = jp.ones_masks(init)
     dense = fit(init, ones, keys[1], config.epochs, bar)
-    answers = _distill.answerer(lenet, train)(dense)
+    answers = distill.answerer(lenet, train)(dense)
     found = {
         "compiled": plain(lenet, accuracy, dense, int8=False),
         "int8": plain(lenet, accuracy, dense),
     }
 
     bar.set_description(STEPS["smaller"])
-    init = _train.init(narrow, train, keys[2])
+    init = loops.init(narrow, train, keys[2])
     whole, epochs = jp.ones_masks(init), config.epochs + config.tune_epochs
     alone = fit_narrow(init, whole, keys[3], epochs, bar)
     found["smaller"] = plain(narrow, accuracy_narrow, alone, int8=False)
@@ -141,7 +144,7 @@ def networks(config: Config, train: _train.Split, test: _train.Split, bar: tqdm)
     found["channels"] = Network(accuracy(params), compacted, int8=True)
 
     bar.set_description(STEPS["weights"])
-    masks = _distill.prune(dense, ones, config.sparsity)
+    masks = distill.prune(dense, ones, config.sparsity)
     tuned = fit(dense, masks, keys[4], config.tune_epochs, bar, answers, mix)
     found["weights"] = plain(lenet, accuracy, tuned, masks)
     return found
@@ -177,8 +180,8 @@ def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[st
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     check_limits(config)
-    data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
-    train, test = _train.splits(data)
+    data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
+    train, test = loops.splits(data)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))
     lines: list[dict[str, Any]] = []
     total = 3 * config.epochs + 4 * config.tune_epochs
@@ -203,7 +206,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
         mean = {key: np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes")}
         text.append(
             f"{title:<29}{mean['nonzero']:>7,.0f}{mean['macs']:>8,.0f}{mean['file_bytes']:>7,.0f}"
-            f"{own[0]['program_bytes']:>8,}{own[0]['speed_up']:>6.2f}{_tables.cell(own):>15}"
+            f"{own[0]['program_bytes']:>8,}{own[0]['speed_up']:>6.2f}{tables.cell(own):>15}"
         )
     return "\n".join(text)
 
@@ -211,7 +214,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _faults.ends_plainly(config.out):
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet on {data}, {len(config.seeds)} seeds; bytes of the file and of the exported program")

@@ -37,14 +37,17 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _distill, _faults, _plots, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._distill import Mix
-from experiments._limits import FlagError
-from experiments._models import MLP, LeNet
-from experiments._results import Results
+from experiments.data import datasets
 from experiments.lenet import PRESETS as LENET
 from experiments.lenet import file_bytes, optimizers
+from experiments.networks.small import MLP, LeNet
+from experiments.run import stopping
+from experiments.run.limits import FlagError
+from experiments.run.results import Results
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import distill, loops
+from experiments.training.distill import Mix
 
 PARTS = ("student", "few", "pruning")
 STUDENTS = {"conv-linear": False, "conv-relu-linear": True}  # whether there is a relu
@@ -120,7 +123,7 @@ def settings(config: Config) -> Sizes:
 def student_mixes(config: Config) -> dict[str, Mix]:
     """What a student learns from, by name."""
     return {
-        LABELS: _distill.LABELS,
+        LABELS: distill.LABELS,
         TWICE: Mix(scale=2),
         # Half the sum of hard and soft cross-entropy, but for a constant, is this mixture.
         SUM: Mix(temperature=1, alpha=0.5, scale=2),
@@ -134,12 +137,12 @@ class Dense(NamedTuple):
     Attributes:
       init, params: before and after, with a leading seed axis.
       images: those it was trained on.
-      fit: trains such networks on them; see `_distill.fitter`.
+      fit: trains such networks on them; see `distill.fitter`.
     """
 
     init: Any
     params: Any
-    images: _train.Split
+    images: loops.Split
     fit: Callable[..., Any]
 
 
@@ -151,15 +154,15 @@ class Study:
         if set(config.parts) & {"few", "pruning"}:
             self._train_dense()
 
-    def splits(self, size: int | None = None) -> tuple[_train.Split, _train.Split]:
+    def splits(self, size: int | None = None) -> tuple[loops.Split, loops.Split]:
         """All training images, and the test images."""
         config = self.config
-        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
-        return _train.splits(data)
+        data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        return loops.splits(data)
 
     def keys(self, purpose: int) -> jax.Array:
         """A key for each seed."""
-        return _train.seed_keys(self.config.seeds, purpose)
+        return loops.seed_keys(self.config.seeds, purpose)
 
     def lines(
         self, accuracies: np.ndarray, own: Callable[[int], dict[str, Any]] | None = None, **same: Any
@@ -188,18 +191,18 @@ class Study:
         if not 1 <= self.sizes.few <= len(train.y):
             raise FlagError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
         few = train._replace(x=train.x[: self.sizes.few], y=train.y[: self.sizes.few])
-        self.accuracy = _train.evaluator(MLP(), test)
+        self.accuracy = loops.evaluator(MLP(), test)
         self.dense = {
             "all": self._dense("all", train, self.sizes.epochs, 0),
             "few": self._dense("few", few, self.sizes.few_epochs, 2),
         }
         # What the network that has seen all images says of the few.
-        self.told = _distill.answerer(MLP(), few)(self.dense["all"].params)
+        self.told = distill.answerer(MLP(), few)(self.dense["all"].params)
 
-    def _dense(self, images: str, split: _train.Split, epochs: int, purpose: int) -> Dense:
+    def _dense(self, images: str, split: loops.Split, epochs: int, purpose: int) -> Dense:
         self.bar.set_description(f"dense, {images} images")
-        fit = _distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
-        init = _train.init(MLP(), split, self.keys(purpose))
+        fit = distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
+        init = loops.init(MLP(), split, self.keys(purpose))
         ones, keys = jp.ones_masks(init), self.keys(purpose + 1)
         params = self.once(f"dense-{images}", epochs, lambda: fit(init, ones, keys, epochs, self.bar))
         same = {"part": "dense", "images": images, "method": LABELS, "sparsity": 0.0}
@@ -225,13 +228,13 @@ def student(study: Study) -> None:
         "LeNet": (LeNet(im2col), optimizers(lenet, len(train.y))[0], lenet.batch_size, lenet.epochs)
     }
     for name, relu in STUDENTS.items():
-        own = _distill.Student(relu, im2col), optax.sgd(0.01, 0.2)
+        own = distill.Student(relu, im2col), optax.sgd(0.01, 0.2)
         networks[name] = (*own, sizes.student_batch_size, sizes.student_epochs)
     answers = None
     for number, (name, (model, optimizer, batch_size, epochs)) in enumerate(networks.items()):
-        fit = _distill.fitter(model, optimizer, batch_size, train)
-        accuracy = _train.evaluator(model, test)
-        init = _train.init(model, train, study.keys(10 + 2 * number))
+        fit = distill.fitter(model, optimizer, batch_size, train)
+        accuracy = loops.evaluator(model, test)
+        init = loops.init(model, train, study.keys(10 + 2 * number))
         first = jax.tree.map(operator.itemgetter(0), init)
         image, _ = train.batch(jnp.arange(1))
         costs = {
@@ -240,14 +243,14 @@ def student(study: Study) -> None:
                 lambda params, x, m=model: m.apply({"params": params}, x), first, image
             ).total,
         }
-        for method, mix in ({LABELS: _distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
+        for method, mix in ({LABELS: distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
             study.bar.set_description(f"{name}, {method}")
             keys, ones = study.keys(11 + 2 * number), jp.ones_masks(init)
             same = {"part": "student", "network": name, "method": method}
             if name == "LeNet":
                 make = partial(fit, init, ones, keys, epochs, study.bar, None, mix)
                 params = study.once("teacher", epochs, make)
-                answers = _distill.answerer(model, train)(params)
+                answers = distill.answerer(model, train)(params)
                 if not study.missing(0, **same):
                     continue
             elif study.missing(epochs, **same):
@@ -283,8 +286,8 @@ def pruning(study: Study) -> None:
     for images, epochs in (("all", study.sizes.tune_epochs), ("few", study.sizes.few_tune_epochs)):
         dense = study.dense[images]
         mix, ways = Mix(study.config.temperature, study.config.alpha), {}
-        ways[LABELS] = (None, _distill.LABELS)
-        ways[DENSE] = (_distill.answerer(MLP(), dense.images)(dense.params), mix)
+        ways[LABELS] = (None, distill.LABELS)
+        ways[DENSE] = (distill.answerer(MLP(), dense.images)(dense.params), mix)
         if images == "few":
             ways[TAUGHT] = (study.told, mix)
         for method, (answers, mix) in ways.items():
@@ -294,12 +297,12 @@ def pruning(study: Study) -> None:
             params, masks, lines = dense.params, jp.ones_masks(dense.params), []
             for level, sparsity in enumerate(sorted(study.config.sparsities), start=1):
                 study.bar.set_description(f"{images} images, {method} {sparsity:.0%}")
-                masks = _distill.prune(params, masks, sparsity)
+                masks = distill.prune(params, masks, sparsity)
                 before = study.accuracy(jp.apply_masks(params, masks))
                 keys = study.keys(100 + level)
                 params = dense.fit(params, masks, keys, epochs, study.bar, answers, mix)
                 same = chain | {"sparsity": sparsity, "train_images": len(dense.images.y), "epochs": epochs}
-                figures = _distill.figures(params, masks, before)
+                figures = distill.figures(params, masks, before)
                 lines += study.lines(study.accuracy(params), figures, **same)
             study.results.add(lines)
 
@@ -342,28 +345,28 @@ def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
                 row += f"{size:>{width},.0f} {f'(1/{dense / size:.2f})':>7}"
             text.append(row)
         methods = list(student_mixes(config))
-        text += ["", f"taught by LeNet ({_tables.cell(teacher)}), {group[0]['epochs']} epochs"]
-        text += _tables.by_method(
+        text += ["", f"taught by LeNet ({tables.cell(teacher)}), {group[0]['epochs']} epochs"]
+        text += tables.by_method(
             own(part="student"), {name: name for name in STUDENTS}, "network", methods, heading="student"
         )
     for images in ("all", "few") if set(config.parts) & {"few", "pruning"} else ():
         dense = own(part="dense", images=images)
         count = dense[0]["train_images"]
-        text += ["", f"LeNet-300-100 on {count} images, {dense[0]['epochs']} epochs: {_tables.cell(dense)}"]
+        text += ["", f"LeNet-300-100 on {count} images, {dense[0]['epochs']} epochs: {tables.cell(dense)}"]
         if images == "few" and "few" in config.parts:
             text += ["", "the same, taught by the network that has seen all      more than by labels"]
             for temperature in config.temperatures:
                 group = own(part="few", temperature=temperature)
-                gain = _train.percent(
+                gain = loops.percent(
                     [a["accuracy"] - b["accuracy"] for a, b in zip(group, dense, strict=True)]
                 )
-                text.append(f"{f'T={temperature:g}':>14}{_tables.cell(group):>20}{gain:>40}")
+                text.append(f"{f'T={temperature:g}':>14}{tables.cell(group):>20}{gain:>40}")
         if "pruning" in config.parts:
             group = own(part="pruning", images=images)
             rows = {s: f"{s:.1%}" for s in sorted(config.sparsities)}
             methods = list(dict.fromkeys(line["method"] for line in group))
             text += ["", f"pruned level after level, {group[0]['epochs']} epochs of tuning after each"]
-            text += _tables.by_method(group, rows, "sparsity", methods, heading="sparsity")
+            text += tables.by_method(group, rows, "sparsity", methods, heading="sparsity")
     return "\n".join(text)
 
 
@@ -375,11 +378,11 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str
         dense = [line for line in lines if (line["part"], line.get("images")) == ("dense", images)]
         methods = list(dict.fromkeys(line["method"] for line in group))
         names.append(f"pruning-{images}.png")
-        _plots.panels(
+        figures.panels(
             Path(config.out) / names[-1],
             f"LeNet-300-100, {data}, {group[0]['train_images']} images; {group[0]['epochs']} epochs a level, "
             f"{len(config.seeds)} seeds",
-            [("compression (weights)", _plots.by_method(group, methods, sorted(config.sparsities)))],
+            [("compression (weights)", figures.by_method(group, methods, sorted(config.sparsities)))],
             baseline=np.array([line["accuracy"] for line in dense]),
         )
     return names
@@ -388,8 +391,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    _train.use_cores(config.seeds)
-    with _faults.ends_plainly(config.out):
+    loops.use_cores(config.seeds)
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")

@@ -31,10 +31,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import MLP
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP
+from experiments.run import saved_recipes, stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import loops
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
     """
     adam, when = optax.adam(config.lr), moves(config, steps)
     return {
-        "static": _train.fixed(adam),
+        "static": loops.fixed(adam),
         "set": lambda masks, key: jp.wrap_optax(adam, jp.set_(masks, seed=key, **when)),
         "rigl": lambda masks, key: jp.wrap_optax(adam, jp.rigl(masks, **when)),
     }
@@ -102,21 +105,21 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     check_limits(config)
-    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
-    train, test = _train.splits(data)
-    train, held_out = _train.hold_out(train, 1 / 12)
+    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+    train, test = loops.splits(data)
+    train, held_out = loops.hold_out(train, 1 / 12)
     steps = epochs(config) * -(-len(train.y) // config.batch_size)
     model = MLP()
-    accuracy = _train.evaluator(model, test)
-    init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
-    init = _train.init(model, train, init_keys)
+    accuracy = loops.evaluator(model, test)
+    init_keys, keys, mask_keys = (loops.seed_keys(config.seeds, purpose) for purpose in range(3))
+    init = loops.init(model, train, init_keys)
     ones = jp.ones_masks(init)
     total = 1 + len(METHODS) * len(config.sparsities)
     results = Results(config.out, "dynamic_sparse", config, go_on=not config.fresh)
     with results, tqdm(total=total, unit="run") as bar:
 
-        def fitter(optimizer_of: Any) -> Callable[..., _train.Fit]:
-            return _train.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
+        def fitter(optimizer_of: Any) -> Callable[..., loops.Fit]:
+            return loops.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
 
         def train_and_record(method: str, sparsity: float, start: Any, fit: Any) -> None:
             bar.set_description(f"{method} {sparsity:.0%}")
@@ -153,7 +156,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         for sparsity in config.sparsities:
             for method in METHODS:
                 own = recipe(config, method, sparsity, steps)
-                _recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
+                saved_recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
             masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(init, mask_keys)
             for method, fit in fits.items():
                 train_and_record(method, sparsity, masks, fit)
@@ -178,16 +181,16 @@ def _kernels(masks: Any) -> dict[str, Any]:
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
     rows = {s: f"{s:.0%}" for s in sorted({line["sparsity"] for line in lines} - {0.0})}
-    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
-    return "\n".join(text + _tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity"))
+    text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
+    return "\n".join(text + tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity"))
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Accuracy against compression of the weights, as `accuracy.png`."""
-    _plots.panels(
+    figures.panels(
         Path(config.out) / "accuracy.png",
         f"LeNet-300-100, {data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds",
-        [("compression (weights)", _plots.by_method(lines, METHODS, sorted(config.sparsities)))],
+        [("compression (weights)", figures.by_method(lines, METHODS, sorted(config.sparsities)))],
         baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
     )
 
@@ -195,8 +198,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    _train.use_cores(config.seeds)
-    with _faults.ends_plainly(config.out):
+    loops.use_cores(config.seeds)
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")

@@ -29,10 +29,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import MLP
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP
+from experiments.run import saved_recipes, stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import loops
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,14 @@ def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     check_limits(config)
-    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
-    train_split, test_split = _train.splits(data)
+    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+    train_split, test_split = loops.splits(data)
     steps_per_epoch = -(-len(train_split.y) // config.batch_size)
     model, adam = MLP(), optax.adam(config.lr)
-    fit = _train.masked_fitter(model, adam, config.batch_size, train_split)
-    accuracy = _train.evaluator(model, test_split)
-    init = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
-    keys, tune_keys, mask_keys = (_train.seed_keys(config.seeds, purpose=p) for p in (1, 2, 3))
+    fit = loops.masked_fitter(model, adam, config.batch_size, train_split)
+    accuracy = loops.evaluator(model, test_split)
+    init = loops.init(model, train_split, loops.seed_keys(config.seeds, purpose=0))
+    keys, tune_keys, mask_keys = (loops.seed_keys(config.seeds, purpose=p) for p in (1, 2, 3))
     ones = jp.ones_masks(init)
     before = config.epochs - config.tune_epochs
 
@@ -137,12 +140,12 @@ def run(config: Config) -> list[dict[str, Any]]:
             for method in METHODS:
                 own = recipe(config, method, sparsity, steps_per_epoch)
                 pruners[method] = own.pruner(jax.tree.map(operator.itemgetter(0), init))
-                _recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
+                saved_recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
             for scope in ("global", "layerwise"):
                 if not missing(scope, sparsity):
                     continue
                 tx = jp.wrap_optax(adam, pruners[scope])
-                gradually = _train.fitter(model, tx, config.batch_size, train_split)
+                gradually = loops.fitter(model, tx, config.batch_size, train_split)
                 params, opt_state = gradually(init, keys, config.epochs, bar)
                 record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
 
@@ -160,22 +163,22 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
-    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
+    text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
     text.append("sparsity  achieved" + "".join(f"{title:>15}" for title in METHODS.values()))
     for sparsity in sorted({line["sparsity"] for line in lines} - {0.0}):
         achieved = {round(line["achieved"], 4) for line in lines if line["sparsity"] == sparsity}
         text.append(
             f"{sparsity:>8.0%}  {'/'.join(f'{x:.2%}' for x in sorted(achieved)):>8}"
-            + "".join(f"{_tables.cell(lines, method=method, sparsity=sparsity):>15}" for method in METHODS)
+            + "".join(f"{tables.cell(lines, method=method, sparsity=sparsity):>15}" for method in METHODS)
         )
     return "\n".join(text)
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Accuracy against compression of the weights, as `accuracy.png`."""
-    curves = _plots.by_method(lines, list(METHODS), sorted(config.sparsities))
+    curves = figures.by_method(lines, list(METHODS), sorted(config.sparsities))
     curves = {METHODS[method]: curve for method, curve in curves.items()}
-    _plots.panels(
+    figures.panels(
         Path(config.out) / "accuracy.png",
         f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds",
         [("compression (weights)", curves)],
@@ -186,7 +189,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _faults.ends_plainly(config.out):
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")

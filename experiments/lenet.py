@@ -26,10 +26,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _recipes, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import LeNet
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import LeNet
+from experiments.run import saved_recipes, stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures
+from experiments.training import loops
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def measure(masks: Any) -> Size:
     )
 
 
-def without_dead_channels(params: Any, masks: Any, split: _train.Split) -> dict[str, Any]:
+def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[str, Any]:
     """Takes the dead channels out of a masked LeNet and measures what is left.
 
     A dead channel still gives relu(bias), which is folded into the biases of the next layer.
@@ -245,7 +248,7 @@ def optimizers(training: Training, train_size: int) -> tuple[Any, Any]:
     return optax.sgd(rate, training.momentum), optax.sgd(training.tune_lr, training.momentum)
 
 
-def timer(model: LeNet, split: _train.Split, runs: int) -> Callable[[Any, Any], float]:
+def timer(model: LeNet, split: loops.Split, runs: int) -> Callable[[Any, Any], float]:
     """`ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
 
     The passes alternate, so that both meet the same noise; the ratio is of the medians.
@@ -276,13 +279,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     training = PRESETS[preset]
     if config.epochs is not None:
         training = dataclasses.replace(training, epochs=config.epochs)
-    data = _data.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
-    train_split, test_split = _train.splits(data)
+    data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
+    train_split, test_split = loops.splits(data)
     model = LeNet(im2col=jax.default_backend() == "cpu")
     dense_optimizer, tune_optimizer = optimizers(training, len(train_split.y))
-    train = _train.masked_fitter(model, dense_optimizer, training.batch_size, train_split)
-    tune = _train.masked_fitter(model, tune_optimizer, training.tune_batch_size, train_split)
-    accuracy = _train.evaluator(model, test_split)
+    train = loops.masked_fitter(model, dense_optimizer, training.batch_size, train_split)
+    tune = loops.masked_fitter(model, tune_optimizer, training.tune_batch_size, train_split)
+    accuracy = loops.evaluator(model, test_split)
     speed = timer(model, train_split, config.timing_runs)
 
     def first(tree: Any) -> Any:
@@ -322,8 +325,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             results.add(lines)
 
         bar.set_description("dense")
-        init = _train.init(model, train_split, _train.seed_keys(config.seeds, purpose=0))
-        ones, keys = jp.ones_masks(init), _train.seed_keys(config.seeds, purpose=1)
+        init = loops.init(model, train_split, loops.seed_keys(config.seeds, purpose=0))
+        ones, keys = jp.ones_masks(init), loops.seed_keys(config.seeds, purpose=1)
         dense = results.once("dense", lambda: train(init, ones, keys, training.epochs, bar))
         bar.update(training.epochs - bar.n)
         dense_bytes = [
@@ -335,7 +338,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         for name, method in METHODS.items():
             prune = jax.jit(jax.vmap(method.prune, in_axes=(0, 0, 0, None)))
             for amount in config.amounts:
-                _recipes.save_method(results.unfinished, f"{name}-{amount:g}", recipe(name, amount))
+                saved_recipes.save_method(results.unfinished, f"{name}-{amount:g}", recipe(name, amount))
                 if results.done(method=name, amount=amount):
                     bar.update(config.rounds * config.tune_epochs)
                     continue
@@ -343,7 +346,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 params, masks, left = dense, ones, method.sizes(first(dense))
                 before = np.zeros(len(config.seeds))
                 for number in range(config.rounds):
-                    keys = _train.seed_keys(config.seeds, purpose=2 + number)
+                    keys = loops.seed_keys(config.seeds, purpose=2 + number)
                     counts = {path: jp.selection.removed_count(amount, n) for path, n in left.items()}
                     left = {path: n - counts[path] for path, n in left.items()}
                     masks = prune(params, masks, keys, counts)
@@ -411,8 +414,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
             continue
         y = np.array([[line["accuracy"] for line in group] for group in grouped])
         sizes, macs = ([dense[0][k] / group[0][k] for group in grouped] for k in ("nonzero", "macs"))
-        compression[method.title], speed_up[method.title] = _plots.Curve(sizes, y), _plots.Curve(macs, y)
-    _plots.panels(
+        compression[method.title], speed_up[method.title] = figures.Curve(sizes, y), figures.Curve(macs, y)
+    figures.panels(
         path=Path(config.out) / "accuracy.png",
         title=f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds",
         curves=[
@@ -424,7 +427,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
 
 
 def _mean(group: Sequence[dict[str, Any]]) -> str:
-    return _train.percent([line["accuracy"] for line in group])
+    return loops.percent([line["accuracy"] for line in group])
 
 
 def _ratio(dense: int, pruned: int) -> str:
@@ -434,7 +437,7 @@ def _ratio(dense: int, pruned: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with _faults.ends_plainly(config.out):
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         note = "MNIST" if config.dataset == "mnist" else "digits"
         print(f"\nLeNet on {note}")

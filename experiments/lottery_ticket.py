@@ -37,11 +37,14 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._checkpoint import Checkpoints, forget
-from experiments._config import check_limits, flag, parse
-from experiments._models import MLP
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP
+from experiments.run import saved_recipes, stopping
+from experiments.run.checkpoint import Checkpoints, forget
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import loops
 
 CHAINS = ("ticket", "tune", "learning-rate")
 BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")
@@ -164,24 +167,24 @@ class Study:
 
     def __init__(self, config: Config):
         self.config, self.settings = config, settings(config)
-        data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
-        train, test = _train.splits(data)
-        train, held_out = _train.hold_out(train, 1 / 12)
+        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+        train, test = loops.splits(data)
+        train, held_out = loops.hold_out(train, 1 / 12)
         model, adam = MLP(glorot=self.settings.glorot), optax.adam(self.settings.lr)
         batch_size = self.settings.batch_size
-        self.accuracy = _train.evaluator(model, test)
+        self.accuracy = loops.evaluator(model, test)
         late, epochs = config.rewind_epoch, self.settings.epochs
 
-        def whole_run(epochs: int, begin: int = 0) -> Callable[..., _train.Fit]:
-            optimizer_of = _train.fixed(adam)
-            return _train.whole_run(model, optimizer_of, batch_size, epochs, train, held_out, begin)
+        def whole_run(epochs: int, begin: int = 0) -> Callable[..., loops.Fit]:
+            optimizer_of = loops.fixed(adam)
+            return loops.whole_run(model, optimizer_of, batch_size, epochs, train, held_out, begin)
 
         self.fit, self.tune = whole_run(epochs, begin=late), whole_run(self.settings.tune_epochs)
         init_keys, other_keys, self.mask_keys, self.train_keys, self.tune_keys = (
-            _train.seed_keys(config.seeds, purpose) for purpose in range(5)
+            loops.seed_keys(config.seeds, purpose) for purpose in range(5)
         )
-        self.init = _train.init(model, train, init_keys)
-        self.other_init = _train.init(model, train, other_keys)
+        self.init = loops.init(model, train, init_keys)
+        self.other_init = loops.init(model, train, other_keys)
         if late:
             ones = jp.ones_masks(self.init)
             self.init = whole_run(late)(self.init, ones, self.train_keys).params
@@ -199,7 +202,7 @@ class Study:
         state = self.pruner.init(self.init)
         return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
 
-    def chain(self, method: str, after: jp.Ticket | None, fits: list[_train.Fit]) -> Iterator[jp.Ticket]:
+    def chain(self, method: str, after: jp.Ticket | None, fits: list[loops.Fit]) -> Iterator[jp.Ticket]:
         """The levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
 
         def trainer(fit, keys):
@@ -218,7 +221,7 @@ class Study:
         levels = self.settings.levels
         return jp.lottery_ticket(train, self.init, self.pruner, levels, after=after, **options)
 
-    def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, _train.Fit]:
+    def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, loops.Fit]:
         """Masks and training of a control of a ticket; `dense` is the trained dense network."""
         masks, start, fit, keys = ticket.masks, self.init, self.fit, self.train_keys
         if method == "reinit":
@@ -233,7 +236,7 @@ class Study:
             start, fit, keys = dense, self.tune, self.tune_keys
         return masks, fit(jp.rewind(start, masks), masks, keys)
 
-    def lines(self, method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
+    def lines(self, method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
         """The figures of a level, a line per seed."""
         at_end, stopped = self.accuracy(fit.params), self.accuracy(fit.best)
         tuned = method in ("tune", "one-shot-tune")
@@ -279,10 +282,10 @@ def run(config: Config) -> list[dict[str, Any]]:
         stores = {method: stack.enter_context(Checkpoints(folder / method, same)) for method in chains}
         study = Study(config)
         results.drop_lines()  # the checkpoints have them, up to their last whole levels
-        _recipes.save_method(results.unfinished, "ticket", study.recipe)
+        saved_recipes.save_method(results.unfinished, "ticket", study.recipe)
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
-        def measured(method: str, level: int, masks: Any, fit: _train.Fit) -> list[dict[str, Any]]:
+        def measured(method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
             """A level's lines; the first seed's masks of a method's last level are kept."""
             new = study.lines(method, level, masks, fit)
             if level and level == max(chosen.branch_levels if method in BRANCHES else (chosen.levels,)):
@@ -304,7 +307,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             if saved := checkpoints.restore((ticket, dense)):
                 (after, dense), own = saved
                 add(own)
-            fits: list[_train.Fit] = []
+            fits: list[loops.Fit] = []
             for ticket in study.chain(method, after, fits):
                 level = int(ticket.level)
                 dense = ticket.trained if level == 0 else dense
@@ -324,12 +327,12 @@ def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
     rows = {level: f"{left[level]:>7.2%}{level:>7}" for level in shown}
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     text = ["accuracy in % after the last epoch, mean and s.d. over seeds"]
-    text += _tables.by_method(lines, rows, "level", methods, heading="left %  level")
+    text += tables.by_method(lines, rows, "level", methods, heading="left %  level")
     text += ["", "the ticket where early stopping on held-out images would have stopped"]
     text.append("left %   level    epoch      accuracy %")
     for level in shown:
         epochs = [x["early_stop_epoch"] for x in lines if (x["method"], x["level"]) == ("ticket", level)]
-        stopped = _tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
+        stopped = tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
         text.append(f"{rows[level]}{np.mean(epochs):>9.1f}{stopped:>16}")
     return "\n".join(text)
 
@@ -341,12 +344,12 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
         own = [line for line in lines if line["method"] == method and line["level"]]
         levels = sorted({line["level"] for line in own})
         if levels:
-            curves[method] = _plots.Curve(
+            curves[method] = figures.Curve(
                 [next(1 / line["density"] for line in own if line["level"] == level) for level in levels],
                 np.array([[line["accuracy"] for line in own if line["level"] == level] for level in levels]),
             )
     epochs = settings(config).epochs
-    _plots.panels(
+    figures.panels(
         Path(config.out) / "accuracy.png",
         f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
         [("compression (weights)", curves)],
@@ -357,8 +360,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    _train.use_cores(config.seeds)
-    with _faults.ends_plainly(config.out):
+    loops.use_cores(config.seeds)
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")

@@ -35,10 +35,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _recipes, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import MLP
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP
+from experiments.run import saved_recipes, stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import loops
 
 
 @dataclass(frozen=True)
@@ -132,15 +135,15 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     check_limits(config)
-    data = _data.load(config.dataset, train=config.train_size, test=config.test_size)
-    train, test = _train.splits(data)
-    train, held_out = _train.hold_out(train, 1 / 12)
+    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+    train, test = loops.splits(data)
+    train, held_out = loops.hold_out(train, 1 / 12)
     widths = NETWORKS[config.network]
     model, adam = MLP(widths), optax.adam(config.lr)
-    accuracy = _train.evaluator(model, test)
-    fit = _train.whole_run(model, _train.fixed(adam), config.batch_size, epochs(config), train, held_out)
-    init_keys, keys, mask_keys = (_train.seed_keys(config.seeds, purpose) for purpose in range(3))
-    init = _train.init(model, train, init_keys)
+    accuracy = loops.evaluator(model, test)
+    fit = loops.whole_run(model, loops.fixed(adam), config.batch_size, epochs(config), train, held_out)
+    init_keys, keys, mask_keys = (loops.seed_keys(config.seeds, purpose) for purpose in range(3))
+    init = loops.init(model, train, init_keys)
     batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
     total = 1 + len(METHODS) * len(config.compressions)
     results = Results(config.out, "pruning_at_init", config, go_on=not config.fresh)
@@ -175,9 +178,9 @@ def run(config: Config) -> list[dict[str, Any]]:
         for compression in config.compressions:
             for method in METHODS:
                 own = recipe(method, compression, config.rounds)
-                _recipes.save_method(results.unfinished, f"{method}-{compression:g}x", own)
+                saved_recipes.save_method(results.unfinished, f"{method}-{compression:g}x", own)
             for method, masks_of in criteria(widths, batch, compression, config.rounds).items():
-                train_and_record(method, compression, jax.jit(_train.over_seeds(masks_of)))
+                train_and_record(method, compression, jax.jit(loops.over_seeds(masks_of)))
     return results.lines
 
 
@@ -185,8 +188,8 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
     compressions = sorted({line["compression"] for line in lines} - {1})
     rows = {c: f"{c:g}x" for c in compressions}
-    text = [f"dense: {_tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
-    text += _tables.by_method(lines, rows, "compression", METHODS, heading="compression")
+    text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
+    text += tables.by_method(lines, rows, "compression", METHODS, heading="compression")
     text += ["", "networks that are cut, of all seeds (in brackets: with an empty layer)"]
     text.append("compression" + "".join(f"{method:>10}" for method in METHODS[:-1]) + f"{METHODS[-1]:>9}")
     for compression in compressions:
@@ -202,8 +205,8 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Accuracy against compression of the weights, as `accuracy.png`."""
     name = {"lenet": "LeNet-300-100", "deep": "MLP 100x6"}[config.network]
-    curves = _plots.by_method(lines, METHODS, sorted(config.compressions), key="compression")
-    _plots.panels(
+    curves = figures.by_method(lines, METHODS, sorted(config.compressions), key="compression")
+    figures.panels(
         Path(config.out) / "accuracy.png",
         f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds",
         [("compression (weights)", curves)],
@@ -214,8 +217,8 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    _train.use_cores(config.seeds)
-    with _faults.ends_plainly(config.out):
+    loops.use_cores(config.seeds)
+    with stopping.ends_plainly(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         widths = "-".join(map(str, NETWORKS[config.network]))

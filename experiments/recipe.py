@@ -27,11 +27,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _train
-from experiments._config import check_limits, flag, parse, recipe_file
-from experiments._distill import LABELS, Mix, Taught, losses
-from experiments._models import MLP, LeNet
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP, LeNet
+from experiments.run import stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse, recipe_file
+from experiments.training import loops
+from experiments.training.distill import LABELS, Mix, Taught, losses
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ class Study:
     def __init__(self, config: Config, recipe: jp.recipes.Recipe):
         self.config, self.recipe = config, recipe
         size = 28 if config.model == "lenet" and config.dataset == "digits" else None
-        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
-        train, self.test = _train.splits(data)
-        self.train, self.held_out = _train.hold_out(train, 1 / 12)
+        data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        train, self.test = loops.splits(data)
+        self.train, self.held_out = loops.hold_out(train, 1 / 12)
         self.steps = -(-len(self.train.y) // config.batch_size)
         self.example = self.train.batch(jnp.arange(1))[0]
         self.batch = self.train.batch(jnp.arange(min(config.score_images, len(self.train.y))))
@@ -105,7 +107,7 @@ class Study:
         x, y = batch
         return optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y).mean()
 
-    def accuracy(self, params: Any, split: _train.Split) -> float:
+    def accuracy(self, params: Any, split: loops.Split) -> float:
         """On a split, in [0, 1]."""
         return int(_correct(self.model, params, split)) / len(split.y)
 
@@ -116,7 +118,7 @@ class Study:
 
     def pruner(self, params: Any, seed: int) -> jp.Pruner:
         """The recipe's, whose scores get a batch if they read one."""
-        key = _train.seed_keys((seed,), purpose=3)[0]
+        key = loops.seed_keys((seed,), purpose=3)[0]
         pruner = self.recipe.pruner(params, key=key, loss_fn=self.loss, apply_fn=self.apply, x=self.example)
         if pruner.takes is not None and "batch" not in pruner.takes:
             return pruner
@@ -155,7 +157,7 @@ class Study:
 
     def in_levels(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
         """Prunes a trained network, once or level by level, and trains on."""
-        pruner, key = self.pruner(dense, seed), _train.seed_keys((seed,), purpose=2)[0]
+        pruner, key = self.pruner(dense, seed), loops.seed_keys((seed,), purpose=2)[0]
 
         @jax.jit
         def update(state: Any, params: Any, key: jax.Array) -> Any:
@@ -182,7 +184,7 @@ class Study:
         """Trains from the first weights with pruning inside the optimizer."""
         tx = jp.wrap_optax(self.adam, self.pruner(first, seed))
         run = _epoch(self.model, self.config.batch_size, lambda opt_state: tx)
-        key = _train.seed_keys((seed,), purpose=1)[0]
+        key = loops.seed_keys((seed,), purpose=1)[0]
         opt_state: Any = tx.init(first)
         answers, mix = self.mix(dense)
         # Masks that a recipe starts from are already in the state.
@@ -248,13 +250,13 @@ def levels(config: Config, recipe: jp.recipes.Recipe) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _correct(model: Any, params: Any, split: _train.Split) -> jax.Array:
+def _correct(model: Any, params: Any, split: loops.Split) -> jax.Array:
     predict = partial(model.apply, {"params": params})
-    return _train.total(lambda log_probs, y: log_probs.argmax(-1) == y, predict, split, 500)
+    return loops.total(lambda log_probs, y: log_probs.argmax(-1) == y, predict, split, 500)
 
 
 @partial(jax.jit, static_argnums=0)
-def _answers(model: Any, params: Any, split: _train.Split) -> jax.Array:
+def _answers(model: Any, params: Any, split: loops.Split) -> jax.Array:
     return jax.lax.map(
         lambda index: model.apply({"params": params}, split.batch(index[None])[0])[0],
         jnp.arange(len(split.y)),
@@ -271,11 +273,11 @@ def _masked_epoch(model: Any, lr: float, batch_size: int) -> Callable[..., Any]:
 def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
     """`run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
 
-    @_train.jit
+    @loops.jit
     def run(params, opt_state, key, answers, mix, split):
         taught = Taught(split, answers, mix)
         tx = optimizer_of(opt_state)
-        return _train.epoch(model, tx, batch_size, params, opt_state, key, taught, losses)
+        return loops.epoch(model, tx, batch_size, params, opt_state, key, taught, losses)
 
     return lambda params, opt_state, key, answers, mix, split: run(
         params, opt_state, key, answers, Mix(*map(jnp.float32, mix)), split
@@ -303,10 +305,10 @@ def run(config: Config) -> list[dict[str, Any]]:
             if results.done(seed=seed):
                 bar.update(epochs)
                 continue
-            first = study.init(_train.seed_keys((seed,), purpose=0)[0])
+            first = study.init(loops.seed_keys((seed,), purpose=0)[0])
             ones = jp.ones_masks(first)
             bar.set_description(f"dense, seed {seed}")
-            dense = study.fit(first, ones, _train.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
+            dense = study.fit(first, ones, loops.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
             whole = {"method": "dense", "seed": seed, **study.figures(dense, ones)}
             bar.set_description(f"{Path(config.recipe).stem}, seed {seed}")
             if end is None:
@@ -347,7 +349,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a recipe from the command line."""
     config = parse(Config, argv, __doc__)
-    with _faults.ends_plainly(config.out):
+    with stopping.ends_plainly(config.out):
         try:
             lines = run(config)
         except (jp.recipes.RecipeError, FileNotFoundError, PermissionError) as error:

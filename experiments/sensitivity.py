@@ -35,10 +35,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import _data, _faults, _plots, _tables, _train
-from experiments._config import check_limits, flag, parse
-from experiments._models import MLP, LeNet
-from experiments._results import Results, layers
+from experiments.data import datasets
+from experiments.networks.small import MLP, LeNet
+from experiments.run import stopping
+from experiments.run.results import Results, layers
+from experiments.run.settings import check_limits, flag, parse
+from experiments.show import figures, tables
+from experiments.training import loops
 
 _KINDS = ("weights", "filters", "channels")
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -123,17 +126,17 @@ def settings(config: Config) -> tuple[int, int, str]:
     )
 
 
-def _accuracy(model: Any) -> Callable[[Any, _train.Split], jax.Array]:
+def _accuracy(model: Any) -> Callable[[Any, loops.Split], jax.Array]:
     """`accuracy(params, split)`."""
 
     def hits(log_probs: jax.Array, y: jax.Array) -> jax.Array:
         return log_probs.argmax(-1) == y
 
-    def accuracy(params: Any, split: _train.Split) -> jax.Array:
+    def accuracy(params: Any, split: loops.Split) -> jax.Array:
         def predict(x: jax.Array) -> Any:
             return model.apply({"params": params}, x)
 
-        return _train.total(hits, predict, split, 500) / len(split.y)
+        return loops.total(hits, predict, split, 500) / len(split.y)
 
     return accuracy
 
@@ -144,15 +147,15 @@ class Study:
     def __init__(self, config: Config):
         check_limits(config)
         size = 28 if config.network == "lenet" else None
-        data = _data.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
-        train, test = _train.splits(data)
-        self.train, self.held_out = _train.hold_out(train, config.held_out)
+        data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
+        train, test = loops.splits(data)
+        self.train, self.held_out = loops.hold_out(train, config.held_out)
         self.config, self.model, self.note = config, MODELS[config.network], data.note
         self.epochs, self.tune_epochs, self.out = settings(config)
         adam = optax.adam(config.lr)
-        self.fit = _train.masked_fitter(self.model, adam, config.batch_size, self.train)
-        self.accuracy = _train.evaluator(self.model, test)
-        self.init = _train.init(self.model, train, _train.seed_keys(config.seeds, purpose=0))
+        self.fit = loops.masked_fitter(self.model, adam, config.batch_size, self.train)
+        self.accuracy = loops.evaluator(self.model, test)
+        self.init = loops.init(self.model, train, loops.seed_keys(config.seeds, purpose=0))
         self.right = _accuracy(self.model)
         self.image, _ = test.batch(jnp.arange(1))
         own = jax.eval_shape(lambda tree: jax.tree.map(operator.itemgetter(0), tree), self.init)
@@ -160,7 +163,7 @@ class Study:
 
     def keys(self, purpose: int) -> jax.Array:
         """A key for each seed."""
-        return _train.seed_keys(self.config.seeds, purpose)
+        return loops.seed_keys(self.config.seeds, purpose)
 
     def analyse(self, params: Any, kind: Kind) -> jp.Sensitivity:
         """The sensitivities of one seed's network."""
@@ -281,7 +284,7 @@ def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | Non
 def summarise(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
     dense = [line for line in lines if line["figure"] == "dense"]
-    text = [f"dense: {_tables.cell(dense)} % of the test images", ""]
+    text = [f"dense: {tables.cell(dense)} % of the test images", ""]
     points = [line for line in lines if line["figure"] == "sensitivity"]
     levels = sorted({line["level"] for line in points})
     width = max(18, *(len(line["layer"]) for line in points))
@@ -336,9 +339,9 @@ def plot_drops(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
             cells = [
                 [x["drop"] for x in own if (x["layer"], x["level"]) == (layer, v)] for v in config.levels
             ]
-            curves[layer] = _plots.Curve([100 * level for level in config.levels], np.array(cells))
+            curves[layer] = figures.Curve([100 * level for level in config.levels], np.array(cells))
         panels.append((f"% of its {kind} pruned, of one layer alone", curves))
-    _plots.panels(
+    figures.panels(
         Path(settings(config)[2]) / "sensitivity.png",
         f"{_TITLES[config.network]}, {config.dataset}: sensitivity; {len(config.seeds)} seeds",
         panels,
@@ -361,11 +364,11 @@ def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
             for method in METHODS:
                 own = [[line for line in cell if line["method"] == method] for cell in cells.values()]
                 x = [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in own]
-                curves[method] = _plots.Curve(x, np.array([[line[figure] for line in cell] for cell in own]))
+                curves[method] = figures.Curve(x, np.array([[line[figure] for line in cell] for cell in own]))
             panels.append((f"compression ({kind})", curves))
         if not panels:
             continue
-        _plots.panels(
+        figures.panels(
             Path(settings(config)[2]) / f"{name}.png",
             f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
             f"{len(config.seeds)} seeds",
@@ -381,8 +384,8 @@ def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    _train.use_cores(config.seeds)
-    with _faults.ends_plainly(settings(config)[2]):
+    loops.use_cores(config.seeds)
+    with stopping.ends_plainly(settings(config)[2]):
         lines = run(config)
         print(f"\n{_TITLES[config.network]} on {lines[0]['note']}")
         print(summarise(lines, config))

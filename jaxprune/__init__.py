@@ -20,12 +20,6 @@ from jaxprune import (
     structures,
 )
 
-# How much to prune for a budget
-from jaxprune.budget import Budget, budget
-
-# Dynamic sparse training: masks that move
-from jaxprune.dynamic import rewiring, rigl, set_
-
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph import (
     Compacted,
@@ -37,8 +31,30 @@ from jaxprune.graph import (
     residual_blocks,
 )
 
+# Dynamic sparse training: masks that move
+from jaxprune.pruning.dynamic import rewiring, rigl, set_
+from jaxprune.pruning.gradual import prune_rounds, pruner
+
+# Pruning in one go, and over time
+from jaxprune.pruning.once import prune_once
+from jaxprune.pruning.surgeon import optimal_brain_surgeon
+
+# Schedules of your own
+from jaxprune.schedules import Schedule
+
+# How much each tensor, or group of channels, can spare
+from jaxprune.sizing.analysis import sensitivity
+
+# How much to prune for a budget
+from jaxprune.sizing.bisection import Budget, budget
+from jaxprune.sizing.result import Sensitivity
+
+# Sparse inference: the masked network with products that skip its zeros
+from jaxprune.sparse import SparseParams, Sparsified, sparsify
+from jaxprune.structures import Structure, Units
+
 # Iterative pruning and lottery tickets
-from jaxprune.lottery import (
+from jaxprune.training.lottery import (
     Ticket,
     error_barrier,
     lottery_scan,
@@ -47,8 +63,14 @@ from jaxprune.lottery import (
     shuffled_masks,
 )
 
+# Pruning inside an optax optimizer
+from jaxprune.training.optimizer import KeepMaskedState, WrapOptaxState, keep_masked, wrap_optax
+
+# Straight-through masks, the brain surgeon, and what the pieces are made of
+from jaxprune.training.ste import straight_through
+
 # Masks: made, applied, checked
-from jaxprune.masks import (
+from jaxprune.tree.masks import (
     PackedMask,
     apply_masks,
     check_masks,
@@ -59,30 +81,8 @@ from jaxprune.masks import (
     unpack_masks,
 )
 
-# Pruning inside an optax optimizer
-from jaxprune.optimizer import KeepMaskedState, WrapOptaxState, keep_masked, wrap_optax
-
 # Which leaves take part
-from jaxprune.paths import all_of, any_of, kernels, leaf_paths, matching, not_
-
-# Pruning in one go, and over time
-from jaxprune.prune import prune_once
-from jaxprune.pruners import prune_rounds, pruner
-
-# Schedules of your own
-from jaxprune.schedules import Schedule
-
-# How much each tensor, or group of channels, can spare
-from jaxprune.sensitivity import sensitivity
-from jaxprune.sensitivity_result import Sensitivity
-
-# Sparse inference: the masked network with products that skip its zeros
-from jaxprune.sparse import SparseParams, Sparsified, sparsify
-
-# Straight-through masks, the brain surgeon, and what the pieces are made of
-from jaxprune.straight_through import straight_through
-from jaxprune.structures import Structure, Units
-from jaxprune.surgeon import optimal_brain_surgeon
+from jaxprune.tree.paths import all_of, any_of, kernels, leaf_paths, matching, not_
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [

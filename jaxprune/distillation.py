@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.arguments import check_array, check_function, scalar
-from jaxprune.paths import describe, is_concrete
+from jaxprune.tree.checks import check_array, check_function, scalar
+from jaxprune.tree.paths import describe, is_concrete
 from jaxprune.typing import Params
 
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_number, shown
-from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.schedules import check_sparsity
-from jaxprune.sensitivity_result import Point, Sensitivity
-from jaxprune.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
+from jaxprune.sizing.result import Point, Sensitivity
+from jaxprune.tree.checks import check_number, shown
+from jaxprune.tree.paths import array_leaves, kernels, selected
+from jaxprune.tree.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
 from jaxprune.typing import Params, Where
 
 

@@ -19,13 +19,12 @@ import jax.export  # jax does not import it by itself
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import check_function, shown
-from jaxprune.io.atomic import replacing
-from jaxprune.io.format import FileError
-from jaxprune.io.opened import open_file
-from jaxprune.io.sealed import seal, unseal
-from jaxprune.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
-from jaxprune.paths import array_leaves, describe, is_concrete
+from jaxprune.files.atomic import replacing
+from jaxprune.files.opened import FileError, open_file
+from jaxprune.files.sealed import seal, unseal
+from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
+from jaxprune.tree.checks import check_function, shown
+from jaxprune.tree.paths import array_leaves, describe, is_concrete
 from jaxprune.typing import Params
 
 __all__ = ["Program", "load", "onnx", "stablehlo"]

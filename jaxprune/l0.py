@@ -40,10 +40,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_key, check_number
-from jaxprune.masks import ones_masks
-from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
 from jaxprune.structures import slices
+from jaxprune.tree.checks import check_key, check_number
+from jaxprune.tree.masks import ones_masks
+from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1

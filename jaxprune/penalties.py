@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.dtypes import common_dtype
-from jaxprune.paths import array_leaves, kernels, selected
 from jaxprune.structures import slices
+from jaxprune.tree.dtypes import common_dtype
+from jaxprune.tree.paths import array_leaves, kernels, selected
 from jaxprune.typing import Params, Where
 
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_array, shown
-from jaxprune.paths import kernels, leaf_paths, selected
+from jaxprune.tree.checks import check_array, shown
+from jaxprune.tree.paths import kernels, leaf_paths, selected
 from jaxprune.typing import Params, Where
 
 # Twice the smallest normal number: the bound on the error then also holds where numbers below the

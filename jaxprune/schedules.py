@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.arguments import as_integer, is_number, shown
+from jaxprune.tree.checks import as_integer, is_number, shown
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments._config import flag, parse
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import markdown, remarks, show
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import markdown, remarks, show
+from experiments.run.settings import flag, parse
 
 NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
 

@@ -32,12 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments import _channels, _steps
-from experiments._config import flag, parse
-from experiments._nets import ResNet, ViT
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import show
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import show
+from experiments.benchmarks.parts.turns import Worker
+from experiments.channel_pruning import cutting
+from experiments.networks.large import ResNet, ViT
+from experiments.run.settings import flag, parse
+from experiments.training import steps
 from jaxprune.graph import ChannelGroups
 
 NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): its row is left out."
@@ -71,7 +72,7 @@ def cuts(name: str) -> dict[str, Cut]:
     """The cuts of a network."""
     found = {"each group": Cut("layerwise")}
     if name in ("vit", "tiny"):
-        return found | {"inside": Cut("layerwise", spared=_channels.NETWORKS["vit"].spared)}
+        return found | {"inside": Cut("layerwise", spared=cutting.NETWORKS["vit"].spared)}
     return found | {"blocks of 16": Cut("global", 16)}
 
 
@@ -95,7 +96,7 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
     module = model(name)
     x = jax.random.normal(jax.random.key(1), (config.batch, 32, 32, 3))
     variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    logits = _channels.evaluation(_steps.flax_apply(module))
+    logits = cutting.evaluation(steps.flax_apply(module))
     calls: dict[str, tuple[Any, ...]] = {"dense": (logits, variables, x)}
     costs = {}
     for way, cut in cuts(name).items():
@@ -142,7 +143,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         return lines
     if not all(importlib.util.find_spec(name) for name in ("torch", "torch_pruning")):
         return [*lines, {"remark": NO_TORCH}]
-    target = "experiments.benchmarks._torch_channels:TorchChannels"
+    target = "experiments.benchmarks.peers.torch_channels:TorchChannels"
     with Worker(target, widths=(16, 32, 64), batch=config.batch, share=config.share) as worker:
         found = worker("measure", config.rounds)
     low, middle, high = np.percentile(found.pop("speed_up"), [25, 50, 75]).tolist()

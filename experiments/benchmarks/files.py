@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments._config import flag, parse
-from experiments._models import LeNet
+from experiments.networks.small import LeNet
+from experiments.run.settings import flag, parse
 
 
 @dataclass(frozen=True)

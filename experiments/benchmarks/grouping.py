@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
-from experiments._config import flag, parse
 from experiments.benchmarks.graph import decoder, decoder_params, size, stacked
+from experiments.run.settings import flag, parse
 
 
 @dataclass(frozen=True)

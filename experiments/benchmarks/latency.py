@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import sparse
 
 import jaxprune as jp
-from experiments._config import flag, parse
+from experiments.run.settings import flag, parse
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from experiments import _data
-from experiments._config import flag, parse
-from experiments._results import Results
-from experiments.benchmarks import _jax_lottery
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts import jax_lottery
+from experiments.benchmarks.parts.turns import Worker
+from experiments.data import datasets
+from experiments.run.results import Results
+from experiments.run.settings import flag, parse
 
 OURS = ("spread", "vmap", "alone")
 TITLES = {
@@ -105,7 +105,7 @@ def images(config: Config) -> dict[str, Any]:
     """The fields of a `Split`: noise with labels from a random linear map, to be learned; or MNIST."""
     size = config.steps * config.batch_size
     if config.dataset == "mnist":
-        data = _data.load("mnist", train=size, test=1)
+        data = datasets.load("mnist", train=size, test=1)
         return {"x": data.x_train, "y": data.y_train, "mean": data.mean, "std": data.std}
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (size, 28, 28, 1), np.uint8)
@@ -117,9 +117,9 @@ def images(config: Config) -> dict[str, Any]:
 
 def torch_start(config: Config, data: Mapping[str, Any], params: Any) -> dict[str, Any]:
     """What `TorchLoop` begins from: the same weights and images, in the same order."""
-    named, size = _jax_lottery.by_path(params), len(data["y"])
+    named, size = jax_lottery.by_path(params), len(data["y"])
     mean, std = np.float32(data["mean"]), np.float32(data["std"])
-    orders = _jax_lottery.batches(config.seeds, config.steps, config.batch_size)
+    orders = jax_lottery.batches(config.seeds, config.steps, config.batch_size)
     return {
         "images": (data["x"].reshape(size, -1) / np.float32(255) - mean) / std,
         "labels": data["y"].astype(np.int64),
@@ -161,7 +161,7 @@ def best_settings(worker: Any, steps: int) -> dict[str, tuple[int, str]]:
 def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Worker], Worker | None]:
     """A worker process for each way, and one for the parts of a step; they end with the stack."""
     data = images(config)
-    params = _jax_lottery.initial(data, config.seeds)
+    params = jax_lottery.initial(data, config.seeds)
     common = {"rates": RATES, "levels": config.levels, "lr": config.lr}
 
     def start(target: str, **settings: Any) -> Worker:
@@ -169,9 +169,16 @@ def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Work
 
     ours = {"data": data, "params": params, "batch_size": config.batch_size}
     seeds = {"seeds": config.seeds} | common
-    workers = {way: start("_jax_lottery:JaxRuns", way=way, **ours, **seeds) for way in OURS}
+    workers = {
+        way: start("experiments.benchmarks.parts.jax_lottery:JaxRuns", way=way, **ours, **seeds)
+        for way in OURS
+    }
     if why_no_torch() is None:
-        workers["torch"] = start("_torch_lottery:TorchLoop", **torch_start(config, data, params), **common)
+        workers["torch"] = start(
+            "experiments.benchmarks.peers.torch_lottery:TorchLoop",
+            **torch_start(config, data, params),
+            **common,
+        )
     if not config.bound:
         return workers, None
     ours["params"] = jax.tree.map(lambda leaf: leaf[0], params)
@@ -255,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     # The workers share an accelerator with this process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with _data.said_plainly():
+    with datasets.said_plainly():
         lines = run(config)
     data = {"mnist": "MNIST", "synthetic": "synthetic images of MNIST's size"}[config.dataset]
     print(f"\n{len(config.seeds)} seeds of LeNet-300-100 on {data}, on {jax.devices()[0].device_kind}")

@@ -25,10 +25,10 @@ import numpy as np
 import optax
 
 import jaxprune as jp
-from experiments._config import flag, parse
-from experiments.benchmarks import _jax_steps
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import show
+from experiments.benchmarks.parts import jax_steps
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import show
+from experiments.run.settings import flag, parse
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def kernels(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def argsort_masks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`_jax_steps.argsort_masks` of kernels by path."""
+    """`jax_steps.argsort_masks` of kernels by path."""
     layers = {name: {"kernel": kernel} for name, kernel in params.items()}
-    return _jax_steps.argsort_masks(layers, jnp.float32(0.9))
+    return jax_steps.argsort_masks(layers, jnp.float32(0.9))
 
 
 def one_shots() -> dict[str, Callable[[Any], Any]]:
@@ -76,14 +76,14 @@ def one_shots() -> dict[str, Callable[[Any], Any]]:
 def steps() -> dict[str, tuple[Callable, Callable]]:
     """`init(params)` and the train step, in each way."""
     adam, schedule = optax.adam(1e-3), jp.schedules.cubic(0.9, begin_step=0, end_step=10_000)
-    pruner = jp.pruner(jp.scores.magnitude, schedule, every=_jax_steps.EVERY)
+    pruner = jp.pruner(jp.scores.magnitude, schedule, every=jax_steps.EVERY)
     optimizers = {
         "dense": adam,
         "masked": jp.wrap_optax(adam, pruner),
         "packed": jp.wrap_optax(adam, pruner, packed=True),
     }
-    ways = {way: (tx.init, _jax_steps.train_step(tx)) for way, tx in optimizers.items()}
-    return ways | {"argsort": _jax_steps.argsort_step(adam, schedule)}
+    ways = {way: (tx.init, jax_steps.train_step(tx)) for way, tx in optimizers.items()}
+    return ways | {"argsort": jax_steps.argsort_step(adam, schedule)}
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -93,7 +93,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     for way, function in one_shots().items():
         masks = jax.eval_shape(function, params)
         lines.append(_line("one-shot", way, params, masks, function, params))
-    layers = jax.eval_shape(lambda: _jax_steps.init(jax.random.key(0), (784, *[config.width] * 3, 10)))
+    layers = jax.eval_shape(lambda: jax_steps.init(jax.random.key(0), (784, *[config.width] * 3, 10)))
     x, y = jax.ShapeDtypeStruct((64, 784), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
     for way, (begin, step) in steps().items():
         state = jax.eval_shape(begin, layers)

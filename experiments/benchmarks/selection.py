@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments._config import flag, parse
-from experiments.benchmarks._jax_steps import argsort_masks
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import show
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts.jax_steps import argsort_masks
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import show
+from experiments.benchmarks.parts.turns import Worker
+from experiments.run.settings import flag, parse
 
 READ = "read once"
 TORCH = ("torch global_unstructured", "torch.topk")
@@ -119,7 +119,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         theirs: Any = None
         if has_torch:
-            target = "experiments.benchmarks._torch_selection:TorchSelection"
+            target = "experiments.benchmarks.peers.torch_selection:TorchSelection"
             settings = {"shapes": shapes(config), "seed": config.seed, "sparsity": config.sparsity}
             theirs = stack.enter_context(Worker(target, **settings))
             times |= {way: [] for way in TORCH}

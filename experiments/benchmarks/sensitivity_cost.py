@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments._config import flag, parse
+from experiments.run.settings import flag, parse
 
 LEVELS = tuple(np.round(np.arange(1, 11) * 0.09, 2).tolist())
 

@@ -30,8 +30,8 @@ import numpy as np
 from jax.experimental import sparse
 
 import jaxprune as jp
-from experiments._config import flag, parse
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts.turns import Worker
+from experiments.run.settings import flag, parse
 
 PEERS = ("scipy", "torch")
 FORMS = ("csr", "padded", "blocks", "compact")
@@ -131,7 +131,7 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
                     [np.asarray(layer[name]) for layer in masked.values()] for name in ("kernel", "bias")
                 )
                 settings = {"library": way, "kernels": kernels, "biases": biases, "x": np.asarray(x)}
-                peer = stack.enter_context(Worker("experiments.benchmarks._sparse_peers:Peer", **settings))
+                peer = stack.enter_context(Worker("experiments.benchmarks.peers.sparse:Peer", **settings))
                 check(way, peer("output"))
                 turns[way] = partial(peer, "measure")
                 continue

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments._config import flag, parse
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import show
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import show
+from experiments.benchmarks.parts.turns import Worker
 from experiments.benchmarks.train_step import NO_TORCH
+from experiments.run.settings import flag, parse
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,12 @@ def run(config: Config) -> list[dict[str, Any]]:
     }
     has_torch = importlib.util.find_spec("torch") is not None
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(Worker("experiments.benchmarks._jax_sweep:JaxSweep", **settings))
+        ours = stack.enter_context(Worker("experiments.benchmarks.parts.jax_sweep:JaxSweep", **settings))
         turns = [(ours, way) for sweep in points for way in (sweep, f"{sweep}_one_by_one")]
         if has_torch:
-            theirs = stack.enter_context(Worker("experiments.benchmarks._torch_sweep:TorchSweep", **settings))
+            theirs = stack.enter_context(
+                Worker("experiments.benchmarks.peers.torch_sweep:TorchSweep", **settings)
+            )
             turns += [(theirs, sweep) for sweep in points]
         seconds: list[list[float]] = [[] for _ in turns]
         for sweep in points:

@@ -33,10 +33,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._config import flag, parse
-from experiments.benchmarks._machine import machine
-from experiments.benchmarks._markdown import show
-from experiments.benchmarks._turns import Worker
+from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.markdown import show
+from experiments.benchmarks.parts.turns import Worker
+from experiments.run.settings import flag, parse
 
 NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
 OURS = ("masked", "packed", "fixed")
@@ -111,7 +111,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         with contextlib.ExitStack() as stack:
             ours = stack.enter_context(
                 Worker(
-                    "experiments.benchmarks._jax_steps:JaxSteps",
+                    "experiments.benchmarks.parts.jax_steps:JaxSteps",
                     **shape,
                     seeds=network.seeds,
                     ways=ways,
@@ -120,7 +120,7 @@ def run(config: Config) -> list[dict[str, Any]]:
             )
             workers: dict[str, Worker] = dict.fromkeys(ways, ours)
             if has_torch and not network.seeds:
-                target = "experiments.benchmarks._torch_steps:TorchSteps"
+                target = "experiments.benchmarks.peers.torch_steps:TorchSteps"
                 theirs = stack.enter_context(Worker(target, **shape, sparsity=0.9))
                 workers |= dict.fromkeys(("torch dense", "torch"), theirs)
             lines += _measured(network, workers, config.turn)

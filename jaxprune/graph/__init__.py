@@ -1,13 +1,13 @@
 """Structured pruning from a function's jaxpr: coupled channels, and the network without them."""
 
-from jaxprune.graph.blocks import Block, ResidualBlocks, residual_blocks
 from jaxprune.graph.compaction import Compacted, Stayed, compact
+from jaxprune.graph.engine.rules import Frame, Rule, elementwise, register_rule
 from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
-from jaxprune.graph.modules import CompactedModule, compact_module
+from jaxprune.graph.modules.nnx import CompactedModule, compact_module
+from jaxprune.graph.modules.widths import linen_widths
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.report import Report
-from jaxprune.graph.rules import Frame, Rule, elementwise, register_rule
-from jaxprune.graph.widths import linen_widths
+from jaxprune.graph.residual import Block, ResidualBlocks, residual_blocks
 
 __all__ = [
     "Block",

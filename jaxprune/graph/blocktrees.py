@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxprune.paths import leaf_paths
+from jaxprune.tree.paths import leaf_paths
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by path."""

@@ -8,32 +8,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import as_integer
-from jaxprune.calls import check_call, check_masks_third
-from jaxprune.graph import placing
-from jaxprune.graph.agreement import gap, ops_of
-from jaxprune.graph.axes import Kept, State
 from jaxprune.graph.blocktrees import blocks_of
-from jaxprune.graph.closing import close, zero_slices
-from jaxprune.graph.divisors import ParamAxis
-from jaxprune.graph.facts import Facts
-from jaxprune.graph.finite import explain_not_finite, has_nan
+from jaxprune.graph.engine import placing
+from jaxprune.graph.engine.axes import Kept, State
+from jaxprune.graph.engine.divisors import ParamAxis
+from jaxprune.graph.engine.facts import Facts
+from jaxprune.graph.engine.finite import explain_not_finite, has_nan
+from jaxprune.graph.engine.program import Linked, Zeros
+from jaxprune.graph.engine.shortening import NOTHING, Removed, removable, remove
+from jaxprune.graph.engine.solving import close, zero_slices
+from jaxprune.graph.equivalence import gap, ops_of
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
-from jaxprune.graph.program import Linked, Zeros
 from jaxprune.graph.report import Report, report
-from jaxprune.graph.shortening import NOTHING, Removed, removable, remove
-from jaxprune.jaxprs import abstract, explicit_sharding, split_static
-from jaxprune.masks import apply_masks, like_params
-from jaxprune.paths import array_leaves, is_array, is_concrete
-from jaxprune.stacks import (
-    Stacked,
-    join_layers,
-    layer_indices,
-    layer_name,
-    split_layers,
-    stacks_of,
-)
+from jaxprune.tracing.jaxprs import abstract, explicit_sharding, split_static
+from jaxprune.tree.calls import check_call, check_masks_third
+from jaxprune.tree.checks import as_integer
+from jaxprune.tree.masks import apply_masks, like_params
+from jaxprune.tree.paths import array_leaves, is_array, is_concrete
+from jaxprune.tree.stacks import Stacked, join_layers, layer_indices, layer_name, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Where
 
 _CALL = "compact(apply_fn, params, masks, *inputs)"

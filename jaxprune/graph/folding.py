@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph.axes import Vector
-from jaxprune.graph.facts import Facts, both, either
-from jaxprune.graph.ir import Op, Region, Value
-from jaxprune.graph.program import Linked
-from jaxprune.graph.rules import elementwise, rule_for
-from jaxprune.graph.rules.reductions import windows_hold_an_entry
-from jaxprune.graph.rules.shapes import segments
+from jaxprune.graph.engine.axes import Vector
+from jaxprune.graph.engine.facts import Facts, both, either
+from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.rules import elementwise, rule_for
+from jaxprune.graph.engine.rules.reductions import windows_hold_an_entry
+from jaxprune.graph.engine.rules.shapes import segments
 
 # Ops that run their body once, on their inputs.
 _ONCE = (

@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.arguments import as_integer
-from jaxprune.calls import check_call
-from jaxprune.graph.axes import AxisGraph
 from jaxprune.graph.compaction import explain
-from jaxprune.graph.divisors import find_divisors, without
-from jaxprune.graph.program import Linked
-from jaxprune.graph.readers import pin_shared, tie_readers, tie_where
+from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.graph.engine.divisors import find_divisors, without
+from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.roles import weights
 from jaxprune.graph.streams import stream_axes
-from jaxprune.paths import array_leaves
-from jaxprune.stacks import Stacked, Stacks, layer_name, stacks_of
+from jaxprune.tree.calls import check_call
+from jaxprune.tree.checks import as_integer
+from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params, Where
 
 _CALL = "channel_groups(apply_fn, params, *inputs)"

@@ -12,16 +12,16 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.arguments import check_function
-from jaxprune.graph import placing
+from jaxprune.files.atomic import replacing
 from jaxprune.graph.blocktrees import put_back, take_out
-from jaxprune.graph.rules.slices import take
-from jaxprune.graph.shortening import Removed
-from jaxprune.io.atomic import replacing
-from jaxprune.jaxprs import explicit_sharding
-from jaxprune.masks import packed_like, restore_packed, unpack_masks
-from jaxprune.paths import array_leaves, describe, is_array, leaf_paths
-from jaxprune.stacks import Stacks, layer_indices, layer_name, layer_shape
+from jaxprune.graph.engine import placing
+from jaxprune.graph.engine.rules.slices import take
+from jaxprune.graph.engine.shortening import Removed
+from jaxprune.tracing.jaxprs import explicit_sharding
+from jaxprune.tree.checks import check_function
+from jaxprune.tree.masks import packed_like, restore_packed, unpack_masks
+from jaxprune.tree.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.tree.stacks import Stacks, layer_indices, layer_name, layer_shape
 from jaxprune.typing import DenseShapes, PrunerState, Where
 
 _FORMAT = 2

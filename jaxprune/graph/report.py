@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.metrics.latency import latency
-from jaxprune.metrics.macs import macs as count_macs
+from jaxprune.counting.multiply_adds import macs as count_macs
+from jaxprune.counting.timing import latency
 
 
 class Report(NamedTuple):

@@ -12,12 +12,12 @@ from enum import IntEnum
 import jax
 import numpy as np
 
-from jaxprune.graph.ir import Op, Region, Value, flat_layers
-from jaxprune.graph.program import Linked
-from jaxprune.graph.rules import elementwise, has_rule, rule_for
-from jaxprune.jaxprs import scan_split
-from jaxprune.kernel_names import is_adapter
-from jaxprune.paths import kernels
+from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers
+from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
+from jaxprune.tracing.jaxprs import scan_split
+from jaxprune.tree.kernel_names import is_adapter
+from jaxprune.tree.paths import kernels
 
 
 class _Flow(IntEnum):

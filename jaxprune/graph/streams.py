@@ -14,12 +14,12 @@ a product passes on what its data had written along the axes that it does not su
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jaxprune.graph.axes import AxisGraph
-from jaxprune.graph.divisors import ParamAxis
-from jaxprune.graph.identity import inlined
-from jaxprune.graph.ir import Op, Region, Value
-from jaxprune.graph.program import Linked
-from jaxprune.jaxprs import scan_split
+from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.graph.engine.divisors import ParamAxis
+from jaxprune.graph.engine.identity import inlined
+from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.program import Linked
+from jaxprune.tracing.jaxprs import scan_split
 
 _NONLINEAR = frozenset(
     (

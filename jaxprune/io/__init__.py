@@ -1,6 +1,6 @@
 """Files: masked params in as few bytes as they need, and safetensors in and out."""
 
-from jaxprune.io.format import FileError
+from jaxprune.files.opened import FileError
 from jaxprune.io.read import Saved, load
 from jaxprune.io.tensors import load_safetensors, save_safetensors
 from jaxprune.io.write import save

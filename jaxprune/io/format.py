@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.files.opened import FileError
 from jaxprune.io import trees
 from jaxprune.io.coding import fits
 
@@ -62,10 +63,6 @@ BITS = {name: _NARROW.get(name, 8 * dtype.itemsize) for name, dtype in DTYPES.it
 """The bits that a value of each takes in a file."""
 
 QUANTIZABLE = ("float16", "bfloat16", "float32", "float64")
-
-
-class FileError(ValueError):
-    """A file that is damaged, not of this format, or not what was asked for; the message says which."""
 
 
 class Entry(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.arguments import check_number
+from jaxprune.files.opened import FileError, open_file
 from jaxprune.io import trees
 from jaxprune.io.coding import Pattern, decode, from_planes
-from jaxprune.io.format import BITS, DTYPES, Entry, FileError, Header, channels, padded, read_head
-from jaxprune.io.opened import open_file
-from jaxprune.paths import describe, is_array
+from jaxprune.io.format import BITS, DTYPES, Entry, Header, channels, padded, read_head
+from jaxprune.tree.checks import check_number
+from jaxprune.tree.paths import describe, is_array
 from jaxprune.typing import Masks, Params
 
 

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.io.atomic import replacing
-from jaxprune.io.format import DTYPES, FileError
-from jaxprune.io.opened import open_file
+from jaxprune.files.atomic import replacing
+from jaxprune.files.opened import FileError, open_file
+from jaxprune.io.format import DTYPES
 from jaxprune.io.read import Saved
-from jaxprune.masks import apply_masks
-from jaxprune.paths import array_leaves, describe, is_array, is_concrete, leaf_paths
+from jaxprune.tree.masks import apply_masks
+from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, leaf_paths
 from jaxprune.typing import Masks, Params
 
 # As the format spells the dtypes that numpy and JAX know.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxprune.paths import keyed_leaves
+from jaxprune.tree.paths import keyed_leaves
 
 Path = tuple[Any, ...]
 

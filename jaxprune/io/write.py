@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.files.atomic import replacing
 from jaxprune.io import trees
-from jaxprune.io.atomic import replacing
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
-from jaxprune.masks import unpack_masks
-from jaxprune.paths import describe, is_array, is_concrete, kernels, not_an_array
 from jaxprune.quantization import quantize
+from jaxprune.tree.masks import unpack_masks
+from jaxprune.tree.paths import describe, is_array, is_concrete, kernels, not_an_array
 from jaxprune.typing import Masks, Params, Where
 
 _Section = list[Any]

@@ -1,12 +1,12 @@
 """Metrics: what was asked, what was achieved, and what it costs; each number says what it counts."""
 
+from jaxprune.counting.multiply_adds import Macs, Operation, macs
+from jaxprune.counting.sizes import Sparsity, collapsed, compression, density, nonzeros, sparsity, table
+from jaxprune.counting.timing import Latency, latency
+from jaxprune.counting.xla import Cost, cost
 from jaxprune.metrics.activations import Activation, Activations, activation_sparsity
-from jaxprune.metrics.cost import Cost, cost
 from jaxprune.metrics.distances import Overlap, overlap
-from jaxprune.metrics.latency import Latency, latency
-from jaxprune.metrics.macs import Macs, Operation, macs
-from jaxprune.metrics.sizes import Sparsity, collapsed, compression, density, nonzeros, sparsity, table
-from jaxprune.metrics.summary import Row, Summary, summary
+from jaxprune.metrics.overview import Row, Summary, summary
 
 __all__ = [
     "Activation",

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.calls import check_call
-from jaxprune.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
+from jaxprune.tree.calls import check_call
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn

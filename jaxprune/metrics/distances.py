@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.masks import bool_masks, like_params
-from jaxprune.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.tree.masks import bool_masks, like_params
+from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Where
 
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxprune import paths
-from jaxprune.arguments import shown
 from jaxprune.recipes.document import Node, RecipeError, unknown
-from jaxprune.stacks import Stacked
+from jaxprune.tree import paths
+from jaxprune.tree.checks import shown
+from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import ScoreFn, Where
 
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}

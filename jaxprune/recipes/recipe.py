@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune import distillation
-from jaxprune.paths import array_leaves
 from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_python, from_yaml, to_yaml
 from jaxprune.recipes.options import Call, attempt, named, read
 from jaxprune.recipes.sections import Section, inputs, read_section, together
 from jaxprune.schedules import check_sparsity
+from jaxprune.tree.paths import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
 
 VERSION = 1

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import distributions, dynamic, schedules, structures
-from jaxprune.extras import unread
+from jaxprune import distributions, schedules, structures
 from jaxprune.graph import channel_groups
-from jaxprune.masks import intersect
-from jaxprune.paths import kernels, leaf_paths, matching, selected
-from jaxprune.prune import prune_once
-from jaxprune.pruners import pruner
+from jaxprune.pruning import dynamic
+from jaxprune.pruning.extras import unread
+from jaxprune.pruning.gradual import pruner
+from jaxprune.pruning.once import prune_once
+from jaxprune.pruning.table import with_rows
+from jaxprune.pruning.targets import per_pool, ranks, target_counts
 from jaxprune.recipes.document import Node, unknown
 from jaxprune.recipes.options import (
     Call,
@@ -30,10 +31,10 @@ from jaxprune.recipes.options import (
 )
 from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
-from jaxprune.stacks import Stacked
 from jaxprune.structures import Structure, elements
-from jaxprune.table import with_rows
-from jaxprune.targets import per_pool, ranks, target_counts
+from jaxprune.tree.masks import intersect
+from jaxprune.tree.paths import kernels, leaf_paths, matching, selected
+from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
 # `score` stands for `scores`; what a pruner stops at is said for the whole recipe.

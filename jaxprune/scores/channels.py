@@ -30,11 +30,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import as_integer, check_array, shown
-from jaxprune.dtypes import promote_to_float32
-from jaxprune.paths import array_leaves, describe
 from jaxprune.scores.common import with_nan_elsewhere
-from jaxprune.stacks import (
+from jaxprune.tree.checks import as_integer, check_array, shown
+from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.paths import array_leaves, describe
+from jaxprune.tree.stacks import (
     Stacked,
     join_layers,
     layer_indices,

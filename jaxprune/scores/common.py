@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.dtypes import is_narrow, is_numeric, promote_to_float32
-from jaxprune.paths import array_leaves, describe, is_array, leaf_paths, selected
-from jaxprune.stacks import Stacked, join_layers, split_layers, stacks_of
+from jaxprune.tree.dtypes import is_narrow, is_numeric, promote_to_float32
+from jaxprune.tree.paths import array_leaves, describe, is_array, leaf_paths, selected
+from jaxprune.tree.stacks import Stacked, join_layers, split_layers, stacks_of
 from jaxprune.typing import Params, Scores, Where
 
 LossFn = Callable[[Params, Any], jax.Array]

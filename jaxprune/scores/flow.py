@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_function, shown
-from jaxprune.dtypes import promote_to_float32
-from jaxprune.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
 from jaxprune.scores.common import in_float32, with_nan_elsewhere
-from jaxprune.stacks import Stacked, join_layers, layer_shape, split_layers, stacks_of
+from jaxprune.tree.checks import check_function, shown
+from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
+from jaxprune.tree.stacks import Stacked, join_layers, layer_shape, split_layers, stacks_of
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 _ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)

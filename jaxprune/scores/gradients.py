@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.dtypes import promote_to_float32
-from jaxprune.paths import array_leaves, check_mirrors, describe
 from jaxprune.scores.common import map_leaves
+from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.paths import array_leaves, check_mirrors, describe
 from jaxprune.typing import Params, Scores
 
 

@@ -21,9 +21,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import as_integer, check_function
-from jaxprune.dtypes import promote_to_float32
-from jaxprune.paths import kernels
 from jaxprune.scores.common import (
     LossFn,
     Objective,
@@ -36,6 +33,9 @@ from jaxprune.scores.common import (
     objective,
 )
 from jaxprune.scores.curvature import check_damping, inverse_hessian
+from jaxprune.tree.checks import as_integer, check_function
+from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.paths import kernels
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import check_key
-from jaxprune.dtypes import promote_to_float32
-from jaxprune.paths import array_leaves
 from jaxprune.scores.common import map_layers, map_leaves
-from jaxprune.stacks import Stacked
+from jaxprune.tree.checks import check_key
+from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import Params, Scores
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.metrics.latency import latency
+from jaxprune.counting.timing import latency
 from jaxprune.sparse.forms import FORMS, stored_entries
 from jaxprune.sparse.layers import Layer, sparse
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.jaxprs import binder
 from jaxprune.sparse.forms import Form
 from jaxprune.sparse.walk import Product
+from jaxprune.tracing.jaxprs import binder
 
 
 class Layer(NamedTuple):

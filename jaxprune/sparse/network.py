@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.arguments import as_integer
-from jaxprune.calls import check_call, check_masks_third
-from jaxprune.jaxprs import inner_jaxprs, split_static
-from jaxprune.masks import apply_masks, like_params
-from jaxprune.metrics.latency import latency
-from jaxprune.metrics.products import PRODUCTS
-from jaxprune.paths import array_leaves, is_concrete
+from jaxprune.counting.products import PRODUCTS
+from jaxprune.counting.timing import latency
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
 from jaxprune.sparse.walk import Known, Product, Visitor
+from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
+from jaxprune.tree.calls import check_call, check_masks_third
+from jaxprune.tree.checks import as_integer
+from jaxprune.tree.masks import apply_masks, like_params
+from jaxprune.tree.paths import array_leaves, is_concrete
 from jaxprune.typing import Masks, Params
 
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxprune.arguments import check_function
-from jaxprune.jaxprs import abstract, binder, of_first, split_static, trace
-from jaxprune.paths import is_array, leaf_paths
 from jaxprune.sparse.choice import Chosen, Kernel
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import layer, sparse
 from jaxprune.sparse.walk import Product, Visitor, materialised, param, walk
+from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
+from jaxprune.tree.checks import check_function
+from jaxprune.tree.paths import is_array, leaf_paths
 
 
 class SparseParams(NamedTuple):

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.jaxprs import CALLS, binder, called_jaxpr, place
-from jaxprune.metrics.products import PRODUCTS
+from jaxprune.counting.products import PRODUCTS
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, place
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn

@@ -1,7 +1,7 @@
 """Structures: which entries go together. Entries are pooled into units, and units are pruned."""
 
 from jaxprune.structures.base import Norm, Structure, Units
-from jaxprune.structures.channels import channels
+from jaxprune.structures.coupled import channels
 from jaxprune.structures.depth import layers
 from jaxprune.structures.leafwise import blocks, elements, nm, slices
 

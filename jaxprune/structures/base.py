@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import is_number, shown
-from jaxprune.sources import Source
-from jaxprune.stacks import Family, Stacks
+from jaxprune.selection.sources import Source
+from jaxprune.tree.checks import is_number, shown
+from jaxprune.tree.stacks import Family, Stacks
 
 Norm = float | Callable[..., jax.Array]
 """How the scores of a unit become one: the order of a norm, or a reduction such as `jnp.sum`."""

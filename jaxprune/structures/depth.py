@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.arguments import check_function
-from jaxprune.graph.blocks import Block, Prefixes, ResidualBlocks, check_blocks, find_blocks
-from jaxprune.paths import prefix_to, some_of
-from jaxprune.sharding import everywhere
-from jaxprune.stacks import Stacked, Stacks
+from jaxprune.graph.residual import Block, Prefixes, ResidualBlocks, check_blocks, find_blocks
 from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.tree.checks import check_function
+from jaxprune.tree.paths import prefix_to, some_of
+from jaxprune.tree.sharding import everywhere
+from jaxprune.tree.stacks import Stacked, Stacks
 
 
 def layers(

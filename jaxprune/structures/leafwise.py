@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.arguments import as_integer, shown
-from jaxprune.ordering import ordered_bits
-from jaxprune.sharding import check_whole, join, split
+from jaxprune.selection.sort_keys import ordered_bits
 from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.tree.checks import as_integer, shown
+from jaxprune.tree.sharding import check_whole, join, split
 
 
 class _LeafUnits(NamedTuple):

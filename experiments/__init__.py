@@ -1,0 +1,1 @@
+"""Studies of pruning: `python -m experiments.<study>`."""

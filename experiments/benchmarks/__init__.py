@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m experiments.benchmarks`, or one of its modules."""

@@ -1,0 +1,1 @@
+"""Pruning of whole channels: `python -m experiments.channel_pruning`."""

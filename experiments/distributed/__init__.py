@@ -1,0 +1,1 @@
+"""Pruning on many devices: `python -m experiments.distributed`."""

@@ -1,0 +1,1 @@
+"""Builders of models, one file for each library."""

@@ -1,0 +1,1 @@
+"""One page of any results: `python -m experiments.report`."""

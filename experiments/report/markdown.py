@@ -1,0 +1,132 @@
+"""A report as Markdown, its pictures in files beside it; tables stay within 80 columns where they can."""
+
+import re
+import textwrap
+import urllib.parse
+from collections.abc import Iterable, Iterator, Sequence
+
+from experiments.report.blocks import Block, Code, Contents, Heading, Images, Table, Text, clean
+from experiments.report.curves import INK
+
+_WIDTH = 80
+
+
+def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
+    """The text, and the files of its pictures.
+
+    Args:
+      title: of the document.
+      blocks: what it says.
+      folder: where the pictures are going to be, relative to the document.
+
+    Returns:
+      GitHub's Markdown; and the pictures by name, to be written to that folder.
+    """
+    blocks = list(blocks)
+    files: dict[str, bytes] = {}
+    slugs: dict[str, int] = {}
+    named = {
+        block.anchor: _slug(block.text, slugs)
+        for block in [Heading(1, title, ""), *blocks]
+        if isinstance(block, Heading)
+    }
+    text = [f"# {_escape(title)}", ""]
+    for block in blocks:
+        if isinstance(block, Images):
+            for image in block.images:
+                files[image.name] = _on_white(image.data) if image.name.endswith(".svg") else image.data
+                alt = _escape(re.split("[:;,]", image.caption)[0])
+                text += [f"![{alt}]({_address(folder)}/{image.name})", "", *_paragraph(image.caption), ""]
+        elif isinstance(block, Contents):
+            text += [
+                f"- [{_escape(link.text)}](#{named[link.anchor]}): {_escape(link.about)}"
+                for link in block.links
+            ]
+            text.append("")
+        else:
+            text += [*_block(block), ""]
+    return "\n".join(text), files
+
+
+def _block(block: Block) -> Iterator[str]:
+    match block:
+        case Heading(level, text, _):
+            yield f"{'#' * level} {_escape(text)}"
+        case Text(text):
+            yield from _paragraph(text)
+        case Code(text):
+            # A fence longer than any in the text.
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+            yield from (f"{fence}bash", clean(text), fence)
+        case Table():
+            yield from (*_paragraph(block.caption), "")
+            yield from _table(block)
+
+
+def _table(table: Table) -> Iterator[str]:
+    """The table, its columns in as many pieces as it takes; the labels are repeated."""
+    columns = [
+        [_escape(head), *(_escape(row[i].text) for row in table.rows)] for i, head in enumerate(table.heads)
+    ]
+    widths = [max(3, *map(len, column)) for column in columns]
+    labels, rest = list(range(table.labels)), list(range(table.labels, len(columns)))
+    start = 1 + sum(widths[i] + 3 for i in labels)
+    pieces: list[list[int]] = [[]]
+    used = start
+    for i in rest:
+        if pieces[-1] and used + widths[i] + 3 > _WIDTH:
+            pieces.append([])
+            used = start
+        pieces[-1].append(i)
+        used += widths[i] + 3
+    for number, piece in enumerate(pieces):
+        if number:
+            yield ""
+        yield from _piece(
+            [columns[i] for i in (*labels, *piece)], [widths[i] for i in (*labels, *piece)], len(labels)
+        )
+
+
+def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int) -> Iterator[str]:
+    for number, row in enumerate(zip(*columns, strict=True)):
+        cells = (
+            f"{text:<{width}}" if i < labels else f"{text:>{width}}"
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield f"| {' | '.join(cells)} |"
+        if number == 0:
+            rules = ("-" * width if i < labels else "-" * (width - 1) + ":" for i, width in enumerate(widths))
+            yield f"| {' | '.join(rules)} |"
+
+
+def _paragraph(text: str) -> list[str]:
+    """Lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
+    lines = textwrap.wrap(_escape(text), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
+
+
+def _address(folder: str) -> str:
+    return urllib.parse.quote(clean(folder))
+
+
+def _escape(text: str) -> str:
+    """Text as Markdown that shows it as it is, but for what means something at the start of a line."""
+    text = " ".join(clean(text).split())
+    text = re.sub(r"([\\`*$|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
+    # Underscores within words mean nothing, and brackets only before a parenthesis.
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text).replace("](", "]\\(").replace("![", "!\\[")
+
+
+def _slug(text: str, seen: dict[str, int]) -> str:
+    """The name GitHub gives a heading."""
+    slug = re.sub(r"[^\w\- ]", "", " ".join(clean(text).split()).lower()).replace(" ", "-")
+    seen[slug] = seen.get(slug, -1) + 1
+    return f"{slug}-{seen[slug]}" if seen[slug] else slug
+
+
+def _on_white(svg: bytes) -> bytes:
+    """An SVG that can be read on any page: dark on white."""
+    text = svg.decode().replace(INK, "#222222")
+    return re.sub(
+        r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', text, count=1
+    ).encode()

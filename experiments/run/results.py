@@ -1,0 +1,300 @@
+"""What a study writes down: lines of figures, each with the settings and versions behind it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxprune as jp
+from experiments.report.read import UNFINISHED
+from experiments.run import saved_recipes, stopping
+from jaxprune.files.atomic import replacing
+
+_WHOLE = "whole.jsonl"
+_LINES = "results.jsonl"
+_KEPT = "kept"
+_COMMON = ("study", "config", "versions", "command")
+
+
+class Results:
+    """A folder of results: `results.jsonl`, one line per figure, `recipe.yaml` to repeat them, and plots.
+
+    Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
+    still says what it is. `experiments.report` makes a page of them; for it a line may also hold `layers`,
+    see `layers`, and `masks`, see `keep_masks`.
+
+    What a run writes lies in the folder `unfinished` until it has ended well; then, all at once, it takes the
+    place of an earlier run's. So a run that fails or is killed leaves the earlier results as they were, and
+    what it had finished itself in `unfinished`, with which a study that can go on goes on. Lines are added in
+    units, such as a method's with all its seeds, of which a killed run leaves all or nothing.
+
+    Only one run at a time may have the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        study: str,
+        config: Any,
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        go_on: bool | None = None,
+        adds: bool = False,
+        may_differ: Sequence[str] = ("out", "fresh"),
+    ):
+        """Says what the run is; nothing is touched before the block is entered.
+
+        Args:
+          folder: of the results.
+          study, config, recipe: what every line, and `recipe.yaml`, say of the run.
+          go_on: whether the lines of an unfinished run are gone on with, if there is one; else they are
+            dropped. None if the study cannot.
+          adds: whether, if nothing is unfinished, the lines of a finished run are gone on with.
+          may_differ: settings of an earlier run that it may have had otherwise, to be gone on with.
+        """
+        self.folder = Path(folder)
+        self.unfinished = self.folder / UNFINISHED
+        self.lines: list[dict[str, Any]] = []  # the figures of all finished units, in order
+        self._study, self._config, self._recipe = study, config, recipe
+        self._go_on, self._adds, self._may_differ = go_on, adds, may_differ
+        self._rows: list[bytes] = []  # of an earlier run, to be written before this one's
+        self._common: dict[str, Any] = {}
+        self._file: int | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "Results":
+        """Takes the folder, and what an earlier run left in it.
+
+        Raises:
+          SystemExit: another run has the folder; it holds lines of other settings, or damaged ones.
+          OSError: it cannot be written to.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stopping.locked(self.folder))
+            for file in self.folder.glob(".*.????????????????.tmp"):  # of plots, of `replacing`
+                file.unlink()
+            if (self.unfinished / _WHOLE).exists():  # a run was killed in its very last moment
+                self._settle()
+            if self._go_on:
+                self._take_up()
+            elif self.unfinished.exists():
+                shutil.rmtree(self.unfinished)
+            values = (self._study, dataclasses.asdict(self._config), versions(), command())
+            self._common = dict(zip(_COMMON, values, strict=True))
+            self._stack = stack.pop_all()
+        return self
+
+    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Appends the lines of a unit and flushes them, so that a killed run leaves them whole."""
+        lines = [dict(line) for line in lines]
+        rows = "".join(json.dumps(line | self._common) + "\n" for line in lines)
+        with stopping.shielded():
+            self._append(rows.encode() + _END)
+            self.lines += lines
+
+    def write(self, **figures: Any) -> None:
+        """Appends a line that is a unit by itself."""
+        self.add([figures])
+
+    def done(self, **fields: Any) -> bool:
+        """Whether there are lines that have these fields: the unit need not be run again."""
+        return any(all(line.get(k) == v for k, v in fields.items()) for line in self.lines)
+
+    def drop_lines(self) -> None:
+        """Leaves out the lines gone on with: the study has them from elsewhere. Files stay."""
+        self.lines, self._rows = [], []
+        (self.unfinished / _LINES).unlink(missing_ok=True)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What is trained once and many units start from; a run that goes on reads what it had made.
+
+        Args:
+          name: of the file, without an ending.
+          make: gives a pytree of arrays.
+
+        Returns:
+          The arrays, as numpy, from the file in either case.
+        """
+        file = self.unfinished / _KEPT / f"{name}.jp"
+        if file.exists():
+            try:
+                return jp.io.load(file).params
+            except jp.io.FileError as error:
+                print(f"{error} It is made again.", file=sys.stderr)
+        made = make()
+        self._begin()
+        file.parent.mkdir(exist_ok=True)
+        with stopping.shielded():
+            jp.io.save(file, made)
+        return jp.io.load(file).params
+
+    def file(self, name: str) -> Path:
+        """Where to write a file that belongs to the lines; when the run has ended it is in the folder."""
+        self._begin()
+        return self.unfinished / name
+
+    def keep_masks(self, name: str, masks: Any) -> str:
+        """Writes the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
+
+        Args:
+          name: of the file, without an ending; a file of that name is replaced.
+          masks: a pytree of bool arrays.
+
+        Returns:
+          The file, relative to the folder: what the line's field `masks` says.
+        """
+        file = Path("masks") / f"{name}.jp"
+        path = self.file(str(file))
+        path.parent.mkdir(exist_ok=True)
+        with stopping.shielded():
+            jp.io.save(path, masks)
+        return file.as_posix()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with self._stack:
+            try:
+                if error is None:
+                    self._end()
+            except BaseException as failure:
+                stopping.keep(failure, self._left())
+                raise
+            finally:
+                if self._file is not None:
+                    os.close(self._file)
+            if error is not None:
+                stopping.keep(error, self._left())
+
+    def _left(self) -> str:
+        """What a run that has not ended leaves, and what comes of it."""
+        if self._go_on is None:
+            return f"What there was is in {self.unfinished}. This study starts over when it is run again."
+        flags = "The same command" if self._go_on else "The same command without --fresh"
+        count = (
+            f"{len(self.lines):,} lines of results are" if len(self.lines) != 1 else "1 line of results is"
+        )
+        return f"{count} kept in {self.unfinished}. {flags} goes on from there."
+
+    def _take_up(self) -> None:
+        """Goes on with the lines of an earlier run, if there are any."""
+        place = self.unfinished
+        if self._adds and not (place / _LINES).exists():
+            place = self.folder
+        rows, lines, problem = _whole_rows(place / _LINES), [], ""
+        try:
+            lines = [json.loads(row) for row in rows]
+            lines = [{k: v for k, v in line.items() if k not in _COMMON} for line in lines]
+            if differ := self._differing((place / "recipe.yaml").read_text(encoding="utf-8")):
+                names = ", ".join(differ)
+                problem = f"is of a run with other settings ({names}). Give the same flags to go on with it"
+        except (ValueError, AttributeError, OSError) as error:
+            problem = f"cannot be gone on with ({error}). Mend it"
+        if problem and rows:
+            raise SystemExit(f"{place / _LINES} {problem}, another --out, or --fresh to start over.")
+        if problem and self.unfinished.exists():  # it had not finished anything
+            shutil.rmtree(self.unfinished)
+        self.lines, self._rows = lines, rows
+
+    def _differing(self, recipe: str) -> list[str]:
+        """The settings that are not those of a `recipe.yaml`."""
+        earlier = saved_recipes.plain_settings(recipe)
+        own = saved_recipes.plain_settings(saved_recipes.study_text(self._study, self._config, self._recipe))
+        keys = [key for key in dict.fromkeys([*earlier, *own]) if key not in self._may_differ]
+        return [key for key in keys if earlier.get(key, _ABSENT) != own.get(key, _ABSENT)]
+
+    def _begin(self) -> None:
+        """Makes the folder of this run's files."""
+        if self._file is not None:
+            return
+        self.unfinished.mkdir(exist_ok=True)
+        with replacing(self.unfinished / "recipe.yaml") as new:
+            new.write_text(
+                saved_recipes.study_text(self._study, self._config, self._recipe), encoding="utf-8"
+            )
+        # Written anew, so that what a killed run left of a unit is gone.
+        with replacing(self.unfinished / _LINES) as new:
+            new.write_bytes(b"".join(row + b"\n" for row in self._rows) + _END)
+        self._file = os.open(self.unfinished / _LINES, os.O_WRONLY | os.O_APPEND)
+
+    def _append(self, data: bytes) -> None:
+        self._begin()
+        assert self._file is not None
+        size = os.fstat(self._file).st_size
+        try:
+            while data:
+                data = data[os.write(self._file, data) :]
+            os.fsync(self._file)
+        except OSError as error:  # such as a full disk's
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, size)
+            raise OSError(error.errno, error.strerror, str(self.unfinished / _LINES)) from None
+
+    def _end(self) -> None:
+        """Lets the run's files take the place of an earlier run's."""
+        with stopping.shielded():
+            self._begin()
+            with replacing(self.unfinished / _WHOLE) as new:
+                new.write_bytes(b"".join(row + b"\n" for row in _whole_rows(self.unfinished / _LINES)))
+            self._settle()
+
+    def _settle(self) -> None:
+        """The same, once the lines are whole; cut at any place it can be done again."""
+        (self.unfinished / _LINES).unlink(missing_ok=True)
+        for file in sorted(self.unfinished.rglob("*")):
+            name = file.relative_to(self.unfinished)
+            if file.is_file() and name.parts[0] not in (_WHOLE, _KEPT) and not name.name.startswith("."):
+                (self.folder / name).parent.mkdir(exist_ok=True)
+                file.replace(self.folder / name)
+        (self.unfinished / _WHOLE).replace(self.folder / _LINES)
+        shutil.rmtree(self.unfinished)
+
+
+_ABSENT = object()
+_END = b"\n"
+"""An empty line, which comes after each unit in the lines of a run that has not ended."""
+
+
+def _whole_rows(file: Path) -> list[bytes]:
+    """The lines of a file; of an unfinished run's, but those of a unit that was cut short."""
+    if not file.exists():
+        return []
+    rows = file.read_bytes().split(b"\n")
+    if file.parent.name == UNFINISHED:
+        ends = [place for place, row in enumerate(rows[:-1]) if not row.strip()]
+        rows = rows[: ends[-1]] if ends else []
+    return [row for row in rows if row.strip()]
+
+
+def layers(masks: Any) -> dict[str, list[int]]:
+    """What is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
+
+    Example:
+      >>> layers({"fc/kernel": np.array([[True, False, True]]), "fc/bias": np.array([True])})
+      {'fc/kernel': [2, 3]}
+    """
+    leaves = zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True)
+    return {path: [int(np.sum(leaf)), leaf.size] for path, leaf in leaves if leaf.ndim >= 2}
+
+
+def versions() -> dict[str, str]:
+    """The versions and the device that a figure depends on."""
+    packages = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy")
+    found = {package: version(package) for package in packages}
+    return found | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
+
+
+def command() -> str:
+    """The command that is running, as one would type it."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", None)
+    run = f"python -m {module}" if module else f"python {Path(sys.argv[0]).name}"
+    return shlex.join([*run.split(), *sys.argv[1:]])

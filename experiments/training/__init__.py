@@ -1,0 +1,1 @@
+"""Training loops: whole epochs for all seeds, single steps, and distillation."""

@@ -1,0 +1,166 @@
+"""Divisors: slices of params that must not be zero, because the function divides by them.
+
+Masks set the slices of a pruned unit to zero. Where the function divides by one (a learned scale, the
+norm of a weight, a variance), zero makes it 0 / 0. Such slices keep their values: if the rest of the
+unit is zero, what they hold does not matter.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from jaxprune.graph.engine.axes import Vector
+from jaxprune.graph.engine.facts import Facts, is_zero
+from jaxprune.graph.engine.ir import Op
+from jaxprune.graph.engine.program import Linked, Zeros
+from jaxprune.graph.engine.singular import Singularity, singularities
+
+ParamAxis = tuple[str, int]
+"""The path of a param and one of its axes."""
+
+
+class Divisors(NamedTuple):
+    """What must not be zero.
+
+    Attributes:
+      axes: axes of params whose slices must keep their values, for the function to be finite.
+      reason: an op that is not finite where these slices are zero; None where there is none.
+      unresolved: an op that is not finite whatever keeps its value; None where there is none.
+    """
+
+    axes: frozenset[ParamAxis]
+    reason: Op | None = None
+    unresolved: Op | None = None
+
+
+def without(zeros: Zeros, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:
+    """The zero slices of params, but for those along some axes."""
+    return {
+        path: [None if (path, axis) in axes else zero for axis, zero in enumerate(marks)]
+        for path, marks in zeros.items()
+    }
+
+
+def find_divisors(linked: Linked, zeros: Zeros, derivatives: bool, facts: Facts | None = None) -> Divisors:
+    """The axes of params whose slices must not be zero, among those that are to be.
+
+    An operand may be zero because of one param (the norm of a weight), because of several at once
+    (the norm of `x @ w + b`, which is zero if both are), or because of any of several (a product of
+    two scales). In the first two cases each param without which the operand would not be zero is a
+    divisor: all of them, and not one that would do, since a bias may happen to be zero. In the third
+    there is no such param, and each that makes the operand zero by itself is a divisor.
+
+    Args:
+      linked: the function.
+      zeros: the slices of params that are to be zero.
+      derivatives: whether the derivative has to be finite as well.
+      facts: what follows from `zeros`, if that is known already.
+    """
+    axes: frozenset[ParamAxis] = frozenset()
+    reason = None
+    before: set[int] | None = None
+    while True:
+        facts = linked.facts(without(zeros, axes)) if facts is None else facts
+        found = [s for s in singularities(linked.region, facts) if derivatives or s.in_value]
+        if found and before is None:  # an op may be singular without our zeros, the log of a constant say
+            before = {id(s.op) for s in singularities(linked.region, linked.facts({}))}
+        found = [s for s in found if before is None or id(s.op) not in before]
+        if not found:
+            return Divisors(axes, reason)
+        more: set[ParamAxis] = set()
+        for cause in _Causes.by_component(linked, facts, without(zeros, axes), found):
+            more |= cause.find()
+        reason = found[0].op if reason is None else reason
+        if not more:
+            return Divisors(axes, reason, found[0].op)
+        axes, facts = axes | more, None
+
+
+class _Causes:
+    """Which zeros of params some singular ops are due to.
+
+    The ops are tried again under fewer zeros. Only the ops that these zeros pass through take
+    part, which makes a trial cheap: from the singular ops back, through values with zero slices on
+    axes that constraints join to the singular ones.
+    """
+
+    def __init__(self, linked: Linked, zeros: Zeros, found: Sequence[Singularity]):
+        self.linked, self.zeros, self.found = linked, zeros, list(found)
+        self.ops: list[Op] = []
+        self.candidates: list[ParamAxis] = []
+
+    @classmethod
+    def by_component(
+        cls, linked: Linked, facts: Facts, zeros: Zeros, found: Sequence[Singularity]
+    ) -> list["_Causes"]:
+        """The causes of singular ops, apart for those whose axes no constraint joins."""
+        number = linked.graph.components()
+        parts: list[tuple[set[int], list[Singularity]]] = []
+        for singularity in found:
+            own, ops = {number(node) for node in singularity.nodes}, [singularity]
+            joined = [part for part in parts if part[0] & own]
+            for part in joined:
+                parts.remove(part)
+                own, ops = own | part[0], part[1] + ops
+            parts.append((own, ops))
+        causes = []
+        for own, ops in parts:
+            cause = cls(linked, zeros, ops)
+            cause._trace_back(facts, own, number)
+            causes.append(cause)
+        return causes
+
+    def _trace_back(self, facts: Facts, components: set[int], number: Callable[[int], int]) -> None:
+        """Finds the ops that the zeros pass through, and the axes of params that they start at."""
+        read = {id(s.caller) for s in self.found}
+        values: set[int] = set()
+        for op in reversed(self.linked.region.ops):
+            if id(op) not in read and not any(id(output) in values for output in op.outputs):
+                continue
+            self.ops.append(op)
+            for output in op.outputs:
+                if is_zero(facts.of(output).fill):  # a sum whose addends are all zero: follow these
+                    components |= {
+                        number(node)
+                        for value in op.inputs
+                        for axis, node in enumerate(value.axes)
+                        if facts.zero(value, axis) is not None
+                    }
+            for value in op.inputs:
+                known = facts.of(value)
+                joined = any(
+                    zero is not None and number(node) in components
+                    for zero, node in zip(known.zero, value.axes, strict=True)
+                )
+                if joined or known.fill is not None:
+                    values.add(id(value))
+        self.ops.reverse()
+        self.candidates = [
+            (path, axis)
+            for path, marks in self.zeros.items()
+            for axis, zero in enumerate(marks)
+            if zero is not None
+            and id(self.linked.values[path]) in values
+            and number(self.linked.values[path].axes[axis]) in components
+        ]
+
+    def _extents(self, spared: frozenset[ParamAxis]) -> dict[int, float]:
+        """How much of each op is singular if some axes of params have no zero slices."""
+        facts = self.linked.facts(without(self.zeros, spared), self.ops)
+        found = singularities(self.linked.region_of(self.ops), facts)
+        return {id(singularity.op): singularity.extent for singularity in found}
+
+    def find(self) -> set[ParamAxis]:
+        """The axes of params that must not be zero."""
+        among, result = frozenset(self.candidates), set[ParamAxis]()
+        if len(among) == 1:
+            return set(among)
+        spared = {one: self._extents(frozenset({one})) for one in self.candidates}
+        alone: dict[ParamAxis, dict[int, float]] | None = None
+        for singularity in self.found:
+            op = id(singularity.op)
+            causes = {one for one in self.candidates if spared[one].get(op, 0) < singularity.extent}
+            if not causes:
+                alone = alone or {one: self._extents(among - {one}) for one in self.candidates}
+                causes = {one for one in self.candidates if op in alone[one]}
+            result |= causes
+        return result

@@ -1,0 +1,339 @@
+"""Whether a network passes a residual block's input on when the block's params are zero.
+
+A block is given by its params alone: which ops are the block is read off the program. Values that
+depend on the params are followed from op to op until they end, in one of two ways:
+
+- an op passes another value on (`identity.aliases`): `x + f(x)` is `x` where `f(x)` is zero. If that value
+  is what the block read, the block's input goes on and nothing of the block does: a *pass*;
+- nothing reads them.
+
+A block whose values all end so is the identity. Others reach an output of the network: a layer without
+a residual path gives zeros to the next, a norm of the block's own after the sum gives zeros as well, and
+a gate scales what should pass.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph.engine.identity import Aliases, aliases, inlined, unchanged_outputs
+from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.rules import rule_for
+from jaxprune.tracing.jaxprs import scan_split
+
+# Ops that lay out entries of one input and combine none.
+_LAYOUT = frozenset(
+    (
+        *("slice", "dynamic_slice", "gather", "split", "unstack", "squeeze", "reshape", "expand_dims"),
+        *("transpose", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "rev"),
+        *("optimization_barrier", "sharding_constraint", "reshard", "device_put", "pvary"),
+    )
+)
+
+Values = dict[int, Value]
+"""A set of values, by id."""
+
+
+@dataclass(eq=False)
+class _Mark:
+    """A value that depends on the params of the block.
+
+    Attributes:
+      bare: no data of the network has met these params on the way.
+      read: the values that do not depend on the block which have been combined into it.
+      met: those of `read` that params of the block were combined with: the inputs of the block.
+      part: it holds entries of the block beside those of other blocks, laid out only.
+      zero: those of the block are zero.
+    """
+
+    bare: bool = True
+    read: Values = field(default_factory=dict)
+    met: Values = field(default_factory=dict)
+    part: bool = False
+    zero: bool = True
+
+
+class Pass(NamedTuple):
+    """An op that gives an input of the block where the rest of it is zero.
+
+    Attributes:
+      op: the op.
+      output: what it gives.
+      source: the value that it equals.
+    """
+
+    op: Op
+    output: Value
+    source: Value
+
+
+class Roots(NamedTuple):
+    """What a program is made from, for each of its values.
+
+    Attributes:
+      constant: the ids of the values that follow from constants alone.
+      data: the ids of those that depend on the inputs of the network.
+      param: the ids of those that depend on its params.
+    """
+
+    constant: set[int]
+    data: set[int]
+    param: set[int]
+
+
+def roots_of(region: Region, params: Iterable[Value], data: Iterable[Value]) -> Roots:
+    """What the values of a region are made from, given which of its inputs are params and which are data."""
+    of_params, of_data = set(map(id, params)), set(map(id, data))
+    given, constant = set(map(id, region.inputs)), set[int]()
+
+    def note(value: Value) -> None:
+        if value.op is None and id(value) not in given:
+            constant.add(id(value))
+
+    for op in region.ops:
+        for value in op.inputs:
+            note(value)
+        if all(id(value) in constant for value in op.inputs):
+            constant.update(map(id, op.outputs))
+        for made_of in (of_params, of_data):
+            if any(id(value) in made_of for value in op.inputs):
+                made_of.update(map(id, op.outputs))
+    for value in region.outputs:
+        note(value)
+    return Roots(constant, of_data, of_params)
+
+
+class Passage:
+    """Follows the params of one block through a program in which they are zero.
+
+    Attributes:
+      passes: the ops that pass on what the block read, in order.
+      readers: the ops that read its params, in order.
+      changed: the ops that make something else than constants of values of the block and others, with
+        these others, in order.
+      in_loops: the ops that change what a loop over layers carries.
+    """
+
+    def __init__(self, facts: Facts, others: Facts | None = None):
+        """Starts with what is known of the program.
+
+        Args:
+          facts: of all values, where the params of the block are zero.
+          others: of all values, where those of all other blocks are zero instead; for params that hold
+            several blocks.
+        """
+        self.facts, self.others = facts, others
+        self.passes: list[Pass] = []
+        self.readers: list[Op] = []
+        self.changed: list[tuple[Op, list[Value]]] = []
+        self.in_loops: list[Op] = []
+
+    def follow(self, region: Region, marked: Mapping[int, _Mark], roots: Roots) -> dict[int, _Mark]:
+        """Follows the values of the block through a region.
+
+        Args:
+          region: the ops, with the bodies of checkpoints among them.
+          marked: by id, those of its inputs that depend on the block.
+          roots: what its values are made from.
+
+        Returns:
+          By id, all of its values that depend on the block.
+        """
+        level = _Level(self, region, dict(marked), roots)
+        for op in region.ops:
+            if any(id(value) in level.marks for value in op.inputs):
+                level.step(op)
+        return level.marks
+
+    def reason(self, outputs: Sequence[_Mark], found: Aliases) -> str:
+        """Why the block is not the identity, where some outputs of the network depend on it."""
+        if self.in_loops:
+            return f"what {self.in_loops[0]} gives is not what the layer was given"
+        inputs = {key: value for mark in outputs for key, value in mark.met.items()}
+        for op, independent in self.changed:
+            # What scales or gates an input of the block, rather than a later layer fed with its zeros.
+            if any(made_from(each, value, found) for each in inputs.values() for value in independent):
+                return f"{op} changes the block's input, or mixes it with what the block gives"
+        if not self.readers:
+            return "its params reach an output by themselves"
+        return f"{self.readers[-1]} gives zeros, or another constant, and not the block's input"
+
+
+class _Level:
+    """One region that a `Passage` runs through."""
+
+    def __init__(self, passage: Passage, region: Region, marks: dict[int, _Mark], roots: Roots):
+        self.passage, self.region, self.marks, self.roots = passage, region, marks, roots
+        self.facts = passage.facts
+        self.found: Aliases = aliases(region, passage.facts)
+
+    def step(self, op: Op) -> None:
+        """Marks the outputs of an op that reads marked values."""
+        given = [self.marks[id(value)] for value in op.inputs if id(value) in self.marks]
+        if op.name == "inline":
+            for value, output in zip(op.inputs, op.outputs, strict=True):
+                if id(value) in self.marks:
+                    self.marks[id(output)] = self.marks[id(value)]
+            return None
+        if op.name == "scan" and any(mark.part for mark in given):
+            return self._scan_of_layers(op)
+        if op.name in _LAYOUT and op.inputs and id(op.inputs[0]) in self.marks and given[0].part:
+            return self._lay_out(op, given[0])
+        merged = self._merged(op, given)
+        if merged.bare or any(mark.bare for mark in given):
+            self.passage.readers.append(op)
+        inner: set[int] | None = None
+        for place, output in enumerate(op.outputs):
+            root = self.found.get(id(output))
+            if self.facts.of(output).fill is not None:
+                self.marks[id(output)] = merged
+            elif root is not None:
+                if id(root) in self.marks:
+                    self.marks[id(output)] = self.marks[id(root)]
+                elif self._passes(root, merged):
+                    self.passage.passes.append(Pass(op, output, root))
+                else:
+                    self._change(op, output, merged)
+            else:
+                inner = self._marked_by_bodies(op) if inner is None else inner
+                if place in inner:
+                    self._change(op, output, merged)
+        return None
+
+    def _change(self, op: Op, output: Value, mark: _Mark) -> None:
+        self.marks[id(output)] = mark
+        independent = [v for v in op.inputs if id(v) not in self.marks and id(v) in self.roots.data]
+        self.passage.changed.append((op, independent))
+
+    def _merged(self, op: Op, given: Sequence[_Mark]) -> _Mark:
+        """The mark of what an op makes of marked values and others."""
+        others = {
+            id(value): value
+            for value in op.inputs
+            if id(value) not in self.marks and id(value) not in self.roots.constant
+        }
+        read = {key: value for mark in given for key, value in mark.read.items()} | others
+        met = {key: value for mark in given for key, value in mark.met.items()}
+        if any(mark.bare for mark in given):
+            met |= read
+        bare = all(mark.bare for mark in given) and not any(key in self.roots.data for key in others)
+        return _Mark(bare, read, met)
+
+    def _passes(self, root: Value, mark: _Mark) -> bool:
+        """Whether a value that goes on is an input of the block, so that nothing is lost with the rest.
+
+        A layer without a residual path, whose zeros the next layer adds a bias to, passes that bias on and
+        loses its input.
+        """
+        if not mark.met:
+            return True
+        lost = any(key in self.roots.data for key in mark.met)
+        if lost and id(root) not in self.roots.data:
+            return False
+        return any(made_from(value, root, self.found) for value in mark.met.values())
+
+    def _lay_out(self, op: Op, mark: _Mark) -> None:
+        """An op on params that hold several blocks: some of what it gives may be of this block alone."""
+        others = self.passage.others
+        assert others is not None
+        for output in op.outputs:
+            if self.facts.all_zero(output):
+                self.marks[id(output)] = _Mark()
+            elif not others.all_zero(output):
+                self.marks[id(output)] = mark
+
+    def _scan_of_layers(self, op: Op) -> None:
+        """A loop over layers, one of which is the block: its body has to give back what it carries."""
+        body = op.regions["body"]
+        consts, carried = scan_split(op.params)
+        mine = [n for n, value in enumerate(op.inputs) if id(value) in self.marks]
+        if any(n < consts + carried or not self.marks[id(op.inputs[n])].part for n in mine):
+            for output in op.outputs:
+                self._change(op, output, _Mark())
+            return
+        facts = Facts()
+        for place, (value, inner) in enumerate(zip(op.inputs, body.inputs, strict=True)):
+            if place in mine and self.marks[id(value)].zero:
+                facts.learn(inner, fill=0)
+            elif place < consts:
+                facts.learn(inner, self.facts.of(value).zero, self.facts.of(value).fill)
+        run(body, facts, rule_for)
+        body = inlined(body)
+        found, kept = aliases(body, facts), unchanged_outputs(body, facts)
+        reached = {id(body.inputs[n]) for n in mine}
+        for inner in body.ops:
+            if any(id(value) in reached for value in inner.inputs):
+                reached.update(map(id, inner.outputs))
+        for place, (inner, output) in enumerate(zip(body.outputs, op.outputs, strict=True)):
+            if id(inner) not in reached:
+                continue
+            root = found.get(id(inner), inner)
+            same = kept.get(place) == consts + place if place < carried else id(root) not in reached
+            if not same:
+                self.passage.in_loops.append(op if root.op is None else _innermost(root, body))
+                self.marks[id(output)] = _Mark()
+            elif place < carried:
+                self.passage.passes.append(Pass(op, output, op.inputs[consts + place]))
+
+    def _marked_by_bodies(self, op: Op) -> set[int]:
+        """By number, the outputs of an op that depend on the block: all of them, unless bodies tell."""
+        every = set(range(len(op.outputs)))
+        if op.name == "cond" and id(op.inputs[0]) not in self.marks:
+            branches = op.regions.values()
+            return set().union(*(self._run_body(branch, op.inputs[1:]) for branch in branches))
+        if op.name == "scan":
+            return self._run_body(op.regions["body"], op.inputs, *scan_split(op.params))
+        return every
+
+    def _run_body(self, body: Region, inputs: Sequence[Value], first: int = 0, carried: int = 0) -> set[int]:
+        """The numbers of the outputs of a body that depend on the block, as some of its inputs do."""
+        pairs = list(zip(inputs, body.inputs, strict=True))
+        body = inlined(body)
+        marks = {id(inner): self.marks[id(outer)] for outer, inner in pairs if id(outer) in self.marks}
+        roots = roots_of(
+            body,
+            [inner for outer, inner in pairs if id(outer) in self.roots.param],
+            [inner for outer, inner in pairs if id(outer) in self.roots.data],
+        )
+        while True:
+            before = len(self.passage.passes)
+            after = self.passage.follow(body, marks, roots)
+            new = {
+                id(taken): after[id(given)]
+                for taken, given in zip(body.inputs[first : first + carried], body.outputs, strict=False)
+                if id(given) in after and id(taken) not in marks
+            }
+            if not new:
+                return {place for place, value in enumerate(body.outputs) if id(value) in after}
+            del self.passage.passes[before:]
+            marks |= new
+
+
+def made_from(value: Value, source: Value, found: Aliases) -> bool:
+    """Whether a value is another one or made from it, where values are taken for those that they equal."""
+    seen, left = set[int](), [value]
+    while left:
+        value = left.pop()
+        value = found.get(id(value), value)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if value is source:
+            return True
+        if value.op is not None:
+            left += value.op.inputs
+    return False
+
+
+def _innermost(value: Value, body: Region) -> Op:
+    """The op of a body, or of a checkpoint in it, that makes a value."""
+    for op in body.ops:
+        if any(output is value for output in op.outputs):
+            return op
+    raise AssertionError
+
+
+def mark_of(part: bool, zero: bool) -> _Mark:
+    """The mark of a param: of the block alone or of several blocks; whether the block's entries are zero."""
+    return _Mark(part=part, zero=zero)

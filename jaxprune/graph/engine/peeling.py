@@ -1,0 +1,175 @@
+"""What an op on stacked arrays is in each layer: the same op without the axis that counts layers."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jaxprune.graph.engine.rules import elementwise, rule_for
+
+
+class Peeled(NamedTuple):
+    """An op in one layer.
+
+    Attributes:
+      in_axes: for each input the axis that counts layers, None for one that all layers read.
+      out_axis: the axis of the output that counts layers.
+      params: the op's parameters in one layer.
+    """
+
+    in_axes: tuple[int | None, ...]
+    out_axis: int
+    params: dict[str, Any]
+
+
+def peel(
+    name: str, params: dict[str, Any], shapes: Sequence[tuple[Any, ...]], along: Sequence[int | None]
+) -> Peeled | None:
+    """An op in one layer, or None if it mixes layers or nothing is known of it.
+
+    Args:
+      name: the primitive.
+      params: its parameters.
+      shapes: the shapes of its inputs.
+      along: for each input, the axis that counts layers; None for inputs without layers.
+    """
+    (first, axis), *_ = [(n, axis) for n, axis in enumerate(along) if axis is not None]
+    if rule_for(name) is elementwise or name in ("copy", "reduce_precision", "select_n"):
+        length = shapes[first][axis]
+        if any(shape and (len(shape) != len(shapes[first]) or shape[axis] != length) for shape in shapes):
+            return None
+        if params.get("sharding") is not None:
+            return None
+        return Peeled(tuple(axis if shape else None for shape in shapes), axis, params)
+    if name == "dot_general":
+        return _dot(params, [len(shape) for shape in shapes], along)
+    if name == "concatenate" and params["dimension"] != axis:
+        (other,) = _less((params["dimension"],), axis)
+        return Peeled((axis,) * len(shapes), axis, {**params, "dimension": other})
+    if name == "pad" and along[1] is None and not any(params["padding_config"][axis]):
+        return Peeled((axis, None), axis, {"padding_config": _without(params["padding_config"], axis)})
+    if len(shapes) > 1:
+        return None
+    if name == "reshape":
+        return _reshape(params, axis, shapes[0])
+    if name == "slice":
+        return _slice(params, axis, shapes[0])
+    return _PEEL[name](params, axis, len(shapes[0])) if name in _PEEL else None
+
+
+def _without(values: Sequence[Any], axis: int) -> tuple[Any, ...]:
+    return tuple(value for place, value in enumerate(values) if place != axis)
+
+
+def _less(axes: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Axes counted without one that is not among them."""
+    return tuple(each - (each > axis) for each in axes)
+
+
+def _transpose(params: dict[str, Any], axis: int, rank: int) -> Peeled:
+    del rank
+    order = params["permutation"]
+    out = order.index(axis)
+    return Peeled((axis,), out, {"permutation": _less(_without(order, out), axis)})
+
+
+def _broadcast(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
+    del rank
+    places = params["broadcast_dimensions"]
+    out = places[axis]
+    if params.get("sharding") is not None:
+        return None
+    shape, left = _without(params["shape"], out), _less(_without(places, axis), out)
+    return Peeled((axis,), out, {**params, "shape": shape, "broadcast_dimensions": left})
+
+
+def _squeeze(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
+    gone = params["dimensions"]
+    if axis in gone:
+        return None
+    left = [each for each in range(rank) if each not in gone]
+    return Peeled((axis,), left.index(axis), {"dimensions": _less(gone, axis)})
+
+
+def _reduce(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
+    axes = params["axes"]
+    if axis in axes:
+        return None
+    left = [each for each in range(rank) if each not in axes]
+    return Peeled((axis,), left.index(axis), {**params, "axes": _less(axes, axis)})
+
+
+def _reshape(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
+    """A reshape that leaves the axis one of its own: as many entries lie before it, and after."""
+    new = params["new_sizes"]
+    if params.get("dimensions") is not None or params.get("sharding") is not None:
+        return None
+    for out, size in enumerate(new):
+        if size == shape[axis] and math.prod(new[:out]) == math.prod(shape[:axis]):
+            return Peeled((axis,), out, {**params, "new_sizes": _without(new, out)})
+    return None
+
+
+def _slice(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
+    """A slice of every layer; one that takes some of the layers is another matter."""
+    strides = params["strides"]
+    if params["start_indices"][axis] != 0 or params["limit_indices"][axis] != shape[axis]:
+        return None
+    if strides is not None and strides[axis] != 1:
+        return None
+    left = {key: _without(params[key], axis) for key in ("start_indices", "limit_indices")}
+    return Peeled((axis,), axis, {**left, "strides": None if strides is None else _without(strides, axis)})
+
+
+def _along_another(name: str) -> Callable[[dict[str, Any], int, int], Peeled | None]:
+    """An op that runs along one axis, which it has under a name."""
+
+    def peeled(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
+        del rank
+        (other,) = _less((params[name],), axis)
+        return None if params[name] == axis else Peeled((axis,), axis, {**params, name: other})
+
+    return peeled
+
+
+_PEEL: dict[str, Callable[[dict[str, Any], int, int], Peeled | None]] = {
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    **dict.fromkeys(
+        ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce
+    ),
+    **dict.fromkeys(("argmax", "argmin"), _reduce),
+    **dict.fromkeys(
+        ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "split"), _along_another("axis")
+    ),
+}
+
+
+def _dot(params: dict[str, Any], ranks: Sequence[int], along: Sequence[int | None]) -> Peeled | None:
+    """A product whose layers are along a batch axis, or along a free axis of one operand."""
+    sums, batches = params["dimension_numbers"]
+    if params.get("out_sharding") is not None:
+        return None
+    side = 0 if along[0] is not None else 1
+    axis = along[side]
+    assert axis is not None
+    if axis in batches[side]:
+        place = batches[side].index(axis)
+        axes = (batches[0][place], batches[1][place])
+        if any(a is not None and a != b for a, b in zip(along, axes, strict=True)):
+            return None
+        numbers = (
+            tuple(_less(s, a) for s, a in zip(sums, axes, strict=True)),
+            tuple(_less(_without(b, place), a) for b, a in zip(batches, axes, strict=True)),
+        )
+        return Peeled(axes, place, {**params, "dimension_numbers": numbers})
+    if axis in sums[side] or along[1 - side] is not None:
+        return None
+    free = [[a for a in range(r) if a not in (*s, *b)] for r, s, b in zip(ranks, sums, batches, strict=True)]
+    out = len(batches[0]) + (len(free[0]) if side else 0) + free[side].index(axis)
+    numbers = tuple(
+        tuple(_less(axes, axis) if n == side else axes for n, axes in enumerate(pair))
+        for pair in (sums, batches)
+    )
+    in_axes = (axis, None) if side == 0 else (None, axis)
+    return Peeled(in_axes, out, {**params, "dimension_numbers": numbers})

@@ -1,0 +1,341 @@
+"""Primitives with bodies: loops, branches, checkpoints, functions with derivatives of their own.
+
+A body's inputs and outputs are tied to those of the op; its facts are learnt in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.graph.engine.facts import Facts, Known, both, run
+from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers, is_differentiable
+from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule, rule_for
+from jaxprune.tracing.jaxprs import scan_split
+
+
+def tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip: int = 0) -> None:
+    """Ties arrays to arrays that lack their first `skip` axes, layer by layer where they have layers."""
+    for value, other in zip(values, others, strict=True):
+        if other.layers and not value.layers:
+            value, other = other, value
+        if value.layers and other.layers:
+            tie(graph, value.layers, other.layers)
+            continue
+        for layer in value.layers:
+            graph.pin(other.axes[value.along], "it counts layers")
+            rest = [node for axis, node in enumerate(other.axes) if axis != value.along]
+            tie(graph, [layer], [replace(other, axes=tuple(rest))])
+        for a, b in () if value.layers else zip(value.axes[skip:], other.axes, strict=True):
+            graph.same(a, b)
+
+
+def link_region(region: Region, graph: AxisGraph) -> None:
+    """Adds the constraints of all ops of a region."""
+    for op in region.ops:
+        for inner in op.regions.values():
+            link_region(inner, graph)
+        rule_for(op.name).link(op, graph)
+
+
+def _pass(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> None:
+    """Tells values what is known of others. What made them is out of reach, so `alike` is not."""
+    for value, other in zip(values, others, strict=True):
+        if value.layers and other.layers:
+            _pass(facts, value.layers, other.layers)
+        elif value.layers or other.layers:  # nothing is told of a layer by the whole
+            for each in flat_layers(other):
+                facts.learn(each)
+        else:
+            known = facts.of(value)
+            facts.learn(other, known.zero, known.fill)
+
+
+def run_region(region: Region, facts: Facts) -> None:
+    """Learns the facts of a body, whose inputs are known."""
+    run(region, facts, rule_for)
+
+
+# Checkpointed code.
+
+
+def link_body(op: Op, graph: AxisGraph) -> None:
+    """A `link`: the inputs and outputs of the op are those of its body."""
+    body = op.regions["body"]
+    tie(graph, op.inputs, body.inputs)
+    tie(graph, op.outputs, body.outputs)
+
+
+def flow_body(op: Op, facts: Facts) -> None:
+    """A `flow`: what is known of the outputs is what is known of the body's."""
+    body = op.regions["body"]
+    _pass(facts, op.inputs, body.inputs)
+    run_region(body, facts)
+    _pass(facts, body.outputs, op.outputs)
+
+
+def _emit_checkpoint(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    def body(*args: Any) -> list[Any]:
+        return frame.run(op.regions["body"], list(args))
+
+    again = jax.checkpoint(body, prevent_cse=op.params["prevent_cse"], policy=op.params["policy"])
+    return again(*args)
+
+
+register_rule("remat", "remat2", "checkpoint", rule=Rule(link_body, flow_body, _emit_checkpoint))
+
+
+# Functions with a derivative of their own: it is a second body, under the same constraints.
+
+
+def _link_jvp(op: Op, graph: AxisGraph) -> None:
+    link_body(op, graph)
+    jvp = op.regions["jvp"]
+    moving = [value for value in op.inputs if is_differentiable(value)]
+    tie(graph, [*op.inputs, *moving], jvp.inputs)
+    tie(graph, [*op.outputs, *(v for v in op.outputs if is_differentiable(v))], jvp.outputs)
+
+
+def _flow_jvp(op: Op, facts: Facts) -> None:
+    flow_body(op, facts)
+    jvp = op.regions["jvp"]
+    # A slice that is zero whatever the live params are does not move.
+    moving = [value for value in op.inputs if is_differentiable(value)]
+    _pass(facts, op.inputs, jvp.inputs[: len(op.inputs)])
+    for whole, whole_tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
+        for value, tangent in zip(flat_layers(whole), flat_layers(whole_tangent), strict=True):
+            known = facts.of(value)
+            facts.learn(tangent, known.zero, 0 if known.fill is not None else None)
+    run_region(jvp, facts)
+
+
+def _emit_jvp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    @jax.custom_jvp
+    def function(*args):
+        with frame.same_in_all_layers():
+            return frame.run(op.regions["body"], list(args))
+
+    def rule(primals, tangents):
+        moving = [t for t, value in zip(tangents, op.inputs, strict=True) if is_differentiable(value)]
+        with frame.same_in_all_layers():
+            out = frame.run(op.regions["jvp"], [*primals, *moving])
+        primals_out, left = out[: len(op.outputs)], iter(out[len(op.outputs) :])
+        return primals_out, [
+            next(left) if is_differentiable(p) else np.zeros(p.shape, jax.dtypes.float0) for p in primals_out
+        ]
+
+    function.defjvp(rule)
+    frame.foresee(
+        op.regions["jvp"], [*args, *(a for a, v in zip(args, op.inputs, strict=True) if is_differentiable(v))]
+    )
+    return function(*args)
+
+
+register_rule("custom_jvp_call", rule=Rule(_link_jvp, _flow_jvp, _emit_jvp))
+
+
+def _link_vjp(op: Op, graph: AxisGraph) -> None:
+    link_body(op, graph)
+    vjp = op.regions["vjp"]
+    cotangents = [value for value in op.outputs if is_differentiable(value)]
+    tie(graph, [*op.inputs, *cotangents], vjp.inputs)
+    tie(graph, [value for value in op.inputs if is_differentiable(value)], vjp.outputs)
+
+
+def _flow_vjp(op: Op, facts: Facts) -> None:
+    flow_body(op, facts)
+    vjp = op.regions["vjp"]
+    _pass(facts, op.inputs, vjp.inputs[: len(op.inputs)])
+    for cotangent in vjp.inputs[len(op.inputs) :]:
+        for each in flat_layers(cotangent):
+            facts.learn(each)
+    run_region(vjp, facts)
+
+
+def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    @jax.custom_vjp
+    def function(*args):
+        with frame.same_in_all_layers():
+            return frame.run(op.regions["body"], list(args))
+
+    def forward(*args):
+        return function(*args), args
+
+    def backward(args, cotangents):
+        moving = [c for c, value in zip(cotangents, op.outputs, strict=True) if is_differentiable(value)]
+        with frame.same_in_all_layers():
+            left = iter(frame.run(op.regions["vjp"], [*args, *moving]))
+        return tuple(
+            next(left) if is_differentiable(a) else np.zeros(np.shape(a), jax.dtypes.float0) for a in args
+        )
+
+    function.defvjp(forward, backward)
+    outputs = function(*args)
+    moving = [o for o, value in zip(outputs, op.outputs, strict=True) if is_differentiable(value)]
+    frame.foresee(op.regions["vjp"], [*args, *moving])
+    return outputs
+
+
+register_rule("custom_vjp_call", rule=Rule(_link_vjp, _flow_vjp, _emit_vjp))
+
+
+# Branches: a slice is zero if it is in all of them.
+
+
+def _link_cond(op: Op, graph: AxisGraph) -> None:
+    for branch in op.regions.values():
+        tie(graph, op.inputs[1:], branch.inputs)
+        tie(graph, op.outputs, branch.outputs)
+
+
+def _flow_cond(op: Op, facts: Facts) -> None:
+    branches = list(op.regions.values())
+    for branch in branches:
+        _pass(facts, op.inputs[1:], branch.inputs)
+        run_region(branch, facts)
+    for place, output in enumerate(op.outputs):
+        known = _shared([facts.of(branch.outputs[place]) for branch in branches])
+        facts.learn(output, known.zero, known.fill)
+
+
+def _shared(known: Sequence[Known]) -> Known:
+    """What holds in all of several cases."""
+    first, *rest = known
+    zero = list(first.zero)
+    for other in rest:
+        zero = [both(a, b) for a, b in zip(zero, other.zero, strict=True)]
+    equal = first.fill is not None and all(k.fill is not None and k.fill == first.fill for k in rest)
+    return Known(tuple(zero), first.fill if equal else None, (None,) * len(zero))
+
+
+def _emit_cond(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    def replayed(branch: Region) -> Any:
+        return lambda *args: frame.run(branch, list(args))
+
+    return lax.switch(args[0], [replayed(branch) for branch in op.regions.values()], *args[1:])
+
+
+register_rule("cond", rule=Rule(_link_cond, _flow_cond, _emit_cond))
+
+
+# Loops: what is carried round has the same slices each time.
+
+
+def _link_scan(op: Op, graph: AxisGraph) -> None:
+    body = op.regions["body"]
+    consts, carried = scan_split(op.params)
+    tie(graph, op.inputs[: consts + carried], body.inputs[: consts + carried])
+    tie(graph, op.inputs[consts + carried :], body.inputs[consts + carried :], skip=1)
+    tie(graph, op.outputs[:carried], body.outputs[:carried])
+    tie(graph, body.inputs[consts : consts + carried], body.outputs[:carried])
+    tie(graph, op.outputs[carried:], body.outputs[carried:], skip=1)
+    for value in (*op.inputs[consts + carried :], *op.outputs[carried:]):
+        graph.pin(value.axes[0], f"{op} runs along it")
+
+
+def _flow_scan(op: Op, facts: Facts) -> None:
+    body = op.regions["body"]
+    consts, carried = scan_split(op.params)
+    _pass(facts, op.inputs[:consts], body.inputs[:consts])
+    for value, inner in zip(op.inputs[consts + carried :], body.inputs[consts + carried :], strict=True):
+        known = facts.of(value)
+        facts.learn(inner, known.zero[1:], known.fill)
+    _flow_round(op.inputs[consts : consts + carried], body, consts, carried, facts)
+    _pass(facts, body.inputs[consts : consts + carried], op.outputs[:carried])
+    for inner, value in zip(body.outputs[carried:], op.outputs[carried:], strict=True):
+        known = facts.of(inner)
+        facts.learn(value, [None, *known.zero], known.fill)
+
+
+def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: int, facts: Facts) -> None:
+    """Learns the facts of a loop's body: those of the carry that hold in every round."""
+    _pass(facts, initial, body.inputs[consts : consts + carried])
+    while True:
+        run_region(body, facts)
+        changed = False
+        for before, after in zip(body.inputs[consts : consts + carried], body.outputs[:carried], strict=True):
+            known = _shared([facts.of(before), facts.of(after)])
+            changed |= not _same(known, facts.of(before))
+            facts.learn(before, known.zero, known.fill)
+        if not changed:
+            return
+
+
+def _same(a: Known, b: Known) -> bool:
+    if (a.fill is None) != (b.fill is None):
+        return False
+    pairs = zip(a.zero, b.zero, strict=True)
+    return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
+
+
+def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    params, body = op.params, op.regions["body"]
+    consts, carried = scan_split(op.params)
+
+    def step(carry, xs):
+        out = frame.run(body, [*args[:consts], *carry, *xs])
+        return out[:carried], out[carried:]
+
+    carry, ys = lax.scan(
+        step,
+        args[consts : consts + carried],
+        args[consts + carried :],
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return [*carry, *ys]
+
+
+register_rule(
+    "scan",
+    rule=Rule(
+        _link_scan,
+        _flow_scan,
+        _emit_scan,
+        conservative="the axis that it runs along stays whole; layers of stacked params are apart",
+    ),
+)
+
+
+def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
+    """The constants of the condition, those of the body, and the carry."""
+    condition, body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    return op.inputs[:condition], op.inputs[condition : condition + body], op.inputs[condition + body :]
+
+
+def _link_while(op: Op, graph: AxisGraph) -> None:
+    of_condition, of_body, carry = _while_parts(op)
+    condition, body = op.regions["condition"], op.regions["body"]
+    tie(graph, [*of_condition, *carry], condition.inputs)
+    tie(graph, [*of_body, *carry], body.inputs)
+    tie(graph, carry, op.outputs)
+    tie(graph, carry, body.outputs)
+
+
+def _flow_while(op: Op, facts: Facts) -> None:
+    of_condition, of_body, carry = _while_parts(op)
+    condition, body = op.regions["condition"], op.regions["body"]
+    _pass(facts, of_body, body.inputs[: len(of_body)])
+    _flow_round(carry, body, len(of_body), len(carry), facts)
+    _pass(facts, of_condition, condition.inputs[: len(of_condition)])
+    _pass(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
+    run_region(condition, facts)
+    _pass(facts, body.inputs[len(of_body) :], op.outputs)
+
+
+def _emit_while(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    of_condition, of_body = op.params["cond_nconsts"], op.params["body_nconsts"]
+    consts, body_consts = args[:of_condition], args[of_condition : of_condition + of_body]
+    return lax.while_loop(
+        lambda carry: frame.run(op.regions["condition"], [*consts, *carry])[0],
+        lambda carry: frame.run(op.regions["body"], [*body_consts, *carry]),
+        list(args[of_condition + of_body :]),
+    )
+
+
+register_rule("while", rule=Rule(_link_while, _flow_while, _emit_while))

@@ -1,0 +1,104 @@
+"""Choosing the largest: `argmax`, `argmin`, `top_k`, by which tokens are routed to experts.
+
+What is chosen from has to be whole, for a masked slice is a number like any other: the logit of an
+expert whose router column is masked is 0, and may be the largest. But slices that are alike, as all of
+those are, can be put back for the choice. So experts can go with their weights, and the choice stays
+what it was: where it falls on one that went, that adds nothing, as its zeros did.
+
+Only an axis that a product sums over elsewhere, as it sums over experts, is set free like this. The
+classes that a network chooses from are read by no product, and stay.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.facts import Facts
+from jaxprune.graph.engine.ir import Op, Region
+from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule
+
+_NAMES = ("argmax", "argmin", "top_k")
+
+
+def _axis(op: Op) -> int:
+    """The axis that is chosen along."""
+    if op.name == "top_k":
+        return op.params.get("axis", -1) % len(op.inputs[0].shape)
+    return op.params["axes"][0]
+
+
+def _left(op: Op) -> list[tuple[int, int]]:
+    """The other axes, as pairs: in the input and in the outputs."""
+    left = [axis for axis in range(len(op.inputs[0].shape)) if axis != _axis(op)]
+    return [(axis, axis if op.name == "top_k" else place) for place, axis in enumerate(left)]
+
+
+def _link(op: Op, graph: AxisGraph) -> None:
+    for output in op.outputs:
+        for axis, place in _left(op):
+            graph.same(op.inputs[0].axes[axis], output.axes[place])
+        if op.name == "top_k":
+            graph.pin(output.axes[_axis(op)], f"{op} orders it")
+
+
+def pin_choices(region: Region, graph: AxisGraph) -> None:
+    """Keeps whole what is chosen from, but for axes that a product sums over; to be called last."""
+    summed = {
+        graph.find(value.axes[axis])
+        for op in _ops(region)
+        if op.name == "dot_general"
+        for value, axes in zip(op.inputs, op.params["dimension_numbers"][0], strict=True)
+        for axis in axes
+    }
+    for op in _ops(region):
+        if op.name in _NAMES and graph.find(node := op.inputs[0].axes[_axis(op)]) not in summed:
+            graph.pin(node, f"{op} reads all of it")
+
+
+def _ops(region: Region) -> Iterator[Op]:
+    for op in region.ops:
+        yield op
+        for inner in op.regions.values():
+            yield from _ops(inner)
+
+
+def _flow(op: Op, facts: Facts) -> None:
+    (value,), along = op.inputs, _axis(op)
+    facts.need(op, value, along, facts.alike(value, along))
+    for output in op.outputs:
+        facts.learn(output)
+    if op.name == "top_k":
+        zeros: list[Vector | None] = [None] * len(value.shape)
+        for axis, place in _left(op):
+            zeros[place] = facts.zero(value, axis)
+        facts.learn(op.outputs[0], zeros, fill=0 if facts.all_zero(value) else None)
+
+
+def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    (value,), (array,), along = op.inputs, args, _axis(op)
+    kept = frame.indices(value, along)
+    if kept is None:
+        return op.bind(array)
+    # Those that went are put back, as the one that stands for them, in the places that they had.
+    source = np.full(value.shape[along], len(kept))
+    source[kept] = np.arange(len(kept))
+    other = jnp.asarray(frame.representative(value, along), array.dtype)
+    shape = list(array.shape)
+    shape[along] = 1
+    both = jnp.concatenate([array, jnp.broadcast_to(other, shape)], axis=along)
+    return op.bind(frame.take(both, along, source))
+
+
+register_rule(
+    *_NAMES,
+    rule=Rule(
+        _link,
+        _flow,
+        _emit,
+        conservative="the axis that is chosen along stays whole, but for slices that are alike and summed "
+        "over by a product elsewhere, as experts are",
+    ),
+)

@@ -1,0 +1,179 @@
+"""Matrix products and convolutions: the summed axis loses a slice where either side is zero."""
+
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.facts import Facts, either
+from jaxprune.graph.engine.ir import Op, Value
+from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+
+
+def _free(value: Value, *taken: tuple[int, ...]) -> list[int]:
+    used = {axis for axes in taken for axis in axes}
+    return [axis for axis in range(len(value.shape)) if axis not in used]
+
+
+def _link_dot(op: Op, graph: AxisGraph) -> None:
+    (left, right), (output,) = op.inputs, op.outputs
+    (left_sum, right_sum), (left_batch, right_batch) = op.params["dimension_numbers"]
+    for a, b in zip(left_sum, right_sum, strict=True):
+        graph.same(left.axes[a], right.axes[b])
+    for place, (a, b) in enumerate(zip(left_batch, right_batch, strict=True)):
+        graph.same(left.axes[a], output.axes[place])
+        graph.same(right.axes[b], output.axes[place])
+    place = len(left_batch)
+    for value, axes in (
+        (left, _free(left, left_sum, left_batch)),
+        (right, _free(right, right_sum, right_batch)),
+    ):
+        for axis in axes:
+            graph.same(value.axes[axis], output.axes[place])
+            place += 1
+
+
+def _flow_dot(op: Op, facts: Facts) -> None:
+    (left, right), (output,) = op.inputs, op.outputs
+    (left_sum, right_sum), (left_batch, right_batch) = op.params["dimension_numbers"]
+    nothing = facts.all_zero(left) or facts.all_zero(right)
+    for a, b in zip(left_sum, right_sum, strict=True):
+        zero = either(facts.zero(left, a), facts.zero(right, b))
+        facts.need(op, left, a, zero)
+        nothing |= zero is not None and bool(zero.all())
+    zeros = [
+        either(facts.zero(left, a), facts.zero(right, b))
+        for a, b in zip(left_batch, right_batch, strict=True)
+    ]
+    zeros += [facts.zero(left, a) for a in _free(left, left_sum, left_batch)]
+    zeros += [facts.zero(right, a) for a in _free(right, right_sum, right_batch)]
+    facts.learn(output, zeros, fill=0 if nothing else None)
+
+
+register_rule("dot_general", rule=Rule(_link_dot, _flow_dot, as_it_was))
+
+
+# A convolution in `groups` groups sees its input channels as groups x depth and its output
+# channels as groups x filters; the kernel has axes depth and groups x filters.
+
+
+def _is_pointwise(op: Op, spatial: int) -> bool:
+    """Whether a convolution maps each place of a spatial axis to the same place of the output."""
+    params = op.params
+    kernel = op.inputs[1].shape[params["dimension_numbers"].rhs_spec[2 + spatial]]
+    return (
+        kernel == 1
+        and params["window_strides"][spatial] == 1
+        and tuple(params["padding"][spatial]) == (0, 0)
+        and params["lhs_dilation"][spatial] == 1
+    )
+
+
+def _link_conv(op: Op, graph: AxisGraph) -> None:
+    (image, kernel), (output,) = op.inputs, op.outputs
+    image_axes, kernel_axes, out_axes = op.params["dimension_numbers"]
+    groups, batch_groups = op.params["feature_group_count"], op.params["batch_group_count"]
+    for spatial, (i, k, o) in enumerate(zip(image_axes[2:], kernel_axes[2:], out_axes[2:], strict=True)):
+        if _is_pointwise(op, spatial):
+            graph.same(image.axes[i], output.axes[o])
+            continue
+        for node in (image.axes[i], kernel.axes[k], output.axes[o]):
+            graph.pin(node, f"{op} slides a window along it")
+    batch, channels = image.axes[image_axes[0]], image.axes[image_axes[1]]
+    out_batch, out_channels = output.axes[out_axes[0]], output.axes[out_axes[1]]
+    filters, depth = kernel.axes[kernel_axes[0]], kernel.axes[kernel_axes[1]]
+    if batch_groups > 1:
+        for node in (batch, channels, out_batch, out_channels, filters, depth):
+            graph.pin(node, f"{op} has batch groups")
+        return
+    graph.same(batch, out_batch)
+    graph.same(filters, out_channels)
+    if groups == 1:
+        graph.same(channels, depth)
+        return
+    group, per_group = _group_nodes(op, graph)
+    _product(graph, channels, [group, depth])
+    _product(graph, filters, [group, per_group])
+
+
+def _product(graph: AxisGraph, whole: int, factors: list[int]) -> None:
+    """A product whose factors of size 1 count for nothing."""
+    larger = [factor for factor in factors if graph.sizes[factor] != 1]
+    if larger:
+        graph.product(whole, larger)
+
+
+def _group_nodes(op: Op, graph: AxisGraph) -> tuple[int, int]:
+    """The node of a convolution's groups, which replaying asks for, and that of the filters in each."""
+    groups = op.params["feature_group_count"]
+    filters = op.inputs[1].shape[op.params["dimension_numbers"].rhs_spec[0]]
+    op.memo["groups"] = graph.node(groups)
+    return op.memo["groups"], graph.node(filters // groups)
+
+
+def _flow_conv(op: Op, facts: Facts) -> None:
+    (image, kernel), (output,) = op.inputs, op.outputs
+    image_axes, kernel_axes, out_axes = op.params["dimension_numbers"]
+    groups = op.params["feature_group_count"]
+    if op.params["batch_group_count"] > 1:
+        return facts.learn(output)
+    of_image, of_kernel = facts.zero(image, image_axes[1]), facts.zero(kernel, kernel_axes[1])
+    zeros: list[Vector | None] = [None] * len(output.shape)
+    zeros[out_axes[0]] = facts.zero(image, image_axes[0])
+    zeros[out_axes[1]] = facts.zero(kernel, kernel_axes[0])
+    for spatial, (i, o) in enumerate(zip(image_axes[2:], out_axes[2:], strict=True)):
+        if _is_pointwise(op, spatial):
+            zeros[o] = facts.zero(image, i)
+    nothing = facts.all_zero(image) or facts.all_zero(kernel)
+    if groups == 1:
+        zero = either(of_image, of_kernel)
+        facts.need(op, image, image_axes[1], zero)
+        nothing |= zero is not None and bool(zero.all())
+    else:
+        depth = kernel.shape[kernel_axes[1]]
+        dead = np.zeros((groups, depth), bool)
+        if of_image is not None:
+            dead |= of_image.reshape(groups, depth)
+        # A depth goes in all groups or none. Where a whole group goes its outputs go too, so
+        # the groups themselves are needed by no sum.
+        everywhere = either(np.asarray(dead.all(axis=0)), of_kernel)
+        if depth > 1:
+            facts.need(op, kernel, kernel_axes[1], everywhere)
+        if of_kernel is not None:
+            dead |= of_kernel
+        silent = np.repeat(np.asarray(dead.all(axis=1)), output.shape[out_axes[1]] // groups)
+        zeros[out_axes[1]] = either(zeros[out_axes[1]], silent)
+    facts.learn(output, zeros, fill=0 if nothing else None)
+    return None
+
+
+def _emit_conv(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    params = dict(op.params)
+    if params["feature_group_count"] > 1:
+        params["feature_group_count"] = frame.node_size(op.memo["groups"], params["feature_group_count"])
+    return [
+        lax.conv_general_dilated(
+            *args,
+            window_strides=params["window_strides"],
+            padding=params["padding"],
+            lhs_dilation=params["lhs_dilation"],
+            rhs_dilation=params["rhs_dilation"],
+            dimension_numbers=params["dimension_numbers"],
+            feature_group_count=params["feature_group_count"],
+            batch_group_count=params["batch_group_count"],
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+    ]
+
+
+register_rule(
+    "conv_general_dilated",
+    rule=Rule(
+        _link_conv,
+        _flow_conv,
+        _emit_conv,
+        conservative="axes that the window slides along stay whole, and channels and images in batch groups",
+    ),
+)

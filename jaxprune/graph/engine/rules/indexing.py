@@ -1,0 +1,260 @@
+"""Indexing at places known only at run time: an axis that is indexed stays whole, others are free."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.facts import Facts, both
+from jaxprune.graph.engine.ir import Op, concrete
+from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.slices import take_dense
+
+_PICKED = "an axis stays whole where slices are picked by numbers that are known only at run time"
+_WRITTEN = "an axis stays whole where only some of its slices are written"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or bool(a == b)
+
+
+# Gather. Each axis of the output comes from the indices, or is a window into one of the operand.
+
+
+def _windows(op: Op) -> dict[int, int]:
+    """The axes of the operand that appear in the output, and which of its axes they are."""
+    numbers, rank = op.params["dimension_numbers"], len(op.inputs[0].shape)
+    left = [
+        a for a in range(rank) if a not in {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    ]
+    return dict(zip(left, numbers.offset_dims, strict=True))
+
+
+def _index_axes(op: Op) -> dict[int, int]:
+    """The axes of the indices, without the last, and which of the output they are."""
+    offset = op.params["dimension_numbers"].offset_dims
+    places = [axis for axis in range(len(op.outputs[0].shape)) if axis not in offset]
+    return dict(enumerate(places))
+
+
+def _known_take(op: Op) -> tuple[int, int, np.ndarray] | None:
+    """Whether the indices are constants along one axis of the operand.
+
+    Returns:
+      The axis, its place in the output, and the indices; None if they are not.
+    """
+    numbers = op.params["dimension_numbers"]
+    if len(numbers.start_index_map) != 1 or numbers.start_index_map != numbers.collapsed_slice_dims:
+        return None
+    if numbers.operand_batching_dims or len(op.inputs[1].shape) != 2:
+        return None
+    if any(not _equal(op.params["slice_sizes"][axis], op.inputs[0].shape[axis]) for axis in _windows(op)):
+        return None
+    if "known take" not in op.memo:
+        found, axis = concrete(op.inputs[1]), numbers.start_index_map[0]
+        op.memo["known take"] = None
+        if found is not None and found.size and 0 <= found.min() <= found.max() < op.inputs[0].shape[axis]:
+            op.memo["known take"] = axis, _index_axes(op)[0], found[:, 0]
+    return op.memo["known take"]
+
+
+def _link_gather(op: Op, graph: AxisGraph) -> None:
+    (operand, indices), (output,) = op.inputs, op.outputs
+    numbers, sizes, known = op.params["dimension_numbers"], op.params["slice_sizes"], _known_take(op)
+    windows = _windows(op)
+    for axis, node in enumerate(operand.axes):
+        if axis in windows and _equal(sizes[axis], operand.shape[axis]):
+            graph.same(node, output.axes[windows[axis]])
+        elif known is not None and axis == known[0]:
+            graph.link(node, known[2], output.axes[known[1]], np.arange(len(known[2])))
+        elif axis not in numbers.operand_batching_dims:
+            graph.pin(node, f"{op} looks slices of it up by index")
+            if axis in windows:
+                graph.pin(output.axes[windows[axis]], f"{op} looks slices of it up by index")
+    for axis, place in _index_axes(op).items():
+        if known is None:
+            graph.same(indices.axes[axis], output.axes[place])
+    graph.pin(indices.axes[-1], "it holds the coordinates of an index")
+    for axis, other in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+        graph.same(operand.axes[axis], indices.axes[other])
+
+
+def _flow_gather(op: Op, facts: Facts) -> None:
+    (operand, _), (output,) = op.inputs, op.outputs
+    zeros: list[Vector | None] = [None] * len(output.shape)
+    if _fills_with_number(op) and _known_take(op) is None:
+        return facts.learn(output)
+    for axis, place in _windows(op).items():
+        if _equal(op.params["slice_sizes"][axis], operand.shape[axis]):
+            zeros[place] = facts.zero(operand, axis)
+    if (known := _known_take(op)) is not None:
+        zero = facts.zero(operand, known[0])
+        zeros[known[1]] = None if zero is None else zero[known[2]]
+    facts.learn(output, zeros, fill=0 if facts.all_zero(operand) else None)
+    return None
+
+
+def _fills_with_number(op: Op) -> bool:
+    """Whether indices out of bounds read a number, which would not be zero.
+
+    NaN is none: it is read in all slices, and those that stay tell as much.
+    """
+    if lax.GatherScatterMode.from_any(op.params["mode"]) != lax.GatherScatterMode.FILL_OR_DROP:
+        return False
+    fill = op.params["fill_value"]
+    if fill is None:  # NaN for floats; the largest or smallest integer otherwise
+        return not jnp.issubdtype(op.outputs[0].dtype, jnp.inexact)
+    return not (np.isnan(fill) or fill == 0)
+
+
+def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    operand, output, known = op.inputs[0], op.outputs[0], _known_take(op)
+    if known is not None:
+        axis, place, dense = known
+        after = frame.indices(output, place)
+        taken = take_dense(
+            frame, args[0], axis, dense if after is None else dense[after], frame.indices(operand, axis)
+        )
+        return [
+            np.moveaxis(taken, axis, place) if isinstance(taken, np.ndarray) else _move(taken, axis, place)
+        ]
+    sizes = list(op.params["slice_sizes"])
+    for axis in _windows(op):
+        if _equal(sizes[axis], operand.shape[axis]):
+            sizes[axis] = frame.shape(operand)[axis]
+    return [
+        lax.gather(
+            *args,
+            dimension_numbers=op.params["dimension_numbers"],
+            slice_sizes=sizes,
+            unique_indices=op.params["unique_indices"],
+            indices_are_sorted=op.params["indices_are_sorted"],
+            mode=op.params["mode"],
+            fill_value=op.params["fill_value"],
+        )
+    ]
+
+
+def _move(array: Any, axis: int, place: int) -> Any:
+    order = [a for a in range(array.ndim) if a != axis]
+    order.insert(place, axis)
+    return lax.transpose(array, order)
+
+
+register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, conservative=_PICKED))
+
+
+def _link_dynamic_slice(op: Op, graph: AxisGraph) -> None:
+    operand, (output,) = op.inputs[0], op.outputs
+    for axis, (a, b) in enumerate(zip(operand.axes, output.axes, strict=True)):
+        if _equal(operand.shape[axis], output.shape[axis]):
+            graph.same(a, b)
+        else:
+            graph.pin(a, f"{op} takes part of it")
+            graph.pin(b, f"{op} takes part of it")
+
+
+def _flow_dynamic_slice(op: Op, facts: Facts) -> None:
+    operand, (output,) = op.inputs[0], op.outputs
+    zeros = [
+        facts.zero(operand, axis) if _equal(operand.shape[axis], output.shape[axis]) else None
+        for axis in range(len(output.shape))
+    ]
+    facts.learn(output, zeros, facts.of(operand).fill)
+
+
+def _emit_dynamic_slice(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    return [lax.dynamic_slice(args[0], args[1:], frame.shape(op.outputs[0]))]
+
+
+register_rule(
+    "dynamic_slice",
+    rule=Rule(_link_dynamic_slice, _flow_dynamic_slice, _emit_dynamic_slice, conservative=_PICKED),
+)
+
+
+def _link_update(op: Op, graph: AxisGraph) -> None:
+    (operand, update), (output,) = op.inputs[:2], op.outputs
+    for axis, (a, u, b) in enumerate(zip(operand.axes, update.axes, output.axes, strict=True)):
+        graph.same(a, b)
+        if _equal(operand.shape[axis], update.shape[axis]):
+            graph.same(a, u)
+        else:
+            graph.pin(a, f"{op} writes part of it")
+            graph.pin(u, f"{op} writes part of it")
+
+
+def _flow_update(op: Op, facts: Facts) -> None:
+    (operand, update), (output,) = op.inputs[:2], op.outputs
+    axes = range(len(output.shape))
+    whole = [_equal(operand.shape[axis], update.shape[axis]) for axis in axes]
+    zeros = [
+        both(facts.zero(operand, axis), facts.zero(update, axis)) if whole[axis] else None for axis in axes
+    ]
+    if all(whole):  # nothing of the operand is left, since starts are clamped to what there is
+        zeros = [facts.zero(update, axis) for axis in axes]
+    nothing = (all(whole) or facts.all_zero(operand)) and facts.all_zero(update)
+    facts.learn(output, zeros, fill=0 if nothing else None)
+
+
+register_rule("dynamic_update_slice", rule=Rule(_link_update, _flow_update, as_it_was, conservative=_WRITTEN))
+
+
+# Scatter: windows as long as the operand's axis are free, what is indexed stays whole.
+
+
+def _scatter_windows(op: Op) -> dict[int, int]:
+    """The axes of the operand that updates write whole, and which of theirs they are."""
+    operand, _, updates = op.inputs
+    numbers = op.params["dimension_numbers"]
+    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    left = [axis for axis in range(len(operand.shape)) if axis not in gone]
+    pairs = zip(left, numbers.update_window_dims, strict=True)
+    return {axis: place for axis, place in pairs if _equal(operand.shape[axis], updates.shape[place])}
+
+
+def _link_scatter(op: Op, graph: AxisGraph) -> None:
+    (operand, indices, updates), (output,) = op.inputs, op.outputs
+    windows = _scatter_windows(op)
+    for axis, (a, b) in enumerate(zip(operand.axes, output.axes, strict=True)):
+        graph.same(a, b)
+        if axis in windows:
+            graph.same(a, updates.axes[windows[axis]])
+        else:
+            graph.pin(a, f"{op} writes slices of it by index")
+    for axis, node in enumerate(updates.axes):
+        if axis not in windows.values():
+            graph.pin(node, f"{op} writes slices of it by index")
+    for node in indices.axes:
+        graph.pin(node, f"{op} writes slices by it")
+
+
+def _flow_scatter(op: Op, facts: Facts) -> None:
+    (operand, _, updates), (output,) = op.inputs, op.outputs
+    windows = _scatter_windows(op)
+    additive = op.name in ("scatter", "scatter-add", "scatter_add", "scatter-sub", "scatter_sub")
+    zeros = [
+        both(facts.zero(operand, axis), facts.zero(updates, windows[axis]))
+        if axis in windows and additive
+        else None
+        for axis in range(len(output.shape))
+    ]
+    facts.learn(output, zeros)
+
+
+register_rule(
+    "scatter",
+    "scatter-add",
+    "scatter-sub",
+    "scatter-mul",
+    "scatter-min",
+    "scatter-max",
+    "scatter_add",
+    "scatter_sub",
+    "scatter_mul",
+    "scatter_min",
+    "scatter_max",
+    rule=Rule(_link_scatter, _flow_scatter, as_it_was, conservative=_WRITTEN),
+)

@@ -1,0 +1,52 @@
+"""Factorisations and solvers: matrices stay whole, the axes along which there are several are free."""
+
+from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.facts import Facts
+from jaxprune.graph.engine.ir import Op
+from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule, unknown
+
+# How many last axes of the first input belong to one problem.
+_TRAILING = {
+    **dict.fromkeys(("cholesky", "eig", "eigh", "hessenberg", "householder_product", "lu", "qr"), 2),
+    **dict.fromkeys(("schur", "svd", "triangular_solve", "tridiagonal"), 2),
+    **dict.fromkeys(("lu_pivots_to_permutation", "tridiagonal_solve"), 1),
+}
+
+
+def _batch(op: Op) -> int:
+    """How many axes count the problems: the first of every value."""
+    return len(op.inputs[0].shape) - _TRAILING[op.name]
+
+
+def _columns(op: Op) -> int | None:
+    """The axis of the right-hand sides of a triangular system, each of which is solved for itself."""
+    if op.name != "triangular_solve":
+        return None
+    return len(op.inputs[1].shape) - (1 if op.params["left_side"] else 2)
+
+
+def _link(op: Op, graph: AxisGraph) -> None:
+    batch, columns, first = _batch(op), _columns(op), op.inputs[0]
+    for value in (*op.inputs, *op.outputs):
+        for axis in range(batch):
+            graph.same(first.axes[axis], value.axes[axis])
+    for place, value in enumerate(op.inputs):
+        for axis in range(batch, len(value.shape)):
+            if place == 1 and axis == columns:
+                graph.same(value.axes[axis], op.outputs[0].axes[axis])
+            else:
+                graph.pin(value.axes[axis], f"{op} reads all of the matrix")
+
+
+def _flow(op: Op, facts: Facts) -> None:
+    columns = _columns(op)
+    if columns is None:
+        return unknown(op, facts)
+    sides, (output,) = op.inputs[1], op.outputs
+    zeros: list[Vector | None] = [None] * len(output.shape)
+    for axis in (*range(_batch(op)), columns):
+        zeros[axis] = facts.zero(sides, axis)
+    return facts.learn(output, zeros, fill=0 if facts.all_zero(sides) else None)
+
+
+register_rule(*_TRAILING, rule=Rule(_link, _flow, as_it_was, conservative="the matrices stay whole"))

@@ -1,0 +1,306 @@
+"""Smaller flax networks of the user's own classes, where they compute what the function form does."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxprune.graph.compaction import Compacted, bind, compact
+from jaxprune.graph.equivalence import compare, new_numbers, ops_of
+from jaxprune.graph.modules.widths import Changes, UnfitError, culprits, put_right
+from jaxprune.graph.plan import Plan
+from jaxprune.tracing.jaxprs import split_static
+from jaxprune.tree.masks import check_masks, like_params, unpack_masks
+from jaxprune.tree.paths import array_leaves, is_concrete, leaf_paths
+from jaxprune.typing import Masks, Params
+
+
+class CompactedModule(NamedTuple):
+    """What `compact_module` returns.
+
+    Attributes:
+      module: a smaller module of the model's class, a copy; None where there is none that computes
+        the same.
+      small: the function form, `small.apply(small.params, *inputs)`, which there always is.
+      why: why there is no module, or why it is no smaller; None where all is well.
+    """
+
+    module: Any
+    small: Compacted
+    why: str | None
+
+
+def compact_module(
+    model: Any,
+    masks: Masks | Plan,
+    *inputs: Any,
+    fix: Callable[[Any], None] | None = None,
+    other_modes: bool = True,
+    multiple_of: int = 1,
+    fold_constants: bool = False,
+) -> CompactedModule:
+    """A smaller flax nnx module, of the same classes, that computes what the masked one does.
+
+    `compact` finds the small variables. A copy of the model gets them, and flax's own layers in it
+    the widths to match (`in_features`, `num_heads`, `feature_group_count` and so on). Python code
+    may do anything with a width, so nothing is taken on trust: the copy has to compute with the
+    same numbers as the masked model (a LayerNorm that now divides by 4 where it divided by 8 does
+    not), and has to agree with the function form on the inputs and on random ones, with the small
+    params and with others. Where it does not, `module` is None and `why` says what was found.
+
+    Args:
+      model: an `nnx.Module` with its arrays, best in evaluation mode (`model.eval()`); it stays as
+        it is.
+      masks: bool masks like `nnx.state(model, nnx.Param)`, or like all of `nnx.state(model)`; or a
+        `Plan`, as loaded from a file, for all variables but those of random numbers.
+      *inputs: example inputs of `model(*inputs)`. Bools and strings among them are static.
+      fix: `fix(module)` puts right, on the small copy, what only you know of: attributes of your
+        own classes that hold a width.
+      other_modes: also compares after `model.train()`, with dropout left off, and `model.eval()`:
+        outputs, and updated statistics.
+      multiple_of: as for `compact`.
+      fold_constants: as for `compact`.
+
+    Returns:
+      A `CompactedModule`. The params of `small` are all of the model's variables but the keys and
+      counts of random numbers; these pass into `module` as they are, and in `small.apply` they are
+      those of `model` at every call.
+
+    Raises:
+      ImportError: flax is missing.
+      TypeError: `model` is not an `nnx.Module`, or has no values yet; masks are traced or not bool.
+      ValueError: masks that mirror neither; a plan that does not fit; the masked network is not finite,
+        as for `compact`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> from flax import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.relu, nnx.Linear(4, 2, rngs=rngs))
+      >>> masks = jp.ones_masks(nnx.state(model, nnx.Param))
+      >>> cut = masks["layers"][0]
+      >>> cut["kernel"][...] = cut["kernel"][...].at[:, 1].set(False)
+      >>> cut["bias"][...] = cut["bias"][...].at[1].set(False)
+      >>> small = compact_module(model, masks, jnp.ones((1, 3)))
+      >>> [layer.out_features for layer in (small.module.layers[0], small.module.layers[2])]
+      [3, 2]
+      >>> small.module(jnp.ones((5, 3))).shape, small.why
+      ((5, 2), None)
+    """
+    nnx = _nnx()
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"compact_module takes a flax.nnx.Module, got {type(model).__name__}. For anything else, "
+            "compact(apply_fn, params, masks, *inputs) takes its function."
+        )
+    if not is_concrete(nnx.state(model), split_static(inputs)[0]):
+        raise TypeError(
+            "compact_module compares networks on numbers, so that the model and the inputs must have arrays "
+            "with values. Build the model outside jit and nnx.eval_shape."
+        )
+    small = _compact(nnx, model, masks, inputs, multiple_of, fold_constants)
+
+    graph, random, _ = _split(nnx, model)
+    module = nnx.merge(graph, _fresh(random), _fresh(small.params))
+    if not small.plan.keep:
+        stayed = f" ({small.stayed[0]})" if small.stayed else ""
+        return CompactedModule(module, small, f"Nothing was removed: no slice could go{stayed}.")
+    changes: Changes = {}
+    try:
+        changes = put_right(nnx, module, small.plan)
+        if fix is not None:
+            fix(module)
+        wrong = _disagreement(nnx, model, module, small, inputs, other_modes)
+    except UnfitError as error:
+        wrong = str(error)
+    if wrong is None:
+        return CompactedModule(module, small, None)
+    why = f"There is no smaller {type(model).__name__}: {wrong}.{_blame(culprits(changes))} Use small.apply."
+    return CompactedModule(None, small, why)
+
+
+def _blame(reasons: Sequence[str]) -> str:
+    if not reasons:
+        return ""
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f" Widths take part in what it computes: {'; '.join(reasons[:3])}{more}."
+
+
+def _nnx() -> Any:
+    try:
+        from flax import nnx
+    except ImportError as error:
+        raise ImportError(
+            "compact_module works on flax.nnx modules, but flax cannot be imported. Install flax, or use "
+            "compact, which takes any function."
+        ) from error
+    return nnx
+
+
+# --- a module as functions of its variables
+
+
+def _split(nnx: Any, model: Any) -> tuple[Any, Any, Params]:
+    """The graph of a module, its random state, and all its other arrays."""
+    graph, random, params = nnx.split(model, nnx.RngState, ...)
+    return graph, random, jax.tree.map(jnp.asarray, params)
+
+
+def _fresh(tree: Any) -> Any:
+    """The same arrays in other variables: merging shares the variables that it is given."""
+    return jax.tree.map(lambda leaf: leaf, tree)
+
+
+def _functions(nnx: Any, model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The module's output, and its output with the new values of what is not a Param by path."""
+    graph, random, params = _split(nnx, model)
+    known = set(leaf_paths(params))
+
+    def evaluate(params: Params, *inputs: Any) -> Any:
+        return nnx.merge(graph, _fresh(random), params)(*inputs)
+
+    def step(params: Params, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        merged = nnx.merge(graph, _fresh(random), _fresh(params))
+        output = merged(*inputs)
+        state = nnx.split(merged, nnx.RngState, nnx.Param, ...)[3]
+        new = dict(zip(leaf_paths(state), jax.tree.leaves(state), strict=True))
+        return output, {path: leaf for path, leaf in new.items() if path in known}
+
+    return evaluate, step
+
+
+def _second(output: Any) -> Any:
+    return output[1]
+
+
+def _compact(
+    nnx: Any, model: Any, masks: Masks | Plan, inputs: Sequence[Any], multiple_of: int, fold_constants: bool
+) -> Compacted:
+    """The function form of a module: of all variables but the random state."""
+    evaluate, step = _functions(nnx, model)
+    params = _split(nnx, model)[2]
+    arrays, rebuild = split_static(inputs)
+    traced = jax.make_jaxpr(lambda params, arrays: step(params, *rebuild(arrays)))(params, arrays).jaxpr
+    read = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    unread = {path for path, v in zip(leaf_paths(params), traced.invars, strict=False) if v not in read}
+
+    def function(params: Params, *inputs: Any) -> Any:
+        # What no op reads (a head that only training uses) would lose all it can; as outputs it stays.
+        output, state = step(params, *inputs)
+        whole = [leaf for path, leaf in array_leaves(params).items() if path in unread]
+        return (output, whole), {path: leaf for path, leaf in state.items() if path not in unread}
+
+    if isinstance(masks, Plan):
+        params, given = masks.expand(masks.shrink(params)) if masks.keep else params, masks
+    else:
+        given = _full_masks(nnx, model, params, masks)
+    options = {"multiple_of": multiple_of, "fold_constants": fold_constants}
+    small = compact(function, params, given, *inputs, state=_second, **options)
+    # The plan knows of the state that training updates; the function is the module's call.
+    small.function, small.apply = evaluate, small.bind(evaluate)
+    return small
+
+
+def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
+    """Masks of all params, from masks of the Params, or of all variables."""
+    masks = unpack_masks(masks, params)
+    given = array_leaves(masks, "masks")
+    trainable = nnx.state(model, nnx.Param)
+    if given.keys() <= set(leaf_paths(trainable)):
+        check_masks(masks, trainable)
+        ones = {path: np.ones(leaf.shape, bool) for path, leaf in array_leaves(params).items()}
+        return like_params({**ones, **given}, params)
+    for path in leaf_paths(nnx.state(model, nnx.RngState)):
+        mask = given.pop(path, None)
+        if mask is not None and not np.asarray(mask).all():
+            raise ValueError(f"masks[{path!r}] prunes the state of random numbers; it must be all True.")
+    return like_params(given, params)
+
+
+def _modes(nnx: Any, model: Any, module: Any) -> dict[str, tuple[Any, Any]]:
+    """The two networks as they are, and in other modes in which the model is another one."""
+
+    def training(model: Any) -> Any:
+        copy = nnx.clone(model)
+        copy.train()
+        copy.set_attributes(deterministic=True, raise_if_not_found=False)  # noise cannot be compared
+        return copy
+
+    def evaluation(model: Any) -> Any:
+        copy = nnx.clone(model)
+        copy.eval()
+        return copy
+
+    modes = {"": (model, module)}
+    for name, switched in (("in training mode, ", training), ("in evaluation mode, ", evaluation)):
+        copies = switched(model), switched(module)
+        if all(nnx.split(copies[0])[0] != nnx.split(known)[0] for known, _ in modes.values()):
+            modes[name] = copies
+    return modes
+
+
+def _disagreement(
+    nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any], other_modes: bool
+) -> str | None:
+    """What shows that a small module computes something else than the function form; None for nothing."""
+    modes = _modes(nnx, model, module) if other_modes else {"": (model, module)}
+    compared = False
+    for name, (dense, native) in modes.items():
+        if name and not _runs(nnx, dense, inputs):
+            continue
+        alike = _compare(nnx, dense, native, small, inputs)
+        if isinstance(alike, str):
+            return name + alike
+        compared |= alike
+    return None if compared else "it draws random numbers, so that it cannot be compared: try model.eval()"
+
+
+def _runs(nnx: Any, model: Any, inputs: Sequence[Any]) -> bool:
+    """Whether a model takes the inputs in its mode: training may want more, or keys."""
+    arrays, rebuild = split_static(inputs)
+    evaluate = _functions(nnx, model)[0]
+    try:
+        jax.eval_shape(
+            lambda params, arrays: evaluate(params, *rebuild(arrays)), _split(nnx, model)[2], arrays
+        )
+    except Exception:
+        return False
+    return True
+
+
+def _compare(nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any]) -> str | bool:
+    """How a small module differs, in words; else whether its outputs could be compared."""
+    arrays, rebuild = split_static(inputs)
+
+    def of_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda params, arrays: function(params, *rebuild(arrays))
+
+    step = _functions(nnx, model)[1]
+    native = of_arrays(_functions(nnx, module)[1])
+    dense = ops_of(of_arrays(step), _split(nnx, model)[2], arrays)
+    copy = "a copy with the small arrays"
+    try:
+        small.plan.check(_split(nnx, module)[2], "its variables")
+        ops = ops_of(native, small.params, arrays)
+    except Exception as error:
+        return f"{copy} raises {type(error).__name__}: {_short(error)}"
+    if numbers := new_numbers(ops, dense):
+        return f"{copy} computes with numbers that the dense one does not: {', '.join(numbers[:3])}"
+    if dense.draws:
+        return False  # noise of another shape is other noise
+    bound = bind(step, small.plan, state=_second)
+    try:
+        jax.eval_shape(of_arrays(bound), small.params, arrays)
+    except ValueError as error:
+        return f"the plan does not fit: {_short(error)}"
+    signed = set(leaf_paths(nnx.state(module, nnx.Param)))
+    wrong = compare(of_arrays(bound), native, small.params, arrays, signed.__contains__, dense.eps)
+    return True if wrong is None else f"{copy} {wrong}"
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split()).rstrip(".")
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,277 @@
+"""One table of a network: what is left of each layer, and what it computes."""
+
+import csv
+import io
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxprune.counting.multiply_adds import Macs, macs
+from jaxprune.counting.sizes import nonzeros, ratio
+from jaxprune.counting.xla import Cost, cost
+from jaxprune.tree.calls import check_call
+from jaxprune.tree.checks import shown
+from jaxprune.tree.masks import like_params
+from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels
+from jaxprune.typing import Masks, Params, Where
+
+
+class Row(NamedTuple):
+    """A layer, by its param, or a total.
+
+    Attributes:
+      path: the param's path; or "other params", "no params", "prunable", "whole model".
+      shape: the param's shape; None for a total.
+      size, kept: entries, and those the masks keep.
+      macs: multiply-adds, dense.
+      masked: under the masks, if there are any: what would be left if zeros cost nothing.
+      small: of the compacted network, if there is one: what it does compute.
+    """
+
+    path: str
+    shape: tuple[int, ...] | None
+    size: int
+    kept: int
+    macs: int
+    masked: int | None
+    small: int | None
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of entries removed."""
+        return 1 - self.kept / self.size if self.size else 0.0
+
+
+class Summary(NamedTuple):
+    """What `summary` returns; printing it gives a table of at most 80 columns.
+
+    Attributes:
+      rows: a `Row` for each layer, then the totals.
+      compression: entries of the model over entries kept, see `metrics.compression`.
+      speed_up: dense multiply-adds over those under the masks: the theoretical speed-up, which needs
+        hardware that skips zeros.
+      small_compression, small_speed_up: the same of the compacted network, for which it takes none.
+      dense, masked, small: the full counts, with the operations and what is bounded.
+      xla: XLA's analysis of the dense and of the compacted network, where asked for.
+      notes: what is bounded, and why there is no compacted network if there is none.
+    """
+
+    rows: tuple[Row, ...]
+    compression: float
+    speed_up: float
+    small_compression: float | None
+    small_speed_up: float | None
+    dense: Macs
+    masked: Macs | None
+    small: Macs | None
+    xla: tuple[Cost, Cost | None] | None
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and totals as plain Python values, for JSON."""
+        return {
+            "rows": [row._asdict() | {"sparsity": row.sparsity} for row in self.rows],
+            "compression": self.compression,
+            "speed_up": self.speed_up,
+            "small_compression": self.small_compression,
+            "small_speed_up": self.small_speed_up,
+            "macs": self.dense.total,
+            "macs_unpadded": self.dense.unpadded,
+            "xla": None if self.xla is None else [each and each._asdict() for each in self.xla],
+            "notes": list(self.notes),
+        }
+
+    def to_csv(self) -> str:
+        """The rows, with exact counts."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_HEADS)
+        writer.writerows(map(_exact, self.rows))
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """The rows as a Markdown table, with exact counts."""
+        lines = [_HEADS, ["---", "---", *["---:"] * (len(_HEADS) - 2)]]
+        lines += [[str(cell).replace("|", r"\|") for cell in _exact(row)] for row in self.rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+    def __str__(self) -> str:
+        lines = [f"{'param':<24}{'shape':<14}{'kept':>9}{'sparsity':>9}{'MACs':>8}{'masked':>8}{'small':>8}"]
+        lines += [
+            f"{_short(row.path):<24}{_shape(row.shape):<14}{_unit(row.kept):>9}{row.sparsity:>9.2%}"
+            f"{_unit(row.macs):>8}{_unit(row.masked):>8}{_unit(row.small):>8}"
+            for row in self.rows
+        ]
+        if self.masked is not None:
+            lines.append(
+                f"masked: {self.compression:.2f} x fewer entries, {self.speed_up:.2f} x fewer MACs, no faster"
+            )
+        if self.small_compression is not None:
+            lines.append(
+                f"small: {self.small_compression:.2f} x fewer entries, {self.small_speed_up:.2f} x fewer MACs"
+            )
+        lines.append(f"MACs: {self.dense.total:,} for these inputs, {self.dense.unpadded:,} without padding")
+        for name, found in zip(("dense", "small"), self.xla or (), strict=False):
+            if found is not None:
+                lines.append(
+                    f"XLA, {name}: {_unit(found.flops)} FLOPs, {_unit(found.peak_memory)}B at most in memory"
+                )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def summary(
+    apply_fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    masks: Masks | None = None,
+    where: Where = kernels,
+    compacted: Any = True,
+    xla: bool = False,
+    **keywords: Any,
+) -> Summary:
+    """Parameters and multiply-adds of each layer: dense, under masks, compacted.
+
+    A layer is a param that is prunable or that a product multiplies by; the other params are
+    one row, and products of two values that depend on data (attention) another.
+
+    Args:
+      apply_fn: a pure function `apply_fn(params, *inputs)`.
+      params: arrays, or `jax.ShapeDtypeStruct`.
+      *inputs: what to count with; counts are for the whole batch.
+      masks: bool masks like `params`; without them zeros in prunable params count as pruned entries, and
+        the function is counted dense only.
+      where: which leaves count as prunable.
+      compacted: True to take out what the masks empty (`compact`, unverified) and count that as well;
+        False not to; or a `Compacted` that is there already.
+      xla: also compile, and ask XLA for FLOPs and memory.
+      **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
+
+    Returns:
+      A `Summary`.
+
+    Raises:
+      ValueError: masks that do not mirror `params`.
+      TypeError: an `apply_fn`, a `where` or a `compacted` that is none; a keyword.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"hidden": jnp.ones((3, 4)), "out": jnp.ones((4, 2))}
+      >>> masks = jp.ones_masks(params) | {"hidden": jnp.ones((3, 4), bool).at[:, :2].set(False)}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["hidden"]) @ params["out"]
+      >>> print(jp.metrics.summary(apply_fn, params, jnp.ones((5, 3)), masks=masks))
+      param                   shape              kept sparsity    MACs  masked   small
+      hidden                  3x4                   6   50.00%      60      30      30
+      out                     4x2                   8    0.00%      40      40      20
+      prunable                                     14   30.00%     100      70      50
+      whole model                                  14   30.00%     100      70      50
+      masked: 1.43 x fewer entries, 1.43 x fewer MACs, no faster
+      small: 2.00 x fewer entries, 2.00 x fewer MACs
+      MACs: 100 for these inputs, 100 without padding
+    """
+    options = ("masks", "where", "compacted", "xla")
+    check_call("summary(apply_fn, params, *inputs)", apply_fn, (params, *inputs), keywords, options)
+    leaves = array_leaves(params)
+    check_where(where)
+    if masks is not None:
+        masks = like_params(masks, params)
+    if not isinstance(compacted, bool) and not (hasattr(compacted, "apply") and hasattr(compacted, "params")):
+        raise TypeError(
+            f"compacted must be True, False, or what jaxprune.compact gave, got {shown(compacted)}."
+        )
+    dense, under, small = macs(apply_fn, params, *inputs), None, None
+    notes = list(dense.notes)
+    if masks is not None:
+        under = macs(apply_fn, params, *inputs, masks=masks)
+        notes += under.notes
+        small = _compacted(apply_fn, params, masks, inputs, notes) if compacted is True else compacted
+    small = small or None
+    smaller = macs(small.apply, small.params, *inputs) if small is not None else None
+    kept = _kept(leaves, masks, where)
+    counts = [None if found is None else found.by_path() for found in (dense, under, smaller)]
+
+    def row(name: str, paths: list[str | None], shape: Any = None) -> Row:
+        own = [path for path in paths if path is not None]
+        each = [None if c is None else sum(c.get(path, 0) for path in paths) for c in counts]
+        size = sum(math.prod(leaves[path].shape) for path in own)
+        return Row(name, shape, size, sum(kept[path] for path in own), each[0] or 0, each[1], each[2])
+
+    named = dense.by_path()
+    listed = [path for path, leaf in leaves.items() if where(path, leaf) or path in named]
+    others = [path for path in leaves if path not in listed]
+    rows = [row(path, [path], tuple(leaves[path].shape)) for path in listed]
+    if others:
+        rows.append(row(f"{len(others)} other params", list(others)))
+    if None in named:
+        rows.append(row("no params", [None]))
+    prunable: list[str | None] = [path for path in listed if where(path, leaves[path])]
+    rows += [row("prunable", prunable), row("whole model", [*leaves, None])]
+    whole = rows[-1]
+    analyses = None
+    if xla:
+        analyses = cost(apply_fn, params, *inputs), small and cost(small.apply, small.params, *inputs)
+    entries = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(small.params)) if small else None
+    return Summary(
+        tuple(rows),
+        ratio(whole.size, whole.kept),
+        ratio(dense.total, dense.total if under is None else under.total),
+        None if entries is None else ratio(whole.size, entries),
+        None if smaller is None else ratio(dense.total, smaller.total),
+        dense,
+        under,
+        smaller,
+        analyses,
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[str]) -> Any:
+    """The compacted network, or a note that says why there is none."""
+    from jaxprune.graph.compaction import compact  # graph itself reports by this package
+
+    try:
+        return compact(apply_fn, params, masks, *inputs, verify=False)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        notes.append(f"not compacted: {error}")
+        return None
+
+
+def _kept(leaves: dict[str, Any], masks: Masks | None, where: Where) -> dict[str, int]:
+    """How many entries of each leaf are kept; without masks, the nonzeros of what may be pruned."""
+    if masks is not None:
+        return {path: int(np.count_nonzero(mask)) for path, mask in array_leaves(masks, "masks").items()}
+    return {
+        path: nonzeros(leaf) if where(path, leaf) and is_concrete(leaf) else math.prod(leaf.shape)
+        for path, leaf in leaves.items()
+    }
+
+
+_HEADS = ["param", "shape", "size", "kept", "sparsity", "MACs", "MACs masked", "MACs compacted"]
+
+
+def _exact(row: Row) -> list[str]:
+    counts = [row.size, row.kept, f"{row.sparsity:.6f}", row.macs, row.masked, row.small]
+    return [row.path, _shape(row.shape), *("" if count is None else str(count) for count in counts)]
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 23 else "..." + path[-20:]
+
+
+def _unit(count: int | None) -> str:
+    """A count in at most 7 characters."""
+    if count is None:
+        return "-"
+    if count < 100_000:
+        return f"{count:,}"
+    for unit, size in (("K", 1e3), ("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15)):
+        if count < 999.95 * size or unit == "P":
+            return f"{count / size:.1f}{unit}" if count >= 99.995 * size else f"{count / size:.2f}{unit}"
+    raise AssertionError

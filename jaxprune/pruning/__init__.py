@@ -1,0 +1,1 @@
+"""From scores to masks: once, over time, and with masks that move."""

@@ -1,0 +1,422 @@
+"""Pruners: pruning over time, as a pair of pure functions."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxprune.counting.sizes import alive_units
+from jaxprune.pruning import table as targets_of
+from jaxprune.pruning.extras import check_extra, named_by
+from jaxprune.pruning.once import (
+    check_choices,
+    checked_structure,
+    default_where,
+    equal_families,
+    families_in,
+    pool,
+    remove,
+    with_stacks,
+)
+from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, scored
+from jaxprune.pruning.table import Grid, Request, Table
+from jaxprune.pruning.targets import alive_counts, by_layer, floors, rank_sizes, ranks, target_counts
+from jaxprune.schedules import Schedule, check_sparsity
+from jaxprune.selection.big_counts import to_numpy
+from jaxprune.structures import Structure, elements
+from jaxprune.tracing.control import update_if
+from jaxprune.tracing.recompute import Recipe
+from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
+from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
+from jaxprune.tree.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
+from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
+from jaxprune.typing import (
+    DenseShapes,
+    Masks,
+    Params,
+    PerPath,
+    Progress,
+    Pruner,
+    PrunerState,
+    ScoreFn,
+    Scores,
+    Where,
+)
+
+ENTRIES = elements().name
+
+
+def pruner(
+    scores: ScoreFn,
+    sparsity: float | Schedule | PerPath,
+    *,
+    structure: Structure | None = None,
+    scope: str = "global",
+    where: Where = kernels,
+    of: str = "total",
+    every: int = 1,
+    floor: int = 1,
+    memory: float = 0.0,
+    stop: float | None = None,
+    masks: Masks | None = None,
+    seed: int = 0,
+    stacked: Stacked | None = None,
+) -> Pruner:
+    """A pruner that follows a schedule, acting every so many updates.
+
+    `update` counts its calls. A schedule with an end is followed at the calls `begin_step`,
+    `begin_step + every`, ... and, whatever `every` is, at `end_step`: after t updates the masks
+    have the sparsity `schedule(t)` of the last of these that passed. A schedule of levels
+    (`constant`, `geometric`) moves one level every `every` calls. What is pruned only ever
+    grows. The number to remove is worked out on the host, in double precision, when `update` is traced.
+
+    A state that another pruner left goes on under this one, whatever its schedule, cadence or target was:
+    the next call reaches what this schedule asks for at the state's number of calls. With `of="remaining"`
+    each update, from the next of this cadence on, removes its fraction of what the state has left. If
+    `compact` made the params smaller and `shrink` the state with them, the units that it cut out count as
+    removed, so coupled channels end with the widths that they would have had without.
+
+    Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
+    gradients) leaves the masks alone and is made up for at the next call.
+
+    Args:
+      scores: a function `score(params, *, grads, key, **extra)`.
+      sparsity: a number, a `Schedule`, or a dict of these by path; the schedules in a dict share
+        their begin and end.
+      structure: which entries go together (see `structures`); by default each is a unit.
+      scope: `"global"` ranks all leaves together; `"layerwise"` takes the target from each leaf;
+        `"isomorphic"`, of coupled channels, from all groups of one kind.
+      where: which leaves take part, a function of (path, leaf).
+      of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
+      every: how many calls lie between two updates of the masks.
+      floor: how many units of each leaf stay at least.
+      memory: in [0, 1]. Every call scores, and its scores are added to `memory` times those of
+        the calls before: 0 takes the present ones alone, 1 their sum over all calls (movement
+        pruning, taylor over many batches), 0.99 a moving average.
+      stop: a sparsity of all that takes part together, at which pruning ends, whatever the
+        schedule goes on to. The update that would pass it removes, everywhere in proportion, as
+        many units fewer as make it meet it exactly.
+      masks: masks to start from, as from `prune_once`; by default nothing is pruned. What they prune counts
+        towards a target `of="total"`.
+      seed: for scores that need a key, where `update` is given none.
+      stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then pruned as a
+        leaf of its own. In a dict of targets a stacked leaf may have an array of numbers.
+
+    Returns:
+      A `Pruner`.
+
+    Raises:
+      ValueError: an argument out of range; on `init`, what `where` does not match; on `update`,
+        what `prune_once` raises.
+      TypeError: a schedule that is a plain function, without begin and end; on `update`, an extra argument
+        that the score does not name.
+
+    Warns:
+      UserWarning: the schedule's target cannot be reached without breaking `floor`; `every` is longer than
+        the whole schedule; after `compact`, how many units a structure of your own had before is not known.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5))
+      >>> state = pruner.init(params)
+      >>> for level in range(3):
+      ...     state = pruner.update(state, params)
+      ...     print(int(state.masks["kernel"].sum()))
+      5
+      2
+      1
+
+    References:
+      Zhu and Gupta, "To prune, or not to prune", arXiv:1710.01878 (gradual);
+      Han et al., "Learning both Weights and Connections", NIPS 2015 (iterative).
+    """
+    check_score_is_no_name(scores)
+    if not callable(scores):
+        raise TypeError(
+            f"pruner needs a score function such as jaxprune.scores.magnitude, got {shown(scores)}."
+        )
+    floor = check_choices(scope, of, floor)
+    every = as_integer(every, "every", at_least=1, what="calls between updates")
+    if not is_number(memory) or not 0 <= memory <= 1:
+        raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
+    seed = as_integer(seed, "seed")
+    limit = None if stop is None else check_sparsity(stop, "stop")
+    schedules = targets_of.schedules_by_path(sparsity)
+    first = next(iter(schedules.values()))
+    grid = Grid(first.begin_step, first.end_step, every)
+    structure = checked_structure(structure)
+    where = default_where(where, structure, stacked)
+    masks = None if masks is None else bool_masks(masks)
+    if stacked is not None:
+        check_stacked(stacked)
+    asks = Request(schedules, grid, structure, scope, of, floor, limit)
+    description = _described(scores, schedules, asks)
+    if grid.end is not None and 0 < grid.end - grid.begin < every:
+        warnings.warn(
+            f"{description}: every={every} is longer than the schedule, which takes {grid.end - grid.begin} "
+            f"calls, so masks change at its begin and at its end only. Lower every, or pass "
+            "schedules.one_shot to prune once.",
+            stacklevel=2,
+        )
+
+    @lru_cache(maxsize=8)
+    def table(
+        sizes: tuple[tuple[str, int], ...],
+        cut_out: tuple[tuple[str, int], ...],
+        places: tuple[str, ...],
+        stacks: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
+    ) -> Table:
+        known = structure._replace(stacks={path: axes for path, axes, _ in stacks}) if stacks else structure
+        shapes = {path: shape for path, _, shape in stacks}
+        return targets_of.build(
+            _of_layers(asks, known, shapes, dict(sizes)), dict(sizes), dict(cut_out), places
+        )
+
+    def init_fn(params: Params) -> PrunerState:
+        with_stacks(structure, stacked, array_leaves(params), selected(params, where))
+        start = ones_masks(params) if masks is None else own_masks(masks, params)
+        number = targets_of.NO_SCHEDULE if masks is None else targets_of.FROM_MASKS
+        # An array for each number: a train step that donates its state can donate no array twice.
+        step, row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        total = _no_scores(params) if memory else ()
+        return PrunerState(start, step, row, total, jnp.asarray(number, jnp.int32))
+
+    def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+        if params is None:
+            raise ValueError("pruner.update needs params: the scores are of them.")
+        check_state(state)
+        check_extra(scores, extra, "pruner.update", ("grads", "key"))
+        chosen, leaves = selected(params, where), array_leaves(params)
+        units_of = with_stacks(structure, stacked, leaves, chosen)
+        score = of_layers(scores, params, units_of.stacks, stacked)
+        check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
+
+        def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:
+            rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
+            return scored(score, params, grads=grads, key=rng, **extra)
+
+        def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recipe]]:
+            return (state.scores, {}) if memory else scores_now(state.step)
+
+        state = state._replace(step=state.step + 1)
+        # A state that goes on from a pruner with another memory.
+        if bool(memory) != bool(jax.tree.leaves(state.scores)):
+            state = state._replace(scores=_no_scores(params) if memory else ())
+        sound: Any = True
+        if memory:
+            now, _ = scores_now(state.step)
+            before = unpack_masks(state.masks)
+            sound = all_finite(now, before, chosen)
+            if is_concrete(sound):
+                pool(now, before, chosen, units_of)  # says which scores are not finite
+
+            def added(old, new):
+                total = memory * old + new.astype(old.dtype)
+                # Entries that take no part may be NaN now, and sums may overflow, which would be for ever.
+                return jnp.where(sound & jnp.isfinite(total), total, old)
+
+            state = state._replace(scores=jax.tree.map(added, state.scores, now))
+
+        def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
+            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, units_of)
+            # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
+            return OrderedDict((name, units.alive[name]) for name in units.scores)
+
+        sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
+        cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
+        places = tuple(targets_of.places_of(sizes, leaf_paths(params)))
+        stacks = [(path, axes, tuple(leaves[path].shape)) for path, axes in (units_of.stacks or {}).items()]
+        targets = table(tuple(sizes.items()), tuple(cut_out.items()), places, tuple(stacks))
+        at = targets_of.place(targets, grid, state)
+
+        def advance(state: PrunerState) -> PrunerState:
+            tree, recipes = tree_now(state)
+            before = unpack_masks(state.masks)
+            units = pool(tree, before, chosen, units_of, recipes)
+            competing, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
+            equal = equal_families(units.families, scope)
+            counts = targets_of.counts_at(targets, at, units.alive, competing)
+            if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
+                # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
+                gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
+                least_gone = rank_sizes(gone, competing)
+                counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
+            after = remove(before, units, counts, competing, least, True, equal)
+            finite = all_finite(tree, before, chosen)
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+            after = packed_like(after, state.masks)
+            return state._replace(masks=after, row=jnp.where(finite, at.row, at.before))
+
+        # A row counts in this schedule from now on, also where nothing is due.
+        state = state._replace(row=at.before, schedule=targets_of.number_after(targets, at))
+        return update_if(at.due & sound, advance, state)
+
+    def progress(masks: Masks) -> Progress:
+        return _progress(masks, asks, where, stacked)
+
+    return Pruner(
+        init_fn,
+        update_fn,
+        remembers=memory > 0,
+        description=description,
+        takes=named_by(scores),
+        compounds=_compounds(asks),
+        where=where,
+        progress=progress,
+    )
+
+
+def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inputs: Any) -> Masks:
+    """Masks after several updates of a pruner without training in between.
+
+    Each round scores the params under the masks so far. For scores of the masked network this is
+    iterated pruning at initialisation (SynFlow); for scores of single weights it is one-shot
+    pruning to the sparsity of that round. Under `jit` a round whose scores are not finite changes
+    nothing, as of a network that SynFlow finds to be cut; outside `jit` it raises.
+
+    Args:
+      params: a pytree of arrays.
+      pruner: a `Pruner`, as from `pruner(scores, geometric(rate))`.
+      rounds: how many; it may be traced.
+      **inputs: passed on to the pruner's update (`grads`, `key`, ... for the score).
+
+    Returns:
+      Masks like `params`.
+
+    Raises:
+      ValueError: `rounds` is negative.
+      TypeError: `rounds` is not an integer, or `pruner` is no pruner.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxprune as jp
+      >>> params = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5))
+      >>> jp.prune_rounds(params, pruner, 2)["kernel"].sum().item()
+      2
+
+    References:
+      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
+      flow", NeurIPS 2020.
+    """
+
+    def update(_: Any, state: PrunerState) -> PrunerState:
+        return pruner.update(state, apply_masks(params, state.masks), **inputs)
+
+    if not isinstance(pruner, Pruner):
+        raise TypeError(f"prune_rounds takes a pruner such as jaxprune.pruner(...), got {shown(pruner)}.")
+    if not (isinstance(rounds, Tracer) and rounds.shape == () and jnp.issubdtype(rounds.dtype, jnp.integer)):
+        rounds = as_integer(rounds, "rounds", at_least=0)
+    state = pruner.init(params)
+    if not is_concrete(params, rounds, state):
+        return jax.lax.fori_loop(0, rounds, update, state).masks
+    for number in range(int(rounds)):
+        state = update(number, state)
+    return state.masks
+
+
+def _sum_dtype(param: Any) -> Any:
+    """The dtype in which a param's scores are summed: real, and of single precision at least."""
+    real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
+    return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
+
+
+def _compounds(asks: Request) -> bool:
+    """Whether every call prunes further."""
+    if asks.grid.every > 1 or asks.grid.last == 1:
+        return False
+    if asks.of == "remaining":
+        second = asks.grid.count(2)
+        return any(schedule.on_host(second) > 0 for schedule in asks.schedules.values())
+    return asks.grid.end is None and not targets_of.is_constant(asks.schedules)
+
+
+def _no_scores(params: Params) -> Scores:
+    """Zeros to sum scores in."""
+    # Made from masks, so that under jit they are sharded like the params.
+    return jax.tree.map(lambda p, m: (~m).astype(_sum_dtype(p)), params, ones_masks(params))
+
+
+def _described(scores: ScoreFn, schedules: Mapping[str, Schedule], asks: Request) -> str:
+    """A pruner in one line."""
+    each = [str(schedule) for schedule in schedules.values()]
+    target = each[0] if "" in schedules else f"{len(each)} targets by path, {', '.join(dict.fromkeys(each))}"
+    options = [f"every={asks.grid.every}", f"scope={asks.scope!r}"]
+    options += [f"of={asks.of!r}"] if asks.of != "total" else []
+    options += [] if asks.structure.name == ENTRIES else [f"structure={asks.structure.name}"]
+    return f"pruner({name_of(scores)}, {target}, {', '.join(options)})"
+
+
+def _cut_out(
+    dense: Any, sizes: Mapping[str, int], structure: Structure, chosen: list[str], description: str
+) -> dict[str, int]:
+    """By pool, how many units it had besides before `compact` made the params smaller."""
+    if not isinstance(dense, DenseShapes):
+        return {}
+    before: Mapping[str, int | None] = {}
+    if structure.sizes_of is not None:
+        before = structure.sizes_of(split_shapes(dict(dense.by_path), structure.stacks or {}))
+    elif not structure.spans_leaves:
+        chosen_shapes = {path: shape for path, shape in dense.by_path if path in chosen}
+        before = _sizes(split_shapes(chosen_shapes, structure.stacks or {}), structure)
+    if unknown := [name for name in sizes if before.get(name) is None]:
+        left = ", ".join(f"{name} has {sizes[name]}" for name in unknown)
+        warnings.warn(
+            f"{description}: compact cut units out, and {structure.name} does not say how many there were "
+            f"before. The targets are of the units that are left ({left}), so more goes than was asked for.",
+            stacklevel=3,
+        )
+    return {name: max((before.get(name) or size) - size, 0) for name, size in sizes.items()}
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[str, int]:
+    """How many units leaves of some shapes have."""
+
+    def alive(masks: dict[str, jax.Array]) -> OrderedDict[str, jax.Array]:
+        scores = {path: mask.astype(jnp.float32) for path, mask in masks.items()}
+        return OrderedDict(structure.pool(scores, masks).alive)
+
+    masks = {path: jax.ShapeDtypeStruct(shape, jnp.bool_) for path, shape in shapes.items()}
+    return {name: units.size for name, units in jax.eval_shape(alive, masks).items()}
+
+
+def _of_layers(
+    asks: Request, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
+) -> Request:
+    """What is asked, with a schedule for each layer in place of those for a whole stack."""
+    families = families_in(structure, shapes, pools)
+    return asks._replace(structure=structure, schedules=by_layer(asks.schedules, families, "sparsity"))
+
+
+def _progress(masks: Masks, asks: Request, where: Where, stacked: Stacked | None) -> Progress:
+    """How many units of what takes part are left, and how many are to go by the end of the schedule."""
+    leaves = array_leaves(unpack_masks(masks), "masks")
+    chosen = [path for path, mask in leaves.items() if where(path, mask)]
+    if not chosen:
+        raise ValueError(
+            f"where={name_of(where)} of the pruner matches no leaf of the masks: {', '.join(leaves)}."
+        )
+    structure = with_stacks(asks.structure, stacked, leaves, chosen)
+    alive = alive_units(structure, leaves, where)
+    sizes = {name: units.size for name, units in alive.items()}
+    stacks = {path: axes for path, axes in (structure.stacks or {}).items() if path in leaves}
+    asks = _of_layers(asks, structure, {path: leaves[path].shape for path in stacks}, sizes)
+    asked = None
+    if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
+        last = asks.grid.count(asks.grid.last or 1)
+        together = rank_sizes(sizes, ranks(sizes, asks.structure, asks.scope))
+        values = targets_of.asked_at(asks.schedules, last)
+        asked = sum(target_counts(values, together, asks.structure, asks.scope).values())
+        if asks.stop is not None:
+            (most,) = target_counts(
+                asks.stop, {"stop": sum(sizes.values())}, asks.structure, "global"
+            ).values()
+            asked = min(asked, most)
+    kept = sum(int(jnp.sum(units)) for units in alive.values())
+    unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
+    return Progress(unit, kept, sum(sizes.values()), asked, stacks)

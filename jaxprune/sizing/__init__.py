@@ -1,0 +1,1 @@
+"""How much to prune: sensitivity analysis, and the search for a budget."""

@@ -1,0 +1,276 @@
+"""Units ranked once, and pruned at any counts: what trying out many sparsities is made of.
+
+Removing k units of a pool, then more, removes a superset, so one ranking gives the masks for every
+k: the units of a rank below k go. The ranking is made on the host, where sorting is several times
+faster than in XLA on a CPU and compiles nothing; masks are made on the device by one program,
+whatever the counts.
+"""
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.pruning.extras import check_extra
+from jaxprune.pruning.once import (
+    check_choices,
+    checked_structure,
+    default_where,
+    families_in,
+    kept_entries,
+    pool,
+    with_stacks,
+)
+from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
+from jaxprune.pruning.targets import floors
+from jaxprune.structures import Structure, Units, elements
+from jaxprune.tree.masks import apply_masks, like_params, ones_masks
+from jaxprune.tree.paths import array_leaves, is_array, is_concrete, selected
+from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
+
+# One for all calls: what is compiled for a structure is found again by its function.
+ELEMENTS = elements()
+
+Counts = tuple[int, ...]
+"""How many units go from each pool, in the order of the pools."""
+
+
+class Ranked(NamedTuple):
+    """The units of a model by pool, ranked. Dicts are in the order of the pools.
+
+    Counts are tuples in that order. JAX sorts the keys of a dict that passes through `jit`, but keeps the
+    order of an `OrderedDict`, so `ranks` is one: `_kept` reads the order of the pools from it.
+
+    Attributes:
+      params: the params, exactly 0 where the masks to start from prune.
+      masks: the masks to start from.
+      structure: what pools entries into units.
+      chosen: the leaves that take part.
+      scores: the scores of these.
+      units: by pool, the units' scores.
+      ranks: by pool, int32: how many units go before each; those pruned before come last.
+      sizes: by pool, how many units there are, those pruned before included.
+      alive: by pool, how many are left.
+      least: by pool, how many stay at least.
+      families: by name, the pools that are the layers of a stack.
+    """
+
+    params: Params
+    masks: Masks
+    structure: Structure
+    chosen: tuple[str, ...]
+    scores: dict[str, jax.Array]
+    units: dict[str, np.ndarray]
+    ranks: OrderedDict[str, jax.Array]
+    sizes: dict[str, int]
+    alive: dict[str, int]
+    least: dict[str, int]
+    families: dict[str, Family]
+
+    def most(self, name: str) -> int:
+        """How many units can go from a pool."""
+        return max(0, self.alive[name] - self.least[name])
+
+    def to_go(self, targets: Mapping[str, int]) -> Counts:
+        """How many units go, by how many of each pool should be gone in all; at most what can."""
+
+        def more(name: str) -> int:
+            target = targets.get(name, 0) - (self.sizes[name] - self.alive[name])
+            return min(max(target, 0), self.most(name))
+
+        return tuple(more(name) for name in self.sizes)
+
+    def masks_of(self, counts: Counts) -> Masks:
+        """The masks without so many units of each pool."""
+        kept = _kept(*self.inputs(), np.array(counts, np.int32), pooling(self.structure), self.chosen)
+        return _with_leaves(self.masks, kept)
+
+    def pruned(self, counts: Counts) -> tuple[Params, dict[str, int]]:
+        """The params without so many units of each pool, and how many of each are left."""
+        static = (pooling(self.structure), self.chosen, self.structure.spans_leaves)
+        params, left = _pruned(self.params, *self.inputs(), np.array(counts, np.int32), *static)
+        return params, self.left(counts, left)
+
+    def left(self, counts: Counts, measured: Any) -> dict[str, int]:
+        """How many units of each pool are left, from what `pruned_params` says of them."""
+        if measured is None:
+            measured = np.array(list(self.alive.values())) - counts
+        return dict(zip(self.sizes, np.asarray(measured).tolist(), strict=True))
+
+    def inputs(self) -> tuple[Any, ...]:
+        """What `pruned_params` takes beside the params and counts, all arrays."""
+        return self.scores, self.masks, self.ranks
+
+
+def rank(
+    params: Params,
+    scores: ScoreFn | Scores,
+    structure: Structure | None,
+    where: Where,
+    masks: Masks | None,
+    floor: int,
+    stacked: Stacked | None,
+    grads: Any,
+    key: Any,
+    extra: Mapping[str, Any],
+    caller: Callable[..., Any],
+) -> Ranked:
+    """Scores the params, pools the scores into units and ranks those of each pool.
+
+    Args:
+      params: a pytree of arrays; see `prune_once` for it and for what follows.
+      scores: a function, or a tree of scores.
+      structure: which entries go together.
+      where: which leaves take part.
+      masks: masks to start from.
+      floor: how many units of each pool stay at least.
+      stacked: which axes of which leaves count layers.
+      grads: for the score.
+      key: for the score.
+      extra: for the score.
+      caller: the function that asks, for the messages.
+
+    Returns:
+      A `Ranked`.
+
+    Raises:
+      ValueError: as `prune_once`.
+      TypeError: as `prune_once`; params that are traced.
+    """
+    check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
+    floor = check_choices("layerwise", "total", floor)
+    structure = checked_structure(ELEMENTS if structure is None else structure)
+    where = default_where(where, structure, stacked)
+    chosen = tuple(selected(params, where))
+    if not is_concrete(params, masks):
+        raise TypeError(
+            f"{caller.__name__} counts and ranks on the host, so it cannot run under jit or vmap: give it "
+            "values."
+        )
+    whole = array_leaves(params)
+    structure = with_stacks(structure, stacked, whole, chosen)
+    shapes = {path: tuple(whole[path].shape) for path in structure.stacks or {} if path in whole}
+    scores = of_layers(scores, params, structure.stacks, stacked)
+    tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
+    if masks is not None:
+        masks = like_params(masks, params)
+        params = jax.jit(apply_masks)(params, masks)
+    leaves = array_leaves(tree, "scores")
+    picked = {path: leaves[path] for path in chosen}
+    masks, units, alive, bad = _pooled(params, picked, masks, pooling(structure), chosen)
+    if found := [path for path, number in bad.items() if number]:
+        path = found[0]
+        raise ValueError(
+            f"scores[{path!r}] has {int(bad[path])} entries that are NaN or inf, which cannot be ranked. "
+            "Check the params and gradients they come from; to spare a leaf use where=..."
+        )
+    units, alive = jax.device_get((units, alive))
+    living = {name: int(mask.sum()) for name, mask in alive.items()}
+    return Ranked(
+        params=params,
+        masks=masks,
+        structure=structure,
+        chosen=chosen,
+        scores=picked,
+        units=units,
+        ranks=OrderedDict((name, jax.device_put(_ranks(units[name], alive[name]))) for name in units),
+        sizes={name: mask.size for name, mask in alive.items()},
+        alive=living,
+        least=floors(living, structure, floor),
+        families=families_in(structure, shapes, living),
+    )
+
+
+def pooling(structure: Structure) -> tuple[Any, bool, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """What decides how units are pooled: a structure as far as it can be a static argument of `jit`."""
+    return structure.pool, structure.spans_leaves, tuple(sorted((structure.stacks or {}).items()))
+
+
+def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
+    """The scores as `prune_once` has them, of a function as one program if it can be traced."""
+    if callable(scores) and not is_tree_of_scores(scores, params):
+        # What is no array is static.
+        static = [name for name, x in inputs.items() if not all(map(is_array, jax.tree.leaves(x)))]
+        if all(isinstance(inputs[name], Hashable) for name in static):
+            with contextlib.suppress(
+                jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError
+            ):
+                return evaluate(jax.jit(scores, static_argnames=static), params, **inputs)
+    return evaluate(scores, params, **inputs)
+
+
+def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """Each unit's place in the order of removal; of equal scores the first goes first."""
+    flat = scores.ravel()
+    order = np.argsort(flat, kind="stable") if alive.all() else np.lexsort((flat, ~alive.ravel()))
+    ranks = np.empty(flat.size, np.int32)
+    ranks[order] = np.arange(flat.size, dtype=np.int32)
+    return ranks.reshape(scores.shape)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _pooled(
+    params: Params, scores: Any, masks: Masks | None, pool_units: Any, chosen: tuple[str, ...]
+) -> Any:
+    """The masks, the units' scores and which are left in the order of the pools, and bad scores by leaf."""
+    masks = ones_masks(params) if masks is None else masks
+    units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
+    bad = {path: jnp.sum(~jnp.isfinite(scores[path]) & before[path]) for path in chosen}
+    alive = OrderedDict((name, units.alive[name]) for name in units.scores)
+    return masks, OrderedDict(units.scores), alive, bad
+
+
+@partial(jax.jit, static_argnums=(4, 5))
+def _kept(
+    scores: Any, masks: Masks, ranks: Any, counts: jax.Array, pool_units: Any, chosen: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    """The masks of the leaves that units lie in, without so many units of each pool."""
+    units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
+    keep = {name: ranks[name] >= counts[index] for index, name in enumerate(ranks)}
+    return kept_entries(units, keep, before)
+
+
+def pruned_params(
+    params: Params,
+    scores: Any,
+    masks: Masks,
+    ranks: Any,
+    counts: jax.Array,
+    pool_units: Any,
+    chosen: tuple[str, ...],
+    count_left: bool,
+) -> tuple[Params, jax.Array | None]:
+    """The params without so many units of each pool, which may be traced; see `Ranked`.
+
+    Also, int32, how many units of each pool are left, if `count_left` says so. A structure may
+    round counts of coupled channels; units in one leaf go as they are told, and need no counting.
+    """
+    kept = _kept(scores, masks, ranks, counts, pool_units, chosen)
+    leaves = array_leaves(params)
+    pruned = {path: jnp.where(mask, leaves[path], 0) for path, mask in kept.items()}
+    left = None
+    if count_left:
+        alive = _units(scores, _with_leaves(masks, kept), pool_units, chosen).alive
+        left = jnp.stack([jnp.sum(alive[name], dtype=jnp.int32) for name in ranks])
+    return _with_leaves(params, pruned), left
+
+
+_pruned = partial(jax.jit, static_argnums=(5, 6, 7))(pruned_params)
+
+
+def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
+    """A tree with some leaves, by path, replaced."""
+    whole = array_leaves(tree) | leaves
+    return jax.tree.unflatten(jax.tree.structure(tree), list(whole.values()))
+
+
+def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
+    function, spans_leaves, stacks = pool_units
+    structure = Structure(function, spans_leaves=spans_leaves, stacks=dict(stacks))
+    return pool(scores, masks, list(chosen), structure)

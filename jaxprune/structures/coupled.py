@@ -1,0 +1,319 @@
+"""Coupled channels as units: slices of several leaves that go together."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.graph.groups import ChannelGroups, Group, Member
+from jaxprune.structures.base import Norm, Structure, Units, reducer
+from jaxprune.tree.checks import as_integer, check_function, shown
+from jaxprune.tree.paths import explain_paths, some_of
+from jaxprune.tree.sharding import everywhere
+from jaxprune.tree.stacks import Family, leaf_of_layer
+from jaxprune.typing import Where
+
+
+def channels(
+    groups: ChannelGroups | Iterable[Group],
+    norm: Norm = 2,
+    reduce: Callable[..., jax.Array] = jnp.mean,
+    normalize: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    axis: int | None = None,
+    ignore: Where | None = None,
+    min_width: int | Mapping[str, int] = 1,
+    multiple_of: int = 1,
+) -> Structure:
+    """Coupled channels: a unit is all slices, of whatever leaves, that can only go together.
+
+    Each member of a group (an axis of a leaf) gives each unit one number, the norm of the scores
+    in the unit's slices of it; these are reduced to the unit's score, which is compared with those
+    of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
+    units, and a dict of targets goes by `Group.name`.
+
+    Only the leaves that the pruner's `where` takes in give scores. By default these are the weights of
+    the network's products, whatever they are called: the matrices and filters that it multiplies data
+    by, and not what it looks up (embeddings, also where they are multiplied too), adds (biases,
+    positions) or multiplies entry by entry (scales), nor adapters. Pruning a unit masks all its
+    slices, biases and norms included; a group of which `where` takes in nothing takes no part.
+    Members that the network divides by (`Member.divisor`) give scores like any other, but masks
+    leave them alive, since zero would make the network NaN. The other members tell whether a unit
+    is pruned, and `compact` drops the divisors with it.
+    With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
+    together, and each kind gives its share.
+
+    Where leaves are stacked (`groups.stacks`), each layer has groups of its own, `"layers/up[2][1]"`, which
+    are pools like any other. As the layers of a scan must stay of one width, each keeps equally many units:
+    with `scope="layerwise"` if their targets are equal; with other scopes always, as many as is nearest to
+    what its layers would keep together, and each layer drops its own lowest. A target may name the stack,
+    `"layers/up[*][1]"`.
+
+    Args:
+      groups: from `channel_groups`.
+      norm: the order of the norm within a slice, or a reduction such as `jnp.sum`.
+      reduce: `reduce(array, axis=0)` of members x units, such as `jnp.mean`, `jnp.sum`, `jnp.max`.
+      normalize: of a group's scores an array that they are divided by, such as `jnp.mean` or
+        `jnp.max`; nothing by default. It makes groups comparable under `scope="global"`.
+      axis: only members on this axis of their leaf give scores: -1 for flax's outputs, so that a
+        filter is ranked by its own weights and not by those that read it.
+      ignore: `ignore(path, member)`; groups with a member that matches stay whole.
+      min_width: how many units stay at least, in every group or by its name.
+      multiple_of: what stays of a group is rounded up to a multiple of so many units, those with
+        the highest scores; less is pruned than asked for, then.
+
+    Returns:
+      A `Structure`.
+
+    Raises:
+      ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
+        number below 1; on use, `where` takes in no member of any group.
+      TypeError: groups, a reduction, an `ignore` or an axis that is none.
+
+    Warns:
+      UserWarning: groups of which nothing is pruned, because no member that gives scores lies on the
+        axis, or because they are no wider than `multiple_of`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[3.0, 1.0, 2.0], [1.0, 0.0, 1.0]]), "b": jnp.ones((3, 1))}
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> groups = jp.channel_groups(apply_fn, params, jnp.ones((5, 2)))
+      >>> structure = jp.structures.channels(groups)
+      >>> masks = jp.prune_once(params, jp.scores.magnitude, count=1, structure=structure)
+      >>> masks["a"].tolist(), masks["b"].tolist()
+      ([[True, False, True], [True, False, True]], [[True], [False], [True]])
+
+    References:
+      Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023 (reduce over members);
+      Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024 (scope="isomorphic").
+    """
+    chosen = _chosen(groups, ignore)
+    widths = _min_widths(min_width, chosen)
+    multiple_of = as_integer(multiple_of, "multiple_of", at_least=1, below=2**31)
+    if axis is not None:
+        axis = as_integer(axis, "axis", what="or None for all")
+    check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
+    if normalize is not None:
+        check_function(normalize, "normalize=", "of a group's scores, such as jnp.max")
+    in_slice = reducer(norm)
+    untouched = {
+        group.name for group in chosen if not any(_is_on(m, len(m.shape), axis) for m in group.members)
+    }
+    if len(untouched) < len(chosen):
+        _warn_of_axis(sorted(untouched), axis)
+    filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
+
+    layers = {m.path for group in chosen for m in group.members if leaf_of_layer(m.path) is not None}
+
+    def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
+        if unknown := [name for name in layers - masks.keys() if leaf_of_layer(name) in masks]:
+            raise ValueError(
+                f"the groups have members in {some_of(unknown)}, layers of leaves that are not known to be "
+                "stacked. Pass channels(...) the ChannelGroups themselves, which know their stacks, or say "
+                "by stacked= which axes count layers."
+            )
+        pooled, alive = {}, {}
+        for group in chosen:
+            members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path].ndim, axis)]
+            if not members:
+                continue
+            each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
+            total = reduce(jnp.stack(each), axis=0)
+            # Masks leave divisors alive in pruned units too, so that only other members tell which are.
+            telling = [m for m in members if not m.divisor] or [
+                m for m in group.members if not m.divisor and m.path in masks
+            ]
+            telling = telling or members  # of a part of the params without these, `under` has no group
+            living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in telling]
+            alive[group.name] = jnp.any(jnp.stack(living), axis=0)
+            if normalize is not None:
+                scale = normalize(jnp.where(alive[group.name], total, 0))
+                total = total / jnp.where(scale == 0, 1, scale)
+            pooled[group.name] = total
+        if not pooled:
+            raise ValueError(_no_member(chosen, scores, axis))
+        # What `where` takes in is known only here. Each group is named once, not at every update.
+        more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
+        _warn_of_axis(sorted(more - untouched), axis)
+        untouched.update(more)
+        _warn_of_multiple([g for g in chosen if g.name in filled & pooled.keys()], multiple_of)
+        filled.difference_update(pooled)
+
+        def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple_of) for n in pooled}
+            return _entries([group for group in chosen if group.name in pooled], kept)
+
+        return Units(pooled, alive, expand)
+
+    kinds = {group.name: group.kind for group in chosen}
+    return Structure(
+        pool,
+        name="channels(groups)",
+        kinds=kinds,
+        floors=widths,
+        spans_leaves=True,
+        sizes_of=lambda shapes: {group.name: _units_in(group, shapes) for group in chosen},
+        weights=_weights(chosen),
+        stacks=dict(groups.stacks) if isinstance(groups, ChannelGroups) else None,
+        families=_families(chosen, multiple_of),
+    )
+
+
+def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
+    """By name, the groups that are the same axis in each layer of a stack."""
+    by_stack: dict[str, list[tuple[tuple[int, ...], str]]] = {}
+    for group in groups:
+        if group.stack is not None:
+            named = [m.path for m in group.members if leaf_of_layer(m.path) is not None]
+            index = tuple(map(int, named[0].rpartition("[")[2].removesuffix("]").split(","))) if named else ()
+            # Several groups on one axis of a layer are told apart by a number, "layers/up[2][1]#1".
+            _, number, which = group.name.rpartition("]")[2].rpartition("#")
+            by_stack.setdefault(group.stack + number + which, []).append((index, group.name))
+    families = {}
+    for stack, layers in by_stack.items():
+        layers.sort()
+        shape = tuple(max(numbers) + 1 for numbers in zip(*(index for index, _ in layers), strict=True))
+        if math.prod(shape) != len(layers) or not shape:  # some layers have no such group
+            shape = (len(layers),)
+        families[stack] = Family(shape, tuple(name for _, name in layers), True, multiple_of)
+    return families
+
+
+def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) -> str:
+    """Why no member of a group gives scores."""
+    paths = sorted({member.path for group in groups for member in group.members})
+    taken = sorted(taken)
+    if any(path in paths for path in taken):
+        return f"axis={axis} is in no group: no member of a group that where= takes in lies on that axis."
+    message = f"where= takes in no member of a group. The members are in {', '.join(paths)}"
+    advice = explain_paths(paths, taken, some=True)
+    return f"{message}. {advice}" if advice else f"{message}; where= takes in {some_of(taken)}."
+
+
+def _weights(groups: tuple[Group, ...]) -> dict[str, bool]:
+    """By path, whether a function uses a member as weights; empty where a group does not tell."""
+    if any(group.weights is None for group in groups):
+        return {}
+    weights = {path for group in groups for path in group.weights or ()}
+    return {member.path: member.path in weights for group in groups for member in group.members}
+
+
+def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
+    """The removable groups that are not ignored."""
+    every = tuple(groups) if np.iterable(groups) else (groups,)
+    if wrong := [each for each in every if not isinstance(each, Group)]:
+        raise TypeError(
+            f"channels needs groups as jaxprune.channel_groups(apply_fn, params, *inputs) finds them, got "
+            f"{shown(wrong[0])}."
+        )
+    chosen = tuple(group for group in every if group.removable)
+    if ignore is not None:
+        check_function(ignore, "ignore=", "of (path, member)")
+        spared = [group for group in chosen if any(ignore(m.path, m) for m in group.members)]
+        if not spared:
+            names = ", ".join(sorted({m.path for group in chosen for m in group.members}))
+            raise ValueError(
+                f"ignore={getattr(ignore, '__name__', ignore)} matches no member of a group, so it ignores "
+                f"nothing. The members are in {names}."
+            )
+        chosen = tuple(group for group in chosen if group not in spared)
+    if not chosen:
+        reasons = "; ".join(f"{group.name}: {group.why_not or 'ignored'}" for group in every)
+        raise ValueError(f"no channels can be removed: {reasons or 'the function has no groups'}.")
+    return chosen
+
+
+def _units_in(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """How many units a group has where its leaves have other shapes; None if they do not say.
+
+    A member that has its axis for itself says so: all its slices belong to the group's units.
+    """
+    for member in group.members:
+        units, slices = member.indices.shape
+        size = shapes[member.path][member.axis] if member.path in shapes else 0
+        if size and units * slices == member.shape[member.axis] and size % slices == 0:
+            return size // slices
+    return None
+
+
+def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -> dict[str, int]:
+    names = [group.name for group in groups]
+    widths = min_width if isinstance(min_width, Mapping) else dict.fromkeys(names, min_width)
+    if unknown := [name for name in widths if name not in names]:
+        raise ValueError(f"min_width names {', '.join(unknown)}; the groups are {', '.join(names)}.")
+    numbers = {
+        name: as_integer(width, "min_width", at_least=1, below=2**31, what=f"for {name}")
+        for name, width in widths.items()
+    }
+    return {name: width for name, width in numbers.items() if width > 1}
+
+
+def _is_on(member: Member, ndim: int, axis: int | None) -> bool:
+    if axis is None:
+        return True
+    return -ndim <= axis < ndim and member.axis == axis % ndim
+
+
+def _warn_of_axis(groups: Sequence[str], axis: int | None) -> None:
+    """Warns of groups that get no scores, so that nothing of them is pruned."""
+    if groups:
+        warnings.warn(
+            f"axis={axis}: {', '.join(groups)} has no member on that axis that gives scores, so nothing of "
+            "it is pruned. Leave axis= out, or prune the other groups with a structure of another axis.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_multiple(groups: Iterable[Group], multiple_of: int) -> None:
+    """Warns of groups that rounding up fills again, whatever was to go."""
+    if narrow := [f"{group.name} ({group.units} units)" for group in groups]:
+        warnings.warn(
+            f"multiple_of={multiple_of} is not below the width of {', '.join(narrow)}: what stays is rounded "
+            "up to all of it, so nothing of it is pruned. Choose a smaller multiple, or leave these groups "
+            "out with ignore=.",
+            stacklevel=3,
+        )
+
+
+def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """One number for each unit, from the entries of a leaf in the unit's slices."""
+    units, slices = member.indices.shape
+    flat = member.indices.ravel()
+    whole = np.array_equal(flat, np.arange(leaf.shape[member.axis]))
+    picked = leaf if whole else jnp.take(leaf, flat, axis=member.axis)
+    shape = (*leaf.shape[: member.axis], units, slices, *leaf.shape[member.axis + 1 :])
+    picked = picked.reshape(shape)
+    others = tuple(a for a in range(picked.ndim) if a != member.axis)
+    return everywhere(reduce(picked, others))
+
+
+def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:
+    """The units to keep, filled up to a multiple with the best of the others that are alive."""
+    if multiple_of == 1:
+        return keep
+    stays = keep & alive
+    wanted = -(-jnp.sum(stays, dtype=jnp.int32) // multiple_of) * multiple_of
+    # Those that stay rank first, then those alive by score; the dead never come back.
+    order = jnp.lexsort((-scores, ~stays, ~alive))
+    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    return (keep | (rank < wanted)) & (alive | keep)
+
+
+def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The masks of all leaves that the units lie in."""
+    masks: dict[str, jax.Array] = {}
+    for group in groups:
+        for path, axis, indices, shape, divisor in group.members:
+            # int32, because JAX remembers an int64 array as what it first was, with or without x64.
+            own = indices.astype(np.int32)
+            along = jnp.ones(shape[axis], bool)
+            if not divisor:
+                along = along.at[own].set(keep[group.name][:, None])
+            others = [a for a in range(len(shape)) if a != axis]
+            masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
+    return masks

@@ -1,0 +1,1 @@
+"""What is read off, or done to, a traced function."""

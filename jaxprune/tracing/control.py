@@ -1,0 +1,58 @@
+"""Control flow that stays cheap under `vmap`."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.tree.paths import is_concrete
+
+T = TypeVar("T")
+
+
+def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
+    """`update(state)` if due, else `state`; run only if some element of a `vmap` needs it.
+
+    Where `due` has a value now, it is looked at, and `update` may warn and raise.
+
+    Under `vmap` a `lax.cond` whose predicate is batched becomes a select, which runs both branches
+    at every step of a training loop. Here one predicate is made for the whole batch, whether any
+    of its elements is due, and those that are not are left as they were.
+
+    Args:
+      due: bool scalar.
+      update: from a state to one of the same structure, shapes and dtypes.
+      state: a pytree of arrays.
+
+    Returns:
+      The new state.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxprune.control import update_if
+      >>> x = jnp.array([[3.0, 1.0], [4.0, 2.0]])
+      >>> jax.vmap(lambda due, row: update_if(due, jnp.sort, row))(jnp.array([True, False]), x).tolist()
+      [[1.0, 3.0], [4.0, 2.0]]
+    """
+    if is_concrete(due):
+        return update(state) if due else state
+
+    def some(state: T) -> T:
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), update(state), state)
+
+    return lax.cond(_somewhere(due), some, lambda state: state, state)
+
+
+@jax.custom_batching.custom_vmap
+def _somewhere(flag: jax.Array) -> jax.Array:
+    """The flag; under `vmap`, whether any of the batch's flags is set, as one unbatched scalar."""
+    return flag
+
+
+@_somewhere.def_vmap
+def _somewhere_batched(axis_size: int, in_batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
+    del axis_size
+    # Once more, for a further vmap around this one.
+    return (_somewhere(jnp.any(flag)) if in_batched[0] else flag), False

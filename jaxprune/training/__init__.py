@@ -1,0 +1,1 @@
+"""Masks inside a training loop: optimizers, straight-through gradients, lottery tickets."""

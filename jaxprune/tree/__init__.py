@@ -1,0 +1,1 @@
+"""Trees of params: their paths, their masks, and the checks of arguments."""

@@ -1,0 +1,233 @@
+"""Stacked leaves: one array that holds the same param of many layers.
+
+`nn.scan`, `nnx.scan`, `vmap` and plain `lax.scan` over layers keep one array for all layers, with an
+axis (or several) that counts them: the *stack*. Everywhere else a layer is a leaf of its own, so here a
+stacked leaf is taken apart into such leaves, and put together again. The layer at index i of the leaf
+"layers/kernel" is called "layers/kernel[i]"; with two stack axes "layers/kernel[i,j]".
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.tree.checks import check_function, shown
+from jaxprune.tree.kernel_names import names_kernel
+from jaxprune.tree.paths import describe, kernels
+from jaxprune.tree.sharding import whole_along
+from jaxprune.typing import Where
+
+Stacked = Callable[[str, Any], int | Sequence[int]]
+"""`stacked(path, leaf)`: how many leading axes of the leaf count layers, or which axes do."""
+
+_INDEX = re.compile(r"\d+(,\d+)*\]")
+
+Stacks = Mapping[str, tuple[int, ...]]
+"""By path, the axes that count layers, from 0; leaves without a stack are not in it."""
+
+
+class Family(NamedTuple):
+    """The pools that are the same part of each layer of a stack.
+
+    Attributes:
+      shape: the sizes of the stack's axes.
+      names: the pools, in row-major order of the stack.
+      equal: whether the network needs equally many units in each, as coupled channels of a scan do.
+      multiple_of: what is kept of each pool is rounded up to a multiple of so many units.
+    """
+
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+    equal: bool = False
+    multiple_of: int = 1
+
+
+def layer_name(path: str, index: Sequence[Any]) -> str:
+    """The name of one layer of a stacked leaf."""
+    return f"{path}[{','.join(map(str, index))}]"
+
+
+def layer_indices(shape: Sequence[int], axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The index of each layer of a leaf of a shape, in row-major order."""
+    return np.ndindex(*(shape[axis] for axis in axes))
+
+
+def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one layer."""
+    return tuple(size for axis, size in enumerate(shape) if axis not in axes)
+
+
+def check_stacked(stacked: Any) -> None:
+    """Checks that what says which leaves are stacked is a function.
+
+    Raises:
+      TypeError: it is not.
+    """
+    check_function(
+        stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
+    )
+
+
+def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The stack axes of leaves, as a user's function says them.
+
+    Raises:
+      TypeError: `stacked` is not a function, or returns neither an integer nor a tuple of integers.
+      ValueError: a leaf has no such axes, or one is named twice.
+    """
+    check_stacked(stacked)
+    stacks = {}
+    for path, leaf in leaves.items():
+        said: Any = stacked(path, leaf)
+        several = isinstance(said, (tuple, list))
+        if not (all(map(_is_integer, said)) if several else _is_integer(said)):
+            raise TypeError(
+                f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes "
+                "of the leaf count layers (0 for none), or a tuple of the axes that do."
+            )
+        wanted = tuple(map(int, said)) if several else tuple(range(int(said)))
+        axes = tuple(axis + leaf.ndim if axis < 0 else axis for axis in wanted)
+        inside = all(0 <= axis < leaf.ndim for axis in axes) and len(set(axes)) == len(axes)
+        if not inside or (not several and said < 0):
+            raise ValueError(
+                f"stacked({path!r}, leaf) returned {shown(said)}, but the leaf is {describe(leaf)}."
+            )
+        if axes:
+            stacks[path] = axes
+    return stacks
+
+
+def about_layers(where: Where, stacked: Stacked | None) -> Where:
+    """The predicate; the default, `kernels`, with a layer in place of a stacked leaf.
+
+    Else a stack of biases would have two axes, as the kernel of one layer has.
+    """
+    if where is not kernels or stacked is None:
+        return where
+    check_stacked(stacked)
+
+    def kernels_of_layers(path: str, leaf: Any) -> bool:
+        axes: tuple[int, ...] = ()
+        with contextlib.suppress(ValueError):  # it need not fit leaves that take no part
+            axes = stacks_of(stacked, {path: leaf}).get(path, ())
+        if not axes:
+            return kernels(path, leaf)
+        return names_kernel(path, layer_shape(leaf.shape, axes))
+
+    kernels_of_layers.__name__ = kernels.__name__
+    return kernels_of_layers
+
+
+def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
+    """Checks that leaves have the stack axes that coupled channels were found with.
+
+    Raises:
+      ValueError: a leaf that has not.
+    """
+    for path in stacks.keys() & leaves.keys():
+        if any(not 0 <= axis < leaves[path].ndim for axis in stacks[path]):
+            raise ValueError(
+                f"params[{path!r}] has the shape {tuple(leaves[path].shape)}, but the groups have layers "
+                f"along its axes {stacks[path]}. Call channel_groups with the params that are pruned."
+            )
+
+
+def leaf_of_layer(name: str) -> str | None:
+    """The path of the stacked leaf if a name is that of a layer; None if it is not."""
+    path, bracket, index = name.rpartition("[")
+    return path if bracket and _INDEX.fullmatch(index) else None
+
+
+def families_of(
+    stacks: Stacks, shapes: Mapping[str, Sequence[int]], pools: Collection[str]
+) -> dict[str, Family]:
+    """By path, the layers of the stacked leaves, where these are pools."""
+    families = {}
+    for path in stacks.keys() & shapes.keys():
+        axes, shape = stacks[path], shapes[path]
+        names = tuple(layer_name(path, index) for index in layer_indices(shape, axes))
+        if names and all(name in pools for name in names):
+            families[path] = Family(tuple(shape[axis] for axis in axes), names)
+    return families
+
+
+def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
+    """One layer of a stacked array."""
+    if isinstance(array, jax.Array):
+        array = whole_along(array, axes)
+    for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
+        if isinstance(array, np.ndarray):
+            array = np.take(array, number, axis)
+        else:
+            array = lax.index_in_dim(array, number, axis, keepdims=False)
+    return array
+
+
+def split_shapes(shapes: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[str, tuple[int, ...]]:
+    """Shapes by path, with the shape of each layer by name in place of a stacked one."""
+    split: dict[str, tuple[int, ...]] = {}
+    for path, shape in shapes.items():
+        axes = stacks.get(path, ())
+        if axes and max(axes) < len(shape):
+            names = [layer_name(path, index) for index in layer_indices(shape, axes)]
+            split |= dict.fromkeys(names, layer_shape(shape, axes))
+        else:
+            split[path] = shape
+    return split
+
+
+def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
+    """Arrays by path, with each stacked one taken apart into its layers by name."""
+    split: dict[str, Any] = {}
+    for path, array in by_path.items():
+        if path not in stacks:
+            split[path] = array
+            continue
+        axes = stacks[path]
+        for index in layer_indices(array.shape, axes):
+            split[layer_name(path, index)] = take_layer(array, axes, index)
+    return split
+
+
+def join_layers(
+    by_name: Mapping[str, Any], stacks: Stacks, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """Arrays by path, with the layers of stacked ones put together again; layers of any shape.
+
+    Args:
+      by_name: arrays as `split_layers` names them.
+      stacks: the stack axes by path.
+      shapes: the dense shapes of the stacked leaves by path, which say how many layers there are.
+
+    Returns:
+      Arrays by path, in the order in which the first layer of each comes. A stacked leaf of which no
+      layer is given is left out.
+    """
+    joined: dict[str, Any] = {}
+    of_layer = {
+        layer_name(path, index): path
+        for path, axes in stacks.items()
+        for index in layer_indices(shapes[path], axes)
+    }
+    for name, array in by_name.items():
+        path = of_layer.get(name)
+        if path is None:
+            joined[name] = array
+        elif path not in joined:
+            axes = stacks[path]
+            counts = tuple(shapes[path][axis] for axis in axes)
+            layers = [by_name[layer_name(path, index)] for index in layer_indices(shapes[path], axes)]
+            module: Any = np if all(isinstance(layer, np.ndarray) for layer in layers) else jnp
+            stack = module.stack(layers)
+            stack = stack.reshape(counts + stack.shape[1:])
+            joined[path] = module.moveaxis(stack, range(len(axes)), axes)
+    return joined
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -1,0 +1,1 @@
+"""One table of public members, and the checks that all of them go through."""

@@ -1,0 +1,1 @@
+"""Hostile input: files, flags, pages, recipes and values."""

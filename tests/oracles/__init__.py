@@ -1,0 +1,1 @@
+"""What the library promises, computed in another way."""

@@ -1,0 +1,71 @@
+"""What a pass of a selection reads of a leaf, whole or by its parts on devices, against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.selection import sources
+from jaxprune.selection.sources import Source
+
+
+def read(given):
+    return given
+
+
+SCORES = np.array([[3.0, -1.0, 3.0], [0.5, 3.0, -1.0]], np.float32)
+ALIVE = np.array([[True, True, False], [True, True, False]])
+
+
+@pytest.mark.parametrize("alive", [None, ALIVE])
+@pytest.mark.parametrize("wanted", [3.0, -1.0, 0.5, 2.0])
+def test_entries_with_a_key(alive, wanted):
+    key = sources.ordered_bits(jnp.float32(wanted))
+    found = sources.entries_at(Source(read, (SCORES, alive)), key)
+    np.testing.assert_array_equal(found, (wanted == SCORES) & (True if alive is None else alive))
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 11, 4, 3, 1])
+@pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4), (5,), ()])
+def test_rows_and_places(shape, most, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_COUNT", most)
+    row, place = sources.positions(Source(read, (jnp.zeros(shape), None)))
+    sizes = [int(np.prod(shape[axis:])) for axis in range(len(shape) + 1)]
+    length = next(size for size in sizes if size <= most)
+    number = np.arange(sizes[0]).reshape(shape)
+    np.testing.assert_array_equal(row, number // length)
+    np.testing.assert_array_equal(place, number % length)
+
+
+def test_parts_of_leaves_on_devices_know_their_places():
+    """Devices of a mesh of 2 x 3, in axes that `vmap` names; the second axis of the leaf is on none."""
+    whole = np.arange(8.0 * 2 * 9).reshape(8, 2, 9)
+    parts = whole.reshape(2, 4, 2, 3, 3).transpose(0, 3, 1, 2, 4)
+
+    def on_device(part):
+        source = Source(read, (part, None), names=(("rows",), (), ("columns",)))
+        assert sources.whole_shape(source) == whole.shape
+        bounds = sources.ordered_bits(jnp.array([-1.0, 5.0, 1000.0]))
+        counts = sources.count_whole(source, sources.read_keys(source), bounds, False)
+        return *sources.positions(source), counts
+
+    on_devices = jax.vmap(jax.vmap(on_device, axis_name="columns"), axis_name="rows")
+    row, place, counts = on_devices(parts.astype(np.float32))
+    assert not row.any()
+    np.testing.assert_array_equal(place, parts.astype(int))
+    np.testing.assert_array_equal(counts, np.broadcast_to([0, 5, whole.size, whole.size], (2, 3, 4)))
+
+
+def test_a_loop_in_a_shard_map_adds_counts_to_zero():
+    mesh = jax.make_mesh((1, 1), ("rows", "columns"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def on_device(a, b):
+        # Counts of the first are summed over its devices; the second is ranked on each by itself.
+        both = [Source(read, (a, None), (("rows",),)), Source(read, (b, None))]
+        bounds = sources.ordered_bits(jnp.array([0.5, 1.5]))
+        each = [sources.count_whole(each, sources.read_keys(each), bounds, False) for each in both]
+        return jax.lax.fori_loop(0, 2, lambda _, total: total + sum(each)[1], sources.zero_of(both))[None]
+
+    specs = (jax.P("rows"), jax.P("columns"))
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=jax.P("columns"))
+    np.testing.assert_array_equal(jax.jit(mapped)(jnp.arange(3.0), jnp.arange(4.0)), [8])

@@ -1,0 +1,1 @@
+"""Long commands; the tests run a small part of each."""

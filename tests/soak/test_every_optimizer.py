@@ -1,0 +1,32 @@
+"""A deal of the pairs of `every_optimizer.py`, which has all: each optimizer in some kinds of pruner."""
+
+import pytest
+
+from tests.contracts.optimizers import NOT_OPTIMIZERS, OPTIMIZERS, exported
+from tests.contracts.pruner_kinds import kinds
+from tests.contracts.public import makers
+from tests.soak.every_optimizer import UNGUARDED, dealt, run_pair
+
+
+def test_the_table_names_every_optimizer_of_optax():
+    named = {name.split()[0] for name in OPTIMIZERS} | NOT_OPTIMIZERS.keys()
+    assert set(exported()) == named
+    assert UNGUARDED.keys() <= OPTIMIZERS.keys()
+
+
+def test_the_table_has_all_that_makes_a_pruner():
+    assert {kind.by for kind in kinds().values()} == {*makers(), "keep_masked"}
+
+
+def test_every_kind_is_dealt_to_several_optimizers():
+    hands = [pair for hand in dealt().values() for pair in hand]
+    assert all(sum(kind == dealt for dealt, _ in hands) >= 3 for kind in kinds())
+    assert {form for _, form in hands} == {"inside", "around"}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_is_zero_and_the_rest_trains_as_if_alone_through_bursts_and_restarts(name):
+    place = list(OPTIMIZERS).index(name)
+    for kind, form in dealt()[name]:
+        # Orbax is slow, so that each kind goes through it only once or a few times.
+        run_pair(name, kind, form, orbax=place < (1 if kind == "keep_masked" else 16))

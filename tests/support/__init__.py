@@ -1,0 +1,1 @@
+"""What tests share that is no oracle: trees, devices, a browser."""
