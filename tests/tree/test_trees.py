@@ -1,8 +1,7 @@
 """Params in every sort of tree: no count, mask or array goes to another leaf than the one it is for.
 
-The sorts are those of `support.trees`. `test_contracts` puts every pruner through them; here is what takes masks
-and pruners, what takes several trees at once, and names at random.
-
+The sorts are those of `support.trees`. `test_contracts` puts every pruner through them; here is what takes
+masks and pruners, what takes several trees at once, and names at random.
 """
 
 import functools
