@@ -214,7 +214,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet on {data}, {len(config.seeds)} seeds; bytes of the file and of the exported program")

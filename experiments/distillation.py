@@ -315,7 +315,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     total += (sizes.teacher_epochs + students) * ("student" in parts)
     total += len(config.temperatures) * sizes.few_epochs * ("few" in parts)
     total += levels * (2 * sizes.tune_epochs + 3 * sizes.few_tune_epochs) * ("pruning" in parts)
-    results = Results(config.out, "distillation", config, go_on=not config.fresh)
+    results = Results(config.out, "distillation", config, resume=not config.fresh)
     with results, tqdm(total=total, unit="epoch") as bar:
         study = Study(config, results, bar)
         for name, part in (("student", student), ("few", few), ("pruning", pruning)):
@@ -392,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")

@@ -115,7 +115,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     init = loops.init(model, train, init_keys)
     ones = jp.ones_masks(init)
     total = 1 + len(METHODS) * len(config.sparsities)
-    results = Results(config.out, "dynamic_sparse", config, go_on=not config.fresh)
+    results = Results(config.out, "dynamic_sparse", config, resume=not config.fresh)
     with results, tqdm(total=total, unit="run") as bar:
 
         def fitter(optimizer_of: Any) -> Callable[..., loops.Fit]:
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")

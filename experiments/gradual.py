@@ -99,7 +99,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
     total = before + config.tune_epochs
     total += len(config.sparsities) * (3 * config.epochs + config.tune_epochs)
-    results = Results(config.out, "gradual", config, go_on=not config.fresh)
+    results = Results(config.out, "gradual", config, resume=not config.fresh)
     with results, tqdm(total=total, unit="epoch") as bar:
 
         def record(method: str, sparsity: float, params: Any, masks: Any) -> None:
@@ -189,7 +189,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")

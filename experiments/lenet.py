@@ -292,7 +292,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         return jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
 
     epochs = training.epochs + len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
-    results = Results(config.out, "lenet", config, go_on=not config.fresh)
+    results = Results(config.out, "lenet", config, resume=not config.fresh)
     with results, tqdm(total=epochs, unit="epoch") as bar:
 
         def record(method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
@@ -437,7 +437,7 @@ def _ratio(dense: int, pruned: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         note = "MNIST" if config.dataset == "mnist" else "digits"
         print(f"\nLeNet on {note}")

@@ -275,7 +275,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
     total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
     with contextlib.ExitStack() as stack:
-        results = stack.enter_context(Results(config.out, "lottery_ticket", config, go_on=not config.fresh))
+        results = stack.enter_context(Results(config.out, "lottery_ticket", config, resume=not config.fresh))
         for method in CHAINS if config.fresh else ():
             forget(folder / method)
         # First, so that a folder of other settings is refused before anything is trained or written.
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")

@@ -146,7 +146,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     init = loops.init(model, train, init_keys)
     batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
     total = 1 + len(METHODS) * len(config.compressions)
-    results = Results(config.out, "pruning_at_init", config, go_on=not config.fresh)
+    results = Results(config.out, "pruning_at_init", config, resume=not config.fresh)
     with results, tqdm(total=total, unit="run") as bar:
 
         def train_and_record(method: str, compression: float, masks_of: Callable[..., Any]) -> None:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         lines = run(config)
         data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         widths = "-".join(map(str, NETWORKS[config.network]))

@@ -300,7 +300,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         each = config.epochs if config.rewind == "weights" else config.tune_epochs
         epochs = config.epochs + levels(config, recipe) * each
     bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
-    with Results(config.out, "recipe", config, recipe.data, go_on=not config.fresh) as results, bar:
+    with Results(config.out, "recipe", config, recipe.data, resume=not config.fresh) as results, bar:
         for seed in config.seeds:
             if results.done(seed=seed):
                 bar.update(epochs)
@@ -349,7 +349,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a recipe from the command line."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         try:
             lines = run(config)
         except (jp.recipes.RecipeError, FileNotFoundError, PermissionError) as error:

@@ -214,7 +214,7 @@ def run(config: Config) -> list[dict[str, Any]]:
     study = Study(config)
     cells = len(config.kinds) * len(config.tolerances) * len(METHODS)
     total = study.epochs + cells * study.tune_epochs
-    results = Results(study.out, "sensitivity", config, go_on=not config.fresh)
+    results = Results(study.out, "sensitivity", config, resume=not config.fresh)
     with results, tqdm(total=total, unit="epoch") as bar:
 
         def line(index: int, **figures: Any) -> dict[str, Any]:
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
-    with stopping.ends_plainly(settings(config)[2]):
+    with stopping.exit_with_message(settings(config)[2]):
         lines = run(config)
         print(f"\n{_TITLES[config.network]} on {lines[0]['note']}")
         print(summarise(lines, config))

@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     # The workers share an accelerator with this process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    with datasets.said_plainly():
+    with datasets.explain_missing_data():
         lines = run(config)
     data = {"mnist": "MNIST", "synthetic": "synthetic images of MNIST's size"}[config.dataset]
     print(f"\n{len(config.seeds)} seeds of LeNet-300-100 on {data}, on {jax.devices()[0].device_kind}")

@@ -319,7 +319,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         own.out,
         "channel_pruning",
         chosen,
-        go_on=not chosen.fresh,
+        resume=not chosen.fresh,
         adds=True,
         may_differ=_NOT_SETTINGS,
     )
@@ -357,7 +357,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the study from the command line."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out or "results/channel_pruning"):
+    with stopping.exit_with_message(config.out or "results/channel_pruning"):
         lines = run(config)
         chosen = settings(config)
         print(f"\n{chosen.network} on {lines[0]['note']}")

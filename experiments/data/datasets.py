@@ -22,7 +22,7 @@ from experiments.data.prepare import (
 from experiments.run.limits import FlagError
 
 NAMES = ("digits", "mnist", "cifar10")
-__all__ = ["NAMES", "DataUnavailable", "Dataset", "Text", "load", "load_shakespeare", "said_plainly"]
+__all__ = ["NAMES", "DataUnavailable", "Dataset", "Text", "explain_missing_data", "load", "load_shakespeare"]
 
 _DIGITS_TEST = 360  # of 1797: a fifth
 _DIGITS_SIDE = 8
@@ -82,7 +82,7 @@ _TFDS = {
 
 
 @contextlib.contextmanager
-def said_plainly() -> Iterator[None]:
+def explain_missing_data() -> Iterator[None]:
     """Ends a command with the message alone, and no traceback, where its data cannot be had.
 
     Also where its flags do not go together.

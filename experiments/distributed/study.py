@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     starts_others = config.check or (config.processes > 1 and config.process_id is None)
     if not starts_others:
         set_up(config)  # before SIGTERM is caught: JAX's processes catch it as well
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         if config.check:
             lines = check(config)
             print(f"\n{lines[0]['note']}, {lines[0]['params']:,} params")

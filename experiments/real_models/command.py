@@ -144,7 +144,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         raise FlagError(f"--only: none of the models' libraries is installed: {', '.join(packages)}")
     there = [model for model in models if model.name not in missing]
     with Results(
-        config.out, "real_models", config, go_on=not config.fresh, adds=True, may_differ=_MAY_DIFFER
+        config.out, "real_models", config, resume=not config.fresh, adds=True, may_differ=_MAY_DIFFER
     ) as results:
         print(table.heading())
         measure_all(there, config, results)
@@ -173,7 +173,7 @@ def names(models: Sequence[Model]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     config = parse(Config, argv, __doc__)
-    with stopping.ends_plainly(config.out):
+    with stopping.exit_with_message(config.out):
         if config.list:
             print(names(chosen(config.only)))
             return

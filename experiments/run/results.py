@@ -49,7 +49,7 @@ class Results:
         config: Any,
         recipe: Mapping[str, Any] | None = None,
         *,
-        go_on: bool | None = None,
+        resume: bool | None = None,
         adds: bool = False,
         may_differ: Sequence[str] = ("out", "fresh"),
     ):
@@ -67,7 +67,7 @@ class Results:
         self.unfinished = self.folder / UNFINISHED
         self.lines: list[dict[str, Any]] = []  # the figures of all finished units, in order
         self._study, self._config, self._recipe = study, config, recipe
-        self._go_on, self._adds, self._may_differ = go_on, adds, may_differ
+        self._resume, self._adds, self._may_differ = resume, adds, may_differ
         self._rows: list[bytes] = []  # of an earlier run, to be written before this one's
         self._common: dict[str, Any] = {}
         self._file: int | None = None
@@ -86,7 +86,7 @@ class Results:
                 file.unlink()
             if (self.unfinished / _WHOLE).exists():  # a run was killed in its very last moment
                 self._settle()
-            if self._go_on:
+            if self._resume:
                 self._take_up()
             elif self.unfinished.exists():
                 shutil.rmtree(self.unfinished)
@@ -177,9 +177,9 @@ class Results:
 
     def _left(self) -> str:
         """What a run that has not ended leaves, and what comes of it."""
-        if self._go_on is None:
+        if self._resume is None:
             return f"What there was is in {self.unfinished}. This study starts over when it is run again."
-        flags = "The same command" if self._go_on else "The same command without --fresh"
+        flags = "The same command" if self._resume else "The same command without --fresh"
         count = (
             f"{len(self.lines):,} lines of results are" if len(self.lines) != 1 else "1 line of results is"
         )

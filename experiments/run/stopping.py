@@ -1,7 +1,7 @@
 """How a study ends when it is stopped, or cannot write: with one sentence, and nothing half written.
 
 A run that is killed leaves what it had finished; see `Results` and `Checkpoints`. SIGTERM, with which
-clusters take a machine back, does the same more politely: `ends_plainly` says what is kept and ends
+clusters take a machine back, does the same more politely: `exit_with_message` says what is kept and ends
 the command with status 143. Python sees the signal between two of its own instructions, so a compiled
 program that runs, a level or an epoch of training, comes to its end first. Should SIGKILL follow before
 that, nothing is lost but what was under way.
@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: there two runs in one folder are not told apart
     fcntl = None
 
-from experiments.data.datasets import said_plainly
+from experiments.data.datasets import explain_missing_data
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -64,7 +64,7 @@ def shielded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ends_plainly(folder: str | Path) -> Iterator[None]:
+def exit_with_message(folder: str | Path) -> Iterator[None]:
     """Ends a command with a message alone, and no traceback, where that says all.
 
     On SIGTERM, with status 143; where its files cannot be written; where its data cannot be had, or its flags
@@ -76,7 +76,7 @@ def ends_plainly(folder: str | Path) -> Iterator[None]:
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _on_sigterm) if main else None
     try:
-        with said_plainly():
+        with explain_missing_data():
             yield
     except Preempted as stop:
         kept = _kept(stop) or "Nothing that it had finished is lost."

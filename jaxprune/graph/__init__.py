@@ -1,6 +1,6 @@
 """Structured pruning from a function's jaxpr: coupled channels, and the network without them."""
 
-from jaxprune.graph.compaction import Compacted, Stayed, compact
+from jaxprune.graph.compaction import Compacted, NotRemoved, compact
 from jaxprune.graph.engine.rules import Frame, Rule, elementwise, register_rule
 from jaxprune.graph.groups import ChannelGroups, Group, Member, channel_groups
 from jaxprune.graph.modules.nnx import CompactedModule, compact_module
@@ -17,11 +17,11 @@ __all__ = [
     "Frame",
     "Group",
     "Member",
+    "NotRemoved",
     "Plan",
     "Report",
     "ResidualBlocks",
     "Rule",
-    "Stayed",
     "channel_groups",
     "compact",
     "compact_module",

@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxprune.graph.blocktrees import blocks_of
 from jaxprune.graph.engine import placing
-from jaxprune.graph.engine.axes import Kept, State
+from jaxprune.graph.engine.axes import Solution, State
 from jaxprune.graph.engine.divisors import ParamAxis
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.finite import explain_not_finite, has_nan
-from jaxprune.graph.engine.program import Linked, Zeros
+from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 from jaxprune.graph.engine.shortening import NOTHING, Removed, removable, remove
-from jaxprune.graph.engine.solving import close, zero_slices
+from jaxprune.graph.engine.solving import solve_to_fixpoint, zero_slices
 from jaxprune.graph.equivalence import gap, ops_of
 from jaxprune.graph.folding import fold
 from jaxprune.graph.plan import Plan
@@ -52,7 +52,7 @@ class Compacted:
         masks: Masks,
         plan: Plan,
         state: Callable[[Any], Any] | None,
-        stayed: Sequence["Stayed"],
+        stayed: Sequence["NotRemoved"],
     ):
         self.plan, self.stayed = plan, tuple(stayed)
         self.params = jax.eval_shape(plan.shrink, params) if _abstract(params) else plan.shrink(params)
@@ -185,12 +185,12 @@ def compact(
         stacks = masks.stacks
     else:
         stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
-    linked = Linked(apply_fn, params, inputs, state, stacks)
-    stayed: list[Stayed] = []
+    linked = TracedNetwork(apply_fn, params, inputs, state, stacks)
+    stayed: list[NotRemoved] = []
     given = None
     if isinstance(masks, Plan):
         plan = masks
-        fit(linked, plan)
+        solve_for_plan(linked, plan)
         # What the plan drops is masked, so that a plan from a file goes with params that are dense.
         masks = plan.expand(plan.shrink(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)))
     else:
@@ -206,7 +206,7 @@ def compact(
         blocks = blocks_of(params)
         taken_out = removable(linked, arrays, blocks)
         remove(linked, taken_out)
-        kept, divisors = close(linked, lambda dropped: zero_slices(arrays, dropped))
+        kept, divisors = solve_to_fixpoint(linked, lambda dropped: zero_slices(arrays, dropped))
         needless = linked.dropped(kept)
         kept, divisors = _rounded(linked, kept, divisors, multiple_of)
         plan = plan_of(linked, kept, divisors, taken_out, blocks)
@@ -218,7 +218,9 @@ def compact(
     return small
 
 
-def _folded(linked: Linked, params: Params, masks: Masks, inputs: Sequence[Any]) -> tuple[Params, Masks]:
+def _folded(
+    linked: TracedNetwork, params: Params, masks: Masks, inputs: Sequence[Any]
+) -> tuple[Params, Masks]:
     """Params and masks with the constants of dead filters folded into what reads them."""
     arrays, _ = split_static(inputs)
     if not is_concrete(params, arrays):
@@ -242,8 +244,8 @@ def _abstract(tree: Any) -> bool:
 
 
 def plan_of(
-    linked: Linked,
-    kept: Kept,
+    linked: TracedNetwork,
+    kept: Solution,
     divisors: frozenset[ParamAxis] = frozenset(),
     taken_out: Removed = NOTHING,
     blocks: Sequence[str] = (),
@@ -286,7 +288,7 @@ def plan_of(
     return Plan(shapes, keep, divided, linked.stacks, removed)
 
 
-def _goes(block: str, linked: Linked, taken_out: Removed) -> bool:
+def _goes(block: str, linked: TracedNetwork, taken_out: Removed) -> bool:
     """Whether all of a block is taken out."""
     names = {name for name, (path, _) in linked.paths.items() if path.startswith(f"{block}/")}
     return bool(names) and names <= taken_out.names
@@ -298,8 +300,8 @@ def _outermost(blocks: Iterable[str]) -> tuple[str, ...]:
 
 
 def _rounded(
-    linked: Linked, kept: Kept, divisors: frozenset[ParamAxis], multiple_of: int
-) -> tuple[Kept, frozenset[ParamAxis]]:
+    linked: TracedNetwork, kept: Solution, divisors: frozenset[ParamAxis], multiple_of: int
+) -> tuple[Solution, frozenset[ParamAxis]]:
     """A solution whose widths are multiples, and equal in the layers of a stack."""
     while True:
         seeds: list[tuple[int, State]] = []
@@ -312,10 +314,12 @@ def _rounded(
         if not seeds:
             return kept, divisors
         dropped = linked.dropped(kept)
-        kept, divisors = close(linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds])
+        kept, divisors = solve_to_fixpoint(
+            linked, lambda _, dropped=dropped: dropped, [*linked.seeds(dropped), *seeds]
+        )
 
 
-def _evened(linked: Linked, kept: Kept) -> list[tuple[int, State]]:
+def _evened(linked: TracedNetwork, kept: Solution) -> list[tuple[int, State]]:
     """Seeds that give the layers of a stack as many slices of some axis as the one that has most.
 
     It is the axis on which the fewest are missing: where whole heads went, that of the heads. What has to go
@@ -344,7 +348,7 @@ def _with_more(indices: np.ndarray, size: int, count: int) -> State:
     return True if state.all() else state
 
 
-def fit(linked: Linked, plan: Plan) -> tuple[Kept, Facts]:
+def solve_for_plan(linked: TracedNetwork, plan: Plan) -> tuple[Solution, Facts]:
     """The solution for a plan made elsewhere.
 
     Raises:
@@ -389,7 +393,7 @@ def bind(
       function, plan, state: as there.
       shardings: by path, how the dense params were sharded over explicit axes of a mesh, if they were.
     """
-    programs: dict[Any, tuple[Linked, Kept, Facts]] = {}
+    programs: dict[Any, tuple[TracedNetwork, Solution, Facts]] = {}
 
     def bound(params: Params, *inputs: Any) -> Any:
         plan.check(params)
@@ -404,8 +408,8 @@ def bind(
                 _dense_struct(plan.shapes[path], leaf, shardings.get(path))
                 for path, leaf in array_leaves(params).items()
             ]
-            linked = Linked(function, jax.tree.unflatten(tree, dense), inputs, state, plan.stacks)
-            solution = fit(linked, plan)
+            linked = TracedNetwork(function, jax.tree.unflatten(tree, dense), inputs, state, plan.stacks)
+            solution = solve_for_plan(linked, plan)
             if linked.closes_over_tracers():
                 return linked.replay(*solution, [*small, *arrays.values()])
             programs[key] = linked, *solution
@@ -429,7 +433,7 @@ def _signature(leaf: Any) -> Any:
     return leaf
 
 
-class Stayed:
+class NotRemoved:
     """Slices of a param that the masks remove but the function needs."""
 
     def __init__(self, path: str, axis: int, count: int, why: str):
@@ -439,7 +443,7 @@ class Stayed:
         return f"{self.count} masked slices of {self.path} along axis {self.axis} stay: {self.why}"
 
 
-def _stayed(linked: Linked, zeros: Zeros, plan: Plan, needless: Zeros) -> list[Stayed]:
+def _stayed(linked: TracedNetwork, zeros: ZeroSlices, plan: Plan, needless: ZeroSlices) -> list[NotRemoved]:
     """The masked slices that stay, with the reason.
 
     Args:
@@ -469,11 +473,11 @@ def _stayed(linked: Linked, zeros: Zeros, plan: Plan, needless: Zeros) -> list[S
                     why = explain(linked, facts, node, int(np.flatnonzero(slices)[0]))
                 else:
                     why = _why_even(linked, needless, name, axis)
-                result.append(Stayed(name, axis, int(slices.sum()), why))
+                result.append(NotRemoved(name, axis, int(slices.sum()), why))
     return result
 
 
-def _why_even(linked: Linked, needless: Zeros, name: str, axis: int) -> str:
+def _why_even(linked: TracedNetwork, needless: ZeroSlices, name: str, axis: int) -> str:
     """Why slices stay that the function could do without."""
     path, index = linked.paths[name]
     if not index:
@@ -504,7 +508,7 @@ _VERBS = {
 }
 
 
-def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
+def explain(linked: TracedNetwork, facts: Facts, node: int, index: int) -> str:
     """Why a slice has to stay: what pins it, or the op that reads it."""
     why = linked.graph.why_pinned(node)
     if why is not None:
@@ -518,7 +522,7 @@ def explain(linked: Linked, facts: Facts, node: int, index: int) -> str:
 
 def _verify(
     apply_fn: Callable[..., Any],
-    linked: Linked,
+    linked: TracedNetwork,
     masked: Params,
     small: Compacted,
     inputs: Sequence[Any],

@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.graph.engine.axes import Vector
 from jaxprune.graph.engine.facts import Facts, both, either
 from jaxprune.graph.engine.ir import Op, Region, Value
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.graph.engine.rules.reductions import windows_hold_an_entry
 from jaxprune.graph.engine.rules.shapes import segments
@@ -152,7 +152,7 @@ def _keeps_constants(op: Op, axis: int) -> bool:
 
 
 def fold(
-    linked: Linked, leaves: dict[str, Any], masks: dict[str, np.ndarray], arguments: Sequence[Any]
+    linked: TracedNetwork, leaves: dict[str, Any], masks: dict[str, np.ndarray], arguments: Sequence[Any]
 ) -> None:
     """Folds constant channels into what reads them, in place.
 
@@ -221,7 +221,7 @@ class _Site:
         masks[path] = np.moveaxis(alive, 0, summed)
 
 
-def _site(op: Op, linked: Linked, constants: Constants) -> _Site | None:
+def _site(op: Op, linked: TracedNetwork, constants: Constants) -> _Site | None:
     """An op as a place to fold into, if it is one and there is something to fold."""
     if op.name not in ("dot_general", "conv_general_dilated"):
         return None
@@ -250,11 +250,11 @@ def _site(op: Op, linked: Linked, constants: Constants) -> _Site | None:
     return _Site((image, axis), (kernel, summed, given), bias, marks)
 
 
-def _readers(value: Value, linked: Linked) -> list[Op]:
+def _readers(value: Value, linked: TracedNetwork) -> list[Op]:
     return [op for op in linked.region.ops for given in op.inputs if given is value]
 
 
-def _own_param(value: Value, linked: Linked) -> str | None:
+def _own_param(value: Value, linked: TracedNetwork) -> str | None:
     """The path of the param that a value is, up to its dtype, if nothing else reads it."""
     while value.op is not None and value.op.name in ("convert_element_type", "copy"):
         if len(_readers(value, linked)) != 1:
@@ -265,7 +265,7 @@ def _own_param(value: Value, linked: Linked) -> str | None:
     return path if read_once else None
 
 
-def _own_bias(output: Value, axis: int, linked: Linked) -> str | None:
+def _own_bias(output: Value, axis: int, linked: TracedNetwork) -> str | None:
     """The path of the bias that is added to a value along an axis, if nothing else reads either."""
     readers = _readers(output, linked)
     if len(readers) != 1 or readers[0].name != "add" or any(o is output for o in linked.region.outputs):
@@ -283,7 +283,7 @@ def _own_bias(output: Value, axis: int, linked: Linked) -> str | None:
 
 
 def _read(
-    linked: Linked, facts: Facts, wanted: Sequence[tuple[Value, int]], leaves: Sequence[Any]
+    linked: TracedNetwork, facts: Facts, wanted: Sequence[tuple[Value, int]], leaves: Sequence[Any]
 ) -> list[np.ndarray]:
     """The first entry of each slice of some values, along an axis each, in one run of the function."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.graph.compaction import explain
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.divisors import find_divisors, without
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.roles import weights
 from jaxprune.graph.streams import stream_axes
@@ -251,7 +251,7 @@ def channel_groups(
     if not (isinstance(split, str) and split in ("major", "minor")):
         split = as_integer(split, "split", what="the index of a factor; or 'major', 'minor'")
     stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
-    linked = Linked(apply_fn, params, inputs, state, stacks)
+    linked = TracedNetwork(apply_fn, params, inputs, state, stacks)
     linked.pin_unread()
     graph, groups = _separate_groups(linked, split)
     found, streams = weights(linked), stream_axes(linked, graph)
@@ -265,7 +265,7 @@ def channel_groups(
     return ChannelGroups(tuple(groups), _whole(linked, graph), linked.stacks)
 
 
-def _separate_groups(linked: Linked, split: Split) -> tuple[AxisGraph, list[Group]]:
+def _separate_groups(linked: TracedNetwork, split: Split) -> tuple[AxisGraph, list[Group]]:
     """The groups, with the readers of a param apart where they can lose slices so."""
     tied = linked.graph.copy()
     tie_readers(linked, tied)
@@ -307,7 +307,7 @@ def _factor(factors: Sequence[int], free: Sequence[int], split: Split) -> int:
     return min(free, key=lambda factor: abs(factors.index(factor) - wanted))
 
 
-def _unnamed_groups(linked: Linked, graph: AxisGraph) -> list[Group]:
+def _unnamed_groups(linked: TracedNetwork, graph: AxisGraph) -> list[Group]:
     """Units with the same axes, and as many slices of each, form a group."""
     labels = graph.units()
     axes: dict[int, list[tuple[str, int]]] = {}
@@ -386,7 +386,7 @@ def _alike(slices: Mapping[int, _Slices]) -> list[np.ndarray]:
     return sorted(groups, key=lambda group: int(group[0]))
 
 
-def _named(members: list[Member], linked: Linked) -> Group:
+def _named(members: list[Member], linked: TracedNetwork) -> Group:
     kernels = [m for m in members if len(m.shape) >= 2]
     outputs = [m for m in kernels if m.axis == len(m.shape) - 1]
     first = (outputs or kernels or members)[0]
@@ -401,7 +401,7 @@ def _named(members: list[Member], linked: Linked) -> Group:
     )
 
 
-def _try_to_remove(linked: Linked, groups: list[Group]) -> list[Group]:
+def _try_to_remove(linked: TracedNetwork, groups: list[Group]) -> list[Group]:
     """Zeroes a unit of each group and sees whether it can be taken out."""
     tried = {group.name: group for group in _removed(linked, [g for g in groups if g.units > 1])}
     result = []
@@ -422,7 +422,7 @@ def _is_all(group: Group) -> bool:
     return group.units == 1 and any(m.indices.shape[1] == m.shape[m.axis] for m in group.members)
 
 
-def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) -> list[Group]:
+def _removed(linked: TracedNetwork, groups: Sequence[Group], derivatives: bool = True) -> list[Group]:
     """Groups with their divisors, and with the reason why a unit whose slices are zero would not vanish.
 
     Args:
@@ -470,7 +470,7 @@ def _removed(linked: Linked, groups: Sequence[Group], derivatives: bool = True) 
     return result
 
 
-def _whole(linked: Linked, graph: AxisGraph) -> tuple[Whole, ...]:
+def _whole(linked: TracedNetwork, graph: AxisGraph) -> tuple[Whole, ...]:
     always, reasons = graph.always_kept(), {}
     for path, value in linked.values.items():
         for axis, node in enumerate(value.axes):

@@ -14,7 +14,7 @@ from jaxprune.graph.engine.facts import Facts, run_changed
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined
 from jaxprune.graph.engine.ir import Op, Value
 from jaxprune.graph.engine.passage import Pass, Passage, Roots, made_from, mark_of, roots_of
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import rule_for
 from jaxprune.graph.engine.singular import singularities
 from jaxprune.graph.roles import weights
@@ -170,7 +170,9 @@ def residual_blocks(
       ['blocks/0', 'blocks/1', 'blocks/2', 'blocks/3']
     """
     check_call(_CALL, apply_fn, (params, *inputs), keywords, ("prefixes", "stacked", "state"))
-    linked = Linked(apply_fn, params, inputs, state, stacks={})  # a loop's body stands for all its rounds
+    linked = TracedNetwork(
+        apply_fn, params, inputs, state, stacks={}
+    )  # a loop's body stands for all its rounds
     blocks, stacks = find_blocks(linked.leaves, prefixes, stacked)
     if axes := {path: along for path, along in stacks.items() if len(along) > 1}:
         path, along = next(iter(axes.items()))
@@ -311,7 +313,7 @@ class _Proof:
       reasons: for each block that was checked, why it is not the identity, or None.
     """
 
-    def __init__(self, linked: Linked, stacks: Stacks, fixed: frozenset[str], state: Any):
+    def __init__(self, linked: TracedNetwork, stacks: Stacks, fixed: frozenset[str], state: Any):
         self.linked, self.stacks, self.fixed = linked, stacks, fixed
         region, count = inlined(linked.region), len(linked.leaves)
         self.region = region
@@ -452,7 +454,7 @@ class _Proof:
         return [np.arange(size) == index if axis == along else None for axis, size in enumerate(shape)]
 
 
-def _new_values(linked: Linked, state: Callable[[Any], Any] | None) -> dict[str, int]:
+def _new_values(linked: TracedNetwork, state: Callable[[Any], Any] | None) -> dict[str, int]:
     """By path, the number of the output that is a leaf's new value."""
     if state is None:
         return {}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
 from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.kernel_names import is_adapter
@@ -63,7 +63,7 @@ _PICKS = frozenset(["gather", "dynamic_slice"])
 _PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
 
-def weights(linked: Linked) -> frozenset[str]:
+def weights(linked: TracedNetwork) -> frozenset[str]:
     """The params (of stacked ones the layers) that a function uses as the weights of a product.
 
     Adapters (LoRA) are weights of products too, but one factor of each starts at zero: they are left
@@ -103,7 +103,7 @@ class _Walk:
         self.data: set[int] = set()
         self.uses: dict[str, _Use] = {}
 
-    def unread(self, linked: Linked) -> set[str]:
+    def unread(self, linked: TracedNetwork) -> set[str]:
         """The params that the program never reads."""
         read = {id(each) for op in linked.region.ops for v in op.inputs for each in flat_layers(v)}
         return {path for path, value in linked.values.items() if id(value) not in read}

@@ -18,7 +18,7 @@ from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.divisors import ParamAxis
 from jaxprune.graph.engine.identity import inlined
 from jaxprune.graph.engine.ir import Op, Region, Value
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.tracing.jaxprs import scan_split
 
 _NONLINEAR = frozenset(
@@ -71,7 +71,7 @@ class _Past(NamedTuple):
     bent: int
 
 
-def stream_axes(linked: Linked, graph: AxisGraph) -> frozenset[ParamAxis]:
+def stream_axes(linked: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]:
     """The axes of params that lie on a residual stream, or whose slices go with those of one.
 
     Args:

@@ -11,7 +11,7 @@ from jaxprune.pruning.once import checked_structure, pool, with_stacks
 from jaxprune.pruning.scoring import all_finite, evaluate, of_layers
 from jaxprune.pruning.table import REWIRED, with_rows
 from jaxprune.scores import gradient_magnitude, magnitude, random
-from jaxprune.selection.exact import Request, select_arrays
+from jaxprune.selection.exact import Removal, select_arrays
 from jaxprune.selection.sort_keys import ordered_bits
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.tracing.control import update_if
@@ -331,7 +331,7 @@ def _lowest_of_each(
     scores: dict[str, jax.Array], alive: dict[str, jax.Array], counts: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """For each pool the lowest of its units, in one selection."""
-    request = Request(tuple(range(len(scores))), tuple(counts[path] for path in scores), (0,) * len(scores))
+    request = Removal(tuple(range(len(scores))), tuple(counts[path] for path in scores), (0,) * len(scores))
     gone = select_arrays(list(scores.values()), [alive[path] for path in scores], request)
     return dict(zip(scores, gone, strict=True))
 

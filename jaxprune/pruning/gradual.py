@@ -23,14 +23,21 @@ from jaxprune.pruning.once import (
     remove,
     with_stacks,
 )
-from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, scored
+from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, score_and_recompute
 from jaxprune.pruning.table import Grid, Request, Table
-from jaxprune.pruning.targets import alive_counts, by_layer, floors, rank_sizes, ranks, target_counts
+from jaxprune.pruning.targets import (
+    alive_counts,
+    by_layer,
+    competing_pools,
+    competing_sizes,
+    floors,
+    target_counts,
+)
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.structures import Structure, elements
 from jaxprune.tracing.control import update_if
-from jaxprune.tracing.recompute import Recipe
+from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.tree.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
@@ -197,11 +204,11 @@ def pruner(
         score = of_layers(scores, params, units_of.stacks, stacked)
         check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
 
-        def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recipe]]:
+        def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recomputation]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            return scored(score, params, grads=grads, key=rng, **extra)
+            return score_and_recompute(score, params, grads=grads, key=rng, **extra)
 
-        def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recipe]]:
+        def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recomputation]]:
             return (state.scores, {}) if memory else scores_now(state.step)
 
         state = state._replace(step=state.step + 1)
@@ -239,13 +246,16 @@ def pruner(
             tree, recipes = tree_now(state)
             before = unpack_masks(state.masks)
             units = pool(tree, before, chosen, units_of, recipes)
-            competing, least = ranks(units.scores, structure, scope), floors(units.scores, structure, floor)
+            competing, least = (
+                competing_pools(units.scores, structure, scope),
+                floors(units.scores, structure, floor),
+            )
             equal = equal_families(units.families, scope)
             counts = targets_of.counts_at(targets, at, units.alive, competing)
             if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
                 # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
                 gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
-                least_gone = rank_sizes(gone, competing)
+                least_gone = competing_sizes(gone, competing)
                 counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
             after = remove(before, units, counts, competing, least, True, equal)
             finite = all_finite(tree, before, chosen)
@@ -409,9 +419,9 @@ def _progress(masks: Masks, asks: Request, where: Where, stacked: Stacked | None
     asked = None
     if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
         last = asks.grid.count(asks.grid.last or 1)
-        together = rank_sizes(sizes, ranks(sizes, asks.structure, asks.scope))
+        competing = competing_sizes(sizes, competing_pools(sizes, asks.structure, asks.scope))
         values = targets_of.asked_at(asks.schedules, last)
-        asked = sum(target_counts(values, together, asks.structure, asks.scope).values())
+        asked = sum(target_counts(values, competing, asks.structure, asks.scope).values())
         if asks.stop is not None:
             (most,) = target_counts(
                 asks.stop, {"stop": sum(sizes.values())}, asks.structure, "global"

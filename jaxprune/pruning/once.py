@@ -15,26 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.pruning.extras import check_extra
-from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, scored
+from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_recompute
 from jaxprune.pruning.targets import (
     SCOPES,
+    Competing,
     Counts,
-    Ranks,
     by_layer,
     checked_counts,
+    competing_pools,
+    competing_sizes,
     pool_sizes,
-    rank_sizes,
-    ranks,
     sparsity_counts,
     taken_apart,
     threshold_counts,
 )
 from jaxprune.pruning.targets import floors as floors_of
 from jaxprune.selection.big_counts import to_numpy
-from jaxprune.selection.exact import Request, select, select_arrays
-from jaxprune.selection.sources import Source
+from jaxprune.selection.exact import Removal, select, select_arrays
+from jaxprune.selection.lazy_scores import LazyScores
 from jaxprune.structures import Structure, Units, elements
-from jaxprune.tracing.recompute import Recipe
+from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import is_narrow
 from jaxprune.tree.masks import like_params, ones_masks
@@ -152,10 +152,10 @@ def prune_once(
     whole = masks is None
     masks = ones_masks(params) if whole else like_params(masks, params)
     scores = of_layers(scores, params, structure.stacks, stacked)
-    tree, recipes = scored(scores, params, grads=grads, key=key, **extra)
+    tree, recipes = score_and_recompute(scores, params, grads=grads, key=key, **extra)
     units = pool(tree, masks, chosen, structure, recipes, whole)
     # A threshold is the same for all, so every pool has its own count.
-    together = ranks(units.scores, structure, scope if threshold is None else "layerwise")
+    competing = competing_pools(units.scores, structure, scope if threshold is None else "layerwise")
     what, target = next(
         (name, target)
         for name, target in (("sparsity", sparsity), ("count", count), ("threshold", threshold))
@@ -163,14 +163,14 @@ def prune_once(
     )
     target = by_layer(taken_apart(target, what), units.families, what)
     if what == "sparsity":
-        counts = sparsity_counts(target, units, structure, together, scope, of)
+        counts = sparsity_counts(target, units, structure, competing, scope, of)
     elif what == "count":
-        counts = checked_counts(target, units, together, scope)
+        counts = checked_counts(target, units, competing, scope)
     else:
         counts = threshold_counts(target, units)
-    of_all = sparsity is not None and of == "total"
+    includes_pruned = sparsity is not None and of == "total"
     least, equal = floors_of(units.scores, structure, floor), equal_families(units.families, scope)
-    return remove(masks, units, counts, together, least, of_all, equal, tell=True)
+    return remove(masks, units, counts, competing, least, includes_pruned, equal, tell=True)
 
 
 def checked_structure(structure: Structure | None) -> Structure:
@@ -271,7 +271,7 @@ def pool(
     masks: Masks,
     chosen: list[str],
     structure: Structure,
-    recipes: Mapping[str, Recipe] = MappingProxyType({}),
+    recipes: Mapping[str, Recomputation] = MappingProxyType({}),
     whole: bool = False,
 ) -> Units:
     """The scores of the chosen leaves, pooled into the structure's units.
@@ -337,9 +337,9 @@ def pool(
         for index in layer_indices(shapes[path], axes)
     }
 
-    def source(name: str) -> Source:
+    def source(name: str) -> LazyScores:
         path, axes, index = layers.get(name, (name, (), ()))
-        compute, inputs, compute_slice = recipes.get(path, Recipe(lambda leaf: leaf, raw[path]))
+        compute, inputs, compute_slice = recipes.get(path, Recomputation(lambda leaf: leaf, raw[path]))
         # Where masks have values, one program serves those that prune nothing as well.
         alive = None if whole and not is_concrete(raw[path]) else before[path]
 
@@ -352,7 +352,7 @@ def pool(
                 scores = compute_slice(given[0], take)
             return scores.astype(rank_dtype), None if given[1] is None else take(given[1])
 
-        return Source(read, (inputs, alive))
+        return LazyScores(read, (inputs, alive))
 
     sources = {name: source(name) for name in same}
     if not stacks:
@@ -402,9 +402,9 @@ def remove(
     masks: Masks,
     units: Units,
     counts: Counts,
-    together: Ranks,
+    competing: Competing,
     floors: Mapping[str, int],
-    of_all: bool = False,
+    includes_pruned: bool = False,
     equal: Mapping[str, Family] = MappingProxyType({}),
     tell: bool = False,
 ) -> Masks:
@@ -427,9 +427,9 @@ def remove(
     Raises:
       ValueError: the units lie in leaves that the masks do not have.
     """
-    gone = _lowest_units(units, counts, together, floors, of_all)
+    gone = _lowest_units(units, counts, competing, floors, includes_pruned)
     if is_concrete(units.alive, counts, gone):
-        _say_what_was_not_done(units, counts, together, floors, of_all, gone)
+        _say_what_was_not_done(units, counts, competing, floors, includes_pruned, gone)
     if equal:
         pooled, gone = gone, _equally_many(units, gone, equal, floors)
         if tell and is_concrete(units.alive, pooled, gone):
@@ -463,17 +463,19 @@ def kept_entries(
 
 
 def _lowest_units(
-    units: Units, counts: Counts, together: Ranks, floors: Mapping[str, int], of_all: bool
+    units: Units, counts: Counts, competing: Competing, floors: Mapping[str, int], includes_pruned: bool
 ) -> dict[str, jax.Array]:
     """For each pool, the units that go."""
-    names = [name for members in together.values() for name in members]
-    request = Request(
-        groups=tuple(number for number, members in enumerate(together.values()) for _ in members),
-        counts=tuple(counts[rank] for rank in together),
+    names = [name for members in competing.values() for name in members]
+    request = Removal(
+        groups=tuple(number for number, members in enumerate(competing.values()) for _ in members),
+        counts=tuple(counts[rank] for rank in competing),
         floors=tuple(floors[name] for name in names),
-        of_all=of_all,
+        includes_pruned=includes_pruned,
     )
-    stored = {name: Source(lambda given: given, (units.scores[name], units.alive[name])) for name in names}
+    stored = {
+        name: LazyScores(lambda given: given, (units.scores[name], units.alive[name])) for name in names
+    }
     sources = [units.sources.get(name, stored[name]) for name in names]
     if is_concrete(request.counts, [source.inputs for source in sources]):
         read = [source.read(source.inputs) for source in sources]
@@ -563,17 +565,17 @@ def _say_what_collapsed(masks: dict[str, tuple[Any, Any]]) -> None:
 def _say_what_was_not_done(
     units: Units,
     counts: Counts,
-    together: Ranks,
+    competing: Competing,
     floors: Mapping[str, int],
-    of_all: bool,
+    includes_pruned: bool,
     gone: dict[str, jax.Array],
 ) -> None:
     """Warns where a target was missed, and where only the floor kept a leaf from being emptied."""
     done = {name: int(jnp.sum(mask)) for name, mask in gone.items()}
     alive = {name: int(jnp.sum(mask)) for name, mask in units.alive.items()}
-    got, left = rank_sizes(done, together), rank_sizes(alive, together)
+    got, left = competing_sizes(done, competing), competing_sizes(alive, competing)
     floor = max(floors.values())
-    before = rank_sizes(pool_sizes(units), together) if of_all else left
+    before = competing_sizes(pool_sizes(units), competing) if includes_pruned else left
     for name, count in counts.items():
         number = int(to_numpy(count)) - (before[name] - left[name])
         if number < 0:
@@ -590,11 +592,11 @@ def _say_what_was_not_done(
                 f"{name}: {got[name]} of the {number} units asked for were removed, because {reason}.",
                 stacklevel=4,
             )
-    shared = [name for names in together.values() if len(names) > 1 for name in names]
+    shared = [name for names in competing.values() if len(names) > 1 for name in names]
     full = [name for name in shared if floors[name] and alive[name] - done[name] <= floors[name]]
     if not full:
         return
-    loose = _lowest_units(units, counts, together, dict.fromkeys(floors, 0), of_all)
+    loose = _lowest_units(units, counts, competing, dict.fromkeys(floors, 0), includes_pruned)
     if spared := [name for name in full if int(jnp.sum(loose[name])) > done[name]]:
         warnings.warn(
             f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "

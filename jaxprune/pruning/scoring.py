@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxprune import scores as score_functions
 from jaxprune.pruning.extras import named_by
-from jaxprune.tracing.recompute import Recipe, with_recipes
+from jaxprune.tracing.recompute import Recomputation, with_recipes
 from jaxprune.tree.checks import shown
 from jaxprune.tree.dtypes import is_narrow, is_numeric
 from jaxprune.tree.paths import array_leaves, check_mirrors, is_array, is_concrete
@@ -105,7 +105,9 @@ def check_score_is_no_name(scores: Any) -> None:
         )
 
 
-def scored(scores: ScoreFn | Scores, params: Params, **inputs: Any) -> tuple[Scores, dict[str, Recipe]]:
+def score_and_recompute(
+    scores: ScoreFn | Scores, params: Params, **inputs: Any
+) -> tuple[Scores, dict[str, Recomputation]]:
     """What `evaluate` gives, and under `jit` by path the recipes of scores that are cheap to compute."""
     if is_concrete(params, inputs):
         return evaluate(scores, params, **inputs), {}

@@ -15,10 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.pruning.targets import floors, per_pool, rank_sizes, ranks, taken_apart, target_counts
+from jaxprune.pruning.targets import (
+    competing_pools,
+    competing_sizes,
+    floors,
+    per_pool,
+    taken_apart,
+    target_counts,
+)
 from jaxprune.schedules import Schedule, constant
 from jaxprune.selection import big_counts
-from jaxprune.selection.big_counts import Count, Wide
+from jaxprune.selection.big_counts import BigCount, Count
 from jaxprune.selection.search import count_true
 from jaxprune.structures import Structure
 from jaxprune.typing import PrunerState
@@ -182,10 +189,10 @@ def build(
       UserWarning: the schedule's target cannot be reached without breaking `floor`.
     """
     grid, structure, of = request.grid, request.structure, request.of
-    competing = ranks(sizes, structure, request.scope)
+    competing = competing_pools(sizes, structure, request.scope)
     least = floors(sizes, structure, request.floor)
     dense = {name: size + cut_out.get(name, 0) for name, size in sizes.items()}
-    units = rank_sizes(dense, competing)
+    units = competing_sizes(dense, competing)
     if "" not in request.schedules:
         per_pool(request.schedules, units, "sparsity", None, request.scope)
 
@@ -196,7 +203,7 @@ def build(
     all_units, end = np.array(list(units.values())), None
     if request.stop is not None:
         (end,) = target_counts(request.stop, {"stop": int(all_units.sum())}, structure, "global").values()
-    spare = rank_sizes({name: min(least[name], size) for name, size in dense.items()}, competing)
+    spare = competing_sizes({name: min(least[name], size) for name, size in dense.items()}, competing)
     most = all_units - np.array(list(spare.values()))
     if grid.last is not None:
         _check_size(grid.last, len(most), grid)
@@ -236,7 +243,9 @@ def build(
         rows.pop()  # There is no reason to score and select where nothing changes.
     number = _number(request, places, sizes, dense, np.stack(rows))
     # The masks know nothing of what was cut out, so what they are asked for is without it.
-    gone = np.array(list(rank_sizes({name: dense[name] - sizes[name] for name in sizes}, competing).values()))
+    gone = np.array(
+        list(competing_sizes({name: dense[name] - sizes[name] for name in sizes}, competing).values())
+    )
     targets = np.maximum(np.stack(rows) - gone, 0)
     end = None if end is None else max(end - int(gone.sum()), 0)
     return Table(tuple(competing), targets, fractions, end, number)
@@ -330,18 +339,18 @@ def counts_at(
 
 
 @jax.jit
-def _left(alive: Any) -> Wide:
+def _left(alive: Any) -> BigCount:
     """How many units each set of competing pools has left."""
     return big_counts.stack([_sum([big_counts.wide(count_true(each)) for each in pools]) for pools in alive])
 
 
-def _sum(counts: list[Wide]) -> Wide:
+def _sum(counts: list[BigCount]) -> BigCount:
     return big_counts.take(big_counts.total(big_counts.stack(counts)), (..., 0))
 
 
 def _of_what_remains(
     table: Table, at: Place, alive: Mapping[str, jax.Array], competing: Mapping[str, tuple[str, ...]]
-) -> Wide:
+) -> BigCount:
     """By set, what is gone and the row's fraction of what is left, which only the masks say."""
     assert table.fractions is not None
     left = _left([[alive[pool] for pool in pools] for pools in competing.values()])
@@ -357,15 +366,15 @@ def _of_what_remains(
     return gone + more
 
 
-def _total(counts: Wide) -> Wide:
+def _total(counts: BigCount) -> BigCount:
     return big_counts.take(big_counts.total(counts), (..., 0))
 
 
 @jax.jit
-def _scaled_down(more: Wide, allowed: Wide) -> Wide:
+def _scaled_down(more: BigCount, allowed: BigCount) -> BigCount:
     """Counts that add up to what is allowed if they would exceed it, in proportion but for rounding."""
 
-    def as_float(count: Wide) -> jax.Array:
+    def as_float(count: BigCount) -> jax.Array:
         return count.high * 65536.0 + count.low
 
     total = _total(more)
@@ -374,7 +383,7 @@ def _scaled_down(more: Wide, allowed: Wide) -> Wide:
     share = jnp.floor(as_float(more) * scale)
     high = jnp.floor(share / 65536.0)
     shares = big_counts.minimum(
-        Wide(high.astype(jnp.int32), (share - high * 65536.0).astype(jnp.int32)), more
+        BigCount(high.astype(jnp.int32), (share - high * 65536.0).astype(jnp.int32)), more
     )
     room, rest = more - shares, allowed - _total(shares)
     before = big_counts.take(big_counts.running(room), slice(-1))

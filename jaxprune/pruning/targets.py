@@ -24,7 +24,7 @@ from jaxprune.typing import PerPath
 Counts = Mapping[str, Any]
 """By rank, how many units go: integers, or traced scalars."""
 
-Ranks = Mapping[str, tuple[str, ...]]
+Competing = Mapping[str, tuple[str, ...]]
 """By name, the pools that are ranked together."""
 
 SCOPES = ("global", "layerwise", "isomorphic")
@@ -45,7 +45,7 @@ class LayerOf(NamedTuple):
     index: tuple[int, ...]
 
 
-def ranks(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
+def competing_pools(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
     """Which pools are ranked together.
 
     Raises:
@@ -68,9 +68,9 @@ def ranks(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, t
     return by_kind
 
 
-def rank_sizes(sizes: Mapping[str, int], together: Ranks) -> dict[str, int]:
+def competing_sizes(sizes: Mapping[str, int], competing: Competing) -> dict[str, int]:
     """How many units each rank has, from how many each pool has."""
-    return {rank: sum(sizes[name] for name in names) for rank, names in together.items()}
+    return {rank: sum(sizes[name] for name in names) for rank, names in competing.items()}
 
 
 def floors(pools: Iterable[str], structure: Structure, floor: int) -> dict[str, int]:
@@ -203,7 +203,7 @@ def pool_sizes(units: Units) -> dict[str, int]:
 
 
 def sparsity_counts(
-    sparsity: Any, units: Units, structure: Structure, together: Ranks, scope: str, of: str
+    sparsity: Any, units: Units, structure: Structure, competing: Competing, scope: str, of: str
 ) -> Counts:
     """How many units a sparsity removes, of the total, those pruned before included, or of what remains.
 
@@ -211,7 +211,7 @@ def sparsity_counts(
       TypeError: `of="remaining"` under masks that are traced.
     """
     if of == "total":
-        sizes = rank_sizes(pool_sizes(units), together)
+        sizes = competing_sizes(pool_sizes(units), competing)
         return target_counts(sparsity, sizes, structure, scope)
     if not is_concrete(units.alive):
         raise TypeError(
@@ -219,7 +219,7 @@ def sparsity_counts(
             "jaxprune.pruner(..., of='remaining'), or pass count=, which may be traced."
         )
     left = alive_counts(units)
-    return target_counts(sparsity, rank_sizes(left, together), structure, scope)
+    return target_counts(sparsity, competing_sizes(left, competing), structure, scope)
 
 
 def alive_counts(units: Units) -> dict[str, int]:
@@ -228,14 +228,14 @@ def alive_counts(units: Units) -> dict[str, int]:
         return {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
 
 
-def checked_counts(count: Any, units: Units, together: Ranks, scope: str) -> Counts:
+def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:
     """Counts as they were passed in, checked.
 
     Raises:
       ValueError: a count out of range, an unknown path, a dict with `scope="global"`.
       TypeError: a count that is no integer.
     """
-    sizes = rank_sizes(pool_sizes(units), together)
+    sizes = competing_sizes(pool_sizes(units), competing)
     by_rank = per_pool(count, sizes, "count", 0, scope)
     for name, number in by_rank.items():
         numeric = isinstance(number, (int, float, np.number)) or (is_array(number) and number.shape == ())

@@ -10,7 +10,7 @@ import jax
 from jaxprune import distillation
 from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_python, from_yaml, to_yaml
 from jaxprune.recipes.options import Call, attempt, named, read
-from jaxprune.recipes.sections import Section, inputs, read_section, together
+from jaxprune.recipes.sections import Section, competing, inputs, read_section
 from jaxprune.schedules import check_sparsity
 from jaxprune.tree.paths import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
@@ -140,7 +140,7 @@ class Recipe:
                     )
                 by_leaf[path] = section
         parts = [(s.pruner(params, given, self.stop.sparsity, key), s.where) for s in self._sections]
-        return together(parts)
+        return competing(parts)
 
     def to_yaml(self) -> str:
         """The recipe as YAML, from which `parse` gives the same recipe.

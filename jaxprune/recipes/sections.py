@@ -16,7 +16,7 @@ from jaxprune.pruning.extras import unread
 from jaxprune.pruning.gradual import pruner
 from jaxprune.pruning.once import prune_once
 from jaxprune.pruning.table import with_rows
-from jaxprune.pruning.targets import per_pool, ranks, target_counts
+from jaxprune.pruning.targets import competing_pools, per_pool, target_counts
 from jaxprune.recipes.document import Node, unknown
 from jaxprune.recipes.options import (
     Call,
@@ -225,7 +225,7 @@ def _check(section: Section, fields: Mapping[str, Node]) -> None:
     structure = section._structure({}, {}) if known else None
     scope = section.options.get("scope", "global")
     if structure is not None:
-        attempt(fields.get("scope", section.node), lambda: ranks((), structure, scope))
+        attempt(fields.get("scope", section.node), lambda: competing_pools((), structure, scope))
     targets = section.targets
     if targets.by_path:
         attempt(targets.node, lambda: per_pool({"": 0}, {"": 0}, "sparsity", None, scope))
@@ -308,7 +308,7 @@ def inputs() -> list[str]:
     return sorted({"apply_fn", "x"} | inputs_of([*public_scores().values(), *_STRUCTURES.values()]))
 
 
-def together(sections: list[tuple[Pruner, Where]]) -> Pruner:
+def competing(sections: list[tuple[Pruner, Where]]) -> Pruner:
     """Several pruners of disjoint leaves as one.
 
     They share their masks, so that what one prunes in the leaves of another (coupled channels) counts

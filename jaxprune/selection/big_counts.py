@@ -1,7 +1,7 @@
 """Counts: int32 arrays, or pairs of them where 32 bits may not do.
 
 JAX has 64-bit integers only where x64 is enabled, and a model has more than 2**31 entries sooner
-than that. A `Wide` count is `high * 2**16 + low` with `0 <= low < 2**16`, which is exact up to
+than that. A `BigCount` count is `high * 2**16 + low` with `0 <= low < 2**16`, which is exact up to
 2**47 and leaves room to add 2**15 of them before a carry is taken. The functions here take either.
 """
 
@@ -21,7 +21,7 @@ _LOW = 2**_BITS - 1
 
 @partial(jax.tree_util.register_dataclass, data_fields=["high", "low"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
-class Wide:
+class BigCount:
     """Integers of either sign as two int32 arrays of one shape.
 
     Attributes:
@@ -32,34 +32,34 @@ class Wide:
     high: Any
     low: Any
 
-    def __add__(self, other: "Wide") -> "Wide":
+    def __add__(self, other: "BigCount") -> "BigCount":
         return _carried(self.high + other.high, self.low + other.low)
 
-    def __sub__(self, other: "Wide") -> "Wide":
+    def __sub__(self, other: "BigCount") -> "BigCount":
         return _carried(self.high - other.high, self.low - other.low)
 
-    def __lt__(self, other: "Wide") -> jax.Array:
+    def __lt__(self, other: "BigCount") -> jax.Array:
         return (self.high < other.high) | ((self.high == other.high) & (self.low < other.low))
 
 
 Count = Any
-"""An int32 array, or a `Wide`."""
+"""An int32 array, or a `BigCount`."""
 
 T = TypeVar("T")
 
 
-def wide(value: Any) -> Wide:
-    """Integers as `Wide`: of Python, of a numpy or jax array of any integer type, or a `Wide`."""
-    if isinstance(value, Wide):
+def wide(value: Any) -> BigCount:
+    """Integers as `BigCount`: of Python, of a numpy or jax array of any integer type, or a `BigCount`."""
+    if isinstance(value, BigCount):
         return value
     if not isinstance(value, jax.Array):
         value = np.asarray(value, np.int64)
-    return Wide((value >> _BITS).astype(np.int32), (value & _LOW).astype(np.int32))
+    return BigCount((value >> _BITS).astype(np.int32), (value & _LOW).astype(np.int32))
 
 
 def narrow(value: Any) -> jax.Array:
-    """Integers, which may be `Wide`, as int32."""
-    if isinstance(value, Wide):
+    """Integers, which may be `BigCount`, as int32."""
+    if isinstance(value, BigCount):
         return (value.high << _BITS) + value.low
     return jnp.asarray(value, jnp.int32)
 
@@ -71,7 +71,7 @@ def none(like: T) -> T:
 
 def to_numpy(value: Any) -> np.ndarray:
     """The integers as an int64 array, where they have a value now."""
-    if not isinstance(value, Wide):
+    if not isinstance(value, BigCount):
         return np.asarray(value, np.int64)
     return (np.asarray(value.high, np.int64) << _BITS) + np.asarray(value.low, np.int64)
 
@@ -108,13 +108,13 @@ def take(counts: T, at: Any) -> T:
 def total(counts: Count) -> Count:
     """The sum along the last axis, of up to 2**15 counts, which stays with size 1."""
     sums = jax.tree.map(lambda part: jnp.sum(part, axis=-1, keepdims=True, dtype=jnp.int32), counts)
-    return _carried(sums.high, sums.low) if isinstance(sums, Wide) else sums
+    return _carried(sums.high, sums.low) if isinstance(sums, BigCount) else sums
 
 
 def across(counts: Count, names: tuple[str, ...]) -> Count:
     """The sum over devices along some mesh axes, in a `shard_map`; of up to 2**15 devices."""
     sums = jax.tree.map(lambda part: lax.psum(part, names), counts)
-    return _carried(sums.high, sums.low) if isinstance(sums, Wide) else sums
+    return _carried(sums.high, sums.low) if isinstance(sums, BigCount) else sums
 
 
 def running(counts: Count) -> Count:
@@ -125,10 +125,10 @@ def running(counts: Count) -> Count:
         return jnp.pad(sums, [(0, 0)] * (part.ndim - 1) + [(1, 0)])
 
     sums = jax.tree.map(before, counts)
-    return _carried(sums.high, sums.low) if isinstance(sums, Wide) else sums
+    return _carried(sums.high, sums.low) if isinstance(sums, BigCount) else sums
 
 
-def sum_all(counts: jax.Array) -> Wide:
+def sum_all(counts: jax.Array) -> BigCount:
     """The sum of all int32 counts of an array, however many they are."""
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
@@ -137,7 +137,7 @@ def sum_all(counts: jax.Array) -> Wide:
 
     parts = wide(counts)
     zeros = [jnp.zeros((), jnp.int32)] * 2
-    return Wide(*lax.reduce([parts.high, parts.low], zeros, add, tuple(range(counts.ndim))))
+    return BigCount(*lax.reduce([parts.high, parts.low], zeros, add, tuple(range(counts.ndim))))
 
 
 _LIMBS, _DOUBLE = 8, 53
@@ -166,7 +166,7 @@ def fraction(values: Any) -> Fraction:
     return Fraction(limbs.astype(np.int32), shift.astype(np.int32))
 
 
-def rounded_product(part: Fraction, count: Wide) -> Wide:
+def rounded_product(part: Fraction, count: BigCount) -> BigCount:
     """`round_half_even(float64(fraction * count))` for counts that are traced, to the unit.
 
     It gives what `selection.removed_count` gives on the host, where JAX has no float64. Two roundings are
@@ -202,7 +202,7 @@ def rounded_product(part: Fraction, count: Wide) -> Wide:
         powers = jnp.clip(power - first, 0, 30)
         return jnp.sum(jnp.where(inside, bits << powers, 0), axis=-1, dtype=jnp.int32)
 
-    return Wide(value(_BITS, 47), value(0, _BITS))
+    return BigCount(value(_BITS, 47), value(0, _BITS))
 
 
 def _rounded_at(bits: jax.Array, at: jax.Array) -> jax.Array:
@@ -221,5 +221,5 @@ def _rounded_at(bits: jax.Array, at: jax.Array) -> jax.Array:
     return jnp.where(up, added, kept)
 
 
-def _carried(high: jax.Array, low: jax.Array) -> Wide:
-    return Wide(high + (low >> _BITS), low & _LOW)
+def _carried(high: jax.Array, low: jax.Array) -> BigCount:
+    return BigCount(high + (low >> _BITS), low & _LOW)

@@ -25,11 +25,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxprune.selection import big_counts
-from jaxprune.selection.big_counts import Count, Wide, to_numpy
-from jaxprune.selection.search import MAX_COUNT, Keys, Range, narrow, whole
-from jaxprune.selection.sort_keys import limits
-from jaxprune.selection.sources import (
-    Source,
+from jaxprune.selection.big_counts import BigCount, Count, to_numpy
+from jaxprune.selection.lazy_scores import (
+    LazyScores,
     count_whole,
     dtype_of,
     entries_at,
@@ -39,6 +37,8 @@ from jaxprune.selection.sources import (
     whole_shape,
     zero_of,
 )
+from jaxprune.selection.search import MAX_COUNT, Keys, Range, narrow, whole
+from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import check_array, check_number, shown
 from jaxprune.tree.paths import describe, is_concrete
@@ -50,12 +50,12 @@ _HOST_ENTRIES = 2**20
 """Up to so many entries, sorting them on the host takes less time than compiling a search."""
 
 
-class Request(NamedTuple):
+class Removal(NamedTuple):
     """What to select.
 
     Attributes:
       groups: by leaf, the number of its group, in rising order. A group is ranked together.
-      counts: by group, how many go; integers or `Wide`, as the floors.
+      counts: by group, how many go; integers or `BigCount`, as the floors.
       floors: by leaf, how many of the entries alive stay at least.
       of_all: whether the counts include what is not alive, which has gone already; a bool.
     """
@@ -63,7 +63,7 @@ class Request(NamedTuple):
     groups: tuple[int, ...]
     counts: tuple[Any, ...]
     floors: Any
-    of_all: Any = False
+    includes_pruned: Any = False
 
 
 def removed_count(sparsity: float, size: int) -> int:
@@ -119,11 +119,13 @@ def lowest(
     _check_lists(scores, alive)
     _check_count(count)
     same = (0,) * len(scores)
-    request = Request(same, (count,), same)
+    request = Removal(same, (count,), same)
     if specs is None:
         return select_arrays(scores, alive, request)
     arrays = zip(scores, alive, specs, strict=True)
-    return select([Source(lambda pair: pair, (s, a), _names(spec, s.ndim)) for s, a, spec in arrays], request)
+    return select(
+        [LazyScores(lambda pair: pair, (s, a), _names(spec, s.ndim)) for s, a, spec in arrays], request
+    )
 
 
 def _check_count(count: Any) -> None:
@@ -154,7 +156,7 @@ def _names(spec: PartitionSpec, axes: int) -> tuple[tuple[str, ...], ...]:
 
 
 def select_arrays(
-    scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], request: Request
+    scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], request: Removal
 ) -> list[jax.Array]:
     """`select` from arrays, as one compiled program; of few that have values, on the host."""
     if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], request):
@@ -162,25 +164,25 @@ def select_arrays(
     arrays = list(zip(scores, alive, strict=True))
     big = _is_big(array.shape for array in scores)
     counts, floors = tuple(_as_count(count, big) for count in request.counts), _as_count(request.floors, big)
-    return _selected(arrays, counts, floors, request.of_all, request.groups)
+    return _selected(arrays, counts, floors, request.includes_pruned, request.groups)
 
 
 @partial(jax.jit, static_argnums=4)
 def _selected(
-    arrays: Any, counts: Any, floors: Count, of_all: Any, groups: tuple[int, ...]
+    arrays: Any, counts: Any, floors: Count, includes_pruned: Any, groups: tuple[int, ...]
 ) -> list[jax.Array]:
-    sources = [Source(lambda pair: pair, pair) for pair in arrays]
-    return select(sources, Request(groups, counts, floors, of_all))
+    sources = [LazyScores(lambda pair: pair, pair) for pair in arrays]
+    return select(sources, Removal(groups, counts, floors, includes_pruned))
 
 
-def _is_for_host(arrays: Sequence[Any], request: Request) -> bool:
-    if not is_concrete(arrays, request.counts, request.floors, request.of_all):
+def _is_for_host(arrays: Sequence[Any], request: Removal) -> bool:
+    if not is_concrete(arrays, request.counts, request.floors, request.includes_pruned):
         return False
     places = [[device.platform for device in a.devices()] for a in arrays if isinstance(a, jax.Array)]
     return all(place == ["cpu"] for place in places) and sum(a.size for a in arrays) <= _HOST_ENTRIES
 
 
-def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Request) -> list[jax.Array]:
+def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Removal) -> list[jax.Array]:
     """`select`, by sorting."""
     values = [np.asarray(array).ravel() for array in scores]
     living = [
@@ -202,7 +204,7 @@ def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Reques
         order = np.flatnonzero(left)[np.argsort(joined[left], kind="stable")]
         for i in members:  # the highest of each leaf stay
             order = np.delete(order, np.flatnonzero(leaf[order] == i)[may[i] :])
-        number = int(to_numpy(count)) - (int((~left).sum()) if request.of_all else 0)
+        number = int(to_numpy(count)) - (int((~left).sum()) if request.includes_pruned else 0)
         chosen = np.zeros(joined.size, bool)
         chosen[order[: max(number, 0)]] = True
         for i in members:
@@ -218,11 +220,11 @@ def _is_big(shapes: Iterable[tuple[int, ...]]) -> bool:
 def _as_count(value: Any, big: bool) -> Count:
     if big:
         return big_counts.wide(value)
-    value = value if isinstance(value, (jax.Array, Wide)) else np.minimum(value, MAX_COUNT)
+    value = value if isinstance(value, (jax.Array, BigCount)) else np.minimum(value, MAX_COUNT)
     return big_counts.narrow(value)
 
 
-def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
+def select(sources: Sequence[LazyScores], request: Removal) -> list[jax.Array]:
     """The lowest of each group of leaves.
 
     Args:
@@ -256,7 +258,7 @@ def select(sources: Sequence[Source], request: Request) -> list[jax.Array]:
         return big_counts.maximum(alive - floors, nothing)
 
     def goal(alive: Count) -> Count:
-        gone = big_counts.where(request.of_all, groups.total(sizes - alive), nothing)
+        gone = big_counts.where(request.includes_pruned, groups.total(sizes - alive), nothing)
         return big_counts.maximum(targets - gone, nothing)
 
     def shares(found: Range) -> Count:
@@ -320,7 +322,7 @@ class _Groups:
         return big_counts.take(sums, slice(-1)) - big_counts.take(sums, self._start)
 
 
-def _below(source: Source, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+def _below(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
     """What is alive below a key, and of the entries at it those before a place in row-major order."""
     keys, alive = read_keys(source)
     rows, places = positions(source)
@@ -329,7 +331,7 @@ def _below(source: Source, key: jax.Array, row: jax.Array, place: jax.Array) -> 
     return gone if alive is None else gone & alive
 
 
-def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) -> tuple[Any, Any]:
+def _ends(sources: Sequence[LazyScores], keys: jax.Array, take: Count, tied: Count) -> tuple[Any, Any]:
     """By leaf, the place before which so many entries have the leaf's key: its row, and that in the row.
 
     Args:
@@ -342,7 +344,7 @@ def _ends(sources: Sequence[Source], keys: jax.Array, take: Count, tied: Count) 
     none = big_counts.none(take)
     all_, some = ~(take < tied), none < take
     open_, zeros = some & ~all_, jnp.zeros_like(keys, jnp.int32)
-    shapes, big = list(map(whole_shape, sources)), isinstance(take, Wide)
+    shapes, big = list(map(whole_shape, sources)), isinstance(take, BigCount)
 
     def search(wanted: jax.Array, take: Count, places: Callable[[int, jax.Array], Keys]) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:

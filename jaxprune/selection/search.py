@@ -65,9 +65,9 @@ def whole(least: jax.Array, most: jax.Array, zeros: jax.Array, big: bool) -> Ran
       least: the lowest key there is.
       most: the highest.
       zeros: int32.
-      big: whether counts are `Wide`.
+      big: whether counts are `BigCount`.
     """
-    none = big_counts.Wide(zeros, zeros) if big else zeros
+    none = big_counts.BigCount(zeros, zeros) if big else zeros
     keys = zeros.astype(least.dtype)
     return Range(keys + least, keys + most, none, none, none, zeros == 0)
 
@@ -136,7 +136,7 @@ def count_below(leaf: Keys, bounds: jax.Array) -> Count:
 
 
 def _count(flags: list[jax.Array]) -> list[Count]:
-    """How many of some int32 arrays of one shape are 1; `Wide` if they have more than 2**31 - 1 entries."""
+    """How many of some int32 arrays of one shape are 1; `BigCount` beyond 2**31 - 1 entries."""
     axes = tuple(range(flags[0].ndim))
     if flags[0].size <= MAX_COUNT:
         return _sums(flags, axes)

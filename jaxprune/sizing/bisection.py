@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxprune.pruning.once import check_choices, equal_families, kept_in_each
-from jaxprune.pruning.targets import by_layer, rank_sizes, ranks, taken_apart, target_counts
+from jaxprune.pruning.targets import by_layer, competing_pools, competing_sizes, taken_apart, target_counts
 from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, Ranked, rank
 from jaxprune.structures import Structure
@@ -196,8 +196,8 @@ class _Line:
 
     def __init__(self, ranked: Ranked, scope: str, distribution: Callable[[float], PerPath] | None):
         self._ranked, self._scope, self._distribution = ranked, scope, distribution
-        self._together = ranks(ranked.sizes, ranked.structure, scope)
-        self._sizes = rank_sizes(ranked.sizes, self._together)
+        self._competing = competing_pools(ranked.sizes, ranked.structure, scope)
+        self._sizes = competing_sizes(ranked.sizes, self._competing)
         self._units = sum(ranked.sizes.values())
         self._orders: dict[str, np.ndarray] = {}
         self._equal = equal_families(ranked.families, scope)
@@ -217,7 +217,7 @@ class _Line:
             sparsity = by_layer(sparsity, self._ranked.families, "sparsity")
         targets = target_counts(sparsity, self._sizes, self._ranked.structure, self._scope)
         by_pool: dict[str, int] = {}
-        for name, pools in self._together.items():
+        for name, pools in self._competing.items():
             by_pool |= self._shared(name, pools, targets[name])
         for family in self._equal.values():
             by_pool |= self._equally_many(family, by_pool)

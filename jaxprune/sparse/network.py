@@ -15,7 +15,7 @@ from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.sparse.walk import Known, Product, Visitor
+from jaxprune.sparse.walk import ConstValue, Product, Visitor
 from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
@@ -203,7 +203,7 @@ def _kernels(
     network: Network, inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The kernels that may be stored otherwise, by key, and why other masked params stay dense."""
-    found: dict[str, tuple[str, Layer, Known]] = {}
+    found: dict[str, tuple[str, Layer, ConstValue]] = {}
     reasons: dict[str, str] = {}
     leaves = network.leaves
 
@@ -221,7 +221,7 @@ def _kernels(
         return [None] * len(product.eqn.outvars)
 
     def other(eqn: Any, args: list[Any]) -> list[Any]:
-        paths = pruned([path for arg in args if isinstance(arg, Known) for path in arg.paths])
+        paths = pruned([path for arg in args if isinstance(arg, ConstValue) for path in arg.paths])
         if paths and _has_product(eqn):
             for path in paths:
                 reasons.setdefault(path, f"its product is inside {eqn.primitive.name!r}, which runs as it is")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 
-class Known(NamedTuple):
+class ConstValue(NamedTuple):
     """A value made of params and constants alone; it is computed when it is asked for.
 
     Attributes:
@@ -31,19 +31,19 @@ class Known(NamedTuple):
     value: Callable[[], Any]
 
 
-def param(path: str, value: Callable[[], Any]) -> Known:
+def param(path: str, value: Callable[[], Any]) -> ConstValue:
     """A param as a known value."""
-    return Known(_digest("param", path), (path,), value)
+    return ConstValue(_digest("param", path), (path,), value)
 
 
-def constant(value: Any) -> Known | Any:
+def constant(value: Any) -> ConstValue | Any:
     """A constant of a jaxpr as a known value; a traced one, which may hold data, as it is."""
     if isinstance(value, Tracer) or not hasattr(value, "dtype"):
         return value
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # a random key, which numpy cannot hold
         return value
     array = np.asarray(value)
-    return Known(
+    return ConstValue(
         _digest("constant", array.shape, array.dtype.name, hashlib.sha256(array.tobytes()).hexdigest()),
         (),
         lambda: value,
@@ -54,9 +54,9 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def materialised(value: Known | Any) -> Any:
+def materialised(value: ConstValue | Any) -> Any:
     """The array of a value, known or not."""
-    return value.value() if isinstance(value, Known) else value
+    return value.value() if isinstance(value, ConstValue) else value
 
 
 class Product(NamedTuple):
@@ -71,7 +71,7 @@ class Product(NamedTuple):
 
     eqn: Any
     side: int
-    kernel: Known
+    kernel: ConstValue
     source: str
 
 
@@ -88,7 +88,7 @@ class Visitor(NamedTuple):
 
 
 def walk(closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_at: str = "") -> list[Any]:
-    """The outputs of a jaxpr, whose inputs are `Known` or not.
+    """The outputs of a jaxpr, whose inputs are `ConstValue` or not.
 
     Calls are gone into. An equation of known inputs is not run: its outputs are known too.
     """
@@ -105,10 +105,10 @@ def walk(closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_
         outputs = None
         if eqn.primitive.name in CALLS:
             outputs = walk(called_jaxpr(eqn), args, visitor, source)
-        elif all(isinstance(arg, Known) for arg in args) and not eqn.effects:
+        elif all(isinstance(arg, ConstValue) for arg in args) and not eqn.effects:
             outputs = _known(eqn, args)
         elif eqn.primitive.name in PRODUCTS:
-            known = [isinstance(arg, Known) for arg in args[:2]]
+            known = [isinstance(arg, ConstValue) for arg in args[:2]]
             if known.count(True) == 1:
                 side = known.index(True)
                 outputs = visitor.product(Product(eqn, side, args[side], source), args[1 - side])
@@ -118,13 +118,13 @@ def walk(closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _literal(atom: Any) -> Known:
+def _literal(atom: Any) -> ConstValue:
     value = np.asarray(atom.val)
     weak = getattr(atom.aval, "weak_type", False)
-    return Known(_digest("literal", value.dtype.name, value.tolist(), weak), (), lambda: atom.val)
+    return ConstValue(_digest("literal", value.dtype.name, value.tolist(), weak), (), lambda: atom.val)
 
 
-def _known(eqn: "JaxprEqn", args: list[Known]) -> list[Known]:
+def _known(eqn: "JaxprEqn", args: list[ConstValue]) -> list[ConstValue]:
     """The outputs of an equation of known inputs, computed once if at all."""
 
     @cache
@@ -134,6 +134,6 @@ def _known(eqn: "JaxprEqn", args: list[Known]) -> list[Known]:
     key = _digest(eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args])
     paths = tuple(dict.fromkeys(path for arg in args for path in arg.paths))
     return [
-        Known(_digest(key, number), paths, lambda number=number: values()[number])
+        ConstValue(_digest(key, number), paths, lambda number=number: values()[number])
         for number in range(len(eqn.outvars))
     ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.selection.sources import Source
+from jaxprune.selection.lazy_scores import LazyScores
 from jaxprune.tree.checks import is_number, shown
 from jaxprune.tree.stacks import Family, Stacks
 
@@ -37,7 +37,7 @@ class Units(NamedTuple):
     scores: dict[str, jax.Array]
     alive: dict[str, jax.Array]
     expand: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]]
-    sources: Mapping[str, Source] = MappingProxyType({})
+    sources: Mapping[str, LazyScores] = MappingProxyType({})
     families: Mapping[str, Family] = MappingProxyType({})
 
 

@@ -28,7 +28,7 @@ _CHEAP = frozenset(
 _MOST_EQUATIONS = 12
 
 
-class Recipe(NamedTuple):
+class Recomputation(NamedTuple):
     """How an array is computed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
     compute_slice: Callable[[Any, Callable[[Any], Any]], jax.Array] | None = None
 
 
-def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recipe]]:
+def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recomputation]]:
     """The tree of arrays that a function gives, and by path the recipes of those cheap to compute again.
 
     The function is traced once; what it is computed from, it closes over.
@@ -63,7 +63,7 @@ def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recipe]]:
             needed = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)] or [out]
             used = list(dict.fromkeys(v for v in needed if v in consts))
             sliced = _slice_runner(eqns, used, out) if all(map(_is_free_of_shardings, eqns)) else None
-            recipes[path] = Recipe(_runner(eqns, used, out), [consts[v] for v in used], sliced)
+            recipes[path] = Recomputation(_runner(eqns, used, out), [consts[v] for v in used], sliced)
     return tree, recipes
 
 

@@ -22,7 +22,7 @@ from jaxprune.tree.masks import (
     restore_packed,
     unpack_masks,
 )
-from jaxprune.tree.paths import describe, is_array, is_concrete, leaf_paths, mirrors
+from jaxprune.tree.paths import describe, is_array, is_concrete, leaf_paths, match_leaves_to_params
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 
@@ -463,7 +463,7 @@ def twins(state: Any, params: Params, where: Where | None = None) -> list[int | 
     plain = jax.tree.map(
         lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, state, is_leaf=is_rotated
     )
-    return mirrors(plain, params, where)
+    return match_leaves_to_params(plain, params, where)
 
 
 def check_state_where(state_where: Where | None) -> None:

@@ -213,7 +213,7 @@ def some_of(paths: Iterable[str]) -> str:
     return ", ".join(paths[:8]) + more
 
 
-def mirrors(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:
+def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:
     """Which leaves of a tree (an optimizer's state, say) mirror a param.
 
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or

@@ -69,7 +69,7 @@ class Drawn:
         for node, size in enumerate(self.sizes):
             state = kept.state(node)
             result |= {(node, i) for i in range(size) if state is True or state[i]}
-            # What `Kept` says in three ways is one thing.
+            # What `Solution` says in three ways is one thing.
             assert kept.full(node) == (state is True)
             assert (kept.indices(node) is None) == (state is True)
             if state is not True:

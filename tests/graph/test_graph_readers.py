@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from jaxprune.graph import channel_groups, compact
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.readers import NAME
 from tests.oracles.equivalence import Dense, check_facts, random_masks, removed, zero_units
 
@@ -352,7 +352,7 @@ def test_a_value_with_one_reader_is_not_copied():
         return (x @ p["a"] + jnp.arange(6.0)) @ p["b"]
 
     p = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}
-    linked = Linked(function, p, (jnp.ones((1, 3)),))
+    linked = TracedNetwork(function, p, (jnp.ones((1, 3)),))
     assert all(op.name != NAME for op in linked.region.ops)
 
 

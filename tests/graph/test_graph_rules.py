@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxprune.graph import channel_groups
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import base
 from tests.oracles.equivalence import Dense, check_facts, op_names, random_masks, removed, zero_units
 
@@ -1253,7 +1253,7 @@ def test_every_rule_has_a_case():
     tried = set()
     for name, found in CASES.items():
         _, params, inputs = drawn(name)
-        tried |= op_names(Linked(found.function, params, inputs).region)
+        tried |= op_names(TracedNetwork(found.function, params, inputs).region)
     own = {name for name, rule in base._RULES.items() if rule.link.__module__.startswith("jaxprune.")}
     newer = {
         name for name in ("mulhi", "stack", "unstack", "tile", "one_minus_square") if not hasattr(lax, name)

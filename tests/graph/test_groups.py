@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from tests.soak.zoo_check import random_masks
 from tests.zoo import ZOO
 
@@ -197,7 +197,7 @@ def test_a_function_knows_whether_it_closed_over_tracers():
     params, found = {"w": jnp.ones((3, 2))}, []
 
     def linked(scale):
-        found.append(Linked(lambda params, x: x @ params["w"] * scale, params, (jnp.ones((1, 3)),)))
+        found.append(TracedNetwork(lambda params, x: x @ params["w"] * scale, params, (jnp.ones((1, 3)),)))
         return scale
 
     linked(jnp.ones(2))

@@ -8,7 +8,7 @@ from jax import lax
 
 from jaxprune.graph.engine.facts import Facts, run
 from jaxprune.graph.engine.identity import aliases, unchanged_outputs
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import rule_for
 from tests.zoo import ZOO
 
@@ -136,7 +136,7 @@ CHANGES = {
 
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
-    linked = Linked(function, params, (x,), stacks={})
+    linked = TracedNetwork(function, params, (x,), stacks={})
     facts = Facts()
     for path in zero:
         facts.learn(linked.values[path], fill=0)
@@ -168,7 +168,7 @@ def test_a_second_maximum_is_the_first(relu):
         first = relu(x)
         return jnp.sum(first - relu(block(params, first)))
 
-    linked = Linked(function, PARAMS, (X,))
+    linked = TracedNetwork(function, PARAMS, (X,))
     facts = Facts()
     for path in ALL:
         facts.learn(linked.values[path], fill=0)
@@ -193,7 +193,7 @@ def test_half_precision_in_a_wider_stream():
 )
 def test_claims_about_a_network_hold_of_its_values(name):
     case = ZOO[name]()
-    linked = Linked(case.apply, case.params, case.inputs, case.state, stacks={})
+    linked = TracedNetwork(case.apply, case.params, case.inputs, case.state, stacks={})
     rng = np.random.default_rng(0)
     claims = 0
     for share in (0.2, 0.5, 0.9):

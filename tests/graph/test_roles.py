@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.roles import weights
 
 X = jnp.ones((2, 4))
@@ -21,7 +21,7 @@ def shape(*sizes):
 
 
 def roles(function, params, *inputs):
-    return set(weights(Linked(function, params, inputs)))
+    return set(weights(TracedNetwork(function, params, inputs)))
 
 
 def scan_layers(p, x):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import compact
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.masks import apply_masks
@@ -57,7 +57,7 @@ def check_facts(function, params, masks, inputs, rng, nans=False):
     """Looks at every slice that is claimed to be known, of every value.
 
     Args:
-      function, params, inputs: as for `Linked`; the params are masked.
+      function, params, inputs: as for `TracedNetwork`; the params are masked.
       masks: their masks.
       rng: draws the tangents and cotangents that derivatives are tried on.
       nans: whether what is said to be known may be NaN.
@@ -68,7 +68,7 @@ def check_facts(function, params, masks, inputs, rng, nans=False):
     Returns:
       How many claims were looked at.
     """
-    linked = Linked(function, params, inputs)
+    linked = TracedNetwork(function, params, inputs)
     masks = {path: np.asarray(mask) for path, mask in array_leaves(masks).items()}
     facts = linked.facts(zero_slices(split_layers(masks, linked.stacks)))
     seen = _Seen(facts, rng)

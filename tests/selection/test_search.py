@@ -74,7 +74,7 @@ def test_a_search_begins_with_all_keys(big):
     assert (start.low.tolist(), start.high.tolist()) == ([-(2**15)] * 2, [2**15 - 1] * 2)
     assert start.open.all()
     for count in (start.below, start.upto, start.alive):
-        assert isinstance(count, big_counts.Wide) == big and not big_counts.to_numpy(count).any()
+        assert isinstance(count, big_counts.BigCount) == big and not big_counts.to_numpy(count).any()
 
 
 def test_bounds_cut_a_range_into_equal_parts():
@@ -109,5 +109,5 @@ def test_true_entries_are_counted(shape, most, monkeypatch):
     monkeypatch.setattr(search, "MAX_COUNT", most)
     mask = np.random.default_rng(0).random(shape) < 0.6
     count = search.count_true(jnp.array(mask))
-    assert isinstance(count, big_counts.Wide) == (mask.size > most)
+    assert isinstance(count, big_counts.BigCount) == (mask.size > most)
     assert big_counts.to_numpy(count) == mask.sum()

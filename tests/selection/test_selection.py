@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxprune.selection import exact, search, sort_keys, sources
+from jaxprune.selection import exact, lazy_scores, search, sort_keys
 from tests.oracles import brute_force
 from tests.support.profile import examples
 
@@ -223,8 +223,8 @@ def test_compiled_equals_operation_by_operation(batch):
     for count in (0, 4):
         compiled = COMPILED(*args, jnp.int32(count))
         with jax.disable_jit():
-            read = [sources.Source(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
-            request = exact.Request((0, 0), (count,), (0, 0))
+            read = [lazy_scores.LazyScores(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
+            request = exact.Removal((0, 0), (count,), (0, 0))
             assert_same(exact.select(read, request), compiled)
 
 
@@ -318,7 +318,7 @@ def test_as_many_masks_specs_and_floors_as_leaves():
     with pytest.raises(ValueError, match="shorter"):
         exact.lowest(two, [None, None], 1, [jax.sharding.PartitionSpec()])
     with pytest.raises(ValueError, match="shorter"):
-        exact.select_arrays(two, [None, None], exact.Request((0, 0), (1,), (0,)))
+        exact.select_arrays(two, [None, None], exact.Removal((0, 0), (1,), (0,)))
 
 
 def test_specs_say_what_is_counted_over_which_devices():
@@ -342,7 +342,7 @@ def in_parts():
     shapes = [(3, 4), (2, 2, 3), (4,)]  # no more rows either
     given = [jnp.zeros(s) for s in shapes], [jnp.ones(s, bool) for s in shapes], jnp.int32(3)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (search, sources, exact):
+        for module in (search, lazy_scores, exact):
             patch.setattr(module, "MAX_COUNT", 4)
         # Compiled here, so that it is never traced again without the patch.
         return shapes, jax.jit(lambda *given: exact.select_arrays(*request_of(*given))).lower(
@@ -351,7 +351,7 @@ def in_parts():
 
 
 def request_of(scores, alive, count):
-    return scores, alive, exact.Request((0, 0, 0), (count,), (0, 0, 0))
+    return scores, alive, exact.Removal((0, 0, 0), (count,), (0, 0, 0))
 
 
 @given(data=st.data())
@@ -367,29 +367,29 @@ def test_leaves_counted_in_parts(in_parts, data):
 
 
 @jax.jit
-def in_groups(scores, alive, counts, floors, of_all):
-    return exact.select_arrays(scores, alive, exact.Request((0, 1, 1, 1), counts, floors, of_all))
+def in_groups(scores, alive, counts, floors, includes_pruned):
+    return exact.select_arrays(scores, alive, exact.Removal((0, 1, 1, 1), counts, floors, includes_pruned))
 
 
 @pytest.mark.parametrize("of_all", [False, True])
 @given(data=st.data())
 @examples(80, share=2)
-def test_groups_floors_and_counts_of_all(of_all, data):
+def test_groups_floors_and_counts_of_all(includes_pruned, data):
     """Each group gives its lowest, but for the highest of each leaf, which its floor keeps."""
     shapes, members, floors = [(2, 3), (5,), (), (4,)], [[0], [1, 2, 3]], (3, 0, 1, 1)
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
     counts = [data.draw(st.integers(0, sum(scores[i].size for i in leaves))) for leaves in members]
     arrays = [jnp.asarray(s) for s in scores], [jnp.asarray(a) for a in alive]
-    request = exact.Request((0, 1, 1, 1), tuple(counts), floors, of_all)
+    request = exact.Removal((0, 1, 1, 1), tuple(counts), floors, includes_pruned)
     on_host = exact.select_arrays(*arrays, request)
-    got = in_groups(*arrays, tuple(map(jnp.int32, counts)), jnp.array(floors), of_all)
+    got = in_groups(*arrays, tuple(map(jnp.int32, counts)), jnp.array(floors), includes_pruned)
     assert_same([np.asarray(mask) for mask in on_host], [np.asarray(mask) for mask in got])
 
     may = without_floors(scores, alive, floors)
     expected = []
     for leaves, count in zip(members, counts, strict=True):
-        gone = sum(int((~alive[i]).sum()) for i in leaves) if of_all else 0
+        gone = sum(int((~alive[i]).sum()) for i in leaves) if includes_pruned else 0
         expected += brute_force.lowest(
             [scores[i] for i in leaves], [may[i] for i in leaves], max(count - gone, 0)
         )
@@ -408,8 +408,8 @@ def test_scores_are_read_and_not_stored():
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def masks(*params):
-        read = [sources.Source(lambda p: (jnp.abs(p), None), p) for p in params]
-        return exact.select(read, exact.Request((0, 0, 0), (150_000,), (1, 1, 1)))
+        read = [lazy_scores.LazyScores(lambda p: (jnp.abs(p), None), p) for p in params]
+        return exact.select(read, exact.Removal((0, 0, 0), (150_000,), (1, 1, 1)))
 
     compiled = jax.jit(masks, compiler_options={"xla_backend_optimization_level": 2}).lower(*params).compile()
     size = sum(4 * p.size for p in params)

@@ -64,14 +64,14 @@ def toy(folder, config=Config(), **options):
 
 def toy_stopped(folder, config=Config(), units=1):
     """The same, which comes to nothing after some units."""
-    with Results(folder, "toy", config, go_on=True) as results:
+    with Results(folder, "toy", config, resume=True) as results:
         for unit in range(units):
             results.add([{"unit": unit, "seed": seed, "accuracy": 0.125} for seed in config.seeds])
         raise RuntimeError("stopped")
 
 
 def toy_preempted(folder, done):
-    with stopping.ends_plainly(folder), Results(folder, "toy", Config(), go_on=True) as results:
+    with stopping.exit_with_message(folder), Results(folder, "toy", Config(), resume=True) as results:
         results.write(unit=0)
         with stopping.shielded():
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +80,7 @@ def toy_preempted(folder, done):
 
 
 def preempted_at_once(folder):
-    with stopping.ends_plainly(folder):
+    with stopping.exit_with_message(folder):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
@@ -269,7 +269,7 @@ def test_a_failed_run_leaves_the_earlier_results_and_what_it_had(tmp_path):
     assert from_yaml((tmp_path / "recipe.yaml").read_text(), "").plain()["config"]["lr"] == 0.5
     with pytest.raises(RuntimeError):
         toy_stopped(tmp_path)
-    assert toy(tmp_path, go_on=False)[0]["accuracy"] == 0
+    assert toy(tmp_path, resume=False)[0]["accuracy"] == 0
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
@@ -281,7 +281,7 @@ def test_a_torn_unit_is_no_result(tmp_path, cut):
     file.write_bytes(data[: len(data) * (60 - cut) // 60])
     if cut < 50:
         assert 1 <= len(read.read([tmp_path])[0]) <= 4
-    with Results(tmp_path, "toy", Config(), go_on=True) as results:
+    with Results(tmp_path, "toy", Config(), resume=True) as results:
         units = [line["unit"] for line in results.lines]
         assert units == ([0, 0] if cut < 30 else [])
     assert [json.loads(line)["unit"] for line in text(tmp_path).splitlines()] == units
@@ -294,14 +294,14 @@ def test_lines_that_are_damaged_are_refused(tmp_path):
     file.write_bytes(file.read_bytes().replace(b'"unit"', b"unit", 1))
     with pytest.raises(SystemExit, match=r"results.jsonl cannot be gone on with .* or --fresh to start over"):
         toy(tmp_path)
-    assert len(toy(tmp_path, go_on=False)) == 2 * UNITS
+    assert len(toy(tmp_path, resume=False)) == 2 * UNITS
 
 
 def test_lines_are_added_to_those_of_a_finished_run(tmp_path):
     options = {"adds": True, "may_differ": ("seeds", "out", "fresh")}
     toy(tmp_path, **options)
     before = text(tmp_path)
-    with Results(tmp_path, "toy", Config(seeds=(7,)), go_on=True, **options) as results:
+    with Results(tmp_path, "toy", Config(seeds=(7,)), resume=True, **options) as results:
         assert results.done(unit=0, seed=1)
         results.write(unit=0, seed=7)
     assert text(tmp_path).startswith(before)
@@ -411,7 +411,7 @@ def limited(folder, size, queue):
     """Runs the toy study with files that may not grow beyond a size."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        with stopping.ends_plainly(folder):
+        with stopping.exit_with_message(folder):
             toy(folder)
     except SystemExit as end:
         queue.put(str(end))
@@ -480,7 +480,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     with tmpfs(tmp_path / "disk", "ro") as disk:
         message = rf"{disk}.* cannot be written: Read-only file system. Give another"
         for folder in (disk, disk / "new"):
-            with pytest.raises(SystemExit, match=message), stopping.ends_plainly(folder):
+            with pytest.raises(SystemExit, match=message), stopping.exit_with_message(folder):
                 toy(folder)
 
 
@@ -488,11 +488,14 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 def test_a_folder_that_is_a_file_is_refused(tmp_path, below):
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(SystemExit, match=f"{file}.* cannot be a folder"), stopping.ends_plainly(tmp_path):
+    with (
+        pytest.raises(SystemExit, match=f"{file}.* cannot be a folder"),
+        stopping.exit_with_message(tmp_path),
+    ):
         toy(Path(f"{file}{below}"))
     assert file.read_text() == "mine"
 
 
 def test_other_errors_keep_their_traceback(tmp_path):
-    with pytest.raises(ConnectionError), stopping.ends_plainly(tmp_path):
+    with pytest.raises(ConnectionError), stopping.exit_with_message(tmp_path):
         raise ConnectionError(errno.ECONNREFUSED, "no")

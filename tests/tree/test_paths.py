@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxprune as jp
-from jaxprune.tree.paths import mirrors
+from jaxprune.tree.paths import match_leaves_to_params
 
 
 class Vit(nn.Module):
@@ -278,7 +278,7 @@ def test_predicates_check_their_arguments():
 def test_mirrors_finds_the_longest_path_of_equal_shape():
     params = {"a": jnp.ones(2), "b": {"a": jnp.ones(2)}, "c": jnp.ones(3)}
     state = {"mu": params, "count": jnp.zeros((), int), "c": jnp.ones(4), "mask": {"a": jnp.ones(2, bool)}}
-    found = dict(zip(jp.leaf_paths(state), mirrors(state, params), strict=True))
+    found = dict(zip(jp.leaf_paths(state), match_leaves_to_params(state, params), strict=True))
     assert found == {"c": None, "count": None, "mask/a": 0, "mu/a": 0, "mu/b/a": 1, "mu/c": 2}
 
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 import jaxprune as jp
 from jaxprune.pruning.once import pool
 from jaxprune.pruning.scoring import scored
-from jaxprune.selection.sources import dtype_of
+from jaxprune.selection.lazy_scores import dtype_of
 from jaxprune.structures import elements
 from jaxprune.tracing.guard import divides_by_zero
 from jaxprune.tree.dtypes import common_dtype, is_narrow, rounds_to_zero

@@ -52,7 +52,7 @@ class Cover(NamedTuple):
 Constraint = Link | Product | Cover
 
 
-class Kept:
+class Solution:
     """A solution: for every node of the graph it came from, the slices that stay."""
 
     def __init__(self, find: Callable[[int], int], states: dict[int, State]):
@@ -202,11 +202,11 @@ class AxisGraph:
             return None
         return self._why.get(self.find(node))
 
-    def always_kept(self) -> Kept:
+    def always_kept(self) -> Solution:
         """What stays whatever the seeds are."""
-        return Kept(self.find, self._pinned_states())
+        return Solution(self.find, self._pinned_states())
 
-    def solve(self, seeds: Iterable[tuple[int, State]], never_empty: bool = True) -> Kept:
+    def solve(self, seeds: Iterable[tuple[int, State]], never_empty: bool = True) -> Solution:
         """The least set of slices that holds the pins and the seeds and obeys all constraints.
 
         Args:
@@ -227,7 +227,7 @@ class AxisGraph:
                 if state is not True and not state.any():
                     state[0] = True
                     self._close(states, [root])
-        return Kept(self.find, states)
+        return Solution(self.find, states)
 
     def free_products(self) -> list[Product]:
         """The products of which two or more factors could lose slices."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxprune.graph.engine.axes import Vector
 from jaxprune.graph.engine.facts import Facts, is_zero
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.program import Linked, Zeros
+from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 from jaxprune.graph.engine.singular import Singularity, singularities
 
 ParamAxis = tuple[str, int]
@@ -32,7 +32,7 @@ class Divisors(NamedTuple):
     unresolved: Op | None = None
 
 
-def without(zeros: Zeros, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:
+def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:
     """The zero slices of params, but for those along some axes."""
     return {
         path: [None if (path, axis) in axes else zero for axis, zero in enumerate(marks)]
@@ -40,7 +40,9 @@ def without(zeros: Zeros, axes: frozenset[ParamAxis]) -> dict[str, list[Vector |
     }
 
 
-def find_divisors(linked: Linked, zeros: Zeros, derivatives: bool, facts: Facts | None = None) -> Divisors:
+def find_divisors(
+    linked: TracedNetwork, zeros: ZeroSlices, derivatives: bool, facts: Facts | None = None
+) -> Divisors:
     """The axes of params whose slices must not be zero, among those that are to be.
 
     An operand may be zero because of one param (the norm of a weight), because of several at once
@@ -83,14 +85,14 @@ class _Causes:
     axes that constraints join to the singular ones.
     """
 
-    def __init__(self, linked: Linked, zeros: Zeros, found: Sequence[Singularity]):
+    def __init__(self, linked: TracedNetwork, zeros: ZeroSlices, found: Sequence[Singularity]):
         self.linked, self.zeros, self.found = linked, zeros, list(found)
         self.ops: list[Op] = []
         self.candidates: list[ParamAxis] = []
 
     @classmethod
     def by_component(
-        cls, linked: Linked, facts: Facts, zeros: Zeros, found: Sequence[Singularity]
+        cls, linked: TracedNetwork, facts: Facts, zeros: ZeroSlices, found: Sequence[Singularity]
     ) -> list["_Causes"]:
         """The causes of singular ops, apart for those whose axes no constraint joins."""
         number = linked.graph.components()

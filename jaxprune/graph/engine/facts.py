@@ -27,7 +27,7 @@ _MAX_LOOKED_AT = 2**14
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class ValueFacts:
     """What is known of one value.
 
     Attributes:
@@ -46,7 +46,7 @@ class Facts:
     """The facts of all values of a program, and what reductions need of them."""
 
     def __init__(self) -> None:
-        self._known: dict[int, Known] = {}
+        self._known: dict[int, ValueFacts] = {}
         self._needs: dict[Any, tuple[Op, int, State]] = {}
 
     def copy(self) -> "Facts":
@@ -55,7 +55,7 @@ class Facts:
         other._known, other._needs = dict(self._known), dict(self._needs)
         return other
 
-    def of(self, value: Value) -> Known:
+    def of(self, value: Value) -> ValueFacts:
         """What is known of a value."""
         known = self._known.get(id(value))
         if known is None:
@@ -90,14 +90,14 @@ class Facts:
             fill = 0
         if fill is not None:
             full = tuple(_trues(n) for n in value.shape)
-            known = Known(full if is_zero(fill) else (None,) * rank, fill, full)
+            known = ValueFacts(full if is_zero(fill) else (None,) * rank, fill, full)
         else:
             alike = [None] * rank if alike is None else list(alike)
             for axis, (marked, z) in enumerate(zip(alike, zero, strict=True)):
                 # Zeros have a representative that costs nothing; another has to mark more.
                 if marked is not None and (not marked.any() or (z is not None and not _more(marked, z))):
                     alike[axis] = None
-            known = Known(tuple(zero), None, tuple(alike))
+            known = ValueFacts(tuple(zero), None, tuple(alike))
         self._known[id(value)] = known
 
     def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None, node: int | None = None):
@@ -149,7 +149,7 @@ def run_changed(
     return ops
 
 
-def _alike_known(a: Known, b: Known) -> bool:
+def _alike_known(a: ValueFacts, b: ValueFacts) -> bool:
     """Whether the same is known of a value; for numbers that all entries equal this says no."""
     if a is b:
         return True
@@ -245,10 +245,10 @@ def _trues(size: Any) -> Vector | None:
     return np.broadcast_to(True, (int(size),)) if isinstance(size, (int, np.integer)) else None
 
 
-def _of_constant(value: Value) -> Known:
+def _of_constant(value: Value) -> ValueFacts:
     """What is known of a value that no op made: of a small constant, whether it is all one number."""
     rank = len(value.shape)
-    blank = Known((None,) * rank, None, (None,) * rank)
+    blank = ValueFacts((None,) * rank, None, (None,) * rank)
     array = value.constant
     if array is None or isinstance(array, Tracer) or not 0 < np.size(array) <= _MAX_LOOKED_AT:
         return blank
@@ -259,4 +259,4 @@ def _of_constant(value: Value) -> Known:
     if not (array == first).all():
         return blank
     full = tuple(_trues(n) for n in value.shape)
-    return Known(full if is_zero(first) else (None,) * rank, first, full)
+    return ValueFacts(full if is_zero(first) else (None,) * rank, first, full)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.graph.engine.divisors import find_divisors
 from jaxprune.graph.engine.ir import Value, is_differentiable
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tree.paths import array_leaves
 from jaxprune.typing import Params
@@ -23,7 +23,7 @@ def has_nan(array: Any) -> bool:
     return is_differentiable(array) and bool(jnp.isnan(array).any())
 
 
-def explain_not_finite(linked: Linked, params: Params, arrays: Sequence[Any]) -> str | None:
+def explain_not_finite(linked: TracedNetwork, params: Params, arrays: Sequence[Any]) -> str | None:
     """Where a function of some params overflows, or divides by zero, and what to do.
 
     Args:
@@ -50,7 +50,7 @@ def explain_not_finite(linked: Linked, params: Params, arrays: Sequence[Any]) ->
     return _first_not_finite(linked, [*leaves.values(), *arrays])
 
 
-def _first_not_finite(linked: Linked, leaves: Sequence[Any]) -> str | None:
+def _first_not_finite(linked: TracedNetwork, leaves: Sequence[Any]) -> str | None:
     """The first op that makes a number that is not finite of finite ones, or else comes near it."""
     region = linked.region
     values: dict[int, Value] = {id(v): v for op in region.ops for v in (*op.inputs, *op.outputs)}

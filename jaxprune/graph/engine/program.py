@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune.graph.engine import ir, tracing
-from jaxprune.graph.engine.axes import Kept, State, Vector
+from jaxprune.graph.engine.axes import Solution, State, Vector
 from jaxprune.graph.engine.facts import Facts, run
 from jaxprune.graph.engine.readers import separate
 from jaxprune.graph.engine.replay import Replay
@@ -22,11 +22,11 @@ from jaxprune.tree.paths import array_leaves, describe, leaf_paths
 from jaxprune.tree.stacks import Stacks, layer_indices, layer_name
 from jaxprune.typing import Params
 
-Zeros = Mapping[str, Sequence[Vector | None]]
+ZeroSlices = Mapping[str, Sequence[Vector | None]]
 """For some leaves (or layers of stacked ones) by name, and each of their axes, which slices are zero."""
 
 
-class Linked:
+class TracedNetwork:
     """A function of params and inputs, traced, with the constraints of all its axes.
 
     The inputs of the function stay whole, and so do its outputs, but for those that `state` names.
@@ -143,7 +143,7 @@ class Linked:
                 for node in value.axes:
                     self.graph.pin(node, "the function never reads it")
 
-    def facts(self, zeros: Zeros, ops: Sequence[ir.Op] | None = None) -> Facts:
+    def facts(self, zeros: ZeroSlices, ops: Sequence[ir.Op] | None = None) -> Facts:
         """What follows from slices of params being zero, for the values of some ops or of all."""
         facts = Facts()
         for path, marks in zeros.items():
@@ -156,12 +156,14 @@ class Linked:
         """A part of the function: some of its ops, in their order."""
         return ir.Region(self.region.inputs, [], list(ops))
 
-    def solve(self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True) -> Kept:
+    def solve(
+        self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True
+    ) -> Solution:
         """The fewest slices that the function can do with."""
         needed: list[tuple[int, State]] = [(node, state) for _, node, state in facts.readers()]
         return self.graph.solve([*needed, *seeds], never_empty)
 
-    def dropped(self, kept: Kept) -> dict[str, list[Vector | None]]:
+    def dropped(self, kept: Solution) -> dict[str, list[Vector | None]]:
         """The slices of each param that go."""
 
         def gone(node: int) -> Vector | None:
@@ -170,7 +172,7 @@ class Linked:
 
         return {path: [gone(node) for node in value.axes] for path, value in self.values.items()}
 
-    def seeds(self, dropped: Zeros) -> list[tuple[int, State]]:
+    def seeds(self, dropped: ZeroSlices) -> list[tuple[int, State]]:
         """Seeds that keep what is not among some slices of the params."""
         return [
             (node, True if gone is None else ~gone)
@@ -184,11 +186,11 @@ class Linked:
 
     def values_of(self, wanted: Sequence[ir.Value], facts: Facts, leaves: Sequence[Any]) -> list[Any]:
         """Some values of the dense function, from its params and inputs."""
-        everything = Kept(self.graph.find, defaultdict(lambda: True))
+        everything = Solution(self.graph.find, defaultdict(lambda: True))
         region = ir.Region(self.region.inputs, list(wanted), self.region.ops)
         return Replay(everything, facts, loops=False).run(region, leaves)
 
-    def replay(self, kept: Kept, facts: Facts, leaves: Sequence[Any]) -> Any:
+    def replay(self, kept: Solution, facts: Facts, leaves: Sequence[Any]) -> Any:
         """The function's output from small params and inputs."""
         outputs = Replay(kept, facts, gone=self.gone).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])

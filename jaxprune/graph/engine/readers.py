@@ -29,7 +29,7 @@ from jaxprune.graph.engine.rules.slices import take_dense
 from jaxprune.tracing.jaxprs import scan_split
 
 if TYPE_CHECKING:
-    from jaxprune.graph.engine.program import Linked
+    from jaxprune.graph.engine.program import TracedNetwork
 
 NAME = "per_reader"
 
@@ -399,7 +399,7 @@ register_rule(NAME, rule=Rule(_link, _flow, _emit))
 # Params again: which of them their readers can lose slices of one by one.
 
 
-def tie_readers(linked: "Linked", graph: AxisGraph) -> None:
+def tie_readers(linked: "TracedNetwork", graph: AxisGraph) -> None:
     """Ties the readers of a param that could not lose slices apart from each other, or from it.
 
     That is so where constraints join the readers anyway (a tied embedding, by the residual stream), and

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.graph.engine import placing, readers
-from jaxprune.graph.engine.axes import Kept
+from jaxprune.graph.engine.axes import Solution
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Region, Roll, Value, flat_layers, is_gone
 from jaxprune.graph.engine.rolling import LayersDifferError, NotMadeError, Positions, check_alike, tables
@@ -29,7 +29,7 @@ class Replay:
     An op none of whose values lost a slice is applied as it was traced; any other by its rule.
     """
 
-    def __init__(self, kept: Kept, facts: Facts, loops: bool = True, gone: Collection[int] = ()):
+    def __init__(self, kept: Solution, facts: Facts, loops: bool = True, gone: Collection[int] = ()):
         """Replays under a solution.
 
         Args:

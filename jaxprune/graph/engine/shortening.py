@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.graph.engine.identity import aliases
 from jaxprune.graph.engine.ir import Op, Region, Roll, Value, is_gone, with_layers
-from jaxprune.graph.engine.program import Linked
+from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.tracing import aligned, prune_dead
 
 _Round = tuple[int, int]
@@ -33,7 +33,7 @@ class Removed(NamedTuple):
 NOTHING = Removed(frozenset(), frozenset())
 
 
-def removable(linked: Linked, masks: Mapping[str, np.ndarray], blocks: Collection[str]) -> Removed:
+def removable(linked: TracedNetwork, masks: Mapping[str, np.ndarray], blocks: Collection[str]) -> Removed:
     """What can go as whole blocks.
 
     Args:
@@ -57,7 +57,7 @@ def removable(linked: Linked, masks: Mapping[str, np.ndarray], blocks: Collectio
     return NOTHING
 
 
-def remove(linked: Linked, removed: Removed) -> None:
+def remove(linked: TracedNetwork, removed: Removed) -> None:
     """Takes what reads some params out of a function, in place, and the params out of its loops.
 
     Raises:
@@ -91,7 +91,7 @@ def remove(linked: Linked, removed: Removed) -> None:
     linked.families = [*(values for values in families if values), *aligned(linked.region)]
 
 
-def _layers(linked: Linked) -> Iterator[list[frozenset[str]]]:
+def _layers(linked: TracedNetwork) -> Iterator[list[frozenset[str]]]:
     """The layers of stacks that loops run along: for each, the params of all stacks that belong together."""
     name_of = {id(value): name for name, value in linked.values.items()}
     together: list[set[str]] = []
@@ -130,7 +130,7 @@ def _made_of(value: Value, name_of: Mapping[int, str]) -> Iterator[str]:
             yield from _made_of(given, name_of)
 
 
-def _listed(linked: Linked, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
+def _listed(linked: TracedNetwork, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
     """The blocks of each list or dict that are laid out alike."""
     families: dict[Any, list[frozenset[str]]] = {}
     for block in blocks:
@@ -152,7 +152,7 @@ def _resolved(value: Value, found: Mapping[int, Value]) -> Value:
     return value
 
 
-def _bypasses(linked: Linked, removed: Removed) -> tuple[dict[int, Value], set[_Round]]:
+def _bypasses(linked: TracedNetwork, removed: Removed) -> tuple[dict[int, Value], set[_Round]]:
     """What can be read in place of what depends on some params, if these are zero.
 
     Returns:
@@ -195,7 +195,7 @@ def _reads(op: Op, ids: Collection[int]) -> bool:
 
 
 def _still_read(
-    linked: Linked, removed: Removed, found: Mapping[int, Value], rounds: Collection[_Round]
+    linked: TracedNetwork, removed: Removed, found: Mapping[int, Value], rounds: Collection[_Round]
 ) -> frozenset[str]:
     """The params among some that the function needs even if they are zero, given their `_bypasses`."""
     name_of = {id(linked.values[name]): name for name in removed.names}

@@ -4,14 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune.graph.engine.axes import Kept, State, Vector
+from jaxprune.graph.engine.axes import Solution, State, Vector
 from jaxprune.graph.engine.divisors import ParamAxis, find_divisors, without
-from jaxprune.graph.engine.program import Linked, Zeros
+from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 
 
-def close(
-    linked: Linked, zeros_given: Callable[[Zeros], Zeros], seeds: Sequence[tuple[int, State]] = ()
-) -> tuple[Kept, frozenset[ParamAxis]]:
+def solve_to_fixpoint(
+    linked: TracedNetwork,
+    zeros_given: Callable[[ZeroSlices], ZeroSlices],
+    seeds: Sequence[tuple[int, State]] = (),
+) -> tuple[Solution, frozenset[ParamAxis]]:
     """The fewest slices to keep, such that only dropped slices have to be zero for it.
 
     First a dropped slice counts as zero, for there is nothing of it left, and what it made
@@ -31,7 +33,7 @@ def close(
     Returns:
       The solution, and the axes of params whose dropped slices must not be zero.
     """
-    dropped: Zeros = {path: [None] * len(value.axes) for path, value in linked.values.items()}
+    dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in linked.values.items()}
     while True:
         kept = linked.solve(linked.facts(zeros_given(dropped)), seeds)
         more = _joined(dropped, linked.dropped(kept))
@@ -52,11 +54,11 @@ def close(
 
 
 def _settle(
-    linked: Linked,
-    dropped: Zeros,
+    linked: TracedNetwork,
+    dropped: ZeroSlices,
     seeds: Sequence[tuple[int, State]],
     divisors: frozenset[ParamAxis] = frozenset(),
-) -> tuple[Kept, Zeros]:
+) -> tuple[Solution, ZeroSlices]:
     """The slices to keep if of those dropped only the ones that stay dropped, but for divisors, are zero."""
     while True:
         facts = linked.facts(without(dropped, divisors))
@@ -67,14 +69,14 @@ def _settle(
         dropped = fewer
 
 
-def _joined(a: Zeros, b: Zeros) -> dict[str, list[Vector | None]]:
+def _joined(a: ZeroSlices, b: ZeroSlices) -> dict[str, list[Vector | None]]:
     def joined(x: Vector | None, y: Vector | None) -> Vector | None:
         return (x if y is None else y) if x is None or y is None else x | y
 
     return {path: [joined(x, y) for x, y in zip(a[path], b[path], strict=True)] for path in a}
 
 
-def _equal(a: Zeros, b: Zeros) -> bool:
+def _equal(a: ZeroSlices, b: ZeroSlices) -> bool:
     def equal(x: Vector | None, y: Vector | None) -> bool:
         return np.array_equal(_marks(x, y), _marks(y, x))
 
@@ -87,7 +89,7 @@ def _marks(marks: Vector | None, like: Vector | None) -> Vector:
     return marks
 
 
-def zero_slices(masks: Mapping[str, np.ndarray], dropped: Zeros | None = None) -> Zeros:
+def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = None) -> ZeroSlices:
     """The slices of each param of which the masks keep nothing but what is dropped."""
 
     def zero(mask: np.ndarray, axis: int) -> np.ndarray | None:

@@ -10,7 +10,7 @@ from jax.extend.core import Literal
 
 from jaxprune.graph.compaction import Compacted, bind, compact
 from jaxprune.graph.equivalence import compare, new_numbers, ops_of
-from jaxprune.graph.modules.widths import Changes, UnfitError, culprits, put_right
+from jaxprune.graph.modules.widths import Changes, UnfitError, fix_widths, width_dependent_layers
 from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.masks import check_masks, like_params, unpack_masks
@@ -110,7 +110,7 @@ def compact_module(
         return CompactedModule(module, small, f"Nothing was removed: no slice could go{stayed}.")
     changes: Changes = {}
     try:
-        changes = put_right(nnx, module, small.plan)
+        changes = fix_widths(nnx, module, small.plan)
         if fix is not None:
             fix(module)
         wrong = _disagreement(nnx, model, module, small, inputs, other_modes)
@@ -118,7 +118,8 @@ def compact_module(
         wrong = str(error)
     if wrong is None:
         return CompactedModule(module, small, None)
-    why = f"There is no smaller {type(model).__name__}: {wrong}.{_blame(culprits(changes))} Use small.apply."
+    why = f"There is no smaller {type(model).__name__}: {wrong}.{_blame(width_dependent_layers(changes))} "
+    why += "Use small.apply."
     return CompactedModule(None, small, why)
 
 

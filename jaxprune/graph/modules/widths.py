@@ -18,7 +18,7 @@ class UnfitError(Exception):
     """No widths of a module's class fit its new arrays."""
 
 
-def put_right(nnx: Any, module: Any, plan: Plan) -> Changes:
+def fix_widths(nnx: Any, module: Any, plan: Plan) -> Changes:
     """Sets the widths of flax's own modules to what their new arrays say.
 
     Args:
@@ -77,7 +77,7 @@ _NORMALISES = {
 }
 
 
-def culprits(changes: Changes) -> list[str]:
+def width_dependent_layers(changes: Changes) -> list[str]:
     """The modules whose changed widths are part of what they compute."""
     found = []
     for path, (part, changed) in changes.items():

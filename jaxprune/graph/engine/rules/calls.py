@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts, Known, both, run
+from jaxprune.graph.engine.facts import Facts, ValueFacts, both, run
 from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers, is_differentiable
 from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule, rule_for
 from jaxprune.tracing.jaxprs import scan_split
@@ -202,14 +202,14 @@ def _flow_cond(op: Op, facts: Facts) -> None:
         facts.learn(output, known.zero, known.fill)
 
 
-def _shared(known: Sequence[Known]) -> Known:
+def _shared(known: Sequence[ValueFacts]) -> ValueFacts:
     """What holds in all of several cases."""
     first, *rest = known
     zero = list(first.zero)
     for other in rest:
         zero = [both(a, b) for a, b in zip(zero, other.zero, strict=True)]
     equal = first.fill is not None and all(k.fill is not None and k.fill == first.fill for k in rest)
-    return Known(tuple(zero), first.fill if equal else None, (None,) * len(zero))
+    return ValueFacts(tuple(zero), first.fill if equal else None, (None,) * len(zero))
 
 
 def _emit_cond(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -265,7 +265,7 @@ def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: in
             return
 
 
-def _same(a: Known, b: Known) -> bool:
+def _same(a: ValueFacts, b: ValueFacts) -> bool:
     if (a.fill is None) != (b.fill is None):
         return False
     pairs = zip(a.zero, b.zero, strict=True)

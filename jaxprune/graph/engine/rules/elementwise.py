@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
-from jaxprune.graph.engine.facts import Facts, Known, all_of, both, either, evaluate
+from jaxprune.graph.engine.facts import Facts, ValueFacts, all_of, both, either, evaluate
 from jaxprune.graph.engine.ir import Op, Value
 from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
 
@@ -102,7 +102,7 @@ def _reads_sign(op: Op) -> tuple[int, ...]:
     return {"atan2": (0, 1), "div": (1,), "pow": (0,), "rsqrt": (0,)}.get(op.name, ())
 
 
-def _are_zeros(known: Known, axis: int) -> bool:
+def _are_zeros(known: ValueFacts, axis: int) -> bool:
     """Whether the slices that are alike along an axis are so for being zero, of whatever sign."""
     return known.zero[axis] is not None and (known.fill is not None or known.alike[axis] is None)
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.selection import sources
-from jaxprune.selection.sources import Source
+from jaxprune.selection import lazy_scores
+from jaxprune.selection.lazy_scores import LazyScores
 
 
 def read(given):
@@ -20,16 +20,16 @@ ALIVE = np.array([[True, True, False], [True, True, False]])
 @pytest.mark.parametrize("alive", [None, ALIVE])
 @pytest.mark.parametrize("wanted", [3.0, -1.0, 0.5, 2.0])
 def test_entries_with_a_key(alive, wanted):
-    key = sources.ordered_bits(jnp.float32(wanted))
-    found = sources.entries_at(Source(read, (SCORES, alive)), key)
+    key = lazy_scores.ordered_bits(jnp.float32(wanted))
+    found = lazy_scores.entries_at(LazyScores(read, (SCORES, alive)), key)
     np.testing.assert_array_equal(found, (wanted == SCORES) & (True if alive is None else alive))
 
 
 @pytest.mark.parametrize("most", [2**31 - 1, 11, 4, 3, 1])
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4), (5,), ()])
 def test_rows_and_places(shape, most, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_COUNT", most)
-    row, place = sources.positions(Source(read, (jnp.zeros(shape), None)))
+    monkeypatch.setattr(lazy_scores, "MAX_COUNT", most)
+    row, place = lazy_scores.positions(LazyScores(read, (jnp.zeros(shape), None)))
     sizes = [int(np.prod(shape[axis:])) for axis in range(len(shape) + 1)]
     length = next(size for size in sizes if size <= most)
     number = np.arange(sizes[0]).reshape(shape)
@@ -43,11 +43,11 @@ def test_parts_of_leaves_on_devices_know_their_places():
     parts = whole.reshape(2, 4, 2, 3, 3).transpose(0, 3, 1, 2, 4)
 
     def on_device(part):
-        source = Source(read, (part, None), names=(("rows",), (), ("columns",)))
-        assert sources.whole_shape(source) == whole.shape
-        bounds = sources.ordered_bits(jnp.array([-1.0, 5.0, 1000.0]))
-        counts = sources.count_whole(source, sources.read_keys(source), bounds, False)
-        return *sources.positions(source), counts
+        source = LazyScores(read, (part, None), names=(("rows",), (), ("columns",)))
+        assert lazy_scores.whole_shape(source) == whole.shape
+        bounds = lazy_scores.ordered_bits(jnp.array([-1.0, 5.0, 1000.0]))
+        counts = lazy_scores.count_whole(source, lazy_scores.read_keys(source), bounds, False)
+        return *lazy_scores.positions(source), counts
 
     on_devices = jax.vmap(jax.vmap(on_device, axis_name="columns"), axis_name="rows")
     row, place, counts = on_devices(parts.astype(np.float32))
@@ -61,10 +61,10 @@ def test_a_loop_in_a_shard_map_adds_counts_to_zero():
 
     def on_device(a, b):
         # Counts of the first are summed over its devices; the second is ranked on each by itself.
-        both = [Source(read, (a, None), (("rows",),)), Source(read, (b, None))]
-        bounds = sources.ordered_bits(jnp.array([0.5, 1.5]))
-        each = [sources.count_whole(each, sources.read_keys(each), bounds, False) for each in both]
-        return jax.lax.fori_loop(0, 2, lambda _, total: total + sum(each)[1], sources.zero_of(both))[None]
+        both = [LazyScores(read, (a, None), (("rows",),)), LazyScores(read, (b, None))]
+        bounds = lazy_scores.ordered_bits(jnp.array([0.5, 1.5]))
+        each = [lazy_scores.count_whole(each, lazy_scores.read_keys(each), bounds, False) for each in both]
+        return jax.lax.fori_loop(0, 2, lambda _, total: total + sum(each)[1], lazy_scores.zero_of(both))[None]
 
     specs = (jax.P("rows"), jax.P("columns"))
     mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=jax.P("columns"))

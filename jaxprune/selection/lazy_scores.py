@@ -14,7 +14,7 @@ from jaxprune.selection.search import MAX_COUNT, Keys, count_below
 from jaxprune.selection.sort_keys import limits, ordered_bits
 
 
-class Source(NamedTuple):
+class LazyScores(NamedTuple):
     """Where the scores of one leaf come from.
 
     Attributes:
@@ -30,12 +30,12 @@ class Source(NamedTuple):
     names: tuple[tuple[str, ...], ...] = ()
 
 
-def dtype_of(source: Source) -> Any:
+def dtype_of(source: LazyScores) -> Any:
     """The dtype of the scores."""
     return jax.eval_shape(source.read, source.inputs)[0].dtype
 
 
-def read_keys(source: Source) -> Keys:
+def read_keys(source: LazyScores) -> Keys:
     """The keys of the leaf, or in a `shard_map` of the part on this device."""
     scores, alive = source.read(source.inputs)
     keys = ordered_bits(scores)
@@ -44,13 +44,13 @@ def read_keys(source: Source) -> Keys:
     return Keys(keys, alive)
 
 
-def entries_at(source: Source, key: jax.Array) -> jax.Array:
+def entries_at(source: LazyScores, key: jax.Array) -> jax.Array:
     """The entries alive whose key this is."""
     keys, alive = read_keys(source)
     return keys == key if alive is None else alive & (keys == key)
 
 
-def zero_of(sources: Sequence[Source]) -> jax.Array:
+def zero_of(sources: Sequence[LazyScores]) -> jax.Array:
     """A zero of a type that varies over devices, in a shard_map, as the counts do: a loop keeps it."""
     zero = jnp.int32(0)
     for source in sources:
@@ -58,7 +58,7 @@ def zero_of(sources: Sequence[Source]) -> jax.Array:
     return zero
 
 
-def whole_shape(source: Source) -> tuple[int, ...]:
+def whole_shape(source: LazyScores) -> tuple[int, ...]:
     """The shape of the whole leaf."""
     shape = read_keys(source).keys.shape
     return tuple(
@@ -67,19 +67,19 @@ def whole_shape(source: Source) -> tuple[int, ...]:
     )
 
 
-def _over_devices(source: Source, counts: Count) -> Count:
+def _over_devices(source: LazyScores, counts: Count) -> Count:
     """The sum of counts over the devices that a leaf is sharded over."""
     names = tuple(name for each in source.names for name in each)
     return big_counts.across(counts, names) if names else counts
 
 
-def count_whole(source: Source, leaf: Keys, bounds: jax.Array, big: bool) -> Count:
-    """`count_below` of the whole leaf, `Wide` if counts are big."""
+def count_whole(source: LazyScores, leaf: Keys, bounds: jax.Array, big: bool) -> Count:
+    """`count_below` of the whole leaf, `BigCount` if counts are big."""
     counts = count_below(leaf, bounds)
     return _over_devices(source, big_counts.wide(counts) if big else counts)
 
 
-def read_anew(after: Any, sources: Sequence[Source]) -> list[Source]:
+def read_anew(after: Any, sources: Sequence[LazyScores]) -> list[LazyScores]:
     """The sources, to be read in a loop after something that it computes.
 
     Else the compiler takes what is read out of the loop, and stores it.
@@ -88,7 +88,7 @@ def read_anew(after: Any, sources: Sequence[Source]) -> list[Source]:
     return [source._replace(inputs=lax.optimization_barrier((after, source.inputs))[1]) for source in sources]
 
 
-def positions(source: Source) -> tuple[jax.Array, jax.Array]:
+def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
     """For each entry, in row-major order of the whole leaf, the number of its row and its place there.
 
     A row is as many of the last axes together as have no more than 2**31 - 1 entries.
