@@ -371,7 +371,7 @@ def in_groups(scores, alive, counts, floors, includes_pruned):
     return exact.select_arrays(scores, alive, exact.Removal((0, 1, 1, 1), counts, floors, includes_pruned))
 
 
-@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("includes_pruned", [False, True])
 @given(data=st.data())
 @examples(80, share=2)
 def test_groups_floors_and_counts_of_all(includes_pruned, data):
