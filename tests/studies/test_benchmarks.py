@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxprune as jp
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import files, graph, grouping, latency, lottery, memory
+from experiments.benchmarks import files, graph, grouping, latency, lottery, memory, python_calls
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import markdown, plain
@@ -81,6 +82,24 @@ def test_latency_benchmark_counts_what_it_times(capsys):
     assert f" {4 * size:,} " in table
     assert f" {4 * (size - round(0.75 * size)):,} " in table
     assert f" {4 * (32 * 16 + 16 * 10):,} " in table  # half of the hidden units
+
+
+def test_calls_of_the_package_are_counted_and_no_others():
+    found = python_calls.count(lambda: [jp.schedules.constant(0.5) for _ in range(3)])
+    assert found.calls % 3 == 0 and found.named == found.calls
+    assert found.functions == found.calls // 3
+    assert 1 <= found.files <= found.functions
+    assert python_calls.count(lambda: jnp.ones(3) + 1).calls == 0
+
+
+def test_python_calls_benchmark(capsys):
+    python_calls.main(["--leaves", "2", "--width", "4"])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["calls", "named", "functions", "files"]
+    assert len(lines) == 4 and max(map(len, lines)) <= 80
+    for line in lines:
+        calls, named, functions, files = (int(number.replace(",", "")) for number in line.split()[-4:])
+        assert calls > named > files and calls > functions > files > 1
 
 
 def test_files_benchmark_stays_above_the_bound():
