@@ -361,7 +361,8 @@ def _of_what_remains(
     gone = sizes - left
     if table.end is not None:
         more = _scaled_down(
-            more, big_counts.maximum(big_counts.big(table.end) - _total(gone), big_counts.zeros_like(_total(gone)))
+            more,
+            big_counts.maximum(big_counts.big(table.end) - _total(gone), big_counts.zeros_like(_total(gone))),
         )
     return gone + more
 
