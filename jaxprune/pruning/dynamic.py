@@ -16,9 +16,10 @@ from jaxprune.selection.sort_keys import ordered_bits
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import as_integer, check_key, check_number, check_state, is_number, name_of
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacked, join_layers, split_layers
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
 

@@ -39,9 +39,12 @@ from jaxprune.structures import Structure, elements
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
+from jaxprune.tree.mirrors import check_mirrors
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import (
     DenseShapes,
     Masks,

@@ -37,8 +37,9 @@ from jaxprune.structures import Structure, Units, elements
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import is_narrow
+from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.masks import like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, describe, explain_paths, is_concrete, kernels, selected, some_of
+from jaxprune.tree.paths import explain_paths, some_of
 from jaxprune.tree.sharding import sharded_like
 from jaxprune.tree.stacks import (
     Family,
@@ -55,6 +56,7 @@ from jaxprune.tree.stacks import (
     stacks_of,
     take_layer,
 )
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
 

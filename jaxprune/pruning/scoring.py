@@ -14,7 +14,8 @@ from jaxprune.pruning.extras import named_by
 from jaxprune.tracing.recompute import Recomputation, with_recipes
 from jaxprune.tree.checks import shown
 from jaxprune.tree.dtypes import is_narrow, is_numeric
-from jaxprune.tree.paths import array_leaves, check_mirrors, is_array, is_concrete
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
+from jaxprune.tree.mirrors import check_mirrors
 from jaxprune.tree.stacks import Stacked, Stacks, stacks_of
 from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 

@@ -17,7 +17,7 @@ from jaxprune.selection.exact import removed_count
 from jaxprune.selection.search import count_true
 from jaxprune.structures import Structure, Units
 from jaxprune.tree.checks import scalar, shown
-from jaxprune.tree.paths import is_array, is_concrete
+from jaxprune.tree.leaves import is_array, is_concrete
 from jaxprune.tree.stacks import Family
 from jaxprune.typing import PerPath
 

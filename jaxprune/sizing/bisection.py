@@ -14,8 +14,8 @@ from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, Ranked, rank
 from jaxprune.structures import Structure
 from jaxprune.tree.checks import check_function, check_number
-from jaxprune.tree.paths import kernels
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
 Measure = Callable[[Masks], Any]

@@ -29,9 +29,10 @@ from jaxprune.pruning.once import (
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, is_array, is_concrete, selected
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import selected
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
 # One for all calls: what is compiled for a structure is found again by its function.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tree.checks import shown
-from jaxprune.tree.paths import describe, is_array
+from jaxprune.tree.leaves import describe, is_array
 
 
 def check_call(

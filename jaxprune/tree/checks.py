@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.tree.paths import describe, is_array, is_concrete, leaf_paths
+from jaxprune.tree.leaves import describe, is_array, is_concrete
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Pruner, PrunerState
 
 

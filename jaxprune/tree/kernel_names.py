@@ -1,7 +1,7 @@
 """What a leaf's name says about whether it is a kernel, in the names of many libraries.
 
 Names are read as whole words: "normal_dense" does not speak of a norm, nor "embedding_net" of a table
-that is looked up. `paths.kernels` is the public function.
+that is looked up. `where.kernels` is the public function.
 """
 
 import itertools
@@ -85,7 +85,7 @@ def _parent_says(name: str, child: str) -> bool | None:
 
 
 def names_kernel(path: str, shape: Sequence[int]) -> bool:
-    """Whether a leaf of this path and shape is called as the weights of a layer are; see `paths.kernels`."""
+    """Whether a leaf of this path and shape is called as the weights of a layer are; see `where.kernels`."""
     *parents, name = path.split("/")
     # Boxes around an array (penzai's named arrays, nnx's raw values) have names of their own.
     while parents and name in ("data_array", "raw_value"):

@@ -10,16 +10,9 @@ from jax import lax
 
 from jaxprune.tree import sharding
 from jaxprune.tree.dtypes import can_be_zero, is_numeric
-from jaxprune.tree.paths import (
-    array_leaves,
-    check_mirrors,
-    describe,
-    is_array,
-    is_concrete,
-    keyed_leaves,
-    leaf_paths,
-    path_of,
-)
+from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
+from jaxprune.tree.mirrors import check_mirrors
+from jaxprune.tree.paths import keyed_leaves, leaf_paths, path_of
 from jaxprune.typing import Masks, Params
 
 

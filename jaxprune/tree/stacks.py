@@ -18,8 +18,9 @@ from jax import lax
 
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.kernel_names import names_kernel
-from jaxprune.tree.paths import describe, kernels
+from jaxprune.tree.leaves import describe
 from jaxprune.tree.sharding import whole_along
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Where
 
 Stacked = Callable[[str, Any], int | Sequence[int]]
