@@ -15,31 +15,32 @@ from jaxprune.pruning import table as targets_of
 from jaxprune.pruning.extras import check_extra, named_by
 from jaxprune.pruning.once import (
     check_choices,
+    checked_scores,
     checked_structure,
     default_where,
-    equal_families,
-    families_in,
     pool,
     remove,
-    with_stacks,
 )
 from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, score_and_recompute
 from jaxprune.pruning.table import Grid, Request, Table
 from jaxprune.pruning.targets import (
+    Target,
     alive_counts,
     by_layer,
     competing_pools,
     competing_sizes,
+    equal_families,
     floors,
     target_counts,
 )
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.structures import Structure, elements
+from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
-from jaxprune.tree.leaves import array_leaves, is_concrete
+from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.tree.mirrors import check_mirrors
 from jaxprune.tree.paths import leaf_paths
@@ -224,7 +225,8 @@ def pruner(
             before = unpack_masks(state.masks)
             sound = all_finite(now, before, chosen)
             if is_concrete(sound):
-                pool(now, before, chosen, units_of)  # says which scores are not finite
+                # It says which scores are not finite.
+                checked_scores(array_leaves(now, "scores"), array_leaves(before, "masks"), chosen)
 
             def added(old, new):
                 total = memory * old + new.astype(old.dtype)
@@ -234,7 +236,8 @@ def pruner(
             state = state._replace(scores=jax.tree.map(added, state.scores, now))
 
         def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
-            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, units_of)
+            scores = array_leaves(tree_now(state)[0], "scores")
+            units = pool(scores, array_leaves(unpack_masks(state.masks), "masks"), chosen, units_of)
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
@@ -248,19 +251,18 @@ def pruner(
         def advance(state: PrunerState) -> PrunerState:
             tree, recipes = tree_now(state)
             before = unpack_masks(state.masks)
-            units = pool(tree, before, chosen, units_of, recipes)
-            competing, least = (
-                competing_pools(units.scores, structure, scope),
-                floors(units.scores, structure, floor),
-            )
-            equal = equal_families(units.families, scope)
+            masks = flatten(before, "masks")
+            units = pool(array_leaves(tree, "scores"), masks.by_path, chosen, units_of, recipes)
+            competing = competing_pools(units.scores, structure, scope)
             counts = targets_of.counts_at(targets, at, units.alive, competing)
             if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
                 # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
                 gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
                 least_gone = competing_sizes(gone, competing)
                 counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
-            after = remove(before, units, counts, competing, least, True, equal)
+            least, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
+            target = Target(competing, counts, least, includes_pruned=True, equal=equal)
+            after = masks.tree(remove(masks.by_path, units, target))
             finite = all_finite(tree, before, chosen)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
             after = packed_like(after, state.masks)

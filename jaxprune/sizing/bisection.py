@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.pruning.once import check_choices, equal_families, kept_in_each
-from jaxprune.pruning.targets import by_layer, competing_pools, competing_sizes, taken_apart, target_counts
+from jaxprune.pruning.once import check_choices
+from jaxprune.pruning.targets import (
+    by_layer,
+    competing_pools,
+    competing_sizes,
+    equal_families,
+    kept_in_each,
+    taken_apart,
+    target_counts,
+)
 from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, Ranked, rank
 from jaxprune.structures import Structure

@@ -1,6 +1,5 @@
 """Trees that mirror the params: checked leaf by leaf, or found inside a larger tree."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -62,7 +61,7 @@ def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None
     by_names = {_names(keys): index for index, (keys, _) in enumerate(keyed_leaves(params))}
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
 
-    def match(keys: Sequence[Any], leaf: Any) -> int | None:
+    def match(keys: tuple[Any, ...], leaf: Any) -> int | None:
         if not is_array(leaf) or not (jnp.issubdtype(leaf.dtype, jnp.inexact) or leaf.dtype == jnp.bool_):
             return None
         if where is not None and not where(path_of(keys), leaf):
@@ -77,6 +76,6 @@ def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None
     return [match(keys, leaf) for keys, leaf in keyed_leaves(tree)]
 
 
-def _names(keys: Sequence[Any]) -> tuple[str, ...]:
+def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
     """Return the names in a path one by one: a name may itself hold a "/"."""
     return tuple(path_of((key,)) for key in keys)

@@ -1,7 +1,8 @@
 """Paths of leaves as strings, such as "dense/kernel", and what they say in messages."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,9 +31,8 @@ def keyed_leaves(
     ]
 
 
-def path_of(keys: Sequence[Any]) -> str:
-    """Return the path string of a tuple of JAX's keys."""
-    return keystr(tuple(keys), simple=True, separator="/")
+path_of = partial(keystr, simple=True, separator="/")
+"""`path_of(keys)`: the path string of a tuple of JAX's keys."""
 
 
 def leaf_paths(tree: Any) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune.tree.dtypes import can_be_zero
+from jaxprune.tree.dtypes import WITHOUT_ZERO
 from jaxprune.tree.kernel_names import names_kernel
 from jaxprune.tree.leaves import array_leaves, describe
 from jaxprune.typing import Params, Where
@@ -51,7 +51,7 @@ def selected_among(leaves: Mapping[str, Any], where: Where) -> list[str]:
                 f"params[{path!r}] is {describe(leaves[path])}; only floating-point (or complex) "
                 "leaves can be pruned. Leave it out with where=..."
             )
-        if not can_be_zero(leaves[path]):
+        if leaves[path].dtype == WITHOUT_ZERO:
             raise TypeError(
                 f"params[{path!r}] is {describe(leaves[path])}, a dtype without a zero, so no entry can be "
                 "pruned. Leave it out with where=..., or cast it: leaf.astype(jnp.bfloat16)."
