@@ -19,7 +19,7 @@ from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_rec
 from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_each, pool_sizes, target_of
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
-from jaxprune.selection.lazy_scores import LazyScores
+from jaxprune.selection.lazy_scores import LazyScores, stored_scores
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
@@ -384,7 +384,7 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     """Return, by pool, the units that a target removes."""
     names = [name for pools in target.competing.values() for name in pools]
     removal = Removal(
-        groups=tuple([number for number, pools in enumerate(target.competing.values()) for _ in pools]),
+        competing=tuple([number for number, pools in enumerate(target.competing.values()) for _ in pools]),
         counts=tuple(map(target.counts.__getitem__, target.competing)),
         floors=tuple(map(target.floors.__getitem__, names)),
         includes_pruned=target.includes_pruned,
@@ -392,8 +392,7 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     pairs = [(units.scores[name], units.alive[name]) for name in names]
     if units.sources or not is_concrete(removal.counts, pairs):
         sources = [
-            units.sources.get(name, LazyScores(lambda stored: stored, pair))
-            for name, pair in zip(names, pairs, strict=True)
+            units.sources.get(name, stored_scores(*pair)) for name, pair in zip(names, pairs, strict=True)
         ]
         if not is_concrete(removal.counts, [source.inputs for source in sources]):
             return dict(zip(names, select(sources, removal), strict=True))
