@@ -37,6 +37,7 @@ from jaxprune.tree.stacks import (
     join_masks,
     layer_indices,
     layer_name,
+    layer_shape,
     leaf_of_layer,
     split_layers,
     take_layer,
@@ -339,7 +340,10 @@ def _sources(
 
         # Where masks have values, one program serves those that prune nothing as well.
         alive = None if unpruned and not is_concrete(raw[path]) else masks[path]
-        return LazyScores(read_layer if axes else read_leaf, (recipe.inputs, alive))
+        part = jax.ShapeDtypeStruct(layer_shape(raw[path].shape, axes) if axes else raw[path].shape, dtype)
+        # `inline`: the passes of a selection read the scores again and again, but Python runs this once.
+        read = jax.jit(read_layer if axes else read_leaf, inline=True)
+        return LazyScores(read, (recipe.inputs, alive), part=part)
 
     sources = {}
     for path in raw:

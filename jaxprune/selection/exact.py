@@ -166,7 +166,7 @@ def select_arrays(
     scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], removal: Removal
 ) -> list[jax.Array]:
     """Apply `select` to arrays: as one compiled program, or on the host if they are small and not traced."""
-    if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], removal):
+    if _is_for_host([*scores, *[mask for mask in alive if mask is not None]], removal):
         return _select_on_host(scores, alive, removal)
     arrays = list(zip(scores, alive, strict=True))
     is_big = _is_big(array.shape for array in scores)
@@ -186,8 +186,14 @@ def _select_compiled(
 def _is_for_host(arrays: Sequence[Any], removal: Removal) -> bool:
     if not is_concrete(arrays, removal.counts, removal.floors, removal.includes_pruned):
         return False
-    places = [[device.platform for device in a.devices()] for a in arrays if isinstance(a, jax.Array)]
-    return all(place == ["cpu"] for place in places) and sum(a.size for a in arrays) <= _HOST_ENTRIES
+    entries = 0
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            device, *others = array.devices()
+            if others or device.platform != "cpu":
+                return False
+        entries += array.size
+    return entries <= _HOST_ENTRIES
 
 
 def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], removal: Removal) -> list[jax.Array]:
@@ -250,8 +256,9 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
     Raises:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
+    sources = [source.measured() for source in sources]
     shapes = [source.shape for source in sources]
-    if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
+    if long := [shape for shape in shapes if max(shape, default=0) > MAX_COUNT]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
     found, num_from_leaf = _thresholds(sources, removal, _is_big(shapes))
     cutoffs = _tie_cutoffs(sources, found.low, num_from_leaf - found.below, found.upto - found.below)

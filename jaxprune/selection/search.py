@@ -6,6 +6,7 @@ are searched in the same passes, each in a range of its own.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -141,12 +142,13 @@ def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
     return (low.astype(unsigned) + step).astype(low.dtype)
 
 
+@partial(jax.jit, inline=True)  # traced once for all leaves of a shape
 def count_below(leaf: Keys, bounds: jax.Array) -> Count:
     """Count the keys below each of some bounds, and as the last count the entries alive."""
     living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
-    tests = [*(leaf.keys < bounds[i] for i in range(len(bounds))), living]
-    return big_counts.stack(_count([test.astype(jnp.int32) for test in tests]))
+    tests = [leaf.keys < bounds[i] for i in range(len(bounds))]
+    return big_counts.stack(_count([test.astype(jnp.int32) for test in [*tests, living]]))
 
 
 def _count(flags: list[jax.Array]) -> list[Count]:
