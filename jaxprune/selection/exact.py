@@ -1,15 +1,16 @@
 """Select exactly the lowest of many scores, without sorting, copying or concatenating them.
 
-Entries are ordered by (score, leaf, row-major index): of equal scores the earlier leaf goes first, then the
-lower index in the leaf. No two entries are equal in this order, so the number removed is always the number
-asked for, and removing k, then more, removes a superset.
+Entries are ordered by (score, leaf, row-major index): equal scores by the earlier leaf, then by the lower
+index in the leaf. No two entries are equal in this order, so the number removed is always the number asked
+for, and removing k, then more, removes a superset.
 
 How it works. A score is mapped to an integer of the same order, its key. The threshold is the largest key
-with at most k keys below it: all entries below it go, and of the ties at it the first, until k are gone. It
-is found by counting. Each pass over the scores counts the keys below 15 bounds, which cut the remaining range
-of keys into 16 parts, and goes on in the part that the threshold is in. A pass finds 4 bits, so a float32
-takes at most 8 passes, half precision 4. Then the ties to remove are found in the same way, by counting ties
-before bounds on their position, in the few leaves where some ties go and some stay.
+with at most k keys below it. All entries below the threshold are removed, and as many of the ties at it, the
+first ones, as make k. The threshold is found by counting. Each pass over the scores counts the keys below 15
+bounds, which cut the remaining range of keys into 16 parts, and goes on with the part that the threshold is
+in. A pass finds 4 bits, so a float32 takes at most 8 passes, half precision 4. Which ties are removed is
+found in the same way, by counting ties before bounds on their position, in the few leaves where some of them
+are removed and some stay.
 
 Passes are comparisons and sums, and nothing else. They read each leaf where it lies, fuse with the
 computation of the scores, vectorise, and shard: only the counts move between devices. On a CPU a pass takes
@@ -266,11 +267,11 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
 
 
 def _thresholds(sources: Sequence[LazyScores], removal: Removal, is_big: bool) -> tuple[Range, Count]:
-    """Find for each leaf the key below which its entries go, and how many entries go.
+    """Find for each leaf the key below which its entries are removed, and how many entries it gives.
 
     Returns:
       Ranges whose `low` are the thresholds, with the counts below and up to them; and how many entries
-      are removed from each leaf. Those not below its threshold are taken from the ties at it.
+      are removed from each leaf: those below its threshold, and for the rest ties at it.
     """
     # With A entries alive and the floor f, a leaf can lose m = max(A - f, 0) entries: its m lowest, because
     # its f highest stay. A competing set loses the lowest of all that its leaves can lose. Let n_i(t) be the
@@ -279,19 +280,19 @@ def _thresholds(sources: Sequence[LazyScores], removal: Removal, is_big: bool) -
     #     G(t) = sum over its leaves of min(n_i(t), m_i)
     #
     # entries, which never falls as t rises. Round 1 finds, for each set, the largest t with G(t) <= target.
-    # Leaf i then gives min(n_i(t), m_i) entries, and ties at t for what is missing.
+    # Leaf i then gives min(n_i(t), m_i) entries. The target - G(t) entries still missing are ties at t.
     #
-    # If n_i(t) <= m_i, all of its keys below t go, and t is its threshold. If n_i(t) > m_i, its floor keeps
-    # some of them: exactly m_i go, the lowest, so that its threshold is the largest key with at most m_i of
-    # its keys below it, which is lower than t. Round 2 finds that, for each such leaf by itself, among the
-    # keys below t. How many entries each leaf gives is settled in round 1, so nothing changes for the others.
-    number = len(sources)
+    # If n_i(t) <= m_i, leaf i loses all its keys below t, and t is its threshold. If n_i(t) > m_i, its floor
+    # keeps some of them: it loses exactly its m_i lowest, so that its threshold is the largest key with at
+    # most m_i of its keys below it, which is lower than t. Round 2 finds that, for each such leaf by itself,
+    # among the keys below t. Round 1 has settled how many entries each leaf gives, so nothing changes for the
+    # other leaves.
     sets = _CompetingSets(removal.competing)
     asked = sets.by_leaf([_as_count(count, is_big) for count in removal.counts])
     sizes = _as_count(np.array([math.prod(source.shape) for source in sources]), is_big)
     floors = _as_count(removal.floors, is_big)
     lowest_key, highest_key = limits(sources[0].dtype)
-    start = full_range(lowest_key, highest_key, jnp.broadcast_to(zero_of(sources), (number,)), is_big)
+    start = full_range(lowest_key, highest_key, jnp.broadcast_to(zero_of(sources), (len(sources),)), is_big)
     nothing = big_counts.zeros_like(start.below)
 
     def count(bounds: jax.Array) -> tuple[Count, Count]:
@@ -383,23 +384,25 @@ def _removed(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Arra
 def _tie_cutoffs(
     sources: Sequence[LazyScores], keys: jax.Array, num_removed: Count, num_ties: Count
 ) -> tuple[Any, Any]:
-    """Find for each leaf the position before which its ties go: a row, and a place in the row.
+    """Find for each leaf the position before which its ties are removed: a row, and a place in the row.
 
     Args:
       sources: the scores by leaf.
       keys: by leaf, the key that the ties have: its threshold.
-      num_removed: by leaf, how many ties go.
+      num_removed: by leaf, how many ties are removed.
       num_ties: by leaf, how many ties there are.
     """
     # The cutoff is the largest position with at most num_removed ties before it: a threshold, found as those
-    # of scores are, with positions as keys. A position holds one tie at most, so exactly num_removed go.
+    # of scores are, with positions as keys. A position holds at most one tie, so exactly num_removed ties are
+    # before it.
     #
-    # Mostly a threshold has one entry, which goes or stays, and nothing is searched: the cutoff is the first
-    # position if no tie goes, and behind the last row if all go. Only leaves where some ties go and some stay
-    # are read again: at most one in each competing set, and those whose floor keeps ties.
+    # Mostly a threshold has one entry, which is removed or stays, and nothing is searched: the cutoff is the
+    # first position if no tie is removed, and behind the last row if all are. Only leaves where some ties are
+    # removed and some stay are read again: at most one in each competing set, and those whose floor keeps
+    # ties.
     none = big_counts.zeros_like(num_removed)
-    all_go, some_go = ~(num_removed < num_ties), none < num_removed
-    undecided, zeros = some_go & ~all_go, jnp.zeros_like(keys, jnp.int32)
+    removes_all, removes_some = ~(num_removed < num_ties), none < num_removed
+    undecided, zeros = removes_some & ~removes_all, jnp.zeros_like(keys, jnp.int32)
     shapes, is_big = [source.shape for source in sources], isinstance(num_removed, BigCount)
 
     def search(wanted: jax.Array, target: Count, as_keys: Callable[[int, jax.Array], Keys]) -> Range:
@@ -430,7 +433,7 @@ def _tie_cutoffs(
         ties &= row == rows[i]
         return Keys(jnp.where(ties, place, MAX_COUNT), ties)
 
-    rows = jnp.where(some_go & all_go, MAX_COUNT, zeros)
+    rows = jnp.where(removes_some & removes_all, MAX_COUNT, zeros)
     # In a leaf of several rows the row comes first, then the place among the ties of that row.
     several_rows = np.array([math.prod(shape) > MAX_COUNT for shape in shapes])
     if several_rows.any():

@@ -87,6 +87,22 @@ def test_counts_do_not_change_and_are_not_compared_as_a_whole():
         count.high = 0
 
 
+FRACTIONS = st.one_of(
+    st.floats(0, 1),
+    st.sampled_from([0.0, 1.0, 0.5, 0.25, 0.1, 0.3, 1 / 3, 0.9, 2.0**-74, 2.0**-48, 1 - 2.0**-53]),
+    st.integers(0, 1000).map(lambda n: n / 1000),
+)
+
+
+@given(st.lists(st.tuples(FRACTIONS, st.integers(0, 2**47 - 1)), min_size=5, max_size=5))
+@SETTINGS
+def test_products_round_twice_as_float64_does(pairs):
+    fractions, counts = np.array([part for part, _ in pairs]), [count for _, count in pairs]
+    got = jax.jit(big_counts.rounded_product)(big_counts.fraction(fractions), big_counts.big(counts))
+    expected = [round(float(part) * count) for part, count in pairs]
+    np.testing.assert_array_equal(big_counts.to_numpy(got), expected)
+
+
 def test_the_sum_of_many_counts_carries():
     total = jax.jit(big_counts.sum_all)(jnp.full((300, 400), 2**30 + 5, jnp.int32))
     assert big_counts.to_numpy(total) == 300 * 400 * (2**30 + 5)

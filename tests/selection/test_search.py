@@ -58,7 +58,7 @@ def test_bisect_finds_the_threshold_of_each_leaf(flat, bits, big):
     passes.clear()
     found = bisected(bits, big)(jnp.array(keys, jnp.int32), alive, jnp.array(targets, jnp.int32))
     jax.effects_barrier()
-    assert len(passes) <= 32 // bits + 1
+    assert len(passes) <= 32 // bits
     low, high = np.asarray(found.low), np.asarray(found.high)
     below, upto, living = map(big_counts.to_numpy, (found.below, found.upto, found.alive))
     for i, (row, target) in enumerate(zip(known, targets, strict=True)):
