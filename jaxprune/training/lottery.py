@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune import metrics
-from jaxprune.training.optimizer import check_state_where, twins
+from jaxprune.training.optimizer import check_state_where
 from jaxprune.tree.checks import as_integer, check_function, check_key, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
 from jaxprune.tree.masks import (
@@ -48,6 +48,7 @@ from jaxprune.tree.paths import (
     is_concrete,
     kernels,
     leaf_paths,
+    match_leaves_to_params,
 )
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
@@ -272,7 +273,7 @@ def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any
     given = restore_packed(saved, masks)
     saved = unpack_masks(given)
     leaves, treedef = jax.tree.flatten(saved)
-    indices = twins(saved, masks, state_where)
+    indices = match_leaves_to_params(saved, masks, state_where)
     mirrored = {index for index in indices if index is not None}
     missed = {
         path: mask

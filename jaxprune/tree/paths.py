@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from jaxprune.tree.dtypes import can_be_zero
@@ -214,13 +215,14 @@ def some_of(paths: Iterable[str]) -> str:
 
 
 def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None) -> list[int | None]:
-    """Which leaves of a tree (an optimizer's state, say) mirror a param.
+    """Return, for each leaf of a tree (an optimizer's state, say), which param it mirrors.
 
     A leaf mirrors a param if its path *ends* with the param's path, and it has a floating-point or
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
     accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. So does
     a bool leaf of that shape, a mask. The longest ending wins. What `where(path, leaf)` leaves out
-    mirrors none.
+    mirrors no param. Nor does the state of GaLore: its projections have their params' shapes where their
+    rank is full, but lie in another basis.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -239,6 +241,13 @@ def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None
                 return index
         return None
 
+    def is_rotated(node):
+        return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
+
+    # A number in place of an array matches nothing.
+    tree = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if is_rotated(node) else node, tree, is_leaf=is_rotated
+    )
     return [match(p, leaf) for p, leaf in zip(_path_parts(tree), jax.tree.leaves(tree), strict=True)]
 
 
