@@ -34,7 +34,7 @@ from jaxprune.pruning.table import (
     NO_SCHEDULE,
     Grid,
     ScheduleTable,
-    Target,
+    ScheduledTarget,
     names_by_place,
     schedules_by_path,
 )
@@ -175,7 +175,7 @@ def pruner(
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
         check_stacked(stacked)
-    target = Target(schedules, grid, structure, scope, of, floor, stop)
+    target = ScheduledTarget(schedules, grid, structure, scope, of, floor, stop)
     description = _described(scores, target)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
         warnings.warn(
@@ -371,7 +371,7 @@ def _sum_dtype(param: Any) -> Any:
     return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
 
 
-def _compounds(target: Target) -> bool:
+def _compounds(target: ScheduledTarget) -> bool:
     """Return whether every call prunes further."""
     if target.grid.every > 1 or target.grid.last == 1:
         return False
@@ -381,7 +381,7 @@ def _compounds(target: Target) -> bool:
     return target.grid.end is None and not target.is_constant()
 
 
-def _described(scores: ScoreFn, target: Target) -> str:
+def _described(scores: ScoreFn, target: ScheduledTarget) -> str:
     """Return a pruner in one line."""
     each = [str(schedule) for schedule in target.schedules.values()]
     one = "" in target.schedules
@@ -426,14 +426,14 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
 
 
 def _target_by_layer(
-    target: Target, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
-) -> Target:
+    target: ScheduledTarget, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
+) -> ScheduledTarget:
     """Return the target with a schedule for each layer in place of those for a whole stack."""
     families = families_in(structure, shapes, pools)
     return target._replace(structure=structure, schedules=by_layer(target.schedules, families, "sparsity"))
 
 
-def _progress(masks: Masks, target: Target, where: Where, stacked: Stacked | None) -> Progress:
+def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stacked | None) -> Progress:
     """Return how many units of what takes part are left, and how many are to go by the schedule's end."""
     leaves = array_leaves(unpack_masks(masks), "masks")
     chosen = [path for path, mask in leaves.items() if where(path, mask)]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.pruning.extras import check_extra
-from jaxprune.pruning.scoring import check_rankable, is_tree_of_scores, of_layers, score_and_recompute
+from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_recompute
 from jaxprune.pruning.targets import (
     SCOPES,
     Competing,
@@ -38,7 +38,7 @@ from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import is_narrow
 from jaxprune.tree.masks import like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, explain_paths, is_concrete, kernels, selected, some_of
+from jaxprune.tree.paths import array_leaves, describe, explain_paths, is_concrete, kernels, selected, some_of
 from jaxprune.tree.sharding import sharded_like
 from jaxprune.tree.stacks import (
     Family,
@@ -293,8 +293,19 @@ def pool(
     raw = {path: jnp.asarray(leaves[path]) for path in chosen}
     # JAX promotes floats of 8 bits to nothing by itself, and not all have infinity.
     raw |= {p: leaf.astype(jnp.bfloat16) for p, leaf in raw.items() if is_narrow(leaf.dtype, below=16)}
-    check_rankable(raw, before)
     floating = {path: jnp.issubdtype(leaf.dtype, jnp.floating) for path, leaf in raw.items()}
+    for path, leaf in raw.items():
+        if not floating[path] and not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
+        if is_concrete(leaf):
+            with jax.ensure_compile_time_eval():  # a traced function may have closed over it
+                kept = before[path] if is_concrete(before[path]) else True
+                bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
+            if bad:
+                raise ValueError(
+                    f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
+                    "Check the params and gradients they come from; to spare a leaf use where=..."
+                )
     dtypes = [leaf.dtype for leaf in raw.values()]
     if any(floating.values()):
         if not all(floating.values()):

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jaxprune.pruning.extras import named_by
 from jaxprune.tracing.recompute import Recomputation, with_recipes
 from jaxprune.tree.checks import shown
 from jaxprune.tree.dtypes import is_narrow, is_numeric
-from jaxprune.tree.paths import array_leaves, check_mirrors, describe, is_array, is_concrete
+from jaxprune.tree.paths import array_leaves, check_mirrors, is_array, is_concrete
 from jaxprune.tree.stacks import Stacked, Stacks, stacks_of
 from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 
@@ -127,37 +126,6 @@ def _check_takes(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> None
         ) from None
     except ValueError:
         return  # no signature to look at
-
-
-def check_rankable(scores: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]) -> None:
-    """Check that scores are real and, where they have values that can be looked at, finite.
-
-    Args:
-      scores: by path.
-      masks: by path, for these leaves at least. What they prune may have any score.
-
-    Raises:
-      TypeError: a leaf of another dtype.
-      ValueError: a leaf with NaN or inf.
-    """
-    for path, leaf in scores.items():
-        if not (jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)):
-            raise TypeError(f"scores[{path!r}] is {describe(leaf)}; scores are floating-point or integer.")
-        if not is_concrete(leaf):
-            continue
-        with jax.ensure_compile_time_eval():  # a traced function may have closed over it
-            kept = masks[path] if is_concrete(masks[path]) else True
-            bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
-        if bad:
-            raise not_finite(path, bad)
-
-
-def not_finite(path: str, number: int) -> ValueError:
-    """Return the error for scores of a leaf that cannot be ranked."""
-    return ValueError(
-        f"scores[{path!r}] has {number} entries that are NaN or inf, which cannot be ranked. "
-        "Check the params and gradients they come from; to spare a leaf use where=..."
-    )
 
 
 def all_finite(scores: Scores, masks: Masks, chosen: list[str]) -> jax.Array:

@@ -82,7 +82,7 @@ class Grid(NamedTuple):
         return jnp.where(step >= self.end, self.last, passed)
 
 
-class Target(NamedTuple):
+class ScheduledTarget(NamedTuple):
     """What a pruner is asked for.
 
     Attributes:
@@ -222,7 +222,7 @@ class ScheduleTable(NamedTuple):
 
     @classmethod
     def build(
-        cls, target: Target, sizes: Mapping[str, int], cut_out: Mapping[str, int], places: Sequence[str]
+        cls, target: ScheduledTarget, sizes: Mapping[str, int], cut_out: Mapping[str, int], places: Sequence[str]
     ) -> "ScheduleTable":
         """Return the table for pools of the given sizes.
 
@@ -343,7 +343,7 @@ def _as_array(by_name: Mapping[str, int]) -> np.ndarray:
 
 
 def _removed_by_row(
-    target: Target, num_units: Mapping[str, int], max_removable: np.ndarray, max_removed: int | None
+    target: ScheduledTarget, num_units: Mapping[str, int], max_removable: np.ndarray, max_removed: int | None
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return how many units of each set are removed by each row, and how many the last row asks for in vain.
 
@@ -381,7 +381,7 @@ def _removed_by_row(
     return rows, missed
 
 
-def _fractions(target: Target, num_units: Mapping[str, int], rows: int) -> np.ndarray:
+def _fractions(target: ScheduledTarget, num_units: Mapping[str, int], rows: int) -> np.ndarray:
     """Return the fraction of what is left that each row removes from each set."""
     asked = [target.sparsity(target.grid.count(max(row, 1))) for row in range(rows)]
     values = [per_pool(each, num_units, "sparsity", 0.0, target.scope).values() for each in asked]
@@ -389,7 +389,7 @@ def _fractions(target: Target, num_units: Mapping[str, int], rows: int) -> np.nd
 
 
 def _schedule_number(
-    target: Target,
+    target: ScheduledTarget,
     places: Sequence[str],
     sizes: Mapping[str, int],
     dense: Mapping[str, int],

@@ -26,7 +26,7 @@ from jaxprune.pruning.once import (
     pool,
     with_stacks,
 )
-from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, not_finite, of_layers
+from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
@@ -165,7 +165,11 @@ def rank(
     picked = {path: leaves[path] for path in chosen}
     masks, units, alive, bad = _pooled(params, picked, masks, pooling(structure), chosen)
     if found := [path for path, number in bad.items() if number]:
-        raise not_finite(found[0], int(bad[found[0]]))
+        path = found[0]
+        raise ValueError(
+            f"scores[{path!r}] has {int(bad[path])} entries that are NaN or inf, which cannot be ranked. "
+            "Check the params and gradients they come from; to spare a leaf use where=..."
+        )
     units, alive = jax.device_get((units, alive))
     living = {name: int(mask.sum()) for name, mask in alive.items()}
     return Ranked(
