@@ -11,8 +11,9 @@ import numpy as np
 from jaxprune.schedules import check_sparsity
 from jaxprune.sizing.result import Point, Sensitivity
 from jaxprune.tree.checks import check_number, shown
-from jaxprune.tree.paths import array_leaves, kernels, selected
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
 
 

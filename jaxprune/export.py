@@ -24,7 +24,7 @@ from jaxprune.files.opened import FileError, open_file
 from jaxprune.files.sealed import seal, unseal
 from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
 from jaxprune.tree.checks import check_function, shown
-from jaxprune.tree.paths import array_leaves, describe, is_concrete
+from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.typing import Params
 
 __all__ = ["Program", "load", "onnx", "stablehlo"]

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tree.checks import check_array, shown
-from jaxprune.tree.paths import kernels, leaf_paths, selected
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
 
 # Twice the smallest normal number: the bound on the error then also holds where numbers below the

@@ -22,8 +22,8 @@ from jaxprune.tracing.jaxprs import (
     trace,
 )
 from jaxprune.tree.calls import check_call
+from jaxprune.tree.leaves import is_array
 from jaxprune.tree.masks import like_params
-from jaxprune.tree.paths import is_array
 from jaxprune.typing import Masks
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune

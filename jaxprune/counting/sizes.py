@@ -10,9 +10,10 @@ import numpy as np
 
 from jaxprune.tree.checks import check_number, shown
 from jaxprune.tree.dtypes import is_numeric
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import unpack_masks
-from jaxprune.tree.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacks, split_layers, stacks_of
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 

@@ -18,7 +18,7 @@ from jaxprune.graph.roles import weights
 from jaxprune.graph.streams import stream_axes
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import as_integer
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked, Stacks, layer_name, stacks_of
 from jaxprune.typing import Params, Where
 

@@ -14,7 +14,7 @@ from jaxprune.io import trees
 from jaxprune.io.coding import Pattern, decode, from_planes
 from jaxprune.io.format import BITS, DTYPES, Entry, Header, channels, padded, read_head
 from jaxprune.tree.checks import check_number
-from jaxprune.tree.paths import describe, is_array
+from jaxprune.tree.leaves import describe, is_array
 from jaxprune.typing import Masks, Params
 
 

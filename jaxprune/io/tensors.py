@@ -13,8 +13,9 @@ from jaxprune.files.atomic import replacing
 from jaxprune.files.opened import FileError, open_file
 from jaxprune.io.format import DTYPES
 from jaxprune.io.read import Saved
+from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks
-from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, leaf_paths
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params
 
 # As the format spells the dtypes that numpy and JAX know.

@@ -16,8 +16,9 @@ from jaxprune.io import trees
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
 from jaxprune.quantization import quantize
+from jaxprune.tree.leaves import describe, is_array, is_concrete, not_an_array
 from jaxprune.tree.masks import unpack_masks
-from jaxprune.tree.paths import describe, is_array, is_concrete, kernels, not_an_array
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, Where
 
 _Section = list[Any]

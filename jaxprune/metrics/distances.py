@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import bool_masks, like_params
-from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Where
 
 

@@ -14,8 +14,9 @@ from jaxprune.counting.sizes import nonzeros, ratio
 from jaxprune.counting.xla import Cost, cost
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import shown
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import like_params
-from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Masks, Params, Where
 
 

@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.pruning.extras import check_extra, named_by
-from jaxprune.pruning.once import checked_structure, pool, with_stacks
+from jaxprune.pruning.once import checked_structure, pool
 from jaxprune.pruning.scoring import all_finite, evaluate, of_layers
 from jaxprune.pruning.table import REWIRED, with_rows
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection.exact import Removal, select_arrays
 from jaxprune.selection.sort_keys import ordered_bits
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures.base import with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import as_integer, check_key, check_number, check_state, is_number, name_of
-from jaxprune.tree.masks import bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
+from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
+from jaxprune.tree.masks import bool_masks, own_masks, packed_like, unpack_masks, unpruned_masks
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacked, join_layers, split_layers
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
 
@@ -271,10 +273,12 @@ def _moved(
     """
     if stacks := {path: axes for path, axes in (structure.stacks or {}).items() if path in chosen}:
         return _moved_by_layer(masks, lows, highs, part, chosen, structure, stacks)
-    before, everything = array_leaves(masks, "masks"), ones_masks(masks)
-    here = pool(lows, masks, chosen, structure)
+    leaves = flatten(masks, "masks")
+    before, ones = leaves.by_path, unpruned_masks(leaves)
+    low, high = array_leaves(lows, "scores"), array_leaves(highs, "scores")
+    here = pool(low, before, chosen, structure)
     if structure.max_sparsity == 1:
-        there = pool(highs, everything, chosen, structure)
+        there = pool(high, ones, chosen, structure)
         survivors = _without_lowest(here, part)
         counts = {path: _count(here.alive[path]) - _count(survivors[path]) for path in survivors}
         # The highest are the lowest of what orders the other way.
@@ -285,15 +289,12 @@ def _moved(
         # N:M: entries move inside their group. What survives outranks all that may grow, and the
         # n highest of a group stay, so as many grow in it as were dropped.
         entries = elements()
-        survivors = _without_lowest(pool(lows, masks, chosen, entries), part)
-        grow = pool(highs, everything, chosen, entries).scores
+        survivors = _without_lowest(pool(low, before, chosen, entries), part)
+        grow = pool(high, ones, chosen, entries).scores
         ranked = {path: jnp.where(survivors[path], _most(grow[path].dtype), grow[path]) for path in chosen}
-        whole = array_leaves(everything, "masks")
-        ones = {path: whole[path] for path in chosen}
-        after = structure.pool(ranked, ones).expand(here.alive)
-    finite = all_finite(lows, masks, chosen) & all_finite(highs, everything, chosen)
-    new = before | {path: jnp.where(finite, after[path], before[path]) for path in chosen}
-    return jax.tree.unflatten(jax.tree.structure(masks), list(new.values()))
+        after = structure.pool(ranked, {path: ones[path] for path in chosen}).expand(here.alive)
+    finite = all_finite(low, before, chosen) & all_finite(high, ones, chosen)
+    return leaves.tree(before | {path: jnp.where(finite, after[path], before[path]) for path in chosen})
 
 
 def _moved_by_layer(

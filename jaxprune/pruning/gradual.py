@@ -14,17 +14,14 @@ from jaxprune.counting.sizes import alive_units
 from jaxprune.pruning.extras import check_extra, named_by
 from jaxprune.pruning.once import (
     check_choices,
+    checked_scores,
     checked_structure,
     default_where,
-    equal_families,
-    families_in,
     pool,
     remove,
-    with_stacks,
 )
 from jaxprune.pruning.scoring import (
     all_finite,
-    check_rankable,
     check_score_is_no_name,
     of_layers,
     score_and_recompute,
@@ -33,28 +30,34 @@ from jaxprune.pruning.table import (
     FROM_MASKS,
     NO_SCHEDULE,
     Grid,
-    ScheduleTable,
     ScheduledTarget,
+    ScheduleTable,
     names_by_place,
     schedules_by_path,
 )
 from jaxprune.pruning.targets import (
     Competing,
+    Target,
     alive_counts,
     by_layer,
     competing_pools,
     competing_sizes,
+    equal_families,
     floors,
 )
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import Count, to_numpy
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
+from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
+from jaxprune.tree.mirrors import check_mirrors
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import (
     DenseShapes,
     Masks,
@@ -175,8 +178,8 @@ def pruner(
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
         check_stacked(stacked)
-    target = ScheduledTarget(schedules, grid, structure, scope, of, floor, stop)
-    description = _described(scores, target)
+    scheduled = ScheduledTarget(schedules, grid, structure, scope, of, floor, stop)
+    description = _described(scores, scheduled)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
         warnings.warn(
             f"{description}: every={every} is longer than the schedule, which takes {grid.end - grid.begin} "
@@ -194,8 +197,8 @@ def pruner(
     ) -> ScheduleTable:
         known = structure._replace(stacks={path: axes for path, axes, _ in stacks}) if stacks else structure
         shapes = {path: shape for path, _, shape in stacks}
-        asked = _target_by_layer(target, known, shapes, dict(sizes))
-        return ScheduleTable.build(asked, dict(sizes), dict(cut_out), places)
+        target = _target_by_layer(scheduled, known, shapes, dict(sizes))
+        return ScheduleTable.build(target, dict(sizes), dict(cut_out), places)
 
     def init_fn(params: Params) -> PrunerState:
         with_stacks(structure, stacked, array_leaves(params), selected(params, where))
@@ -221,12 +224,12 @@ def pruner(
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
             return score_and_recompute(score, params, grads=grads, key=rng, **extra)
 
-        def score_and_pool(state: PrunerState, before: Masks) -> tuple[Scores, Units]:
+        def score_and_pool(state: PrunerState, masks: Mapping[str, jax.Array]) -> tuple[Scores, Units]:
             tree, recipes = (state.scores, {}) if memory else scores_now(state.step)
-            return tree, pool(tree, before, chosen, units_of, recipes)
+            return tree, pool(array_leaves(tree, "scores"), masks, chosen, units_of, recipes)
 
         def alive_now(state: PrunerState) -> OrderedDict[str, jax.Array]:
-            _, units = score_and_pool(state, unpack_masks(state.masks))
+            _, units = score_and_pool(state, array_leaves(unpack_masks(state.masks), "masks"))
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
@@ -247,16 +250,15 @@ def pruner(
 
         def prune(state: PrunerState) -> PrunerState:
             before = unpack_masks(state.masks)
-            tree, units = score_and_pool(state, before)
-            competing, least = (
-                competing_pools(units.scores, structure, scope),
-                floors(units.scores, structure, floor),
-            )
-            equal = equal_families(units.families, scope)
+            masks = flatten(before, "masks")
+            tree, units = score_and_pool(state, masks.by_path)
+            competing = competing_pools(units.scores, structure, scope)
             counts = table.counts(position, units.alive, competing)
             if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
                 counts = _no_less_than_removed(counts, units, competing)
-            after = remove(before, units, counts, competing, least, True, equal)
+            least, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
+            target = Target(competing, counts, least, includes_pruned=True, equal=equal)
+            after = masks.tree(remove(masks.by_path, units, target))
             finite = all_finite(tree, before, chosen)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
             after = packed_like(after, state.masks)
@@ -272,9 +274,9 @@ def pruner(
         remembers=memory > 0,
         description=description,
         takes=named_by(scores),
-        compounds=_compounds(target),
+        compounds=_compounds(scheduled),
         where=where,
-        progress=partial(_progress, target=target, where=where, stacked=stacked),
+        progress=partial(_progress, target=scheduled, where=where, stacked=stacked),
     )
 
 
@@ -332,14 +334,13 @@ def _remembered(
     """Return the state with the scores of a call added, and whether they are finite; if not, none are added.
 
     Raises:
-      ValueError: they are not, and have values that can be looked at.
-      TypeError: they are not real.
+      ValueError: they are not, and have values that can be read.
+      TypeError: as `checked_scores`.
     """
     masks = unpack_masks(state.masks)
     finite = all_finite(scores, masks, chosen)
     if is_concrete(finite):
-        leaves = array_leaves(scores, "scores")
-        check_rankable({path: leaves[path] for path in chosen}, array_leaves(masks, "masks"))
+        checked_scores(array_leaves(scores, "scores"), array_leaves(masks, "masks"), chosen)
 
     def total_of(old: jax.Array, new: jax.Array) -> jax.Array:
         total = memory * old + new.astype(old.dtype)
@@ -426,7 +427,10 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
 
 
 def _target_by_layer(
-    target: ScheduledTarget, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
+    target: ScheduledTarget,
+    structure: Structure,
+    shapes: Mapping[str, tuple[int, ...]],
+    pools: Collection[str],
 ) -> ScheduledTarget:
     """Return the target with a schedule for each layer in place of those for a whole stack."""
     families = families_in(structure, shapes, pools)

@@ -10,8 +10,9 @@ from jax.core import Tracer
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.tree.checks import as_integer, check_function
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 

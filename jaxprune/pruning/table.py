@@ -222,7 +222,11 @@ class ScheduleTable(NamedTuple):
 
     @classmethod
     def build(
-        cls, target: ScheduledTarget, sizes: Mapping[str, int], cut_out: Mapping[str, int], places: Sequence[str]
+        cls,
+        target: ScheduledTarget,
+        sizes: Mapping[str, int],
+        cut_out: Mapping[str, int],
+        places: Sequence[str],
     ) -> "ScheduleTable":
         """Return the table for pools of the given sizes.
 

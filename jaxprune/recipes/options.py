@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune.recipes.document import Node, RecipeError, unknown
-from jaxprune.tree import paths
 from jaxprune.tree.checks import shown
 from jaxprune.tree.stacks import Stacked
+from jaxprune.tree.where import all_of, any_of, kernels, matching, not_
 from jaxprune.typing import ScoreFn, Where
 
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
 """What a recipe may name where an option is a reduction."""
 
 _MAX_PATTERN = 300
-_COMBINED = {"all_of": paths.all_of, "any_of": paths.any_of}
+_COMBINED = {"all_of": all_of, "any_of": any_of}
 
 
 class Call(NamedTuple):
@@ -150,13 +150,13 @@ def read_where(node: Node) -> Where:
     if isinstance(node.value, list):
         if not node.value:
             node.fail("an empty list takes in no leaf.")
-        return paths.any_of(*map(read_where, node.value))
+        return any_of(*map(read_where, node.value))
     if isinstance(node.value, dict):
         if len(node.value) != 1:
             node.fail(f"expected one of all_of, any_of and not, got {node.described()}.")
         ((name, inner),) = node.value.items()
         if name == "not":
-            return paths.not_(read_where(inner))
+            return not_(read_where(inner))
         if name not in _COMBINED:
             inner.fail(unknown(name, [*_COMBINED, "not"], "keys"))
         if not isinstance(inner.value, list) or not inner.value:
@@ -165,7 +165,7 @@ def read_where(node: Node) -> Where:
     pattern = node.text()
     if len(pattern) > _MAX_PATTERN:
         node.fail(f"a pattern of {len(pattern):,} characters; at most {_MAX_PATTERN} are read.")
-    return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
+    return kernels if pattern == kernels.__name__ else matching(pattern)
 
 
 def read_stacked(node: Node) -> Stacked:
@@ -178,7 +178,7 @@ def read_stacked(node: Node) -> Stacked:
         node.fail("it is empty, so no leaf would be stacked.")
 
     def stacked(path: str, leaf: Any) -> int | tuple[int, ...]:
-        return next((axes for pattern, axes in by_pattern.items() if paths.matching(pattern)(path, leaf)), 0)
+        return next((axes for pattern, axes in by_pattern.items() if matching(pattern)(path, leaf)), 0)
 
     return stacked
 
@@ -194,9 +194,9 @@ def check_patterns(node: Node, leaves: Iterable[str]) -> None:
             check_patterns(inner, leaves)
         return
     pattern = node.text()
-    if pattern == paths.kernels.__name__:
+    if pattern == kernels.__name__:
         return
-    where, names = paths.matching(pattern), list(leaves)
+    where, names = matching(pattern), list(leaves)
     if not any(where(path, None) for path in names):
         node.fail(f"{pattern!r} matches no leaf. The leaves are: {', '.join(names)}.")
 

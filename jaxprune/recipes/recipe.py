@@ -12,7 +12,7 @@ from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_py
 from jaxprune.recipes.options import Call, attempt, named, read
 from jaxprune.recipes.sections import Section, competing, inputs, read_section
 from jaxprune.schedules import check_sparsity
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
 
 VERSION = 1

@@ -33,8 +33,9 @@ from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
 from jaxprune.structures import Structure, elements
 from jaxprune.tree.masks import intersect
-from jaxprune.tree.paths import kernels, leaf_paths, matching, selected
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked
+from jaxprune.tree.where import kernels, matching, selected
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
 # `score` stands for `scores`; what a pruner stops at is said for the whole recipe.

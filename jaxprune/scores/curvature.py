@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
 
 MAX_WEIGHTS = 5_000
 """The largest Hessian is of this many weights: 100 MB in float32, and as much for its inverse."""

@@ -41,7 +41,7 @@ from jaxprune.selection.search import MAX_COUNT, Keys, Range, narrow, whole
 from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import check_array, check_number, shown
-from jaxprune.tree.paths import describe, is_concrete
+from jaxprune.tree.leaves import describe, is_concrete
 
 _BITS, _TIE_BITS = 4, 2
 """How many bits a pass finds of a threshold, and of a place among ties. Code grows with them."""

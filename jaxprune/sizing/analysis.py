@@ -18,8 +18,9 @@ from jaxprune.sizing.ranking import Counts, Ranked, pooling, pruned_params, rank
 from jaxprune.sizing.result import Point, Sensitivity
 from jaxprune.structures import Structure
 from jaxprune.tree.checks import as_integer, check_function, shown
-from jaxprune.tree.paths import describe, is_array, kernels
+from jaxprune.tree.leaves import describe, is_array
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -8,14 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.pruning.once import check_choices, equal_families, kept_in_each
-from jaxprune.pruning.targets import by_layer, competing_pools, competing_sizes, taken_apart, target_counts
+from jaxprune.pruning.once import check_choices
+from jaxprune.pruning.targets import (
+    by_layer,
+    competing_pools,
+    competing_sizes,
+    equal_families,
+    kept_in_each,
+    taken_apart,
+    target_counts,
+)
 from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, Ranked, rank
 from jaxprune.structures import Structure
 from jaxprune.tree.checks import check_function, check_number
-from jaxprune.tree.paths import kernels
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
 Measure = Callable[[Masks], Any]

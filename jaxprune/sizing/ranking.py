@@ -21,17 +21,17 @@ from jaxprune.pruning.once import (
     check_choices,
     checked_structure,
     default_where,
-    families_in,
     kept_entries,
     pool,
-    with_stacks,
 )
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, is_array, is_concrete, selected
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import selected
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
 # One for all calls: what is compiled for a structure is found again by its function.
@@ -273,4 +273,4 @@ def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
 def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
     function, spans_leaves, stacks = pool_units
     structure = Structure(function, spans_leaves=spans_leaves, stacks=dict(stacks))
-    return pool(scores, masks, list(chosen), structure)
+    return pool(scores, array_leaves(masks, "masks"), list(chosen), structure)

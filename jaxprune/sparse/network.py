@@ -19,8 +19,8 @@ from jaxprune.sparse.walk import ConstValue, Product, Visitor
 from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
-from jaxprune.tree.paths import array_leaves, is_concrete
 from jaxprune.typing import Masks, Params
 
 

@@ -13,7 +13,8 @@ from jaxprune.sparse.layers import layer, sparse
 from jaxprune.sparse.walk import Product, Visitor, materialised, param, walk
 from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.tree.checks import check_function
-from jaxprune.tree.paths import is_array, leaf_paths
+from jaxprune.tree.leaves import is_array
+from jaxprune.tree.paths import leaf_paths
 
 
 class SparseParams(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
 
 T = TypeVar("T")
 

@@ -9,7 +9,8 @@ import jax
 from jax.sharding import AxisType
 
 from jaxprune.tree.checks import check_function
-from jaxprune.tree.paths import is_array, leaf_paths
+from jaxprune.tree.leaves import is_array
+from jaxprune.tree.paths import leaf_paths
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn

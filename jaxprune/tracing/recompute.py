@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import Jaxpr, JaxprEqn

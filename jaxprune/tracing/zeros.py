@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxprune.tracing.jaxprs import CALLS, called_jaxpr, close
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn

@@ -31,6 +31,7 @@ from jaxprune import metrics
 from jaxprune.training.optimizer import check_state_where
 from jaxprune.tree.checks import as_integer, check_function, check_key, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
+from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.masks import (
     apply_masks,
     bool_masks,
@@ -40,16 +41,9 @@ from jaxprune.tree.masks import (
     restore_packed,
     unpack_masks,
 )
-from jaxprune.tree.paths import (
-    array_leaves,
-    check_mirrors,
-    check_where,
-    describe,
-    is_concrete,
-    kernels,
-    leaf_paths,
-    match_leaves_to_params,
-)
+from jaxprune.tree.mirrors import check_mirrors, match_leaves_to_params
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 TrainFn = Callable[[Params, Masks], Params]

@@ -13,6 +13,7 @@ from jaxprune.tracing.guard import divides_by_zero, guarded
 from jaxprune.tracing.zeros import Zeros
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.dtypes import common_dtype, rounds_to_zero
+from jaxprune.tree.leaves import describe, is_array, is_concrete
 from jaxprune.tree.masks import (
     apply_masks,
     check_masks,
@@ -23,7 +24,8 @@ from jaxprune.tree.masks import (
     restore_packed,
     unpack_masks,
 )
-from jaxprune.tree.paths import describe, is_array, is_concrete, leaf_paths, match_leaves_to_params
+from jaxprune.tree.mirrors import match_leaves_to_params
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 _Update = Callable[[Any, Any, Params], tuple[Any, Any]]

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxprune.tracing.zeros import zero_where
-from jaxprune.tree.paths import match_leaves_to_params
+from jaxprune.tree.mirrors import match_leaves_to_params
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
 
