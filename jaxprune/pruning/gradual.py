@@ -256,8 +256,8 @@ def pruner(
             counts = table.counts(position, units.alive, competing)
             if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
                 counts = _no_less_than_removed(counts, units, competing)
-            least, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
-            target = Target(competing, counts, least, includes_pruned=True, equal=equal)
+            min_kept, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
+            target = Target(competing, counts, min_kept, includes_pruned=True, equal=equal)
             after = masks.tree(remove(masks.by_path, units, target))
             finite = all_finite(tree, before, chosen)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
@@ -355,9 +355,9 @@ def _no_less_than_removed(counts: Mapping[str, Count], units: Units, competing: 
 
     Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
     """
-    removed = {name: units.alive[name].size - left for name, left in alive_counts(units).items()}
-    least = competing_sizes(removed, competing)
-    return {name: max(int(to_numpy(count)), least[name]) for name, count in counts.items()}
+    by_pool = {name: units.alive[name].size - left for name, left in alive_counts(units).items()}
+    removed = competing_sizes(by_pool, competing)
+    return {name: max(int(to_numpy(count)), removed[name]) for name, count in counts.items()}
 
 
 def _zero_scores(params: Params) -> Scores:
