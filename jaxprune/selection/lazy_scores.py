@@ -126,15 +126,15 @@ def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
     A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
     the place. A leaf of fewer entries is one row.
     """
-    return _positions(source.part_shape, source.shape, source.names)
+    return _positions(source.part_shape, source.shape, source.names, MAX_COUNT)
 
 
-@partial(jax.jit, inline=True, static_argnums=(0, 1, 2))  # traced once for all leaves of a shape
+@partial(jax.jit, inline=True, static_argnums=(0, 1, 2, 3))  # traced once for all leaves of a shape
 def _positions(
-    part_shape: tuple[int, ...], shape: tuple[int, ...], names: tuple[tuple[str, ...], ...]
+    part_shape: tuple[int, ...], shape: tuple[int, ...], names: tuple[tuple[str, ...], ...], max_count: int
 ) -> tuple[jax.Array, jax.Array]:
     first = 0
-    while math.prod(shape[first:]) > MAX_COUNT:
+    while math.prod(shape[first:]) > max_count:
         first += 1
 
     def flat(axes: range) -> jax.Array:

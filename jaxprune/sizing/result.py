@@ -1,4 +1,4 @@
-"""What a sensitivity analysis found: points, as a table, as CSV, as a plot."""
+"""The result of a sensitivity analysis: points, as a table, as CSV, as a plot."""
 
 import csv
 import io
@@ -19,14 +19,14 @@ class Point(NamedTuple):
 
     Attributes:
       name: the path, the group's name, or the set's.
-      sparsity: the fraction of its units that was asked to go.
-      achieved: the fraction that is gone.
+      sparsity: the fraction of its units that was to be removed.
+      achieved: the fraction that is removed.
       kept: how many units are left.
-      size: of how many.
+      size: how many units there are.
       metric: what `evaluate` returned.
-      drop: by how much that is worse than the dense network's; negative where it is better.
-      notes: what is to be said of it: that nothing more was removed than before or than at a lower
-        level, that only the floor kept some, that nothing is left.
+      drop: by how much the metric is worse than the dense network's; negative where it is better.
+      notes: what to know about the point: that no more was removed than by the masks to start from or at a
+        lower level, that the floor kept units that were to go, that nothing is left.
       others: what else `evaluate` returned.
     """
 
@@ -43,15 +43,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Points by name, then level. Printing it gives a table of at most 80 columns.
+    """Points by name, then level. It prints as a table of at most 80 columns.
 
     Attributes:
       points: every tensor at every level.
-      dense: the metric of the network that nothing (more) was pruned of.
-      metric: its name.
-      maximize: whether more of it is better.
+      dense: the metric of the network before anything was pruned, or under the masks to start from.
+      metric: the name of the metric.
+      maximize: whether a higher metric is better.
       pools: by name, the paths or groups that were pruned together.
-      others: what else `evaluate` returned for that network.
+      others: what else `evaluate` returned for the network that `dense` is of.
     """
 
     points: tuple[Point, ...]
@@ -62,17 +62,17 @@ class Sensitivity:
     others: Mapping[str, float]
 
     def of(self, name: str) -> tuple[Point, ...]:
-        """The points of a name, from the lowest level up.
+        """Return the points of a name, from the lowest level up.
 
         Raises:
-          KeyError: there is no such name.
+          KeyError: no point has this name.
         """
         if name not in self.pools:
             raise KeyError(f"there is no {name!r}; the names are {', '.join(self.pools)}.")
         return tuple(point for point in self.points if point.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, strings and numbers, as for JSON."""
+        """Return everything as dicts, lists, strings and numbers, as for JSON."""
         return {
             "metric": self.metric,
             "maximize": self.maximize,
@@ -85,7 +85,7 @@ class Sensitivity:
         }
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """One line per point under a line of headings, as text; written to a file too if one is named."""
+        """Return a line of headings and a line per point as text; also write it to a file, given its path."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         fields = ("name", "sparsity", "achieved", "kept", "size", self.metric, "drop", "notes")
@@ -98,7 +98,7 @@ class Sensitivity:
         return text.getvalue()
 
     def plot(self, path: str | Path) -> None:
-        """Draws the metric against the sparsity achieved, a line per name, into a PNG, PDF or SVG file.
+        """Draw the metric against the sparsity achieved, a line per name, into a PNG, PDF or SVG file.
 
         Raises:
           ImportError: matplotlib is missing.
@@ -147,7 +147,7 @@ def _table(result: Sensitivity) -> str:
 
 
 def _notes(result: Sensitivity) -> Iterator[str]:
-    """What is to be said, by name: at which levels."""
+    """Yield lines that say which note holds for which name at which levels."""
     for name in result.pools:
         points = result.of(name)
         for note in dict.fromkeys(note for point in points for note in point.notes):
@@ -161,7 +161,7 @@ def _notes(result: Sensitivity) -> Iterator[str]:
 
 
 def _form(values: list[float]) -> Callable[[float], str]:
-    """Numbers with as many decimals as leave room, all alike."""
+    """Return a function that formats all values with the same number of decimals, as many as fit."""
     largest = max(map(abs, values), default=0.0)
     if largest and not 1e-3 <= largest < 1e5:
         return lambda value: f"{value:.1e}"

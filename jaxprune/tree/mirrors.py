@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxprune.tree.leaves import Leaves, array_leaves, check_arrays, flatten, is_array
 from jaxprune.tree.paths import keyed_leaves, path_of
@@ -53,7 +54,8 @@ def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None
     complex dtype and the param's shape, perhaps after further axes: Adam's moments, a gradient
     accumulator, the second iterate of schedule-free, L-BFGS's memory of the last updates. So does
     a bool leaf of that shape, a mask. The longest ending wins. Leaves that `where(path, leaf)` leaves out
-    mirror no param.
+    mirror no param. Nor does the state of GaLore: its projections have their params' shapes where their rank
+    is full, but lie in another basis.
 
     Returns:
       For each leaf of `tree`, the index of its param among `jax.tree.leaves(params)`, or None.
@@ -73,7 +75,15 @@ def match_leaves_to_params(tree: Any, params: Params, where: Where | None = None
                 return index
         return None
 
+    # A number in place of an array matches nothing.
+    tree = jax.tree.map(
+        lambda node: jax.tree.map(lambda _: 0, node) if _is_rotated(node) else node, tree, is_leaf=_is_rotated
+    )
     return [match(keys, leaf) for keys, leaf in keyed_leaves(tree)]
+
+
+def _is_rotated(node: Any) -> bool:
+    return isinstance(node, getattr(optax.contrib, "GaLoreState", ()))  # older optax has none
 
 
 def _names(keys: tuple[Any, ...]) -> tuple[str, ...]:
