@@ -257,7 +257,6 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
     Raises:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
-    sources = [source.measured() for source in sources]
     shapes = [source.shape for source in sources]
     if long := [shape for shape in shapes if max(shape, default=0) > MAX_COUNT]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")

@@ -35,28 +35,23 @@ class LazyScores(NamedTuple):
     @property
     def dtype(self) -> Any:
         """The dtype of the scores."""
-        return self.measured().part.dtype
+        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).dtype
 
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of what `read` gives: inside a `shard_map`, of the part on this device."""
-        return self.measured().part.shape
+        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf, on all devices together."""
-        part = self.part_shape
-        if not self.names:
-            return part
-        return tuple(
-            [n * math.prod(map(lax.axis_size, names)) for n, names in zip(part, self.names, strict=True)]
-        )
+        return _whole_shape(self.part_shape, self.names) if self.names else self.part_shape
 
-    def measured(self) -> "LazyScores":
-        """Return the same with `part` known."""
-        if self.part is not None:
-            return self
-        return self._replace(part=jax.eval_shape(self.read, self.inputs)[0])
+
+def _whole_shape(part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    return tuple(
+        size * math.prod(map(lax.axis_size, of_axis)) for size, of_axis in zip(part_shape, names, strict=True)
+    )
 
 
 def stored_scores(
@@ -126,13 +121,14 @@ def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
     A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
     the place. A leaf of fewer entries is one row.
     """
-    return _positions(source.part_shape, source.shape, source.names, MAX_COUNT)
+    return _positions(source.part_shape, source.names, MAX_COUNT)
 
 
-@partial(jax.jit, inline=True, static_argnums=(0, 1, 2, 3))  # traced once for all leaves of a shape
+@partial(jax.jit, inline=True, static_argnums=(0, 1, 2))  # traced once for all leaves of a shape
 def _positions(
-    part_shape: tuple[int, ...], shape: tuple[int, ...], names: tuple[tuple[str, ...], ...], max_count: int
+    part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...], max_count: int
 ) -> tuple[jax.Array, jax.Array]:
+    shape = _whole_shape(part_shape, names) if names else part_shape
     first = 0
     while math.prod(shape[first:]) > max_count:
         first += 1
