@@ -22,7 +22,7 @@ import numpy as np
 from jaxprune.files.atomic import replacing
 from jaxprune.files.opened import FileError, open_file
 from jaxprune.files.sealed import seal, unseal
-from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
+from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, interpret, split_static
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.paths import array_leaves, describe, is_concrete
 from jaxprune.typing import Params
@@ -228,7 +228,7 @@ def onnx(
     closed = _with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
     try:
         with _contained():
-            model = convert(lambda *given: _replay(closed.jaxpr, closed.consts, given), inputs=leaves)
+            model = convert(lambda *given: _replay(closed, given), inputs=leaves)
         model = model.SerializeToString()
     except Exception as error:  # what another package may raise
         raise NotImplementedError(
@@ -339,24 +339,17 @@ def _with_batch(batch: str | None, trace: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _replay(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """Applies a jaxpr, with calls inlined and maxima over windows as ONNX takes them."""
-    env = dict(zip(jaxpr.invars, inputs, strict=True)) | dict(zip(jaxpr.constvars, consts, strict=True))
+def _replay(closed: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Apply a jaxpr, with calls inlined and maxima over windows as ONNX takes them."""
 
-    def read(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else env[atom]
-
-    for eqn in jaxpr.eqns:
-        given = list(map(read, eqn.invars))
+    def handle(eqn: Any, given: list[Any]) -> list[Any]:
         if eqn.primitive.name in CALLS:
-            inner = called_jaxpr(eqn)
-            out = _replay(inner.jaxpr, inner.consts, given)
-        elif eqn.primitive.name == "reduce_window_max":
-            out = [_window_max(given[0], eqn)]
-        else:
-            out = binder(eqn)(*given)
-        env.update(zip(eqn.outvars, out, strict=True))
-    return list(map(read, jaxpr.outvars))
+            return _replay(called_jaxpr(eqn), given)
+        if eqn.primitive.name == "reduce_window_max":
+            return [_window_max(given[0], eqn)]
+        return binder(eqn)(*given)
+
+    return interpret(closed, inputs, handle)
 
 
 def _window_max(x: jax.Array, eqn: Any) -> Any:

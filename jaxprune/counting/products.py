@@ -70,4 +70,4 @@ def ragged_dot(eqn: Any, alive: Alive) -> tuple[int, int]:
     return math.prod(left) * free, math.prod(left) * free
 
 
-PRODUCTS = {"dot_general": dot, "conv_general_dilated": convolution, "ragged_dot_general": ragged_dot}
+MACS_OF = {"dot_general": dot, "conv_general_dilated": convolution, "ragged_dot_general": ragged_dot}

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
+from jaxprune.tracing.jaxprs import (
+    CALLS,
+    binder,
+    called_jaxpr,
+    interpret,
+    of_first,
+    place,
+    scan_split,
+    scan_with,
+    trace,
+)
 from jaxprune.tree.calls import check_call
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -96,7 +106,9 @@ def activation_sparsity(
     closed, inputs = trace(function, arguments)
     depends = [of_first(name) is None for name in inputs]
     watcher = _Watcher()
-    counts = jax.jit(lambda values: watcher.run(closed, values, depends)[1])(list(inputs.values()))
+    counts = jax.jit(lambda values: watcher.run(closed, list(zip(values, depends, strict=True)))[1])(
+        list(inputs.values())
+    )
     found = [
         Activation(*seen, int(np.asarray(count).sum(dtype=np.int64)), int(np.prod(seen[2], dtype=np.int64)))
         for seen, count in zip(watcher.seen, counts, strict=True)
@@ -117,51 +129,50 @@ class _Watcher:
     def run(
         self,
         closed: "ClosedJaxpr",
-        inputs: Sequence[Any],
-        depends: Sequence[bool],
+        inputs: Sequence[tuple[Any, bool]],
         called: str | None = None,
         called_at: str = "",
         steps: tuple[int, ...] = (),
-    ) -> tuple[list[Any], list[Any], list[bool]]:
-        """The outputs of a jaxpr, its counts of zeros, and which outputs depend on data.
+    ) -> tuple[list[tuple[Any, bool]], list[Any]]:
+        """Run a jaxpr on pairs of an array and whether it depends on data.
 
-        `called` is the name of the call whose jaxpr this is; `steps` the scans it is in.
+        Args:
+          closed: the jaxpr.
+          inputs: its inputs.
+          called: the name of the call whose jaxpr this is.
+          called_at: the place of that call.
+          steps: the lengths of the scans it is in.
+
+        Returns:
+          The outputs, as pairs, and the counts of zeros.
         """
-        jaxpr = closed.jaxpr
-        env = dict(zip(jaxpr.invars, zip(inputs, depends, strict=True), strict=True))
-        env.update((var, (const, False)) for var, const in zip(jaxpr.constvars, closed.consts, strict=True))
         counts: list[Any] = []
 
-        def read(atom: Any) -> tuple[Any, bool]:
-            return (atom.val, False) if hasattr(atom, "val") else env[atom]
-
-        for eqn in jaxpr.eqns:
-            pairs = [read(atom) for atom in eqn.invars]
-            args, moving = [value for value, _ in pairs], [yes for _, yes in pairs]
-            name, source = eqn.primitive.name, place(eqn, called_at)
+        def handle(eqn: "JaxprEqn", pairs: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+            name, source, moving = eqn.primitive.name, place(eqn, called_at), any(yes for _, yes in pairs)
             if name in CALLS:
                 label = eqn.params.get("name") or called
-                outputs, own, moved = self.run(called_jaxpr(eqn), args, moving, label, source, steps)
-                counts += own
-            elif name == "scan" and any(moving):
-                outputs, own, moved = self.scan(eqn, args, moving, called, source, steps)
-                counts += own
+                outputs, more = self.run(called_jaxpr(eqn), pairs, label, source, steps)
+            elif name == "scan" and moving:
+                outputs, more = self.scan(eqn, pairs, called, source, steps)
             else:
-                outputs = binder(eqn)(*args)
-                moved = [any(moving)] * len(outputs)
-                if name not in _MOVES:
+                outputs, more = [(value, moving) for value in binder(eqn)(*(x for x, _ in pairs))], []
+                if moving and name not in _MOVES:
                     # The last values of a call, relu say, go by its name.
-                    label = called if called and any(eqn.outvars[0] is out for out in jaxpr.outvars) else name
-                    counts += self.count(label, source, steps, zip(outputs, moved, strict=True))
-            env.update(zip(eqn.outvars, zip(outputs, moved, strict=True), strict=True))
-        results = [read(atom) for atom in jaxpr.outvars]
-        return [value for value, _ in results], counts, [yes for _, yes in results]
+                    last = any(eqn.outvars[0] is out for out in closed.jaxpr.outvars)
+                    more = self.count(called if called and last else name, source, steps, outputs)
+            counts.extend(more)
+            return outputs
 
-    def count(self, name: str, source: str, steps: tuple[int, ...], values: Any) -> list[Any]:
-        """Notes values, and gives their zeros by row, so that no count passes 2**31."""
+        return interpret(closed, inputs, handle, constant=lambda array: (array, False)), counts
+
+    def count(
+        self, name: str, source: str, steps: tuple[int, ...], values: Sequence[tuple[Any, bool]]
+    ) -> list[Any]:
+        """Note values, and return their zeros by row, so that no count passes 2**31."""
         counts = []
-        for value, moved in values:
-            if moved and value.ndim and jnp.issubdtype(value.dtype, jnp.inexact):
+        for value, _ in values:
+            if value.ndim and jnp.issubdtype(value.dtype, jnp.inexact):
                 self.seen.append((name, source, (*steps, *value.shape)))
                 counts.append(jnp.sum(value == 0, axis=tuple(range(1, value.ndim)), dtype=jnp.int32))
         return counts
@@ -169,37 +180,23 @@ class _Watcher:
     def scan(
         self,
         eqn: "JaxprEqn",
-        args: list[Any],
-        moving: list[bool],
+        pairs: Sequence[tuple[Any, bool]],
         called: str | None,
         source: str,
         steps: tuple[int, ...],
-    ) -> tuple[list[Any], list[Any], list[bool]]:
-        """A scan whose body hands out its counts, one row for each step."""
-        params, body = eqn.params, eqn.params["jaxpr"]
-        consts, carried = scan_split(params)
-        inner = (*steps, params["length"])
-        # What is carried round may come to depend on data in a later step.
-        depends = [*moving[:consts], *[True] * carried, *moving[consts + carried :]]
-
-        def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
-            outputs, counts, _ = self.run(
-                body, [*args[:consts], *carry, *rows], depends, called, source, inner
-            )
-            return outputs[:carried], (outputs[carried:], counts)
-
+    ) -> tuple[list[tuple[Any, bool]], list[Any]]:
+        """Run a scan whose body also returns its counts, so that there is one row of them for each step."""
+        consts, carried = scan_split(eqn.params)
+        # The carry may come to depend on data in a later step.
+        moving = [yes or consts <= n < consts + carried for n, (_, yes) in enumerate(pairs)]
         before = len(self.seen)
 
-        def once(carry: list[Any], rows: list[Any]) -> Any:
+        def body(values: list[Any]) -> tuple[list[Any], list[Any]]:
             del self.seen[before:]  # scan may trace its body twice
-            return step(carry, rows)
+            inner = (*steps, eqn.params["length"])
+            inputs = list(zip(values, moving, strict=True))
+            outputs, counts = self.run(eqn.params["jaxpr"], inputs, called, source, inner)
+            return [value for value, _ in outputs], counts
 
-        carry, (rows, counts) = jax.lax.scan(
-            once,
-            args[consts : consts + carried],
-            args[consts + carried :],
-            length=params["length"],
-            reverse=params["reverse"],
-        )
-        outputs = [*carry, *rows]
-        return outputs, counts, [True] * len(outputs)
+        outputs, counts = scan_with(eqn, [value for value, _ in pairs], body)
+        return [(value, True) for value in outputs], counts

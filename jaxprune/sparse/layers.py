@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.sparse.forms import Form
-from jaxprune.sparse.walk import Product
+from jaxprune.tracing.dataflow import Product
 from jaxprune.tracing.jaxprs import binder
 
 

@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.counting.products import PRODUCTS
 from jaxprune.counting.timing import latency
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.sparse.walk import ConstValue, Product, Visitor
+from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
 from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
@@ -241,7 +240,7 @@ def _has_product(eqn: Any) -> bool:
     return any(
         inner.primitive.name in PRODUCTS or _has_product(inner)
         for jaxpr in inner_jaxprs(eqn)
-        for inner in jaxpr.eqns
+        for inner in jaxpr.jaxpr.eqns
     )
 
 

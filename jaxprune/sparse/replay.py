@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxprune.sparse.choice import Chosen, Kernel
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import layer, sparse
-from jaxprune.sparse.walk import Product, Visitor, materialised, param, walk
+from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products
 from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.paths import is_array, leaf_paths
@@ -59,7 +59,7 @@ class Network:
                 number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
                 return None if arrays is None else arrays[number]
 
-            outputs = walk(closed, [value(name) for name in order], visitor)
+            outputs = visit_products(closed, [value(name) for name in order], visitor)
             if arrays is None:
                 return None
             return trees[-1].unflatten([jnp.asarray(materialised(output)) for output in outputs])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.tracing.guard import divides_by_zero, guarded
-from jaxprune.tracing.zeros import Zeros
+from jaxprune.tracing.zeros import ZeroSet
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.dtypes import common_dtype, rounds_to_zero
 from jaxprune.tree.masks import (
@@ -353,7 +353,7 @@ def _inner_update(
     masks: list[jax.Array],
     extra: dict[str, Any],
     state_where: Where | None,
-) -> tuple[Any, Any, list[Zeros]]:
+) -> tuple[Any, Any, list[ZeroSet]]:
     """The wrapped optimizer's update, by which nothing that it divides by 0 where pruned reaches the rest.
 
     Args:
@@ -369,7 +369,7 @@ def _inner_update(
     """
     given = (grads, state, params)
 
-    def unknown() -> tuple[Any, Any, list[Zeros]]:
+    def unknown() -> tuple[Any, Any, list[ZeroSet]]:
         updates, new_state = update(*given)
         return updates, new_state, [frozenset()] * len(jax.tree.leaves(new_state))
 
@@ -388,7 +388,7 @@ def _inner_update(
         return unknown()  # it looks at values
     fast = _fast(params)
     indices = [*twins(grads, fast), *twins(state, fast, state_where), *twins(params, fast)]
-    inputs: list[Zeros] = [frozenset() if index is None else frozenset((index,)) for index in indices]
+    inputs: list[ZeroSet] = [frozenset() if index is None else frozenset((index,)) for index in indices]
     divides, zero = divides_by_zero(closed, inputs)
     if divides:
         leaves, zero = guarded(closed, inputs, jax.tree.leaves(given), masks)
