@@ -107,7 +107,7 @@ def named(
     function = functions[name]
     options, inputs, is_score = _parameters(function, hidden)
     here = inner or node
-    if inner is None or inner.is_null:
+    if inner is None or inner.value is None:
         written: dict[str, Node] = {}
     elif isinstance(inner.value, dict):
         written = inner.fields(options, what=f"options of {name}")
@@ -129,7 +129,7 @@ def read(node: Node, hint: Any) -> Any:
       RecipeError: it is of another type.
     """
     kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
-    if node.is_null and type(None) in kinds:
+    if node.value is None and type(None) in kinds:
         return None
     of_kind = {"mapping": [], "list": [], "name": [], "scalar": []}
     for kind in kinds:
