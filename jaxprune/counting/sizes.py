@@ -13,6 +13,7 @@ from jaxprune.tree.dtypes import is_numeric
 from jaxprune.tree.masks import unpack_masks
 from jaxprune.tree.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacks, split_layers, stacks_of
+from jaxprune.tree.tables import text_lines
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
 
@@ -189,30 +190,31 @@ def table(
     progress = _progress(masks, leaves, where, asked, structure, stacked)
     stacks = _stacks(leaves, where, progress, stacked)
     layers = {path: split_layers({path: leaf}, stacks) for path, leaf in leaves.items() if path in stacks}
-    width = max([11, *map(len, leaves), *(len(name) + 2 for each in layers.values() for name in each)])
 
-    def line(name: str, shape: str, kept: int, size: int) -> str:
-        return f"{name:<{width}}  {shape:<12}{kept:>11}{size:>12}{1 - kept / max(size, 1):>10.4f}"
+    def row(name: str, kept: int, size: int, shape: Sequence[int] = ()) -> tuple[str, ...]:
+        return name, "x".join(map(str, shape)), str(kept), str(size), f"{1 - kept / max(size, 1):.4f}"
 
-    def row(name: str, shape: str, paths: Sequence[str]) -> str:
-        size = sum(leaves[path].size for path in paths)
-        return line(name, shape, sum(_nonzeros(leaves[path]) for path in paths), size)
+    def total(name: str, paths: Sequence[str]) -> tuple[str, ...]:
+        some = [leaves[path] for path in paths]
+        return row(name, sum(map(_nonzeros, some)), sum(leaf.size for leaf in some))
 
-    rows = [f"{'leaf':<{width}}  {'shape':<12}{'kept':>11}{'size':>12}{'sparsity':>10}"]
+    rows = [("leaf", "shape", "kept", "size", "sparsity")]
     for path, leaf in leaves.items():
-        rows.append(row(path, "x".join(map(str, leaf.shape)), [path]))
+        rows.append(row(path, _nonzeros(leaf), leaf.size, leaf.shape))
         for name, layer in layers.get(path, {}).items():
-            rows.append(line(f"  {name}", "x".join(map(str, layer.shape)), _nonzeros(layer), layer.size))
-    rows.append(row("prunable", "", [path for path, leaf in leaves.items() if where(path, leaf)]))
+            rows.append(row(f"  {name}", _nonzeros(layer), layer.size, layer.shape))
+    rows.append(total("prunable", [path for path, leaf in leaves.items() if where(path, leaf)]))
     if progress is not None and progress.unit != "entries":
-        rows.append(line("  units", "", progress.kept, progress.size))
+        rows.append(row("  units", progress.kept, progress.size))
     target = asked
     if isinstance(asked, Pruner):
         at_the_end = None if progress is None else progress.asked
         target = None if progress is None or at_the_end is None else at_the_end / max(progress.size, 1)
     if target is not None:
-        rows.append(f"{'  (asked)':<{width}}{target:>47.4f}")
-    return "\n".join([*rows, row("whole model", "", list(leaves))])
+        rows.append(("  (asked)", "", "", "", f"{target:.4f}"))
+    rows.append(total("whole model", list(leaves)))
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(text_lines(f"{{:<{width}}}  {{:<12}}{{:>11}}{{:>12}}{{:>10}}", *rows))
 
 
 def _progress(

@@ -19,6 +19,7 @@ from jaxprune.tracing.jaxprs import (
     trace,
 )
 from jaxprune.tree.calls import check_call
+from jaxprune.tree.tables import shape_text, text_lines
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -60,10 +61,11 @@ class Activations(tuple[Activation, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        lines = [f"{'value':<18}{'line':<24}{'shape':<20}{'sparsity':>10}"]
-        for one in self:
-            shape = "x".join(map(str, one.shape)) or "scalar"
-            lines.append(f"{one.name[:17]:<18}{one.source[-23:]:<24}{shape[:19]:<20}{one.sparsity:>10.4f}")
+        lines = text_lines(
+            "{:<18.17}{:<24}{:<20.19}{:>10}",
+            ("value", "line", "shape", "sparsity"),
+            *((one.name, one.source[-23:], shape_text(one.shape), f"{one.sparsity:.4f}") for one in self),
+        )
         return "\n".join(lines)
 
 

@@ -1,7 +1,5 @@
 """One table of a network: what is left of each layer, and what it computes."""
 
-import csv
-import io
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import shown
 from jaxprune.tree.masks import like_params
 from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels
+from jaxprune.tree.tables import csv_table, markdown_table, shape_text, shorten, text_lines
 from jaxprune.typing import Masks, Params, Where
 
 
@@ -86,25 +85,27 @@ class Summary(NamedTuple):
 
     def to_csv(self) -> str:
         """The rows, with exact counts."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_HEADS)
-        writer.writerows(map(_exact, self.rows))
-        return text.getvalue()
+        return csv_table(_HEADS, *map(_exact, self.rows))
 
     def to_markdown(self) -> str:
         """The rows as a Markdown table, with exact counts."""
-        lines = [_HEADS, ["---", "---", *["---:"] * (len(_HEADS) - 2)]]
-        lines += [[str(cell).replace("|", r"\|") for cell in _exact(row)] for row in self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        return markdown_table(len(_HEADS) - 2, _HEADS, *map(_exact, self.rows))
 
     def __str__(self) -> str:
-        lines = [f"{'param':<24}{'shape':<14}{'kept':>9}{'sparsity':>9}{'MACs':>8}{'masked':>8}{'small':>8}"]
-        lines += [
-            f"{_short(row.path):<24}{_shape(row.shape):<14}{_unit(row.kept):>9}{row.sparsity:>9.2%}"
-            f"{_unit(row.macs):>8}{_unit(row.masked):>8}{_unit(row.small):>8}"
-            for row in self.rows
-        ]
+        lines = text_lines(
+            "{:<24}{:<14}{:>9}{:>9}{:>8}{:>8}{:>8}",
+            ("param", "shape", "kept", "sparsity", "MACs", "masked", "small"),
+            *(
+                (
+                    shorten(row.path, 23),
+                    _shape(row.shape),
+                    _unit(row.kept),
+                    f"{row.sparsity:.2%}",
+                    *map(_unit, (row.macs, row.masked, row.small)),
+                )
+                for row in self.rows
+            ),
+        )
         if self.masked is not None:
             lines.append(
                 f"masked: {self.compression:.2f} x fewer entries, {self.speed_up:.2f} x fewer MACs, no faster"
@@ -258,15 +259,11 @@ def _exact(row: Row) -> list[str]:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
-def _short(path: str) -> str:
-    return path if len(path) <= 23 else "..." + path[-20:]
+    return "" if shape is None else shape_text(shape)
 
 
 def _unit(count: int | None) -> str:
-    """A count in at most 7 characters."""
+    """Return a count in at most 7 characters."""
     if count is None:
         return "-"
     if count < 100_000:
