@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["MACS_OF", "Alive", "convolution", "dot", "ragged_dot"]
+
 Alive = Sequence[np.ndarray | None]
 
 

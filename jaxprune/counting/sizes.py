@@ -16,6 +16,19 @@ from jaxprune.tree.stacks import Stacked, about_layers, check_stacks, split_laye
 from jaxprune.tree.tables import text_lines
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
+__all__ = [
+    "Sparsity",
+    "alive_units",
+    "collapsed",
+    "compression",
+    "counted",
+    "density",
+    "nonzeros",
+    "ratio",
+    "sparsity",
+    "table",
+]
+
 
 class Sparsity(NamedTuple):
     """A fraction or a ratio, of what may be pruned and of everything; floats (arrays under `jit`).

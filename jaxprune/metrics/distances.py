@@ -9,6 +9,8 @@ from jaxprune.tree.masks import bool_masks, like_params
 from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels, selected
 from jaxprune.typing import Masks, Where
 
+__all__ = ["Overlap", "overlap"]
+
 
 class Overlap(NamedTuple):
     """What two masks have in common.

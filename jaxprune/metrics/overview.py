@@ -17,6 +17,8 @@ from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels
 from jaxprune.tree.tables import csv_table, markdown_table, shape_text, shorten, text_lines
 from jaxprune.typing import Masks, Params, Where
 
+__all__ = ["Row", "Summary", "summary"]
+
 
 class Row(NamedTuple):
     """A layer, by its param, or a total.

@@ -18,6 +18,21 @@ from jaxprune.tree.checks import shown
 from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import ScoreFn, Where
 
+__all__ = [
+    "REDUCTIONS",
+    "Call",
+    "attempt",
+    "check_patterns",
+    "defined_in",
+    "inputs_of",
+    "named",
+    "public_scores",
+    "read",
+    "read_score",
+    "read_stacked",
+    "read_where",
+]
+
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
 """What a recipe may name where an option is a reduction."""
 

@@ -37,6 +37,8 @@ from jaxprune.tree.paths import kernels, leaf_paths, matching, selected
 from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
+__all__ = ["Section", "Targets", "competing", "inputs", "read_section"]
+
 # `score` stands for `scores`; what a pruner stops at is said for the whole recipe.
 _PRUNER = {
     name: parameter.annotation

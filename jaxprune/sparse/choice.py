@@ -13,6 +13,8 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.forms import FORMS, stored_entries
 from jaxprune.sparse.layers import Layer, sparse
 
+__all__ = ["MARGIN", "Chosen", "Kernel", "by_measure", "by_rule", "density", "given", "together"]
+
 # Measured by `python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded`, and
 # with `--structure blocks --ways blocks` (or units, compact), N of 512, 1024 and 2048, in float32, on two
 # cores of an AMD EPYC (Zen 5, AVX-512). For so many rows or fewer: the forms in the order they are tried,

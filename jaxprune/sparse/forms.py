@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+__all__ = ["FORMS", "Form", "stored_entries"]
+
 _BLOCK_SIZES = (64, 32, 16)
 _WASTE = 2  # entries stored over those that are not zero, at most: rows are filled up to the longest
 _BLOCK_WASTE = 4  # the same of blocks: an entry of theirs costs far less

@@ -22,6 +22,8 @@ from jaxprune.tree.masks import apply_masks, like_params
 from jaxprune.tree.paths import array_leaves, is_concrete
 from jaxprune.typing import Masks, Params
 
+__all__ = ["Sparsified", "sparsify"]
+
 
 class Sparsified(NamedTuple):
     """A network whose products skip zeros, as `sparsify` returns it.

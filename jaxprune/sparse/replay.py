@@ -15,6 +15,8 @@ from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, tr
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.paths import is_array, leaf_paths
 
+__all__ = ["Network", "SparseParams"]
+
 
 class SparseParams(NamedTuple):
     """The params of a sparse network: a pytree, to be passed through `jit` as an argument.
