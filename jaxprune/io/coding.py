@@ -95,8 +95,8 @@ def encode(keep: np.ndarray) -> Pattern:
     kept = int(np.count_nonzero(keep))
     if kept == 0:
         return Pattern(0, 0, b"", b"")
-    # From half of the entries on it is k = 0: with k = 1 each kept entry takes 2 bits or more, no less than the
-    # bitmask, which has keep.size bits at most.
+    # Where half of the entries are kept, or more, k = 0 is best: with k = 1 each kept entry takes 2 bits at
+    # least, and so all take no less than the bitmask of keep.size bits.
     if 2 * kept >= keep.size:
         return _bitmask(keep, kept)
     places = np.flatnonzero(keep)
@@ -106,8 +106,8 @@ def encode(keep: np.ndarray) -> Pattern:
         unary = kept + int((gaps >> np.uint8(k)).sum(dtype=np.uint64))
         return -(-unary // 8) + k * -(-kept // 8)
 
-    # At random places the best 2 ** k is about log(2) times the mean gap, so below size / kept. No larger k is
-    # tried, and `fits` refuses it, so that sums stay small in `decode`.
+    # For random positions the best 2 ** k is about log(2) times the mean gap, so below size / kept. A larger k
+    # is not tried, and `fits` refuses it, so that sums stay small in `decode`.
     best = min(range((keep.size // kept).bit_length()), key=size)
     if best == 0:
         return _bitmask(keep, kept)
@@ -125,8 +125,8 @@ def _bitmask(keep: np.ndarray, kept: int) -> Pattern:
 def fits(kept: int, k: int, unary: int, size: int) -> bool:
     """Return whether `kept` entries among `size` can be coded with k low bits in `unary` bytes.
 
-    This also keeps all sums in `decode` below twice `size`: the unary parts have at most `longest` bits, one for
-    each kept entry and one for each 2 ** k dropped entries.
+    This also keeps all sums in `decode` below twice `size`: the unary parts have at most `longest` bits, one
+    for each kept entry and one for each 2 ** k dropped entries.
     """
     if not (0 <= kept <= size and 0 <= k < 64):
         return False

@@ -124,8 +124,8 @@ class Entry(NamedTuple):
         """The bits of a value."""
         if self.int8:
             return 8
-        # Bools that are stored because they are True need no values. Under a mask those stored are the entries
-        # that the mask keeps, True or False.
+        # Bools that are stored because they are True need no values. With a mask, the stored entries are those
+        # that it keeps, True or False.
         return (
             0 if self.dtype == "bool" and self.kept is not None and self.mask != "kept" else BITS[self.dtype]
         )
@@ -153,7 +153,7 @@ class Header(NamedTuple):
 
 
 def channels(shape: Sequence[int]) -> int:
-    """Return how many scales a quantized leaf has: one for each index of its last axis, if it has two axes."""
+    """Return how many scales a quantized leaf has: one for each index of its last axis if it has two axes."""
     return shape[-1] if len(shape) >= 2 else 1
 
 
