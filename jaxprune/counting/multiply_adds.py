@@ -1,4 +1,4 @@
-"""Multiply-adds, counted on a function's jaxpr."""
+"""Multiply-adds, counted on the jaxpr of a function."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +38,11 @@ class Operation(NamedTuple):
 
     Attributes:
       kind: the primitive, "dot_general" say.
-      path: the param it multiplies by (the largest, if the operand is made of several); None if both
+      path: the param that it multiplies by (the largest, if the operand is made of several); None if both
         operands depend on data, or on constants alone.
       source: the line of the user's code, as "file:line".
       total: its multiply-adds, over all steps of the loops it is in.
-      unpadded: those of `total` that read an entry of the input, not padding.
+      unpadded: those of `total` that read an entry of the input rather than padding.
     """
 
     kind: str
@@ -56,12 +56,11 @@ class Macs(NamedTuple):
     """The multiply-adds of one call of a function.
 
     Attributes:
-      total: one for each output entry and each place of the window it is summed over, padding
-        included: what papers print.
-      unpadded: without the products with padding, and with the holes that a transposed convolution
-        puts between the entries of its input: what has to be computed.
-      operations: the matrix products and convolutions, in the order they come.
-      notes: what is a bound and not a count, and what is not counted, each with its line.
+      total: one for each output entry and each term of its sum, padding included, as papers print it.
+      unpadded: without the products with padding, and with the zeros that a transposed convolution puts
+        between the entries of its input: what has to be computed.
+      operations: the matrix products and convolutions, in the order in which they run.
+      notes: what is bounded rather than counted, and what is not counted, each with its line.
     """
 
     total: int
@@ -70,7 +69,7 @@ class Macs(NamedTuple):
     notes: tuple[str, ...]
 
     def by_path(self) -> dict[str | None, int]:
-        """The total of each param; None stands for products of two values that depend on data."""
+        """Return the total of each param; None stands for products of two values that depend on data."""
         counts: dict[str | None, int] = {}
         for operation in self.operations:
             counts[operation.path] = counts.get(operation.path, 0) + operation.total
@@ -78,25 +77,25 @@ class Macs(NamedTuple):
 
 
 def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = None, **keywords: Any) -> Macs:
-    """The multiply-adds of a function's matrix products and convolutions.
+    """Count the multiply-adds of a function's matrix products and convolutions.
 
     One multiplication with its addition counts as one, as in most papers on pruning; FLOPs are twice
     that. A product of `(m, k)` and `(k, n)` has `m * k * n`; a convolution has
-    `outputs * kernel places * input channels / groups`, its outputs being as many as its strides,
-    padding and dilation truly leave. Elementwise work, sums and pooling do not count.
+    `outputs * kernel places * input channels / groups`, with as many outputs as its strides, padding and
+    dilation leave. Elementwise work, sums and pooling do not count.
 
     The function is traced, not run. Nested `jit`, `remat` and custom derivatives count as what they
-    call, the body of a scan once for each step (under masks: with the params of that step). Bounded,
-    and said in `notes`: of the branches of a `cond` the dearest counts, of a `while` loop one round,
-    of ragged products all rows, in a `shard_map` every shard. Kernels of `pallas_call` and calls out of
-    XLA do not count, which `notes` says as well.
+    call, the body of a scan once for each step (under masks: with the params of that step). Some counts are
+    bounds, and `notes` says which: the dearest branch of a `cond`, one round of a `while` loop, all rows of a
+    ragged product, every shard of a `shard_map`. Kernels of `pallas_call` and calls out of XLA do not count,
+    which `notes` says as well.
 
     Args:
       function: a function of pytrees of arrays.
       *arguments: arrays or `jax.ShapeDtypeStruct`; the first is the params. Bools and strings are
         static.
-      masks: a tree like the first argument. Products with an entry that is zero because the masks
-        prune what it is made of are not counted then.
+      masks: a tree like the first argument. With masks, products with an entry that is zero because the
+        masks prune the params it is made of do not count.
       **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:

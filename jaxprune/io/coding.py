@@ -106,7 +106,7 @@ def encode(keep: np.ndarray) -> Pattern:
         unary = kept + int((gaps >> np.uint8(k)).sum(dtype=np.uint64))
         return -(-unary // 8) + k * -(-kept // 8)
 
-    # For random positions the best 2 ** k is about log(2) times the mean gap, so below size / kept. A larger k
+    # For random positions the best 2 ** k is about log(2) times the mean gap, below size / kept. A larger k
     # is not tried, and `fits` refuses it, so that sums stay small in `decode`.
     best = min(range((keep.size // kept).bit_length()), key=size)
     if best == 0:

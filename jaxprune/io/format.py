@@ -124,7 +124,7 @@ class Entry(NamedTuple):
         """The bits of a value."""
         if self.int8:
             return 8
-        # Bools that are stored because they are True need no values. With a mask, the stored entries are those
+        # Bools stored because they are True need no values. With a mask, the entries stored are those
         # that it keeps, True or False.
         return (
             0 if self.dtype == "bool" and self.kept is not None and self.mask != "kept" else BITS[self.dtype]

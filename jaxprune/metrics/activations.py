@@ -1,4 +1,4 @@
-"""Zeros among the values that a function computes on the way."""
+"""Zeros among the intermediate values of a function."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
 
 __all__ = ["Activation", "Activations", "activation_sparsity"]
 
-# They move entries and compute none: what they give is as sparse as what they take.
+# They move entries and compute none, so their outputs are as sparse as their inputs.
 _MOVES = (
     *("reshape", "transpose", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "squeeze", "rev"),
     *("slice", "dynamic_slice", "gather", "concatenate", "pad", "stop_gradient", "optimization_barrier"),
@@ -74,24 +74,24 @@ class Activations(tuple[Activation, ...]):
 def activation_sparsity(
     function: Callable[..., Any], *arguments: Any, everything: bool = False, **keywords: Any
 ) -> Activations:
-    """Counts exact zeros in the intermediate values of one call, a batch say.
+    """Count exact zeros in the intermediate values of one call, of a batch say.
 
-    The function's jaxpr is run as it is, under one `jit`, with a count beside each value. Nested calls
-    and scans are gone into; a `cond` and a `while` are run as a whole. Of values that depend on the
-    inputs, floating-point ones of one axis or more are looked at, each where it is computed: not
-    again where it is only reshaped, padded or sliced.
+    The jaxpr of the function is run under one `jit`, with a count beside each value. Nested calls and scans
+    are entered; a `cond` or a `while` runs as one equation. A value is counted if it depends on the inputs,
+    is floating-point and has an axis; once, where it is computed, and not again where it is only reshaped,
+    padded or sliced.
 
     Args:
-      function: a function of pytrees of arrays, `apply_fn(params, x)` say.
+      function: a function of pytrees of arrays, such as `apply_fn(params, x)`.
       *arguments: arrays; the first is the params. Bools and strings are static.
-      everything: also the values without zeros.
+      everything: also return the values without zeros.
       **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
       An `Activations`: a tuple of `Activation`.
 
     Raises:
-      ValueError: fewer than two arguments: nothing would depend on data.
+      ValueError: fewer than two arguments, so that no value depends on data.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -124,7 +124,7 @@ class _Watcher:
     """Runs jaxprs and counts zeros.
 
     Attributes:
-      seen: name, line and shape of the values counted, in order.
+      seen: name, line and shape of each value counted, in order.
     """
 
     def __init__(self):

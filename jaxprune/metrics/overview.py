@@ -1,4 +1,4 @@
-"""One table of a network: what is left of each layer, and what it computes."""
+"""One table of a network: the entries that each layer keeps, and the multiply-adds it computes."""
 
 import math
 from collections.abc import Callable
@@ -26,10 +26,10 @@ class Row(NamedTuple):
     Attributes:
       path: the param's path; or "other params", "no params", "prunable", "whole model".
       shape: the param's shape; None for a total.
-      size, kept: entries, and those the masks keep.
-      macs: multiply-adds, dense.
-      masked: under the masks, if there are any: what would be left if zeros cost nothing.
-      small: of the compacted network, if there is one: what it does compute.
+      size, kept: all entries, and those that the masks keep.
+      macs: multiply-adds of the dense network.
+      masked: multiply-adds under the masks, if zeros cost nothing; None without masks.
+      small: multiply-adds of the compacted network; None if there is none.
     """
 
     path: str
@@ -47,17 +47,17 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What `summary` returns; printing it gives a table of at most 80 columns.
+    """The result of `summary`; printing it gives a table of at most 80 columns.
 
     Attributes:
       rows: a `Row` for each layer, then the totals.
       compression: entries of the model over entries kept, see `metrics.compression`.
       speed_up: dense multiply-adds over those under the masks: the theoretical speed-up, which needs
         hardware that skips zeros.
-      small_compression, small_speed_up: the same of the compacted network, for which it takes none.
-      dense, masked, small: the full counts, with the operations and what is bounded.
-      xla: XLA's analysis of the dense and of the compacted network, where asked for.
-      notes: what is bounded, and why there is no compacted network if there is none.
+      small_compression, small_speed_up: the same for the compacted network, which needs no such hardware.
+      dense, masked, small: the full counts, with each operation, and notes on which counts are bounds.
+      xla: XLA's analysis of the dense and of the compacted network, if it was asked for.
+      notes: which counts are bounds, and why there is no compacted network.
     """
 
     rows: tuple[Row, ...]
@@ -72,7 +72,7 @@ class Summary(NamedTuple):
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and totals as plain Python values, for JSON."""
+        """Return rows and totals as plain Python values, for JSON."""
         return {
             "rows": [row._asdict() | {"sparsity": row.sparsity} for row in self.rows],
             "compression": self.compression,
@@ -86,11 +86,11 @@ class Summary(NamedTuple):
         }
 
     def to_csv(self) -> str:
-        """The rows, with exact counts."""
+        """Return the rows as CSV, with exact counts."""
         return csv_table(_HEADS, *map(_exact, self.rows))
 
     def to_markdown(self) -> str:
-        """The rows as a Markdown table, with exact counts."""
+        """Return the rows as a Markdown table, with exact counts."""
         return markdown_table(len(_HEADS) - 2, _HEADS, *map(_exact, self.rows))
 
     def __str__(self) -> str:
@@ -135,20 +135,20 @@ def summary(
     xla: bool = False,
     **keywords: Any,
 ) -> Summary:
-    """Parameters and multiply-adds of each layer: dense, under masks, compacted.
+    """Count entries and multiply-adds of each layer: dense, under masks, compacted.
 
-    A layer is a param that is prunable or that a product multiplies by; the other params are
-    one row, and products of two values that depend on data (attention) another.
+    A layer is a param that is prunable or that a product multiplies by. The other params share one row, and
+    products of two values that depend on data (attention) another.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: arrays, or `jax.ShapeDtypeStruct`.
-      *inputs: what to count with; counts are for the whole batch.
+      *inputs: example inputs; counts are for the whole batch.
       masks: bool masks like `params`; without them zeros in prunable params count as pruned entries, and
-        the function is counted dense only.
+        only the dense function is counted.
       where: which leaves count as prunable.
-      compacted: True to take out what the masks empty (`compact`, unverified) and count that as well;
-        False not to; or a `Compacted` that is there already.
+      compacted: True to compact the network by the masks (`compact`, without verification) and count that as
+        well; False not to; or a `Compacted` made before.
       xla: also compile, and ask XLA for FLOPs and memory.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
@@ -157,7 +157,8 @@ def summary(
 
     Raises:
       ValueError: masks that do not mirror `params`.
-      TypeError: an `apply_fn`, a `where` or a `compacted` that is none; a keyword.
+      TypeError: `apply_fn` or `where` is not a function, `compacted` is neither a bool nor a `Compacted`, or
+        there is another keyword.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -232,7 +233,7 @@ def summary(
 
 
 def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[str]) -> Any:
-    """The compacted network, or a note that says why there is none."""
+    """Return the compacted network, or None and a note that says why."""
     from jaxprune.graph.compaction import compact  # graph itself reports by this package
 
     try:
@@ -243,7 +244,7 @@ def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[
 
 
 def _kept(leaves: dict[str, Any], masks: Masks | None, where: Where) -> dict[str, int]:
-    """How many entries of each leaf are kept; without masks, the nonzeros of what may be pruned."""
+    """Return how many entries of each leaf are kept; without masks, the nonzeros of prunable leaves."""
     if masks is not None:
         return {path: int(np.count_nonzero(mask)) for path, mask in array_leaves(masks, "masks").items()}
     return {

@@ -1,4 +1,4 @@
-"""What became of each kernel, as a table."""
+"""How each kernel is stored, as a table."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ class Row(NamedTuple):
       form: how it is stored: "dense", "csr", "padded", "blocks" or "compact".
       dense: bytes of the dense kernel.
       stored: bytes in this form, indices included.
-      gain: how many times faster than the dense product it was, alone; of the best form if it stays
+      gain: how many times as fast as the dense product it was, alone; that of the best form if it stays
         dense; None if it was not measured.
       why: why it has this form.
     """
@@ -37,10 +37,10 @@ class SparseReport(NamedTuple):
 
     Attributes:
       rows: a `Row` for each param that its mask prunes.
-      gain: how many times faster than dense the whole call was; None if it was not measured, 1.0 if it
-        was, and stays dense.
+      gain: how many times as fast as dense the whole call was; None if it was not measured, 1.0 if it was
+        measured and stays dense.
       rounds: how often each call was timed.
-      platform: where.
+      platform: the platform it was timed on.
     """
 
     rows: tuple[Row, ...]
@@ -49,7 +49,7 @@ class SparseReport(NamedTuple):
     platform: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain Python values, for JSON."""
+        """Return the report as plain Python values, for JSON."""
         return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
