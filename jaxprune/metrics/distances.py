@@ -41,9 +41,9 @@ class Overlap(NamedTuple):
 def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Overlap]:
     """Compare two masks leaf by leaf and together, beside the overlap of random masks.
 
-    If two random masks keep a and b of the n entries of a leaf, they share `a b / n` on average, with variance
-    `a b (n - a) (n - b) / (n^2 (n - 1))` (hypergeometric). Two pruned networks that share little more than
-    that do not have the same subnetwork, though perhaps the same density in each layer.
+    If two random masks keep a and b of the n entries of a leaf, they share `a b / n` on average, with
+    variance `a b (n - a) (n - b) / (n^2 (n - 1))` (hypergeometric). Two pruned networks that share little
+    more than that do not have the same subnetwork, though perhaps the same density in each layer.
 
     Args:
       masks, others: two masks of the same params.
