@@ -211,7 +211,7 @@ def table(
         some = [leaves[path] for path in paths]
         return row(name, sum(map(_nonzeros, some)), sum(leaf.size for leaf in some))
 
-    rows = [("leaf", "shape", "kept", "size", "sparsity")]
+    rows: list[tuple[str, ...]] = [("leaf", "shape", "kept", "size", "sparsity")]
     for path, leaf in leaves.items():
         rows.append(row(path, _nonzeros(leaf), leaf.size, leaf.shape))
         for name, layer in layers.get(path, {}).items():

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.counting.multiply_adds import Macs, macs
 from jaxprune.counting.sizes import nonzeros, ratio
 from jaxprune.counting.xla import Cost, cost
+from jaxprune.graph.compaction import compact
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import shown
 from jaxprune.tree.masks import like_params
@@ -234,8 +235,6 @@ def summary(
 
 def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[str]) -> Any:
     """Return the compacted network, or None and a note that says why."""
-    from jaxprune.graph.compaction import compact  # graph itself reports by this package
-
     try:
         return compact(apply_fn, params, masks, *inputs, verify=False)
     except (ValueError, TypeError, NotImplementedError) as error:

@@ -15,7 +15,7 @@ from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
 from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
-from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
+from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.masks import apply_masks, like_params
@@ -240,11 +240,8 @@ def _kernels(
 
 
 def _has_product(eqn: Any) -> bool:
-    return any(
-        inner.primitive.name in PRODUCTS or _has_product(inner)
-        for jaxpr in inner_jaxprs(eqn)
-        for inner in jaxpr.jaxpr.eqns
-    )
+    bodies = (closed for inner in inner_jaxprs(eqn) for closed in nested_jaxprs(inner))
+    return any(inner.primitive.name in PRODUCTS for body in bodies for inner in body.jaxpr.eqns)
 
 
 def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], chosen: Chosen) -> Row:

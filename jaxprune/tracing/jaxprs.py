@@ -30,6 +30,7 @@ __all__ = [
     "inner_jaxprs",
     "interpret",
     "is_library_call",
+    "nested_jaxprs",
     "of_first",
     "place",
     "run_equations",
@@ -248,6 +249,14 @@ def inner_jaxprs(eqn: "JaxprEqn") -> Iterator["ClosedJaxpr"]:
     for param in jax.tree.leaves(list(eqn.params.values())):
         if hasattr(param, "eqns"):
             yield close(param)
+
+
+def nested_jaxprs(closed: "ClosedJaxpr") -> Iterator["ClosedJaxpr"]:
+    """Yield a jaxpr and all jaxprs inside its equations, at any depth."""
+    yield closed
+    for eqn in closed.jaxpr.eqns:
+        for inner in inner_jaxprs(eqn):
+            yield from nested_jaxprs(inner)
 
 
 def close(jaxpr: "Jaxpr | ClosedJaxpr") -> "ClosedJaxpr":
