@@ -64,7 +64,7 @@ def shorten(text: str, width: int, mark: str = "...") -> str:
 
     Example:
       >>> shorten("encoder/layers/0/kernel", 16)
-      '...ayers/0/kernel'
+      '...yers/0/kernel'
     """
     return text if len(text) <= width else mark + text[len(mark) - width :]
 
