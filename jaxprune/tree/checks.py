@@ -1,7 +1,9 @@
 """Checks of arguments other than trees of arrays: numbers, integers, functions, keys, states."""
 
 import contextlib
+import difflib
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -44,6 +46,16 @@ def shown(value: Any) -> str:
         listing = ", ".join(f"{path} {describe(leaf)}" for path, leaf in leaves if is_array(leaf))
         return f"a {type(value).__name__} of arrays, {listing}"[:200]
     return repr(value)[:200]
+
+
+def closest(name: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed name that is most like a misspelt one, for "did you mean"; None if none is like it.
+
+    Example:
+      >>> closest("sparcity", ["score", "sparsity"]), closest("xyz", ["score"])
+      ('sparsity', None)
+    """
+    return next(iter(difflib.get_close_matches(name[:60], list(allowed), 1)), None)
 
 
 def name_of(function: Any) -> str:
