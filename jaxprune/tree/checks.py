@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune.tree.leaves import describe, is_array, is_concrete
 from jaxprune.tree.paths import leaf_paths
@@ -150,6 +151,11 @@ def as_integer(
         allowed += f" below {below}" if number >= below else ""
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}.")
     return number
+
+
+def is_traced_integer(value: Any) -> bool:
+    """Return whether a value is a traced integer without axes, which `as_integer` cannot read."""
+    return isinstance(value, Tracer) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
 
 
 def check_function(function: Any, name: str, what: str) -> None:
