@@ -278,11 +278,7 @@ ONE, SOME = [jnp.arange(4.0)], [jnp.ones(4, bool)]
         (([], [], 1), ValueError, "got 0 arrays of scores and 0 of what is alive"),
         ((ONE, SOME * 2, 1), ValueError, "got 1 arrays of scores and 2 of what is alive"),
         ((ONE, SOME, -1), ValueError, "count must be an integer of 0 or more, got -1"),
-        (
-            (ONE, SOME, 2**63),
-            ValueError,
-            "count must be .* below .*, got 9223372036854775808",
-        ),
+        ((ONE, SOME, 2**63), ValueError, "count must be .* below .*, got 9223372036854775808"),
         ((ONE, SOME, 1.5), TypeError, "count must be an integer of 0 or more, got 1.5"),
         ((ONE, SOME, np.array([1])), TypeError, r"count must be an integer of 0 or more, got array"),
         ((ONE, SOME, np.float32(1)), TypeError, "count must be an integer of 0 or more, got .*1"),
