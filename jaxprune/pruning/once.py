@@ -486,14 +486,14 @@ def _warn_about_equal_numbers(
     """Warn of stacks that keep more or fewer units than was asked for."""
     for name, family in target.equal.items():
         asked, got = (
-            [int(jnp.sum(units.alive[layer] & ~gone[layer])) for layer in family.names]
-            for gone in (pooled, removed)
+            [int(jnp.sum(units.alive[layer] & ~lowest[layer])) for layer in family.names]
+            for lowest in (pooled, removed)
         )
         if sum(asked) != sum(got):
-            each = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
+            numbers = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
             warnings.warn(
                 f"{name}: {sum(got)} units are kept where the target asks for {sum(asked)}, because a stack "
-                f"keeps equally many in each of its {len(got)} layers: {each}. With scope='layerwise' each "
+                f"keeps equally many in each of its {len(got)} layers: {numbers}. With scope='layerwise' each "
                 "layer, or stack, has a target of its own.",
                 stacklevel=4,
             )

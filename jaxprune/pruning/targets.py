@@ -38,7 +38,7 @@ class Target(NamedTuple):
 
     Attributes:
       competing: the sets of pools that compete.
-      counts: by set, how many units are removed; beyond what the floors allow none are.
+      counts: by set, how many units are removed: fewer where the floors do not allow so many.
       floors: by pool, how many units stay at least.
       includes_pruned: whether the counts include units that are pruned already.
       equal: by name, the stacks of which each layer keeps equally many units, the number nearest to what its
