@@ -490,10 +490,10 @@ def _warn_about_equal_numbers(
             for lowest in (pooled, removed)
         )
         if sum(asked) != sum(got):
-            numbers = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
+            kept = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
             warnings.warn(
                 f"{name}: {sum(got)} units are kept where the target asks for {sum(asked)}, because a stack "
-                f"keeps equally many in each of its {len(got)} layers: {numbers}. With scope='layerwise' each "
+                f"keeps equally many in each of its {len(got)} layers: {kept}. With scope='layerwise' each "
                 "layer, or stack, has a target of its own.",
                 stacklevel=4,
             )
