@@ -82,7 +82,8 @@ from jaxprune.tree.masks import (
 )
 
 # Which leaves take part
-from jaxprune.tree.paths import all_of, any_of, kernels, leaf_paths, matching, not_
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import all_of, any_of, kernels, matching, not_
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [

@@ -24,8 +24,8 @@ from jaxprune.graph.report import Report, report
 from jaxprune.tracing.jaxprs import abstract, explicit_sharding, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
-from jaxprune.tree.paths import array_leaves, is_array, is_concrete
 from jaxprune.tree.stacks import Stacked, join_layers, layer_indices, layer_name, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Where
 

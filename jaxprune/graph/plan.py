@@ -19,8 +19,9 @@ from jaxprune.graph.engine.rules.slices import take
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tracing.jaxprs import explicit_sharding
 from jaxprune.tree.checks import check_function
+from jaxprune.tree.leaves import array_leaves, describe, is_array
 from jaxprune.tree.masks import packed_like, restore_packed, unpack_masks
-from jaxprune.tree.paths import array_leaves, describe, is_array, leaf_paths
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacks, layer_indices, layer_name, layer_shape
 from jaxprune.typing import DenseShapes, PrunerState, Where
 

@@ -17,7 +17,7 @@ from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
 from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.kernel_names import is_adapter
-from jaxprune.tree.paths import kernels
+from jaxprune.tree.where import kernels
 
 
 class _Flow(IntEnum):

@@ -16,7 +16,7 @@ import jaxprune as jp
 from jaxprune.graph import Plan, channel_groups, compact
 from jaxprune.graph.modules.nnx import compact_module
 from jaxprune.graph.modules.widths import linen_widths
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from tests.zoo.common import attend, draw
 from tests.zoo.plain import LayerNormMLP
 from tests.zoo.sequence import LSTMNNX

@@ -13,8 +13,8 @@ from jaxprune.graph import compact
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import scan_split
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.masks import apply_masks
-from jaxprune.tree.paths import array_leaves
 from jaxprune.tree.stacks import join_layers, split_layers
 
 TOLERANCE = 1e-12

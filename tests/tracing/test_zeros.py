@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxprune.tracing.zeros import zero_where
-from jaxprune.training.optimizer import twins
+from jaxprune.tree.mirrors import match_leaves_to_params
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
 
@@ -48,7 +48,7 @@ def test_rules():
 def test_of_optimizers(optimizer, zeros):
     """What is said to be 0 is; and of those in daily use, it is said."""
     given = (PARAMS, optimizer.init(PARAMS), PARAMS)
-    indices = twins(given, PARAMS)
+    indices = match_leaves_to_params(given, PARAMS)
     keep = [np.array([[1, 0, 1], [0, 1, 1]]), np.array([[0, 1, 1], [1, 0, 1]])]
     rng = np.random.default_rng(0)
     leaves, treedef = jax.tree.flatten(given)
@@ -64,7 +64,9 @@ def test_of_optimizers(optimizer, zeros):
     found = of(update, [frozenset() if i is None else frozenset({i}) for i in indices], *given)
     after = update(*given)
     said = []
-    for leaf, where, i in zip(jax.tree.leaves(after), found, twins(after, PARAMS), strict=True):
+    for leaf, where, i in zip(
+        jax.tree.leaves(after), found, match_leaves_to_params(after, PARAMS), strict=True
+    ):
         if i is not None:
             said.append(where is None or i in where)
             assert not said[-1] or not np.asarray(leaf)[keep[i] == 0].any()

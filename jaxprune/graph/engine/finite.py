@@ -11,7 +11,7 @@ from jaxprune.graph.engine.divisors import find_divisors
 from jaxprune.graph.engine.ir import Value, is_differentiable
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.typing import Params
 
 _NEAR = 16.0

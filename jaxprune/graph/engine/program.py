@@ -18,7 +18,8 @@ from jaxprune.graph.engine.rules.calls import tie
 from jaxprune.graph.engine.rules.choices import pin_choices
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.checks import check_function
-from jaxprune.tree.paths import array_leaves, describe, leaf_paths
+from jaxprune.tree.leaves import array_leaves, describe
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacks, layer_indices, layer_name
 from jaxprune.typing import Params
 

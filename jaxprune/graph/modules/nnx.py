@@ -13,8 +13,9 @@ from jaxprune.graph.equivalence import compare, new_numbers, ops_of
 from jaxprune.graph.modules.widths import Changes, UnfitError, fix_widths, width_dependent_layers
 from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import check_masks, like_params, unpack_masks
-from jaxprune.tree.paths import array_leaves, is_concrete, leaf_paths
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params
 
 
