@@ -19,7 +19,7 @@ from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_rec
 from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_each, pool_sizes, target_of
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
-from jaxprune.selection.lazy_scores import LazyScores
+from jaxprune.selection.lazy_scores import LazyScores, stored_scores
 from jaxprune.structures import Structure, Units, elements
 from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
@@ -37,6 +37,7 @@ from jaxprune.tree.stacks import (
     join_masks,
     layer_indices,
     layer_name,
+    layer_shape,
     leaf_of_layer,
     split_layers,
     take_layer,
@@ -339,7 +340,10 @@ def _sources(
 
         # Where masks have values, one program serves those that prune nothing as well.
         alive = None if unpruned and not is_concrete(raw[path]) else masks[path]
-        return LazyScores(read_layer if axes else read_leaf, (recipe.inputs, alive))
+        part = jax.ShapeDtypeStruct(layer_shape(raw[path].shape, axes) if axes else raw[path].shape, dtype)
+        # `inline`: the passes of a selection read the scores again and again, but Python runs this once.
+        read = jax.jit(read_layer if axes else read_leaf, inline=True)
+        return LazyScores(read, (recipe.inputs, alive), part=part)
 
     sources = {}
     for path in raw:
@@ -384,7 +388,7 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     """Return, by pool, the units that a target removes."""
     names = [name for pools in target.competing.values() for name in pools]
     removal = Removal(
-        groups=tuple([number for number, pools in enumerate(target.competing.values()) for _ in pools]),
+        competing=tuple([number for number, pools in enumerate(target.competing.values()) for _ in pools]),
         counts=tuple(map(target.counts.__getitem__, target.competing)),
         floors=tuple(map(target.floors.__getitem__, names)),
         includes_pruned=target.includes_pruned,
@@ -392,8 +396,7 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     pairs = [(units.scores[name], units.alive[name]) for name in names]
     if units.sources or not is_concrete(removal.counts, pairs):
         sources = [
-            units.sources.get(name, LazyScores(lambda stored: stored, pair))
-            for name, pair in zip(names, pairs, strict=True)
+            units.sources.get(name, stored_scores(*pair)) for name, pair in zip(names, pairs, strict=True)
         ]
         if not is_concrete(removal.counts, [source.inputs for source in sources]):
             return dict(zip(names, select(sources, removal), strict=True))

@@ -308,12 +308,12 @@ class ScheduleTable(NamedTuple):
         """
         row = jnp.minimum(position.reached, self.last)
         # In two halves, because a count may be more than an int32 holds.
-        counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.wide(self.removed))
+        counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(self.removed))
         if self.fractions is not None:
             taken_over = self._counts_of_remaining(position, alive, competing)
             counts = big_counts.where(position.follows, counts, taken_over)
         # By name: JAX sorts the keys of dicts, so pools may come in another order than the table has.
-        return {name: big_counts.take(counts, self.competing.index(name)) for name in competing}
+        return {name: big_counts.pick(counts, self.competing.index(name)) for name in competing}
 
     def _counts_of_remaining(
         self, position: Position, alive: Mapping[str, jax.Array], competing: Competing
@@ -328,7 +328,7 @@ class ScheduleTable(NamedTuple):
         assert self.fractions is not None
         pools = [competing[name] for name in self.competing]
         left = _num_alive([[alive[pool] for pool in names] for names in pools])
-        sizes = big_counts.wide(np.array([sum(alive[pool].size for pool in names) for names in pools]))
+        sizes = big_counts.big(np.array([sum(alive[pool].size for pool in names) for names in pools]))
         fractions = big_counts.fraction(self.fractions)
         row = jnp.minimum(position.reached, len(self.fractions) - 1)
         more = jax.jit(big_counts.rounded_product)(
@@ -337,7 +337,9 @@ class ScheduleTable(NamedTuple):
         removed = sizes - left
         if self.max_removed is not None:
             total = _total(removed)
-            allowed = big_counts.maximum(big_counts.wide(self.max_removed) - total, big_counts.none(total))
+            allowed = big_counts.maximum(
+                big_counts.big(self.max_removed) - total, big_counts.zeros_like(total)
+            )
             more = _scaled_down(more, allowed)
         return removed + more
 
@@ -411,7 +413,7 @@ def _schedule_number(
 @jax.jit
 def _num_alive(alive: Any) -> BigCount:
     """Return how many units each set of competing pools has left."""
-    return big_counts.stack([_sum([big_counts.wide(count_true(each)) for each in pools]) for pools in alive])
+    return big_counts.stack([_sum([big_counts.big(count_true(each)) for each in pools]) for pools in alive])
 
 
 def _sum(counts: list[BigCount]) -> BigCount:
@@ -419,7 +421,7 @@ def _sum(counts: list[BigCount]) -> BigCount:
 
 
 def _total(counts: BigCount) -> BigCount:
-    return big_counts.take(big_counts.total(counts), (..., 0))
+    return big_counts.pick(big_counts.total(counts), (..., 0))
 
 
 @jax.jit
@@ -443,8 +445,8 @@ def _scaled_down(more: BigCount, allowed: BigCount) -> BigCount:
         BigCount(high.astype(jnp.int32), (part - high * 65536.0).astype(jnp.int32)), more
     )
     room, rest = more - parts, allowed - _total(parts)
-    before = big_counts.take(big_counts.running(room), slice(-1))
-    extra = big_counts.maximum(big_counts.minimum(rest - before, room), big_counts.none(room))
+    before = big_counts.pick(big_counts.prefix_sums(room), slice(-1))
+    extra = big_counts.maximum(big_counts.minimum(rest - before, room), big_counts.zeros_like(room))
     return big_counts.where(allowed < total, parts + extra, more)
 
 

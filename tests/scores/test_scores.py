@@ -260,7 +260,7 @@ def test_products_need_gradients_of_real_leaves(score):
     with pytest.raises(ValueError, match=r"grads must have the tree structure of params. Missing: b"):
         score(PARAMS, grads={"a": GRADS["a"]})
     with pytest.raises(
-        TypeError, match=rf"params\['w'\] is complex64\[2\]; scores.{score.__name__} is of real"
+        TypeError, match=rf"params\['w'\] is complex64\[2\]; scores.{score.__name__} needs real"
     ):
         score({"w": jnp.ones(2, jnp.complex64)}, grads={"w": jnp.ones(2)})
     with pytest.raises(TypeError, match=r"grads\['w'\] is complex64\[2\]"):

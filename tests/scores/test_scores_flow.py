@@ -140,7 +140,7 @@ def test_synflow_refuses_tokens_and_complex_leaves():
     with pytest.raises(TypeError, match=r"real floating-point with a leading batch axis, got int32\[1, 5\]"):
         jp.scores.synflow(bias_free_net, jnp.ones((1, 5), jnp.int32))
     with pytest.raises(
-        TypeError, match=r"params\['kernel'\] is complex64\[1, 1\]; scores.synflow is of real"
+        TypeError, match=r"params\['kernel'\] is complex64\[1, 1\]; scores.synflow needs real"
     ):
         jp.scores.synflow(lambda p, x: x @ p["kernel"], jnp.ones((1, 1)))(
             {"kernel": jnp.ones((1, 1), complex)}
