@@ -1,4 +1,4 @@
-"""What a pass of a selection reads of a leaf, whole or by its parts on devices, against numpy."""
+"""What a pass of a selection reads of a leaf, on one device or in parts on several, against numpy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Searches for thresholds against counting by numpy, and in how few passes they find them."""
+"""Searches for thresholds against counts by numpy, and the number of passes they take."""
 
 import functools
 
@@ -100,7 +100,7 @@ def test_a_range_is_searched_again_where_a_leaf_gives_less_than_lies_below(big):
         *map(big_counts.to_numpy, now[2:5]),
         np.asarray(now.open),
     ]
-    # Of the first the threshold is one of the keys below 7, of which there are five.
+    # The first leaf gives 4 entries, but has 5 keys below 7: its threshold is one of those.
     expected = [[-3, 7, 7], [6, 9, 9], [0, 5, 5], [5, 8, 8], [20, 20, 20], [True, False, False]]
     np.testing.assert_array_equal(np.array(got, int), np.array(expected, int))
 
