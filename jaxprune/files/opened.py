@@ -1,4 +1,4 @@
-"""Opening a file to read, if it is one that ends."""
+"""Opening a regular file to read; a pipe or a device might never end."""
 
 import os
 import stat
@@ -7,16 +7,18 @@ from typing import BinaryIO
 
 from jaxprune.tree.checks import shown
 
+__all__ = ["FileError", "open_file"]
+
 
 class FileError(ValueError):
     """A file that is damaged, not of this format, or not what was asked for; the message says which."""
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file to read.
+    """Open a regular file to read.
 
     Raises:
-      FileError: a pipe or a device, reading which may never end; a path with a null character.
+      FileError: a pipe or a device, which might never end; a path with a null character.
       OSError: there is no such file, or it cannot be read.
 
     Example:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.tracing.jaxprs import nested_jaxprs
 from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Params
 
@@ -32,30 +33,19 @@ class Ops(NamedTuple):
 
 def ops_of(function: Function, params: Params, arrays: dict[str, Any]) -> Ops:
     """Traces a function and reads its ops, those of inner functions too."""
-    from jax.extend.core import ClosedJaxpr, Jaxpr, Literal  # slow to import
-
     numbers: Counter[tuple[str, str]] = Counter()
     eps, draws = [0.0], [False]
-
-    def walk(jaxpr: Any) -> None:
-        if isinstance(jaxpr, ClosedJaxpr):
-            for constant in jaxpr.consts:
-                if not jnp.issubdtype(constant.dtype, jax.dtypes.extended):
-                    # Once each: a smaller table repeats its numbers less often.
-                    numbers.update(("constant", str(n)) for n in np.unique(np.asarray(constant)).tolist())
-            jaxpr = jaxpr.jaxpr
-        for eqn in jaxpr.eqns:
+    for closed in nested_jaxprs(jax.make_jaxpr(function)(params, arrays)):
+        for constant in closed.consts:
+            if not jnp.issubdtype(constant.dtype, jax.dtypes.extended):
+                # Once each: a smaller table repeats its numbers less often.
+                numbers.update(("constant", str(n)) for n in np.unique(np.asarray(constant)).tolist())
+        for eqn in closed.jaxpr.eqns:
             name = eqn.primitive.name
             draws.append(name in ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform"))
-            numbers.update((name, str(np.asarray(v.val))) for v in eqn.invars if isinstance(v, Literal))
+            numbers.update((name, str(np.asarray(v.val))) for v in eqn.invars if hasattr(v, "val"))
             dtypes = [v.aval.dtype for v in eqn.outvars if hasattr(v.aval, "dtype")]
             eps.extend(float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating))
-            for value in eqn.params.values():
-                for inner in value if isinstance(value, tuple | list) else [value]:
-                    if isinstance(inner, ClosedJaxpr | Jaxpr):
-                        walk(inner)
-
-    walk(jax.make_jaxpr(function)(params, arrays))
     return Ops(numbers, max(eps), any(draws))
 
 

@@ -20,6 +20,7 @@ from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked, Stacks, layer_name, stacks_of
+from jaxprune.tree.tables import shorten
 from jaxprune.typing import Params, Where
 
 _CALL = "channel_groups(apply_fn, params, *inputs)"
@@ -489,12 +490,11 @@ def _table(groups: ChannelGroups) -> str:
     width, left = 79, 33
     lines = [f"{'group':<25}{'units':>5}  members"]
     for group in groups.groups:
-        name = group.name if len(group.name) <= 24 else "..." + group.name[-21:]
         members = _listing(
             [f"{m.path}[{m.axis}]{_times(m)}{'(divisor)' if m.divisor else ''}" for m in group.members]
         )
         wrapped = textwrap.wrap(members, width - left + 1, break_on_hyphens=False)
-        lines.append(f"{name:<24}{group.units:>6}  {wrapped[0]}")
+        lines.append(f"{shorten(group.name, 24):<24}{group.units:>6}  {wrapped[0]}")
         lines += [" " * 32 + line for line in wrapped[1:]]
         if group.why_not is not None:
             lines += textwrap.wrap(

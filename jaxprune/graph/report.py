@@ -1,7 +1,6 @@
 """What compaction gained, as a table."""
 
 import math
-import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import jax
 
 from jaxprune.counting.multiply_adds import macs as count_macs
 from jaxprune.counting.timing import latency
+from jaxprune.tree.tables import shorten, text_lines, wrapped
 
 
 class Report(NamedTuple):
@@ -30,18 +30,16 @@ class Report(NamedTuple):
     stayed: tuple[Any, ...]
 
     def __str__(self) -> str:
-        lines = [f"{'':<28}{'dense':>14}{'small':>14}{'ratio':>9}"]
-        lines.append(_row("params", *self.params))
+        rows = [("", "dense", "small", "ratio"), _row("params", *self.params)]
         if self.macs is not None:
-            lines.append(_row("multiply-adds", *self.macs))
+            rows.append(_row("multiply-adds", *self.macs))
         if self.seconds is not None:
             dense, small = self.seconds
-            lines.append(f"{'time':<28}{'1':>14}{f'{small / dense:.2f}':>14}{f'{dense / small:.2f} x':>9}")
-        for path, (dense, small) in self.axes.items():
-            name = path if len(path) <= 35 else "..." + path[-32:]
-            lines.append(f"{name:<36}{_shape(dense):>20}{_shape(small):>20}")
+            rows.append(("time", "1", f"{small / dense:.2f}", f"{dense / small:.2f} x"))
+        axes = [(shorten(path, 35), *map(_shape, shapes)) for path, shapes in self.axes.items()]
+        lines = text_lines("{:<28}{:>14}{:>14}{:>9}", *rows) + text_lines("{:<36}{:>20}{:>20}", *axes)
         for stayed in self.stayed:
-            lines += textwrap.wrap(str(stayed), 78, subsequent_indent="  ")
+            lines += wrapped(str(stayed))
         return "\n".join(lines)
 
 
@@ -86,8 +84,8 @@ def _size(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def _row(name: str, dense: int, small: int) -> str:
-    return f"{name:<28}{dense:>14,}{small:>14,}{f'{dense / max(small, 1):.2f} x':>9}"
+def _row(name: str, dense: int, small: int) -> tuple[str, str, str, str]:
+    return name, f"{dense:,}", f"{small:,}", f"{dense / max(small, 1):.2f} x"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

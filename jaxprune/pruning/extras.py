@@ -1,11 +1,10 @@
 """Extra keyword arguments of a score: which names it reads, and the error for the others."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxprune.tree.checks import name_of
+from jaxprune.tree.checks import closest, name_of
 
 _NOT_EXTRA = ("params", "grads", "key")
 
@@ -81,6 +80,6 @@ def check_extra(
 
 def unread(name: str, who: str, where: str, known: Iterable[str]) -> TypeError:
     """Return the error for an argument that nothing reads, with the name that may have been meant."""
-    close = difflib.get_close_matches(name, [each for each in known if each != "extra"], 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    close = closest(name, [each for each in known if each != "extra"])
+    hint = f" Did you mean {close!r}?" if close else ""
     return TypeError(f"{who} takes no argument {name!r}, {where}.{hint}")

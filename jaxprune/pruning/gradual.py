@@ -47,7 +47,7 @@ from jaxprune.pruning.targets import (
 )
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import Count, to_numpy
-from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures import Structure, Units
 from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
@@ -69,8 +69,6 @@ from jaxprune.typing import (
     Scores,
     Where,
 )
-
-_ENTRIES = elements().name
 
 
 def pruner(
@@ -392,7 +390,7 @@ def _described(scores: ScoreFn, target: ScheduledTarget) -> str:
     asked = each[0] if one else f"{len(each)} targets by path, {', '.join(dict.fromkeys(each))}"
     options = [f"every={target.grid.every}", f"scope={target.scope!r}"]
     options += [f"of={target.of!r}"] if target.of != "total" else []
-    options += [] if target.structure.name == _ENTRIES else [f"structure={target.structure.name}"]
+    options += [] if target.structure.elementwise else [f"structure={target.structure.name}"]
     return f"pruner({name_of(scores)}, {asked}, {', '.join(options)})"
 
 
@@ -460,5 +458,5 @@ def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stac
         at_stop = target.count_at_stop(sum(sizes.values()))
         asked = asked if at_stop is None else min(asked, at_stop)
     kept = sum(int(jnp.sum(units)) for units in alive.values())
-    unit = "entries" if structure.name == _ENTRIES else f"units of {structure.name}"
+    unit = "entries" if structure.elementwise else f"units of {structure.name}"
     return Progress(unit, kept, sum(sizes.values()), asked, stacks)

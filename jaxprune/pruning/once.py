@@ -339,7 +339,7 @@ def _sources(
             return scores.astype(dtype), None if alive is None else take(alive)
 
         # Where masks have values, one program serves those that prune nothing as well.
-        alive = None if unpruned and not is_concrete(raw[path]) else masks[path]
+        alive = None if unpruned and isinstance(raw[path], Tracer) else masks[path]
         part = jax.ShapeDtypeStruct(layer_shape(raw[path].shape, axes) if axes else raw[path].shape, dtype)
         # `inline`: the passes of a selection read the scores again and again, but Python runs this once.
         read = jax.jit(read_layer if axes else read_leaf, inline=True)
@@ -348,8 +348,11 @@ def _sources(
     sources = {}
     for path in raw:
         axes = stacks.get(path, ())
+        if not axes:
+            sources[path] = source(path)
+            continue
         for index in layer_indices(raw[path].shape, axes):
-            sources[layer_name(path, index) if axes else path] = source(path, axes, index)
+            sources[layer_name(path, index)] = source(path, axes, index)
     return sources
 
 
@@ -396,7 +399,8 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     pairs = [(units.scores[name], units.alive[name]) for name in names]
     if units.sources or not is_concrete(removal.counts, pairs):
         sources = [
-            units.sources.get(name, stored_scores(*pair)) for name, pair in zip(names, pairs, strict=True)
+            units.sources[name] if name in units.sources else stored_scores(*pair)
+            for name, pair in zip(names, pairs, strict=True)
         ]
         if not is_concrete(removal.counts, [source.inputs for source in sources]):
             return dict(zip(names, select(sources, removal), strict=True))
@@ -482,14 +486,14 @@ def _warn_about_equal_numbers(
     """Warn of stacks that keep more or fewer units than was asked for."""
     for name, family in target.equal.items():
         asked, got = (
-            [int(jnp.sum(units.alive[layer] & ~gone[layer])) for layer in family.names]
-            for gone in (pooled, removed)
+            [int(jnp.sum(units.alive[layer] & ~lowest[layer])) for layer in family.names]
+            for lowest in (pooled, removed)
         )
         if sum(asked) != sum(got):
-            each = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
+            kept = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
             warnings.warn(
                 f"{name}: {sum(got)} units are kept where the target asks for {sum(asked)}, because a stack "
-                f"keeps equally many in each of its {len(got)} layers: {each}. With scope='layerwise' each "
+                f"keeps equally many in each of its {len(got)} layers: {kept}. With scope='layerwise' each "
                 "layer, or stack, has a target of its own.",
                 stacklevel=4,
             )

@@ -1,7 +1,6 @@
 """Scores of params: a score function is checked and called, a tree of scores is only checked."""
 
 import contextlib
-import difflib
 import functools
 import inspect
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxprune import scores as score_functions
 from jaxprune.pruning.extras import named_by
 from jaxprune.tracing.recompute import Recomputation, with_recipes
-from jaxprune.tree.checks import shown
+from jaxprune.tree.checks import closest, shown
 from jaxprune.tree.dtypes import is_narrow, is_numeric
 from jaxprune.tree.leaves import Leaves, array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.mirrors import mirrored
@@ -109,7 +108,7 @@ def check_score_is_no_name(scores: Any) -> None:
             "a pruner is no score: call pruner.update(pruner.init(params), params) for its masks."
         )
     if isinstance(scores, str):
-        name = (difflib.get_close_matches(scores, score_functions.__all__, 1) or ["magnitude"])[0]
+        name = closest(scores, score_functions.__all__) or "magnitude"
         raise TypeError(
             f"scores must be a function or a tree of arrays, got the string {shown(scores)}: pass "
             f"jaxprune.scores.{name} itself."

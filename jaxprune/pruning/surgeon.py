@@ -5,11 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
-from jaxprune.tree.checks import as_integer, check_function
+from jaxprune.tree.checks import as_integer, check_function, is_traced_integer
 from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.where import kernels, selected
@@ -106,8 +105,8 @@ def optimal_brain_surgeon(
 
 
 def _checked_count(count: Any, alive: jax.Array) -> Any:
-    traced = isinstance(count, Tracer) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
-    count = count if traced else as_integer(count, "count", what="weights to remove")
+    if not is_traced_integer(count):
+        count = as_integer(count, "count", what="weights to remove")
     if is_concrete(count, alive) and not 0 <= int(count) <= int(jnp.sum(alive)):
         raise ValueError(f"count={count} is out of range: there are {int(jnp.sum(alive))} weights to remove.")
     return count

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from jaxprune.schedules import check_sparsity
 from jaxprune.selection.exact import removed_count
 from jaxprune.selection.search import count_true
 from jaxprune.structures import Structure, Units
-from jaxprune.tree.checks import as_integer, scalar, shown
+from jaxprune.tree.checks import as_integer, is_traced_integer, scalar, shown
 from jaxprune.tree.dtypes import is_narrow
 from jaxprune.tree.leaves import is_array, is_concrete
 from jaxprune.tree.stacks import Family
@@ -39,7 +38,7 @@ class Target(NamedTuple):
 
     Attributes:
       competing: the sets of pools that compete.
-      counts: by set, how many units are removed; beyond what the floors allow none are.
+      counts: by set, how many units are removed: fewer where the floors do not allow so many.
       floors: by pool, how many units stay at least.
       includes_pruned: whether the counts include units that are pruned already.
       equal: by name, the stacks of which each layer keeps equally many units, the number nearest to what its
@@ -336,7 +335,7 @@ def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -
     counts = per_pool(count, sizes, "count", 0, scope)
     for name, number in counts.items():
         what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
-        if isinstance(number, Tracer) and number.shape == () and jnp.issubdtype(number.dtype, jnp.integer):
+        if is_traced_integer(number):
             continue
         try:
             known = as_integer(number, what)

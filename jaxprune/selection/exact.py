@@ -44,8 +44,8 @@ from jaxprune.selection.lazy_scores import (
 from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
 from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
-from jaxprune.tree.checks import check_array, check_number, shown
-from jaxprune.tree.leaves import describe, is_concrete
+from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
+from jaxprune.tree.leaves import is_concrete
 
 _BITS, _TIE_BITS = 4, 2
 """How many bits a pass finds of a threshold, and of a position among ties.
@@ -127,23 +127,14 @@ def lowest(
       [[False, True], [False, True]]
     """
     _check_lists(scores, alive)
-    _check_count(count)
+    if not is_traced_integer(count):
+        as_integer(count, "count", at_least=0)
     one_set = (0,) * len(scores)
     removal = Removal(one_set, (count,), floors=one_set)
     if specs is None:
         return select_arrays(scores, alive, removal)
     arrays = zip(scores, alive, specs, strict=True)
     return select([stored_scores(s, a, _mesh_axes(spec, s.ndim)) for s, a, spec in arrays], removal)
-
-
-def _check_count(count: Any) -> None:
-    if isinstance(count, int):
-        if not 0 <= count < 2**63:
-            raise ValueError(f"count must be 0 or more, got {shown(count)}.")
-        return
-    check_array(count, "count")
-    if count.shape or not jnp.issubdtype(count.dtype, jnp.integer):
-        raise TypeError(f"count must be one integer, got {describe(count)}.")
 
 
 def _check_lists(scores: Any, alive: Any) -> None:

@@ -1,15 +1,14 @@
 """The result of a sensitivity analysis: points, as a table, as CSV, as a plot."""
 
-import csv
-import io
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from jaxprune.tree.tables import csv_table, shorten, text_lines, wrapped
 
 _WIDTH, _CELL = 80, 9
 
@@ -86,16 +85,15 @@ class Sensitivity:
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return a line of headings and a line per point as text; also write it to a file, given its path."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         fields = ("name", "sparsity", "achieved", "kept", "size", self.metric, "drop", "notes")
-        writer.writerow([*fields, *self.others])
+        rows: list[list[Any]] = [[*fields, *self.others]]
         for point in self.points:
             *figures, notes, others = point
-            writer.writerow([*figures, "; ".join(notes), *(others[name] for name in self.others)])
+            rows.append([*figures, "; ".join(notes), *(others[name] for name in self.others)])
+        text = csv_table(*rows)
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
-        return text.getvalue()
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def plot(self, path: str | Path) -> None:
         """Draw the metric against the sparsity achieved, a line per name, into a PNG, PDF or SVG file.
@@ -133,16 +131,17 @@ def _table(result: Sensitivity) -> str:
     levels = sorted({point.sparsity for point in result.points})
     values = [value for point in result.points if math.isfinite(value := point.metric)]
     form = _form([result.dense, *values])
-    names = {name: _shortened(name, _WIDTH - 3 * _CELL) for name in result.pools}
+    names = {name: shorten(name, _WIDTH - 3 * _CELL, mark="..") for name in result.pools}
     width = max(6, *map(len, names.values()))
     side_by_side = (_WIDTH - width) // _CELL
     lines = [f"{result.metric} with one pruned alone; with nothing pruned {form(result.dense)}"]
     for start in range(0, len(levels), side_by_side):
         some = levels[start : start + side_by_side]
-        lines.append(f"{'pruned':<{width}}" + "".join(f"{f'{100 * level:g}%':>{_CELL}}" for level in some))
+        rows = [("pruned", *(f"{100 * level:g}%" for level in some))]
         for name, shown in names.items():
             by_level = {point.sparsity: point.metric for point in result.of(name)}
-            lines.append(f"{shown:<{width}}" + "".join(f"{form(by_level[x]):>{_CELL}}" for x in some))
+            rows.append((shown, *(form(by_level[level]) for level in some)))
+        lines += text_lines(f"{{:<{width}}}" + f"{{:>{_CELL}}}" * len(some), *rows)
     return "\n".join([*lines, *_notes(result)])
 
 
@@ -152,12 +151,7 @@ def _notes(result: Sensitivity) -> Iterator[str]:
         points = result.of(name)
         for note in dict.fromkeys(note for point in points for note in point.notes):
             levels = ", ".join(f"{100 * point.sparsity:g}%" for point in points if note in point.notes)
-            yield from textwrap.wrap(
-                f"{name} at {levels}: {note}",
-                _WIDTH,
-                subsequent_indent="  ",
-                break_on_hyphens=False,
-            )
+            yield from wrapped(f"{name} at {levels}: {note}", _WIDTH, break_on_hyphens=False)
 
 
 def _form(values: list[float]) -> Callable[[float], str]:
@@ -167,7 +161,3 @@ def _form(values: list[float]) -> Callable[[float], str]:
         return lambda value: f"{value:.1e}"
     decimals = 4 - max(0, math.floor(math.log10(largest))) if largest else 4
     return lambda value: f"{value:.{decimals}f}"
-
-
-def _shortened(name: str, width: int) -> str:
-    return name if len(name) <= width else f"..{name[2 - width :]}"

@@ -230,8 +230,8 @@ def _groups(
     # pruned are the first of all. The m * m comparisons fuse into one pass, where a sort would not; they are
     # of bits, so that NaN ranks highest here too.
     within = axis + 1
-    rank = ordered_bits(grouped)
-    mine, other = jnp.expand_dims(rank, within + 1), jnp.expand_dims(rank, within)
+    keys = ordered_bits(grouped)
+    mine, other = jnp.expand_dims(keys, within + 1), jnp.expand_dims(keys, within)
     index = lax.broadcasted_iota(jnp.int32, mine.shape, within)
     other_index = lax.broadcasted_iota(jnp.int32, other.shape, within + 1)
     lower = (other < mine) | ((other == mine) & (other_index < index))

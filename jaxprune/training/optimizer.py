@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.tracing.guard import divides_by_zero, guarded
-from jaxprune.tracing.zeros import Zeros
+from jaxprune.tracing.zeros import ZeroSet
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.dtypes import common_dtype, rounds_to_zero
 from jaxprune.tree.leaves import describe, is_array, is_concrete
@@ -386,7 +386,7 @@ def _guarded_update(
     params: Params,
     masks: list[jax.Array],
     state_where: Where | None,
-) -> tuple[Any, Any, list[Zeros]]:
+) -> tuple[Any, Any, list[ZeroSet]]:
     """Run the wrapped optimizer's update so that no 0 / 0 where params are pruned reaches the rest.
 
     A jaxpr shows whether it divides so, and where its new state is 0. In a function that is traced the jaxpr
@@ -405,7 +405,7 @@ def _guarded_update(
     """
     given = (grads, state, params)
 
-    def nothing_known() -> tuple[Any, Any, list[Zeros]]:
+    def nothing_known() -> tuple[Any, Any, list[ZeroSet]]:
         updates, new_state = update(*given)
         return updates, new_state, [frozenset()] * len(jax.tree.leaves(new_state))
 
@@ -425,7 +425,7 @@ def _guarded_update(
         *match_leaves_to_params(state, trained, state_where),
         *match_leaves_to_params(params, trained),
     ]
-    inputs: list[Zeros] = [frozenset() if index is None else frozenset((index,)) for index in owners]
+    inputs: list[ZeroSet] = [frozenset() if index is None else frozenset((index,)) for index in owners]
     divides, zeros = divides_by_zero(closed, inputs)
     if divides:
         leaves, zeros = guarded(closed, inputs, jax.tree.leaves(given), masks)

@@ -1,6 +1,5 @@
 """Checks of calls that take a function and its arguments: `channel_groups(apply_fn, params, *inputs)`."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.tree.checks import shown
+from jaxprune.tree.checks import closest, shown
 from jaxprune.tree.leaves import describe, is_array
 
 
@@ -35,8 +34,8 @@ def check_call(
     name, _, rest = call.partition("(")
     first = rest.partition(",")[0]
     for keyword in keywords:
-        if close := difflib.get_close_matches(keyword, options, 1):
-            raise TypeError(f"{name} has no argument {keyword!r}; did you mean {close[0]!r}?")
+        if close := closest(keyword, options):
+            raise TypeError(f"{name} has no argument {keyword!r}; did you mean {close!r}?")
         known = f" Its own are {', '.join(options)}." if options else ""
         value = keywords[keyword]
         written = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."

@@ -1,12 +1,15 @@
 """Checks of arguments other than trees of arrays: numbers, integers, functions, keys, states."""
 
 import contextlib
+import difflib
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune.tree.leaves import describe, is_array, is_concrete
 from jaxprune.tree.paths import leaf_paths
@@ -44,6 +47,16 @@ def shown(value: Any) -> str:
         listing = ", ".join(f"{path} {describe(leaf)}" for path, leaf in leaves if is_array(leaf))
         return f"a {type(value).__name__} of arrays, {listing}"[:200]
     return repr(value)[:200]
+
+
+def closest(name: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed name that is most like a misspelt one, for "did you mean"; None if none is like it.
+
+    Example:
+      >>> closest("sparcity", ["score", "sparsity"]), closest("xyz", ["score"])
+      ('sparsity', None)
+    """
+    return next(iter(difflib.get_close_matches(name[:60], list(allowed), 1)), None)
 
 
 def name_of(function: Any) -> str:
@@ -138,6 +151,11 @@ def as_integer(
         allowed += f" below {below}" if number >= below else ""
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}.")
     return number
+
+
+def is_traced_integer(value: Any) -> bool:
+    """Return whether a value is a traced integer without axes, which `as_integer` cannot read."""
+    return isinstance(value, Tracer) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
 
 
 def check_function(function: Any, name: str, what: str) -> None:
