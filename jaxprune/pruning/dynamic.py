@@ -20,7 +20,7 @@ from jaxprune.tree.checks import as_integer, check_key, check_number, check_stat
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import bool_masks, own_masks, packed_like, unpack_masks, unpruned_masks
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacked, join_layers, split_layers
-from jaxprune.tree.where import check_where, kernels, selected
+from jaxprune.tree.where import check_where, kernels, selected, selected_among
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, ScoreFn, Scores, Where
 
 
@@ -224,7 +224,7 @@ def rewiring(
             _check_units(masks, where, structure, stacked)
 
     def init_fn(params: Params) -> PrunerState:
-        selected(params, where)
+        selected(params, where)  # which may raise
         step, row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
         return PrunerState(own_masks(masks, params), step, row, schedule=jnp.asarray(REWIRED, jnp.int32))
 
@@ -233,8 +233,9 @@ def rewiring(
             raise ValueError("rewiring needs params: a score of them says which units are dropped.")
         check_state(state)
         check_extra((drop, grow), extra, "pruner.update", ("grads", "key"))
-        chosen = selected(params, where)
-        units_of = with_stacks(structure, stacked, array_leaves(params), chosen)
+        leaves = flatten(params)
+        chosen = selected_among(leaves.by_path, where)
+        units_of = with_stacks(structure, stacked, leaves.by_path, chosen)
         both = [of_layers(score, params, units_of.stacks, stacked) for score in (drop, grow)]
         # Its rows count moves; a state of another pruner starts to count here.
         state = with_rows(state)
@@ -246,7 +247,7 @@ def rewiring(
 
         def move(state: PrunerState) -> PrunerState:
             drop_scores, grow_scores = (
-                evaluate(score, params, grads=grads, key=jax.random.fold_in(rng, number), **extra)
+                evaluate(score, params, leaves, grads=grads, key=jax.random.fold_in(rng, number), **extra)
                 for number, score in enumerate(both)
             )
             part = fraction / 2 * (1 + jnp.cos(jnp.pi / end_step * state.step.astype(jnp.float32)))

@@ -54,10 +54,9 @@ from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
 from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.mirrors import check_mirrors
-from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
-from jaxprune.tree.where import kernels, selected
+from jaxprune.tree.where import kernels, selected_among
 from jaxprune.typing import (
     DenseShapes,
     Masks,
@@ -199,7 +198,8 @@ def pruner(
         return ScheduleTable.build(target, dict(sizes), dict(cut_out), places)
 
     def init_fn(params: Params) -> PrunerState:
-        with_stacks(structure, stacked, array_leaves(params), selected(params, where))
+        leaves = array_leaves(params)
+        with_stacks(structure, stacked, leaves, selected_among(leaves, where))  # which may raise
         start = ones_masks(params) if masks is None else own_masks(masks, params)
         schedule = NO_SCHEDULE if masks is None else FROM_MASKS
         # An array for each number: a train step that donates its state can donate no array twice.
@@ -212,15 +212,16 @@ def pruner(
             raise ValueError("pruner.update needs params: the scores are of them.")
         check_state(state)
         check_extra(scores, extra, "pruner.update", ("grads", "key"))
-        chosen, leaves = selected(params, where), array_leaves(params)
-        units_of = with_stacks(structure, stacked, leaves, chosen)
+        leaves = flatten(params)
+        chosen = selected_among(leaves.by_path, where)
+        units_of = with_stacks(structure, stacked, leaves.by_path, chosen)
         score = of_layers(scores, params, units_of.stacks, stacked)
-        check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
+        mirrored(jax.eval_shape(unpack_masks, state.masks), leaves, "the masks of the pruner's state")
 
         # `update_if` passes a state on to its branch, and what the branch closes over is one operand more.
         def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recomputation]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            return score_and_recompute(score, params, grads=grads, key=rng, **extra)
+            return score_and_recompute(score, params, leaves, grads=grads, key=rng, **extra)
 
         def score_and_pool(state: PrunerState, masks: Mapping[str, jax.Array]) -> tuple[Scores, Units]:
             tree, recipes = (state.scores, {}) if memory else scores_now(state.step)
@@ -241,9 +242,11 @@ def pruner(
 
         sizes = {name: alive.size for name, alive in jax.eval_shape(alive_now, state).items()}
         cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
-        places = tuple(names_by_place(sizes, leaf_paths(params)))
-        stacks = [(path, axes, tuple(leaves[path].shape)) for path, axes in (units_of.stacks or {}).items()]
-        table = table_of(tuple(sizes.items()), tuple(cut_out.items()), places, tuple(stacks))
+        places = tuple(names_by_place(sizes, list(leaves.by_path)))
+        stacks = tuple(
+            (path, axes, tuple(leaves.by_path[path].shape)) for path, axes in (units_of.stacks or {}).items()
+        )
+        table = table_of(tuple(sizes.items()), tuple(cut_out.items()), places, stacks)
         position = table.position(state)
 
         def prune(state: PrunerState) -> PrunerState:

@@ -247,13 +247,13 @@ class ScheduleTable(NamedTuple):
         min_kept = floors(sizes, structure, target.floor)
         dense = {name: size + cut_out.get(name, 0) for name, size in sizes.items()}
         num_units = competing_sizes(dense, competing)
-        if "" not in target.schedules:
+        if "" not in target.schedules:  # names an unknown path before anything else
             per_pool(target.schedules, num_units, "sparsity", None, target.scope)
         kept = competing_sizes({name: min(min_kept[name], size) for name, size in dense.items()}, competing)
         max_removable = _as_array(num_units) - _as_array(kept)
         max_removed = target.count_at_stop(sum(num_units.values()))
         rows, missed = _removed_by_row(target, num_units, max_removable, max_removed)
-        # Levels that go on for ever are meant to end at the floor; all others are not.
+        # Levels without an end are meant to stop at the floor; other schedules are not.
         ends = grid.last is not None or (target.of == "total" and target.is_constant())
         if ends and (missed > 0).any():
             _warn_missed(num_units, missed, max(min_kept.values()))
@@ -276,21 +276,28 @@ class ScheduleTable(NamedTuple):
     def position(self, state: PrunerState) -> Position:
         """Return where a state is, after the call that it counted last.
 
-        A state of another schedule is at row 0, so that the next call reaches what is asked for now. With
-        `of="remaining"` no total is asked for that it could catch up with: there it is at the row of the call
-        before, and the rows from now on remove their fractions.
+        `PrunerState.schedule` says in which table the state's row counts, and how its masks came about:
+
+            the table's number, or 0 for a new state     here, and the masks are this row of the table
+            minus the number, or -1 for a new state      here, but the pruner took over the masks
+            any other number                             elsewhere: another pruner left the state
+
+        A state of another pruner is at row 0. As entries are totals, the next call then reaches what is asked
+        for now, and if the masks are ahead of that, it removes nothing. With `of="remaining"` there is no
+        total to catch up with: there such a state is at the row of the call before, so that the fractions of
+        this table are removed from the next row on.
         """
         passed = self.grid.row(state.step)
         reached = jnp.minimum(passed, self.last)
         state = with_rows(state)
-        # The sign tells states that follow the table from those that took over masks.
         follows = (state.schedule == self.schedule) | (state.schedule == NO_SCHEDULE)
-        own = follows | (state.schedule == -self.schedule) | (state.schedule == FROM_MASKS)
+        counts_here = follows | (state.schedule == -self.schedule) | (state.schedule == FROM_MASKS)
         if self.fractions is None:
-            return Position(reached, jnp.where(own, state.row, 0), follows)
-        # Only the table's own rows end where nothing is left to remove.
+            return Position(reached, jnp.where(counts_here, state.row, 0), follows)
+        # The table ends where its own masks have nothing left to remove, which says nothing of others.
         reached = jnp.where(follows, reached, passed)
-        return Position(reached, jnp.where(own, state.row, self.grid.row(state.step - 1)), follows)
+        before = self.grid.row(state.step - 1)
+        return Position(reached, jnp.where(counts_here, state.row, before), follows)
 
     def schedule_at(self, position: Position) -> jax.Array:
         """Return `PrunerState.schedule` of a state at a position in this table."""

@@ -30,7 +30,7 @@ from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.stacks import Family, Stacked
-from jaxprune.tree.where import selected
+from jaxprune.tree.where import selected_among
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
 # One for all calls, because a compiled program is found again by the structure's function.
@@ -146,13 +146,13 @@ def rank_units(
     floor = check_choices("layerwise", "total", floor)
     structure = checked_structure(_ELEMENTS if structure is None else structure)
     where = default_where(where, structure, stacked)
-    chosen = tuple(selected(params, where))
+    by_path = array_leaves(params)
+    chosen = tuple(selected_among(by_path, where))
     if not is_concrete(params, masks):
         raise TypeError(
             f"{caller.__name__} counts and ranks on the host, so it cannot run under jit or vmap: give it "
             "values."
         )
-    by_path = array_leaves(params)
     structure = with_stacks(structure, stacked, by_path, chosen)
     shapes = {path: tuple(by_path[path].shape) for path in structure.stacks or {} if path in by_path}
     scores = of_layers(scores, params, structure.stacks, stacked)

@@ -356,8 +356,8 @@ def _masked_update(
     regrows: bool = False,
 ) -> tuple[Any, Any]:
     """Run one step of the wrapped optimizer on the masked network, and project it on the masks."""
-    # What the old masks prune and the new ones keep was 0 until now, and starts from there. Where
-    # masks only shrink the old ones are not needed, and XLA can write the new ones over them.
+    # Entries that the old masks prune and the new ones keep were 0 until now, and start from 0. Masks that
+    # only shrink do not need the old ones here, so XLA can write the new ones over them.
     stays = intersect(before, after) if regrows else after
     masks = jax.tree.leaves(stays)
 

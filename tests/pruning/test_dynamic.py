@@ -167,7 +167,7 @@ def test_a_dense_leaf_beside_sparse_ones_is_left_alone():
     assert (after["a"]["kernel"] != masks["a"]["kernel"]).any()
 
 
-def test_leaves_left_out_keep_their_masks():
+def test_leaves_that_where_leaves_out_keep_their_masks():
     params, masks = sparse(PARAMS, 0.5)
     after = moved(jp.rigl(masks, where=jp.matching("b/*"), **EVERY), params, GRADS)
     np.testing.assert_array_equal(after["a"]["kernel"], masks["a"]["kernel"])
@@ -258,7 +258,7 @@ def test_gradients_that_are_not_finite_move_nothing_under_jit_and_raise_outside(
 
 
 @pytest.mark.parametrize("what", ["params", "grads"])
-def test_what_is_not_finite_in_an_nm_group_moves_nothing_under_jit(what):
+def test_a_score_that_is_not_finite_in_an_nm_group_moves_nothing_under_jit(what):
     structure = jp.structures.nm(2, 4)
     params, masks = sparse(PARAMS, 0.5, structure=structure)
     inputs = {"params": params, "grads": GRADS}
@@ -282,7 +282,7 @@ def test_each_element_of_a_vmap_may_draw_its_own_numbers():
     np.testing.assert_array_equal(after[2], run(keys[2])["a"]["kernel"])
 
 
-def test_random_scores_for_what_goes_and_what_comes_are_drawn_apart():
+def test_random_scores_for_dropping_and_growing_are_drawn_apart():
     # With the same numbers for both, what goes (the lowest) would never come again.
     mask = jnp.arange(200) < 100
     pruner = jp.rewiring(

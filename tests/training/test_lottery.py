@@ -1,4 +1,4 @@
-"""Lottery tickets: against a loop written out by hand, under jit and vmap, and what is refused."""
+"""Lottery tickets, against a loop written out by hand, under jit and vmap; and what is refused."""
 
 import itertools
 import operator
@@ -149,7 +149,7 @@ def test_a_level_is_traced_once_and_what_is_measured_is_stacked():
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_a_run_goes_on_after_any_ticket(stop):
+def test_a_run_resumes_after_any_ticket(stop):
     whole = list(jp.lottery_ticket(TRAIN, init(jax.random.key(0)), PRUNER, 4))
     # As a checkpoint gives it back: the level and the sparsity are arrays.
     saved = jax.tree.map(np.asarray, whole[stop])
@@ -386,7 +386,7 @@ def test_training_that_returns_another_tree_is_named():
         next(jp.lottery_ticket(lambda p, m: {"a": p["a"]}, params, PRUNER, 3))
 
 
-def test_a_level_that_removes_nothing_is_said():
+def test_a_level_that_removes_nothing_is_warned_about():
     params = init(jax.random.key(0))
     pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5, stop=0.6))
     tickets = jp.lottery_ticket(TRAIN, params, pruner, 4)

@@ -241,7 +241,7 @@ def test_another_memory(first, second):
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
 @pytest.mark.parametrize("jitted", [False, True])
-def test_a_stop_is_met_exactly_by_a_state_that_goes_on(scope, jitted):
+def test_a_stop_is_met_exactly_by_a_state_that_was_taken_over(scope, jitted):
     first = jp.pruner(jp.scores.random, 0.25, seed=3)
     state = first.update(first.init(PARAMS), PARAMS)
     pruner = jp.pruner(jp.scores.magnitude, 0.3, of="remaining", scope=scope, stop=0.7)
@@ -278,7 +278,7 @@ def trained(tx, params, state, steps):
     return params, state
 
 
-def test_the_inner_optimizers_state_goes_on_under_a_pruner():
+def test_the_inner_optimizers_state_continues_under_a_pruner():
     masks = jp.prune_once(PARAMS, jp.scores.magnitude, 0.5)
     fixed = jp.keep_masked(optax.adam(1e-2), masks)
     params, state = trained(fixed, PARAMS, fixed.init(PARAMS), 3)
