@@ -301,9 +301,7 @@ def _arrays_alone(
     for number, given in enumerate(inputs):
         arrays, _ = split_static((given,))
         if arrays and len(arrays) < len(jax.tree.leaves(given)):
-            raise TypeError(
-                f"input {number} mixes arrays with what is none; pass them as inputs of their own."
-            )
+            raise TypeError(f"input {number} mixes arrays with static values; pass these as separate inputs.")
         if arrays:
             moving.append(number)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.counting.products import MACS_OF
-from jaxprune.tracing.dataflow import ConstValue, const_outputs, constant
+from jaxprune.tracing.dataflow import ConstValue, const_outputs, constant, passed_on
 from jaxprune.tracing.jaxprs import (
     CALLS,
     called_jaxpr,
@@ -301,5 +301,5 @@ def _unchanged(
     body: "ClosedJaxpr", consts: int, carry: Sequence[ConstValue | None]
 ) -> list[ConstValue | None]:
     """Return what is known of a loop's carry in every round: only what its body passes on unchanged."""
-    given, passed_on = body.jaxpr.invars[consts:], body.jaxpr.outvars
-    return [k if given[n] is passed_on[n] else None for n, k in enumerate(carry)]
+    same = passed_on(body, consts, len(carry))
+    return [k if yes else None for k, yes in zip(carry, same, strict=True)]

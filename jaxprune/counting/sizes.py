@@ -324,7 +324,7 @@ def _traced_zeros(leaf: Any) -> jax.Array:
 
 def _nonzeros(leaf: Any) -> int:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(f"what is counted needs values, got {leaf}.")
+        raise TypeError(f"counting needs arrays with values, got {leaf}.")
     if not is_numeric(leaf):  # PRNG keys, among the variables of a module
         return leaf.size
     # Rows are counted apart and added up on the host, so that no count passes 2**31.

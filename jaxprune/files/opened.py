@@ -34,7 +34,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
-        raise FileError(f"{path!r} is no path: {error}.") from None
+        raise FileError(f"{path!r} is not a path: {error}.") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises by itself
         raise FileError(f"{os.fspath(path)}: not a file, but a pipe or a device.")
     return Path(path).open("rb")

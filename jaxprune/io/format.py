@@ -283,7 +283,7 @@ def _entry(leaf: Any) -> Entry:
     if entry.kept is not None:
         _need(
             fits(entry.kept, entry.k, entry.unary, entry.size),
-            f"{name!r}: what is kept does not fit its shape",
+            f"{name!r}: the kept entries do not fit its shape",
         )
     else:
         _need(mask != "kept", f"{name!r} has a mask but no places")
@@ -318,7 +318,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise FileError(f"{text[:40]} is no JSON")
+    raise FileError(f"{text[:40]} is not JSON")
 
 
 def _finite(text: str) -> float:

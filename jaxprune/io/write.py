@@ -82,7 +82,7 @@ def save(
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
         raise TypeError(
-            "metadata must be a dict that JSON gives back as it was: string keys; strings, finite numbers, "
+            "metadata must be a dict that JSON gives back unchanged: string keys; strings, finite numbers, "
             f"bools, None, lists and dicts. Got {metadata!r:.200}"
         )
     entries, sections = [], []
@@ -101,7 +101,7 @@ def save(
 
 
 def _array(leaf: Any, where: trees.Path) -> np.ndarray:
-    """A leaf as a numpy array of a dtype that files hold."""
+    """Return a leaf as a numpy array of a dtype that files hold."""
     name = f"params[{trees.show(where)!r}]"
     if not is_array(leaf):
         raise TypeError(not_an_array("params", trees.show(where), leaf))

@@ -121,7 +121,7 @@ def activation_sparsity(
 
 
 class _Watcher:
-    """Runs jaxprs and counts zeros.
+    """Runs a jaxpr and counts zeros.
 
     Attributes:
       seen: name, line and shape of each value counted, in order.

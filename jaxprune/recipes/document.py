@@ -168,13 +168,13 @@ def from_yaml(text: str, name: str) -> Node:
       name: of the file, for messages.
 
     Raises:
-      RecipeError: it is no YAML, or has something that a recipe may not have.
+      RecipeError: it is not YAML, or has something that a recipe may not have.
       ImportError: PyYAML is not installed.
     """
     yaml = _import_yaml()
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(
-            f"{name}: {len(text):,} characters are no recipe; at most {MAX_CHARACTERS:,} are read."
+            f"{name}: {len(text):,} characters, too many for a recipe; at most {MAX_CHARACTERS:,} are read."
         )
 
     def place(it: Any) -> str:
@@ -236,12 +236,12 @@ def from_yaml(text: str, name: str) -> Node:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{where}: this is no YAML: {problem}.") from None
+        raise RecipeError(f"{where}: this is not YAML: {problem}.") from None
     except (ValueError, OverflowError) as error:
         if isinstance(error, RecipeError):
             raise
         # From PyYAML, for example at an escape that is no character.
-        raise RecipeError(f"{name}: this is no YAML: {error}.") from None
+        raise RecipeError(f"{name}: this is not YAML: {error}.") from None
 
 
 def to_yaml(data: Any) -> str:
@@ -284,7 +284,7 @@ def _check_size(node: Node, count: int, depth: int) -> None:
     if depth > _MAX_DEPTH or count > _MAX_NODES:
         deep, many = f"more than {_MAX_DEPTH} levels deep", f"more than {_MAX_NODES:,} values"
         what = deep if depth > _MAX_DEPTH else many
-        raise RecipeError(f"{node.place}: {node.key[:80]}: {what} is no recipe.")
+        raise RecipeError(f"{node.place}: {node.key[:80]}: {what}, too many for a recipe.")
 
 
 def _item(value: Any) -> int | float | None:

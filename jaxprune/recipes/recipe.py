@@ -218,13 +218,13 @@ def read_text(path: str | Path) -> str:
         with Path(path).open("rb") as file:
             data = file.read(most + 1)
     except ValueError as error:
-        raise RecipeError(f"{str(path)!r} is no path: {error}.") from None
+        raise RecipeError(f"{str(path)!r} is not a path: {error}.") from None
     if len(data) > most:
-        raise RecipeError(f"{path}: more than {most:,} bytes are no recipe.")
+        raise RecipeError(f"{path}: more than {most:,} bytes, too many for a recipe.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: this is no text: {error}.") from None
+        raise RecipeError(f"{path}: this is not text: {error}.") from None
 
 
 def check_version(nodes: Mapping[str, Node]) -> None:
@@ -271,7 +271,7 @@ def _check_stop(sparsity: float, node: Node, sections: tuple[Section, ...]) -> N
     attempt(node, lambda: check_sparsity(sparsity))
     if len(sections) > 1:
         node.fail(
-            "with several sections under prune it is not said which stops: end their schedules instead."
+            "with several sections under prune it is not clear which one stops: end their schedules instead."
         )
     section = next(iter(sections))
     if section.rewire is not None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -31,7 +31,9 @@ __all__ = [
     "literal",
     "materialised",
     "param",
+    "passed_on",
     "visit_products",
+    "visit_scan",
 ]
 
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
@@ -152,8 +154,8 @@ class Visitor(NamedTuple):
     Attributes:
       product: `product(found, data)` returns the outputs of a `Product`, or None to leave it to `other`.
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
-        It is given loops and branches whole; to see the products inside, it calls `visit_products` on their
-        jaxprs, by `scan_with` and `switch_with`.
+        It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
+        `switch_with` and `visit_products`.
     """
 
     product: Callable[[Product, Any], list[Any] | None]
@@ -191,3 +193,52 @@ def visit_products(
         return visitor.other(eqn, args) if outputs is None else outputs
 
     return interpret(closed, inputs, handle, _constant_or_data, literal)
+
+
+def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
+    """Return which carried values the body of a loop passes on unchanged, so that all rounds have the first.
+
+    Args:
+      body: a jaxpr from constants, carry and perhaps slices to the carry and perhaps more.
+      consts: how many of its inputs are constants.
+      carried: how many are the carry.
+    """
+    given, outputs = body.jaxpr.invars[consts : consts + carried], body.jaxpr.outvars[:carried]
+    return [before is after for before, after in zip(given, outputs, strict=True)]
+
+
+def visit_scan(
+    eqn: "JaxprEqn",
+    args: Sequence[Any],
+    visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
+) -> tuple[list[Any], Any]:
+    """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
+
+    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and
+    a carry that the body passes on; any other carry holds data from the second step on.
+
+    Args:
+      eqn: an equation of `scan`.
+      args: its inputs, const values or data.
+      visit: `visit(body, inputs)` returns the outputs of the body, as `visit_products` does, and any tree of
+        arrays besides.
+
+    Returns:
+      The scan's outputs, and the trees of all steps, stacked along a new first axis.
+    """
+    closed = eqn.params["jaxpr"]
+    consts, carried = scan_split(eqn.params)
+    same = [True] * consts + passed_on(closed, consts, carried) + [True] * (len(args) - consts - carried)
+
+    def inside(number: int, value: Any) -> Any:
+        arg = args[number]
+        if not isinstance(arg, ConstValue) or not same[number]:
+            return value
+        sliced = number >= consts + carried
+        return ConstValue(arg.paths, lambda: (value,), lambda: ("scan", sliced, arg.key))
+
+    def body(values: list[Any]) -> tuple[list[Any], Any]:
+        outputs, extra = visit(closed, [inside(number, value) for number, value in enumerate(values)])
+        return list(map(materialised, outputs)), extra
+
+    return scan_with(eqn, list(map(materialised, args)), body)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.tracing.dataflow import ConstValue, Product, Visitor, materialised, param, visit_products
+from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products, visit_scan
 from jaxprune.tracing.jaxprs import binder, called_jaxpr, interpret, nested_jaxprs, scan_with, switch_with
 
 X = jnp.arange(6.0).reshape(2, 3)
@@ -88,7 +88,12 @@ def network(params, x):
 
     x = jax.jit(lambda x: x @ params["a"].T.astype(jnp.float32))(x)  # (2, 4)
     x = jax.checkpoint(lambda x: x @ jnp.where(params["a"] > 0.3, params["a"], 0.0))(x)  # (2, 3)
-    x, _ = jax.lax.scan(lambda x, w: (layer(x, w), None), x, params["stack"])
+    # A param that is carried round unchanged is known in every step; a value that changes is not.
+    (x, _, _), _ = jax.lax.scan(
+        lambda c, w: ((layer(c[0], w) @ c[1].T @ c[1] @ c[2], c[1], 2 * c[2]), None),
+        (x, params["a"], params["stack"][0]),
+        params["stack"],
+    )
     return x @ x.T
 
 
@@ -107,21 +112,15 @@ def test_products_of_kernels_and_data_are_seen_everywhere():
     def other(eqn, args):
         if eqn.primitive.name != "scan":
             return bind(eqn, map(materialised, args))
-        outer = list(args)
 
-        def body(values):
-            # A slice of a param is made of the param alone, in every step.
-            inputs = [
-                ConstValue(arg.paths, lambda value=value: (value,)) if isinstance(arg, ConstValue) else value
-                for arg, value in zip(outer, values, strict=True)
-            ]
+        def visit(body, inputs):
             before = len(read)
-            outputs = visit_products(eqn.params["jaxpr"], inputs, visitor)
+            outputs = visit_products(body, inputs, visitor)
             inside = read[before:]
             del read[before:]
-            return [materialised(out) for out in outputs], inside
+            return outputs, inside
 
-        outputs, inside = scan_with(eqn, [materialised(arg) for arg in args], body)
+        outputs, inside = visit_scan(eqn, args, visit)
         read.extend(inside)
         return outputs
 
@@ -132,10 +131,18 @@ def test_products_of_kernels_and_data_are_seen_everywhere():
     assert {paths for paths, *_ in seen} == {("a",), ("stack",)}
     assert all(side == 1 for _, side, _ in seen)
     keys = [key for paths, _, key in seen if paths == ("a",)]
-    assert len(set(keys)) == 2  # transposed, and masked
+    assert len(set(keys)) == 4  # transposed and masked; in the scan transposed, and as it is
     hidden = X @ W.T
     masked = hidden @ jnp.where(W > 0.3, W, 0.0)
-    expected = [jnp.square(X).sum(), jnp.square(hidden).sum(), jnp.square(masked).sum() * jnp.ones(2)]
+    first = jax.nn.relu(masked)
+    second = first @ W.T @ W
+    inside = [
+        [masked, second],
+        [first, jax.nn.relu(2 * second)],
+        [first @ W.T, jax.nn.relu(2 * second) @ W.T],
+    ]
+    squares = [[jnp.square(x).sum() for x in steps] for steps in inside]
+    expected = [jnp.square(X).sum(), jnp.square(hidden).sum(), *squares]
     for figures, wanted in zip(read, expected, strict=True):
         np.testing.assert_allclose(figures, wanted, rtol=1e-5)
 
@@ -160,6 +167,6 @@ def test_keys_tell_how_a_value_is_made_and_not_when():
 def test_nested_jaxprs_are_all_there():
     closed = jax.make_jaxpr(network)(PARAMS, X)
     names = [eqn.primitive.name for inner in nested_jaxprs(closed) for eqn in inner.jaxpr.eqns]
-    assert names.count("dot_general") == 4 and names.count("max") >= 1
+    assert names.count("dot_general") == 7 and names.count("max") >= 1
     (call,) = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name in ("jit", "pjit")][:1]
     assert called_jaxpr(call) in list(nested_jaxprs(closed))
