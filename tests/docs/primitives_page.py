@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 from jax.extend.core import Primitive
 
-from jaxprune.graph.engine import readers, tracing
-from jaxprune.graph.engine.rules import base
+from jaxprune.graph.engine import tracing
+from jaxprune.graph.engine.rules import base, per_reader
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "primitives.md"
 HEAD = """# Primitives
@@ -53,7 +53,7 @@ def primitives() -> set[str]:
 
 def status(name: str) -> tuple[str, str]:
     """How a primitive is treated, and what about that is conservative."""
-    if name in tracing._INLINED:
+    if name in tracing.INLINED:
         return "exact", _INLINED
     if not base.has_rule(name):
         return "without a rule", ""
@@ -64,7 +64,7 @@ def status(name: str) -> tuple[str, str]:
 def page() -> str:
     """The page as Markdown."""
     parts = [HEAD.format(version=jax.__version__)]
-    found = {name: status(name) for name in primitives() - {readers.NAME}}
+    found = {name: status(name) for name in primitives() - {per_reader.NAME}}
     notes: dict[str, list[str]] = {}
     for name, (kind, note) in sorted(found.items()):
         if kind == "conservative":

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxprune.graph import channel_groups, compact
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.readers import NAME
+from jaxprune.graph.engine.rules.per_reader import NAME
 from tests.oracles.equivalence import Dense, check_facts, random_masks, removed, zero_units
 
 LAYERS, HEADS, WIDTH, LENGTH = 3, 3, 2, 4

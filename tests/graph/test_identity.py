@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import aliases, unchanged_outputs
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_region
 from tests.zoo import ZOO
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 4))
@@ -140,7 +140,7 @@ def proved(function, params, zero, x=X):
     facts = Facts()
     for path in zero:
         facts.learn(linked.values[path], fill=0)
-    run(linked.region, facts, rule_for)
+    learn_region(linked.region, facts)
     return {out: given - len(linked.values) for out, given in unchanged_outputs(linked.region, facts).items()}
 
 
@@ -172,7 +172,7 @@ def test_a_second_maximum_is_the_first(relu):
     facts = Facts()
     for path in ALL:
         facts.learn(linked.values[path], fill=0)
-    run(linked.region, facts, rule_for)
+    learn_region(linked.region, facts)
     (difference,) = [op for op in linked.region.ops if op.name == "sub"]
     found = aliases(linked.region, facts)
     first, second = (found.get(id(value), value) for value in difference.inputs)
@@ -201,7 +201,7 @@ def test_claims_about_a_network_hold_of_its_values(name):
         facts = Facts()
         for path in zero:
             facts.learn(linked.values[path], fill=0)
-        run(linked.region, facts, rule_for)
+        learn_region(linked.region, facts)
         found = aliases(linked.region, facts)
         pairs = [(v, found[id(v)]) for op in linked.region.ops for v in op.outputs if id(v) in found]
         leaves = [

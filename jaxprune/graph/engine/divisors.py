@@ -41,7 +41,7 @@ def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vec
 
 
 def find_divisors(
-    linked: TracedNetwork, zeros: ZeroSlices, derivatives: bool, facts: Facts | None = None
+    network: TracedNetwork, zeros: ZeroSlices, derivatives: bool, facts: Facts | None = None
 ) -> Divisors:
     """The axes of params whose slices must not be zero, among those that are to be.
 
@@ -52,7 +52,7 @@ def find_divisors(
     there is no such param, and each that makes the operand zero by itself is a divisor.
 
     Args:
-      linked: the function.
+      network: the function.
       zeros: the slices of params that are to be zero.
       derivatives: whether the derivative has to be finite as well.
       facts: what follows from `zeros`, if that is known already.
@@ -61,15 +61,15 @@ def find_divisors(
     reason = None
     before: set[int] | None = None
     while True:
-        facts = linked.facts(without(zeros, axes)) if facts is None else facts
-        found = [s for s in singularities(linked.region, facts) if derivatives or s.in_value]
+        facts = network.facts(without(zeros, axes)) if facts is None else facts
+        found = [s for s in singularities(network.region, facts) if derivatives or s.in_value]
         if found and before is None:  # an op may be singular without our zeros, the log of a constant say
-            before = {id(s.op) for s in singularities(linked.region, linked.facts({}))}
+            before = {id(s.op) for s in singularities(network.region, network.facts({}))}
         found = [s for s in found if before is None or id(s.op) not in before]
         if not found:
             return Divisors(axes, reason)
         more: set[ParamAxis] = set()
-        for cause in _Causes.by_component(linked, facts, without(zeros, axes), found):
+        for cause in _Causes.by_component(network, facts, without(zeros, axes), found):
             more |= cause.find()
         reason = found[0].op if reason is None else reason
         if not more:
@@ -85,17 +85,17 @@ class _Causes:
     axes that constraints join to the singular ones.
     """
 
-    def __init__(self, linked: TracedNetwork, zeros: ZeroSlices, found: Sequence[Singularity]):
-        self.linked, self.zeros, self.found = linked, zeros, list(found)
+    def __init__(self, network: TracedNetwork, zeros: ZeroSlices, found: Sequence[Singularity]):
+        self.network, self.zeros, self.found = network, zeros, list(found)
         self.ops: list[Op] = []
         self.candidates: list[ParamAxis] = []
 
     @classmethod
     def by_component(
-        cls, linked: TracedNetwork, facts: Facts, zeros: ZeroSlices, found: Sequence[Singularity]
+        cls, network: TracedNetwork, facts: Facts, zeros: ZeroSlices, found: Sequence[Singularity]
     ) -> list["_Causes"]:
         """The causes of singular ops, apart for those whose axes no constraint joins."""
-        number = linked.graph.components()
+        number = network.graph.components()
         parts: list[tuple[set[int], list[Singularity]]] = []
         for singularity in found:
             own, ops = {number(node) for node in singularity.nodes}, [singularity]
@@ -106,7 +106,7 @@ class _Causes:
             parts.append((own, ops))
         causes = []
         for own, ops in parts:
-            cause = cls(linked, zeros, ops)
+            cause = cls(network, zeros, ops)
             cause._trace_back(facts, own, number)
             causes.append(cause)
         return causes
@@ -115,7 +115,7 @@ class _Causes:
         """Finds the ops that the zeros pass through, and the axes of params that they start at."""
         read = {id(s.caller) for s in self.found}
         values: set[int] = set()
-        for op in reversed(self.linked.region.ops):
+        for op in reversed(self.network.region.ops):
             if id(op) not in read and not any(id(output) in values for output in op.outputs):
                 continue
             self.ops.append(op)
@@ -141,14 +141,14 @@ class _Causes:
             for path, marks in self.zeros.items()
             for axis, zero in enumerate(marks)
             if zero is not None
-            and id(self.linked.values[path]) in values
-            and number(self.linked.values[path].axes[axis]) in components
+            and id(self.network.values[path]) in values
+            and number(self.network.values[path].axes[axis]) in components
         ]
 
     def _extents(self, spared: frozenset[ParamAxis]) -> dict[int, float]:
         """How much of each op is singular if some axes of params have no zero slices."""
-        facts = self.linked.facts(without(self.zeros, spared), self.ops)
-        found = singularities(self.linked.region_of(self.ops), facts)
+        facts = self.network.facts(without(self.zeros, spared), self.ops)
+        found = singularities(self.network.region_of(self.ops), facts)
         return {id(singularity.op): singularity.extent for singularity in found}
 
     def find(self) -> set[ParamAxis]:

@@ -23,11 +23,11 @@ def has_nan(array: Any) -> bool:
     return is_differentiable(array) and bool(jnp.isnan(array).any())
 
 
-def explain_not_finite(linked: TracedNetwork, params: Params, arrays: Sequence[Any]) -> str | None:
+def explain_not_finite(network: TracedNetwork, params: Params, arrays: Sequence[Any]) -> str | None:
     """Where a function of some params overflows, or divides by zero, and what to do.
 
     Args:
-      linked: the function.
+      network: the function.
       params: its params.
       arrays: its inputs.
 
@@ -39,7 +39,7 @@ def explain_not_finite(linked: TracedNetwork, params: Params, arrays: Sequence[A
         if is_differentiable(leaf) and not bool(jnp.isfinite(leaf).all()):
             return f"params[{path!r}] has NaN or infinite entries itself"
     zeros = zero_slices({path: np.asarray(leaf != 0) for path, leaf in leaves.items()})
-    divisors = find_divisors(linked, zeros, derivatives=False)
+    divisors = find_divisors(network, zeros, derivatives=False)
     if divisors.axes:
         names = ", ".join(f"params[{path!r}] along axis {axis}" for path, axis in sorted(divisors.axes))
         return (
@@ -47,19 +47,19 @@ def explain_not_finite(linked: TracedNetwork, params: Params, arrays: Sequence[A
             "network divides by: masks of structures.channels(channel_groups(...)) leave it alive, and "
             "compact drops it with its unit all the same"
         )
-    return _first_not_finite(linked, [*leaves.values(), *arrays])
+    return _first_not_finite(network, [*leaves.values(), *arrays])
 
 
-def _first_not_finite(linked: TracedNetwork, leaves: Sequence[Any]) -> str | None:
+def _first_not_finite(network: TracedNetwork, leaves: Sequence[Any]) -> str | None:
     """The first op that makes a number that is not finite of finite ones, or else comes near it."""
-    region = linked.region
+    region = network.region
     values: dict[int, Value] = {id(v): v for op in region.ops for v in (*op.inputs, *op.outputs)}
     floats = [value for value in values.values() if is_differentiable(value)]
 
     @jax.jit
     def look(leaves: Sequence[Any]) -> tuple[Any, Any]:
         finite, near = [], []
-        for array in linked.values_of(floats, linked.facts({}), leaves):
+        for array in network.values_of(floats, network.facts({}), leaves):
             size = jnp.abs(jnp.asarray(array))
             finite.append(jnp.isfinite(size).all())
             near.append((size > float(jnp.finfo(size.dtype).max) / _NEAR).any())

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.graph.engine.facts import Facts, is_zero
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Region, Value, is_differentiable
+from jaxprune.graph.engine.rules.calls import CHECKPOINTS
 from jaxprune.tracing.jaxprs import scan_split
 
 # Ops that return their inputs, one by one. `stop_gradient` does not: dropping it would change gradients.
@@ -23,7 +24,6 @@ _COPIES = frozenset(
 )
 # Ops that keep the entries and their row-major order, where the number of entries stays the same.
 _RESHAPES = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
-CHECKPOINTS = frozenset(("remat", "remat2", "checkpoint"))
 
 Aliases = dict[int, Value]
 """By the id of a value, the earliest value that it equals; values that equal no other are not in it."""
@@ -228,8 +228,8 @@ def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Val
     kept = unchanged_outputs(body, facts)
     if not kept:
         return [None] * len(op.outputs)
-    moving = [n for n, value in enumerate(op.inputs) if _moves(value)]
-    out_moving = [n for n, value in enumerate(op.outputs) if _moves(value)]
+    moving = [n for n, value in enumerate(op.inputs) if is_differentiable(value)]
+    out_moving = [n for n, value in enumerate(op.outputs) if is_differentiable(value)]
     if op.name == "custom_jvp_call":
         derivative = unchanged_outputs(op.regions["jvp"], facts)
 
@@ -246,8 +246,3 @@ def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Val
         inputs[kept[n]] if n in kept and (n not in out_moving or follows(n, kept[n])) else None
         for n in range(len(op.outputs))
     ]
-
-
-def _moves(value: Value) -> bool:
-    """Whether a value has a tangent."""
-    return jnp.issubdtype(value.dtype, jnp.inexact)

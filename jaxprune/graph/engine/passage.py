@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined, unchanged_outputs
 from jaxprune.graph.engine.ir import Op, Region, Value
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_region
 from jaxprune.tracing.jaxprs import scan_split
 
 # Ops that lay out entries of one input and combine none.
@@ -258,7 +258,7 @@ class _Level:
                 facts.learn(inner, fill=0)
             elif place < consts:
                 facts.learn(inner, self.facts.of(value).zero, self.facts.of(value).fill)
-        run(body, facts, rule_for)
+        learn_region(body, facts)
         body = inlined(body)
         found, kept = aliases(body, facts), unchanged_outputs(body, facts)
         reached = {id(body.inputs[n]) for n in mine}

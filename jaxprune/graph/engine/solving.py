@@ -10,7 +10,7 @@ from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 
 
 def solve_to_fixpoint(
-    linked: TracedNetwork,
+    network: TracedNetwork,
     zeros_given: Callable[[ZeroSlices], ZeroSlices],
     seeds: Sequence[tuple[int, State]] = (),
 ) -> tuple[Solution, frozenset[ParamAxis]]:
@@ -26,27 +26,27 @@ def solve_to_fixpoint(
     zero, so the drop has to be justified without counting that slice as zero.
 
     Args:
-      linked: the function.
+      network: the function.
       zeros_given: the slices of params that are zero, given that some are dropped.
       seeds: what has to stay.
 
     Returns:
       The solution, and the axes of params whose dropped slices must not be zero.
     """
-    dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in linked.values.items()}
+    dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in network.values.items()}
     while True:
-        kept = linked.solve(linked.facts(zeros_given(dropped)), seeds)
-        more = _joined(dropped, linked.dropped(kept))
+        kept = network.solve(network.facts(zeros_given(dropped)), seeds)
+        more = _joined(dropped, network.dropped(kept))
         if _equal(more, dropped):
             break
         dropped = more
-    kept, dropped = _settle(linked, dropped, seeds)
+    kept, dropped = _settle(network, dropped, seeds)
     divisors: frozenset[ParamAxis] = frozenset()
     for derivatives in (True, False):
-        divisors = find_divisors(linked, dropped, derivatives).axes
+        divisors = find_divisors(network, dropped, derivatives).axes
         if not divisors:
             return kept, divisors
-        justified, fewer = _settle(linked, dropped, seeds, divisors)
+        justified, fewer = _settle(network, dropped, seeds, divisors)
         # An infinite derivative alone is no reason to keep more.
         if not derivatives or _equal(fewer, dropped):
             return justified, divisors
@@ -54,16 +54,16 @@ def solve_to_fixpoint(
 
 
 def _settle(
-    linked: TracedNetwork,
+    network: TracedNetwork,
     dropped: ZeroSlices,
     seeds: Sequence[tuple[int, State]],
     divisors: frozenset[ParamAxis] = frozenset(),
 ) -> tuple[Solution, ZeroSlices]:
     """The slices to keep if of those dropped only the ones that stay dropped, but for divisors, are zero."""
     while True:
-        facts = linked.facts(without(dropped, divisors))
-        kept = linked.solve(facts, [*linked.seeds(dropped), *seeds])
-        fewer = linked.dropped(kept)
+        facts = network.facts(without(dropped, divisors))
+        kept = network.solve(facts, [*network.seeds(dropped), *seeds])
+        fewer = network.dropped(kept)
         if _equal(fewer, dropped):
             return kept, dropped
         dropped = fewer
