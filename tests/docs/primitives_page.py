@@ -20,12 +20,12 @@ HEAD = """# Primitives
 What compaction does with each primitive of JAX. This page is made from the rules by
 `python -m tests.docs.primitives_page` (with jax {version}), and a test holds it against them.
 
-- **Exact**: what is proved needless along an axis can go, and nothing else stays for this primitive's sake.
-- **Conservative**: some axes stay whole that need not always. The sentence says which.
-- **Without a rule**: its inputs stay whole, and its outputs are cut afterwards. That is safe, and the table
-  of groups names the op and its line. [A rule of your own](../extend/rule.md) takes three functions.
+- **Exact**: what is proved unnecessary along an axis can be removed; nothing else is kept for this primitive.
+- **Conservative**: some axes are kept whole although that is not always necessary. The sentence says which.
+- **Without a rule**: its inputs are kept whole, and its outputs are cut afterwards. That is safe, and the
+  table of groups names the op and its line. [A rule of your own](../extend/rule.md) takes three functions.
 
-Whatever a rule does not prove stays. An axis whose size is symbolic, or that has one slice, always does.
+What is not proved unnecessary is kept. So is every axis whose size is symbolic, or that has one slice.
 """
 # Modules that have primitives and are not imported by `import jax`.
 _MODULES = (

@@ -1,4 +1,4 @@
-"""Stacks taken apart into layers, and put together: what the axis counts stays whole."""
+"""Stacks taken apart into layers, and put together again: the axis that counts layers is pinned."""
 
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
