@@ -1,8 +1,8 @@
 """Makes the values, stacks and ops of a program, with their nodes in one axis graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.ir import Op, Part, Value
-from jaxprune.tracing.jaxprs import struct_of
+from jaxprune.tracing.jaxprs import binder, struct_of
+
+if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
+    from jax.extend.core import JaxprEqn
 
 
 class Site(NamedTuple):
@@ -58,12 +61,19 @@ class Builder:
             output.op = op
         return op
 
+    def op_of(
+        self, eqn: "JaxprEqn", inputs: list[Value], outputs: list[Value], site: Site, **more: Any
+    ) -> Op:
+        """Make the op of an equation."""
+        more |= {"bind": binder(eqn), "source": site.source, "has_effects": bool(eqn.effects)}
+        return self.op(eqn.primitive.name, eqn.params, inputs, outputs, **more)
+
     def copy(self, value: Value, site: Site, carried: bool = False) -> Value:
         """Append a copy of a value; `memo` marks a copy that a loop carries into a round."""
         copy = self.value(value)
-        bind = _without_effects(lambda array: [array])
+        more = {"bind": lambda array: [array], "source": site.source}
         memo = {"carried": True} if carried else {}
-        site.ops.append(self.op("copy", {}, [value], [copy], bind=bind, source=site.source, memo=memo))
+        site.ops.append(self.op("copy", {}, [value], [copy], memo=memo, **more))
         return copy
 
     def stack(self, layers: Sequence[Value], along: int) -> Value:
@@ -112,7 +122,7 @@ class Builder:
         parts = []
         for index in range(value.shape[axis]):
             part = self.value(one_layer(value, axis))
-            bind = _without_effects(partial(_take_layer, axis=axis, index=index))
+            bind = partial(_take_layer, axis=axis, index=index)
             params = {"axis": axis, "index": index}
             op = self.op("take_layer", params, [value], [part], bind=bind, source=site.source, lazy=True)
             site.ops.append(op)
@@ -128,9 +138,9 @@ class Builder:
             return value.source
         layers = [self.dense(layer, site) for layer in value.layers]
         dense = self.value(value)
-        bind = _without_effects(lambda *layers: [jnp.stack(layers, value.along)])
+        more = {"bind": lambda *layers: [jnp.stack(layers, value.along)], "source": site.source}
         params = {"axis": value.along, "stack": value}
-        site.ops.append(self.op("join_layers", params, layers, [dense], bind=bind, source=site.source))
+        site.ops.append(self.op("join_layers", params, layers, [dense], **more))
         return dense
 
 
@@ -154,8 +164,3 @@ def one_layer(aval: Any, axis: int) -> jax.ShapeDtypeStruct:
 
 def _take_layer(array: Any, axis: int, index: int) -> list[Any]:
     return [jax.lax.index_in_dim(array, index, axis, keepdims=False)]
-
-
-def _without_effects(bind: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    bind.has_effects = False  # type: ignore[attr-defined]
-    return bind

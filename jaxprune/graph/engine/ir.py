@@ -92,6 +92,7 @@ class Op:
       inputs, outputs: its values.
       bind: applies the primitive as traced to new inputs and returns a list of outputs.
       source: the line of the user's code it comes from, as "file:line"; see `jaxprs.place`.
+      has_effects: whether it has effects besides its outputs, so that it stays even if nobody reads these.
       regions: its bodies by name, as the rules of calls expect them.
       memo: what a rule computed once and needs again.
       rounds: the loops over layers that it stands in, outermost first, each with the number of the round.
@@ -105,6 +106,7 @@ class Op:
     outputs: list[Value]
     bind: Callable[..., list[Any]]
     source: str
+    has_effects: bool = False
     regions: dict[str, Region] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     rounds: tuple[tuple["LayerLoop", int], ...] = ()
@@ -173,6 +175,11 @@ class Program(NamedTuple):
     out_tree: Any
     stacks: dict[int, tuple[int, ...]]
     stacked: list[Value]
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; symbolic ones may be compared only with themselves."""
+    return a is b or bool(a == b)
 
 
 def is_differentiable(value: Any) -> bool:

@@ -40,8 +40,7 @@ def apply_to_layers(tracer: "Tracer", eqn: "JaxprEqn", args: list[Value], site: 
     if name in ("custom_jvp_call", "custom_vjp_call", *WRAPPERS, *CHECKPOINTS):
         regions = tracer.regions(eqn, args, site)
         outputs = [build.like(output) for output in regions["body"].outputs]
-        more = {"bind": binder(eqn), "source": site.source, "regions": regions}
-        site.ops.append(build.op(name, params, args, outputs, **more))
+        site.ops.append(build.op_of(eqn, args, outputs, site, regions=regions))
         return outputs
     if name in ("slice", "dynamic_slice") and (taken := _some_layers(tracer, eqn, args)) is not None:
         return [taken]
@@ -94,7 +93,7 @@ def _apply_peeled(
         value if axis is None or (value.layers and value.along == axis) else _stack_of(layers[0])
         for (value, axis), layers in zip(by_axis, rows, strict=True)
     ]
-    build.op(eqn.primitive.name, eqn.params, operands, stacks, bind=binder(eqn), source=site.source)
+    build.op_of(eqn, operands, stacks, site)
     return stacks
 
 
@@ -117,8 +116,7 @@ def _apply_in_one_layer(
             return _apply_peeled(tracer, eqn, again, inner, inputs, site)
         inputs = [build.dense(value, site) for value in inputs]
     outputs = [build.value(shape) for shape in shapes]
-    more = {"bind": binder(eqn), "source": site.source, "lazy": True}
-    site.ops.append(build.op(eqn.primitive.name, eqn.params, inputs, outputs, **more))
+    site.ops.append(build.op_of(eqn, inputs, outputs, site, lazy=True))
     return outputs
 
 

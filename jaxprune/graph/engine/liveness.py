@@ -20,9 +20,7 @@ def prune_dead(region: Region, without: Collection[tuple[int, int]] = ()) -> Reg
     while count != len(needed):
         count, ops = len(needed), []
         for op in reversed(region.ops):
-            wanted = op.bind.has_effects or any(  # type: ignore[attr-defined]
-                id(v) in read for output in op.outputs for v in with_layers(output)
-            )
+            wanted = op.has_effects or any(id(v) in read for out in op.outputs for v in with_layers(out))
             leaves = bool(op.rounds) and (id(op.rounds[0][0]), op.rounds[0][1]) in without
             keys = () if leaves else place.get(id(op), ())
             if wanted or any(key in needed for key in keys):

@@ -6,7 +6,7 @@ its readers can lose slices of independently.
 
 from collections.abc import Sequence
 
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Region, Value, same_size
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.graph.engine.rules.base import pin_inputs
 from jaxprune.graph.engine.rules.calls import CHECKPOINTS
@@ -105,10 +105,9 @@ class Origins:
         for op in region.ops:
             if any(id(output) in carried for output in op.outputs):
                 continue
-            pure = not getattr(op.bind, "has_effects", False)
             if op.regions:
                 self._call(op)
-            if pure and all(map(self._is_constant, op.inputs)):
+            if not op.has_effects and all(map(self._is_constant, op.inputs)):
                 self._constant.update(map(id, op.outputs))
                 for output in op.outputs:
                     self._of[id(output)] = (Origin.CONSTANT,) * len(output.shape)
@@ -130,9 +129,7 @@ class Origins:
         if op.name == "broadcast_in_dim":
             axes = [Origin.CONSTANT] * rank
             for axis, place in enumerate(op.params["broadcast_dimensions"]):
-                if op.inputs[0].shape[axis] is output.shape[place] or (
-                    op.inputs[0].shape[axis] == output.shape[place]
-                ):
+                if same_size(op.inputs[0].shape[axis], output.shape[place]):
                     axes[place] = of(op.inputs[0])[axis]
             return axes
         if op.name == "transpose":

@@ -146,7 +146,6 @@ def _itself(*args: Any) -> list[Any]:
     return list(args)
 
 
-_itself.has_effects = False  # type: ignore[attr-defined]
 _NOWHERE = Op(per_reader.NAME, {}, [], [], _itself, "an output")
 
 

@@ -230,7 +230,7 @@ def _still_read(
         note(output)
     left = set[str]()
     for op in reversed(network.region.ops):
-        if not (op.bind.has_effects or any(id(v) in read for out in op.outputs for v in with_layers(out))):  # type: ignore[attr-defined]
+        if not (op.has_effects or any(id(v) in read for out in op.outputs for v in with_layers(out))):
             continue
         for value in op.inputs:
             note(value)

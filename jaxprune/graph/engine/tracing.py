@@ -18,7 +18,7 @@ from jaxprune.graph.engine.liveness import prune_dead
 from jaxprune.graph.engine.rules.calls import CHECKPOINTS
 from jaxprune.graph.engine.rules.wrappers import WRAPPERS
 from jaxprune.graph.engine.stacking import find_stacks
-from jaxprune.tracing.jaxprs import abstract, binder, close, is_library_call, place
+from jaxprune.tracing.jaxprs import abstract, close, is_library_call, place
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -105,8 +105,7 @@ class Tracer:
                     args = [build.dense(arg, at) for arg in args]
                     outputs = [build.value(var.aval) for var in eqn.outvars]
                     regions = self.regions(eqn, None, at)
-                    more = {"bind": binder(eqn), "source": at.source, "regions": regions}
-                    at.ops.append(build.op(name, eqn.params, args, outputs, **more))
+                    at.ops.append(build.op_of(eqn, args, outputs, at, regions=regions))
             env.update(zip(eqn.outvars, outputs, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 

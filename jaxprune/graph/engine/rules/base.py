@@ -81,13 +81,13 @@ class Rule(NamedTuple):
     conservative: str = ""
 
 
-def unknown(op: Op, facts: Facts) -> None:
+def learn_nothing(op: Op, facts: Facts) -> None:
     """A `flow` that learns nothing about the outputs."""
     for output in op.outputs:
         facts.learn(output)
 
 
-def as_it_was(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+def emit_unchanged(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     """An `emit` that applies the primitive with unchanged parameters, because they name no sizes."""
     del frame
     return op.bind(*args)
@@ -101,7 +101,7 @@ def pin_inputs(op: Op, graph: AxisGraph) -> None:
 
 
 _RULES: dict[str, Rule] = {}
-_WITHOUT_RULE = Rule(pin_inputs, unknown, as_it_was)
+_WITHOUT_RULE = Rule(pin_inputs, learn_nothing, emit_unchanged)
 
 
 def register_rule(*names: str, rule: Rule) -> None:

@@ -7,7 +7,8 @@ Under `vmap`, `psum` names axes of its input by number: it is then a reduction l
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule, unknown
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
+from jaxprune.graph.engine.rules.elementwise import link_each
 
 
 def _reduced(op: Op) -> tuple[int, ...]:
@@ -37,12 +38,15 @@ def _flow_reduction(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("psum", "psum_invariant", rule=Rule(_link_reduction, _flow_reduction, as_it_was))
+register_rule("psum", "psum_invariant", rule=Rule(_link_reduction, _flow_reduction, emit_unchanged))
 register_rule(
     "pmax",
     "pmin",
     rule=Rule(
-        _link_reduction, _flow_reduction, as_it_was, conservative="a reduced axis of the input is kept whole"
+        _link_reduction,
+        _flow_reduction,
+        emit_unchanged,
+        conservative="a reduced axis of the input is kept whole",
     ),
 )
 
@@ -50,18 +54,12 @@ register_rule(
 # Entry by entry, on each device or from one device to another.
 
 
-def _link_each(op: Op, graph: AxisGraph) -> None:
-    for value, output in zip(op.inputs, op.outputs, strict=True):
-        for a, b in zip(value.axes, output.axes, strict=True):
-            graph.same(a, b)
-
-
 def _flow_each(op: Op, facts: Facts) -> None:
     for value, output in zip(op.inputs, op.outputs, strict=True):
         facts.learn(output, facts.of(value).zero, fill=0 if facts.all_zero(value) else None)
 
 
-register_rule("ppermute", "pbroadcast", "pvary", rule=Rule(_link_each, _flow_each, as_it_was))
+register_rule("ppermute", "pbroadcast", "pvary", rule=Rule(link_each, _flow_each, emit_unchanged))
 
 
 # Gathers and scatters along an axis, which is pinned. An axis may be added, or removed.
@@ -110,8 +108,8 @@ register_rule(
     "all_gather",
     "reduce_scatter",
     "all_to_all",
-    rule=Rule(_link_along, _flow_along, as_it_was, conservative=_ALONG),
+    rule=Rule(_link_along, _flow_along, emit_unchanged, conservative=_ALONG),
 )
 
 
-register_rule("axis_index", rule=Rule(lambda op, graph: None, unknown, as_it_was))
+register_rule("axis_index", rule=Rule(lambda op, graph: None, learn_nothing, emit_unchanged))

@@ -8,7 +8,7 @@ from jax import lax
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
 
 def _free(value: Value, *others: tuple[int, ...]) -> list[int]:
@@ -51,7 +51,7 @@ def _flow_dot(op: Op, facts: Facts) -> None:
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("dot_general", rule=Rule(_link_dot, _flow_dot, as_it_was))
+register_rule("dot_general", rule=Rule(_link_dot, _flow_dot, emit_unchanged))
 
 
 # For a convolution in `groups` groups, the input channels are groups x depth and the output channels are

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, ValueFacts, all_of, both, either, evaluate
-from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, Value, same_size
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 
 # fmt: off
 _NAMES = (
@@ -28,11 +28,7 @@ def matching_axes(value: Value, like: Value) -> list[int]:
     """Return the axes of an operand that are those of the output, without axes that are broadcast."""
     if len(value.shape) != len(like.shape):
         return []
-    return [axis for axis, size in enumerate(value.shape) if _equal(size, like.shape[axis])]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or bool(a == b)
+    return [axis for axis, size in enumerate(value.shape) if same_size(size, like.shape[axis])]
 
 
 def _link(op: Op, graph: AxisGraph) -> None:
@@ -107,11 +103,12 @@ def _are_zeros(known: ValueFacts, axis: int) -> bool:
     return known.zero[axis] is not None and (known.fill is not None or known.alike[axis] is None)
 
 
-elementwise = Rule(_link, _flow, as_it_was)
+elementwise = Rule(_link, _flow, emit_unchanged)
 register_rule(*_NAMES, rule=elementwise)
 
 
-def _link_each(op: Op, graph: AxisGraph) -> None:
+def link_each(op: Op, graph: AxisGraph) -> None:
+    """A `link` that ties each output to the input at its place."""
     for value, output in zip(op.inputs, op.outputs, strict=True):
         for a, b in zip(value.axes, output.axes, strict=True):
             graph.same(a, b)
@@ -132,10 +129,10 @@ def _emit_unconstrained(op: Op, args: list[Any], frame: Any) -> list[Any]:
     return args
 
 
-register_rule("optimization_barrier", rule=Rule(_link_each, _flow_each, as_it_was))
+register_rule("optimization_barrier", rule=Rule(link_each, _flow_each, emit_unchanged))
 register_rule(
     "sharding_constraint",
     "device_put",
     "reshard",
-    rule=Rule(_link_each, _flow_each, _emit_unconstrained),
+    rule=Rule(link_each, _flow_each, _emit_unconstrained),
 )

@@ -3,7 +3,7 @@
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule, unknown
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
 
 # How many last axes of the first input belong to one problem.
 _TRAILING = {
@@ -41,7 +41,7 @@ def _link(op: Op, graph: AxisGraph) -> None:
 def _flow(op: Op, facts: Facts) -> None:
     columns = _columns(op)
     if columns is None:
-        return unknown(op, facts)
+        return learn_nothing(op, facts)
     sides, (output,) = op.inputs[1], op.outputs
     zeros: list[Vector | None] = [None] * len(output.shape)
     for axis in (*range(_batch(op)), columns):
@@ -49,4 +49,4 @@ def _flow(op: Op, facts: Facts) -> None:
     return facts.learn(output, zeros, fill=0 if facts.all_zero(sides) else None)
 
 
-register_rule(*_TRAILING, rule=Rule(_link, _flow, as_it_was, conservative="the matrices are kept whole"))
+register_rule(*_TRAILING, rule=Rule(_link, _flow, emit_unchanged, conservative="the matrices are kept whole"))

@@ -3,7 +3,7 @@
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, is_zero
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, pin_inputs, register_rule, unknown
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, pin_inputs, register_rule
 
 # An array reinterpreted as another type: with a smaller type it has one more axis, of the parts of an entry.
 
@@ -22,7 +22,12 @@ register_rule(
     "random_wrap",
     "random_unwrap",
     "random_clone",
-    rule=Rule(_link_cast, unknown, as_it_was, conservative="the axis of the parts of an entry is kept whole"),
+    rule=Rule(
+        _link_cast,
+        learn_nothing,
+        emit_unchanged,
+        conservative="the axis of the parts of an entry is kept whole",
+    ),
 )
 
 
@@ -33,8 +38,8 @@ register_rule(
     "rng_bit_generator",
     rule=Rule(
         pin_inputs,
-        unknown,
-        as_it_was,
+        learn_nothing,
+        emit_unchanged,
         conservative="drawn whole, then cut, so that the kept bits are the same",
     ),
 )
@@ -75,7 +80,7 @@ def _link_reduce(op: Op, graph: AxisGraph) -> None:
 
 def _flow_reduce(op: Op, facts: Facts) -> None:
     if not _is_sum(op):
-        return unknown(op, facts)
+        return learn_nothing(op, facts)
     (value, start), (output,) = op.inputs, op.outputs
     for axis in op.params["dimensions"]:
         facts.need(op, value, axis, facts.zero(value, axis))
@@ -91,7 +96,7 @@ register_rule(
     rule=Rule(
         _link_reduce,
         _flow_reduce,
-        as_it_was,
+        emit_unchanged,
         conservative="except for a sum, the reduced axes are kept whole",
     ),
 )
@@ -121,7 +126,10 @@ def _link_window(op: Op, graph: AxisGraph) -> None:
 register_rule(
     "reduce_window",
     rule=Rule(
-        _link_window, unknown, as_it_was, conservative="axes that the window slides along are kept whole"
+        _link_window,
+        learn_nothing,
+        emit_unchanged,
+        conservative="axes that the window slides along are kept whole",
     ),
 )
 
@@ -149,7 +157,7 @@ register_rule(
     rule=Rule(
         _link_approximate,
         _flow_approximate,
-        as_it_was,
+        emit_unchanged,
         conservative="the axis that is searched is kept whole",
     ),
 )

@@ -7,7 +7,7 @@ those of a matrix product: hidden units of experts can be dropped, at the same i
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 
 
 def _numbers(op: Op) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int, list[int]]:
@@ -82,6 +82,6 @@ register_rule(
     "ragged_dot",
     "ragged_dot_general",
     rule=Rule(
-        _link, _flow, as_it_was, conservative="rows in groups, and the groups (experts), are kept whole"
+        _link, _flow, emit_unchanged, conservative="rows in groups, and the groups (experts), are kept whole"
     ),
 )

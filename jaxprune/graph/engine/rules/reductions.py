@@ -14,7 +14,7 @@ import numpy as np
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
 _REDUCED = "the reduced axes are kept whole"
 _EXTREMA = ("reduce_max", "reduce_min", "reduce_or", "reduce_and")
@@ -116,8 +116,8 @@ def _flow_product(op: Op, facts: Facts) -> None:
     _flow_left(op, facts, empty=any(facts.zero(value, axis) is not None for axis in op.params["axes"]))
 
 
-register_rule("reduce_prod", rule=Rule(_link_pinned, _flow_product, as_it_was, conservative=_REDUCED))
-register_rule("reduce_xor", rule=Rule(_link_pinned, _flow_left, as_it_was, conservative=_REDUCED))
+register_rule("reduce_prod", rule=Rule(_link_pinned, _flow_product, emit_unchanged, conservative=_REDUCED))
+register_rule("reduce_xor", rule=Rule(_link_pinned, _flow_left, emit_unchanged, conservative=_REDUCED))
 
 
 # Ops that move or mix entries along some axes, and do the same to each slice along the others.
@@ -148,7 +148,7 @@ def _along(axes_of: Any, keeps_zero: bool = True) -> Rule:
         for output in op.outputs[len(op.inputs) :]:
             facts.learn(output)
 
-    return Rule(link, flow, as_it_was, conservative="the axis that it runs along is kept whole")
+    return Rule(link, flow, emit_unchanged, conservative="the axis that it runs along is kept whole")
 
 
 def _axis(op: Op) -> tuple[int, ...]:
@@ -221,7 +221,7 @@ register_rule(
     "reduce_window_sum",
     "reduce_window_max",
     "reduce_window_min",
-    rule=Rule(_link_window, _flow_window, as_it_was, conservative=_WINDOW),
+    rule=Rule(_link_window, _flow_window, emit_unchanged, conservative=_WINDOW),
 )
 
 
@@ -251,5 +251,5 @@ def _flow_scatter_windows(op: Op, facts: Facts) -> None:
 register_rule(
     "select_and_scatter_add",
     "select_and_gather_add",
-    rule=Rule(_link_scatter_windows, _flow_scatter_windows, as_it_was, conservative=_WINDOW),
+    rule=Rule(_link_scatter_windows, _flow_scatter_windows, emit_unchanged, conservative=_WINDOW),
 )

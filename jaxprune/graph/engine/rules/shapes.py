@@ -10,8 +10,8 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
-from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
 
 def is_static(size: Any) -> bool:
@@ -49,8 +49,7 @@ def _broadcast_axes(op: Op) -> list[int | None]:
     (value,), (output,) = op.inputs[:1], op.outputs
     axes: list[int | None] = [None] * len(output.shape)
     for axis, place in enumerate(op.params["broadcast_dimensions"]):
-        size = output.shape[place]
-        if value.shape[axis] is size or value.shape[axis] == size:
+        if same_size(value.shape[axis], output.shape[place]):
             axes[place] = axis
     return axes
 
@@ -61,7 +60,7 @@ def _emit_broadcast(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 
 
 register_rule("broadcast_in_dim", rule=_renamed(_broadcast_axes, _emit_broadcast))
-register_rule("transpose", rule=_renamed(lambda op: list(op.params["permutation"]), as_it_was))
+register_rule("transpose", rule=_renamed(lambda op: list(op.params["permutation"]), emit_unchanged))
 
 
 def _squeezed_axes(op: Op) -> list[int | None]:
@@ -69,7 +68,7 @@ def _squeezed_axes(op: Op) -> list[int | None]:
     return [axis for axis in range(len(op.inputs[0].shape)) if axis not in squeezed]
 
 
-register_rule("squeeze", rule=_renamed(_squeezed_axes, as_it_was))
+register_rule("squeeze", rule=_renamed(_squeezed_axes, emit_unchanged))
 register_rule(
     "iota",
     rule=Rule(
@@ -81,7 +80,7 @@ register_rule(
                 for axis, size in enumerate(op.outputs[0].shape)
             ],
         ),
-        as_it_was,
+        emit_unchanged,
     ),
 )
 

@@ -8,8 +8,8 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, all_of, is_zero
-from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 from jaxprune.graph.engine.rules.shapes import is_static
 
 
@@ -40,7 +40,7 @@ def _sliced_axes(op: Op) -> list[int]:
     """Return the axes that a slice shortens."""
     value, output = op.inputs[0], op.outputs[0]
     pairs = enumerate(zip(value.shape, output.shape, strict=True))
-    return [axis for axis, (old, new) in pairs if not (old is new or old == new)]
+    return [axis for axis, (old, new) in pairs if not same_size(old, new)]
 
 
 def _link_slice(op: Op, graph: AxisGraph) -> None:
@@ -150,7 +150,7 @@ def _flow_concatenate(op: Op, facts: Facts) -> None:
     return None
 
 
-register_rule("concatenate", rule=Rule(_link_concatenate, _flow_concatenate, as_it_was))
+register_rule("concatenate", rule=Rule(_link_concatenate, _flow_concatenate, emit_unchanged))
 
 
 _STACKED = "the axis that is made, or taken apart, is kept whole"
@@ -183,9 +183,9 @@ def _flow_unstack(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill)
 
 
-stack = Rule(_link_stack, _flow_stack, as_it_was, conservative=_STACKED)
+stack = Rule(_link_stack, _flow_stack, emit_unchanged, conservative=_STACKED)
 register_rule("stack", rule=stack)
-register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, as_it_was, conservative=_STACKED))
+register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, emit_unchanged, conservative=_STACKED))
 
 
 def _reordered(source: Any) -> Rule:
@@ -212,7 +212,7 @@ def _reordered(source: Any) -> Rule:
             zeros.append(zero if zero is None or dense is None else zero[dense])
         facts.learn(op.outputs[0], zeros, known.fill)
 
-    return Rule(link, flow, as_it_was)
+    return Rule(link, flow, emit_unchanged)
 
 
 def _reversed(op: Op, axis: int) -> np.ndarray | None:
