@@ -89,6 +89,7 @@ class Origins:
                 if outer is value
             ]
             return not inside or any(id(inner) in self._summed for inner in inside)
+        # The output of a product holds no entries of the param; an op that rearranges the param is followed.
         outputs = [output for output in reader.outputs if Origin.PARAM in self.of(output)]
         return not outputs or any(id(output) in self._summed for output in outputs)
 

@@ -13,8 +13,9 @@ lose slices independently are tied again by `tie_readers`.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.ir import Op, Region, Value
@@ -37,104 +38,134 @@ def separate(region: Region, graph: AxisGraph, params: Sequence[Value]) -> None:
       graph: its axes.
       params: those of its inputs that are params.
     """
-    _insert_copies(region, graph, Origins(region, params), True)
+    _Separator(region, graph, Origins(region, params), outermost=True).run()
 
 
-def _insert_copies(region: Region, graph: AxisGraph, origins: Origins, outermost: bool) -> None:
-    """Put copies in the places where values are read, from the last value to the first.
+class _Reading(NamedTuple):
+    """One place where a value is read.
 
-    In the outermost region constants are made whole. In a body they are as large as the inputs of its op,
-    which other bodies of the op read too.
+    Attributes:
+      holder: the inputs of the reader, or the outputs of the region.
+      place: the index of the value there.
+      reader: the op that reads it; None for an output of the region.
     """
-    reads: dict[int, list[tuple[list[Value], int, Op | None]]] = defaultdict(list)
-    constants: dict[int, Value] = {}
 
-    def note(op: Op) -> None:
+    holder: list[Value]
+    place: int
+    reader: Op | None
+
+
+class _Separator:
+    """Puts copies of values in the places where a region reads them.
+
+    In the outermost region values made of constants are made whole. In a body they are as large as the inputs
+    of its op, which other bodies of the op read too.
+    """
+
+    def __init__(self, region: Region, graph: AxisGraph, origins: Origins, outermost: bool):
+        self.region, self.graph, self.origins, self.outermost = region, graph, origins, outermost
+        self.readings: dict[int, list[_Reading]] = defaultdict(list)
+        self.constants: dict[int, Value] = {}
+        self.before: dict[int, list[Op]] = defaultdict(list)  # by the id of a reader, the ops of its copies
+
+    def run(self) -> None:
+        """Put in the copies, from the last value to the first, and the ops that make them."""
+        for op in self.region.ops:
+            for inner in op.regions.values():
+                _Separator(inner, self.graph, self.origins, outermost=False).run()
+            self._enter(op)
+        for place, value in enumerate(self.region.outputs):
+            self.readings[id(value)].append(_Reading(self.region.outputs, place, None))
+        for op in reversed(self.region.ops):
+            for output in op.outputs:
+                self._separate(output)
+        for value in (*self.region.inputs, *self.constants.values()):
+            self._separate(value)
+        ops: list[Op] = []
+        for op in self.region.ops:
+            self._append(op, ops)
+        for copied in self.before[id(None)]:
+            self._append(copied, ops)
+        self.region.ops[:] = ops
+
+    def _enter(self, op: Op) -> None:
+        """Enter the places where an op reads values."""
         for place, value in enumerate(op.inputs):
-            reads[id(value)].append((op.inputs, place, op))
+            self.readings[id(value)].append(_Reading(op.inputs, place, op))
             if value.constant is not None:
-                constants[id(value)] = value
+                self.constants[id(value)] = value
 
-    for op in region.ops:
-        for inner in op.regions.values():
-            _insert_copies(inner, graph, origins, False)
-        note(op)
-    for place, value in enumerate(region.outputs):
-        reads[id(value)].append((region.outputs, place, None))
+    def _append(self, op: Op, ops: list[Op]) -> None:
+        """Append an op after those that make the copies that it reads."""
+        for copied in self.before[id(op)]:
+            self._append(copied, ops)
+        ops.append(op)
 
-    before: dict[int, list[Op]] = defaultdict(list)
-
-    def copy_for_readers(value: Value) -> None:
-        """Make the copies of a value, and note that they go before their readers."""
-        places, of = reads[id(value)], origins.of(value)
+    def _separate(self, value: Value) -> None:
+        """Give the readers of a value copies of it, if it has axes along which they need not agree."""
+        readings = self.readings[id(value)]
+        readers = [reading.reader for reading in readings]
         if (
             value.layers
             or value.part is not None
-            or any(r is not None and r.name in _LAYERS for *_, r in places)
+            or any(r is not None and r.name in _LAYERS for r in readers)
         ):
             return
-        if Origin.PARAM in of and origins.are_weights(value, [reader for *_, reader in places]):
+        of = self.origins.of(value)
+        if Origin.PARAM in of and self.origins.are_weights(value, readers):
             of = tuple(Origin.OTHER if origin is Origin.PARAM else origin for origin in of)
         # Readers of disjoint slices share none: each slice already goes with the units of its reader.
         of = tuple(
-            Origin.OTHER if origin is Origin.PARAM and _are_disjoint(places, axis) else origin
+            Origin.OTHER if origin is Origin.PARAM and _are_disjoint(readers, axis) else origin
             for axis, origin in enumerate(of)
         )
-        apart = [of[a] for a, n in enumerate(value.shape) if isinstance(n, int) and n > 1]
-        if len(places) < 2 or all(origin is Origin.OTHER for origin in apart):
+        apart = [of[axis] for axis, size in enumerate(value.shape) if isinstance(size, int) and size > 1]
+        if len(readings) < 2 or all(origin is Origin.OTHER for origin in apart):
             return
-        repeat = value.op is not None and value.op.name in _REPEATED and Origin.PARAM not in apart
-        for number, (holder, place, reader) in enumerate(places):
-            in_loop = reader is not None and bool(reader.rounds)
+        repeated = value.op if value.op is not None and value.op.name in _REPEATED else None
+        if Origin.PARAM in apart:
+            repeated = None
+        for number, (holder, place, reader) in enumerate(readings):
             if reader is not None and reader.memo.get("carried"):
                 continue  # the carry of a loop has the same slices in all rounds
-            if number == 0 and (repeat or value.constant is not None) and not in_loop:
+            in_loop = reader is not None and bool(reader.rounds)
+            if number == 0 and (repeated is not None or value.constant is not None) and not in_loop:
                 continue  # the first reader takes the value itself, unless all rounds of a loop must be alike
-            axes = tuple(map(graph.node, value.shape))
-            copy = Value(value.shape, value.dtype, axes, sharding=value.sharding)
-            holder[place] = copy
-            if value.constant is not None:
-                copy.constant = value.constant
-                continue
-            if repeat:
-                op = value.op
-                assert op is not None
-                copy.op = Op(op.name, op.params, list(op.inputs), [copy], op.bind, op.source)
-            else:
-                source = (reader or value.op or _NOWHERE).source
-                params = {"origins": of, "pin_constants": outermost}
-                copy.op = Op(per_reader.NAME, params, [value], [copy], _itself, source)
-            origins.enter(copy, of)
-            if reader is not None:
-                # In the same round of a loop as its reader, where it can be cut for that round.
-                copy.op.rounds, copy.op.lazy = reader.rounds, reader.lazy
-            before[id(reader)].append(copy.op)
-            if repeat:
-                note(copy.op)
+            holder[place] = self._copy(value, of, reader, repeated)
 
-    for op in reversed(region.ops):
-        for output in op.outputs:
-            copy_for_readers(output)
-    for value in (*region.inputs, *constants.values()):
-        copy_for_readers(value)
-    ops: list[Op] = []
+    def _copy(self, value: Value, of: tuple[Origin, ...], reader: Op | None, repeated: Op | None) -> Value:
+        """Return a copy of a value for a reader, whose op goes before the reader.
 
-    def put(op: Op) -> None:
-        for copy in before[id(op)]:
-            put(copy)
-        ops.append(op)
-
-    for op in region.ops:
-        put(op)
-    for copy in before[id(None)]:
-        put(copy)
-    region.ops[:] = ops
+        Args:
+          value: the value.
+          of: the origins of its axes, which decide how the copy is linked to it.
+          reader: the reader; None for an output of the region.
+          repeated: the op that makes the value, to be repeated for the copy; None to insert a `per_reader`.
+        """
+        axes = tuple(map(self.graph.node, value.shape))
+        copied = Value(value.shape, value.dtype, axes, constant=value.constant, sharding=value.sharding)
+        if value.constant is not None:
+            return copied
+        if repeated is not None:
+            op = replace(repeated, inputs=list(repeated.inputs), outputs=[copied], regions={}, memo={})
+        else:
+            source = (reader or value.op or _NOWHERE).source
+            params = {"origins": of, "pin_constants": self.outermost}
+            op = Op(per_reader.NAME, params, [value], [copied], _itself, source)
+        # In the same round of a loop as its reader, where it can be cut for that round.
+        op.rounds, op.lazy = (reader.rounds, reader.lazy) if reader is not None else ((), False)
+        copied.op = op
+        self.origins.enter(copied, of)
+        self.before[id(reader)].append(op)
+        if repeated is not None:
+            self._enter(op)
+        return copied
 
 
-def _are_disjoint(places: Sequence[tuple[list[Value], int, Op | None]], axis: int) -> bool:
+def _are_disjoint(readers: Sequence[Op | None], axis: int) -> bool:
     """Whether all readers of a value are slices of it that do not overlap along an axis."""
     ends = []
-    for *_, reader in places:
+    for reader in readers:
         if reader is None or reader.name != "slice":
             return False
         ends.append((reader.params["start_indices"][axis], reader.params["limit_indices"][axis]))

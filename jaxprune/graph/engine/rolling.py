@@ -45,11 +45,13 @@ def run_rounds_as_loop(replay: "Replay", loop: LayerLoop, ops: Sequence[Op], lev
     """
     numbers = sorted({op.rounds[level][1] for op in ops})
     count, place = len(numbers), {number: n for n, number in enumerate(numbers)}
+    # The ops of each round, without the copies of this loop's carry: its values are the carry of the scan.
     ops_of: list[list[Op]] = [[] for _ in numbers]
     for op in ops:
         if not op.memo.get("carried") or len(op.rounds) > level + 1:
             ops_of[place[op.rounds[level][1]]].append(op)
     made_here = {id(output) for op in ops for output in op.outputs}
+    # Values from outside: constants of the scan where all rounds read the same one, else slices of a stack.
     columns = _read_from_outside(ops_of, made_here)
     sliced = [values for values in columns if any(value is not values[0] for value in values)]
     for values in columns:
@@ -58,7 +60,7 @@ def run_rounds_as_loop(replay: "Replay", loop: LayerLoop, ops: Sequence[Op], lev
     xs = [_read_as_stack(replay, values) for values in sliced]
 
     def is_made(value: Value) -> bool:
-        """Whether a value is made at all: what nobody reads is not."""
+        """Whether a value is made at all: one that nobody reads has lost its op."""
         inside = value.op is not None and any(loop is other for other, _ in value.op.rounds)
         return id(value) in made_here or not inside
 
@@ -82,6 +84,7 @@ def run_rounds_as_loop(replay: "Replay", loop: LayerLoop, ops: Sequence[Op], lev
 
         return step
 
+    # Trace each round to note where it takes slices, then again with those positions that differ as inputs.
     slices = [jax.eval_shape(lambda x: x[0], x) for x in xs]
     noted = [Positions() for _ in range(count)]
     for number, positions in enumerate(noted):
