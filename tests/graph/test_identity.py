@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from jaxprune.graph import compact, residual_blocks
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import aliases, unchanged_outputs
 from jaxprune.graph.engine.program import TracedNetwork
@@ -216,3 +217,20 @@ def test_claims_about_a_network_hold_of_its_values(name):
             np.testing.assert_array_equal(claimed, source)
         claims += len(pairs)
     assert claims > 0
+
+
+def test_the_two_proofs_answer_different_questions():
+    """A dead layer whose output the next bias replaces is needless, but it does not pass its input on."""
+    layer = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    params = {"layers": [layer] * 3}
+
+    def function(params, x):
+        for p in params["layers"]:
+            x = jnp.tanh(x) @ p["w"] + jnp.broadcast_to(p["b"], x.shape)
+        return x
+
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    masks["layers"][0] = jax.tree.map(jnp.zeros_like, masks["layers"][0])
+    assert len(compact(function, params, masks, X).params["layers"]) == 2
+    with pytest.raises(ValueError, match="gives zeros, or another constant, and not the block's input"):
+        residual_blocks(function, params, X, prefixes=["layers/0"])
