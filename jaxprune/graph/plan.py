@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune.files.atomic import replacing
 from jaxprune.graph.blocktrees import put_back, take_out
 from jaxprune.graph.engine import placing
-from jaxprune.graph.engine.rules.slices import take
+from jaxprune.graph.engine.rules.slices import take_slices
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tracing.jaxprs import explicit_sharding
 from jaxprune.tree.checks import check_function
@@ -447,7 +447,7 @@ def _take_by_layer(leaf: Any, lead: int, stack: Sequence[int], axis: int, kept: 
     if (flat == flat[0]).all():
         return _take(leaf, lead + axis, flat[0])
     places = _places_by_layer(leaf.ndim, lead, stack, axis, kept)
-    return placing.on_whole(
+    return placing.apply_replicated(
         leaf, lambda leaf: jnp.take_along_axis(leaf, places, axis=lead + axis, mode="clip")
     )
 
@@ -471,7 +471,7 @@ def _spread_by_layer(
         longer = jnp.concatenate([leaf, filler], lead + axis)
         return jnp.take_along_axis(longer, places, axis=lead + axis, mode="clip")
 
-    return placing.on_whole(leaf, spread)
+    return placing.apply_replicated(leaf, spread)
 
 
 def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:
@@ -483,13 +483,13 @@ def _take(leaf: Any, axis: int, kept: np.ndarray) -> Any:
     sharding = getattr(jax.typeof(leaf), "sharding", None)
     spec = () if sharding is None else tuple(sharding.spec)
     if sharding is None or axis >= len(spec) or spec[axis] is None:
-        return take(leaf, axis, kept)
+        return take_slices(leaf, axis, kept)
 
     def sharded(array: Any, along: Any) -> Any:
         spec_there = PartitionSpec(*spec[:axis], along, *spec[axis + 1 :])
         return jax.sharding.reshard(array, NamedSharding(sharding.mesh, spec_there))
 
-    cut = take(sharded(leaf, None), axis, kept)
+    cut = take_slices(sharded(leaf, None), axis, kept)
     names = spec[axis] if isinstance(spec[axis], tuple) else (spec[axis],)
     parts = math.prod(sharding.mesh.shape[name] for name in names)
     return sharded(cut, spec[axis]) if len(kept) % parts == 0 else cut

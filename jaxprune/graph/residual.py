@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.engine.divisors import find_divisors
-from jaxprune.graph.engine.facts import Facts, run_changed
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined
 from jaxprune.graph.engine.ir import Op, Value
 from jaxprune.graph.engine.passage import Pass, Passage, Roots, made_from, mark_of, roots_of
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_changes
 from jaxprune.graph.engine.singular import singularities
 from jaxprune.graph.roles import weights
 from jaxprune.tree.calls import check_call
@@ -436,7 +436,7 @@ class _Proof:
             else:
                 facts.learn(self.linked.values[path], fill=0)
         values = [self.linked.values[path] for path in changed]
-        return facts, run_changed(self.linked.region, facts, self.base, values, rule_for)
+        return facts, learn_changes(self.linked.region, facts, self.base, values)
 
     def _others(self, block: Block) -> Facts:
         """What is known where all layers but this one are zero."""
@@ -445,7 +445,7 @@ class _Proof:
             marks = self._layer(block, path)
             facts.learn(self.linked.values[path], [None if mark is None else ~mark for mark in marks])
         changed = [self.linked.values[path] for path in block.paths]
-        run_changed(self.linked.region, facts, self.base, changed, rule_for)
+        learn_changes(self.linked.region, facts, self.base, changed)
         return facts
 
     def _layer(self, block: Block, path: str) -> list[np.ndarray | None]:
