@@ -3,7 +3,6 @@
 import functools
 import traceback
 import warnings
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,46 +12,52 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.pruning.targets import SCOPES
-from tests.contracts import checks
+from tests.contracts import checks, entry_points, public
 from tests.contracts.checks import CHECKS, Case, same
+from tests.contracts.entry_points import LEFT_OUT, OTHERS, UNCHECKED, USES
 from tests.contracts.members import REFUSALS, TABLE, Member, once
 from tests.contracts.problem import ENTRIES, Problem, problem
-from tests.contracts.public import defined_in, makers
 from tests.support.devices import on_eight_devices
 
-NOT_MEMBERS = {
-    "structures.Norm": "a type",
-    "structures.Units": "a type, of which members are made",
-    "structures.Structure": "the table has it by its name jaxprune.Structure",
-    "schedules.check_sparsity": "checks an argument",
-}
+NOT_MEMBERS = {"schedules.check_sparsity": "checks an argument"}
 
 
-def public_names() -> Iterator[str]:
-    """Every public score, structure, scope, schedule and distribution, and what gives a Pruner."""
-    yield from (f"scores.{name}" for name in jp.scores.__all__)
-    yield from (f"structures.{name}" for name in jp.structures.__all__)
-    yield from (f"scope {name}" for name in SCOPES)
-    for module in (jp.schedules, jp.distributions):
-        short = module.__name__.rpartition(".")[2]
-        yield from (f"{short}.{name}" for name in defined_in(module))
-    yield "Structure"
-    yield "prune_once"
-    yield "prune_rounds"
-    yield from makers()
+def public_members() -> set[str]:
+    """Return every public score, structure, scope, schedule and distribution, and what gives a Pruner."""
+    rooms = ("scores.", "structures.", "schedules.", "distributions.")
+    found = {name for name in public.functions() if name.startswith(rooms)} | set(public.makers())
+    return (
+        found | {f"scope {name}" for name in SCOPES} | {"Schedule", "Structure", "prune_once", "prune_rounds"}
+    )
 
 
 def test_the_table_has_every_public_member():
-    public = set(public_names())
+    members = public_members()
     covered = {name for member in TABLE.values() for name in member.covers}
-    missing = sorted(public - covered - NOT_MEMBERS.keys())
+    missing = sorted(members - covered - NOT_MEMBERS.keys())
     assert not missing, (
-        f"{', '.join(missing)} is public and in no contract. Add a Member to TABLE in contracts/members.py "
-        "that covers it: how it is made, and how many units are gone after each call. If it is no score, "
-        "structure, scope, schedule, distribution or Pruner, name it in NOT_MEMBERS above and say what it is."
+        f"{', '.join(missing)} is public and in no contract. Add a Member to TABLE in "
+        "tests/contracts/members.py that covers it: how it is made, and how many units are gone after each "
+        "call. If it is no score, structure, scope, schedule, distribution or Pruner, name it in NOT_MEMBERS "
+        "above and say what it is."
     )
-    unknown = sorted((covered | NOT_MEMBERS.keys()) - public)
+    unknown = sorted((covered | NOT_MEMBERS.keys()) - members)
     assert not unknown, f"{', '.join(unknown)} is in tests/contracts/members.py, but not public any more."
+
+
+def test_every_argument_of_a_public_function_has_a_value_that_is_right():
+    functions = public.functions()
+    unknown = [
+        f"{name}({argument}=)"
+        for name in functions.keys() - LEFT_OUT.keys()
+        for argument in entry_points.unknown(name, functions[name])
+    ]
+    assert not unknown, (
+        f"no right value is known for {', '.join(sorted(unknown))}. Give one by the name of the argument in "
+        "GOOD of tests/contracts/entry_points.py, or in OTHERS there for that function alone."
+    )
+    listed = {*LEFT_OUT, *OTHERS, *USES, *UNCHECKED}
+    assert listed <= functions.keys(), f"{sorted(listed - functions.keys())} is not public any more."
 
 
 @pytest.mark.parametrize("name", TABLE)

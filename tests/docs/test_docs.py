@@ -21,6 +21,7 @@ import pytest
 
 import jaxprune as jp
 from experiments.run import settings
+from tests.contracts import public
 from tests.support.commands import command_module, study_names
 
 ROOT = Path(__file__).parents[2]
@@ -354,34 +355,21 @@ def build(config: Path, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def public_names() -> Iterator[tuple[str, str]]:
-    """Every public name, and where it is defined, under which a page may have it too."""
-    for name in jp.__all__:
-        value = getattr(jp, name)
-        if not isinstance(value, types.ModuleType):
-            yield f"jaxprune.{name}", f"{value.__module__}.{value.__qualname__}"
-            continue
-        own = {
-            key: member
-            for key, member in vars(value).items()
-            if not key.startswith("_") and getattr(member, "__module__", None) == value.__name__
-            if inspect.isfunction(member) or inspect.isclass(member)
-        }
-        for inner in getattr(value, "__all__", own):
-            path, member = f"{value.__name__}.{inner}", getattr(value, inner)
-            home = getattr(member, "__module__", None)
-            yield path, f"{home}.{inner}" if inspect.isfunction(member) or inspect.isclass(member) else path
-
-
 def test_every_public_name_has_its_place(site):
     raw = (site / "objects.inv").read_bytes().split(b"zlib.\n", 1)[1]
     listed = {}
     for line in zlib.decompress(raw).decode().splitlines():
         name, role, _, where, _ = line.split(" ", 4)
         listed[name] = role, where
-    for path, home in public_names():
-        if path == "jaxprune.graph.elementwise":  # a rule, of the module of the same name
-            home = "jaxprune.graph.rules.elementwise.elementwise"
+    for name, member in public.members():
+        path = f"jaxprune.{name}"
+        # A page may have a name where it is defined, too.
+        if inspect.isfunction(member) or inspect.isclass(member):
+            home = f"{member.__module__}.{member.__qualname__}"
+        elif name == "graph.elementwise":
+            home = "jaxprune.graph.engine.rules.elementwise.elementwise"
+        else:
+            home = path
         where = listed.get(home, listed.get(path))
         assert where is not None, f"{path} is on no page of docs/api"
         assert where[0] != "py:module", f"{path} is on its page as a module"

@@ -342,6 +342,7 @@ def check_counts(pair: Pair, draws: Draws, history: Any) -> None:
         assert (sums == sums[0]).all(), "the number of kept entries changes"
     if not kind.regrows:
         assert not moves.any(), "masks that are kept move"
+    if not kind.regrows or not pools:  # a kind made from the table of members, whose cadence is not known
         return
     steps = len(moves)
     every, end = max(1, steps // 28), steps // 2
@@ -592,7 +593,7 @@ def dealt(number: int = 0, steps: int = 200) -> dict[str, list[tuple[str, str]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", help="one optimizer, by the name in optimizers.OPTIMIZERS")
-    parser.add_argument("--kind", help="one kind of pruner, by the name in _pruner_kinds.kinds")
+    parser.add_argument("--kind", help="one kind of pruner, by the name in pruner_kinds.kinds")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--form", choices=FORMS, help="one place of the guard against NaN")
