@@ -36,7 +36,7 @@ def ends(case, numbers):
 
 
 def test_random_recipes(tmp_path):
-    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(200))
+    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(100))
     assert set(found) == {"accepted", "refused", "does not fit"}
 
 
@@ -64,9 +64,9 @@ def test_recipes_made_to_do_harm(tmp_path, monkeypatch):
 
 def test_random_files(tmp_path):
     valid = files.Files(tmp_path)
-    found = ends(lambda n: valid.case(n, tmp_path, watched), range(600))
-    assert found.count("accepted") > 50
-    assert found.count("refused") > 200
+    found = ends(lambda n: valid.case(n, tmp_path, watched), range(200))
+    assert found.count("accepted") > 15
+    assert found.count("refused") > 65
 
 
 def test_metadata_that_are_null(tmp_path):

@@ -33,18 +33,17 @@ def moved(pruner, params, grads, step=10, **inputs):
     return pruner.update(state, params, grads, **inputs).masks
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 2**31),
-    st.integers(2, 7),
-    st.integers(2, 7),
+    st.sampled_from([(2, 7), (7, 2), (5, 6)]),  # few shapes, of which each is compiled once
     st.floats(0.1, 0.9),
     st.floats(0.05, 1.0),
     st.booleans(),
 )
-def test_an_update_is_the_papers(seed, rows, columns, density, fraction, ties):
+def test_an_update_is_the_papers(seed, shape, density, fraction, ties):
     rng = np.random.default_rng(seed)
-    mask = rng.random((rows, columns)) < density
+    mask = rng.random(shape) < density
     if mask.all():
         mask[0, 0] = False
     draw = (lambda: rng.integers(-2, 3, mask.shape)) if ties else (lambda: rng.normal(size=mask.shape))
