@@ -64,7 +64,7 @@ def _hidden(history: History) -> list[np.ndarray]:
 
 
 def _pairs(history: History) -> list[np.ndarray]:
-    """Of 1:2 along the inputs: pairs that are still dense; of the others one entry stays."""
+    """Return which pairs of 1:2 are still dense, and check that the others keep one entry."""
     pools = []
     for path in KERNELS:
         steps, rows, columns = history[path].shape
@@ -105,7 +105,7 @@ def _apply(params: Any, x: jax.Array) -> jax.Array:
 
 
 def kinds(steps: int = 200) -> dict[str, Kind]:
-    """Every kind, whose masks come to rest halfway.
+    """Return every kind; its masks come to rest after half of the steps.
 
     Args:
       steps: how many there will be, 40 or more.
@@ -113,7 +113,7 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
     begin, end, every = steps // 20, steps // 2, max(1, steps // 28)
 
     def passed(calls: int) -> int:
-        """The last step of the schedule that was due, or -1."""
+        """Return the last step of the schedule that was due, or -1."""
         return end if calls >= end else begin + (calls - begin) // every * every if calls >= begin else -1
 
     def gradual(target: float, calls: int, size: int) -> int:

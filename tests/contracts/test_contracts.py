@@ -1,4 +1,4 @@
-"""Every member of the table in `contracts` through the same checks, on one device and on eight."""
+"""Put every member of the table through the same checks, on one device and on eight."""
 
 import functools
 import gc
@@ -83,7 +83,7 @@ PROGRAMS = [name for name, member in TABLE.items() if not member.table_of]
 
 
 def check_sharded_members():
-    """Runs the table on params that are sharded over rows and columns, and prints what was wrong."""
+    """Run the table on params that are sharded over rows and columns, and print what was wrong."""
     warnings.simplefilter("error")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -143,7 +143,7 @@ def test_every_member_on_eight_devices():
 
 
 def below(params, masks):
-    """Counted by hand: what the masks before have removed, and what is small."""
+    """Count by hand what the masks before have removed, and what is small."""
     return {(path,): int((~masks[path] | (np.abs(params[path]) <= 0.25)).sum()) for path in ENTRIES}
 
 
@@ -171,7 +171,7 @@ def more_under_jit(params, masks, **_):
 
 
 def bounds_by_name(params, masks, **_):
-    """Of each leaf in the alphabetical order of paths, the bound that is for one in the order of leaves."""
+    """Prune by bounds that are in the order of leaves, but read in the alphabetical order of paths."""
     bounds = iter([0.25 if leaf.ndim == 2 else 0.0 for leaf in jax.tree.leaves(params)])
     bounds = dict(zip(sorted(jp.leaf_paths(params)), bounds, strict=True))
     leaves = zip(jp.leaf_paths(params), *map(jax.tree.leaves, (params, masks)), strict=True)

@@ -1,4 +1,4 @@
-"""Nothing silently does nothing: misspelled arguments, cadences and levels that are most likely mistakes."""
+"""Nothing is silently ignored: misspelled arguments, cadences and levels that are most likely mistakes."""
 
 import warnings
 from functools import partial, wraps

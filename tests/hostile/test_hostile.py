@@ -1,4 +1,4 @@
-"""Hostile input, as much as there is time for; `hostile.py` has more."""
+"""Hostile input: some of the cases of `python -m tests.soak.hostile`."""
 
 import contextlib
 import io
@@ -31,7 +31,7 @@ def quiet():
 
 
 def ends(case, numbers):
-    """How the cases ended."""
+    """Return how each case ended."""
     return [case(number) for number in numbers]
 
 

@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 
 def refused(file, data, message=None, **options):
-    """Loads a file that has to be refused, by name, at no cost."""
+    """Load a file that must be refused with a short error that names it."""
     file.write_bytes(data)
     with pytest.raises(jp.io.FileError, match=message) as info:
         jp.io.load(file, **options)

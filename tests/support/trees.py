@@ -131,7 +131,7 @@ SORTS: dict[str, Build] = {
 
 
 def _names(number: int) -> dict[str, Any]:
-    """The plain dict with so many leaves, each leaf its path."""
+    """Return the plain dict with so many leaves, each of which is its path."""
     layers = {
         5: {"a": ("bias", "kernel", "scale"), "b": ("bias", "kernel")},
         10: {
@@ -157,23 +157,23 @@ def _numbered(names: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def of_sort(sort: str | None, tree: Any) -> Any:
-    """A plain dict's leaves in a tree of a sort; for None, the dict itself."""
+    """Return a plain dict's leaves in a tree of the given sort; for None, return the dict itself."""
     leaves = jax.tree.leaves(tree)
     return tree if sort is None else _structure(sort, len(leaves)).unflatten(leaves)
 
 
 def plain(tree: Any) -> dict[str, Any]:
-    """The plain dict that a tree of any sort, or a list of its leaves, was made from."""
+    """Return the plain dict that a tree of any sort, or a list of its leaves, was made from."""
     leaves = jax.tree.leaves(tree)
     return jax.tree.structure(_names(len(leaves))).unflatten(leaves)
 
 
 def by_role(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of any sort, by their paths in the plain dict."""
+    """Return the leaves of a tree of any sort, by their paths in the plain dict."""
     leaves = jax.tree.leaves(tree)
     return dict(zip(jax.tree.leaves(_names(len(leaves))), leaves, strict=True))
 
 
 def path_of(tree: Any, role: str) -> str:
-    """The path in a tree of any sort of the leaf that has a path in the plain dict."""
+    """Return where a tree of any sort has the leaf that the plain dict has at `role`."""
     return dict(zip(by_role(tree), jp.leaf_paths(tree), strict=True))[role]
