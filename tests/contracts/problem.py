@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 def problem(
     seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32, sort: str | None = None
 ) -> Problem:
-    """Return the same numbers in any dtype and any sort of tree of `support.trees`; None gives plain dicts."""
+    """Return the same numbers in any dtype, in a tree of a sort of `support.trees` or in plain dicts."""
     rng = np.random.default_rng(seed)
     data = jnp.float64 if dtype == jnp.float64 else jnp.float32
     shapes = {}
