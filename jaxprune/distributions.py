@@ -15,6 +15,8 @@ from jaxprune.tree.paths import array_leaves, kernels, selected
 from jaxprune.tree.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
 from jaxprune.typing import Params, Where
 
+__all__ = ["erk", "from_sensitivity", "sigma", "uniform"]
+
 
 def uniform(
     params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None

@@ -26,6 +26,8 @@ from jaxprune.tree.dtypes import common_dtype
 from jaxprune.tree.paths import array_leaves, kernels, selected
 from jaxprune.typing import Params, Where
 
+__all__ = ["group_lasso", "l1"]
+
 
 def l1(params: Params, where: Where = kernels) -> jax.Array:
     """The sum of magnitudes, `sum |w|`: the lasso, which drives single weights towards zero.

@@ -41,7 +41,7 @@ SAME_NAME = {
 }
 """The modules that their package hides behind another thing of that name, and why."""
 
-WITHOUT_ALL = {"distillation", "distributions", "l0", "penalties", "quantization", "schedules"}
+WITHOUT_ALL = {"quantization"}
 """The public modules that have no `__all__` yet."""
 
 
