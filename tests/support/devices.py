@@ -1,4 +1,4 @@
-"""Run a part of a test on eight simulated devices."""
+"""Running a piece of a test on eight simulated devices."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def on_eight_devices(code: str) -> str:
-    """Return what some code prints in a new process, because JAX fixes the number of devices when it starts.
+    """Return what some code prints, in a process of its own: the number of devices is fixed when JAX starts.
 
     Raises:
       AssertionError: it failed, or printed that something did; warnings are errors.

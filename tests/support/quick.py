@@ -6,12 +6,12 @@ from importlib.metadata import version
 
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if tuple(map(int, re.findall(r"\d+", version("jaxlib"))[:2])) < (0, 11):
-    # XLA ends a process that passes a flag which it does not know.
+    # XLA leaves a process that gives it a flag which it does not know, or not any more.
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 
 
 def compile_quickly() -> None:
-    """Set the flags, unless XLA_FLAGS is set already; call it before JAX starts.
+    """Set them, before JAX starts, unless XLA_FLAGS of one's own are there.
 
     Compiling takes a quarter of the time. The passes that rewrite and fuse operations, which are those that
     could break a zero, are left alone.
