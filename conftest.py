@@ -5,5 +5,5 @@ import gc
 from tests.support.quick import compile_quickly
 
 compile_quickly()
-# Tracing makes many objects that stay: to look through them at Python's usual rate takes a tenth of the time.
-gc.set_threshold(20_000, 20, 50)
+# Tracing makes many objects that stay, and at the usual rate a tenth of the time goes into looking through them.
+gc.set_threshold(20_000, 10, 10)
