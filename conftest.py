@@ -5,5 +5,5 @@ import gc
 from tests.support.quick import compile_quickly
 
 compile_quickly()
-# Tracing makes many objects that stay, and at the usual rate a tenth of the time goes into looking through them.
+# Tracing makes many objects that stay: at the usual rate, a tenth of the time goes into looking through them.
 gc.set_threshold(20_000, 10, 10)
