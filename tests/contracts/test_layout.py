@@ -120,3 +120,17 @@ def test_a_public_module_lists_its_names(name):
 
 def test_dir_shows_public_names_only():
     assert {name for name in dir(jp) if not name.startswith("__")} == set(jp.__all__)
+
+
+def test_the_tests_lie_in_the_same_rooms():
+    tests = ROOT.parent / "tests"
+    rooms = {path.stem for path in ROOT.iterdir() if path.is_dir() or path.suffix == ".py"}
+    found = {path.name for path in tests.iterdir() if any(path.glob("test_*.py"))}
+    found |= {path.stem.removeprefix("test_") for path in tests.glob("test_*.py")}
+    # Files and numbers of 8 bits are tested where they are written, types where they are used.
+    missing = rooms - found - {"__init__", "__pycache__", "typing", "files", "quantization", "plots"}
+    assert not missing, (
+        f"{sorted(missing)}: there is no folder tests/ROOM with tests, and no tests/test_ROOM.py"
+    )
+    strangers = found - rooms - {"contracts", "docs", "hostile", "soak", "studies"}
+    assert not strangers, f"tests of {sorted(strangers)} lie in no room of the library"
