@@ -30,6 +30,8 @@ from jaxprune.tree.checks import check_array, check_function, scalar
 from jaxprune.tree.leaves import describe, is_concrete
 from jaxprune.typing import Params
 
+__all__ = ["attention", "hard_and_soft", "hints", "objective", "similarity", "soft_targets"]
+
 
 def soft_targets(
     logits: jax.Array, teacher_logits: jax.Array, temperature: float | jax.Array = 1.0

@@ -16,6 +16,8 @@ from jaxprune.tree.stacks import Stacked, about_layers, layer_indices, layer_sha
 from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
 
+__all__ = ["erk", "from_sensitivity", "sigma", "uniform"]
+
 
 def uniform(
     params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None

@@ -27,6 +27,8 @@ from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
 
+__all__ = ["group_lasso", "l1"]
+
 
 def l1(params: Params, where: Where = kernels) -> jax.Array:
     """The sum of magnitudes, `sum |w|`: the lasso, which drives single weights towards zero.

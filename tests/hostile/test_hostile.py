@@ -1,4 +1,4 @@
-"""Hostile input, as much as there is time for; `hostile.py` has more."""
+"""Hostile input: some of the cases of `python -m tests.soak.hostile`."""
 
 import contextlib
 import io
@@ -16,7 +16,6 @@ import jaxprune as jp
 from experiments import gradual
 from experiments.report import command
 from experiments.run import limits, saved_recipes, settings
-from tests.contracts import public
 from tests.contracts.entry_points import ARGUMENTS
 from tests.hostile import files, flags, pages, recipes, values
 from tests.hostile.watch import watched
@@ -31,34 +30,13 @@ def quiet():
         yield
 
 
-NOT_HERE = {
-    "compact_module": "of a flax module; `compact` does the work",
-    "export.load": "of files, see hostile/files",
-    "export.onnx": "as export.stablehlo, and takes long",
-    "graph.channel_groups": "channel_groups, by another name",
-    "graph.compact": "compact, by another name",
-    "graph.compact_module": "compact_module, by another name",
-    "graph.register_rule": "changes what is known of all functions",
-    "graph.residual_blocks": "residual_blocks, by another name",
-    "io.load_safetensors": "of files, see hostile/files",
-    "kernels": "a predicate, called with each leaf",
-    "leaf_paths": "takes anything",
-    "recipes.load": "of files, see hostile/recipes",
-    "schedules.check_sparsity": "what the schedules say of theirs",
-    "scores.over_batches": "its arguments are the user's own",
-    "selection.select": "of sources that scores are read from",
-    "selection.select_arrays": "as selection.lowest, of several groups",
-    "structures.elements": "has no arguments",
-}
-
-
 def ends(case, numbers):
-    """How the cases ended."""
+    """Return how each case ended."""
     return [case(number) for number in numbers]
 
 
 def test_random_recipes(tmp_path):
-    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(200))
+    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(100))
     assert set(found) == {"accepted", "refused", "does not fit"}
 
 
@@ -86,9 +64,9 @@ def test_recipes_made_to_do_harm(tmp_path, monkeypatch):
 
 def test_random_files(tmp_path):
     valid = files.Files(tmp_path)
-    found = ends(lambda n: valid.case(n, tmp_path, watched), range(600))
-    assert found.count("accepted") > 50
-    assert found.count("refused") > 200
+    found = ends(lambda n: valid.case(n, tmp_path, watched), range(200))
+    assert found.count("accepted") > 15
+    assert found.count("refused") > 65
 
 
 def test_metadata_that_are_null(tmp_path):
@@ -225,10 +203,6 @@ def test_values_that_are_right_and_values_that_are_not(name):
     for place in ARGUMENTS[name].good:
         for value in rng.sample(list(values.BAD), 2):
             values.attempt(name, {place: value}, watched)
-
-
-def test_every_public_function_is_given_hostile_values():
-    assert set(public.functions()) - ARGUMENTS.keys() == NOT_HERE.keys()
 
 
 def test_gradients_and_states_that_are_none():

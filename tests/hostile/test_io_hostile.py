@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 
 def refused(file, data, message=None, **options):
-    """Loads a file that has to be refused, by name, at no cost."""
+    """Load a file that must be refused with a short error that names it."""
     file.write_bytes(data)
     with pytest.raises(jp.io.FileError, match=message) as info:
         jp.io.load(file, **options)
@@ -43,11 +43,11 @@ def test_every_flipped_bit_is_found(tmp_path, whole):
         refused(file, data, mmap=False)
 
 
-def test_two_thousand_random_mutations_are_found(tmp_path, whole):
+def test_random_mutations_are_found(tmp_path, whole):
     file = tmp_path / "mutated"
     rng = np.random.default_rng(1)
     done = 0
-    while done < 2000:
+    while done < 500:
         data = mutated_bytes(rng, whole)
         if data == whole:
             continue
@@ -59,8 +59,8 @@ def test_mutations_under_right_checksums_are_refused_or_read_as_described(tmp_pa
     file = tmp_path / "hostile"
     rng = np.random.default_rng(2)
     header, rest = plain.split(whole)
-    outcomes = [outcome(file, mutated_under_checksums(rng, header, rest), watched) for _ in range(1500)]
-    assert 200 < outcomes.count("accepted") < 1200  # other values, mostly: which no checksum can tell
+    outcomes = [outcome(file, mutated_under_checksums(rng, header, rest), watched) for _ in range(500)]
+    assert 65 < outcomes.count("accepted") < 400  # other values, mostly: which no checksum can tell
 
 
 def leaf(**changes):

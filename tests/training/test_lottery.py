@@ -229,9 +229,9 @@ def test_rewind_puts_the_new_masks_into_a_saved_state():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 7), st.floats(0, 1))
-def test_shuffled_masks_keep_their_counts(seed, rows, columns, density):
-    rng = np.random.default_rng(seed)
+@given(st.integers(0, 2**31), st.sampled_from([(1, 7), (9, 1), (8, 5)]), st.floats(0, 1))
+def test_shuffled_masks_keep_their_counts(seed, shape, density):
+    rng, (rows, columns) = np.random.default_rng(seed), shape
     masks = {"kernel": jnp.asarray(rng.random((rows, columns)) < density), "bias": jnp.ones(columns, bool)}
     key = jax.random.key(seed)
     whole, within = jp.shuffled_masks(key, masks), jp.shuffled_masks(key, masks, within=-1)
