@@ -461,5 +461,4 @@ ARGUMENTS = {
     "metrics.activation_sparsity": Entry(
         lambda function: jp.metrics.activation_sparsity(function, PARAMS, X), {"function": network}
     ),
-    "graph.linen_widths": Entry(jp.graph.linen_widths, {"small": jp.compact(network, PARAMS, MASKS, X)}),
 }

@@ -72,7 +72,7 @@ def test_widths_are_those_of_the_live_units():
         for axis, kept in axes.items():
             alive = np.asarray(mask).any(axis=tuple(a for a in range(mask.ndim) if a != axis))
             np.testing.assert_array_equal(kept, np.flatnonzero(alive))
-    assert small.stayed == ()
+    assert small.not_removed == ()
 
 
 def test_units_that_unstructured_masks_leave_dead_go_both_ways():
@@ -104,9 +104,18 @@ def test_a_filter_whose_bias_lives_stays_and_is_said():
     masks["a"]["kernel"][:, 3] = False
     small = jp.compact(mlp, params, masks, X)
     assert small.params["a"]["kernel"].shape == (5, 8)
-    (stayed,) = small.stayed
-    assert (stayed.path, stayed.axis, stayed.count) == ("a/kernel", 1, 1)
-    assert "dot_general at test_compaction.py" in stayed.why
+    (kept,) = small.not_removed
+    assert (kept.path, kept.axis, kept.count) == ("a/kernel", 1, 1)
+    assert "dot_general at test_compaction.py" in kept.why
+
+
+def test_a_compacted_network_cannot_be_changed():
+    small = compacted()[2]
+    with pytest.raises(AttributeError):
+        small.params = {}
+    for value in (small, small.report()):
+        with pytest.raises(AttributeError, match="'stayed'; it is called not_removed now"):
+            value.stayed  # noqa: B018
 
 
 def test_no_axis_is_emptied():
@@ -513,7 +522,7 @@ def test_the_check_finds_a_rule_that_is_wrong():
     masks["a"] = masks["a"].at[:, 1].set(False)
     small = jp.compact(apply, params, masks, X)
     assert small.params["a"].shape == (5, 4)  # without a rule it stays whole
-    assert "jaxprune_test_shift at test_compaction.py" in small.stayed[0].why
+    assert "jaxprune_test_shift at test_compaction.py" in small.not_removed[0].why
 
     def says_zero(op, facts):
         facts.learn(op.outputs[0], facts.of(op.inputs[0]).zero)
