@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import cutting, planfile
-from jaxprune.graph.blocktrees import put_back, take_out
+from jaxprune.graph.blocktrees import Shapes, put_back, take_out
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.tree.paths import array_leaves, describe, is_array, leaf_paths
 from jaxprune.tree.stacks import Stacks, layer_indices, layer_name, layer_shape
 from jaxprune.typing import DenseShapes, PrunerState, Where
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes by path."""
 
 
 @dataclass(frozen=True)

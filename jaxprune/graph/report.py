@@ -8,7 +8,7 @@ import jax
 
 from jaxprune.counting.multiply_adds import macs as count_macs
 from jaxprune.counting.timing import latency
-from jaxprune.graph.plan import Shapes
+from jaxprune.graph.blocktrees import Shapes
 from jaxprune.graph.reasons import NotRemoved
 
 if TYPE_CHECKING:
