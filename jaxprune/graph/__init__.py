@@ -1,6 +1,6 @@
 """Structured pruning from a function's jaxpr: coupled channels, and the network without them."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.engine.rules import Frame, Rule, elementwise, register_rule
@@ -34,11 +34,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    advice = ""
-    if name == "linen_widths":
-        advice = (
-            ". Construct the linen network with the widths of the small params, such as "
-            "nn.Dense(small.params['params']['Dense_0']['kernel'].shape[-1]), and compare it with small.apply"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}.")
+if not TYPE_CHECKING:  # a type checker would take any name
+
+    def __getattr__(name: str) -> Any:
+        advice = ""
+        if name == "linen_widths":
+            advice = (
+                ". Construct the linen network with the widths of the small params, such as nn.Dense("
+                "small.params['params']['Dense_0']['kernel'].shape[-1]), and compare it with small.apply"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{advice}.")

@@ -7,7 +7,7 @@ params, and `equivalence` compares it with the masked one.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -102,9 +102,11 @@ class Compacted:
         """
         return report(self, *inputs, rounds=rounds)
 
-    def __getattr__(self, name: str) -> Any:
-        new = "; it is called not_removed now." if name == "stayed" else "."
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
+    if not TYPE_CHECKING:  # a type checker would take any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            new = "; it is called not_removed now." if name == "stayed" else "."
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
 
 def compact(
@@ -182,7 +184,7 @@ def compact(
         stacks = None if stacked is None else stacks_of(stacked, array_leaves(params))
     network = TracedNetwork(apply_fn, params, inputs, state, stacks)
 
-    masked = None
+    reference = None
     if isinstance(masks, Plan):
         plan, not_removed = masks, ()
         solve_for_plan(network, plan)  # raises if the function needs what the plan drops
@@ -194,18 +196,18 @@ def compact(
             raise TypeError("compact looks at the masks to find shapes, so they cannot be traced.")
         network.pin_unread()
         if fold_constants:
-            masked = apply_masks(params, masks)
-            params, masks = fold_into_readers(network, masked, masks, inputs)
+            reference = apply_masks(params, masks)
+            params, masks = fold_into_readers(network, reference, masks, inputs)
         by_path = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
         by_layer = split_layers(by_path, network.stacks)
         plan, not_removed = plan_for_masks(network, by_layer, blocks_of(params), multiple_of)
 
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
-    dense = params if abstract else apply_masks(params, masks)
-    shardings = {path: explicit_sharding(leaf) for path, leaf in array_leaves(dense).items()}
+    masked = params if abstract else apply_masks(params, masks)
+    shardings = {path: explicit_sharding(leaf) for path, leaf in array_leaves(masked).items()}
     shardings = {path: sharding for path, sharding in shardings.items() if sharding is not None}
     small = Compacted(
-        params=jax.eval_shape(plan.shrink, dense) if abstract else plan.shrink(dense),
+        params=jax.eval_shape(plan.shrink, masked) if abstract else plan.shrink(masked),
         masks=plan.shrink(masks),
         plan=plan,
         apply=bind(apply_fn, plan, state, shardings),
@@ -214,6 +216,6 @@ def compact(
         shardings=shardings,
     )
     if verify and is_concrete(params, split_static(inputs)[0]) and not network.closes_over_tracers():
-        # Folding must change nothing: the reference is the masked network that was given.
-        check_compacted(network, dense if masked is None else masked, small, inputs, state)
+        # Folding changes params, and must not change the network.
+        check_compacted(network, masked if reference is None else reference, small, inputs, state)
     return small

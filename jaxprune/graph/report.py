@@ -47,9 +47,11 @@ class Report(NamedTuple):
             lines += textwrap.wrap(str(each), 78, subsequent_indent="  ")
         return "\n".join(lines)
 
-    def __getattr__(self, name: str) -> Any:
-        new = "; it is called not_removed now." if name == "stayed" else "."
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
+    if not TYPE_CHECKING:  # a type checker would take any attribute
+
+        def __getattr__(self, name: str) -> Any:
+            new = "; it is called not_removed now." if name == "stayed" else "."
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
 
 def report(small: "Compacted", *inputs: Any, rounds: int = 0) -> Report:
