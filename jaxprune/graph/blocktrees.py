@@ -131,10 +131,10 @@ def _mirrors(node: Any, parent: str, shapes: Shapes, removed: Sequence[str]) -> 
         parts = [(path.partition("/"), shape) for path, shape in own.items()]
         own = {place[first] + slash + rest: shape for (first, slash, rest), shape in parts}
     leaves = _leaves(node)
-    return leaves.keys() == own.keys() and all(_ends_in(leaf, own[path]) for path, leaf in leaves.items())
+    return leaves.keys() == own.keys() and all(ends_in(leaf, own[path]) for path, leaf in leaves.items())
 
 
-def _ends_in(leaf: Any, shape: tuple[int, ...]) -> bool:
+def ends_in(leaf: Any, shape: tuple[int, ...]) -> bool:
     """Whether a leaf has a shape, perhaps after axes of its own."""
     own = tuple(getattr(leaf, "shape", ()))
     return len(own) >= len(shape) and own[len(own) - len(shape) :] == shape

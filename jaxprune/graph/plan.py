@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import cutting, planfile
-from jaxprune.graph.blocktrees import Shapes, put_back, take_out
+from jaxprune.graph.blocktrees import Shapes, ends_in, put_back, take_out
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.masks import packed_like, restore_packed, unpack_masks
@@ -271,7 +271,7 @@ class Plan:
         out, arrays, matched = [], [], False
         for place, leaf in zip(places, leaves, strict=True):
             path = self._longest_ending(place) if where is None or where(place, leaf) else None
-            if path is not None and _ends_in(leaf, shapes[path]):
+            if path is not None and is_array(leaf) and ends_in(leaf, shapes[path]):
                 leaf, matched = change(leaf, path, place), True
             elif path is not None and path in self.keep and getattr(leaf, "size", 1) > 1:
                 raise ValueError(
@@ -294,8 +294,8 @@ class Plan:
         for prefix in dict.fromkeys(path.partition("/")[0] for path in self.shapes if "/" in path):
             part = self.under(prefix)
             shapes = part._shapes_with_removed() if name == "expand" else part.shapes
-            paths = map(part._longest_ending, places)
-            if any(p is not None and _ends_in(x, shapes[p]) for p, x in zip(paths, leaves, strict=True)):
+            owners = zip(map(part._longest_ending, places), leaves, strict=True)
+            if any(p is not None and is_array(leaf) and ends_in(leaf, shapes[p]) for p, leaf in owners):
                 return f" The tree is of the part under {prefix!r}: plan.under({prefix!r}).{name}(tree)."
         return ""
 
@@ -310,11 +310,6 @@ class Plan:
         return next((ending for ending in endings if ending in self.shapes), None)
 
 
-def _ends_in(leaf: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a leaf is an array of a shape, perhaps after axes of its own."""
-    return is_array(leaf) and tuple(leaf.shape[leaf.ndim - len(shape) :]) == shape
-
-
 def _is_pruner_state(node: Any) -> bool:
     return isinstance(node, PrunerState)
 
@@ -325,7 +320,7 @@ def _mask_shapes(state: PrunerState) -> dict[str, tuple[int, ...]]:
 
 
 def _with_dense_shapes(before: Any, after: Any) -> Any:
-    """The smaller tree, with the shapes of before in each pruner's state whose masks became smaller."""
+    """Return the tree after a cut, in which the state of each pruner keeps the shapes of its masks before it."""
 
     def keep_shapes(old: Any, new: Any) -> Any:
         if not _is_pruner_state(old):
