@@ -1,6 +1,6 @@
-"""Distillation: terms of the loss by which a network learns from another one, its teacher.
+"""Distillation: loss terms by which a network, the student, learns from another network, the teacher.
 
-The network before pruning is the teacher that is always at hand:
+The dense network is the teacher that is always at hand:
 
 ```python
 teacher = functools.partial(apply_fn, dense_params)            # x -> logits
@@ -9,10 +9,10 @@ tx = jp.keep_masked(optax.adam(1e-3), masks)                   # or jp.wrap_opta
 grads = jax.grad(loss_fn)(params, (x, labels))
 ```
 
-A compacted student is another function, of smaller params: `objective(small.apply, teacher)`. Its hidden
-layers are narrower than the teacher's. `attention` and `similarity` compare layers of different widths;
-for `hints` pick the teacher's channels that the student still has,
-`teacher_features[..., small.keep["conv1/kernel"][3]]`, or pass a regressor.
+For a compacted student pass its function, `objective(small.apply, teacher)`. Its hidden layers are narrower
+than the teacher's. `attention` and `similarity` compare layers of different widths; for `hints` pick the
+teacher's channels that the student still has, `teacher_features[..., small.keep["conv1/kernel"][3]]`, or pass
+a regressor.
 
 No term has a gradient with respect to the teacher.
 """
@@ -34,17 +34,17 @@ from jaxprune.typing import Params
 def soft_targets(
     logits: jax.Array, teacher_logits: jax.Array, temperature: float | jax.Array = 1.0
 ) -> jax.Array:
-    """How far the softened predictions are from the teacher's, in nats.
+    """The divergence of the softened predictions from the teacher's, in nats.
 
         T^2 KL(softmax(z_t / T) || softmax(z_s / T))
 
     A temperature T above 1 shows the student which wrong classes the teacher finds likely. The gradient,
     `T (softmax(z_s / T) - softmax(z_t / T))`, is exactly 0 where the logits are equal. For large T it
-    tends to `(z_s - z_t) / classes`, both centred (each minus its mean over classes): thanks to T^2 it
-    neither vanishes nor takes another learning rate.
+    tends to `(z_s - z_t) / classes`, with the mean over classes subtracted from both: because of the factor
+    T^2 it does not vanish, and needs no other learning rate.
 
     Args:
-      logits: (..., classes), the student's z_s. Log-probabilities do as well.
+      logits: (..., classes), the student's z_s, or its log-probabilities.
       teacher_logits: of the same shape, z_t. It gets no gradient.
       temperature: a positive number, which may be traced (a schedule's value).
 
@@ -52,8 +52,8 @@ def soft_targets(
       (...,): a value per example, 0 or more; float32 (float64 if either is). Take the mean.
 
     Raises:
-      ValueError: other shapes, a single class, or a temperature that is no positive number.
-      TypeError: logits that are not floating-point.
+      ValueError: the shapes differ, there is a single class, or `temperature` is not positive.
+      TypeError: logits are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -63,19 +63,19 @@ def soft_targets(
       ['0.4848', '0.0000']
 
     References:
-      Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, 2015. There
-      it is the cross-entropy, which is larger by the teacher's entropy, a constant.
+      Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, 2015. They use
+      the cross-entropy, which is larger by a constant, the teacher's entropy.
     """
     _check_temperature(temperature)
-    for name, each in (("logits", logits), ("teacher_logits", teacher_logits)):
-        _check_floating(name, each)
+    for name, array in (("logits", logits), ("teacher_logits", teacher_logits)):
+        _check_floating(name, array)
     _check_pair("logits", logits, teacher_logits, "both must know the same examples and classes")
     if logits.ndim == 0 or logits.shape[-1] < 2:
         raise ValueError(f"logits must be (..., classes) with two classes or more, got {describe(logits)}.")
-    wide = _wide(logits, teacher_logits)
-    t = jnp.asarray(temperature, wide)
+    dtype = _loss_dtype(logits, teacher_logits)
+    t = jnp.asarray(temperature, dtype)
     teacher_logits = lax.stop_gradient(teacher_logits)
-    return t * t * _divergence(teacher_logits.astype(wide) / t, logits.astype(wide) / t)
+    return t * t * _divergence(teacher_logits.astype(dtype) / t, logits.astype(dtype) / t)
 
 
 def hard_and_soft(
@@ -89,7 +89,7 @@ def hard_and_soft(
 
         (1 - alpha) CE(labels, softmax(z_s)) + alpha T^2 KL(softmax(z_t / T) || softmax(z_s / T))
 
-    The sum of hard and soft cross-entropy is twice the mixture of `temperature=1, alpha=0.5`, up to the
+    With `temperature=1, alpha=0.5` this is half the sum of hard and soft cross-entropy, up to half the
     teacher's entropy, which has no gradient.
 
     Args:
@@ -97,15 +97,15 @@ def hard_and_soft(
       teacher_logits: of the same shape. It gets no gradient.
       labels: (...,) integers, or (..., classes) probabilities, as one-hot labels are.
       temperature: a positive number, which may be traced.
-      alpha: the share of the teacher, 0 to 1, which may be traced.
+      alpha: the weight of the teacher, 0 to 1, which may be traced.
 
     Returns:
-      (...,): a value per example, float32 (float64 if logits are). Take the mean. Under `jit` a label
-      that is no class gives NaN.
+      (...,): a value per example, float32 (float64 if logits are). Take the mean. Under `jit` a label out of
+      range gives NaN.
 
     Raises:
-      ValueError: other shapes, a label that is no class, a temperature or an alpha out of its range.
-      TypeError: logits that are not floating-point, or labels that are neither kind.
+      ValueError: shapes do not fit, or a label, `temperature` or `alpha` is out of range.
+      TypeError: logits are not floating-point, or labels are neither integers nor probabilities.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -130,11 +130,11 @@ def objective(
     temperature: float | jax.Array = 4.0,
     alpha: float | jax.Array = 0.9,
 ) -> Callable[..., jax.Array]:
-    """The loss function of a student: the mean of `hard_and_soft` over a batch.
+    """Make the loss function of a student: the mean of `hard_and_soft` over a batch.
 
-    It is a `loss_fn(params, batch)` as any other, for `jax.grad` and for `scores`. Make it inside of the
-    jitted step, which costs nothing, where its parts are traced: a schedule's temperature, or the params
-    of a large teacher, which else become constants of the compiled program.
+    It is a `loss_fn(params, batch)` like any other, for `jax.grad` and for `scores`. If a part of it is
+    traced, such as a schedule's temperature, make it inside the jitted step, which costs nothing. Do so also
+    for a large teacher: params that a jitted function closes over become constants of the compiled program.
 
     Args:
       apply_fn: the student, `apply_fn(params, x, *args, **kwargs) -> logits`.
@@ -143,12 +143,12 @@ def objective(
       temperature, alpha: see `hard_and_soft`.
 
     Returns:
-      `loss_fn(params, (x, labels), *args, **kwargs) -> scalar`; what follows the batch (a key for
-      dropout) goes to the student.
+      `loss_fn(params, (x, labels), *args, **kwargs) -> scalar`; arguments after the batch, such as a key for
+      dropout, are passed to the student.
 
     Raises:
-      ValueError: a temperature or an alpha out of its range.
-      TypeError: a teacher that is no function.
+      ValueError: `temperature` or `alpha` is out of range.
+      TypeError: `teacher` is not a function.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxprune as jp
@@ -186,17 +186,17 @@ def hints(
         1/2 || f_t - r(f_s) ||^2
 
     Args:
-      features: (n, ...), of the student.
-      teacher_features: (n, ...), of the teacher. It gets no gradient.
-      regressor: r, from the student's features to the shape of the teacher's, for layers of other widths;
-        its params, which it closes over, get their gradient: `lambda f: f @ params["regressor"]`.
+      features: (n, ...), f_s of the student.
+      teacher_features: (n, ...), f_t of the teacher. It gets no gradient.
+      regressor: r, from the student's features to the shape of the teacher's, for layers of different widths.
+        Params that it closes over get a gradient: `lambda f: f @ params["regressor"]`.
 
     Returns:
-      (n,): a value per example, a sum over the layer's entries; float32 (float64 if either is).
+      (n,): a value per example, the sum over the layer's entries; float32 (float64 if either is).
 
     Raises:
       ValueError: the shapes differ, after the regressor if there is one.
-      TypeError: features that are not floating-point.
+      TypeError: features are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -215,17 +215,17 @@ def hints(
     _check_features("hints", ours, teacher_features, "(n, ...)", 1)
     do = "pass a regressor to that shape, or pick the teacher's channels that the student has"
     _check_pair("features" if regressor is None else "regressor(features)", ours, teacher_features, do)
-    wide = _wide(ours, teacher_features)
-    gap = ours.astype(wide) - lax.stop_gradient(teacher_features).astype(wide)
+    dtype = _loss_dtype(ours, teacher_features)
+    gap = ours.astype(dtype) - lax.stop_gradient(teacher_features).astype(dtype)
     return jnp.sum(jnp.square(gap), axis=tuple(range(1, gap.ndim))) / 2
 
 
 def attention(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """How differently two layers spread their activity over places.
+    """How differently two layers distribute their activity over places, by their attention maps.
 
         || q_s / ||q_s|| - q_t / ||q_t|| ||^2,    q[place] = sum over channels of f[place, channel]^2
 
-    The channels are summed over, so their numbers may differ: this is for compacted students as they are.
+    The channels are summed over, so their numbers may differ: a compacted student needs no regressor.
 
     Args:
       features: (n, places..., channels), of the student.
@@ -236,8 +236,8 @@ def attention(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
       map of zeros, and no gradient.
 
     Raises:
-      ValueError: other numbers of examples or places, or a single place, whose map is always the same.
-      TypeError: features that are not floating-point.
+      ValueError: the numbers of examples or places differ, or there is a single place, whose map is constant.
+      TypeError: features are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -247,8 +247,8 @@ def attention(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
 
     References:
       Zagoruyko & Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional
-      Neural Networks via Attention Transfer", ICLR 2017. There the distance is not squared, and so has no
-      derivative at 0; their code squares it, as here, and takes the mean over places.
+      Neural Networks via Attention Transfer", ICLR 2017. There the distance is not squared, so it has no
+      derivative at 0; their code squares it, as we do, and takes the mean over places.
     """
     _check_features("attention", features, teacher_features, "(n, places..., channels)", 3)
     if features.shape[:-1] != teacher_features.shape[:-1]:
@@ -261,21 +261,21 @@ def attention(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
             f"features are {describe(features)}: one place alone always has the same map. Compare an earlier "
             "layer, or use hints or similarity."
         )
-    wide = _wide(features, teacher_features)
+    dtype = _loss_dtype(features, teacher_features)
 
     def maps(f: jax.Array) -> jax.Array:
-        return _unit_rows(jnp.sum(jnp.square(f.astype(wide)), axis=-1).reshape(len(f), -1))
+        return _unit_rows(jnp.sum(jnp.square(f.astype(dtype)), axis=-1).reshape(len(f), -1))
 
     return jnp.sum(jnp.square(maps(features) - maps(lax.stop_gradient(teacher_features))), axis=-1)
 
 
 def similarity(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
-    """How differently two layers tell the examples of a batch apart.
+    """How differently two layers tell the examples of a batch apart, by their similarity matrices.
 
         || G_s - G_t ||_F^2 / n^2,    G = F F^T, each row divided by its norm
 
-    F holds an example's features in each row. Only the examples have to agree: the layers may have other
-    widths and even other ranks.
+    Each row of F holds the features of one example. Only the examples must be the same: the layers may have
+    different widths and different numbers of axes.
 
     Args:
       features: (n, ...), of the student, n >= 2.
@@ -285,8 +285,8 @@ def similarity(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
       A scalar for the batch, float32 (float64 if either is).
 
     Raises:
-      ValueError: other numbers of examples, or fewer than two.
-      TypeError: features that are not floating-point.
+      ValueError: the numbers of examples differ, or are below two.
+      TypeError: features are not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -304,17 +304,17 @@ def similarity(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
             f"similarity compares the examples of a batch, two or more and the same for both; features are "
             f"{describe(features)}, teacher_features {describe(teacher_features)}."
         )
-    wide = _wide(features, teacher_features)
+    dtype = _loss_dtype(features, teacher_features)
 
     def products(f: jax.Array) -> jax.Array:
-        rows = f.astype(wide).reshape(len(f), -1)
+        rows = f.astype(dtype).reshape(len(f), -1)
         return _unit_rows(rows @ rows.T)
 
     gap = products(features) - products(lax.stop_gradient(teacher_features))
     return jnp.mean(jnp.square(gap))
 
 
-# --- what they are made of
+# --- divergence, cross-entropy, norms
 
 
 @jax.custom_jvp
@@ -322,15 +322,16 @@ def _divergence(teacher: jax.Array, student: jax.Array) -> jax.Array:
     """KL(softmax(teacher) || softmax(student)) over the last axis."""
     p, q, log_ratio = _probabilities(teacher, student)
     # p log(p / q) + q - p, which sums to the divergence, is never negative. Where p and q are close, as at
-    # high temperatures, it is taken from their ratio alone: of their difference little but rounding is left.
+    # high temperatures, it is computed from their ratio: q - p would lose most of its digits. With
+    # r = log(p / q), q = p exp(-r), so it equals p (exp(-r) - 1 + r).
     near, far = p * (jnp.expm1(-log_ratio) + log_ratio), p * log_ratio + q - p
     return jnp.sum(jnp.where((p > 0) & (jnp.abs(log_ratio) < 1), near, far), axis=-1)
 
 
 @_divergence.defjvp
 def _divergence_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # By hand, so that it is exactly 0 where the two agree: of what rounding leaves instead, Adam would make
-    # steps as long as any. The teacher's part is there for derivatives by the temperature.
+    # By hand, so that it is exactly 0 where the two agree: Adam would make full steps of a gradient of mere
+    # rounding errors. The teacher's tangent is needed for derivatives with respect to the temperature.
     d_teacher, d_student = tangents
     p, q, log_ratio = _probabilities(*primals)
     value = _divergence(*primals)
@@ -339,20 +340,20 @@ def _divergence_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Arr
 
 
 def _probabilities(teacher: jax.Array, student: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """p, q and log(p / q), the last 0 where p is: a class that is ruled out (-inf) may be so by both."""
+    """Return p, q and log(p / q), with 0 for the logarithm where p is 0: both may rule a class out (-inf)."""
     log_p, log_q = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     return p, q, jnp.where(p > 0, log_p - log_q, 0)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array:
-    # Looked at as numpy, on the host: in a traced function even constants become tracers.
+    # Checked as a numpy array, because jnp operations on a constant give tracers in a traced function.
     if isinstance(labels, (list, int, float)):
         labels = np.asarray(labels)
     check_array(labels, "labels")
     values = np.asarray(labels) if is_concrete(labels) else None
     labels = jnp.asarray(labels)
-    log_q = jax.nn.log_softmax(logits.astype(_wide(logits)))
+    log_q = jax.nn.log_softmax(logits.astype(_loss_dtype(logits)))
     if labels.shape == logits.shape:
         weights = labels.astype(log_q.dtype)
         return -jnp.sum(jnp.where(weights == 0, 0, weights * log_q), axis=-1)
@@ -366,15 +367,15 @@ def _cross_entropy(logits: jax.Array, labels: jax.typing.ArrayLike) -> jax.Array
     last = logits.shape[-1] - 1
     if values is not None and values.size and (values.min() < 0 or values.max() > last):
         raise ValueError(f"labels must be 0 to {last}, got {values.min()} to {values.max()}.")
-    labels = labels.astype(jnp.int32)  # a small integer's type may not hold the number of classes
+    labels = labels.astype(jnp.int32)  # int8 labels could not be compared with 200 classes
     known = (labels >= 0) & (labels <= last)
     picked = jnp.take_along_axis(log_q, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
     return jnp.where(known, -picked, jnp.nan)
 
 
 def _unit_rows(x: jax.Array) -> jax.Array:
-    """(n, m) with rows of norm 1; rows of zeros stay."""
-    # Scaled first, so that no square overflows or vanishes. The scale has no part in the result.
+    """Divide the rows of an (n, m) matrix by their norms; rows of zeros stay."""
+    # Scaled first, so that no square overflows or vanishes. The scale cancels, so it needs no gradient.
     scale = lax.stop_gradient(jnp.max(jnp.abs(x), axis=1, keepdims=True))
     x = x / jnp.where(scale == 0, 1, scale)
     squares = jnp.sum(jnp.square(x), axis=1, keepdims=True)
@@ -382,8 +383,8 @@ def _unit_rows(x: jax.Array) -> jax.Array:
     return x / jnp.sqrt(jnp.where(squares == 0, 1, squares))
 
 
-def _wide(*arrays: jax.Array) -> Any:
-    with jax.numpy_dtype_promotion("standard"):  # also where it is made strict
+def _loss_dtype(*arrays: jax.Array) -> Any:
+    with jax.numpy_dtype_promotion("standard"):  # also if the user has made promotion strict
         return jnp.result_type(jnp.float32, *arrays)
 
 
@@ -414,7 +415,7 @@ def _check_pair(name: str, ours: jax.Array, teachers: jax.Array, do: str) -> Non
 
 
 def _check_features(name: str, ours: jax.Array, teachers: jax.Array, axes: str, ndim: int) -> None:
-    for which, each in (("features", ours), ("teacher_features", teachers)):
-        _check_floating(which, each)
-        if each.ndim < ndim:
-            raise ValueError(f"{name} takes {which} of shape {axes}, got {describe(each)}.")
+    for which, array in (("features", ours), ("teacher_features", teachers)):
+        _check_floating(which, array)
+        if array.ndim < ndim:
+            raise ValueError(f"{name} takes {which} of shape {axes}, got {describe(array)}.")

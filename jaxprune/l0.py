@@ -1,8 +1,8 @@
 """L0 regularisation: gates that learn which weights, or whole slices, are exactly zero.
 
-Each gate z multiplies a weight, or a slice of them. In training it is random, in [0, 1] and with
-some probability exactly 0 or exactly 1 (the hard-concrete distribution), so that the expected number
-of weights that are not zero can be differentiated in the gates' logits and be a term of the loss.
+Each gate z multiplies a weight, or a slice of weights. In training z is random in [0, 1], and exactly 0 or
+exactly 1 with some probability (the hard-concrete distribution). So the expected number of nonzero weights is
+differentiable in the logits of the gates, and can be a term of the loss.
 
 With u uniform in (0, 1), `beta = 2/3`, `gamma = -0.1` and `zeta = 1.1`:
 
@@ -47,10 +47,10 @@ from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, k
 from jaxprune.typing import Masks, Params, Where
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-"""The temperature of a gate, and the ends of the interval that it is stretched to, as in the paper."""
+"""The temperature of a gate, and the ends of the interval that it is stretched to; the paper's values."""
 
 Gates = dict[str, jax.Array]
-"""Arrays by leaf path, each of its leaf's shape, with 1 for the axes along which a gate is shared."""
+"""Arrays by leaf path, each of the leaf's shape, with size 1 along the axes that share a gate."""
 
 
 def init_gates(
@@ -61,28 +61,27 @@ def init_gates(
     axis: int | Sequence[int] | None = None,
     drop_rate: float = 0.5,
 ) -> Gates:
-    """Gate logits to start from: `log_alpha ~ Normal(log(1 - drop_rate) - log(drop_rate), 0.01)`.
+    """Draw initial gate logits: `log_alpha ~ Normal(log(1 - drop_rate) - log(drop_rate), 0.01)`.
 
-    For gates of different kinds make them by leaf and join the dicts:
+    For gates of different kinds, make each kind for its leaves and join the dicts:
     `init_gates(params, key, where=is_dense, axis=-2) | init_gates(params, key, where=is_conv, axis=-1)`.
 
     Args:
       params: a pytree of arrays.
-      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+      key: a PRNG key. Each leaf draws with the key folded with its index.
       where: which leaves get gates, a function of (path, leaf).
-      axis: None for a gate per entry; or the axis, or axes, that index the slices that share one,
-        as in `structures.slices`: with flax's layouts -2 is the input neuron, -1 the output.
-      drop_rate: how likely a gate starts nearer to closed than to open, in (0, 1). Small ones start
-        from a network that is nearly dense.
+      axis: None for one gate per entry; or the axis, or axes, that index the slices with one gate each, as in
+        `structures.slices`: with flax's layouts -2 is the input neuron, -1 the output.
+      drop_rate: the probability, in (0, 1), that a gate starts nearer to closed than to open. With a small
+        one the network starts nearly dense.
 
     Returns:
-      A dict from leaf path to float32 logits: of the leaf's shape, or with 1 for all other axes
-      than `axis`, as (784, 1) for `axis=-2` of a 784 x 300 kernel.
+      A dict from leaf path to float32 logits: of the leaf's shape, or with size 1 for all axes but
+      `axis`, as (784, 1) for `axis=-2` of a 784 x 300 kernel.
 
     Raises:
-      ValueError: a `where` that matches nothing, a leaf without such an axis, or a `drop_rate` that
-        is out of range.
-      TypeError: a leaf that is not floating-point is to get gates.
+      ValueError: `where` matches nothing, a leaf does not have the axis, or `drop_rate` is out of range.
+      TypeError: a leaf that `where` matches is not floating-point, or `key` is not a PRNG key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -99,26 +98,26 @@ def init_gates(
     leaves, chosen = array_leaves(params), set(selected(params, where))
 
     def draw(index, path):
-        own = jax.random.fold_in(key, index)
-        return center + 0.01 * jax.random.normal(own, _gate_shape(path, leaves[path], axis), jnp.float32)
+        leaf_key = jax.random.fold_in(key, index)
+        return center + 0.01 * jax.random.normal(leaf_key, _gate_shape(path, leaves[path], axis), jnp.float32)
 
     return {path: draw(index, path) for index, path in enumerate(leaves) if path in chosen}
 
 
 def sample_gates(gates: Gates, key: jax.Array) -> Gates:
-    """Random gates z in [0, 1], for a step of training; the module's first lines have the formula.
+    """Sample random gates z in [0, 1] for a training step, by the formula at the top of this module.
 
-    Draw anew for each batch; or, to lower the variance, for each example, with `vmap` over keys.
+    Sample anew for each batch; or, to lower the variance, for each example, with `vmap` over keys.
 
     Args:
       gates: logits from `init_gates`.
-      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+      key: a PRNG key. Each leaf draws with the key folded with its index.
 
     Returns:
       A dict like `gates`, differentiable in the logits where a gate is neither 0 nor 1.
 
     Raises:
-      TypeError: gates that are no dict of floating-point arrays, or a key that is none.
+      TypeError: the gates are not a dict of floating-point arrays, or `key` is not a PRNG key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -128,7 +127,7 @@ def sample_gates(gates: Gates, key: jax.Array) -> Gates:
     """
     _check_gates(gates, "gates")
     check_key(key, "sample_gates")
-    # In the order of `jax.tree.leaves`, which `jit` keeps; a dict's own order it would not.
+    # In the order of `jax.tree.leaves`, which is the same under `jit`; the order of the dict is not.
     leaves, treedef = jax.tree.flatten(gates)
 
     def draw(index, log_alpha):
@@ -139,9 +138,9 @@ def sample_gates(gates: Gates, key: jax.Array) -> Gates:
 
 
 def expected_gates(gates: Gates) -> Gates:
-    """The gates of the trained network: `min(1, max(0, sigmoid(log_alpha) * (zeta - gamma) + gamma))`.
+    """Compute the gates at test time: `min(1, max(0, sigmoid(log_alpha) * (zeta - gamma) + gamma))`.
 
-    This is the paper's estimate for test time, not the mean of the random gates.
+    This is the paper's estimate, not the mean of the random gates.
 
     Args:
       gates: logits from `init_gates`.
@@ -150,7 +149,7 @@ def expected_gates(gates: Gates) -> Gates:
       A dict like `gates`, of z in [0, 1]; exactly 0 where `log_alpha <= -log(11)`, about -2.4.
 
     Raises:
-      TypeError: gates that are no dict of floating-point arrays.
+      TypeError: the gates are not a dict of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -162,7 +161,7 @@ def expected_gates(gates: Gates) -> Gates:
 
 
 def expected_l0(params: Params, gates: Gates) -> jax.Array:
-    """How many gated weights are expected to be nonzero: the penalty, differentiable in the logits.
+    """Compute the penalty, the expected number of gated weights that are nonzero.
 
         sum over gates of (entries per gate) * sigmoid(log_alpha - beta * log(-gamma / zeta))
 
@@ -171,11 +170,11 @@ def expected_l0(params: Params, gates: Gates) -> jax.Array:
       gates: logits from `init_gates`.
 
     Returns:
-      A float32 scalar, in weights. Leaves without gates do not count.
+      A float32 scalar, differentiable in the logits. Leaves without gates do not count.
 
     Raises:
-      ValueError: gates that do not fit the params.
-      TypeError: gates that are no dict of floating-point arrays.
+      ValueError: the gates do not fit the params.
+      TypeError: the gates are not a dict of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -190,23 +189,23 @@ def expected_l0(params: Params, gates: Gates) -> jax.Array:
         entries = leaves[path].size // max(log_alpha.size, 1)
         return entries * jnp.sum(jax.nn.sigmoid(log_alpha.astype(jnp.float32) - shift))
 
-    # In leaf order, so that the sum rounds alike whatever the order of the dict, which `jit` sorts.
+    # In leaf order, so that the sum rounds alike in any order of the dict, which `jit` sorts.
     return jnp.sum(jnp.stack([nonzeros(path, gates[path]) for path in leaves if path in gates]))
 
 
 def apply_gates(params: Params, z: Gates) -> Params:
-    """The gated params, `p * z`: exactly 0 where a gate is 0, even for NaN and inf.
+    """Multiply params by gates, `p * z`: exactly 0 where a gate is 0, even for NaN and inf.
 
     Args:
       params: a pytree of arrays.
       z: gates in [0, 1], from `sample_gates` or `expected_gates`.
 
     Returns:
-      A tree like `params`, of the same dtypes; leaves without gates are passed on.
+      A tree like `params`, of the same dtypes; leaves without gates are unchanged.
 
     Raises:
-      ValueError: gates that do not fit the params.
-      TypeError: gates that are no dict of floating-point arrays.
+      ValueError: the gates do not fit the params.
+      TypeError: the gates are not a dict of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -217,17 +216,17 @@ def apply_gates(params: Params, z: Gates) -> Params:
     leaves = _gated(params, z, "z")
 
     def gated(leaf, gate):
-        open_only = jnp.where(gate != 0, leaf, jnp.zeros((), leaf.dtype))
-        return open_only * gate.astype(leaf.dtype)
+        where_open = jnp.where(gate != 0, leaf, jnp.zeros((), leaf.dtype))
+        return where_open * gate.astype(leaf.dtype)
 
     return _replaced(params, leaves, {path: gated(leaves[path], gate) for path, gate in z.items()})
 
 
 def gate_masks(params: Params, gates: Gates) -> Masks:
-    """Masks that keep what the gates of the trained network, `expected_gates`, leave open.
+    """Return masks that prune the entries whose gate is closed at test time, by `expected_gates`.
 
-    Fold the gates into the weights as well, `apply_gates(params, expected_gates(gates))`: the masks
-    alone would open half-open gates fully. Then `keep_masked` goes on from there.
+    Also multiply the weights by the gates, `apply_gates(params, expected_gates(gates))`: masks alone would
+    open half-open gates fully. Then fine-tune with `keep_masked`.
 
     Args:
       params: a pytree of arrays.
@@ -237,11 +236,11 @@ def gate_masks(params: Params, gates: Gates) -> Masks:
       A tree like `params` of bool masks, all True for leaves without gates.
 
     Raises:
-      ValueError: gates that do not fit the params.
-      TypeError: gates that are no dict of floating-point arrays.
+      ValueError: the gates do not fit the params.
+      TypeError: the gates are not a dict of floating-point arrays.
 
     Warns:
-      UserWarning: all gates of a leaf are closed.
+      UserWarning: all gates of a leaf are closed, which cuts the network there.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -279,7 +278,7 @@ def _gate_shape(path: str, leaf: Any, axis: int | Sequence[int] | None) -> tuple
 
 
 def _check_gates(gates: Any, what: str) -> None:
-    """Checks that gates are a dict of floating-point arrays."""
+    """Check that gates are a dict of floating-point arrays."""
     if not isinstance(gates, Mapping):
         raise TypeError(
             f"{what} must be a dict from leaf path to array, as init_gates makes it, got a "
@@ -294,11 +293,11 @@ def _check_gates(gates: Any, what: str) -> None:
 
 
 def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
-    """The params by path, once the gates are known to fit them.
+    """Check that gates fit the params, and return the params by path.
 
     Raises:
-      ValueError: no gates, a path that is not in params, or a shape that does not fit its leaf.
-      TypeError: not a dict, or a gate that is not floating-point.
+      ValueError: there are no gates, a path is not in params, or a gate's shape does not fit its leaf.
+      TypeError: the gates are not a dict of floating-point arrays.
     """
     leaves = array_leaves(params)
     _check_gates(gates, what)
@@ -307,7 +306,7 @@ def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
             raise ValueError(f"{what}[{path!r}] fits no leaf of params. The leaves are: {', '.join(leaves)}.")
         shape = leaves[path].shape
         if gate.ndim != len(shape) or any(
-            size not in (1, whole) for size, whole in zip(gate.shape, shape, strict=True)
+            size not in (1, full) for size, full in zip(gate.shape, shape, strict=True)
         ):
             raise ValueError(
                 f"{what}[{path!r}] has shape {tuple(gate.shape)}, which does not fit params[{path!r}] of "
@@ -317,5 +316,5 @@ def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
 
 
 def _replaced(tree: Any, leaves: dict[str, Any], new: dict[str, Any]) -> Any:
-    """The tree with the leaves at some paths replaced."""
+    """Return a tree with the leaves at some paths replaced."""
     return jax.tree.unflatten(jax.tree.structure(tree), list((leaves | new).values()))

@@ -5,8 +5,8 @@ def loss_fn(params, batch):
     return task_loss(params, batch) + 1e-4 * jp.penalties.group_lasso(params, axis=-2)
 ```
 
-A gradient step on a penalty makes weights small and none of them exactly zero. So prune afterwards,
-by the very groups that were penalised:
+Gradient steps on a penalty make weights small, but not exactly zero. So prune afterwards, by the groups that
+were penalised:
 
 ```python
 inputs = jp.structures.slices(axis=-2, norm=2)
@@ -30,8 +30,8 @@ from jaxprune.typing import Params, Where
 def l1(params: Params, where: Where = kernels) -> jax.Array:
     """The sum of magnitudes, `sum |w|`: the lasso, which drives single weights towards zero.
 
-    On the scales of norms it is the penalty of network slimming, after which channels with a small
-    scale go: `l1(params, where=jp.matching("*/scale"))`.
+    On the scales of norms this is the penalty of network slimming, which then prunes the channels with small
+    scales: `l1(params, where=jp.matching("*/scale"))`.
 
     Args:
       params: a pytree of arrays.
@@ -42,8 +42,8 @@ def l1(params: Params, where: Where = kernels) -> jax.Array:
       is `sign(w)`, 0 at 0.
 
     Raises:
-      ValueError: a `where` that matches nothing.
-      TypeError: a leaf that is not floating-point takes part.
+      ValueError: `where` matches nothing.
+      TypeError: a leaf that `where` matches is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -62,8 +62,9 @@ def group_lasso(params: Params, axis: int | Sequence[int] = -1, where: Where = k
 
         sum over the slices g along the axis of sqrt(size of g) * ||w_g||_2
 
-    The groups are those of `structures.slices(axis)`: with flax's layouts `axis=-1` is the output
-    neuron or filter, `axis=-2` the input. The root makes layers with larger groups pay alike.
+    The groups are the slices of `structures.slices(axis)`: with flax's layouts `axis=-1` is the output
+    neuron or filter, `axis=-2` the input. The factor sqrt(size of g) makes a weight cost the same in groups
+    of any size.
 
     Args:
       params: a pytree of arrays.
@@ -75,8 +76,8 @@ def group_lasso(params: Params, axis: int | Sequence[int] = -1, where: Where = k
       is `sqrt(size of g) * w / ||w_g||_2`, 0 (a subgradient) where a whole group is 0.
 
     Raises:
-      ValueError: a `where` that matches nothing, or a leaf that has no such axis.
-      TypeError: a leaf that is not floating-point takes part.
+      ValueError: `where` matches nothing, or a leaf does not have the axis.
+      TypeError: a leaf that `where` matches is not floating-point.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -97,7 +98,8 @@ def group_lasso(params: Params, axis: int | Sequence[int] = -1, where: Where = k
 
 def _weighted_norm(sizes: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     squares = jnp.sum(jnp.square(sizes), axis=axis)
-    # The root has no derivative at 0. Of the other branch `where` would make 0 * inf, hence twice.
+    # The root has no derivative at 0. The inner `where` keeps it off 0: the gradient of the outer one alone
+    # would be 0 * inf.
     empty = squares == 0
     norm = jnp.where(empty, 0, jnp.sqrt(jnp.where(empty, 1, squares)))
     count = math.prod(sizes.shape[a] for a in axis)
@@ -105,16 +107,16 @@ def _weighted_norm(sizes: jax.Array, axis: tuple[int, ...]) -> jax.Array:
 
 
 def _magnitudes(params: Params, where: Where) -> dict[str, jax.Array]:
-    """The magnitudes of the leaves that take part, in float32 at least."""
-    leaves = array_leaves(params)
-    wide = {path: leaves[path].astype(_wide(leaves[path])) for path in selected(params, where)}
+    """Compute the magnitudes of the leaves that take part, in float32 or float64."""
+    by_path = array_leaves(params)
+    leaves = {path: by_path[path].astype(_sum_dtype(by_path[path])) for path in selected(params, where)}
     # Not `abs`, whose derivative at 0 is 1 in JAX: it would push weights at 0 away from there.
-    return {path: (leaf * lax.stop_gradient(jnp.sign(leaf)).conj()).real for path, leaf in wide.items()}
+    return {path: (leaf * lax.stop_gradient(jnp.sign(leaf)).conj()).real for path, leaf in leaves.items()}
 
 
-def _wide(*leaves: jax.Array) -> jnp.dtype:
-    return common_dtype(jnp.float32, *(leaf.dtype for leaf in leaves))
+def _sum_dtype(*arrays: jax.Array) -> jnp.dtype:
+    return common_dtype(jnp.float32, *(array.dtype for array in arrays))
 
 
 def _total(sums: list[jax.Array]) -> jax.Array:
-    return jnp.sum(jnp.stack([part.astype(_wide(*sums)) for part in sums]))
+    return jnp.sum(jnp.stack([part.astype(_sum_dtype(*sums)) for part in sums]))

@@ -1,4 +1,4 @@
-"""The types the library speaks in: trees, callables, and the `Pruner` pair."""
+"""The public types: trees, callables, and the `Pruner` pair."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -10,23 +10,33 @@ Params = Any
 """A pytree of arrays: dict, FrozenDict, nnx State, equinox module, tuple, dataclass."""
 
 Masks = Any
-"""A pytree with the params' structure; each leaf is `bool` with the shape of its param."""
+"""A pytree with the params' structure; each leaf is `bool`, with the shape of its param."""
 
 Scores = Any
-"""A pytree with the params' structure; each leaf says how much each entry matters."""
+"""A pytree with the params' structure; each leaf holds how much each entry matters, larger meaning keep."""
 
 Where = Callable[[str, Any], bool]
-"""`where(path, leaf)`: does this leaf take part? `path` is a string such as `"conv1/kernel"`."""
+"""`where(path, leaf) -> bool`: whether a leaf takes part. `path` is a string such as `"conv1/kernel"`."""
 
 PerPath = Mapping[str, Any]
 """Values by leaf path, for example `{"dense/kernel": 0.9}`."""
 
 
 class ScoreFn(Protocol):
-    """`score(params, *, grads, key, **extra) -> scores`: larger means keep."""
+    """A score: a function `score(params, *, grads, key, **extra) -> scores`; see `jaxprune.scores`."""
 
     def __call__(self, params: Params, *, grads: Any, key: Any, **extra: Any) -> Scores:
-        """Scores of `params`."""
+        """Score every entry of the params.
+
+        Args:
+          params: a pytree of arrays.
+          grads: gradients like `params`, or None.
+          key: a PRNG key, or None.
+          **extra: the arguments that the score names, from the caller of `prune_once` or `Pruner.update`.
+
+        Returns:
+          A tree like `params` of real numbers. Entries with larger scores are kept.
+        """
         ...
 
 
@@ -34,31 +44,31 @@ class DenseShapes(NamedTuple):
     """The shapes that params had before `compact` made them smaller; a pytree node without leaves.
 
     Attributes:
-      by_path: pairs of a leaf's path and its dense shape.
+      by_path: for each leaf the pair of its path and its dense shape.
     """
 
     by_path: tuple[tuple[str, tuple[int, ...]], ...]
 
 
-# A named tuple, because flax serializes these without being told; but none of it is a leaf.
+# A named tuple, because flax serializes these by itself; registered as a node, so that it has no leaves.
 jax.tree_util.register_pytree_node(
     DenseShapes, lambda shapes: ((), shapes.by_path), lambda by_path, _: DenseShapes(by_path)
 )
 
 
 class PrunerState(NamedTuple):
-    """What a pruner carries from one update to the next.
+    """The state that a pruner carries from one update to the next.
 
     Attributes:
       masks: the masks now in force.
       step: int32 scalar, how many times `update` was called.
-      row: int32 scalar, which row of the pruner's table of targets was reached last (0: none); for
-        a pruner without a table, how many updates of the masks there were.
+      row: int32 scalar, the row of the pruner's table of targets that was reached last, 0 before the first;
+        for a pruner without a table, how many times the masks were updated.
       scores: the scores summed over earlier calls, for a pruner with a memory; else empty.
-      schedule: int32 scalar, which schedule `row` belongs to: 0 for no schedule yet, -1 for none yet
-        and masks to start from. A pruner with another schedule finds out by it that `row` says
-        nothing about its own targets. It is negative where the pruner took over masks.
-      dense: the `DenseShapes` of the params if `compact` made them smaller since; else empty.
+      schedule: int32 scalar that identifies the schedule whose table `row` is a row of, so that a pruner with
+        another schedule does not read `row` as a row of its table. 0 before the first schedule, -1 before
+        the first with masks to start from, and negative for a pruner that took over masks.
+      dense: the `DenseShapes` of the params if `compact` has made them smaller; else empty.
     """
 
     masks: Masks
@@ -70,13 +80,13 @@ class PrunerState(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far masks are, in the units that a pruner counts.
+    """How far a pruner has come, in the units that it counts.
 
     Attributes:
       unit: what is counted, such as "entries" or "units of nm(2, 4)".
       kept: how many units are left.
-      size: how many there are.
-      asked: how many are to be removed when the schedule has ended; None for a schedule without end.
+      size: how many units there are, pruned or not.
+      asked: how many units are removed when the schedule ends; None for a schedule without an end.
       stacks: by path, the axes of stacked leaves that count layers.
     """
 
@@ -93,13 +103,13 @@ class Pruner(NamedTuple):
     Attributes:
       init: `init(params) -> state`, with all-True masks, or with the masks the pruner starts from.
       update: `update(state, params, grads=None, key=None, **extra) -> state`.
-      regrows: whether masks may gain entries; by default they only ever lose them. Where they
-        changed, `wrap_optax` then takes no step besides.
-      remembers: whether its state holds scores of earlier calls.
+      regrows: whether masks may gain entries; by default they only lose them. `wrap_optax` then takes no
+        optimizer step in an update that changes masks.
+      remembers: whether the state holds scores of earlier calls.
       description: the pruner and its schedule in one line, for messages.
       takes: the names of the extra arguments of `update` that its scores read; None for a pruner
         whose `update` takes any.
-      compounds: whether every call prunes further, a level or a fraction of what the last one left.
+      compounds: whether every call prunes further: by one level, or by a fraction of what is left.
       where: which leaves take part.
       progress: `progress(masks) -> Progress`, or None for a pruner without a target.
     """

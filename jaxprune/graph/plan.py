@@ -320,7 +320,7 @@ def _mask_shapes(state: PrunerState) -> dict[str, tuple[int, ...]]:
 
 
 def _with_dense_shapes(before: Any, after: Any) -> Any:
-    """Return the tree after a cut, in which the state of each pruner keeps the shapes of its masks before it."""
+    """Return the smaller tree, in which the state of each pruner keeps the dense shapes of its masks."""
 
     def keep_shapes(old: Any, new: Any) -> Any:
         if not _is_pruner_state(old):

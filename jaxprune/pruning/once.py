@@ -468,7 +468,7 @@ def _lowest_units(
     """For each pool, the units that go."""
     names = [name for members in competing.values() for name in members]
     request = Removal(
-        groups=tuple(number for number, members in enumerate(competing.values()) for _ in members),
+        competing=tuple(number for number, members in enumerate(competing.values()) for _ in members),
         counts=tuple(counts[rank] for rank in competing),
         floors=tuple(floors[name] for name in names),
         includes_pruned=includes_pruned,

@@ -330,22 +330,22 @@ def counts_at(
     """
     row = jnp.minimum(at.row, len(table.targets) - 1)
     # In two halves, because a count may be more than an int32 holds.
-    counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.wide(table.targets))
+    counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(table.targets))
     if table.fractions is not None:
         taken_over = _of_what_remains(table, at, alive, {n: tuple(competing[n]) for n in table.competing})
         counts = big_counts.where(at.follows, counts, taken_over)
     # By name: JAX sorts the keys of dicts, so pools may come in another order than the table has.
-    return {name: big_counts.take(counts, table.competing.index(name)) for name in competing}
+    return {name: big_counts.pick(counts, table.competing.index(name)) for name in competing}
 
 
 @jax.jit
 def _left(alive: Any) -> BigCount:
     """How many units each set of competing pools has left."""
-    return big_counts.stack([_sum([big_counts.wide(count_true(each)) for each in pools]) for pools in alive])
+    return big_counts.stack([_sum([big_counts.big(count_true(each)) for each in pools]) for pools in alive])
 
 
 def _sum(counts: list[BigCount]) -> BigCount:
-    return big_counts.take(big_counts.total(big_counts.stack(counts)), (..., 0))
+    return big_counts.pick(big_counts.total(big_counts.stack(counts)), (..., 0))
 
 
 def _of_what_remains(
@@ -354,20 +354,21 @@ def _of_what_remains(
     """By set, what is gone and the row's fraction of what is left, which only the masks say."""
     assert table.fractions is not None
     left = _left([[alive[pool] for pool in pools] for pools in competing.values()])
-    sizes = big_counts.wide(np.array([sum(alive[p].size for p in pools) for pools in competing.values()]))
+    sizes = big_counts.big(np.array([sum(alive[p].size for p in pools) for pools in competing.values()]))
     part = big_counts.fraction(table.fractions)
     row = jnp.minimum(at.row, len(table.fractions) - 1)
     more = jax.jit(big_counts.rounded_product)(jax.tree.map(lambda x: jnp.asarray(x)[row], part), left)
     gone = sizes - left
     if table.end is not None:
         more = _scaled_down(
-            more, big_counts.maximum(big_counts.wide(table.end) - _total(gone), big_counts.none(_total(gone)))
+            more,
+            big_counts.maximum(big_counts.big(table.end) - _total(gone), big_counts.zeros_like(_total(gone))),
         )
     return gone + more
 
 
 def _total(counts: BigCount) -> BigCount:
-    return big_counts.take(big_counts.total(counts), (..., 0))
+    return big_counts.pick(big_counts.total(counts), (..., 0))
 
 
 @jax.jit
@@ -386,8 +387,8 @@ def _scaled_down(more: BigCount, allowed: BigCount) -> BigCount:
         BigCount(high.astype(jnp.int32), (share - high * 65536.0).astype(jnp.int32)), more
     )
     room, rest = more - shares, allowed - _total(shares)
-    before = big_counts.take(big_counts.running(room), slice(-1))
-    extra = big_counts.maximum(big_counts.minimum(rest - before, room), big_counts.none(room))
+    before = big_counts.pick(big_counts.prefix_sums(room), slice(-1))
+    extra = big_counts.maximum(big_counts.minimum(rest - before, room), big_counts.zeros_like(room))
     return big_counts.where(allowed < total, shares + extra, more)
 
 

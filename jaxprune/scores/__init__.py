@@ -1,8 +1,8 @@
-"""Scores: what matters. Each is one pure function; the entries with the lowest scores go.
+"""Scores say how much each entry of the params matters; the entries with the lowest scores are pruned.
 
-A score is `score(params, *, grads, key, **extra) -> scores`, a tree like `params` whose leaves
-are real numbers: larger means keep. A score takes what it needs and ignores the rest, so writing
-a new one is writing a function:
+A score is a pure function `score(params, *, grads, key, **extra) -> scores`. It returns a tree like `params`
+of real numbers, where larger means keep. It takes the arguments it needs and ignores the others, so a new
+score is a plain function:
 
 ```python
 def distance_from_init(params, *, init_params, **_):
@@ -11,24 +11,24 @@ def distance_from_init(params, *, init_params, **_):
 masks = jp.prune_once(params, distance_from_init, sparsity=0.9, init_params=params_at_init)
 ```
 
-A criterion that needs the loss itself, or the network, is made by a factory:
-`jp.scores.fisher(loss_fn)` is a score, and takes `batch=...` from `prune_once`. Entries that a
-criterion says nothing of score NaN, which `prune_once` refuses to rank.
+A criterion that needs the loss function, or the network, is made by a factory: `jp.scores.fisher(loss_fn)`
+is a score, and takes `batch=...` from `prune_once`. Entries that a criterion does not cover score NaN, which
+`prune_once` refuses to rank.
 """
 
-# Of whole channels, for structures.slices
+# From whole channels, for structures.slices
 from jaxprune.scores.channels import apoz, bn_scale, fpgm, mean_activation
 
-# Of the network alone, without data
+# From the network, without data
 from jaxprune.scores.flow import synflow
 
-# Of weights and gradients
+# From weights and gradients
 from jaxprune.scores.gradients import gradient_magnitude, movement, signed_taylor, snip, taylor
 
 # Made from a loss function
 from jaxprune.scores.loss import brute_force, fisher, grasp, obd, obs, over_batches
 
-# Of the weights alone
+# From the weights alone
 from jaxprune.scores.weights import lamp, magnitude, normalized_magnitude, random
 
 __all__ = [

@@ -1,13 +1,13 @@
 """Scores of whole channels: filters, neurons, feature maps.
 
-Each gives every entry of a kernel the score of its channel, NaN where a leaf has none, and is
-used with `jp.structures.slices(axis=-1, norm=math.inf)`, which takes the channel's score back. As
-`prune_once` refuses to rank NaN, its `where` must take in no leaf without scores. The channels
-lie along the last axis, as the outputs of flax's dense and conv kernels do; pass `axis=0` for
-equinox and torch layouts, here and to `slices`.
+Each gives every entry of a kernel the score of its channel, and NaN to leaves without scores. Use it with
+`jp.structures.slices(axis=-1, norm=math.inf)`, which reads the channel's score off its entries. `prune_once`
+refuses to rank NaN, so its `where` must select only leaves with scores. The channels lie along the last axis,
+as the outputs of flax's dense and conv kernels do; for equinox and torch layouts pass `axis=0`, here and to
+`slices`.
 
-Some criteria of channels need no score of their own. The L1 or L2 norm of a filter is `magnitude`
-pooled by `slices`, and the first-order change of the loss without it `signed_taylor`:
+Some criteria of channels are pooled from scores of entries. The L1 or L2 norm of a filter is `magnitude`
+pooled by `slices`, and the first-order change of the loss without the filter is `signed_taylor`:
 
 >>> import jax.numpy as jnp, jaxprune as jp
 >>> params = {"kernel": jnp.array([[2.0, 0.0, 1.0], [2.0, 3.0, 1.0]])}
@@ -49,24 +49,24 @@ from jaxprune.typing import Params, ScoreFn, Scores
 def fpgm(params: Params, *, axis: int = -1, stacked: Stacked | None = None, **extra: Any) -> Scores:
     """Distance to the geometric median: `sum_j ||F_i - F_j||_2` over the filters of a leaf.
 
-    A filter near the median of its layer can be replaced by the others, so it goes first, however
-    large it is. Distances of different layers are not comparable: use `scope="layerwise"`. Filters
-    pruned before are 0 and stay among the F_j.
+    A filter near the median of its layer can be replaced by the other filters, so it goes first, however
+    large it is. Distances in different layers are not comparable: use `scope="layerwise"`. Filters that are
+    pruned already are 0 and stay among the F_j.
 
     Args:
       params: a pytree of arrays.
       axis: the axis that indexes the filters.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
-        then a leaf of its own, of which `axis` is an axis.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
+        then scored as a separate leaf, and `axis` is an axis of one layer.
       **extra: ignored.
 
     Returns:
-      Scores like `params`: for real floating-point leaves of two axes or more each entry has its
-      filter's score, in float32 or float64; NaN for the others.
+      Scores like `params`. In real floating-point leaves of two axes or more each entry has the score of
+      its filter, in float32 or float64; other leaves have NaN.
 
     Raises:
-      ValueError: a leaf of two axes or more without such an axis.
-      TypeError: an axis that is not an integer.
+      ValueError: a leaf of two axes or more does not have the axis `axis`.
+      TypeError: `axis` is not an integer.
 
     Example:
       >>> import math, jax.numpy as jnp, jaxprune as jp
@@ -79,13 +79,14 @@ def fpgm(params: Params, *, axis: int = -1, stacked: Stacked | None = None, **ex
 
     References:
       He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks
-      Acceleration", CVPR 2019. Their code may also prune some filters by norm; this is FPGM-only.
+      Acceleration", CVPR 2019. Their code can also prune some filters by norm; this is FPGM-only.
     """
     del extra
 
     def distances(leaf, axis):
         filters = jnp.moveaxis(promote_to_float32(leaf), axis, 0).reshape(leaf.shape[axis], -1)
-        # From the differences themselves: norms and inner products would cancel between near filters.
+        # From the differences themselves: computed from norms and inner products, the distances of near
+        # filters would be lost to cancellation.
         return lax.map(lambda one: jnp.sum(jnp.sqrt(jnp.sum((filters - one) ** 2, axis=1))), filters)
 
     by_layer, leaves = {}, array_leaves(params)
@@ -98,23 +99,22 @@ def fpgm(params: Params, *, axis: int = -1, stacked: Stacked | None = None, **ex
 
 
 def bn_scale(scales: Mapping[str, str], *, axis: int = -1) -> ScoreFn:
-    """The magnitude of the norm's scale that follows a layer, `|gamma|`, for its channels.
+    """The magnitude of the scale of the norm after a layer, `|gamma|`, for the layer's channels.
 
-    Meant for networks trained with an L1 penalty on the scales, which makes those of channels that
-    matter little small.
+    For networks trained with an L1 penalty on the scales, which shrinks those of channels that matter little.
 
     Args:
-      scales: for the path of each kernel, the path of the scale after it, of shape (channels,).
+      scales: by the path of a kernel, the path of the scale after it, of shape (channels,).
       axis: the axis of the kernels that indexes their channels.
 
     Returns:
-      A score `score(params, *, stacked=None, **extra)`: for the kernels named each entry has its channel's
-      score, NaN for the other leaves. Where a kernel is stacked its scale is as well.
+      A score `score(params, *, stacked=None, **extra)`. In the kernels named each entry has the score of its
+      channel; other leaves have NaN. The scale of a stacked kernel must be stacked as well.
 
     Raises:
-      TypeError: `scales` is not a dict.
-      ValueError: an empty dict; on use, a path that is not in params, or a scale that is not one
-        number for each channel.
+      TypeError: `scales` is not a dict of paths.
+      ValueError: `scales` is empty; on use, a path is not in params, or a scale does not have one number
+        for each channel.
 
     Example:
       >>> import math, jax.numpy as jnp, jaxprune as jp
@@ -165,28 +165,28 @@ def apoz(
     stacked: Stacked | None = None,
     **extra: Any,
 ) -> Scores:
-    """How often a channel is active: 1 less its average percentage of zeros (APoZ).
+    """How often a channel is active: 1 minus its average percentage of zeros (APoZ).
 
-    The fraction of activations, over examples and places, that are not 0. It presumes a
-    nonlinearity that gives exact zeros, such as ReLU; after others all channels score 1.
+    The fraction of activations, over examples and places, that are not 0. This needs a nonlinearity with
+    exact zeros, such as ReLU; after others all channels score 1.
 
     Args:
       params: a pytree of arrays.
-      activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
-        shape (..., channels); of a stacked kernel (stack..., ..., channels), as a scan returns them.
+      activations: by the path of a kernel, the outputs of its layer *after* the nonlinearity, of shape
+        (..., channels); for a stacked kernel (stack..., ..., channels), as a scan returns them.
       axis: the axis of the kernels that indexes their channels.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
-        then a leaf of its own, of which `axis` is an axis.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
+        then scored as a separate leaf, and `axis` is an axis of one layer.
       **extra: ignored.
 
     Returns:
-      Scores like `params`, in [0, 1]: for the kernels named each entry has its channel's score,
-      NaN for the other leaves.
+      Scores like `params`, in [0, 1]. In the kernels named each entry has the score of its channel; other
+      leaves have NaN.
 
     Raises:
       TypeError: `activations` is not a dict.
-      ValueError: no activations, a path that is not in params, or activations whose last axis is
-        not the channels.
+      ValueError: `activations` is missing, a path is not in params, or the last axis of activations is not
+        the channels.
 
     Example:
       >>> import math, jax, jax.numpy as jnp, jaxprune as jp
@@ -213,28 +213,28 @@ def mean_activation(
     stacked: Stacked | None = None,
     **extra: Any,
 ) -> Scores:
-    """The mean size of a channel's activations, `mean |a|` over examples and places.
+    """The mean magnitude of a channel's activations, `mean |a|` over examples and places.
 
-    After ReLU this is the mean activation of the paper. It does not divide by the L2 norm of a
-    layer's scores, as the paper does to compare layers: use `scope="layerwise"`.
+    After ReLU this is the mean activation of the paper. The paper compares layers after dividing the scores
+    of each by their L2 norm; here scores are not divided: use `scope="layerwise"`.
 
     Args:
       params: a pytree of arrays.
-      activations: for the path of each kernel, its layer's outputs *after* the nonlinearity, of
-        shape (..., channels); of a stacked kernel (stack..., ..., channels), as a scan returns them.
+      activations: by the path of a kernel, the outputs of its layer *after* the nonlinearity, of shape
+        (..., channels); for a stacked kernel (stack..., ..., channels), as a scan returns them.
       axis: the axis of the kernels that indexes their channels.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
-        then a leaf of its own, of which `axis` is an axis.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
+        then scored as a separate leaf, and `axis` is an axis of one layer.
       **extra: ignored.
 
     Returns:
-      Scores like `params`, 0 or more: for the kernels named each entry has its channel's score,
-      NaN for the other leaves.
+      Scores like `params`, 0 or more. In the kernels named each entry has the score of its channel; other
+      leaves have NaN.
 
     Raises:
       TypeError: `activations` is not a dict.
-      ValueError: no activations, a path that is not in params, or activations whose last axis is
-        not the channels.
+      ValueError: `activations` is missing, a path is not in params, or the last axis of activations is not
+        the channels.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -253,8 +253,8 @@ def mean_activation(
 
 
 ChannelScores = Callable[[str, int, tuple[int, ...], tuple[int, ...]], jax.Array]
-"""From the path of a kernel, how many channels it has, the index of its layer in the stack, and the shape of
-the stack (both empty where it is not stacked), one score for each channel."""
+"""`channel_scores(path, channels, index, stack)` returns one score for each channel of a kernel: of the layer
+`index` in a stack of shape `stack`, both empty for a kernel that is not stacked."""
 
 
 def _means(
@@ -265,7 +265,7 @@ def _means(
     axis: int,
     stacked: Stacked | None,
 ) -> Scores:
-    """The mean of a function of the activations, over all their axes but the last."""
+    """Score the channels of kernels by the mean of a function of their activations."""
     if activations is None:
         raise ValueError(f"{name} needs activations: pass activations={{'conv/kernel': relu(outputs)}}.")
     _check_named(activations, name, "activations={'conv/kernel': relu(outputs)}")
@@ -299,7 +299,7 @@ def _of_named(
     axis: int,
     stacked: Stacked | None,
 ) -> Scores:
-    """The channel scores of the kernels named, spread over their entries."""
+    """Spread the channel scores of the kernels named over their entries."""
     leaves = array_leaves(params)
     _check_paths(named, leaves, name)
     stacks = _stacks(stacked, {path: leaves[path] for path in named})
@@ -310,8 +310,8 @@ def _of_named(
         for index in layer_indices(leaves[path].shape, axes):
             layer = take_layer(leaves[path], axes, index)
             along = _channel_axis(path, layer, axis)
-            each = channel_scores(path, layer.shape[along], index, stack)
-            by_layer[layer_name(path, index) if axes else path] = _spread(each, layer, along)
+            scores = channel_scores(path, layer.shape[along], index, stack)
+            by_layer[layer_name(path, index) if axes else path] = _spread(scores, layer, along)
     return _joined(by_layer, stacks, leaves, params)
 
 
@@ -325,18 +325,18 @@ def _joined(
     leaves: Mapping[str, Any],
     params: Params,
 ) -> Scores:
-    """Scores like `params` from those of layers, NaN where there are none."""
+    """Join the scores of layers to a tree like `params`, with NaN for leaves without scores."""
     return with_nan_elsewhere(join_layers(by_layer, stacks, {p: leaves[p].shape for p in stacks}), params)
 
 
 def _spread(channel_scores: jax.Array, leaf: jax.Array, axis: int) -> jax.Array:
-    """One score per channel as an array of the leaf's shape."""
+    """Broadcast one score per channel to the shape of the leaf."""
     others = tuple(a for a in range(leaf.ndim) if a != axis)
     return jnp.broadcast_to(jnp.expand_dims(channel_scores, others), leaf.shape)
 
 
 def _channel_axis(path: str, leaf: jax.Array, axis: int) -> int:
-    """The axis counted from 0."""
+    """Check the axis of channels and return it counted from 0."""
     axis = as_integer(axis, "axis", what="the axis of channels")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
@@ -356,6 +356,6 @@ def _check_named(named: Any, name: str, example: str) -> None:
 def _check_paths(paths: Iterable[str], leaves: Mapping[str, Any], name: str) -> None:
     if unknown := [path for path in paths if path not in leaves]:
         raise ValueError(
-            f"{name} names {', '.join(map(repr, unknown))}, which params do not have. The paths there are: "
+            f"{name} names {', '.join(map(repr, unknown))}, which params do not have. The paths are: "
             f"{', '.join(leaves)}."
         )

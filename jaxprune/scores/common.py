@@ -1,4 +1,4 @@
-"""What the scores share: precision, leaves without a score, and the loss as a function of leaves."""
+"""Helpers of the scores: precision, leaves without a score, and the loss as a function of some leaves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ LossFn = Callable[[Params, Any], jax.Array]
 
 
 def map_leaves(score: Callable[..., jax.Array], params: Params, *others: Any) -> Scores:
-    """`score(leaf, ...)` of each leaf, and 0 for leaves without numbers: the PRNG keys of a module."""
+    """Apply `score(leaf, ...)` to each leaf; leaves without numbers (PRNG keys of a module) score 0."""
 
     def scored(leaf: Any, *same: Any) -> jax.Array:
         if all(map(is_numeric, (leaf, *same))):
@@ -27,10 +27,10 @@ def map_leaves(score: Callable[..., jax.Array], params: Params, *others: Any) ->
 
 
 def map_layers(score: Callable[[jax.Array], jax.Array], params: Params, stacked: Stacked | None) -> Scores:
-    """`score(leaf)` of each leaf, and of a stacked leaf of each of its layers; 0 for leaves without numbers.
+    """Apply `map_leaves`, to each layer of a stacked leaf by itself.
 
     Raises:
-      ValueError, TypeError: as `stacks_of`, where `stacked` does not fit the leaves.
+      ValueError, TypeError: as `stacks_of`, if `stacked` does not fit the leaves.
     """
     if stacked is None:
         return map_leaves(score, params)
@@ -42,11 +42,10 @@ def map_layers(score: Callable[[jax.Array], jax.Array], params: Params, stacked:
 
 
 def in_float32(function: Callable[..., Any], *trees: Any) -> tuple[Any, ...]:
-    """The arguments of a function, with floats narrower than float32 promoted to it.
+    """Promote arguments in 16-bit and 8-bit floats to float32, if the function accepts that.
 
-    In float16 gradients, and differences of losses, vanish or tie that are well apart in float32. A
-    function that cannot take other dtypes than it was given (a convolution with a constant in float16)
-    gets them as they are.
+    Gradients, and differences of losses, that are well apart in float32 vanish or tie in float16. But a
+    function may accept only the dtypes that it was given, such as a convolution with a constant in float16.
     """
     if not any(is_array(leaf) and is_narrow(leaf.dtype) for leaf in jax.tree.leaves(trees)):
         return trees
@@ -55,21 +54,21 @@ def in_float32(function: Callable[..., Any], *trees: Any) -> tuple[Any, ...]:
     )
     try:
         jax.eval_shape(lambda: function(*promoted))
-    except Exception:  # whatever is not about dtypes is raised again, by the function as it was given
+    except Exception:  # an error that is not about dtypes is raised again when the function is called
         return trees
     return promoted
 
 
 def gradients(loss_fn: LossFn, params: Params, batch: Any) -> Any:
-    """The gradients of a loss, like params; 0 for leaves that have none (keys, counts)."""
+    """Compute the gradients of a loss, like params; 0 for leaves that have none (PRNG keys, counts)."""
     leaves, treedef = jax.tree.flatten(params)
     real = [number for number, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
     def loss(some: Sequence[jax.Array]) -> jax.Array:
-        whole = list(leaves)
+        values = list(leaves)
         for number, leaf in zip(real, some, strict=True):
-            whole[number] = leaf
-        return loss_fn(treedef.unflatten(whole), batch)
+            values[number] = leaf
+        return loss_fn(treedef.unflatten(values), batch)
 
     grads = [jnp.zeros(leaf.shape, jnp.float32) for leaf in leaves]
     for number, grad in zip(real, jax.grad(loss)([leaves[n] for n in real]), strict=True):
@@ -78,7 +77,7 @@ def gradients(loss_fn: LossFn, params: Params, batch: Any) -> Any:
 
 
 def with_nan_elsewhere(by_path: dict[str, jax.Array], params: Params) -> Scores:
-    """A tree like `params` of the scores named, and NaN for the leaves that have none."""
+    """Return a tree like `params` of scores given by path, with NaN for the other leaves."""
     leaves = [
         by_path[path] if path in by_path else jnp.full(leaf.shape, jnp.nan, jnp.float32)
         for path, leaf in array_leaves(params).items()
@@ -90,11 +89,11 @@ class Objective(NamedTuple):
     """A loss as a function of some of the leaves, the others held fixed.
 
     Attributes:
-      leaves: those leaves, in leaf order and of one floating-point dtype.
-      loss: `loss(leaves) -> scalar`; `loss(leaves, batch)` is that of another batch.
+      leaves: these leaves, in leaf order and of one floating-point dtype.
+      loss: `loss(leaves) -> scalar`, on the batch; `loss(leaves, batch)` on another batch.
       batch: the batch, in the dtypes that `loss` takes.
-      params: `params(leaves)`: the params with these leaves, in the dtypes they had.
-      scores: `scores(values)`: scores like the params, NaN for all other leaves.
+      params: `params(leaves)` returns the params with these leaves, in the dtypes they had.
+      scores: `scores(values)` returns scores like the params, NaN for all other leaves.
     """
 
     leaves: list[jax.Array]
@@ -105,11 +104,11 @@ class Objective(NamedTuple):
 
 
 def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Where) -> Objective:
-    """The loss as a function of the leaves that `where` takes in.
+    """Return the loss as a function of the leaves that `where` selects.
 
     Raises:
-      ValueError: there is no batch, or `where` matches no leaf.
-      TypeError: a leaf that is not real floating-point; on use, a loss that is not a real scalar.
+      ValueError: `batch` is None, or `where` matches no leaf.
+      TypeError: a leaf is not real floating-point; on use, the loss is not a real scalar.
     """
     if batch is None:
         raise ValueError(f"{name} needs data: pass batch=..., as loss_fn(params, batch) takes it.")
@@ -121,7 +120,7 @@ def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Whe
                 f"params[{path!r}] is {describe(by_path[path])}; {name} differentiates real leaves alone. "
                 "Leave it out with where=..."
             )
-    # One dtype for all, so that they can be laid end to end; half precision gains nothing from its own.
+    # One dtype for all leaves, so that they can be laid end to end.
     dtype = jnp.float64 if any(by_path[path].dtype == jnp.float64 for path in chosen) else jnp.float32
     promoted, batch = in_float32(loss_fn, params, batch)
     treedef, by_path_promoted = jax.tree.structure(params), array_leaves(promoted)
@@ -149,12 +148,12 @@ def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Whe
 
 
 def end_to_end(leaves: Sequence[jax.Array]) -> jax.Array:
-    """The entries of all leaves as one vector, in leaf order."""
+    """Lay the entries of all leaves end to end in one vector, in leaf order."""
     return jnp.concatenate([leaf.ravel() for leaf in leaves])
 
 
 def cut(vector: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
-    """A vector as arrays of the leaves' shapes: `end_to_end` backwards."""
+    """Cut a vector into arrays of the leaves' shapes, the inverse of `end_to_end`."""
     ends = [leaf.size for leaf in leaves]
     starts = [sum(ends[:index]) for index in range(len(ends))]
     return [
@@ -164,10 +163,10 @@ def cut(vector: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def leading_size(tree: Any, what: str, of: str) -> int:
-    """The size of the leading axis that all leaves of some data share.
+    """Return the size of the leading axis that all leaves of some data share.
 
     Raises:
-      ValueError: a leaf without such an axis, of another size, or of size 0.
+      ValueError: a leaf has no such axis, one of another size, or of size 0.
     """
     leaves = dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
     sizes = {leaf.shape[0] if is_array(leaf) and leaf.shape else 0 for leaf in leaves.values()}

@@ -12,16 +12,16 @@ from jax.scipy.linalg import cho_solve
 from jaxprune.tree.paths import is_concrete
 
 MAX_WEIGHTS = 5_000
-"""The largest Hessian is of this many weights: 100 MB in float32, and as much for its inverse."""
+"""The most weights that a Hessian may have: it takes 100 MB in float32, and its inverse as much."""
 
 _AT_ONCE = 32
 
 
 def check_damping(damping: Any, name: str) -> None:
-    """Checks what is added to the diagonal of a Hessian.
+    """Check what is to be added to the diagonal of a Hessian.
 
     Raises:
-      ValueError: it is not a finite number of 0 or more.
+      ValueError: `damping` is not a finite number of 0 or more.
     """
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise ValueError(f"{name} needs damping to be a number of 0 or more, got {damping!r}.")
@@ -34,22 +34,22 @@ def inverse_hessian(
     damping: float,
     alive: jax.Array | None = None,
 ) -> jax.Array:
-    """The inverse of `H + damping * I`, where H is the Hessian of a loss.
+    """Invert `H + damping * I`, where H is the Hessian of a loss.
 
     Args:
       name: for error messages.
       loss: a function of a vector.
-      weights: the vector, of n entries.
+      weights: the vector, of n entries, at which H is taken.
       damping: what is added to the diagonal.
-      alive: bool vector of n. Of the others rows and columns are left out of H, and are those of
-        the identity in the inverse.
+      alive: bool vector of n. The rows and columns of entries that are not alive are replaced by those of
+        the identity, in H and so in the inverse.
 
     Returns:
-      n x n, symmetric; NaN where the matrix is not positive definite and that cannot be said.
+      n x n, symmetric; under `jit` NaN if the matrix is not positive definite.
 
     Raises:
-      ValueError: more than `MAX_WEIGHTS` entries, or a matrix that is not positive definite (where
-        values can be looked at).
+      ValueError: `weights` has more than `MAX_WEIGHTS` entries, or (not under `jit`) the matrix is not
+        positive definite.
     """
     n = weights.size
     if n > MAX_WEIGHTS:
@@ -64,14 +64,14 @@ def inverse_hessian(
     if alive is not None:
         damped = jnp.where(alive[:, None] & alive[None, :], damped, identity)
     factor = jnp.linalg.cholesky(damped)
-    # A singular matrix may pass for a definite one by rounding: then a pivot is of rounding's size.
+    # By rounding a singular matrix may get through Cholesky, with a pivot of the size of a rounding error.
     smallest = jnp.finfo(weights.dtype).eps * math.sqrt(n) * jnp.max(jnp.diagonal(damped))
     definite = jnp.all(jnp.diagonal(factor) ** 2 > smallest)
     if is_concrete(definite, damped) and not definite:
         least = float(jnp.linalg.eigvalsh(damped)[0])
         raise ValueError(
             f"{name}: the Hessian plus damping={damping:g} is not positive definite (its least eigenvalue is "
-            f"{least:.3g}), as at a point that is no minimum, or where weights do not act on the loss. "
+            f"{least:.3g}), as happens away from a minimum, or where weights do not affect the loss. "
             "Raise damping=..., or leave such leaves out with where=..."
         )
     return jnp.where(definite, cho_solve((factor, True), identity), jnp.nan)

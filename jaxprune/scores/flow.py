@@ -1,4 +1,4 @@
-"""Scores of the network alone: how much can flow from input to output, without data."""
+"""Scores that need the network but no data: how much can flow from input to output."""
 
 import re
 from collections.abc import Callable
@@ -28,45 +28,43 @@ def synflow(
 ) -> ScoreFn:
     """Synaptic flow: `|w| * dR/d|w|`, where R is the sum of the outputs for `|w|` and an input of ones.
 
-    In a ReLU network with all weights positive, R is the sum over all paths of the products of
-    their weights, and the score of a weight is the part of R whose paths go through it. So what
-    flows into a hidden neuron flows out: its incoming scores sum to its outgoing ones. Pruned in
-    one go a network may be cut through; the paper prunes over 100 rounds, each scored anew:
+    In a ReLU network with all weights positive, R is the sum over all paths of the products of their weights,
+    and the score of a weight is the sum over the paths through it. So flow is conserved: the scores of the
+    weights into a hidden neuron sum to those of the weights out of it. Pruning in one go may cut the network
+    through. The paper prunes over 100 rounds, with new scores in each:
     `jp.pruner(score, jp.schedules.geometric(...))`, with the masks applied between updates.
 
-    That holds for positively homogeneous networks: ReLU and linear layers, average or max pooling,
-    norms with fixed statistics. Let `apply_fn` return the logits, in eval mode. A softmax, or a
-    norm over its own input (layer norm), leaves R without the meaning above.
+    This holds for positively homogeneous networks: ReLU and linear layers, average or max pooling, norms with
+    fixed statistics. Let `apply_fn` return the logits, in eval mode. With a softmax, or a norm that divides
+    by a statistic of its input (layer norm), R does not have this meaning.
 
-    What is added to a flow is no part of it, so biases are set to 0; the paper's code takes `|b|`.
-    Other leaves that are not scored, such as the scales of norms, stay at their absolute value.
+    Biases add to the flow without being on a path from the input, so they are set to 0; the paper's code
+    takes `|b|`. Other leaves that are not scored, such as the scales of norms, are at their absolute value.
 
-    R is a product over depth, which soon leaves the range of float32. So each leaf is divided by a
-    number of its own, such that a layer neither raises nor lowers the flow by much. Let R be
-    homogeneous of degree 1 in each leaf, as it is where every path crosses every leaf once and
-    biases are 0. Then dividing a leaf by c divides R, and every `w dR/dw` of every leaf, by the same
-    c: the ranking over all leaves is unchanged. With skip connections some paths miss some
-    leaves, and the ranking differs from the paper's; `rescale=False` gives theirs.
+    R is a product over depth, which soon leaves the range of float32. So each leaf is divided by a constant
+    chosen such that its layer neither raises nor lowers the flow by much. If R is homogeneous of degree 1 in
+    each leaf, as it is where every path crosses every leaf once and biases are 0, dividing a leaf by c
+    divides R, and every `w dR/dw` of every leaf, by the same c: the ranking over all leaves is unchanged.
+    With skip connections some paths miss some leaves, and the ranking differs from the paper's;
+    `rescale=False` gives the paper's.
 
     Args:
       apply_fn: `apply_fn(params, x) -> outputs`, an array or a tree of them.
-      x: what the network takes: an array, a `jax.ShapeDtypeStruct`, or a tree of these, each with
+      x: an input of the network: an array, a `jax.ShapeDtypeStruct`, or a tree of these, each with
         a leading batch axis. Only shapes and dtypes are used, with a batch of 1.
       where: the leaves that are scored.
-      biases: which of the others are added rather than multiplied, a function of (path, leaf). By
-        default those whose name says so (bias, beta, offset, b, positional embeddings), and
-        leaves of one axis whose name does not say otherwise.
-      rescale: whether leaves are divided as above.
+      biases: which of the other leaves are added rather than multiplied, a function of (path, leaf). By
+        default those with the name of such a param (bias, beta, offset, b, positional embeddings), and
+        leaves of one axis without the name of a multiplied one (scale, gamma, kernel, w, g).
+      rescale: whether leaves are divided by constants as described above.
 
     Returns:
       A score `score(params, *, stacked=None, **extra)`, NaN for the leaves left out; under `jit` NaN
-      throughout where R is 0 or overflows. Of a stacked leaf each layer is divided by itself.
+      throughout if R is 0 or overflows. The layers of a stacked leaf are divided by separate constants.
 
     Raises:
-      TypeError: `apply_fn` is not a function, inputs or scored leaves that are not real
-        floating-point.
-      ValueError: on use, a `where` that matches nothing, or (not under `jit`) an R that is 0 or
-        not finite.
+      TypeError: `apply_fn` is not a function, or inputs or scored leaves are not real floating-point.
+      ValueError: `x` is empty; on use, `where` matches nothing, or (not under `jit`) R is 0 or not finite.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -106,8 +104,8 @@ def synflow(
         if complex_paths := [p for p in chosen if not jnp.issubdtype(by_path[p].dtype, jnp.floating)]:
             path = complex_paths[0]
             raise TypeError(
-                f"params[{path!r}] is {describe(by_path[path])}; scores.synflow is of real leaves. Leave it "
-                "out with where=..."
+                f"params[{path!r}] is {describe(by_path[path])}; scores.synflow needs real leaves. Leave "
+                "it out with where=..."
             )
 
         def linearized(path, leaf):
@@ -135,9 +133,9 @@ def synflow(
         sound = jnp.isfinite(flow) & (flow > 0)
         if is_concrete(sound) and not sound:
             raise ValueError(
-                f"scores.synflow: the sum of the outputs is {float(flow):g}, so nothing can be ranked by its "
-                "part of it. If 0, no path leads from input to output (or biases= took in a scale); if not "
-                "finite, it overflows: pass rescale=True, or use float64."
+                f"scores.synflow: the sum of the outputs is {float(flow):g}, so no weight has a "
+                "share of it to be ranked by. If 0, no path leads from input to output (or biases= took in a "
+                "scale); if not finite, it overflows: pass rescale=True, or use float64."
             )
         return with_nan_elsewhere(
             {
@@ -160,13 +158,11 @@ def _is_added(path: str, leaf: Any) -> bool:
 
 
 def _even_gain(size: jax.Array) -> jax.Array:
-    """A leaf of magnitudes, divided such that flows neither grow nor shrink with depth.
-
-    A kernel of sum s multiplies the mean of what flows by s / outputs. Divided by s, and multiplied
-    by sqrt(inputs * outputs), it does so by sqrt(inputs / outputs), and over the layers of a
-    network these cancel but for the first and the last. The two largest axes are taken for inputs
-    and outputs, whose place in the shape differs between libraries.
-    """
+    """Scale a leaf of magnitudes such that flows neither grow nor shrink with depth."""
+    # A kernel with the sum s multiplies the mean of the flow by s / outputs. Divided by s and multiplied by
+    # sqrt(inputs * outputs), it multiplies the mean by sqrt(inputs / outputs). The outputs of a layer are the
+    # inputs of the next, so over a network these factors cancel but for its first inputs and last outputs.
+    # Libraries place the axes of inputs and outputs differently: the two largest axes are taken for them.
     total = jnp.sum(promote_to_float32(size))
     channels = sorted(size.shape)[-2:] if size.ndim >= 2 else (size.size, size.size)
     gain = (channels[0] * channels[1]) ** 0.5 / jnp.where(total == 0, jnp.ones_like(total), total)

@@ -23,7 +23,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
       Scores like `params`.
 
     Raises:
-      ValueError: `grads` is None, or not like `params`.
+      ValueError: `grads` is None, or does not mirror `params`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -39,7 +39,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
 
 
 def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
-    """The change of the loss to first order if a weight is removed, `|w * g|`.
+    """The size of the loss's change to first order if a weight is removed, `|w * g|`.
 
     Args:
       params: a pytree of arrays.
@@ -50,7 +50,7 @@ def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       Scores like `params`; float32 also for half-precision params, in which products would vanish.
 
     Raises:
-      ValueError: `grads` is None, or not like `params`.
+      ValueError: `grads` is None, or does not mirror `params`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -73,9 +73,9 @@ def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
 def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     """The first-order change of the loss with its sign, `w * g`, to be summed over a structure.
 
-    Entries that go together change the loss by the sum of their terms, in which they may cancel.
-    The score of a filter is the magnitude of that sum, so the structure takes it, as below.
-    Ranked entry by entry the sign means nothing of use: use `taylor`.
+    Entries that go together change the loss by the sum of their terms, which may cancel. The score of a
+    filter is the magnitude of that sum, which the structure takes, as in the example. To rank single
+    entries use `taylor`: their sign says nothing about how much they matter.
 
     Args:
       params: a pytree of real arrays.
@@ -86,8 +86,8 @@ def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       Scores like `params`; float32 also for half-precision params.
 
     Raises:
-      ValueError: `grads` is None, or not like `params`.
-      TypeError: complex leaves.
+      ValueError: `grads` is None, or does not mirror `params`.
+      TypeError: a leaf is complex.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -108,10 +108,10 @@ def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
 
 
 def snip(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
-    """Connection sensitivity, `|w * g|` over its sum over all leaves.
+    """Connection sensitivity, `|w * g|` divided by its sum over all leaves.
 
-    It ranks as `taylor` does. The sum of 1 makes scores of different batches, or of different
-    steps, weigh alike when they are added.
+    It ranks as `taylor` does. Since the scores sum to 1, those of different batches or steps have equal
+    weight when they are added.
 
     Args:
       params: a pytree of real arrays.
@@ -123,8 +123,8 @@ def snip(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       also for half-precision params.
 
     Raises:
-      ValueError: `grads` is None, or not like `params`.
-      TypeError: complex leaves.
+      ValueError: `grads` is None, or does not mirror `params`.
+      TypeError: a leaf is complex.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -146,9 +146,8 @@ def snip(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
 def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     """How fast gradient descent moves each weight away from 0: `-w * g`, signed.
 
-    Positive where a step of descent makes the weight larger, negative where it shrinks it. It is
-    the score of one step; movement pruning adds up those of all steps, which
-    `jp.pruner(jp.scores.movement, ..., memory=1.0)` does.
+    Positive where a step of descent makes the weight larger, negative where it shrinks it. This is the score
+    of one step. Movement pruning sums it over all steps: `jp.pruner(jp.scores.movement, ..., memory=1.0)`.
 
     Args:
       params: a pytree of real arrays.
@@ -159,8 +158,8 @@ def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       Scores like `params`; float32 also for half-precision params.
 
     Raises:
-      ValueError: `grads` is None, or not like `params`.
-      TypeError: complex leaves.
+      ValueError: `grads` is None, or does not mirror `params`.
+      TypeError: a leaf is complex.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -169,22 +168,22 @@ def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
       [[-1.5, 2.0]]
 
     References:
-      Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020. There masks
-      are drawn anew at each step, so that a weight may come back; here what is pruned stays so.
+      Sanh et al., "Movement Pruning: Adaptive Sparsity by Fine-Tuning", NeurIPS 2020. There masks are
+      chosen anew at each step, so that a weight may come back; here pruned weights stay pruned.
     """
     del extra
     return jax.tree.map(jnp.negative, _products(params, grads, "movement"))
 
 
 def _products(params: Params, grads: Any, name: str) -> Scores:
-    """`w * g` in float32 or wider, so that half precision does not round scores to ties."""
+    """Compute `w * g` in float32 or float64, so that half precision does not round scores to ties."""
     grads = _needed(grads, params, name)
     for what, tree in (("params", params), ("grads", grads)):
         for path, leaf in array_leaves(tree, what).items():
             if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
                 raise TypeError(
-                    f"{what}[{path!r}] is {describe(leaf)}; scores.{name} is of real leaves. For complex "
-                    "ones use scores.magnitude."
+                    f"{what}[{path!r}] is {describe(leaf)}; scores.{name} needs real leaves. For complex "
+                    "leaves use scores.magnitude."
                 )
     return map_leaves(lambda w, g: promote_to_float32(w) * promote_to_float32(g), params, grads)
 

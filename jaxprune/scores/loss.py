@@ -1,18 +1,18 @@
-"""Scores made from a loss function: its curvature, its gradient per example, its very change.
+"""Scores made from a loss function: from its curvature, its gradients per example, its change itself.
 
-Each factory takes `loss_fn(params, batch)`, the mean loss over the examples of the batch, as it
-is evaluated: without dropout, and with the running statistics of norms. It returns a score, to
-which the data is passed as `batch=...`:
+Each factory takes `loss_fn(params, batch)`, the mean loss over the examples of the batch in evaluation mode:
+without dropout, and with the running statistics of norms. It returns a score, which gets the data as
+`batch=...`:
 
 ```python
 masks = jp.prune_once(params, jp.scores.fisher(loss_fn), sparsity=0.5, batch=batch)
 ```
 
-Params and data in narrower floats than float32 are promoted to it, if `loss_fn` takes them so: in float16
+Params and data in 16-bit and 8-bit floats are promoted to float32 if `loss_fn` accepts that: in float16
 gradients vanish, and losses that are compared round to the same number.
 
-The loss is taken as a function of the leaves that the factory's own `where` takes in. All others
-are held fixed and score NaN, so give `prune_once` a `where` that takes in no more.
+The loss is differentiated in the leaves that `where` of the factory selects. All other leaves are held fixed
+and score NaN, so `where` of `prune_once` must not select more.
 """
 
 from typing import Any
@@ -42,24 +42,24 @@ from jaxprune.typing import Params, ScoreFn, Scores, Where
 def grasp(loss_fn: LossFn, *, where: Where = kernels) -> ScoreFn:
     """How much each weight preserves the flow of gradients: `w * (H g)`, signed.
 
-    Removing w changes `g^T g`, to first order, by `-2 w (H g)`. The paper calls `-w (H g)` the
-    importance and removes the weights for which it is *largest*, whose removal lets the gradient
-    grow most. We return its negative, so that larger means keep and the same weights go.
+    Removing w changes `g^T g`, to first order, by `-2 w (H g)`. The paper calls `-w (H g)` the importance and
+    removes the weights for which it is *largest*, because the gradient grows most without them. This score
+    is its negative, so that larger means keep and the same weights go.
 
-    The product with the Hessian H is forward over reverse differentiation: it costs about two
-    gradients. The paper uses some 10 examples of each class, at initialisation, and divides the
-    logits by 200 before the softmax: do so in `loss_fn`.
+    The product with the Hessian H is computed by forward-over-reverse differentiation, for about the cost of
+    two gradients. The paper takes about 10 examples of each class, at initialisation, and divides the
+    logits by 200 before the softmax: do that in `loss_fn`.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
-      where: the leaves that g and H are of. The paper's are the kernels alone, without biases.
+      where: the leaves that g and H are taken of; in the paper the kernels alone, without biases.
 
     Returns:
       A score `score(params, *, batch, **extra)`, NaN for the leaves left out.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or a loss that is not real.
-      ValueError: on use, no batch, or a `where` that matches nothing.
+      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
+      ValueError: on use, `batch` is missing, or `where` matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -76,9 +76,9 @@ def grasp(loss_fn: LossFn, *, where: Where = kernels) -> ScoreFn:
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
-        goal = objective("scores.grasp", loss_fn, params, batch, where)
-        gradient, hessian_times = jax.linearize(jax.grad(goal.loss), goal.leaves)
-        return goal.scores([w * hg for w, hg in zip(goal.leaves, hessian_times(gradient), strict=True)])
+        problem = objective("scores.grasp", loss_fn, params, batch, where)
+        gradient, hessian_times = jax.linearize(jax.grad(problem.loss), problem.leaves)
+        return problem.scores([w * hg for w, hg in zip(problem.leaves, hessian_times(gradient), strict=True)])
 
     return score
 
@@ -86,24 +86,24 @@ def grasp(loss_fn: LossFn, *, where: Where = kernels) -> ScoreFn:
 def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> ScoreFn:
     """The change of the loss by the empirical Fisher's diagonal: `w^2 * mean_i(g_i^2) / 2`.
 
-    `g_i` is the gradient of example i alone; the square of the mean gradient would be another
-    thing, near 0 on a trained network. For a log-likelihood the mean of `g_i^2` approximates the
-    diagonal of the Hessian, so this is `obd` without its second derivatives, and never negative.
+    `g_i` is the gradient of example i alone; the square of the mean gradient is another quantity, near 0 on
+    a trained network. For a log-likelihood the mean of `g_i^2` approximates the diagonal of the Hessian, so
+    this score is `obd` without second derivatives, and never negative.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`. It is called on batches of one example: each
         leaf of the batch keeps its leading axis, of size 1.
       where: the leaves that are scored.
-      chunk: how many examples are worked on at once; memory holds their gradients.
+      chunk: how many examples are computed at once; their gradients are held in memory.
 
     Returns:
       A score `score(params, *, batch, **extra)`, NaN for the leaves left out. The leaves of the
       batch have a leading axis of examples.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or a loss that is not real.
-      ValueError: `chunk` below 1; on use, no batch, leaves of it without a common leading axis, or
-        a `where` that matches nothing.
+      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
+      ValueError: `chunk` is below 1; on use, `batch` is missing, its leaves have no common leading axis, or
+        `where` matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -115,32 +115,32 @@ def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> Score
 
     References:
       Theis et al., "Faster gaze prediction with dense networks and Fisher pruning",
-      arXiv:1801.05787 (of whole feature maps; for single weights it is this).
+      arXiv:1801.05787 (for whole feature maps; applied to single weights it gives this formula).
     """
     check_function(loss_fn, "scores.fisher", "loss_fn(params, batch)")
     chunk = as_integer(chunk, "chunk", at_least=1, what="examples at once")
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
-        goal = objective("scores.fisher", loss_fn, params, batch, where)
-        number, batch = leading_size(batch, "batch", "examples"), goal.batch
+        problem = objective("scores.fisher", loss_fn, params, batch, where)
+        number, batch = leading_size(batch, "batch", "examples"), problem.batch
         size = min(chunk, number)
-        whole = number // size * size
+        in_chunks = number // size * size
 
         def squares(example):
             one = jax.tree.map(lambda leaf: leaf[None], example)
-            return [g * g for g in jax.grad(goal.loss)(goal.leaves, one)]
+            return [g * g for g in jax.grad(problem.loss)(problem.leaves, one)]
 
         def add(total, examples):
             new = [jnp.sum(square, axis=0) for square in jax.vmap(squares)(examples)]
             return [t + n for t, n in zip(total, new, strict=True)]
 
-        chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), batch)
-        zeros = [jnp.zeros_like(leaf) for leaf in goal.leaves]
+        chunks = jax.tree.map(lambda leaf: leaf[:in_chunks].reshape(-1, size, *leaf.shape[1:]), batch)
+        zeros = [jnp.zeros_like(leaf) for leaf in problem.leaves]
         total, _ = lax.scan(lambda total, examples: (add(total, examples), None), zeros, chunks)
-        if whole < number:
-            total = add(total, jax.tree.map(lambda leaf: leaf[whole:], batch))
-        return goal.scores([w * w * (t / number) / 2 for w, t in zip(goal.leaves, total, strict=True)])
+        if in_chunks < number:
+            total = add(total, jax.tree.map(lambda leaf: leaf[in_chunks:], batch))
+        return problem.scores([w * w * (t / number) / 2 for w, t in zip(problem.leaves, total, strict=True)])
 
     return score
 
@@ -148,13 +148,13 @@ def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> Score
 def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, chunk: int = 32) -> ScoreFn:
     """Optimal Brain Damage: `h_kk w_k^2 / 2`, with the diagonal of the loss's Hessian.
 
-    What removing one weight adds to the loss at a minimum, to second order and by itself. The
-    diagonal is exact, from one Hessian-vector product for each weight: for small networks. With
-    `samples` it is Hutchinson's estimate, the mean of `z * (H z)` over random signs z: unbiased,
-    at one product for each sample, with a variance of `sum_{j != k} h_kj^2 / samples`.
+    The second-order increase of the loss at a minimum when one weight alone is removed. The diagonal is
+    exact, from one Hessian-vector product for each weight, which suits small networks. With `samples` it is
+    Hutchinson's estimate, the mean of `z * (H z)` over vectors z of random signs: unbiased, with one product
+    for each sample and a variance of `sum_{j != k} h_kj^2 / samples`.
 
-    Where the curvature is negative, so is the score, and the weight goes first. It is not
-    clipped: at a minimum there is no negative curvature, and elsewhere the formula does not hold.
+    Where the curvature is negative, so is the score, and the weight goes first. It is not clipped: at a
+    minimum no curvature is negative, and elsewhere the formula does not hold.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
@@ -167,9 +167,9 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
       `samples` it needs a key.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or a loss that is not real.
-      ValueError: `samples` or `chunk` below 1; on use, no batch, no key where one is needed, or a
-        `where` that matches nothing.
+      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
+      ValueError: `samples` or `chunk` is below 1; on use, `batch` is missing, `key` is missing and `samples`
+        given, or `where` matches nothing.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -182,9 +182,9 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
       [[4.5, -1.0]]
 
     References:
-      LeCun et al., "Optimal Brain Damage", NIPS 1989 (with the Gauss-Newton diagonal, never
-      negative, by its own backpropagation); Hutchinson, "A stochastic estimator of the trace of
-      the influence matrix for Laplacian smoothing splines", 1989.
+      LeCun et al., "Optimal Brain Damage", NIPS 1989 (with the Gauss-Newton diagonal, which is never
+      negative, by a backpropagation of second derivatives); Hutchinson, "A stochastic estimator of the
+      trace of the influence matrix for Laplacian smoothing splines", 1989.
     """
     check_function(loss_fn, "scores.obd", "loss_fn(params, batch)")
     chunk = as_integer(chunk, "chunk", at_least=1, what="products at once")
@@ -195,14 +195,14 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
 
     def score(params: Params, *, batch: Any = None, key: Any = None, **extra: Any) -> Scores:
         del extra
-        goal = objective("scores.obd", loss_fn, params, batch, where)
+        problem = objective("scores.obd", loss_fn, params, batch, where)
         if samples is None:
-            diagonal = _hessian_diagonal(goal, chunk)
+            diagonal = _hessian_diagonal(problem, chunk)
         elif key is None:
             raise ValueError("scores.obd with samples needs a PRNG key: pass key=jax.random.key(0).")
         else:
-            diagonal = _estimated_diagonal(goal, samples, key)
-        return goal.scores([h * w * w / 2 for h, w in zip(diagonal, goal.leaves, strict=True)])
+            diagonal = _estimated_diagonal(problem, samples, key)
+        return problem.scores([h * w * w / 2 for h, w in zip(diagonal, problem.leaves, strict=True)])
 
     return score
 
@@ -210,24 +210,24 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
 def obs(loss_fn: LossFn, *, damping: float = 0.0, where: Where = kernels) -> ScoreFn:
     """Optimal Brain Surgeon's saliency: `w_q^2 / (2 [H^-1]_qq)`, with the whole Hessian.
 
-    What removing one weight adds to the loss at a minimum, to second order, if all other weights
-    then move to make up for it as well as they can. `jaxprune.optimal_brain_surgeon` moves
-    them; without that the loss rises by more. Weights that are 0 already count among those that
-    can move: to prune further, pass that function the masks instead.
+    The second-order increase of the loss at a minimum when one weight is removed and all others are adjusted
+    to compensate as well as they can. `jaxprune.optimal_brain_surgeon` adjusts them; otherwise the loss
+    rises by more. Weights that are 0 already count among those that can be adjusted: to prune further, pass
+    the masks to that function instead.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
       damping: what is added to the diagonal of H, 0 or more.
-      where: the leaves that H is of, of at most 5,000 entries in all.
+      where: the leaves that H is taken of, with at most 5,000 entries in all.
 
     Returns:
-      A score `score(params, *, batch, **extra)`, NaN for the leaves left out; under `jit` also
-      where the Hessian is not positive definite.
+      A score `score(params, *, batch, **extra)`, NaN for the leaves left out; under `jit` NaN throughout
+      if the Hessian is not positive definite.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or a loss that is not real.
-      ValueError: `damping` is negative; on use, too many weights, no batch, a `where` that matches
-        nothing, or (not under `jit`) a Hessian that is not positive definite.
+      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
+      ValueError: `damping` is negative; on use, there are too many weights, `batch` is missing, `where`
+        matches nothing, or (not under `jit`) the Hessian is not positive definite.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -238,17 +238,19 @@ def obs(loss_fn: LossFn, *, damping: float = 0.0, where: Where = kernels) -> Sco
 
     References:
       Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon",
-      NIPS 5, 1993. They build H^-1 from outer products of gradients (Gauss-Newton); H is exact here.
+      NIPS 5, 1993. They build H^-1 from outer products of gradients (Gauss-Newton); here H is exact.
     """
     check_function(loss_fn, "scores.obs", "loss_fn(params, batch)")
     check_damping(damping, "scores.obs")
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
-        goal = objective("scores.obs", loss_fn, params, batch, where)
-        weights = end_to_end(goal.leaves)
-        inverse = inverse_hessian("scores.obs", lambda v: goal.loss(cut(v, goal.leaves)), weights, damping)
-        return goal.scores(cut(weights**2 / (2 * jnp.diagonal(inverse)), goal.leaves))
+        problem = objective("scores.obs", loss_fn, params, batch, where)
+        weights = end_to_end(problem.leaves)
+        inverse = inverse_hessian(
+            "scores.obs", lambda v: problem.loss(cut(v, problem.leaves)), weights, damping
+        )
+        return problem.scores(cut(weights**2 / (2 * jnp.diagonal(inverse)), problem.leaves))
 
     return score
 
@@ -256,9 +258,9 @@ def obs(loss_fn: LossFn, *, damping: float = 0.0, where: Where = kernels) -> Sco
 def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> ScoreFn:
     """The change of the loss when each entry alone is set to 0: `L(w without w_q) - L(w)`.
 
-    What the other criteria approximate, at the price of one evaluation for each entry: for small
-    networks, and to judge criteria by. Negative where the loss falls. It is a difference of two
-    losses, so its error is that of a loss, about 1e-7 of it in float32.
+    The other criteria approximate this. It costs one evaluation of the loss for each entry: use it on small
+    networks, and to judge criteria. Negative where the loss falls. As a difference of two losses it has the
+    rounding error of a loss, about 1e-7 of it in float32.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
@@ -269,8 +271,8 @@ def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> 
       A score `score(params, *, batch, **extra)`, NaN for the leaves left out.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or a loss that is not real.
-      ValueError: `chunk` below 1; on use, no batch, or a `where` that matches nothing.
+      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
+      ValueError: `chunk` is below 1; on use, `batch` is missing, or `where` matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -281,44 +283,44 @@ def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> 
 
     References:
       Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
-      ICLR 2017 (its oracle, there of whole feature maps and also as a magnitude).
+      ICLR 2017 (its oracle, for whole feature maps, with and without the sign).
     """
     check_function(loss_fn, "scores.brute_force", "loss_fn(params, batch)")
     chunk = as_integer(chunk, "chunk", at_least=1, what="losses at once")
 
     def score(params: Params, *, batch: Any = None, **extra: Any) -> Scores:
         del extra
-        goal = objective("scores.brute_force", loss_fn, params, batch, where)
-        weights = end_to_end(goal.leaves)
+        problem = objective("scores.brute_force", loss_fn, params, batch, where)
+        weights = end_to_end(problem.leaves)
 
         def loss_without(index):
-            return goal.loss(cut(weights.at[index].set(0), goal.leaves))
+            return problem.loss(cut(weights.at[index].set(0), problem.leaves))
 
         losses = lax.map(loss_without, jnp.arange(weights.size), batch_size=chunk)
-        return goal.scores(cut(losses - goal.loss(goal.leaves), goal.leaves))
+        return problem.scores(cut(losses - problem.loss(problem.leaves), problem.leaves))
 
     return score
 
 
 def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
-    """The mean of a score over several batches, each with its own gradients and data.
+    """The mean of a score over several batches, each with the gradients and the data of that batch.
 
-    The mean over the batches of `score(params, grads=jax.grad(loss_fn)(params, batch),
-    batch=batch, key=..., **extra)`. The scores are what is averaged, not the gradients: on a
-    trained network the gradient of all data is near 0, while its magnitude on each batch is not.
+    The mean over the batches of `score(params, grads=jax.grad(loss_fn)(params, batch), batch=batch, key=...,
+    **extra)`. It averages the scores, not the gradients: on a trained network the gradient over all data is
+    near 0, while its magnitude on each batch is not.
 
     Args:
-      score: any score. One that uses no gradients costs none where this is under `jit`.
+      score: any score. Under `jit`, gradients are not computed for a score that does not use them.
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
 
     Returns:
       A score `score(params, *, batches, key=None, **extra)`. The leaves of `batches` have a leading
-      axis of batches. Gradients, or a batch, passed to it are not used; a key is folded with the
-      index of each batch. The scores are float32, or float64.
+      axis of batches. It ignores `grads` and `batch`, and folds `key` with the index of each batch. The
+      scores are float32, or float64.
 
     Raises:
       TypeError: `score` or `loss_fn` is not a function.
-      ValueError: on use, no batches, or leaves of them without a common leading axis.
+      ValueError: on use, `batches` is missing, or its leaves have no common leading axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -370,31 +372,31 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
         total, _ = lax.scan(add, zeros, indexed)
         return jax.tree.map(lambda leaf: leaf / number, total)
 
-    mean_score.__wrapped__ = score  # whose extra arguments it passes on
+    mean_score.__wrapped__ = score  # so that the extra arguments that `score` names are accepted
     return mean_score
 
 
-def _hessian_diagonal(goal: Objective, chunk: int) -> list[jax.Array]:
-    weights = end_to_end(goal.leaves)
-    _, hessian_times = jax.linearize(jax.grad(lambda v: goal.loss(cut(v, goal.leaves))), weights)
+def _hessian_diagonal(problem: Objective, chunk: int) -> list[jax.Array]:
+    weights = end_to_end(problem.leaves)
+    _, hessian_times = jax.linearize(jax.grad(lambda v: problem.loss(cut(v, problem.leaves))), weights)
 
     def entry(index):
         return hessian_times(jnp.zeros_like(weights).at[index].set(1))[index]
 
-    return cut(lax.map(entry, jnp.arange(weights.size), batch_size=chunk), goal.leaves)
+    return cut(lax.map(entry, jnp.arange(weights.size), batch_size=chunk), problem.leaves)
 
 
-def _estimated_diagonal(goal: Objective, samples: int, key: jax.Array) -> list[jax.Array]:
-    _, hessian_times = jax.linearize(jax.grad(goal.loss), goal.leaves)
+def _estimated_diagonal(problem: Objective, samples: int, key: jax.Array) -> list[jax.Array]:
+    _, hessian_times = jax.linearize(jax.grad(problem.loss), problem.leaves)
 
     def add(sample, total):
-        keys = jax.random.split(jax.random.fold_in(key, sample), len(goal.leaves))
+        keys = jax.random.split(jax.random.fold_in(key, sample), len(problem.leaves))
         signs = [
             jax.random.rademacher(k, leaf.shape, leaf.dtype)
-            for k, leaf in zip(keys, goal.leaves, strict=True)
+            for k, leaf in zip(keys, problem.leaves, strict=True)
         ]
         products = hessian_times(signs)
         return [t + z * hz for t, z, hz in zip(total, signs, products, strict=True)]
 
-    total = lax.fori_loop(0, samples, add, [jnp.zeros_like(leaf) for leaf in goal.leaves])
+    total = lax.fori_loop(0, samples, add, [jnp.zeros_like(leaf) for leaf in problem.leaves])
     return [t / samples for t in total]

@@ -1,4 +1,4 @@
-"""Scores of the weights alone."""
+"""Scores that need the weights alone."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def magnitude(params: Params, **extra: Any) -> Scores:
       Scores like `params`.
 
     Raises:
-      TypeError: a leaf that is not an array.
+      TypeError: a leaf is not an array.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -41,23 +41,23 @@ def magnitude(params: Params, **extra: Any) -> Scores:
 
 
 def normalized_magnitude(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
-    """The magnitude relative to its leaf, `|w| / ||W||_2` with W the leaf that holds w.
+    """The magnitude relative to the leaf, `|w| / ||W||_2` with W the leaf that holds w.
 
-    Ranked over all leaves together, a layer of small weights does not go first because of its
-    scale. A leaf that is all 0 scores 0.
+    Where all leaves compete, a layer of small weights does not go first because of its scale. A leaf that
+    is all 0 scores 0.
 
     Args:
       params: a pytree of arrays.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
-        then a leaf of its own.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
+        then scored as a separate leaf.
       **extra: ignored.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
 
     Raises:
-      TypeError: a leaf that is not an array, or a `stacked` that is not a function.
-      ValueError: a leaf has no such axes as `stacked` says.
+      TypeError: a leaf is not an array, or `stacked` is not a function.
+      ValueError: `stacked` names axes that a leaf does not have.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -82,23 +82,23 @@ def normalized_magnitude(params: Params, *, stacked: Stacked | None = None, **ex
 def lamp(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:
     """Layer-adaptive magnitude: `w_u^2 / sum_{v >= u} w_v^2`, with the leaf in ascending order of `|w|`.
 
-    What a weight is of all that would be left in its leaf once all smaller ones are gone. Within
-    a leaf the order is that of the magnitude; over all leaves together, the largest weight of each
-    scores exactly 1, so no leaf is emptied before all are. Of equal magnitudes the earlier index is
-    the lower. Pruned entries, which are 0, score 0.
+    The score is the share of a weight in the squares that remain in its leaf once all smaller weights are
+    removed. Within a leaf it orders weights as the magnitude does, equal ones by index. The largest weight of
+    each leaf scores exactly 1, so where all leaves compete none is emptied before all are. Pruned entries,
+    which are 0, score 0.
 
     Args:
       params: a pytree of arrays.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on: each layer is
-        then a leaf of its own.
+      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
+        then scored as a separate leaf.
       **extra: ignored.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
 
     Raises:
-      TypeError: a leaf that is not an array, or a `stacked` that is not a function.
-      ValueError: a leaf has no such axes as `stacked` says.
+      TypeError: a leaf is not an array, or `stacked` is not a function.
+      ValueError: `stacked` names axes that a leaf does not have.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -115,11 +115,11 @@ def lamp(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Sco
         size = _relative_to_largest(w).ravel()
         order = jnp.argsort(jnp.abs(w).ravel(), stable=True)
         squares = size[order] ** 2
-        # Summed from the largest down. The total less the sum from below would cancel to nothing
-        # exactly where it matters, among the largest.
+        # Summed from the largest down: the total minus the sum from below would lose all digits
+        # among the largest, exactly where it matters.
         left = lax.cumsum(squares, reverse=True)
         ratios = squares / jnp.where(left == 0, jnp.ones_like(left), left)
-        # The parts of a parallel sum round apart; the order of the magnitudes is kept all the same.
+        # A parallel sum rounds its parts apart, so a larger magnitude might get a lower ratio.
         ranked = lax.cummax(ratios)
         return jnp.zeros_like(size).at[order].set(ranked).reshape(w.shape)
 
@@ -131,7 +131,7 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
 
     Args:
       params: a pytree of arrays.
-      key: a PRNG key. Each leaf draws from its own key, folded in by leaf index.
+      key: a PRNG key. Each leaf draws with the key folded with its index.
       **extra: ignored.
 
     Returns:
@@ -139,7 +139,7 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
 
     Raises:
       ValueError: `key` is None.
-      TypeError: a key that is none, or a leaf that is not an array.
+      TypeError: `key` is not a PRNG key, or a leaf is not an array.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -161,7 +161,7 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
 
 
 def _relative_to_largest(w: jax.Array) -> jax.Array:
-    """`|w|` over the largest of its leaf, so that no square overflows or vanishes; 0 if all are 0."""
+    """Return `|w|` divided by the largest of its leaf, so that no square overflows or vanishes."""
     size = promote_to_float32(jnp.abs(w))
     top = jnp.max(size, initial=0)
     return size / jnp.where(top == 0, jnp.ones_like(top), top)

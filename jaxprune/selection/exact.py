@@ -1,16 +1,21 @@
-"""Exact selection: the lowest of many scores, without sorting, copying or concatenating them.
+"""Select exactly the lowest of many scores, without sorting, copying or concatenating them.
 
-Everything here ranks by the pair (score, position): equal scores are ordered by leaf, then by
-row-major index within the leaf, and the earlier goes first. So the number removed is always the
-number asked for, and removing k, then more, removes a superset.
+Entries are ordered by (score, leaf, row-major index): equal scores by the earlier leaf, then by the lower
+index in the leaf. No two entries are equal in this order, so the number removed is always the number asked
+for, and removing k, then more, removes a superset.
 
-A score is mapped to an integer with the same order, its key. What is looked for is a threshold:
-the largest key with no more than k keys below it. Each pass over the scores counts the keys below
-15 bounds, which cut the range that is left into 16 parts, so 4 bits are found in a pass: a float32
-takes at most 8 passes, half precision 4. Passes are comparisons and sums, and nothing else: they
-read each leaf where it lies, fuse with what the scores are computed from, vectorise, and shard,
-where only the counts move between devices. On a CPU a pass takes little more than reading the
-scores (`python -m experiments.benchmarks.selection`), far less than one scatter into a histogram.
+How it works. A score is mapped to an integer of the same order, its key. The threshold is the largest key
+with at most k keys below it. All entries below the threshold are removed, and as many of the ties at it, the
+first ones, as make k. The threshold is found by counting. Each pass over the scores counts the keys below 15
+bounds, which cut the remaining range of keys into 16 parts, and goes on with the part that the threshold is
+in. A pass finds 4 bits, so a float32 takes at most 8 passes, half precision 4. Which ties are removed is
+found in the same way, by counting ties before bounds on their position, in the few leaves where some of them
+are removed and some stay.
+
+Passes are comparisons and sums, and nothing else. They read each leaf where it lies, fuse with the
+computation of the scores, vectorise, and shard: only the counts move between devices. On a CPU a pass takes
+little more than reading the scores (`python -m experiments.benchmarks.selection`), far less than one scatter
+into a histogram.
 """
 
 import math
@@ -28,52 +33,57 @@ from jaxprune.selection import big_counts
 from jaxprune.selection.big_counts import BigCount, Count, to_numpy
 from jaxprune.selection.lazy_scores import (
     LazyScores,
-    count_whole,
-    dtype_of,
+    count_on_all_devices,
     entries_at,
     positions,
     read_anew,
     read_keys,
-    whole_shape,
+    stored_scores,
     zero_of,
 )
-from jaxprune.selection.search import MAX_COUNT, Keys, Range, narrow, whole
+from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
 from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import check_array, check_number, shown
 from jaxprune.tree.paths import describe, is_concrete
 
 _BITS, _TIE_BITS = 4, 2
-"""How many bits a pass finds of a threshold, and of a place among ties. Code grows with them."""
+"""How many bits a pass finds of a threshold, and of a position among ties.
+
+With b bits there are 32 / b passes over float32 scores, each with 2**b - 1 comparisons per score. At 4 bits a
+pass still takes little more than reading the scores; each further bit would double the comparisons, and save
+two passes at most. Ties are searched in few leaves, so that fewer bits will do: a program has a sum for each
+bound of each leaf.
+"""
 
 _HOST_ENTRIES = 2**20
-"""Up to so many entries, sorting them on the host takes less time than compiling a search."""
+"""The most entries that are sorted on the host, which takes less time than compiling a search."""
 
 
 class Removal(NamedTuple):
-    """What to select.
+    """What to remove.
 
     Attributes:
-      groups: by leaf, the number of its group, in rising order. A group is ranked together.
-      counts: by group, how many go; integers or `BigCount`, as the floors.
+      competing: by leaf, the number of the competing set that it is in: 0, 1, ..., never falling.
+      counts: by competing set, how many entries to remove; integers or `BigCount`, as the floors.
       floors: by leaf, how many of the entries alive stay at least.
-      of_all: whether the counts include what is not alive, which has gone already; a bool.
+      includes_pruned: a bool, whether the counts include entries that are not alive, as removed already.
     """
 
-    groups: tuple[int, ...]
+    competing: tuple[int, ...]
     counts: tuple[Any, ...]
     floors: Any
     includes_pruned: Any = False
 
 
 def removed_count(sparsity: float, size: int) -> int:
-    """How many of `size` units a sparsity removes: `round_half_even(sparsity * size)`.
+    """Return how many of `size` units a sparsity removes: `round_half_even(sparsity * size)`.
 
     The product is taken in double precision, as `torch.nn.utils.prune` and Python's `round` do.
 
     Raises:
-      ValueError: a sparsity or a size that is not finite.
-      TypeError: one that is no number.
+      ValueError: `sparsity` or `size` is not finite.
+      TypeError: `sparsity` or `size` is not a number.
 
     Example:
       >>> from jaxprune.selection import removed_count
@@ -93,22 +103,22 @@ def lowest(
     count: Any,
     specs: Sequence[PartitionSpec] | None = None,
 ) -> list[jax.Array]:
-    """The `count` lowest scores among those alive, over all arrays together.
+    """Choose the `count` lowest scores among those alive, over all arrays together.
 
     Args:
       scores: arrays of any shapes, of one common dtype.
-      alive: bool arrays of the same shapes: which entries may be chosen; None for all.
-      count: how many, an integer (it may be traced). Where fewer are alive, all are chosen.
-      specs: inside `jax.shard_map`, how each whole array is sharded, as in its `in_specs`; the lowest
-        are then those of the whole arrays, in their order. Without it each device ranks its own part.
+      alive: for each array a bool array of its shape that says which entries may be chosen, or None for all.
+      count: how many to choose, an integer (it may be traced). If fewer are alive, all are chosen.
+      specs: inside `jax.shard_map`, how each array is sharded, as in its `in_specs`. The lowest are then
+        those of the arrays on all devices together, in their order. Without it each device ranks its part.
 
     Returns:
       bool arrays of the same shapes with exactly `count` entries True. Of equal scores the
       earlier array, then the lower row-major index, is chosen first.
 
     Raises:
-      ValueError: no scores, more or fewer arrays of `alive` than of them, or a negative count.
-      TypeError: what is no list of arrays, or a count that is no integer.
+      ValueError: `scores` is empty, `alive` has another length than `scores`, or `count` is negative.
+      TypeError: `scores` or `alive` is not a list of arrays, or `count` is not an integer.
 
     Example:
       >>> import jax.numpy as jnp
@@ -118,14 +128,12 @@ def lowest(
     """
     _check_lists(scores, alive)
     _check_count(count)
-    same = (0,) * len(scores)
-    request = Removal(same, (count,), same)
+    one_set = (0,) * len(scores)
+    removal = Removal(one_set, (count,), floors=one_set)
     if specs is None:
-        return select_arrays(scores, alive, request)
+        return select_arrays(scores, alive, removal)
     arrays = zip(scores, alive, specs, strict=True)
-    return select(
-        [LazyScores(lambda pair: pair, (s, a), _names(spec, s.ndim)) for s, a, spec in arrays], request
-    )
+    return select([stored_scores(s, a, _mesh_axes(spec, s.ndim)) for s, a, spec in arrays], removal)
 
 
 def _check_count(count: Any) -> None:
@@ -149,233 +157,280 @@ def _check_lists(scores: Any, alive: Any) -> None:
         raise ValueError(f"lowest got {len(scores)} arrays of scores and {len(alive)} of what is alive.")
 
 
-def _names(spec: PartitionSpec, axes: int) -> tuple[tuple[str, ...], ...]:
-    """By axis, the mesh axes that a spec shards it over."""
-    each = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
-    return (*each, *[()] * (axes - len(each)))
+def _mesh_axes(spec: PartitionSpec, ndim: int) -> tuple[tuple[str, ...], ...]:
+    """Return for each axis of an array the mesh axes that a spec shards it over."""
+    named = [(names,) if isinstance(names, str) else tuple(names or ()) for names in spec]
+    return (*named, *[()] * (ndim - len(named)))
 
 
 def select_arrays(
-    scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], request: Removal
+    scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], removal: Removal
 ) -> list[jax.Array]:
-    """`select` from arrays, as one compiled program; of few that have values, on the host."""
-    if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], request):
-        return _select_on_host(scores, alive, request)
+    """Apply `select` to arrays: as one compiled program, or on the host if they are small and not traced."""
+    if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], removal):
+        return _select_on_host(scores, alive, removal)
     arrays = list(zip(scores, alive, strict=True))
-    big = _is_big(array.shape for array in scores)
-    counts, floors = tuple(_as_count(count, big) for count in request.counts), _as_count(request.floors, big)
-    return _selected(arrays, counts, floors, request.includes_pruned, request.groups)
+    is_big = _is_big(array.shape for array in scores)
+    counts = tuple(_as_count(count, is_big) for count in removal.counts)
+    floors = _as_count(removal.floors, is_big)
+    return _select_compiled(arrays, counts, floors, removal.includes_pruned, removal.competing)
 
 
 @partial(jax.jit, static_argnums=4)
-def _selected(
-    arrays: Any, counts: Any, floors: Count, includes_pruned: Any, groups: tuple[int, ...]
+def _select_compiled(
+    arrays: Any, counts: Any, floors: Count, includes_pruned: Any, competing: tuple[int, ...]
 ) -> list[jax.Array]:
-    sources = [LazyScores(lambda pair: pair, pair) for pair in arrays]
-    return select(sources, Removal(groups, counts, floors, includes_pruned))
+    sources = [stored_scores(*pair) for pair in arrays]
+    return select(sources, Removal(competing, counts, floors, includes_pruned))
 
 
-def _is_for_host(arrays: Sequence[Any], request: Removal) -> bool:
-    if not is_concrete(arrays, request.counts, request.floors, request.includes_pruned):
+def _is_for_host(arrays: Sequence[Any], removal: Removal) -> bool:
+    if not is_concrete(arrays, removal.counts, removal.floors, removal.includes_pruned):
         return False
     places = [[device.platform for device in a.devices()] for a in arrays if isinstance(a, jax.Array)]
     return all(place == ["cpu"] for place in places) and sum(a.size for a in arrays) <= _HOST_ENTRIES
 
 
-def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], request: Removal) -> list[jax.Array]:
-    """`select`, by sorting."""
+def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], removal: Removal) -> list[jax.Array]:
+    """Apply `select` by sorting, with the same result.
+
+    The leaves of a competing set are laid end to end and sorted stably, which orders entries by (score, leaf,
+    row-major index) as `select` does: numpy takes -0.0 and 0.0 for equal, and all NaN for equal and highest.
+    """
     values = [np.asarray(array).ravel() for array in scores]
     living = [
         np.ones(v.size, bool) if a is None else np.asarray(a).ravel()
         for v, a in zip(values, alive, strict=True)
     ]
-    may = [
-        max(int(a.sum()) - int(floor), 0) for a, floor in zip(living, to_numpy(request.floors), strict=True)
+    max_removable = [
+        max(int(a.sum()) - int(floor), 0) for a, floor in zip(living, to_numpy(removal.floors), strict=True)
     ]
-    gone = [np.zeros(v.size, bool) for v in values]
-    for group, count in enumerate(request.counts):
-        members = [i for i, number in enumerate(request.groups) if number == group]
-        # Numbers of up to 16 bits are sorted as wider ones, and a NaN of either sign comes last.
+    removed = [np.zeros(v.size, bool) for v in values]
+    for number, count in enumerate(removal.counts):
+        members = [i for i, competing in enumerate(removal.competing) if competing == number]
+        # Numbers of up to 16 bits are sorted as float32, which holds them exactly and puts every NaN last.
         joined = np.concatenate(
             [values[i] if values[i].dtype.itemsize >= 4 else values[i].astype(np.float32) for i in members]
         )
         leaf = np.repeat(members, [values[i].size for i in members])
         left = np.concatenate([living[i] for i in members])
         order = np.flatnonzero(left)[np.argsort(joined[left], kind="stable")]
-        for i in members:  # the highest of each leaf stay
-            order = np.delete(order, np.flatnonzero(leaf[order] == i)[may[i] :])
-        number = int(to_numpy(count)) - (int((~left).sum()) if request.includes_pruned else 0)
+        for i in members:  # the highest of each leaf stay, as many as its floor
+            order = np.delete(order, np.flatnonzero(leaf[order] == i)[max_removable[i] :])
+        num_removed = int(to_numpy(count)) - (int((~left).sum()) if removal.includes_pruned else 0)
         chosen = np.zeros(joined.size, bool)
-        chosen[order[: max(number, 0)]] = True
+        chosen[order[: max(num_removed, 0)]] = True
         for i in members:
-            gone[i] = chosen[leaf == i]
-    return [jnp.asarray(mask.reshape(array.shape)) for mask, array in zip(gone, scores, strict=True)]
+            removed[i] = chosen[leaf == i]
+    return [jnp.asarray(mask.reshape(array.shape)) for mask, array in zip(removed, scores, strict=True)]
 
 
 def _is_big(shapes: Iterable[tuple[int, ...]]) -> bool:
-    """Whether leaves have more entries together than an int32 counts."""
+    """Return whether leaves have more entries together than an int32 counts."""
     return sum(map(math.prod, shapes)) > MAX_COUNT
 
 
-def _as_count(value: Any, big: bool) -> Count:
-    if big:
-        return big_counts.wide(value)
+def _as_count(value: Any, is_big: bool) -> Count:
+    if is_big:
+        return big_counts.big(value)
     value = value if isinstance(value, (jax.Array, BigCount)) else np.minimum(value, MAX_COUNT)
-    return big_counts.narrow(value)
+    return big_counts.as_int32(value)
 
 
-def select(sources: Sequence[LazyScores], request: Removal) -> list[jax.Array]:
-    """The lowest of each group of leaves.
+def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
+    """Select the lowest entries of each competing set of leaves.
 
     Args:
       sources: the scores by leaf, all of one dtype.
-      request: what to select.
+      removal: how many entries to remove, and how many stay at least.
 
     Returns:
-      For each leaf a bool array, True where an entry is alive and goes. Of each group exactly its
-      count go, or as many as its floors let go.
+      For each leaf a bool array, True for the entries alive that are removed. In each competing set exactly
+      its count is removed, or as many as its floors allow.
 
     Raises:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
-    number, shapes = len(sources), list(map(whole_shape, sources))
+    shapes = [source.shape for source in sources]
     if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
-    big = _is_big(shapes)
-    groups = _Groups(request.groups)
-    targets = groups.spread([_as_count(count, big) for count in request.counts])
-    sizes = _as_count(np.array([math.prod(shape) for shape in shapes]), big)
-    floors = _as_count(request.floors, big)
-    least, most = limits(dtype_of(sources[0]))
-    start = whole(least, most, jnp.broadcast_to(zero_of(sources), (number,)), big)
-    nothing = big_counts.none(start.below)
+    found, num_from_leaf = _thresholds(sources, removal, _is_big(shapes))
+    cutoffs = _tie_cutoffs(sources, found.low, num_from_leaf - found.below, found.upto - found.below)
+    return [_removed(*of_leaf) for of_leaf in zip(sources, found.low, *cutoffs, strict=True)]
+
+
+def _thresholds(sources: Sequence[LazyScores], removal: Removal, is_big: bool) -> tuple[Range, Count]:
+    """Find for each leaf the key below which its entries are removed, and how many entries it gives.
+
+    Returns:
+      Ranges whose `low` are the thresholds, with the counts below and up to them; and how many entries
+      are removed from each leaf: those below its threshold, and for the rest ties at it.
+    """
+    # With A entries alive and the floor f, a leaf can lose m = max(A - f, 0) entries: its m lowest, because
+    # its f highest stay. A competing set loses the lowest of all that its leaves can lose. Let n_i(t) be the
+    # number of keys below t in leaf i. With t as the threshold, the set loses below it
+    #
+    #     G(t) = sum over its leaves of min(n_i(t), m_i)
+    #
+    # entries, which never falls as t rises. Round 1 finds, for each set, the largest t with G(t) <= target.
+    # Leaf i then gives min(n_i(t), m_i) entries. The target - G(t) entries still missing are ties at t.
+    #
+    # If n_i(t) <= m_i, leaf i loses all its keys below t, and t is its threshold. If n_i(t) > m_i, its floor
+    # keeps some of them: it loses exactly its m_i lowest, so that its threshold is the largest key with at
+    # most m_i of its keys below it, which is lower than t. Round 2 finds that, for each such leaf by itself,
+    # among the keys below t. Round 1 has settled how many entries each leaf gives, so nothing changes for the
+    # other leaves.
+    sets = _CompetingSets(removal.competing)
+    asked = sets.by_leaf([_as_count(count, is_big) for count in removal.counts])
+    sizes = _as_count(np.array([math.prod(source.shape) for source in sources]), is_big)
+    floors = _as_count(removal.floors, is_big)
+    lowest_key, highest_key = limits(sources[0].dtype)
+    start = full_range(lowest_key, highest_key, jnp.broadcast_to(zero_of(sources), (len(sources),)), is_big)
+    nothing = big_counts.zeros_like(start.below)
 
     def count(bounds: jax.Array) -> tuple[Count, Count]:
         now = read_anew(bounds, sources)
-        return _stacked([count_whole(s, read_keys(s), bounds[:, i], big) for i, s in enumerate(now)])
+        return _stacked(
+            [count_on_all_devices(s, read_keys(s), bounds[:, i], is_big) for i, s in enumerate(now)]
+        )
 
-    def may_go(alive: Count) -> Count:
+    def removable(alive: Count) -> Count:
         return big_counts.maximum(alive - floors, nothing)
 
-    def goal(alive: Count) -> Count:
-        gone = big_counts.where(request.includes_pruned, groups.total(sizes - alive), nothing)
-        return big_counts.maximum(targets - gone, nothing)
+    def target(alive: Count) -> Count:
+        pruned = big_counts.where(removal.includes_pruned, sets.total(sizes - alive), nothing)
+        return big_counts.maximum(asked - pruned, nothing)
 
-    def shares(found: Range) -> Count:
-        # By leaf, how many go: what is below the threshold; then at it, the first leaf first.
-        cap = may_go(found.alive)
-        below, upto = big_counts.minimum(found.below, cap), big_counts.minimum(found.upto, cap)
-        left = goal(found.alive) - groups.total(below) - groups.before(upto - below)
-        return below + big_counts.maximum(big_counts.minimum(left, upto - below), nothing)
+    def num_from_each_leaf(found: Range) -> Count:
+        max_removable = removable(found.alive)
+        below, upto = (big_counts.minimum(n, max_removable) for n in (found.below, found.upto))
+        # What is missing after the entries below the threshold comes from the ties, the first leaf's first.
+        missing = target(found.alive) - sets.total(below) - sets.before(upto - below)
+        return below + big_counts.maximum(big_counts.minimum(missing, upto - below), nothing)
 
     def search(round_: Any, now: tuple[Range, Count]) -> tuple[Range, Count]:
-        # First for a threshold by group. Then a leaf that its floor keeps from giving all that is
-        # below gets one of its own.
-        before, share = now
-        alone = round_ == 1
+        previous, num_from_leaf = now
+        by_itself = round_ == 1
 
-        def go(counts: Count, alive: Count) -> Count:
-            return big_counts.where(alone, counts, groups.total(big_counts.minimum(counts, may_go(alive))))
+        def num_removed(counts: Count, alive: Count) -> Count:
+            in_set = sets.total(big_counts.minimum(counts, removable(alive)))
+            return big_counts.where(by_itself, counts, in_set)
 
-        found = big_counts.where(alone, before.lowered(share, least), start)
-        found = narrow(
-            found, count, go, lambda alive: big_counts.where(alone, share, goal(alive)), most, _BITS
+        found = bisect(
+            big_counts.where(by_itself, previous.reopened_below(num_from_leaf, lowest_key), start),
+            count,
+            num_removed,
+            lambda alive: big_counts.where(by_itself, num_from_leaf, target(alive)),
+            highest_key,
+            _BITS,
         )
-        return found, big_counts.where(alone, share, shares(found))
+        return found, big_counts.where(by_itself, num_from_leaf, num_from_each_leaf(found))
 
-    found, share = lax.fori_loop(0, 2, search, (start, nothing))
-    ends = _ends(sources, found.low, share - found.below, found.upto - found.below)
-    return [_below(*each) for each in zip(sources, found.low, *ends, strict=True)]
+    # A loop, so that the program has the search once. Round 2 takes no pass where no floor acts.
+    return lax.fori_loop(0, 2, search, (start, nothing))
 
 
 def _stacked(by_leaf: Sequence[Count]) -> tuple[Count, Count]:
-    """Counts below bounds, of shape (bounds, leaves), and of what is alive, from those by leaf."""
+    """Stack the counts of the leaves: those below bounds, of shape (bounds, leaves), and of what is alive."""
     counts = big_counts.stack(by_leaf)
-    return big_counts.take(counts, slice(-1)), big_counts.take(counts, -1)
+    return big_counts.pick(counts, slice(-1)), big_counts.pick(counts, -1)
 
 
-class _Groups:
-    """Sums over the leaves of each group, given back for each of its leaves. Leaves are the last axis."""
+class _CompetingSets:
+    """Sums over the leaves of each competing set, for counts that have the leaves along the last axis."""
 
-    def __init__(self, groups: tuple[int, ...]):
-        self._groups, numbers = groups, np.array(groups)
+    def __init__(self, competing: tuple[int, ...]):
+        self._competing, numbers = competing, np.array(competing)
+        # The leaves of a set lie side by side: from the first index to before the second.
         self._start = np.searchsorted(numbers, numbers, "left")
         self._end = np.searchsorted(numbers, numbers, "right")
 
-    def spread(self, values: Sequence[Any]) -> Any:
-        """By leaf, the value of its group."""
-        return big_counts.stack([values[group] for group in self._groups])
+    def by_leaf(self, values: Sequence[Any]) -> Any:
+        """Return for each leaf the value of its set."""
+        return big_counts.stack([values[number] for number in self._competing])
 
     def total(self, counts: Count) -> Count:
-        """By leaf, the sum over its group."""
-        if len(set(self._groups)) == len(self._groups):
+        """Return for each leaf the sum over its set."""
+        if len(set(self._competing)) == len(self._competing):
             return counts
-        if len(set(self._groups)) == 1:
+        if len(set(self._competing)) == 1:
             zeros = jax.tree.map(jnp.zeros_like, counts)
             return big_counts.total(counts) + zeros
-        sums = big_counts.running(counts)
-        return big_counts.take(sums, (..., self._end)) - big_counts.take(sums, (..., self._start))
+        sums = big_counts.prefix_sums(counts)
+        return big_counts.pick(sums, (..., self._end)) - big_counts.pick(sums, (..., self._start))
 
     def before(self, counts: Count) -> Count:
-        """By leaf, the sum over the leaves of its group that come before it."""
-        sums = big_counts.running(counts)
-        return big_counts.take(sums, slice(-1)) - big_counts.take(sums, self._start)
+        """Return for each leaf the sum over the leaves of its set that come before it."""
+        sums = big_counts.prefix_sums(counts)
+        return big_counts.pick(sums, slice(-1)) - big_counts.pick(sums, self._start)
 
 
-def _below(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
-    """What is alive below a key, and of the entries at it those before a place in row-major order."""
+def _removed(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+    """Mark the entries alive below a key, and the ties at it before a position in row-major order."""
     keys, alive = read_keys(source)
     rows, places = positions(source)
     first = (rows < row) | ((rows == row) & (places < place))
-    gone = (keys < key) | ((keys == key) & first)
-    return gone if alive is None else gone & alive
+    removed = (keys < key) | ((keys == key) & first)
+    return removed if alive is None else removed & alive
 
 
-def _ends(sources: Sequence[LazyScores], keys: jax.Array, take: Count, tied: Count) -> tuple[Any, Any]:
-    """By leaf, the place before which so many entries have the leaf's key: its row, and that in the row.
+def _tie_cutoffs(
+    sources: Sequence[LazyScores], keys: jax.Array, num_removed: Count, num_ties: Count
+) -> tuple[Any, Any]:
+    """Find for each leaf the position before which its ties are removed: a row, and a place in the row.
 
     Args:
       sources: the scores by leaf.
-      keys: by leaf, a key.
-      take: by leaf, how many entries.
-      tied: by leaf, how many have the key.
+      keys: by leaf, the key that the ties have: its threshold.
+      num_removed: by leaf, how many ties are removed.
+      num_ties: by leaf, how many ties there are.
     """
-    # Mostly one entry is at a threshold, by itself, and goes or stays.
-    none = big_counts.none(take)
-    all_, some = ~(take < tied), none < take
-    open_, zeros = some & ~all_, jnp.zeros_like(keys, jnp.int32)
-    shapes, big = list(map(whole_shape, sources)), isinstance(take, BigCount)
+    # The cutoff is the largest position with at most num_removed ties before it: a threshold, found as those
+    # of scores are, with positions as keys. A position holds at most one tie, so exactly num_removed ties are
+    # before it.
+    #
+    # Mostly a threshold has one entry, which is removed or stays, and nothing is searched: the cutoff is the
+    # first position if no tie is removed, and behind the last row if all are. Only leaves where some ties are
+    # removed and some stay are read again: at most one in each competing set, and those whose floor keeps
+    # ties.
+    none = big_counts.zeros_like(num_removed)
+    removes_all, removes_some = ~(num_removed < num_ties), none < num_removed
+    undecided, zeros = removes_some & ~removes_all, jnp.zeros_like(keys, jnp.int32)
+    shapes, is_big = [source.shape for source in sources], isinstance(num_removed, BigCount)
 
-    def search(wanted: jax.Array, take: Count, places: Callable[[int, jax.Array], Keys]) -> Range:
+    def search(wanted: jax.Array, target: Count, as_keys: Callable[[int, jax.Array], Keys]) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
             now = read_anew(bounds, sources)
 
             def counted(i: int) -> Count:
                 def below(_: Any) -> Count:
-                    return count_whole(now[i], places(i, entries_at(now[i], keys[i])), bounds[:, i], big)
+                    ties = as_keys(i, entries_at(now[i], keys[i]))
+                    return count_on_all_devices(now[i], ties, bounds[:, i], is_big)
 
                 nothing = jax.eval_shape(below, None)
+                # Plus a zero that varies over the same devices of a `shard_map`, as both branches must.
                 nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zeros[0], nothing)
                 return update_if(wanted[i], below, nothing) if math.prod(shapes[i]) > 1 else nothing
 
             return _stacked([counted(i) for i in range(len(sources))])
 
-        most = jnp.int32(min(MAX_COUNT, max(map(math.prod, shapes))))
-        start = whole(jnp.int32(0), most, zeros, big)._replace(open=wanted)
-        return narrow(start, count, lambda counts, alive: counts, lambda alive: take, most, _TIE_BITS)
+        last = jnp.int32(min(MAX_COUNT, max(map(math.prod, shapes))))
+        start = full_range(jnp.int32(0), last, zeros, is_big)._replace(open=wanted)
+        return bisect(start, count, lambda counts, alive: counts, lambda alive: target, last, _TIE_BITS)
 
-    def of_rows(i: int, at: jax.Array) -> Keys:
-        return Keys(jnp.where(at, positions(sources[i])[0], MAX_COUNT), at)
+    def by_row(i: int, ties: jax.Array) -> Keys:
+        return Keys(jnp.where(ties, positions(sources[i])[0], MAX_COUNT), ties)
 
-    def in_row(i: int, at: jax.Array) -> Keys:
+    def by_place(i: int, ties: jax.Array) -> Keys:
         row, place = positions(sources[i])
-        at &= row == rows[i]
-        return Keys(jnp.where(at, place, MAX_COUNT), at)
+        ties &= row == rows[i]
+        return Keys(jnp.where(ties, place, MAX_COUNT), ties)
 
-    rows = jnp.where(some & all_, MAX_COUNT, zeros)
-    long = np.array([math.prod(shape) > MAX_COUNT for shape in shapes])
-    if long.any():
-        found = search(open_ & long, take, of_rows)
-        rows = jnp.where(open_ & long, found.low, rows)
-        take = big_counts.where(open_ & long, take - found.below, take)
-    return rows, jnp.where(open_, search(open_, take, in_row).low, 0)
+    rows = jnp.where(removes_some & removes_all, MAX_COUNT, zeros)
+    # In a leaf of several rows the row comes first, then the place among the ties of that row.
+    several_rows = np.array([math.prod(shape) > MAX_COUNT for shape in shapes])
+    if several_rows.any():
+        found = search(undecided & several_rows, num_removed, by_row)
+        rows = jnp.where(undecided & several_rows, found.low, rows)
+        num_removed = big_counts.where(undecided & several_rows, num_removed - found.below, num_removed)
+    return rows, jnp.where(undecided, search(undecided, num_removed, by_place).low, 0)

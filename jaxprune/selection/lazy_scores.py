@@ -1,4 +1,4 @@
-"""Where the scores of a leaf come from, and what a pass of a selection reads of them."""
+"""The scores of a leaf, computed anew whenever a pass of a selection reads them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,28 +15,53 @@ from jaxprune.selection.sort_keys import limits, ordered_bits
 
 
 class LazyScores(NamedTuple):
-    """Where the scores of one leaf come from.
+    """How to compute the scores of one leaf.
 
     Attributes:
-      read: from the inputs, the scores and which entries are alive, None for all. It is run anew
-        in every pass, so that scores which are cheap to compute are never stored.
+      read: from the inputs, the scores, and which entries are alive or None for all. It runs in every pass,
+        so that scores which are cheap to compute are never stored.
       inputs: a pytree of arrays.
-      names: in a `shard_map`, by axis of the leaf the mesh axes that it is sharded over; the leaf is
-        then the part on this device. Empty elsewhere.
+      names: inside a `shard_map`, by axis of the leaf, the mesh axes that shard it; `read` then gives the
+        part on this device. Empty elsewhere.
     """
 
     read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
     inputs: Any
     names: tuple[tuple[str, ...], ...] = ()
 
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the scores."""
+        return self._on_this_device.dtype
 
-def dtype_of(source: LazyScores) -> Any:
-    """The dtype of the scores."""
-    return jax.eval_shape(source.read, source.inputs)[0].dtype
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """The shape of what `read` gives: inside a `shard_map`, of the part on this device."""
+        return self._on_this_device.shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf, on all devices together."""
+        part = self.part_shape
+        return tuple(
+            size * math.prod(map(lax.axis_size, names))
+            for size, names in zip(part, self.names or [()] * len(part), strict=True)
+        )
+
+    @property
+    def _on_this_device(self) -> Any:
+        return jax.eval_shape(self.read, self.inputs)[0]
+
+
+def stored_scores(
+    scores: jax.Array, alive: jax.Array | None, names: tuple[tuple[str, ...], ...] = ()
+) -> LazyScores:
+    """Return scores that are an array already as `LazyScores`."""
+    return LazyScores(lambda stored: stored, (scores, alive), names)
 
 
 def read_keys(source: LazyScores) -> Keys:
-    """The keys of the leaf, or in a `shard_map` of the part on this device."""
+    """Compute the keys of a leaf, or in a `shard_map` of the part on this device."""
     scores, alive = source.read(source.inputs)
     keys = ordered_bits(scores)
     if alive is not None:
@@ -45,63 +70,58 @@ def read_keys(source: LazyScores) -> Keys:
 
 
 def entries_at(source: LazyScores, key: jax.Array) -> jax.Array:
-    """The entries alive whose key this is."""
+    """Find the entries alive that have a key, as a bool array."""
     keys, alive = read_keys(source)
     return keys == key if alive is None else alive & (keys == key)
 
 
 def zero_of(sources: Sequence[LazyScores]) -> jax.Array:
-    """A zero of a type that varies over devices, in a shard_map, as the counts do: a loop keeps it."""
+    """Return 0 in the type that counts of these leaves have in a `shard_map`: varying over the same devices.
+
+    A loop that adds up such counts has to start from a value of their type.
+    """
     zero = jnp.int32(0)
     for source in sources:
         zero += _over_devices(source, jnp.sum(read_keys(source).keys & 0, dtype=jnp.int32))
     return zero
 
 
-def whole_shape(source: LazyScores) -> tuple[int, ...]:
-    """The shape of the whole leaf."""
-    shape = read_keys(source).keys.shape
-    return tuple(
-        n * math.prod(map(lax.axis_size, names))
-        for n, names in zip(shape, source.names or [()] * len(shape), strict=True)
-    )
-
-
 def _over_devices(source: LazyScores, counts: Count) -> Count:
-    """The sum of counts over the devices that a leaf is sharded over."""
-    names = tuple(name for each in source.names for name in each)
-    return big_counts.across(counts, names) if names else counts
+    """Sum counts over the devices that a leaf is sharded over."""
+    names = tuple(name for of_axis in source.names for name in of_axis)
+    return big_counts.sum_over_devices(counts, names) if names else counts
 
 
-def count_whole(source: LazyScores, leaf: Keys, bounds: jax.Array, big: bool) -> Count:
-    """`count_below` of the whole leaf, `BigCount` if counts are big."""
-    counts = count_below(leaf, bounds)
-    return _over_devices(source, big_counts.wide(counts) if big else counts)
+def count_on_all_devices(source: LazyScores, keys: Keys, bounds: jax.Array, is_big: bool) -> Count:
+    """Apply `count_below` to the leaf on all devices together, as `BigCount` if `is_big`."""
+    counts = count_below(keys, bounds)
+    return _over_devices(source, big_counts.big(counts) if is_big else counts)
 
 
 def read_anew(after: Any, sources: Sequence[LazyScores]) -> list[LazyScores]:
-    """The sources, to be read in a loop after something that it computes.
+    """Return the sources, to be read in a loop after something that the loop computes.
 
-    Else the compiler takes what is read out of the loop, and stores it.
+    Without it the compiler moves the computation of the scores out of the loop, and stores them.
     """
-    # Each by itself, as in a shard_map what comes out together varies over the same devices.
+    # A barrier for each leaf: in a shard_map the outputs of one barrier vary over the same devices.
     return [source._replace(inputs=lax.optimization_barrier((after, source.inputs))[1]) for source in sources]
 
 
 def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
-    """For each entry, in row-major order of the whole leaf, the number of its row and its place there.
+    """Return for each entry its position in row-major order of the leaf: its row, and its place in the row.
 
-    A row is as many of the last axes together as have no more than 2**31 - 1 entries.
+    A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
+    the place. A leaf of fewer entries is one row.
     """
-    shape, own = whole_shape(source), read_keys(source).keys.shape
+    shape, part_shape = source.shape, source.part_shape
     first = next(a for a in range(len(shape) + 1) if math.prod(shape[a:]) <= MAX_COUNT)
 
     def flat(axes: range) -> jax.Array:
-        place = jnp.zeros(own, jnp.int32)
+        place = jnp.zeros(part_shape, jnp.int32)
         for axis in axes:
-            index = lax.broadcasted_iota(jnp.int32, own, axis)
+            index = lax.broadcasted_iota(jnp.int32, part_shape, axis)
             if source.names and source.names[axis]:
-                index += lax.axis_index(source.names[axis]) * own[axis]
+                index += lax.axis_index(source.names[axis]) * part_shape[axis]
             place = place * shape[axis] + index
         return place
 

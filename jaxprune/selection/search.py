@@ -1,7 +1,8 @@
-"""Searches for thresholds, many at once, by counting what lies below bounds.
+"""Find thresholds by counting, for many leaves at once.
 
-A threshold is an integer key. Each pass counts the keys below some bounds, which cut the range
-that is left into parts: 15 bounds find 4 bits. Counts are taken by leaf, one search for each.
+A threshold is an integer key. Each pass counts the keys below some bounds, which cut the remaining range of
+keys into parts, and goes on with the part that the threshold is in: 15 bounds find 4 bits of it. All leaves
+are searched in the same passes, each in a range of its own.
 """
 
 from collections.abc import Callable
@@ -15,15 +16,15 @@ from jaxprune.selection import big_counts
 from jaxprune.selection.big_counts import Count
 
 MAX_COUNT = 2**31 - 1
-"""As many entries as one int32 counts."""
+"""The most entries that an int32 counts."""
 
 
 class Keys(NamedTuple):
     """The keys of a leaf.
 
     Attributes:
-      keys: integers of any shape, the highest there is for what is not alive.
-      alive: bool array of the same shape, or None for all.
+      keys: integers of any shape; entries that are not alive have the highest key of the search.
+      alive: bool array of the same shape, or None if all entries are alive.
     """
 
     keys: jax.Array
@@ -31,15 +32,15 @@ class Keys(NamedTuple):
 
 
 class Range(NamedTuple):
-    """By leaf, the range that its threshold lies in, both ends included.
+    """For each leaf, the range of keys that its threshold lies in, both ends included.
 
     Attributes:
-      low: the lowest key it may be.
+      low: the lowest key that the threshold may be.
       high: the highest.
       below: how many entries alive have a key below `low`.
-      upto: how many have one up to `high`.
-      alive: how many are alive.
-      open: whether the range must be narrowed.
+      upto: how many have a key of at most `high`.
+      alive: how many entries are alive.
+      open: whether the search has to go on.
     """
 
     low: jax.Array
@@ -49,78 +50,91 @@ class Range(NamedTuple):
     alive: Count
     open: jax.Array
 
-    def lowered(self, take: Count, least: jax.Array) -> "Range":
-        """The range below the threshold, where less is taken than lies there."""
-        over = take < self.below
-        below = self._replace(
-            low=least, high=self.low - 1, below=big_counts.none(self.below), upto=self.below
+    def reopened_below(self, num_from_leaf: Count, lowest_key: jax.Array) -> "Range":
+        """Return the range of all keys below `low` for leaves that give fewer entries than lie there."""
+        too_many = num_from_leaf < self.below
+        lower = self._replace(
+            low=lowest_key, high=self.low - 1, below=big_counts.zeros_like(self.below), upto=self.below
         )
-        return big_counts.where(over, below, self)._replace(open=over)
+        return big_counts.where(too_many, lower, self)._replace(open=too_many)
 
 
-def whole(least: jax.Array, most: jax.Array, zeros: jax.Array, big: bool) -> Range:
-    """All keys there are, for as many leaves as there are zeros.
+def full_range(lowest_key: jax.Array, highest_key: jax.Array, zeros: jax.Array, is_big: bool) -> Range:
+    """Return the range to start from: all keys, for as many leaves as there are zeros.
 
     Args:
-      least: the lowest key there is.
-      most: the highest.
-      zeros: int32.
-      big: whether counts are `BigCount`.
+      lowest_key: the lowest key of all.
+      highest_key: the highest.
+      zeros: an int32 zero for each leaf.
+      is_big: whether counts are `BigCount`.
     """
-    none = big_counts.BigCount(zeros, zeros) if big else zeros
-    keys = zeros.astype(least.dtype)
-    return Range(keys + least, keys + most, none, none, none, zeros == 0)
+    none = big_counts.BigCount(zeros, zeros) if is_big else zeros
+    keys = zeros.astype(lowest_key.dtype)
+    return Range(keys + lowest_key, keys + highest_key, none, none, none, zeros == 0)
 
 
-def narrow(
+def bisect(
     start: Range,
     count: Callable[[jax.Array], tuple[Count, Count]],
-    go: Callable[[Count, Count], Count],
-    goal: Callable[[Count], Count],
-    most: jax.Array,
+    num_removed: Callable[[Count, Count], Count],
+    target: Callable[[Count], Count],
+    highest_key: jax.Array,
     bits: int,
 ) -> Range:
-    """Narrows ranges until each holds one key, or begins where exactly the goal is below.
+    """Narrow ranges until `low` is the threshold: the largest key with at most `target` removed below it.
+
+    A search ends when its range holds one key, or as soon as exactly the target is removed below `low`: the
+    threshold may then be a higher key, but nothing more is removed below that.
 
     Args:
       start: the ranges.
       count: from bounds, of shape (2**bits - 1, leaves), how many keys alive are below each, and, by leaf,
         how many are alive.
-      go: from counts whose last axis is the leaves, and from how many are alive, how many would go
-        with as many below. It does not fall where they rise.
-      goal: from how many are alive, how many should go.
-      most: the highest key there is.
+      num_removed: from how many keys are below some bounds, the leaves along the last axis, and how many are
+        alive: how many entries would be removed below these bounds. It never falls as the counts rise.
+      target: from how many are alive, how many entries should be removed.
+      highest_key: the highest key of all.
       bits: how many bits of the threshold a pass finds.
     """
+    # Why this is exact: num_removed(below) <= target holds at the start, where nothing is below `low`, and in
+    # each pass. There num_removed does not fall along the rising bounds, so the bounds where it is at most
+    # the target come first. The last of them is the new `low`; the threshold is below the next bound, so
+    # the key before that is the new `high`. Counts are integers, and nothing rounds.
+    #
+    # How many passes: a range of w + 1 keys is cut at its keys number ceil(j w / 2**bits), j = 1, 2, ..., so
+    # no part has more than floor(w / 2**bits) + 1 keys. If w + 1 <= 2**(bits k), that is at most
+    # 2**(bits (k - 1)). So k passes leave one key: 8 of 4 bits for any range of 32-bit keys.
 
     def body(now: Range) -> Range:
         bounds = _cut(now.low, now.high, bits)
         counts, alive = count(bounds)
-        upto = big_counts.where(now.high == most, alive, now.upto)
-        aim = goal(alive)
-        # Which part the threshold is in: the last at whose start no more than the goal go.
-        fits = ~(aim < go(counts, alive))
+        # Bounds are below keys only, so nothing has counted the keys up to the highest: those are all alive.
+        upto = big_counts.where(now.high == highest_key, alive, now.upto)
+        aim = target(alive)
+        fits = ~(aim < num_removed(counts, alive))
         part = jnp.sum(fits, axis=0, dtype=jnp.int32)
         starts, stops = (bounds, counts), (bounds - 1, counts)
         low, below = big_counts.where(part == 0, (now.low, now.below), _rows(part - 1, starts))
         high, upto = big_counts.where(part == len(bounds), (now.high, upto), _rows(part, stops))
-        met = ~(go(below, alive) < aim)  # it is not above
+        met = ~(num_removed(below, alive) < aim)
         return Range(low, high, below, upto, alive, now.open & (low < high) & ~met)
 
     return lax.while_loop(lambda now: jnp.any(now.open), body, start)
 
 
 def _rows(number: jax.Array, arrays: Any) -> Any:
-    """Of arrays of shape (rows, leaves), for each leaf the value in one row; any where there is none."""
+    """Pick for each leaf one row of arrays of shape (rows, leaves); 0 where there is no such row."""
     leaves, treedef = jax.tree.flatten(arrays)
     chosen = lax.broadcasted_iota(jnp.int32, leaves[0].shape, 0) == number
     return jax.tree.unflatten(treedef, _sums([jnp.where(chosen, x, 0) for x in leaves], (0,)))
 
 
 def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
-    """For each range bounds, rising, which cut it into 2**bits parts as equal as can be."""
+    """Return for each range the bounds, rising, that cut it into 2**bits parts of nearly equal size."""
+    # The j-th bound is low + ceil(j w / 2**bits) with w = high - low. j w may not fit the type, so w is split
+    # into q * 2**bits + r: the bound is low + q j + ceil(j r / 2**bits).
     unsigned = jnp.uint32 if low.dtype.itemsize == 4 else jnp.uint64
-    width = high.astype(unsigned) - low.astype(unsigned)  # wraps where the keys' difference does
+    width = high.astype(unsigned) - low.astype(unsigned)  # right modulo 2**32, where a signed one overflows
     last = 2**bits - 1
     place = jnp.arange(1, 2**bits, dtype=unsigned)[:, None]
     step = (width >> bits) * place + (((width & last) * place + last) >> bits)
@@ -128,7 +142,7 @@ def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
 
 
 def count_below(leaf: Keys, bounds: jax.Array) -> Count:
-    """How many keys are below each of some bounds, and last how many entries are alive."""
+    """Count the keys below each of some bounds, and as the last count the entries alive."""
     living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
     tests = [*(leaf.keys < bounds[i] for i in range(len(bounds))), living]
@@ -136,16 +150,16 @@ def count_below(leaf: Keys, bounds: jax.Array) -> Count:
 
 
 def _count(flags: list[jax.Array]) -> list[Count]:
-    """How many of some int32 arrays of one shape are 1; `BigCount` beyond 2**31 - 1 entries."""
+    """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond 2**31 - 1 entries."""
     axes = tuple(range(flags[0].ndim))
     if flags[0].size <= MAX_COUNT:
         return _sums(flags, axes)
-    # No row has as many, so rows are counted, and their counts added with a carry.
+    # An int32 counts what one row has. The counts of the rows are added with a carry.
     return [big_counts.sum_all(row) for row in _sums(flags, axes[-1:])]
 
 
 def count_true(mask: jax.Array) -> Count:
-    """How many entries of a mask are True."""
+    """Count the entries of a mask that are True."""
     flags = mask.astype(jnp.int32)
     # Two counts, of every other entry, because XLA would store the operand of a lone sum of integers.
     odd = lax.broadcasted_iota(jnp.int32, mask.shape, 0) & 1 == 1 if mask.ndim else jnp.array(True)
@@ -154,7 +168,7 @@ def count_true(mask: jax.Array) -> Count:
 
 
 def _sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
-    """The sums of several integer arrays of one shape, taken together."""
+    """Sum several integer arrays of one shape along the same axes, in one reduction."""
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
         return [x + y for x, y in zip(a, b, strict=True)]

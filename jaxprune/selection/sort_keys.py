@@ -1,4 +1,4 @@
-"""Scores as integers of the same order, which can be compared and cut into ranges exactly."""
+"""Sort keys: scores as integers of the same order, which can be compared and cut into ranges exactly."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jax import lax
 
 
 def ordered_bits(scores: jax.Array) -> jax.Array:
-    """Signed integers in the order of the scores.
+    """Map scores to signed integers of the same order.
 
     Args:
       scores: floating-point or integer array of any shape. -0.0 and 0.0 are equal; NaN, of either
@@ -22,6 +22,7 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     """
     dtype = scores.dtype
     if jnp.issubdtype(dtype, jnp.unsignedinteger) and dtype.itemsize >= 4:
+        # Flipping the top bit is subtracting 2**31 (or 2**63): unsigned order becomes signed order.
         signed = jnp.int32 if dtype.itemsize == 4 else jnp.int64
         return lax.bitcast_convert_type(scores, signed) ^ jnp.array(jnp.iinfo(signed).min, signed)
     if jnp.issubdtype(dtype, jnp.integer):
@@ -31,8 +32,11 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     if dtype.itemsize == 1:
         return ordered_bits(scores.astype(jnp.float32))
     bits = lax.bitcast_convert_type(scores, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[dtype.itemsize])
-    # A float is a sign and a magnitude, and magnitudes order as integers, NaN above infinity. All
-    # this is done on the bits, not by arithmetic, which may flush subnormals to zero.
+    # A float is a sign bit, an exponent and a fraction, from the top down. Without the sign its bits order
+    # as an integer as its magnitude does: a larger exponent outweighs any fraction, infinity has the largest
+    # exponent, and NaN that exponent with a fraction. So a positive float maps to the integer of its bits,
+    # a negative one to minus that (which makes -0.0 equal to 0.0), and NaN to the largest integer. All this
+    # is done on the bits, because arithmetic may flush subnormals to zero.
     top = jnp.iinfo(bits.dtype).max
     infinity = jnp.array(jnp.inf, dtype).view(bits.dtype)
     if dtype.itemsize == 2:
@@ -43,8 +47,9 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
 
 
 def limits(dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """A range, as small as is simple, that holds all `ordered_bits` of scores of a dtype."""
+    """Return a lowest and a highest key that hold all `ordered_bits` of scores of a dtype between them."""
     bits = jax.eval_shape(ordered_bits, jax.ShapeDtypeStruct((), dtype)).dtype
+    # Keys of half precision have 16 bits in an int32, and take half as many passes.
     half = jnp.dtype(dtype).itemsize == 2 and jnp.issubdtype(dtype, jnp.floating)
     info = jnp.iinfo(jnp.int16 if half else bits)
     return jnp.array(info.min, bits), jnp.array(info.max, bits)

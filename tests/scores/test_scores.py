@@ -34,7 +34,7 @@ def test_gradient_magnitude():
 
 def test_taylor_is_the_first_order_change_of_the_loss():
     check(jp.scores.taylor(PARAMS, grads=GRADS), lambda w, g: np.abs(w * g))
-    # For a linear loss the first order is all there is: removing w changes the loss by w * g.
+    # A linear loss has no higher order: removing w changes it by exactly w * g.
     loss = lambda w: jnp.sum(w * GRADS["b"])  # noqa: E731
     w = PARAMS["b"]
     scores = jp.scores.taylor(w, grads=jax.grad(loss)(w))
@@ -87,7 +87,7 @@ def everything(path, leaf):
 
 
 def lamp_by_loops(leaf):
-    """For each entry, of all squares that are not below it in (magnitude, index), its own part."""
+    """Divide each square by the sum of all squares that are not below it in (magnitude, index)."""
     flat = np.abs(np.asarray(leaf, np.float64)).ravel()
     place = [(size, index) for index, size in enumerate(flat)]
     scores = [
@@ -245,7 +245,7 @@ def test_jit_vmap_half_precision_and_strict_promotion(score):
     close = partial(np.testing.assert_allclose, rtol=2e-6)
     jax.tree.map(lambda whole, *parts: close(whole, np.stack(parts)), together, *one_by_one)
     jax.tree.map(close, jitted, score(params, grads=grads))
-    # Half-precision leaves are taken as the numbers they are, not computed with in half precision.
+    # Leaves in half precision score as the same numbers in float32 do.
     full, full_grads = (jax.tree.map(lambda w: w.astype(jnp.float32), tree) for tree in (half, half_grads))
     exact = score(full, grads=full_grads)
     for tree in (rounded, mixed):
@@ -260,7 +260,7 @@ def test_products_need_gradients_of_real_leaves(score):
     with pytest.raises(ValueError, match=r"grads must have the tree structure of params. Missing: b"):
         score(PARAMS, grads={"a": GRADS["a"]})
     with pytest.raises(
-        TypeError, match=rf"params\['w'\] is complex64\[2\]; scores.{score.__name__} is of real"
+        TypeError, match=rf"params\['w'\] is complex64\[2\]; scores.{score.__name__} needs real"
     ):
         score({"w": jnp.ones(2, jnp.complex64)}, grads={"w": jnp.ones(2)})
     with pytest.raises(TypeError, match=r"grads\['w'\] is complex64\[2\]"):

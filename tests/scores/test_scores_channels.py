@@ -21,14 +21,14 @@ def normal(shape, seed=0, dtype=jnp.float32):
 
 
 def per_channel(leaf, axis=-1):
-    """The one score of each channel; all entries of a channel must have it."""
+    """Return the score of each channel, and check that all entries of the channel have it."""
     rows = np.moveaxis(np.asarray(leaf), axis, 0).reshape(leaf.shape[axis], -1)
     assert (rows == rows[:, :1]).all()
     return rows[:, 0]
 
 
 def gone(mask):
-    """The channels along the last axis that are pruned; each must be whole or gone."""
+    """Return the pruned channels along the last axis, and check that each is kept or pruned as a whole."""
     rows = np.asarray(mask).reshape(-1, mask.shape[-1])
     assert (rows.any(0) == rows.all(0)).all()
     return set(np.flatnonzero(~rows.all(0)).tolist())
@@ -52,7 +52,7 @@ def test_fpgm_is_the_sum_of_distances_in_loops(shape, axis, seed):
 
 
 def test_fpgm_tells_near_filters_apart():
-    # Far from the origin, where squares and inner products would cancel to nothing.
+    # Far from the origin, where distances from squares and inner products would be lost to cancellation.
     leaf = 1000 + jnp.array([[0.0, 0.25, 0.5, 2.0]])
     scores = per_channel(jp.scores.fpgm({"kernel": leaf})["kernel"])
     assert scores.tolist() == [2.75, 2.25, 2.25, 5.25]

@@ -35,7 +35,7 @@ def test_obd_by_random_signs_is_unbiased_with_the_variance_it_claims():
 
 
 def test_obs_is_what_is_left_after_the_best_move_of_the_other_weights():
-    # Least squares in a matrix of weights: refitted without each weight in turn.
+    # Least squares in a matrix of weights, refitted without each weight in turn.
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 5)), rng.normal(size=(30, 2))
     best = np.linalg.lstsq(x, y, rcond=None)[0]
@@ -71,7 +71,7 @@ def test_obs_refuses_a_hessian_that_has_no_inverse():
     with pytest.raises(ValueError, match=r"scores.obs: .*not positive definite \(its least eigenvalue is -"):
         score(params, batch=batch)
     assert np.isnan(vector(jax.jit(lambda p: score(p, batch=batch))(params))).all()
-    # A weight that does not act: singular, though nowhere negative; also where rounding hides it.
+    # A weight that does not affect the loss makes H singular, though not negative; also if rounding hides it.
     squares = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)  # noqa: E731
     kernel = {"kernel": jnp.ones((3, 1))}
     x = jax.random.normal(jax.random.key(0), (9, 2))
@@ -95,7 +95,7 @@ def test_obs_knows_a_singular_hessian_that_rounding_hides():
     # Three inputs that span two dimensions: the factorisation may end in a tiny pivot of either sign.
     squares = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)  # noqa: E731
     obs = lambda x: jp.scores.obs(squares)({"kernel": jnp.ones((3, 1))}, batch=x)["kernel"]  # noqa: E731
-    # How it is rounded depends on the compiler: as users have it, not as conftest.py asks.
+    # The rounding depends on the compiler's options: take the user's, not those of conftest.py.
     score = jax.jit(obs, compiler_options={"xla_backend_optimization_level": 3})
     rng = np.random.default_rng(0)
     hidden = 0

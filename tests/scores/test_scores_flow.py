@@ -1,4 +1,4 @@
-"""SynFlow, against sums over paths in numpy, and by the conservation it is named for."""
+"""SynFlow, against sums over paths in numpy, and by the conservation of the flow."""
 
 import itertools
 
@@ -68,7 +68,7 @@ def test_rescaling_multiplies_all_scores_of_a_sequential_network_by_one_constant
     ratios = [np.ravel(scaled[p]["kernel"] / plain[p]["kernel"]) for p in ("conv", "head")]
     np.testing.assert_allclose(np.concatenate(ratios), ratios[0][0], rtol=1e-4)
     assert not np.isclose(ratios[0][0], 1, rtol=0.1)
-    # Biases are no part of the flow, scales are, by their magnitude; neither is scored.
+    # Biases are set to 0, scales multiply the flow by their magnitude; neither is scored.
     without = {
         **params,
         "conv": params["conv"] | {"bias": jnp.zeros(4)},
@@ -80,7 +80,7 @@ def test_rescaling_multiplies_all_scores_of_a_sequential_network_by_one_constant
     assert all(
         np.isnan(scaled[p][n]).all() for p, n in (("conv", "bias"), ("head", "bias"), ("norm", "scale"))
     )
-    # ... unless one says so.
+    # With biases= they can be kept at their magnitude instead.
     flowing = jp.scores.synflow(conv_net, x, biases=lambda path, leaf: False, rescale=False)(params)
     assert not np.allclose(flowing["head"]["kernel"], plain["head"]["kernel"])
 
@@ -96,7 +96,7 @@ def test_synflow_of_a_deep_network_needs_rescaling():
     totals = [float(layer["kernel"].sum()) for layer in scores]
     np.testing.assert_allclose(totals, totals[0], rtol=1e-3)
     assert 1e-3 < totals[0] < 1e6
-    # The same by double precision, as the paper's code has it.
+    # The same in double precision, as in the paper's code.
     exact = [np.abs(np.asarray(layer["kernel"], np.float64)) for layer in params]
     into, out_of = [np.ones(30)], [np.ones(30)]
     for kernel, back in zip(exact, exact[::-1], strict=True):
@@ -140,7 +140,7 @@ def test_synflow_refuses_tokens_and_complex_leaves():
     with pytest.raises(TypeError, match=r"real floating-point with a leading batch axis, got int32\[1, 5\]"):
         jp.scores.synflow(bias_free_net, jnp.ones((1, 5), jnp.int32))
     with pytest.raises(
-        TypeError, match=r"params\['kernel'\] is complex64\[1, 1\]; scores.synflow is of real"
+        TypeError, match=r"params\['kernel'\] is complex64\[1, 1\]; scores.synflow needs real"
     ):
         jp.scores.synflow(lambda p, x: x @ p["kernel"], jnp.ones((1, 1)))(
             {"kernel": jnp.ones((1, 1), complex)}

@@ -1,4 +1,4 @@
-"""Scores made from a loss function, against loops and dense Hessians. (OBD and OBS have their own file.)"""
+"""Scores made from a loss function, against loops and dense Hessians. OBD, OBS: test_scores_curvature.py."""
 
 import itertools
 import math
@@ -36,7 +36,7 @@ def test_grasp_is_the_weight_times_the_explicit_hessian_times_the_gradient():
 
 
 def test_grasp_keeps_what_the_paper_keeps():
-    # By the definition: of the weights, those go whose removal leaves the gradient largest, to first order.
+    # By the definition: the weights whose removal leaves the gradient largest, to first order, are removed.
     params, batch = problem()
     w, unflatten = flatten(params)
     squared_norm = lambda v: jnp.sum(jax.grad(lambda u: loss_fn(unflatten(u), batch))(v) ** 2)  # noqa: E731
@@ -125,13 +125,13 @@ def test_over_batches_is_a_loop_over_batches(score):
     expected = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *each)
     got = run(jp.scores.over_batches(score, loss_fn), params, batches=(x, y))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, expected)
-    # Gradients from elsewhere, as a pruner passes them, change nothing.
+    # Gradients that are passed in, as a pruner does, change nothing.
     ignored = run(jp.scores.over_batches(score, loss_fn), params, batches=(x, y), grads=params)
     jax.tree.map(np.testing.assert_array_equal, got, ignored)
 
 
 def test_over_batches_of_a_score_made_from_the_loss():
-    # All examples weigh alike in the mean of batches of one size, so Fisher is that of all data.
+    # Batches of one size weigh all examples alike, so the mean of Fisher scores is that of all data.
     params, _ = problem()
     x, y = batches_of(4)
     together = run(jp.scores.fisher(loss_fn), params, batch=(x.reshape(-1, 3), y.reshape(-1, 2)))
@@ -163,7 +163,7 @@ def test_over_batches_in_prune_once():
     assert set(np.flatnonzero(gone)) == set(np.argsort(scores)[:5])
 
 
-# The function is unchanged by rescaling hidden units; so are the scores that speak of the function
+# Rescaling hidden units does not change the function, nor scores that depend on the function alone
 
 
 def relu_net(params, x):

@@ -1,4 +1,4 @@
-"""What a pass of a selection reads of a leaf, whole or by its parts on devices, against numpy."""
+"""What a pass of a selection reads of a leaf, on one device or in parts on several, against numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +44,9 @@ def test_parts_of_leaves_on_devices_know_their_places():
 
     def on_device(part):
         source = LazyScores(read, (part, None), names=(("rows",), (), ("columns",)))
-        assert lazy_scores.whole_shape(source) == whole.shape
+        assert source.shape == whole.shape
         bounds = lazy_scores.ordered_bits(jnp.array([-1.0, 5.0, 1000.0]))
-        counts = lazy_scores.count_whole(source, lazy_scores.read_keys(source), bounds, False)
+        counts = lazy_scores.count_on_all_devices(source, lazy_scores.read_keys(source), bounds, False)
         return *lazy_scores.positions(source), counts
 
     on_devices = jax.vmap(jax.vmap(on_device, axis_name="columns"), axis_name="rows")
@@ -63,7 +63,10 @@ def test_a_loop_in_a_shard_map_adds_counts_to_zero():
         # Counts of the first are summed over its devices; the second is ranked on each by itself.
         both = [LazyScores(read, (a, None), (("rows",),)), LazyScores(read, (b, None))]
         bounds = lazy_scores.ordered_bits(jnp.array([0.5, 1.5]))
-        each = [lazy_scores.count_whole(each, lazy_scores.read_keys(each), bounds, False) for each in both]
+        each = [
+            lazy_scores.count_on_all_devices(each, lazy_scores.read_keys(each), bounds, False)
+            for each in both
+        ]
         return jax.lax.fori_loop(0, 2, lambda _, total: total + sum(each)[1], lazy_scores.zero_of(both))[None]
 
     specs = (jax.P("rows"), jax.P("columns"))

@@ -1,4 +1,4 @@
-"""Searches for thresholds against counting by numpy, and in how few passes they find them."""
+"""Searches for thresholds against counts by numpy, and the number of passes they take."""
 
 import functools
 
@@ -26,22 +26,22 @@ SETTINGS = settings(deadline=None, max_examples=60, derandomize=True)
 
 
 @functools.cache
-def narrowed(bits, big):
-    """`narrow` of leaves that are rows, with a goal for each."""
+def bisected(bits, big):
+    """`bisect` for leaves that are rows, with a target for each."""
 
     @jax.jit
-    def run(keys, alive, goals):
+    def run(keys, alive, targets):
         def count(bounds):
             assert bounds.shape == (2**bits - 1, LEAVES)
             leaves = [Keys(jnp.where(at, row, MOST), at) for row, at in zip(keys, alive, strict=True)]
             counts = [search.count_below(leaf, bounds[:, i]) for i, leaf in enumerate(leaves)]
-            counts = big_counts.stack([big_counts.wide(each) for each in counts] if big else counts)
+            counts = big_counts.stack([big_counts.big(each) for each in counts] if big else counts)
             jax.debug.callback(lambda: passes.append(1))
-            return big_counts.take(counts, slice(-1)), big_counts.take(counts, -1)
+            return big_counts.pick(counts, slice(-1)), big_counts.pick(counts, -1)
 
-        start = search.whole(jnp.int32(LEAST), jnp.int32(MOST), jnp.zeros(LEAVES, jnp.int32), big)
-        goals = big_counts.wide(goals) if big else goals
-        return search.narrow(start, count, lambda below, _: below, lambda _: goals, jnp.int32(MOST), bits)
+        start = search.full_range(jnp.int32(LEAST), jnp.int32(MOST), jnp.zeros(LEAVES, jnp.int32), big)
+        targets = big_counts.big(targets) if big else targets
+        return search.bisect(start, count, lambda below, _: below, lambda _: targets, jnp.int32(MOST), bits)
 
     return run
 
@@ -51,26 +51,26 @@ passes = []
 
 @given(FLAT, st.sampled_from([1, 2, 4]), st.booleans())
 @SETTINGS
-def test_narrow_finds_the_threshold_of_each_leaf(flat, bits, big):
-    keys, alive, goals = (np.array(part).reshape(LEAVES, ENTRIES) for part in zip(*flat, strict=True))
+def test_bisect_finds_the_threshold_of_each_leaf(flat, bits, big):
+    keys, alive, targets = (np.array(part).reshape(LEAVES, ENTRIES) for part in zip(*flat, strict=True))
     known = [np.sort(row[at]) for row, at in zip(keys, alive, strict=True)]
-    goals = np.minimum(goals[:, 0], alive.sum(1))
+    targets = np.minimum(targets[:, 0], alive.sum(1))
     passes.clear()
-    found = narrowed(bits, big)(jnp.array(keys, jnp.int32), alive, jnp.array(goals, jnp.int32))
+    found = bisected(bits, big)(jnp.array(keys, jnp.int32), alive, jnp.array(targets, jnp.int32))
     jax.effects_barrier()
-    assert len(passes) <= 32 // bits + 1
+    assert len(passes) <= 32 // bits
     low, high = np.asarray(found.low), np.asarray(found.high)
     below, upto, living = map(big_counts.to_numpy, (found.below, found.upto, found.alive))
-    for i, (row, goal) in enumerate(zip(known, goals, strict=True)):
+    for i, (row, target) in enumerate(zip(known, targets, strict=True)):
         assert living[i] == len(row)
-        assert below[i] == (row < low[i]).sum() <= goal
+        assert below[i] == (row < low[i]).sum() <= target
         assert upto[i] == (row <= high[i]).sum()
-        assert below[i] == goal or low[i] == high[i] == row[min(goal, len(row) - 1)]
+        assert below[i] == target or low[i] == high[i] == row[min(target, len(row) - 1)]
 
 
 @pytest.mark.parametrize("big", [False, True])
 def test_a_search_begins_with_all_keys(big):
-    start = search.whole(jnp.int32(-(2**15)), jnp.int32(2**15 - 1), jnp.zeros(2, jnp.int32), big)
+    start = search.full_range(jnp.int32(-(2**15)), jnp.int32(2**15 - 1), jnp.zeros(2, jnp.int32), big)
     assert (start.low.tolist(), start.high.tolist()) == ([-(2**15)] * 2, [2**15 - 1] * 2)
     assert start.open.all()
     for count in (start.below, start.upto, start.alive):
@@ -87,18 +87,20 @@ def test_bounds_cut_a_range_into_equal_parts():
 
 
 @pytest.mark.parametrize("big", [False, True])
-def test_a_range_is_lowered_where_less_is_taken_than_lies_below(big):
-    as_count = big_counts.wide if big else big_counts.narrow
+def test_a_range_is_searched_again_where_a_leaf_gives_less_than_lies_below(big):
+    as_count = big_counts.big if big else big_counts.as_int32
     low, high = jnp.array([7, 7, 7], jnp.int32), jnp.array([9, 9, 9], jnp.int32)
     counts = [as_count(np.array(values)) for values in ([5, 5, 5], [8, 8, 8], [20, 20, 20])]
-    now = Range(low, high, *counts, jnp.zeros(3, bool)).lowered(as_count(np.array([4, 5, 6])), jnp.int32(-3))
+    now = Range(low, high, *counts, jnp.zeros(3, bool)).reopened_below(
+        as_count(np.array([4, 5, 6])), jnp.int32(-3)
+    )
     got = [
         np.asarray(now.low),
         np.asarray(now.high),
         *map(big_counts.to_numpy, now[2:5]),
         np.asarray(now.open),
     ]
-    # Of the first the threshold is one of the keys below 7, of which there are five.
+    # The first leaf gives 4 entries, but has 5 keys below 7: its threshold is one of those.
     expected = [[-3, 7, 7], [6, 9, 9], [0, 5, 5], [5, 8, 8], [20, 20, 20], [True, False, False]]
     np.testing.assert_array_equal(np.array(got, int), np.array(expected, int))
 

@@ -15,7 +15,7 @@ from tests.support.profile import examples
 
 SETTINGS = examples(80)
 
-# Leaves of few and many entries, of one and of none; few shapes, so that jit's cache is hit.
+# Leaves of few and many entries, of one and of no entry; few shapes, so that jit's cache is hit.
 SHAPES = [[(3, 4), (7,)], [(2, 3), (0, 2), (5,), (), (2,)], [(1,)]]
 VALUES = {
     "grid": st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]),
@@ -38,7 +38,7 @@ COMPILED = jax.jit(exact.lowest)
 
 
 def chosen_by_jaxprune(scores, alive, count):
-    """By the compiled search; what is sorted on the host, as few values are, must be the same."""
+    """Choose by the compiled search, and check that sorting on the host chooses the same."""
     arrays = [jnp.asarray(s) for s in scores], [jnp.asarray(a) for a in alive]
     masks = [np.asarray(mask) for mask in COMPILED(*arrays, jnp.int32(count))]
     assert_same([np.asarray(mask) for mask in exact.lowest(*arrays, count)], masks)
@@ -53,7 +53,7 @@ def assert_same(got, expected):
 
 
 def bit_patterns(dtype):
-    """Every value of an 8- or 16-bit type; of wider ones the corners, their neighbours and random ones."""
+    """Return all values of an 8- or 16-bit type; of larger types corners, neighbours and random values."""
     dtype = np.dtype(dtype)
     unsigned = np.dtype(f"uint{8 * dtype.itemsize}")
     if dtype.itemsize <= 2:
@@ -69,7 +69,7 @@ def bit_patterns(dtype):
 
 
 def assert_ordered(values):
-    """Keys sort as numpy sorts, and are equal just where the values are."""
+    """Check that keys sort as numpy sorts, and are equal exactly where the values are."""
     keys = np.asarray(sort_keys.ordered_bits(jnp.asarray(values)))
     compiled = np.asarray(jax.jit(sort_keys.ordered_bits)(jnp.asarray(values)))
     np.testing.assert_array_equal(keys, compiled)
@@ -322,7 +322,7 @@ def test_as_many_masks_specs_and_floors_as_leaves():
 
 
 def test_specs_say_what_is_counted_over_which_devices():
-    """What comes out is checked on eight devices by `test_sharding.py`; here that all counts are added up."""
+    """Here only that all counts are summed; `test_sharding.py` checks the masks on eight devices."""
     auto, spec = (jax.sharding.AxisType.Auto,) * 2, jax.sharding.PartitionSpec
     mesh = jax.sharding.AbstractMesh((2, 4), ("x", "y"), axis_types=auto)
     specs = [spec("x", "y"), spec("y"), spec(("x", "y")), spec()]
@@ -338,7 +338,7 @@ def test_specs_say_what_is_counted_over_which_devices():
 
 @pytest.fixture(scope="module")
 def in_parts():
-    """`selection.lowest`, compiled as if an int32 counted no further than to 4."""
+    """Compile `selection.lowest` as if an int32 counted no further than 4."""
     shapes = [(3, 4), (2, 2, 3), (4,)]  # no more rows either
     given = [jnp.zeros(s) for s in shapes], [jnp.ones(s, bool) for s in shapes], jnp.int32(3)
     with pytest.MonkeyPatch.context() as patch:
@@ -357,7 +357,7 @@ def request_of(scores, alive, count):
 @given(data=st.data())
 @SETTINGS
 def test_leaves_counted_in_parts(in_parts, data):
-    """As leaves of more than 2**31 - 1 entries are."""
+    """As for leaves of more than 2**31 - 1 entries."""
     shapes, compiled = in_parts
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
@@ -375,7 +375,7 @@ def in_groups(scores, alive, counts, floors, includes_pruned):
 @given(data=st.data())
 @examples(80, share=2)
 def test_groups_floors_and_counts_of_all(includes_pruned, data):
-    """Each group gives its lowest, but for the highest of each leaf, which its floor keeps."""
+    """Each competing set gives its lowest entries, except the highest of each leaf, which its floor keeps."""
     shapes, members, floors = [(2, 3), (5,), (), (4,)], [[0], [1, 2, 3]], (3, 0, 1, 1)
     scores = [data.draw(hnp.arrays(np.float32, s, elements=VALUES["grid"])) for s in shapes]
     alive = [data.draw(hnp.arrays(bool, s)) for s in shapes]
@@ -397,13 +397,13 @@ def test_groups_floors_and_counts_of_all(includes_pruned, data):
 
 
 def without_floors(scores, alive, floors):
-    """What may go of each leaf if its highest must stay."""
+    """Mark the entries that each leaf can lose, all but its highest, as many as its floor."""
     counts = [max(int(a.sum()) - floor, 0) for a, floor in zip(alive, floors, strict=True)]
     return [brute_force.lowest([s], [a], n)[0] for s, a, n in zip(scores, alive, counts, strict=True)]
 
 
 def test_scores_are_read_and_not_stored():
-    """Computed in every pass, they take no memory; a sort of them would."""
+    """Scores that are computed in every pass take no memory; sorting them would."""
     shapes = [(256, 512), (128, 512), (1000,)]
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 

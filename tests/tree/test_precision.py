@@ -14,8 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxprune as jp
 from jaxprune.pruning.once import pool
-from jaxprune.pruning.scoring import scored
-from jaxprune.selection.lazy_scores import dtype_of
+from jaxprune.pruning.scoring import score_and_recompute
 from jaxprune.structures import elements
 from jaxprune.tracing.guard import divides_by_zero
 from jaxprune.tree.dtypes import common_dtype, is_narrow, rounds_to_zero
@@ -184,9 +183,9 @@ def test_an_error_of_the_loss_is_its_own():
 )
 def test_magnitudes_are_ranked_in_as_few_bits_as_hold_them(dtype, ranked):
     def ranks(params):
-        tree, recipes = scored(jp.scores.magnitude, params)
+        tree, recipes = score_and_recompute(jp.scores.magnitude, params)
         units = pool(tree, jp.ones_masks(params), ["kernel"], elements(), recipes, True)
-        return jnp.zeros((), dtype_of(units.sources["kernel"]))
+        return jnp.zeros((), units.sources["kernel"].dtype)
 
     params = {"kernel": jnp.ones((2, 2), dtype)}
     assert ranks(params).dtype == jax.eval_shape(ranks, params).dtype == ranked
