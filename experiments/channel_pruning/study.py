@@ -294,7 +294,7 @@ class Study:
             "macs": macs,
             "macs_ratio": self.cutter.macs / macs,
             "compaction_error": max(errors, default=None),
-            "stayed": [str(stayed) for stayed in small.stayed],
+            "stayed": [str(stayed) for stayed in small.not_removed],
             "speed_up": speed_ups,
             "widths": self.cutter.widths(small.plan),
         }

@@ -23,7 +23,7 @@ import numpy as np
 import jaxprune as jp
 from experiments.real_models.case import Case, Model, is_floating, moved
 from jaxprune.graph import Group
-from jaxprune.graph.compaction import with_state
+from jaxprune.graph.equivalence import with_state
 
 _COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOLERANCE = 1e-4  # relative to the largest output, in float32
@@ -122,7 +122,7 @@ def _figures(
     with _stage("compact", seconds):
         small = jp.compact(apply, params, masks, *inputs, state=state, verify=False)
         line["ratio"] = _size(small.params) / size
-        line["stayed"] = [str(stayed) for stayed in small.stayed]
+        line["stayed"] = [str(stayed) for stayed in small.not_removed]
     with _stage("macs", seconds):
         shapes = [jax.eval_shape(lambda p=p: p) for p in (params, small.params)]
         dense, left = (

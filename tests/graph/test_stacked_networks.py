@@ -464,7 +464,7 @@ def test_unequal_masks_are_compacted_to_the_largest():
     assert np.array_equal(small.masks["layers"]["bias"].sum(1), [2, 5, 4])
     for axes in (small.keep["layers/bias"][1], small.keep["layers/down"][1]):
         assert np.array_equal(axes, keep)
-    told = {(s.path, s.axis): s for s in small.stayed}
+    told = {(s.path, s.axis): s for s in small.not_removed}
     assert told["layers/up[0]", 1].count == 3 and told["layers/up[2]", 1].count == 1
     assert ("layers/up[1]", 1) not in told
     assert "equally many slices, and layers/down[1] needs 5" in repr(told["layers/down[2]", 0])
@@ -806,8 +806,8 @@ def test_layers_are_made_even_by_whole_heads():
     masks = {"qkv": jnp.asarray(qkv.reshape(3, 6, 36)), "out": jnp.asarray(out.reshape(3, 12, 6))}
     small = jp.compact(attention, p, masks, x)
     assert small.params["qkv"].shape == (3, 6, 27) and small.params["out"].shape == (3, 9, 6)
-    assert {stayed.path for stayed in small.stayed} == {"qkv[1]", "out[1]"}
-    assert all("out[0] needs 9" in s.why or "qkv[0] needs 27" in s.why for s in small.stayed)
+    assert {stayed.path for stayed in small.not_removed} == {"qkv[1]", "out[1]"}
+    assert all("out[0] needs 9" in s.why or "qkv[0] needs 27" in s.why for s in small.not_removed)
     np.testing.assert_allclose(
         small.apply(small.params, x), attention(jp.apply_masks(p, masks), x), rtol=1e-5, atol=1e-5
     )

@@ -6,19 +6,16 @@ output is sharded again.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.graph.engine.ir import Op, Value
 from jaxprune.graph.engine.rules import elementwise, rule_for
-from jaxprune.graph.engine.rules.slices import take_slices
 from jaxprune.tracing.jaxprs import explicit_sharding, struct_of
 
 # Ops that read an axis index by index, or sum over it: it may be sharded.
@@ -73,38 +70,6 @@ def gather(array: Any, axes: Collection[int]) -> Any:
         return array
     spec = [None if axis in axes else name for axis, name in enumerate(sharding.spec)]
     return place(array, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
-
-
-def apply_replicated(array: Any, change: Callable[[Any], Any]) -> Any:
-    """Return what a function gives for an array that is replicated for it, sharded as the array was."""
-    sharding = explicit_sharding(array)
-    if sharding is None:
-        return change(array)
-    changed = change(gather(array, range(array.ndim)))
-    return place(changed, small_sharding(sharding, array.shape, changed.shape))
-
-
-def spread(array: Any, axis: int, kept: np.ndarray, size: int, filling: Any) -> Any:
-    """Return an array whose slices are moved to places of a longer axis, sharded as before.
-
-    Args:
-      array: the array, sharded over explicit axes of a mesh.
-      axis: the axis.
-      kept: the places that its slices go to.
-      size: the new size of the axis.
-      filling: a number for all other places; None for copies of the slices, in turn.
-    """
-    sharding, before = explicit_sharding(array), array.shape
-    array = gather(array, (axis,))
-    others = np.setdiff1d(np.arange(size), kept)
-    source = np.zeros(size, np.int32)
-    source[kept] = np.arange(len(kept))
-    source[others] = len(kept) if filling is not None else np.arange(len(others)) % len(kept)
-    if filling is not None:
-        filled = jnp.full_like(lax.slice_in_dim(array, 0, 1, axis=axis), filling)
-        array = lax.concatenate([array, filled], axis)
-    array = take_slices(array, axis, source)
-    return array if sharding is None else place(array, small_sharding(sharding, before, array.shape))
 
 
 def gathered(op: Op, args: Sequence[Any], cut: Sequence[Sequence[int]]) -> list[Any]:
