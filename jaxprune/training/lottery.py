@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import metrics
+from jaxprune.counting import sizes
 from jaxprune.training.optimizer import check_state_where
 from jaxprune.tree.checks import as_integer, check_function, check_key, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
@@ -66,7 +66,7 @@ class Ticket(NamedTuple):
     params: Params
     trained: Params
     pruner: PrunerState
-    sparsity: metrics.Sparsity
+    sparsity: sizes.Sparsity
 
     @property
     def masks(self) -> Masks:
@@ -152,7 +152,7 @@ def lottery_ticket(
             ticket = after
         for level in range(int(ticket.level) + 1, levels + 1):
             state = pruner.update(ticket.pruner, ticket.trained, **inputs)
-            if is_concrete(state.masks) and metrics.nonzeros(state.masks) == metrics.nonzeros(ticket.masks):
+            if is_concrete(state.masks) and sizes.nonzeros(state.masks) == sizes.nonzeros(ticket.masks):
                 warnings.warn(f"level {level} removed nothing: its masks are those before.", stacklevel=2)
             start = _start(params, ticket.trained, state.masks, rewind)
             ticket = _ticket(tune or train, level, start, state, where)
@@ -424,7 +424,7 @@ def _ticket(train: TrainFn, level: Any, start: Params, state: PrunerState, where
     check_mirrors(trained, state.masks, "what train returned")
     if is_concrete(trained, state.masks):
         check_pruned(trained, state.masks)
-    return Ticket(level, start, trained, state, metrics.sparsity(state.masks, where))
+    return Ticket(level, start, trained, state, sizes.sparsity(state.masks, where))
 
 
 def _start(params: Params, trained: Params, masks: Masks, rewind: str) -> Params:

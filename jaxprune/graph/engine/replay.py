@@ -251,12 +251,29 @@ class Replay:
             return self.cut(value, value.constant)
         if value.layers:
             return self._make_stack(value)
-        if value.part is not None:
+        if self._is_read_off_stack(value):
             return self._make_part(value)
         if value.op is not None and value.op.lazy:
             self._apply(value.op)
             return self.arrays[id(value)]
         raise NotMadeError("a value is read before it is made")
+
+    def _is_read_off_stack(self, value: Value) -> bool:
+        """Whether a layer is a slice of its stack's array, rather than made by an op of its own.
+
+        A stack that is made by stacking its layers cannot give them: each would wait for the other.
+        """
+        if value.part is None:
+            return False
+        stack = value.part.stack
+        if id(stack) in self.arrays or stack.source is not None or self._is_read_off_stack(stack):
+            return True
+        has_own_op = value.op is not None and value.op.lazy
+        return self._is_made_at_once(stack) or not (value.layers or has_own_op)
+
+    def _is_made_at_once(self, stack: Value) -> bool:
+        """Whether an op makes all layers of a stack, and none of them has been made by itself."""
+        return stack.op is not None and all(id(layer) not in self.arrays for layer in flat_layers(stack))
 
     def _make_part(self, value: Value) -> Any:
         assert value.part is not None
@@ -267,9 +284,9 @@ class Replay:
     def _make_stack(self, value: Value) -> Any:
         if value.source is not None:
             return self.read(value.source)
-        if value.part is not None:
+        if self._is_read_off_stack(value):
             return self._make_part(value)
-        if value.op is not None and all(id(layer) not in self.arrays for layer in value.layers):
+        if value.op is not None and self._is_made_at_once(value):
             try:
                 # All layers at once, as the function did it.
                 args = [self.read(operand) for operand in value.op.inputs]
