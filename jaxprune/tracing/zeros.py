@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxprune.tracing.jaxprs import CALLS, called_jaxpr, close, interpret
+from jaxprune.tree.dtypes import is_numeric
 from jaxprune.tree.leaves import is_concrete
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -104,10 +105,10 @@ def infinite_where(eqn: "JaxprEqn", inputs: Sequence[ZeroSet]) -> frozenset[int]
 
 def _of_value(value: Any) -> ZeroSet:
     """Return where a constant is 0; one that is large, or has no value now, is not looked at."""
-    if not is_concrete(value) or np.size(value) != 1:
+    if not is_concrete(value) or np.size(value) != 1 or not is_numeric(value):
         return _NOWHERE
-    zero = np.issubdtype(np.result_type(value), np.number) and not np.any(value)
-    return None if zero else _NOWHERE
+    value = np.asarray(value)  # operations on a JAX array are traced, even where it has a value
+    return None if np.issubdtype(value.dtype, np.number) and not np.any(value) else _NOWHERE
 
 
 def _both(first: ZeroSet, second: ZeroSet) -> ZeroSet:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxprune as jp
 from jaxprune.tracing.zeros import zero_where
 from jaxprune.tree.mirrors import match_leaves_to_params
 
@@ -71,3 +72,12 @@ def test_of_optimizers(optimizer, zeros):
             said.append(where is None or i in where)
             assert not said[-1] or not np.asarray(leaf)[keep[i] == 0].any()
     assert said and all(said) == zeros
+
+
+def test_an_optimizer_that_holds_its_learning_rate_as_an_array():
+    # A JAX array that is a constant of the jaxpr has a value, but operations on it are traced.
+    pruner = jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.5, step=3))
+    for rate in (0.1, jnp.asarray(0.1)):
+        tx = jp.wrap_optax(optax.sgd(rate), pruner)
+        updates, _ = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(updates["a"], -0.1)
