@@ -121,8 +121,8 @@ def check_sharded_members():
 
     assert jax.device_count() == 8
     with jax.set_mesh(mesh):
-        checks = {name: functools.partial(check, Case(TABLE[name])) for name in PROGRAMS}
-        for name, run in (checks | {"keep_masked": check_fixed_masks}).items():
+        runs = {name: functools.partial(check, Case(TABLE[name])) for name in PROGRAMS}
+        for name, run in (runs | {"keep_masked": check_fixed_masks}).items():
             try:
                 run()
             except Exception:
