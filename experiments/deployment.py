@@ -36,7 +36,18 @@ from experiments.lenet import file_bytes
 from experiments.networks.small import LeNet
 from experiments.run import stopping
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Share,
+    Sparsity,
+    parse,
+)
 from experiments.show import tables
 from experiments.training import distill, loops
 
@@ -53,22 +64,22 @@ STEPS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    epochs: int = flag(15, "of LeNet", at_least=1)
-    tune_epochs: int = flag(5, "after pruning; a smaller architecture trains for both", at_least=0)
-    sparsity: float = flag(0.9, "of the weights, where they are pruned one by one", at_least=0, below=1)
-    temperature: float = flag(4.0, "of the teacher's answers", above=0)
-    alpha: float = flag(0.9, "the teacher's share of the loss", at_least=0, at_most=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(64, "images per step, and in a call that is timed", at_least=1, at_most=100_000)
-    rounds: int = flag(20, "times that each call is measured", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/deployment", "folder for results.jsonl", path="folder")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    epochs: Count = 15  # of LeNet
+    tune_epochs: Natural = 5  # after pruning; a smaller architecture trains for both
+    sparsity: Sparsity = 0.9  # of the weights, where they are pruned one by one
+    temperature: Positive = 4.0  # of the teacher's answers
+    alpha: Share = 0.9  # the teacher's share of the loss
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 64  # images per step, and in a call that is timed
+    rounds: Count = 20  # times that each call is measured
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/deployment"  # folder for results.jsonl
 
 
 class Network(NamedTuple):
@@ -179,7 +190,6 @@ def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[st
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
     data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
     train, test = loops.splits(data)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,20 @@ from experiments.lenet import PRESETS as LENET
 from experiments.lenet import file_bytes, optimizers
 from experiments.networks.small import MLP, LeNet
 from experiments.run import stopping
-from experiments.run.limits import FlagError
+from experiments.run.limits import FlagError, OneOf
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Share,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
@@ -76,46 +87,35 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    parts: tuple[str, ...] = flag(PARTS, f"of {', '.join(PARTS)}", among=PARTS)
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    temperatures: tuple[float, ...] = flag((1.0, 2.0, 4.0, 8.0), "of the part few", above=0)
-    temperature: float = flag(4.0, "of the other parts", above=0)
-    alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest", at_least=0, at_most=1)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98, 0.99),
-        "fractions removed, level after level, biases not counted",
-        at_least=0,
-        below=1,
-    )
-    epochs: int | None = flag(None, "of dense LeNet-300-100 on all images", at_least=1)
-    tune_epochs: int | None = flag(None, "of tuning after each level, on all images", at_least=0)
-    few: int | None = flag(None, "how many images are few", at_least=1)
-    few_epochs: int | None = flag(None, "of dense LeNet-300-100 on few images", at_least=1)
-    few_tune_epochs: int | None = flag(None, "of tuning after each level, on few images", at_least=0)
-    teacher_epochs: int | None = flag(None, "of LeNet, the student's teacher", at_least=1)
-    student_epochs: int | None = flag(None, "of every student", at_least=1)
-    student_batch_size: int | None = flag(
-        None, "images per step of every student", at_least=1, at_most=100_000
-    )
-    lr: float = flag(1.2e-3, "learning rate of Adam, for LeNet-300-100", above=0)
-    batch_size: int = flag(60, "images per step, for LeNet-300-100", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "of all images, use this many only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/distillation", "folder for results.jsonl and the plots", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    parts: tuple[Annotated[str, OneOf(PARTS)], ...] = PARTS  # which parts to run
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0, 8.0)  # of the part few
+    temperature: Positive = 4.0  # of the other parts
+    alpha: Share = 0.9  # the teacher's share of the loss; labels have the rest
+    # fractions removed, level after level, biases not counted
+    sparsities: tuple[Sparsity, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)
+    epochs: Count | None = None  # of dense LeNet-300-100 on all images
+    tune_epochs: Natural | None = None  # of tuning after each level, on all images
+    few: Count | None = None  # how many images are few
+    few_epochs: Count | None = None  # of dense LeNet-300-100 on few images
+    few_tune_epochs: Natural | None = None  # of tuning after each level, on few images
+    teacher_epochs: Count | None = None  # of LeNet, the student's teacher
+    student_epochs: Count | None = None  # of every student
+    student_batch_size: BatchSize | None = None  # images per step of every student
+    lr: Positive = 1.2e-3  # learning rate of Adam, for LeNet-300-100
+    batch_size: BatchSize = 60  # images per step, for LeNet-300-100
+    train_size: Count | None = None  # of all images, use this many only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/distillation"  # folder for results.jsonl and the plots
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 def settings(config: Config) -> Sizes:
-    """The data set's settings with what the flags change.
-
-    Raises:
-      FlagError: a flag beyond its limits.
-    """
-    check_limits(config)
+    """The data set's settings with what the flags change."""
     given = {name: getattr(config, name) for name in Sizes._fields}
     return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -34,30 +34,31 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.run import saved_recipes, stopping
+from experiments.run.limits import Range
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    sparsities: tuple[float, ...] = flag(
-        (0.9, 0.95, 0.98, 0.99), "fractions removed, biases not counted", above=0, below=1
-    )
-    epochs: int | None = flag(None, "the budget of every method (default: 10, for digits 60)", at_least=1)
-    mask_updates: int = flag(60, "how often masks move, or gradual pruning goes on", at_least=1)
-    fraction: float = flag(0.3, "of the weights, moved in an update at the start", above=0, at_most=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    # fractions removed, biases not counted
+    sparsities: tuple[Annotated[float, Range(above=0, below=1)], ...] = (0.9, 0.95, 0.98, 0.99)
+    epochs: Count | None = None  # the budget of every method (default: 10, for digits 60)
+    mask_updates: Count = 60  # how often masks move, or gradual pruning goes on
+    # of the weights, moved in an update at the start
+    fraction: Annotated[float, Range(above=0, at_most=1)] = 0.3
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/dynamic_sparse"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 METHODS = ("static", "set", "rigl", "gradual")
@@ -104,7 +105,6 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
     data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = loops.splits(data)
     train, held_out = loops.hold_out(train, 1 / 12)

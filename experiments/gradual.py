@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -32,34 +32,48 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.run import saved_recipes, stopping
+from experiments.run.limits import Items
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98), "fractions removed, biases not counted", at_least=0, below=1, empty=True
-    )
-    epochs: int = flag(13, "the budget of every method", at_least=1)
-    tune_epochs: int = flag(
-        3, "of these, the epochs of fine-tuning after one-shot pruning", at_least=0, at_most="epochs"
-    )
-    begin_epoch: int = flag(1, "gradual pruning begins after this epoch", at_least=0, at_most="end_epoch")
-    end_epoch: int = flag(10, "and reaches its target after this one", at_least=0, at_most="epochs")
-    mask_updates: int = flag(40, "how often gradual pruning updates the masks in between", at_least=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/gradual", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    # fractions removed, biases not counted
+    sparsities: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.8, 0.9, 0.95, 0.98)
+    epochs: Count = 13  # the budget of every method
+    tune_epochs: Natural = 3  # of these, the epochs of fine-tuning after one-shot pruning
+    begin_epoch: Natural = 1  # gradual pruning begins after this epoch
+    end_epoch: Natural = 10  # and reaches its target after this one
+    mask_updates: Count = 40  # how often gradual pruning updates the masks in between
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/gradual"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_most("tune_epochs", "epochs")
+        self.at_most("begin_epoch", "end_epoch")
+        self.at_most("end_epoch", "epochs")
 
 
 METHODS = {
@@ -85,7 +99,6 @@ def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
     data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
     train_split, test_split = loops.splits(data)
     steps_per_epoch = -(-len(train_split.y) // config.batch_size)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,9 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import LeNet
 from experiments.run import saved_recipes, stopping
+from experiments.run.limits import Items
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import Count, Folder, Natural, Seeds, Settings, Sparsity, parse
 from experiments.show import figures
 from experiments.training import loops
 
@@ -59,31 +60,23 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    preset: Literal["article", "sane", "digits"] | None = flag(
-        None, "training settings; by default digits for digits and article for mnist"
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    amounts: tuple[float, ...] = flag(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
-        "fractions of the remaining pruned per round; '' for dense only",
-        at_least=0,
-        below=1,
-        empty=True,
-    )
-    rounds: int = flag(3, "K, how often it prunes and fine-tunes", at_least=1)
-    tune_epochs: int = flag(4, "N, epochs of each fine-tuning", at_least=0)
-    epochs: int | None = flag(None, "epochs of dense training; by default the preset's", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    timing_runs: int = flag(
-        5, "timed passes over the training images; 0 for none (the article: 20)", at_least=0
-    )
-    out: str = flag("results/lenet", "folder for results.jsonl and plots", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    # training settings; by default digits for digits and article for mnist
+    preset: Literal["article", "sane", "digits"] | None = None
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    # fractions of the remaining pruned per round; '' for dense only
+    amounts: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    rounds: Count = 3  # K, how often it prunes and fine-tunes
+    tune_epochs: Natural = 4  # N, epochs of each fine-tuning
+    epochs: Count | None = None  # epochs of dense training; by default the preset's
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    timing_runs: Natural = 5  # timed passes over the training images; 0 for none (the article: 20)
+    out: Folder = "results/lenet"  # folder for results.jsonl and plots
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 class Method(NamedTuple):
@@ -274,7 +267,6 @@ def timer(model: LeNet, split: loops.Split, runs: int) -> Callable[[Any, Any], f
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
     preset = config.preset or ("digits" if config.dataset == "digits" else "article")
     training = PRESETS[preset]
     if config.epochs is not None:

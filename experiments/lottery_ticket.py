@@ -29,7 +29,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +41,9 @@ from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
+from experiments.run.limits import Items, OneOf
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
@@ -52,40 +53,33 @@ METHODS = (CHAINS[0], *BRANCHES, *CHAINS[1:])
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    preset: Literal["frankle", "article"] = flag(
-        "frankle",
-        "frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels "
-        "of a tenth in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only",
-    )
-    methods: tuple[str, ...] | None = flag(
-        None, f"of {', '.join(METHODS)}; ticket is always among them", among=METHODS, empty=True
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    levels: int | None = flag(None, "how often to prune", at_least=1)
-    branch_levels: tuple[int, ...] | None = flag(
-        None,
-        "the levels at which the controls train that share the ticket's masks or sparsity",
-        at_least=1,
-        at_most="levels",
-        empty=True,
-    )
-    epochs: int | None = flag(None, "epochs of training at each level", at_least=1)
-    lr: float | None = flag(None, "learning rate of Adam", above=0)
-    batch_size: int | None = flag(None, "images per step", at_least=1, at_most=100_000)
-    tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level", at_least=0)
-    rewind_epoch: int = flag(
-        0, "rewind to the weights after this epoch (late rewinding)", at_least=0, below="epochs"
-    )
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag(
-        "results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints", path="folder"
-    )
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    # frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels of a tenth
+    # in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only
+    preset: Literal["frankle", "article"] = "frankle"
+    # by default the preset's; ticket is always among them
+    methods: Annotated[tuple[Annotated[str, OneOf(METHODS)], ...], Items(empty=True)] | None = None
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    levels: Count | None = None  # how often to prune
+    # the levels at which the controls train that share the ticket's masks or sparsity
+    branch_levels: Annotated[tuple[Count, ...], Items(empty=True)] | None = None
+    epochs: Count | None = None  # epochs of training at each level
+    lr: Positive | None = None  # learning rate of Adam
+    batch_size: BatchSize | None = None  # images per step
+    tune_epochs: Natural | None = None  # epochs of fine-tuning at each level
+    rewind_epoch: Natural = 0  # rewind to the weights after this epoch (late rewinding)
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/lottery_ticket"  # folder for results.jsonl, the plot and checkpoints
+    fresh: bool = False  # start over instead of resuming a stopped run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_most("branch_levels", "levels")
+        self.below("rewind_epoch", "epochs")
 
 
 class Preset(NamedTuple):
@@ -135,18 +129,17 @@ def settings(config: Config) -> Preset:
     """The preset with what the flags change.
 
     Raises:
-      FlagError: a flag beyond its limits.
+      FlagError: a flag does not go with what the preset gives.
     """
-    check_limits(config)
     preset = PRESETS[config.preset]
     given = {name: getattr(config, name, None) for name in preset._fields}
     chosen = preset._replace(**{name: value for name, value in given.items() if value is not None})
     if config.branch_levels is None:
         reached = tuple(level for level in chosen.branch_levels if level <= chosen.levels)
         chosen = chosen._replace(branch_levels=reached)
-    # Limits that are other flags hold for what the preset gives as well.
+    # A flag must go with what the preset gives as well.
     filled = {name: value for name, value in chosen._asdict().items() if hasattr(config, name)}
-    check_limits(dataclasses.replace(config, **filled))
+    dataclasses.replace(config, **filled)
     return chosen
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,31 +38,31 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.run import saved_recipes, stopping
+from experiments.run.limits import Range
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    network: Literal["lenet", "deep"] = flag("lenet", "lenet is 300-100-10; deep is six times 100, then 10")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    compressions: tuple[float, ...] = flag(
-        (10, 20, 50, 100, 300, 1000), "c: 1/c of the weights stays", above=1
-    )
-    epochs: int | None = flag(None, "of training after pruning (default: 8, for digits 60)", at_least=1)
-    score_images: int = flag(1000, "images in the batch of snip and grasp", at_least=1)
-    rounds: int = flag(100, "of synflow", at_least=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    network: Literal["lenet", "deep"] = "lenet"  # lenet is 300-100-10; deep is six times 100, then 10
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    # c: 1/c of the weights stays
+    compressions: tuple[Annotated[float, Range(above=1)], ...] = (10, 20, 50, 100, 300, 1000)
+    epochs: Count | None = None  # of training after pruning (default: 8, for digits 60)
+    score_images: Count = 1000  # images in the batch of snip and grasp
+    rounds: Count = 100  # of synflow
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/pruning_at_init"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 NETWORKS = {"lenet": (300, 100, 10), "deep": (100,) * 6 + (10,)}
@@ -134,7 +134,6 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
     data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
     train, test = loops.splits(data)
     train, held_out = loops.hold_out(train, 1 / 12)

@@ -31,36 +31,30 @@ from experiments.data import datasets
 from experiments.networks.small import MLP, LeNet
 from experiments.run import stopping
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse, recipe_file
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.training import loops
 from experiments.training.distill import LABELS, Mix, Taught, losses
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of a run."""
 
-    recipe: str = recipe_file(
-        "a YAML file; one that an earlier run left in its folder brings its flags with it"
-    )
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    model: Literal["mlp", "lenet"] = flag("mlp", "mlp is LeNet-300-100")
-    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
-    epochs: int = flag(15, "of the dense network; of a recipe in steps, of each network", at_least=1)
-    tune_epochs: int = flag(5, "of training after each pruning", at_least=1)
-    levels: int | None = flag(
-        None, "how often to prune, if nothing stops it (default: 1 for a number, else 10)", at_least=1
-    )
-    rewind: Literal["weights", "nothing"] = flag(
-        "nothing", "what a level starts from; weights are the first ones"
-    )
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    score_images: int = flag(500, "images in the batch of scores that need gradients or the loss", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    recipe: str  # a YAML file; one that an earlier run left in its folder brings its flags with it
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    model: Literal["mlp", "lenet"] = "mlp"  # mlp is LeNet-300-100
+    seeds: Seeds = (0,)  # the runs that figures are averaged over
+    epochs: Count = 15  # of the dense network; of a recipe in steps, of each network
+    tune_epochs: Count = 5  # of training after each pruning
+    levels: Count | None = None  # how often to prune, if nothing stops it (default: 1 for a number, else 10)
+    rewind: Literal["weights", "nothing"] = "nothing"  # what a level starts from; weights are the first ones
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    score_images: Count = 500  # images in the batch of scores that need gradients or the loss
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/recipe"  # folder for results.jsonl, recipe.yaml and the networks
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 class Run(NamedTuple):
@@ -286,7 +280,6 @@ def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> C
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
-    check_limits(config)
     recipe = jp.recipes.load(config.recipe)
     study = Study(config, recipe)
     end, total = recipe.end_step, config.epochs * study.steps

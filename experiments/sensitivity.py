@@ -26,7 +26,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +38,19 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP, LeNet
 from experiments.run import stopping
+from experiments.run.limits import OneOf, Range
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import loops
 
@@ -48,30 +59,26 @@ _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    network: Literal["lenet", "mlp"] = flag("lenet", "LeNet, or the perceptron 300-100-10")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    kinds: tuple[str, ...] = flag(_KINDS, "of pruning, comma-separated", among=_KINDS)
-    levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried", at_least=0, below=1)
-    tolerances: tuple[float, ...] = flag(
-        (0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer", at_least=0
-    )
-    epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)", at_least=1)
-    tune_epochs: int | None = flag(None, "of fine-tuning (default: 1, for digits 5)", at_least=0)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    held_out: float = flag(
-        1 / 6, "share of the training images that the analysis measures on", above=0, below=1
-    )
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str | None = flag(
-        None, "folder of the results (default: results/sensitivity/<network>)", path="folder"
-    )
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    network: Literal["lenet", "mlp"] = "lenet"  # LeNet, or the perceptron 300-100-10
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    kinds: tuple[Annotated[str, OneOf(_KINDS)], ...] = _KINDS  # of pruning
+    levels: tuple[Sparsity, ...] = _LEVELS  # sparsities tried
+    # drops in accuracy allowed to each layer
+    tolerances: tuple[Annotated[float, Range(at_least=0)], ...] = (0.005, 0.01, 0.02, 0.05)
+    epochs: Count | None = None  # of the dense network (default: 8, for digits 60)
+    tune_epochs: Natural | None = None  # of fine-tuning (default: 1, for digits 5)
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    # share of the training images that the analysis measures on
+    held_out: Annotated[float, Range(above=0, below=1)] = 1 / 6
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder | None = None  # folder of the results (default: results/sensitivity/<network>)
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 METHODS = ("by-layer", "uniform", "global")
@@ -145,7 +152,6 @@ class Study:
     """A network, its data, and what is measured of both."""
 
     def __init__(self, config: Config):
-        check_limits(config)
         size = 28 if config.network == "lenet" else None
         data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
         train, test = loops.splits(data)

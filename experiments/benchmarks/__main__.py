@@ -13,21 +13,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import markdown, remarks, show
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import File, Settings, parse
 
 NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of all benchmarks together."""
 
-    only: tuple[str, ...] = flag(NAMES, "of these, in this order", among=NAMES)
-    small: bool = flag(False, "sizes that take seconds")
-    out: str = flag("results/benchmarks.md", "the page", path="file")
+    only: tuple[Annotated[str, OneOf(NAMES)], ...] = NAMES  # of these, in this order
+    small: bool = False  # sizes that take seconds
+    out: File = "results/benchmarks.md"  # the page
 
 
 def section(name: str, small: bool) -> str:

@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,8 @@ from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.channel_pruning import cutting
 from experiments.networks.large import ResNet, ViT
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
 from experiments.training import steps
 from jaxprune.graph import ChannelGroups
 
@@ -45,15 +46,18 @@ NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): it
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(
-        ("resnet20", "wide", "vit"), "of these, in this order", among=("resnet20", "wide", "vit", "tiny")
+    # of these, in this order
+    networks: tuple[Annotated[str, OneOf(("resnet20", "wide", "vit", "tiny"))], ...] = (
+        "resnet20",
+        "wide",
+        "vit",
     )
-    batch: int = flag(64, "images in a forward pass", at_least=1, at_most=100_000)
-    share: float = flag(0.5, "of the channels that goes", at_least=0, below=1)
-    rounds: int = flag(9, "measurements of each", at_least=1)
+    batch: BatchSize = 64  # images in a forward pass
+    share: Sparsity = 0.5  # of the channels that goes
+    rounds: Count = 9  # measurements of each
 
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,18 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.networks.small import LeNet
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, Sparsity, parse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(16.0, "millions of float32 params", above=0, at_most=10_000)
-    sparsities: tuple[float, ...] = flag((0.5, 0.8, 0.9, 0.95, 0.98), "comma-separated", at_least=0, below=1)
-    rounds: int = flag(
-        5, "how often each file is written and read, in turn; the ratio is of the medians", at_least=1
-    )
-    export: bool = flag(False, "also the sizes of LeNet, dense, masked and compacted, in each format")
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 16.0  # millions of float32 params
+    sparsities: tuple[Sparsity, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)  # of the params, one file each
+    rounds: Count = 5  # how often each file is written and read, in turn; the ratio is of the medians
+    export: bool = False  # also the sizes of LeNet, dense, masked and compacted, in each format
 
 
 def numpy_bytes(params: Any) -> int:

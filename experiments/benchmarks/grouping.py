@@ -11,22 +11,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
 from experiments.benchmarks.graph import decoder, decoder_params, size, stacked
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, parse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What is measured."""
 
-    layers: int = flag(12, "layers of the decoder", at_least=1)
-    rounds: int = flag(9, "how often each is done; the first round is left out", at_least=2)
+    layers: Count = 12  # layers of the decoder
+    rounds: Annotated[int, Range(at_least=2)] = 9  # how often each is done; the first round is left out
 
 
 def cpu_time(function: Callable[[], Any]) -> float:

@@ -14,26 +14,27 @@ All calls are compiled, warm and taken in turn; ratios are of medians, with thos
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
 
 import jaxprune as jp
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    width: int = flag(1024, "units of the input and of each hidden layer", at_least=1, at_most=100_000)
-    layers: int = flag(3, "kernels, the last of 10 outputs", at_least=1, at_most=1000)
-    batch: int = flag(64, "rows in a call", at_least=1, at_most=100_000)
-    sparsity: float = flag(0.95, "of the masks, entry by entry", at_least=0, below=1)
-    units: float = flag(0.5, "the fraction of hidden units removed", at_least=0, below=1)
-    rounds: int = flag(20, "measurements of each", at_least=1)
+    width: BatchSize = 1024  # units of the input and of each hidden layer
+    layers: Annotated[int, Range(at_least=1, at_most=1000)] = 3  # kernels, the last of 10 outputs
+    batch: BatchSize = 64  # rows in a call
+    sparsity: Sparsity = 0.95  # of the masks, entry by entry
+    units: Sparsity = 0.5  # the fraction of hidden units removed
+    rounds: Count = 20  # measurements of each
 
 
 def apply_fn(params: Any, x: Any) -> Any:

@@ -62,7 +62,7 @@ from experiments.benchmarks.parts import jax_lottery
 from experiments.benchmarks.parts.turns import Worker
 from experiments.data import datasets
 from experiments.run.results import Results
-from experiments.run.settings import flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 
 OURS = ("spread", "vmap", "alone")
 TITLES = {
@@ -77,21 +77,19 @@ ADAMS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    dataset: Literal["synthetic", "mnist"] = flag(
-        "synthetic", "synthetic: images of MNIST's size, from a seed"
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    levels: int = flag(3, "how often to prune", at_least=1)
-    steps: int = flag(1000, "steps of training at each level: one pass over that many batches", at_least=1)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    repeats: int = flag(5, "rounds in which each way runs once", at_least=1)
-    trial_steps: int = flag(200, "steps of the trials that choose PyTorch's threads and Adam", at_least=1)
-    bound: bool = flag(False, "also say what the time of a step is spent on")
-    out: str = flag("results/benchmarks/lottery", "folder for results.jsonl", path="folder")
+    dataset: Literal["synthetic", "mnist"] = "synthetic"  # synthetic: images of MNIST's size, from a seed
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    levels: Count = 3  # how often to prune
+    steps: Count = 1000  # steps of training at each level: one pass over that many batches
+    batch_size: BatchSize = 60  # images per step
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    repeats: Count = 5  # rounds in which each way runs once
+    trial_steps: Count = 200  # steps of the trials that choose PyTorch's threads and Adam
+    bound: bool = False  # also say what the time of a step is spent on
+    out: Folder = "results/benchmarks/lottery"  # folder for results.jsonl
 
 
 class Outcome(NamedTuple):

@@ -17,7 +17,7 @@ given, donated arguments aside. Extra is new and temporaries.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,17 @@ import jaxprune as jp
 from experiments.benchmarks.parts import jax_steps
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import show
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import BatchSize, Count, Settings, parse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params in the one-shot program", above=0, at_most=10_000)
-    leaves: int = flag(30, "of these", at_least=1)
-    width: int = flag(
-        3600, "units of each hidden layer of the train step's network", at_least=1, at_most=100_000
-    )
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 20.0  # of params in the one-shot program
+    leaves: Count = 30  # of these
+    width: BatchSize = 3600  # units of each hidden layer of the train step's network
 
 
 SMALL = Config(millions=0.02, leaves=3, width=16)

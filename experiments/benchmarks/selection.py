@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,21 +35,22 @@ from experiments.benchmarks.parts.jax_steps import argsort_masks
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Natural, Settings, Sparsity, parse
 
 READ = "read once"
 TORCH = ("torch global_unstructured", "torch.topk")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params", above=0, at_most=10_000)
-    leaves: int = flag(30, "of these, the largest thirty times the smallest", at_least=1)
-    sparsity: float = flag(0.9, "of the masks", at_least=0, below=1)
-    rounds: int = flag(7, "in which each way has one turn", at_least=1)
-    seed: int = flag(0, "of the params", at_least=0)
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 20.0  # of params
+    leaves: Count = 30  # of these, the largest thirty times the smallest
+    sparsity: Sparsity = 0.9  # of the masks
+    rounds: Count = 7  # in which each way has one turn
+    seed: Natural = 0  # of the params
 
 
 SMALL = Config(millions=0.02, leaves=3, rounds=2)

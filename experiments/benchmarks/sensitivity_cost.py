@@ -15,27 +15,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, parse
 
 LEVELS = tuple(np.round(np.arange(1, 11) * 0.09, 2).tolist())
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    rounds: int = flag(7, "in which all take their turn", at_least=1)
-    images: int = flag(
-        1000, "that the perceptrons see; the convolutions see an eighth", at_least=8, at_most=1_000_000
-    )
-    vectorised: bool = flag(False, "time at_once=10 as well")
+    rounds: Count = 7  # in which all take their turn
+    # that the perceptrons see; the convolutions see an eighth
+    images: Annotated[int, Range(at_least=8, at_most=1_000_000)] = 1000
+    vectorised: bool = False  # time at_once=10 as well
 
 
 class Case(NamedTuple):

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,29 +31,31 @@ from jax.experimental import sparse
 
 import jaxprune as jp
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf, Range
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
 
 PEERS = ("scipy", "torch")
 FORMS = ("csr", "padded", "blocks", "compact")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    width: int = flag(2048, "units of the input and of each layer", at_least=1, at_most=100_000)
-    layers: int = flag(3, "kernels", at_least=1, at_most=1000)
-    batches: tuple[int, ...] = flag((1, 8, 64, 512), "rows in a call", at_least=1, at_most=100_000)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98, 0.99), "of all kernels together", at_least=0, below=1
+    width: BatchSize = 2048  # units of the input and of each layer
+    layers: Annotated[int, Range(at_least=1, at_most=1000)] = 3  # kernels
+    batches: tuple[BatchSize, ...] = (1, 8, 64, 512)  # rows in a call
+    sparsities: tuple[Sparsity, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)  # of all kernels together
+    structure: Literal["entries", "blocks", "units"] = "entries"  # what is pruned; blocks are 64 x 64
+    # what runs beside dense
+    ways: tuple[Annotated[str, OneOf(("masked", "measure", "rule", "bcsr", *FORMS, *PEERS))], ...] = (
+        "masked",
+        "measure",
+        "rule",
+        "bcsr",
+        *PEERS,
     )
-    structure: Literal["entries", "blocks", "units"] = flag("entries", "what is pruned; blocks are 64 x 64")
-    ways: tuple[str, ...] = flag(
-        ("masked", "measure", "rule", "bcsr", *PEERS),
-        f"what runs beside dense; also {', '.join(FORMS)}",
-        among=("masked", "measure", "rule", "bcsr", *FORMS, *PEERS),
-    )
-    rounds: int = flag(9, "measurements of each", at_least=1)
+    rounds: Count = 9  # measurements of each
 
 
 SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule"), rounds=2)

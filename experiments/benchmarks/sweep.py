@@ -21,7 +21,7 @@ import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -29,24 +29,20 @@ from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.benchmarks.train_step import NO_TORCH
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Items
+from experiments.run.settings import BatchSize, Count, Settings, parse
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    widths: tuple[int, ...] = flag(
-        (784, 300, 100, 10),
-        "of the network, from inputs to outputs",
-        at_least=1,
-        at_most=100_000,
-        repeats=True,
-    )
-    batch: int = flag(1000, "rows that each point is evaluated on", at_least=1, at_most=100_000)
-    levels: int = flag(9, "sparsities, evenly spaced between 0 and 1", at_least=1)
-    seeds: int = flag(8, "networks side by side", at_least=1)
-    rounds: int = flag(5, "rounds in which each way runs once", at_least=1)
+    # of the network, from inputs to outputs
+    widths: Annotated[tuple[BatchSize, ...], Items(repeats=True)] = (784, 300, 100, 10)
+    batch: BatchSize = 1000  # rows that each point is evaluated on
+    levels: Count = 9  # sparsities, evenly spaced between 0 and 1
+    seeds: Count = 8  # networks side by side
+    rounds: Count = 5  # rounds in which each way runs once
 
 
 SMALL = Config(widths=(20, 12, 5), batch=16, levels=3, seeds=2, rounds=1)

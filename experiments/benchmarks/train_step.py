@@ -29,34 +29,30 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import BatchSize, Count, Positive, Settings, parse
 
 NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
 OURS = ("masked", "packed", "fixed")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(
-        ("lenet", "seeds", "large"), "of these, in this order", among=("lenet", "seeds", "large")
-    )
-    width: int = flag(
-        3600, "units of each of the large network's three hidden layers", at_least=1, at_most=100_000
-    )
-    rounds: int = flag(
-        15, "rounds in which each way has one turn; the large network has 5 at most", at_least=1
-    )
-    turn: float = flag(0.06, "seconds of a turn of plain steps, about; one step at least", above=0)
-    slow: bool = flag(False, "also time the argsort of the large network")
+    # of these, in this order
+    networks: tuple[Annotated[str, OneOf(("lenet", "seeds", "large"))], ...] = ("lenet", "seeds", "large")
+    width: BatchSize = 3600  # units of each of the large network's three hidden layers
+    rounds: Count = 15  # rounds in which each way has one turn; the large network has 5 at most
+    turn: Positive = 0.06  # seconds of a turn of plain steps, about; one step at least
+    slow: bool = False  # also time the argsort of the large network
 
 
 SMALL = Config(networks=("lenet",), rounds=2, turn=0.001)

@@ -28,7 +28,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,53 +41,43 @@ from experiments.channel_pruning import cutting, show
 from experiments.channel_pruning.cutting import NETWORKS, RANKINGS, Cut, Small
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
-from experiments.run.limits import FlagError
+from experiments.run.limits import FlagError, Items, OneOf, Range
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
 from experiments.training import steps
 
 METHODS = ("global", "local", "isomorphic", "random", "iterative", "gradual", "scratch")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "cifar10", "tiny_shakespeare"] = flag(
-        "digits", "digits are embedded; the others are downloaded once"
-    )
-    network: Literal["lenet", "resnet20", "resnet56", "vit", "decoder"] | None = flag(
-        None, "by default lenet, resnet20 or decoder, whichever fits"
-    )
-    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
-    methods: tuple[str, ...] = flag(METHODS, "comma-separated", among=METHODS, empty=True)
-    targets: tuple[float, ...] | None = flag(
-        None, "how many times fewer multiply-adds; the default is the network's, as of the next five", above=1
-    )
-    epochs: int | None = flag(None, "of the dense network", at_least=1)
-    lr: float | None = flag(None, "its learning rate, at the peak of one cycle", above=0)
-    tune_epochs: int | None = flag(None, "of each pruned network", at_least=0)
-    tune_lr: float | None = flag(None, "the learning rate of tuning, at the peak of one cycle", above=0)
-    batch_size: int | None = flag(None, "images, or pieces of text, per step", at_least=1, at_most=100_000)
-    ranking: Literal["global", "local", "isomorphic"] = flag(
-        "isomorphic", "what iterative and scratch prune by"
-    )
-    multiple_of: int = flag(
-        1, "round widths up to a multiple of this many channels, heads or hidden units", at_least=1
-    )
-    rounds: int = flag(3, "of iterative pruning; at most the epochs of tuning", at_least=1)
-    penalty: float = flag(1e-4, "weight of gradual's group lasso", at_least=0)
-    batch_sizes: tuple[int, ...] = flag((1, 64), "to measure times at", at_least=1, at_most=100_000)
-    timing_runs: int = flag(20, "calls timed of each network; 0 for none", at_least=0)
-    train_size: int | None = flag(None, "use this many training images, or characters, only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images, or characters, only", at_least=1)
-    dense: str | None = flag(
-        None, "the folder of the dense networks (default: dense, in the results)", path="folder"
-    )
-    fresh: bool = flag(False, "start over, the dense network too, whatever the folders hold")
-    out: str | None = flag(
-        None, "folder of the results (default: results/channel_pruning/<network>)", path="folder"
-    )
+    # digits are embedded; the others are downloaded once
+    dataset: Literal["digits", "cifar10", "tiny_shakespeare"] = "digits"
+    # by default lenet, resnet20 or decoder, whichever fits
+    network: Literal["lenet", "resnet20", "resnet56", "vit", "decoder"] | None = None
+    seeds: Seeds = (0,)  # the runs that figures are averaged over
+    # ways to prune, or the controls
+    methods: Annotated[tuple[Annotated[str, OneOf(METHODS)], ...], Items(empty=True)] = METHODS
+    # how many times fewer multiply-adds; the default is the network's, as of the next five
+    targets: tuple[Annotated[float, Range(above=1)], ...] | None = None
+    epochs: Count | None = None  # of the dense network
+    lr: Positive | None = None  # its learning rate, at the peak of one cycle
+    tune_epochs: Natural | None = None  # of each pruned network
+    tune_lr: Positive | None = None  # the learning rate of tuning, at the peak of one cycle
+    batch_size: BatchSize | None = None  # images, or pieces of text, per step
+    ranking: Literal["global", "local", "isomorphic"] = "isomorphic"  # what iterative and scratch prune by
+    multiple_of: Count = 1  # round widths up to a multiple of this many channels, heads or hidden units
+    rounds: Count = 3  # of iterative pruning; at most the epochs of tuning
+    penalty: Annotated[float, Range(at_least=0)] = 1e-4  # weight of gradual's group lasso
+    batch_sizes: tuple[BatchSize, ...] = (1, 64)  # to measure times at
+    timing_runs: Natural = 20  # calls timed of each network; 0 for none
+    train_size: Count | None = None  # use this many training images, or characters, only
+    test_size: Count | None = None  # use this many test images, or characters, only
+    dense: Folder | None = None  # the folder of the dense networks (default: dense, in the results)
+    fresh: bool = False  # start over, the dense network too, whatever the folders hold
+    out: Folder | None = None  # folder of the results (default: results/channel_pruning/<network>)
 
 
 # What a line of results may differ in from another run's and still be of the same study.
@@ -100,9 +90,8 @@ def settings(config: Config) -> Config:
     """The flags, with the network's defaults where they were left out.
 
     Raises:
-      FlagError: a flag beyond its limits, or a network for another data set.
+      FlagError: the network is for another data set.
     """
-    check_limits(config)
     fitting = {"digits": "lenet", "cifar10": "resnet20", "tiny_shakespeare": "decoder"}
     name = config.network or fitting[config.dataset]
     network = NETWORKS[name]

@@ -50,45 +50,42 @@ from experiments.networks.large import Decoder
 from experiments.run import saved_recipes, stopping
 from experiments.run.limits import FlagError
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Settings, Sparsity, parse
 from experiments.training import steps
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["python_help", "tiny_shakespeare"] = flag(
-        "python_help", "python_help comes with Python; the other is downloaded once"
-    )
-    fsdp: int | None = flag(
-        None, "devices that params and batch are sharded over; by default what is left", at_least=1
-    )
-    tensor: int = flag(1, "devices that heads and hidden units are split over", at_least=1)
-    devices: int | None = flag(None, "simulate so many on the CPU, in all processes together", at_least=1)
-    processes: int = flag(
-        1, "start so many on this machine; with --process-id, so many there are", at_least=1
-    )
-    coordinator: str | None = flag(None, "host:port of process 0, on a cluster")
-    process_id: int | None = flag(
-        None, "of this process, on a cluster; counted from 0", at_least=0, below="processes"
-    )
-    reproducible: bool = flag(False, "the same sums of gradients on any number of devices")
-    parts: int = flag(8, "of each batch, with --reproducible; a power of 2 that --fsdp divides", at_least=1)
-    check: bool = flag(False, "compare one device, --devices in one process, and --processes")
-    steps: int = flag(400, "of training", at_least=1)
-    batch_size: int = flag(64, "pieces of text per step", at_least=1, at_most=100_000)
-    context: int = flag(64, "characters per piece", at_least=1)
-    dim: int = flag(64, "width of the network", at_least=1)
-    depth: int = flag(2, "its blocks", at_least=1)
-    heads: int = flag(4, "of attention", at_least=1)
-    hidden: int = flag(128, "units of each MLP", at_least=1)
-    lr: float = flag(3e-3, "learning rate of AdamW, at the peak of one cycle", above=0)
-    sparsity: float = flag(0.9, "of all matrices but the embedding, at the end", at_least=0, below=1)
-    mask_updates: int = flag(20, "how often masks are updated, between .1 and .7 of the steps", at_least=1)
-    seed: int = flag(0, "of the first params and of the batches", at_least=0)
-    probe: str | None = flag(None, "a run's folder: make masks of its first and last params too")
-    out: str = flag("results/distributed", "folder of the results", path="folder")
+    # python_help comes with Python; the other is downloaded once
+    dataset: Literal["python_help", "tiny_shakespeare"] = "python_help"
+    fsdp: Count | None = None  # devices that params and batch are sharded over; by default what is left
+    tensor: Count = 1  # devices that heads and hidden units are split over
+    devices: Count | None = None  # simulate so many on the CPU, in all processes together
+    processes: Count = 1  # start so many on this machine; with --process-id, so many there are
+    coordinator: str | None = None  # host:port of process 0, on a cluster
+    process_id: Natural | None = None  # of this process, on a cluster; counted from 0
+    reproducible: bool = False  # the same sums of gradients on any number of devices
+    parts: Count = 8  # of each batch, with --reproducible; a power of 2 that --fsdp divides
+    check: bool = False  # compare one device, --devices in one process, and --processes
+    steps: Count = 400  # of training
+    batch_size: BatchSize = 64  # pieces of text per step
+    context: Count = 64  # characters per piece
+    dim: Count = 64  # width of the network
+    depth: Count = 2  # its blocks
+    heads: Count = 4  # of attention
+    hidden: Count = 128  # units of each MLP
+    lr: Positive = 3e-3  # learning rate of AdamW, at the peak of one cycle
+    sparsity: Sparsity = 0.9  # of all matrices but the embedding, at the end
+    mask_updates: Count = 20  # how often masks are updated, between .1 and .7 of the steps
+    seed: Natural = 0  # of the first params and of the batches
+    probe: str | None = None  # a run's folder: make masks of its first and last params too
+    out: Folder = "results/distributed"  # folder of the results
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.below("process_id", "processes")
 
 
 _BEGIN, _END = 0.1, 0.7  # of the steps: when pruning begins and ends
@@ -130,7 +127,6 @@ def set_up(config: Config) -> None:
 
 def train(config: Config) -> dict[str, Any]:
     """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
-    check_limits(config)
     if jax.process_index() > 0:
         return _train(config)[0]
     with Results(config.out, "distributed", config) as results:

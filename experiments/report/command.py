@@ -34,7 +34,7 @@ from pathlib import Path
 from experiments.report import content, html, read
 from experiments.report.markdown import document
 from experiments.report.read import ReportError
-from experiments.run.limits import Limits
+from experiments.run.limits import problem, unwritable
 
 
 def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path | None = None) -> str:
@@ -91,12 +91,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--markdown", help="the same as Markdown (default: beside the page, as .md; '' for none)"
     )
     chosen = parser.parse_args(argv)
-    to_file = Limits(path="file")
-    if wrong := to_file.problem(chosen.out):
-        parser.error(f"argument --out: {wrong}")
     markdown = str(Path(chosen.out).with_suffix(".md")) if chosen.markdown is None else chosen.markdown
-    if markdown and (wrong := to_file.problem(markdown)):
-        parser.error(f"argument --markdown: {wrong}")
+    for flag, file in (("--out", chosen.out), ("--markdown", markdown)):
+        if (file or flag == "--out") and (wrong := problem(str, file) or unwritable(file, "file")):
+            parser.error(f"argument {flag}: {wrong}")
     try:
         print(report(chosen.results, chosen.out, markdown or None))
     except ReportError as error:

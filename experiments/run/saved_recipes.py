@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.run.limits import problem
 from jaxprune.recipes import Recipe
 from jaxprune.recipes.document import Node, from_yaml, to_yaml
 from jaxprune.recipes.options import read
@@ -63,7 +64,7 @@ def save_method(folder: str | Path, name: str, recipe: Recipe) -> None:
 
 def is_file(field: dataclasses.Field) -> bool:
     """Whether a field of a config is the file of a recipe, which is given without a flag."""
-    return field.metadata.get("file", False)
+    return field.name == "recipe"
 
 
 def settings(path: str, config: type) -> dict[str, Any]:
@@ -93,12 +94,10 @@ def settings(path: str, config: type) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(config) if not is_file(f)]
     nodes = _get(root, fields, "config").fields(names, what="settings")
     found = {name: read(node, hints[name]) for name, node in nodes.items()}
-    for field in dataclasses.fields(config):
-        if field.name in found and "limits" in field.metadata:
-            # Whether it can be written where the earlier run wrote is asked if no flag says otherwise.
-            limits = field.metadata["limits"]._replace(path=None)
-            if wrong := limits.problem(found[field.name]):
-                nodes[field.name].fail(f"{wrong}.")
+    stated = typing.get_type_hints(config, include_extras=True)
+    for name, value in found.items():
+        if wrong := problem(stated[name], value):
+            nodes[name].fail(f"{wrong}.")
     return found
 
 
