@@ -5,6 +5,7 @@ is not touched: save the figure with `figure.savefig(path)`, or let a notebook s
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -234,7 +235,7 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
         raise ValueError("masks: no leaf has two or more axes, so there is no kernel to draw.")
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    colours = _mask_colours(mpl)
+    colours = mask_colours()
     shapes = [min(1.2, len(image) / image.shape[1]) for _, image in pictures]
     heights = [0.6 + 3.2 * max(shapes[row * columns : (row + 1) * columns]) for row in range(rows)]
     with mpl.rc_context({"text.parse_math": False}):
@@ -252,10 +253,10 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
 def mask_images(masks: Any) -> list[tuple[str, np.ndarray]]:
     """Return the pictures that `masks` draws, as arrays with captions.
 
-    A kernel of a convolution is a grid of its filters, a row for each input and a column for each output. Any
-    other kernel is a matrix with its outputs across, averaged over blocks if it is large. If the inputs of the
-    first kernel may be the pixels of a square image, each pixel is shown too, with the fraction of its weights
-    that is kept.
+    A kernel of a convolution is a grid of its filters, a row for each input and a column for each output.
+    Any other kernel is a matrix with its outputs across, averaged over blocks if it is large. If the inputs of
+    the first kernel may be the pixels of a square image, each pixel is shown too, with the fraction of its
+    weights that is kept.
 
     Args:
       masks: a pytree of bool arrays; leaves of fewer than two axes are left out.
@@ -272,7 +273,7 @@ def mask_images(masks: Any) -> list[tuple[str, np.ndarray]]:
     leaves = zip(leaf_paths(masks), map(np.asarray, jax.tree.leaves(masks)), strict=True)
     kernels = [(path, mask) for path, mask in leaves if mask.dtype == bool and mask.ndim >= 2 and mask.size]
     made = []
-    for index, (path, mask) in enumerate(kernels):
+    for index, (path, mask) in enumerate(sorted(kernels, key=lambda kernel: _natural(kernel[0]))):
         text = f"{path}, {' x '.join(map(str, mask.shape))}: {mask.mean():.2%} kept"
         if index == 0 and mask.ndim == 2 and (pixels := _input_pixels(mask)) is not None:
             image, scale = _to_own_maximum(pixels)
@@ -349,8 +350,16 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def _mask_colours(mpl: Any) -> Any:
+def mask_colours() -> Any:
+    """Return the colour map of masks, which turns an image of `mask_images` into RGBA."""
+    mpl, _ = _matplotlib()
     return mpl.colormaps["cividis"].with_extremes(bad=_GREY)
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Return a key that sorts "conv10" after "conv2"."""
+    parts = re.split(r"(\d+)", text)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _input_pixels(mask: np.ndarray) -> np.ndarray | None:

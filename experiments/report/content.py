@@ -37,7 +37,7 @@ def _title(section: Section) -> str:
 
 
 def _section(section: Section, anchor: str) -> Iterator[Block]:
-    parts = groups.parts(section.lines)
+    parts = groups.parts(section)
     yield Text(_lead(section.lines, parts))
     shared = _shared(parts) if len(parts) > 1 else {}
     yield from _remarked(shared)
@@ -92,7 +92,7 @@ def _shared(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _is_remark(name: str, value: Any) -> bool:
-    return isinstance(value, str) and re.search("note|remark|comment", name.lower()) is not None
+    return isinstance(value, str) and name == "note"
 
 
 def _remarked(same: dict[str, Any]) -> Iterator[Block]:
@@ -113,7 +113,7 @@ def _same(same: dict[str, Any]) -> Table:
 
 
 def _part(part: Part, anchor: str) -> Iterator[Block]:
-    figure = curves.headline(part)
+    figure = next(iter(name for name in part.figures if name not in part.lists), None)
     yield from _remarked(part.same)
     if figure is not None:
         if text := _baseline(part, figure):

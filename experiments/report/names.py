@@ -51,5 +51,5 @@ def baselines(part: Part, figure: str) -> dict[str, Figure]:
 
 
 def own_method(group: Group) -> bool:
-    """Whether a group is the baseline by name, a method of its own without levels to vary."""
-    return group.baseline and any(str(name).lower() in groups.BASELINES for name in group.factors)
+    """Return whether a group is the baseline as a method of its own, without levels to vary."""
+    return group.baseline and groups.BASELINE in group.factors

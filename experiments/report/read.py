@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.report.design import Design, from_json
+
 # What says where a line is from; everything else in it is a field.
-_ABOUT = ("study", "config", "versions", "command")
+_ABOUT = ("study", "config", "versions", "command", "design")
 # Settings in which replicates may differ: where they wrote, and what they timed.
 _NOT_SETTINGS = ("out", "dense", "fresh", "timing_runs", "batch_sizes")
 # Settings that make two runs of a study two sections: figures of different tasks are not compared.
@@ -31,6 +33,7 @@ class Line(NamedTuple):
       fields: everything else but layers, with names such as "a.b" for what was nested.
       layers: by field, {path: [kept, size]} or {path: kept}.
       masks: a file beside the line's file, or None.
+      design: the roles of its fields, if its study declares them.
     """
 
     file: Path
@@ -42,6 +45,7 @@ class Line(NamedTuple):
     fields: dict[str, Any]
     layers: dict[str, dict[str, Any]]
     masks: str | None
+    design: Design | None = None
 
 
 class Section(NamedTuple):
@@ -51,11 +55,13 @@ class Section(NamedTuple):
       study: its name.
       task: which data and network, as far as the configs say.
       lines: those whose figures are compared; settings that differ between them are fields.
+      settings: the names of these fields.
     """
 
     study: str
     task: dict[str, Any]
     lines: list[Line]
+    settings: tuple[str, ...] = ()
 
 
 def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
@@ -125,7 +131,7 @@ def sections(lines: Sequence[Line]) -> list[Section]:
     made = []
     for (study, task), own in found.items():
         known = {key: value for key, value in json.loads(task).items() if value is not None}
-        made.append(Section(study, known, _with_settings(own)))
+        made.append(Section(study, known, *_with_settings(own)))
     return made
 
 
@@ -143,7 +149,7 @@ def distinct(dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({repr(sorted(one.items(), key=lambda item: item[0])): one for one in dicts}.values())
 
 
-def _with_settings(lines: list[Line]) -> list[Line]:
+def _with_settings(lines: list[Line]) -> tuple[list[Line], tuple[str, ...]]:
     keys = differing(distinct([line.config for line in lines]))
     fields = {field for line in lines for field in line.fields}
 
@@ -151,12 +157,11 @@ def _with_settings(lines: list[Line]) -> list[Line]:
         return any(key in (f"{field}s", f"{field}es", f"{field[:-1]}ies") for field in fields)
 
     keys = [k for k in keys if k not in _NOT_SETTINGS and not spelled_out(k) and k not in fields]
-    if not keys:
-        return lines
-    return [
+    made = [
         line._replace(fields={key: _setting(line.config.get(key)) for key in keys} | line.fields)
         for line in lines
     ]
+    return made, tuple(keys)
 
 
 def _setting(value: Any) -> Any:
@@ -206,7 +211,7 @@ def _line(file: Path, number: int, row: bytes) -> Line:
             layers[key] = value
         else:
             rest[key] = value
-    config, versions, command = (data.get(key) for key in _ABOUT[1:])
+    config, versions, command, design = (data.get(key) for key in _ABOUT[1:])
     study = data.get("study")
     return Line(
         file=file,
@@ -218,6 +223,7 @@ def _line(file: Path, number: int, row: bytes) -> Line:
         fields=dict(_flat(rest)),
         layers=layers,
         masks=masks if isinstance(masks, str) else None,
+        design=from_json(design),
     )
 
 

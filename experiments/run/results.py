@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from experiments.report.design import Design
 from experiments.report.read import UNFINISHED
 from experiments.run import saved_recipes, stopping
 from jaxprune.files.atomic import replacing
@@ -24,15 +25,15 @@ from jaxprune.files.atomic import replacing
 _WHOLE = "whole.jsonl"
 _LINES = "results.jsonl"
 _KEPT = "kept"
-_COMMON = ("study", "config", "versions", "command")
+_COMMON = ("study", "config", "versions", "command", "design")
 
 
 class Results:
     """A folder of results: `results.jsonl`, one line per figure, `recipe.yaml` to repeat them, and plots.
 
-    Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
-    still says what it is. `experiments.report` makes a page of them; for it a line may also hold `layers`,
-    see `layers`, and `masks`, see `keep_masks`.
+    Every line holds the study, the whole config, the command, the versions and the roles of its fields, so that
+    a line moved elsewhere still says what it is. `experiments.report` makes a page of them; for it a line may
+    also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
 
     What a run writes lies in the folder `unfinished` until it has ended well; then, all at once, it takes the
     place of an earlier run's. So a run that fails or is killed leaves the earlier results as they were, and
@@ -49,24 +50,27 @@ class Results:
         config: Any,
         recipe: Mapping[str, Any] | None = None,
         *,
+        design: Design | None = None,
         resume: bool | None = None,
         adds: bool = False,
         may_differ: Sequence[str] = ("out", "fresh"),
     ):
-        """Says what the run is; nothing is touched before the block is entered.
+        """State what the run is; nothing is touched before the block is entered.
 
         Args:
           folder: of the results.
           study, config, recipe: what every line, and `recipe.yaml`, say of the run.
-          go_on: whether the lines of an unfinished run are gone on with, if there is one; else they are
-            dropped. None if the study cannot.
-          adds: whether, if nothing is unfinished, the lines of a finished run are gone on with.
-          may_differ: settings of an earlier run that it may have had otherwise, to be gone on with.
+          design: what the fields of the lines mean, for `experiments.report`.
+          resume: whether to go on with the lines of an unfinished run, if there is one, or drop them; None if
+            the study cannot go on with them.
+          adds: whether to add to the lines of a finished run, if nothing is unfinished.
+          may_differ: settings that may differ from those of the run that is resumed.
         """
         self.folder = Path(folder)
         self.unfinished = self.folder / UNFINISHED
         self.lines: list[dict[str, Any]] = []  # the figures of all finished units, in order
         self._study, self._config, self._recipe = study, config, recipe
+        self._design = design
         self._resume, self._adds, self._may_differ = resume, adds, may_differ
         self._rows: list[bytes] = []  # of an earlier run, to be written before this one's
         self._common: dict[str, Any] = {}
@@ -91,7 +95,9 @@ class Results:
             elif self.unfinished.exists():
                 shutil.rmtree(self.unfinished)
             values = (self._study, dataclasses.asdict(self._config), versions(), command())
-            self._common = dict(zip(_COMMON, values, strict=True))
+            self._common = dict(zip(_COMMON, values, strict=False))
+            if self._design:
+                self._common["design"] = self._design.as_json()
             self._stack = stack.pop_all()
         return self
 
