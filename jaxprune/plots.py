@@ -1,7 +1,7 @@
 """Pictures of pruning: curves, masks, sensitivities, layers. Each function returns a matplotlib `Figure`.
 
-Matplotlib is imported when something is drawn (`pip install 'jaxprune[plots]'`). No window is opened, and pyplot
-is not touched: save the figure with `figure.savefig(path)`, or let a notebook show it.
+Matplotlib is imported when something is drawn (`pip install 'jaxprune[plots]'`). No window is opened, and
+pyplot is not touched: save the figure with `figure.savefig(path)`, or let a notebook show it.
 """
 
 import math
@@ -254,8 +254,8 @@ def mask_images(masks: Any) -> list[tuple[str, np.ndarray]]:
     """Return the pictures that `masks` draws, as arrays with captions.
 
     A kernel of a convolution is a grid of its filters, a row for each input and a column for each output.
-    Any other kernel is a matrix with its outputs across, averaged over blocks if it is large. If the inputs of
-    the first kernel may be the pixels of a square image, each pixel is shown too, with the fraction of its
+    Any other kernel is a matrix with its outputs across, averaged over blocks if it is large. If the inputs
+    of the first kernel may be the pixels of a square image, each pixel is shown too, with the fraction of its
     weights that is kept.
 
     Args:
@@ -335,9 +335,9 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
 
     if not len(values):
         return
-    axes.set_xscale("log")
     low, high = min(values) / 1.1, max(values) * 1.1
-    axes.set_xlim(low, high)
+    axes.set_xlim(low, high)  # first: a single point has no range of its own
+    axes.set_xscale("log")
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
     for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):

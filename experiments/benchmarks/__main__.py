@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Annotated
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import markdown, remarks, show
 from experiments.run.limits import OneOf
 from experiments.run.settings import File, Settings, parse
+from experiments.show.tables import markdown, remarks, titled
 
 NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
 
@@ -37,7 +37,7 @@ def section(name: str, small: bool) -> str:
     module = importlib.import_module(f"experiments.benchmarks.{name}")
     lines = module.run(module.SMALL if small else module.Config())
     title, table = (module.__doc__ or name).strip().partition("\n")[0].rstrip("."), module.rows(lines)
-    print(show(f"{name}: {title}", table, lines), end="\n\n", flush=True)
+    print(titled(f"{name}: {title}", table, lines), end="\n\n", flush=True)
     command = f"`python -m experiments.benchmarks.{name}`"
     said = [" ".join(remark.split()) for remark in remarks(lines)]
     return "\n\n".join([f"## {title}", command, markdown(table), *said])

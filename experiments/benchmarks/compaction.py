@@ -33,12 +33,12 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.channel_pruning import cutting
 from experiments.networks.large import ResNet, ViT
 from experiments.run.limits import OneOf
 from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show.tables import titled
 from experiments.training import steps
 from jaxprune.graph import ChannelGroups
 
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = run(config)
     print(machine())
     title = f"a forward pass on {config.batch} images without {config.share:.0%} of the channels"
-    print(show(title, rows(lines), lines))
+    print(titled(title, rows(lines), lines))
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ import optax
 import jaxprune as jp
 from experiments.benchmarks.parts import jax_steps
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.run.limits import Range
 from experiments.run.settings import BatchSize, Count, Settings, parse
+from experiments.show.tables import titled
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("memory beyond the params, as multiples of their bytes", rows(lines), lines))
+    print(titled("memory beyond the params, as multiples of their bytes", rows(lines), lines))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,10 @@ import numpy as np
 import jaxprune as jp
 from experiments.benchmarks.parts.jax_steps import argsort_masks
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.run.limits import Range
 from experiments.run.settings import Count, Natural, Settings, Sparsity, parse
+from experiments.show.tables import titled
 
 READ = "read once"
 TORCH = ("torch global_unstructured", "torch.topk")
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = run(config)
     print(machine())
     title = f"{config.sparsity:.0%} of {config.millions:g} M params in {config.leaves} leaves pruned"
-    print(show(title, rows(lines), lines))
+    print(titled(title, rows(lines), lines))
 
 
 if __name__ == "__main__":

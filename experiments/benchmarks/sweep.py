@@ -26,11 +26,11 @@ from typing import Annotated, Any
 import numpy as np
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.benchmarks.train_step import NO_TORCH
 from experiments.run.limits import Items
 from experiments.run.settings import BatchSize, Count, Settings, parse
+from experiments.show.tables import titled
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("a sweep in one program, as times as fast as a loop", rows(lines), lines))
+    print(titled("a sweep in one program, as times as fast as a loop", rows(lines), lines))
 
 
 if __name__ == "__main__":

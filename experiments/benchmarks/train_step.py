@@ -34,10 +34,10 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.run.limits import OneOf
 from experiments.run.settings import BatchSize, Count, Positive, Settings, parse
+from experiments.show.tables import titled
 
 NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
 OURS = ("masked", "packed", "fixed")
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("a train step that prunes, as a multiple of the dense one", rows(lines), lines))
+    print(titled("a train step that prunes, as a multiple of the dense one", rows(lines), lines))
 
 
 if __name__ == "__main__":

@@ -134,7 +134,9 @@ def _declared(part: Part, axis: Axis) -> Abscissa:
         if how == "dense / x":
             return _quotient(dense.copy().pop(), value) if len(dense) == 1 else None
         return (
-            _quotient(value, 1) if how == "measured" else _quotient(1, value if how == "1 / x" else 1 - value)
+            _quotient(value, 1)
+            if how in ("ratio", "measured")
+            else _quotient(1, value if how == "1 / x" else 1 - value)
         )
 
     title = f"{axis.title}, %" if percent else axis.title

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-How = Literal["dense / x", "1 / (1 - x)", "1 / x", "x", "measured"]
+How = Literal["dense / x", "1 / (1 - x)", "1 / x", "x", "ratio", "measured"]
 
 
 class Axis(NamedTuple):
@@ -13,7 +13,8 @@ class Axis(NamedTuple):
       title: under the axis.
       field: a level or a figure, `x` in `how`.
       how: the value drawn; "dense" is the field where nothing is pruned. "x" has a linear axis, the others a
-        logarithmic one. What is "measured" is drawn as points, since a line between them means nothing.
+        logarithmic one: a "ratio" is drawn as it is, and so is what is "measured", but as points, since a line
+        between them means nothing.
     """
 
     title: str

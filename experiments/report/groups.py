@@ -1,8 +1,9 @@
 """The lines of a section in parts and groups, and the figures over the seeds of a group.
 
-A study declares the roles of its fields, see `experiments.report.design`. Lines of unknown origin get a plain
-default: text that differs is a factor; a number is a level where it is needed to tell lines of one seed apart,
-if every seed has the same values of it (or, of one seed alone, if it is whole); all other numbers are figures.
+A study declares the roles of its fields, see `experiments.report.design`. Lines of unknown origin get a
+plain default: text that differs is a factor; a number is a level where it is needed to tell lines of one seed
+apart, if every seed has the same values of it (or, where there is one seed, if it is whole); all other
+numbers are figures.
 
 Lines that have different factors are in different parts, each with tables of its own, unless those of one
 have some of the factors of the other and measure the same.

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from experiments.report.blocks import Block, Code, Contents, Heading, Images, Table, Text, clean
 from experiments.report.curves import INK
-
-_WIDTH = 80
+from experiments.show.tables import WIDTH, pieces
 
 
 def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
@@ -69,22 +68,10 @@ def _table(table: Table) -> Iterator[str]:
         [_escape(head), *(_escape(row[i].text) for row in table.rows)] for i, head in enumerate(table.heads)
     ]
     widths = [max(3, *map(len, column)) for column in columns]
-    labels, rest = list(range(table.labels)), list(range(table.labels, len(columns)))
-    start = 1 + sum(widths[i] + 3 for i in labels)
-    pieces: list[list[int]] = [[]]
-    used = start
-    for i in rest:
-        if pieces[-1] and used + widths[i] + 3 > _WIDTH:
-            pieces.append([])
-            used = start
-        pieces[-1].append(i)
-        used += widths[i] + 3
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(pieces(widths, table.labels, gap=3, edge=4)):
         if number:
             yield ""
-        yield from _piece(
-            [columns[i] for i in (*labels, *piece)], [widths[i] for i in (*labels, *piece)], len(labels)
-        )
+        yield from _piece([columns[i] for i in piece], [widths[i] for i in piece], table.labels)
 
 
 def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int) -> Iterator[str]:
@@ -101,7 +88,7 @@ def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int)
 
 def _paragraph(text: str) -> list[str]:
     """Lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
-    lines = textwrap.wrap(_escape(text), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(_escape(text), WIDTH, break_long_words=False, break_on_hyphens=False)
     return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
 
 

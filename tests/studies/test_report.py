@@ -254,7 +254,7 @@ def test_factors_levels_and_figures_are_told_apart(name):
 
 
 def test_a_study_declares_the_roles_of_its_fields():
-    """What is declared holds, whatever the values look like: here both numbers are whole, and differ by seed."""
+    """What is declared holds, whatever the values look like: here they are whole, and differ by seed."""
     design = Design(("figure", "method"), ("sparsity",), ("accuracy",), baseline={"method": "dense"})
     lines = [
         {"figure": "drop", "layer": "fc1", "sparsity": 1, "seed": s, "drop": s, "design": design.as_json()}
