@@ -34,6 +34,7 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.lenet import file_bytes
 from experiments.networks.small import LeNet
+from experiments.report.design import Design
 from experiments.run import stopping
 from experiments.run.results import Results
 from experiments.run.settings import (
@@ -188,6 +189,13 @@ def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[st
     return {step: times["compiled"].median / times[step].median for step in STEPS}
 
 
+DESIGN = Design(
+    factors=("step",),
+    figures=("accuracy", "nonzero", "macs", "file_bytes", "program_bytes", "speed_up"),
+    percent=("accuracy",),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns them."""
     data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
@@ -195,7 +203,10 @@ def run(config: Config) -> list[dict[str, Any]]:
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))
     lines: list[dict[str, Any]] = []
     total = 3 * config.epochs + 4 * config.tune_epochs
-    with Results(config.out, "deployment", config) as results, tqdm(total=total, unit="epoch") as bar:
+    with (
+        Results(config.out, "deployment", config, design=DESIGN) as results,
+        tqdm(total=total, unit="epoch") as bar,
+    ):
         found = networks(config, train, test, bar)
         speed = speeds(found, images, config.rounds)
         for step in STEPS:
@@ -209,16 +220,14 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns; means over seeds."""
-    text = [f"{'':<29}{'nonzero':>7}{'MACs':>8}{'file':>7}{'program':>8}{'speed':>6}{'accuracy %':>15}"]
+    """Return the lines as a table of at most 80 columns; means over seeds."""
+    rows = [["", "nonzero", "MACs", "file", "program", "speed", "accuracy %"]]
     for step, title in STEPS.items():
         own = [line for line in lines if line["step"] == step]
-        mean = {key: np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes")}
-        text.append(
-            f"{title:<29}{mean['nonzero']:>7,.0f}{mean['macs']:>8,.0f}{mean['file_bytes']:>7,.0f}"
-            f"{own[0]['program_bytes']:>8,}{own[0]['speed_up']:>6.2f}{tables.cell(own):>15}"
-        )
-    return "\n".join(text)
+        means = (np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes"))
+        row = [title, *(f"{mean:,.0f}" for mean in means), f"{own[0]['program_bytes']:,}"]
+        rows.append([*row, f"{own[0]['speed_up']:.2f}", tables.cell(own)])
+    return tables.text(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
+from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
 from experiments.run.limits import Items, OneOf
@@ -46,6 +47,7 @@ from experiments.run.results import Results, layers
 from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
+from jaxprune import plots
 
 CHAINS = ("ticket", "tune", "learning-rate")
 BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")
@@ -259,6 +261,16 @@ class Study:
         return lines
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("level",),
+    figures=("accuracy", "early_stop_accuracy", "density", "sparsity_model", "kept_weights"),
+    percent=("accuracy", "early_stop_accuracy", "density", "sparsity_model"),
+    baseline={"level": 0},
+    axes=(Axis("compression (weights)", "density", "1 / x"), Axis("density", "density", "x")),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, or what is left of it, writes its lines, and returns them."""
     chosen = settings(config)
@@ -268,7 +280,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
     total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
     with contextlib.ExitStack() as stack:
-        results = stack.enter_context(Results(config.out, "lottery_ticket", config, resume=not config.fresh))
+        own = Results(config.out, "lottery_ticket", config, design=DESIGN, resume=not config.fresh)
+        results = stack.enter_context(own)
         for method in CHAINS if config.fresh else ():
             forget(folder / method)
         # First, so that a folder of other settings is refused before anything is trained or written.
@@ -313,41 +326,43 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     chosen = settings(config)
     left = {line["level"]: line["density"] for line in lines if line["method"] == "ticket"}
     shown = sorted({0, *(chosen.branch_levels or left)})
-    rows = {level: f"{left[level]:>7.2%}{level:>7}" for level in shown}
+    rows = {level: f"{level:>2}: {left[level]:>7.2%}" for level in shown}
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     text = ["accuracy in % after the last epoch, mean and s.d. over seeds"]
-    text += tables.by_method(lines, rows, "level", methods, heading="left %  level")
+    text.append(tables.by_method(lines, rows, "level", methods, heading="level: left"))
     text += ["", "the ticket where early stopping on held-out images would have stopped"]
-    text.append("left %   level    epoch      accuracy %")
-    for level in shown:
+    stopped = [["level: left", "epoch", "accuracy %"]]
+    for level, label in rows.items():
         epochs = [x["early_stop_epoch"] for x in lines if (x["method"], x["level"]) == ("ticket", level)]
-        stopped = tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
-        text.append(f"{rows[level]}{np.mean(epochs):>9.1f}{stopped:>16}")
-    return "\n".join(text)
+        accuracy = tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
+        stopped.append([label, f"{np.mean(epochs):.1f}", accuracy])
+    return "\n".join([*text, tables.text(stopped)])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
-    """Accuracy against compression of the weights, as `accuracy.png`."""
-    curves = {}
+    """Draw accuracy against compression of the weights, as `accuracy.png`."""
+    curves: dict[str, plots.Line] = {}
     for method in METHODS:
         own = [line for line in lines if line["method"] == method and line["level"]]
-        levels = sorted({line["level"] for line in own})
+        levels = [[line for line in own if line["level"] == x] for x in sorted({x["level"] for x in own})]
         if levels:
-            curves[method] = figures.Curve(
-                [next(1 / line["density"] for line in own if line["level"] == level) for level in levels],
-                np.array([[line["accuracy"] for line in own if line["level"] == level] for level in levels]),
-            )
+            compressions = [1 / level[0]["density"] for level in levels]
+            curves[method] = compressions, [[line["accuracy"] for line in level] for level in levels]
     epochs = settings(config).epochs
-    figures.panels(
-        Path(config.out) / "accuracy.png",
-        f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
-        [("compression (weights)", curves)],
-        baseline=np.array([line["accuracy"] for line in lines if not line["level"]]),
+    figure = plots.curves(
+        curves,
+        x="compression (weights)",
+        y="test accuracy (%)",
+        title=f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
+        baseline={"dense": figures.accuracies(lines, level=0)},
+        percent=True,
+        log=True,
     )
+    figures.save(figure, Path(config.out) / "accuracy.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,9 +29,11 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP, LeNet
+from experiments.report.design import Design
 from experiments.run import stopping
 from experiments.run.results import Results, layers
 from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.show import tables
 from experiments.training import loops
 from experiments.training.distill import LABELS, Mix, Taught, losses
 
@@ -278,6 +280,14 @@ def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> C
     )
 
 
+DESIGN = Design(
+    factors=("method",),
+    figures=("accuracy", "held_out_accuracy", "sparsity", "sparsity_model", "macs"),
+    percent=("accuracy", "held_out_accuracy", "sparsity", "sparsity_model"),
+    baseline={"method": "dense"},
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
     recipe = jp.recipes.load(config.recipe)
@@ -293,7 +303,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         each = config.epochs if config.rewind == "weights" else config.tune_epochs
         epochs = config.epochs + levels(config, recipe) * each
     bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
-    with Results(config.out, "recipe", config, recipe.data, resume=not config.fresh) as results, bar:
+    results = Results(config.out, "recipe", config, recipe.data, design=DESIGN, resume=not config.fresh)
+    with results, bar:
         for seed in config.seeds:
             if results.done(seed=seed):
                 bar.update(epochs)
@@ -318,14 +329,13 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns, and why pruning stopped."""
-    text = ["seed  network  sparsity  of model      kept        MACs  accuracy %  file x"]
+    """Return the lines as a table of at most 80 columns, and why pruning stopped."""
+    rows = [["seed", "network", "sparsity", "of model", "kept", "MACs", "accuracy %", "file x"]]
     for line in lines:
-        smaller = f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""
-        row = f"{line['seed']:>4}  {line['method']:<7}"
-        row += f"  {line['sparsity']:>8.2%}  {line['sparsity_model']:>8.2%}"
-        row += f"{line['kept']:>10,}{line['macs']:>12,}  {100 * line['accuracy']:>10.2f}  {smaller:>6}"
-        text.append(row)
+        row = [str(line["seed"]), line["method"], f"{line['sparsity']:.2%}", f"{line['sparsity_model']:.2%}"]
+        row += [f"{line['kept']:,}", f"{line['macs']:,}", f"{100 * line['accuracy']:.2f}"]
+        rows.append([*row, f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""])
+    text = [tables.text(rows, labels=2)]
     text += ["", "without the channels that are dead:"] * any("compact_macs" in line for line in lines)
     for line in lines:
         if "compact_macs" in line:

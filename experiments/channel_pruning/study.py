@@ -39,6 +39,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.channel_pruning import cutting, show
 from experiments.channel_pruning.cutting import NETWORKS, RANKINGS, Cut, Small
+from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
 from experiments.run.limits import FlagError, Items, OneOf, Range
@@ -299,15 +300,30 @@ def _key(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), purposes.index(purpose))
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("target",),
+    figures=("accuracy", "loss", "before.accuracy", "params", "macs", "macs_ratio"),
+    percent=("accuracy", "before.accuracy"),
+    baseline={"method": "dense"},
+    axes=(
+        Axis("compression (parameters)", "params", "dense / x"),
+        Axis("times fewer multiply-adds", "macs_ratio", "ratio"),
+    ),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
     chosen = settings(config)
     own = _filled(chosen)
     wanted = [("dense", 1.0), *((m, target) for target in own.targets for m in chosen.methods)]
+    text = NETWORKS[own.network].dataset == "tiny_shakespeare"
     results = Results(
         own.out,
         "channel_pruning",
         chosen,
+        design=DESIGN._replace(figures=("bits", *DESIGN.figures)) if text else DESIGN,
         resume=not chosen.fresh,
         adds=True,
         may_differ=_NOT_SETTINGS,

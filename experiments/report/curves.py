@@ -1,4 +1,4 @@
-"""Curves of a report, as SVG: the first figure of a part against what its study declares, or the first level."""
+"""Curves of a report, as SVG: the first figure of a part against declared axes, or the first level."""
 
 import io
 import math
@@ -94,7 +94,7 @@ def _without_warnings() -> Any:
     return warnings.catch_warnings(action="ignore", category=UserWarning)
 
 
-def _curves(part: Part, figure: str, axis: Axis) -> dict[str, list[tuple[float, float, float]]]:
+def _curves(part: Part, figure: str, axis: Abscissa) -> dict[str, list[tuple[float, float, float]]]:
     curves: dict[tuple, list[tuple[float, float, float]]] = {}
     called: dict[tuple, str] = {}
     name = names.namer(part)

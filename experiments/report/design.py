@@ -12,9 +12,9 @@ class Axis(NamedTuple):
     Attributes:
       title: under the axis.
       field: a level or a figure, `x` in `how`.
-      how: the value drawn; "dense" is the field where nothing is pruned. "x" has a linear axis, the others a
-        logarithmic one: a "ratio" is drawn as it is, and so is what is "measured", but as points, since a line
-        between them means nothing.
+      how: the value drawn; "dense" is the field where nothing is pruned. "x" has a linear axis, the others
+        have a logarithmic one. A "ratio" is drawn as it is. What is "measured" is drawn as points, since a
+        line between them means nothing.
     """
 
     title: str

@@ -32,8 +32,8 @@ class Results:
     """A folder of results: `results.jsonl`, one line per figure, `recipe.yaml` to repeat them, and plots.
 
     Every line holds the study, the whole config, the command, the versions and the roles of its fields, so
-    that a line moved elsewhere still says what it is. `experiments.report` makes a page of them; for it a line
-    may also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
+    that a line moved elsewhere still says what it is. `experiments.report` makes a page of them. A line may
+    also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
 
     What a run writes lies in the folder `unfinished` until it has ended well; then, all at once, it takes the
     place of an earlier run's. So a run that fails or is killed leaves the earlier results as they were, and

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.training.loops import percent
+import numpy as np
 
 WIDTH = 80
 Rows = Sequence[Sequence[str]]
@@ -83,6 +83,12 @@ def pieces(widths: Sequence[int], labels: int, gap: int, edge: int = 0) -> Itera
         piece.append(column)
         used += gap + widths[column]
     yield piece
+
+
+def percent(accuracies: Sequence[float]) -> str:
+    """Return mean and standard deviation over seeds in percent, as in "97.86 +- 0.08"."""
+    values = 100 * np.array(accuracies)
+    return f"{values.mean():.2f} +- {values.std():.2f}"
 
 
 def cell(lines: Sequence[Mapping[str, Any]], figure: str = "accuracy", **keys: Any) -> str:

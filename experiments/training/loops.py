@@ -350,9 +350,3 @@ def total(figures: Callable, predict: Callable[[jax.Array], Any], split: Any, ch
         return jnp.sum(jnp.where(real, each, 0), axis=0)
 
     return jnp.sum(jax.lax.map(part, index), axis=0)
-
-
-def percent(accuracies: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds in percent, as in "97.86 +- 0.08"."""
-    values = 100 * np.array(accuracies)
-    return f"{values.mean():.2f} +- {values.std():.2f}"
