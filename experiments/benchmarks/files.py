@@ -25,6 +25,7 @@ import jaxprune as jp
 from experiments.networks.small import LeNet
 from experiments.run.limits import Range
 from experiments.run.settings import Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,12 @@ def summarise(lines: Sequence[dict[str, float]]) -> str:
     text = [
         "ratios to dense safetensors. Sizes: the entropy bound, jp.io.save, the same with",
         "8-bit values, numpy compressed. Times: jp.io.save, jp.io.load",
-        "sparsity" + "".join(f"{head:>9}" for head in (*sizes, *times)),
     ]
+    rows = [["sparsity", *sizes, *times]]
     for line in lines:
-        cells = [f"{line[head]:>9.4f}" for head in sizes] + [f"{line[head]:>9.2f}" for head in times]
-        text.append(f"{line['sparsity']:>8.0%}" + "".join(cells))
-    return "\n".join(text)
+        cells = [f"{line[head]:.4f}" for head in sizes] + [f"{line[head]:.2f}" for head in times]
+        rows.append([f"{line['sparsity']:.0%}", *cells])
+    return "\n".join([*text, tables.text(rows)])
 
 
 def exported() -> list[tuple[str, tuple[int, int, int]]]:
@@ -160,9 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(summarise(run(config)))
     if config.export:
         print("\nbytes of LeNet; half of each layer's channels masked, or gone")
-        print(f"{'':<28}{'dense':>10}{'masked':>10}{'compacted':>12}")
-        for name, (dense, masked, compacted) in exported():
-            print(f"{name:<28}{dense:>10,}{masked:>10,}{compacted:>12,}")
+        rows = [[name, *(f"{size:,}" for size in sizes)] for name, sizes in exported()]
+        print(tables.text([["", "dense", "masked", "compacted"], *rows]))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jaxprune as jp
 from experiments.benchmarks.graph import decoder, decoder_params, size, stacked
 from experiments.run.limits import Range
 from experiments.run.settings import Count, Settings, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the ratio."""
+    """Print the times and their ratio."""
     config = parse(Config, argv, __doc__)
-    print(f"{f'CPU time, median of {config.rounds - 1}':<58}{'groups':>10}{'gradient':>10}{'ratio':>8}")
+    rows = [[f"CPU time, median of {config.rounds - 1}", "groups", "gradient", "ratio"]]
     for sizes in SIZES:
         for scanned in (False, True):
             finding, tracing, name = measure(config, *sizes, scanned)
-            print(f"{name:<58}{finding:>8.2f} s{tracing:>8.2f} s{finding / tracing:>8.1f}", flush=True)
+            rows.append([name, f"{finding:.2f} s", f"{tracing:.2f} s", f"{finding / tracing:.1f}"])
+    print(tables.text(rows))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from jax.experimental import sparse
 import jaxprune as jp
 from experiments.run.limits import Range
 from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"masked and sparse: {config.sparsity:.0%} of the weights; compacted: {config.units:.0%} of the units"
     )
-    print(f"{'':<12}{'MACs':>14}{'MACs x':>9}{'speed x':>9}  (quartiles)")
+    rows = [["", "MACs", "MACs x", "speed x", "quartiles"]]
     for line in run(config):
-        print(
-            f"{line['way']:<12}{line['macs']:>14,}{line['macs_ratio']:>9.2f}{line['speed_up']:>9.2f}"
-            f"  ({line['speed_up_low']:.2f}-{line['speed_up_high']:.2f})"
-        )
+        quartiles = f"{line['speed_up_low']:.2f}-{line['speed_up_high']:.2f}"
+        figures = f"{line['macs']:,}", f"{line['macs_ratio']:.2f}", f"{line['speed_up']:.2f}"
+        rows.append([line["way"], *figures, quartiles])
+    print(tables.text(rows))
 
 
 if __name__ == "__main__":

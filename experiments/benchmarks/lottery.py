@@ -61,8 +61,10 @@ from tqdm import tqdm
 from experiments.benchmarks.parts import jax_lottery
 from experiments.benchmarks.parts.turns import Worker
 from experiments.data import datasets
+from experiments.report.design import Design
 from experiments.run.results import Results
 from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.show import tables
 
 OURS = ("spread", "vmap", "alone")
 TITLES = {
@@ -183,10 +185,14 @@ def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Work
     return workers, start("_bound:Parts", **ours, steps=config.steps, lr=config.lr)
 
 
+DESIGN = Design(factors=("figure", "way", "over", "part"), figures=("ratios", "masks", "params"))
+
+
 def run(config: Config) -> list[dict[str, Any]]:
     """Runs the benchmark, writes its lines, and returns them."""
     lines: list[dict[str, Any]] = []
-    with Results(config.out, "benchmarks.lottery", config) as results, contextlib.ExitStack() as stack:
+    results = Results(config.out, "benchmarks.lottery", config, design=DESIGN)
+    with results, contextlib.ExitStack() as stack:
 
         def add(**line: Any) -> None:
             results.write(**line)
@@ -231,27 +237,28 @@ def shown(ratios: Sequence[float]) -> str:
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as tables of at most 80 columns."""
-    text = ["against spread: masks that are the same, largest difference of trained params"]
-    text += [
-        f"{TITLES[line['way']]:<22}{line['masks']:>18.3%}{line['params']:>18.1e}"
+    """Return the lines as tables of at most 80 columns."""
+    agreement = [
+        [TITLES[line["way"]], f"{line['masks']:.3%}", f"{line['params']:.1e}"]
         for line in lines
         if line["figure"] == "agreement"
     ]
+    text = [tables.text([["against spread", "masks that are the same", "params differ by"], *agreement])]
     speed = [line for line in lines if line["figure"] == "speed"]
     columns = [
         over for over in ("alone", "torch", "torch best") if any(line["over"] == over for line in speed)
     ]
     text += ["", "times as fast as the way above the column: median of rounds (least-most)"]
-    text.append(f"{'':<22}" + "".join(f"{TITLES[over].split(', ')[-1]:>18}" for over in columns))
+    rows = [["", *(TITLES[over].split(", ")[-1] for over in columns)]]
     ways = {line["way"]: line["settings"] for line in speed}
     for way in ways:
         own = {line["over"]: shown(line["ratios"]) for line in speed if line["way"] == way}
-        text.append(f"{TITLES[way]:<22}" + "".join(f"{own[over]:>18}" for over in columns))
+        rows.append([TITLES[way], *(own[over] for over in columns)])
+    text.append(tables.text(rows))
     text += [f"{TITLES[way]}: {settings}" for way, settings in ways.items() if settings]
     if bound := [line for line in lines if line["figure"] == "bound"]:
-        text += ["", "parts of a step, as fractions of it: one seed, one core"]
-        text += [f"{line['part']:<62}{shown(line['ratios']):>18}" for line in bound]
+        rows = [[line["part"], shown(line["ratios"])] for line in bound]
+        text += ["", tables.text([["parts of a step: one seed, one core", "fraction of it"], *rows])]
     return "\n".join(text)
 
 

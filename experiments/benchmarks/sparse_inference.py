@@ -33,6 +33,7 @@ import jaxprune as jp
 from experiments.benchmarks.parts.turns import Worker
 from experiments.run.limits import OneOf, Range
 from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 PEERS = ("scipy", "torch")
 FORMS = ("csr", "padded", "blocks", "compact")
@@ -184,22 +185,17 @@ def run(config: Config) -> list[dict[str, Any]]:
     return [line for batch, sparsity in pairs for line in case(config, batch, sparsity)]
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A row for each batch and sparsity, a column for each way but dense, and the forms it was given."""
-    ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
-    forms = [way for way in ("measure", "rule") if way in ways]
-    chosen = f"  {'; '.join(forms)}:" if forms else ""
-    text = [f"{'batch':>5}{'sparsity':>9}" + "".join(f"{way:>8}" for way in ways) + chosen]
-    for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
-        by = {line["way"]: line for line in some}
-        cells = "".join(f"{by[way]['speed_up']:>8.2f}" if way in by else f"{'-':>8}" for way in ways)
-        notes = "; ".join(by[way]["note"] for way in forms)
-        text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {notes}".rstrip()[:80])
-    return "\n".join(text)
+def notes(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the forms that `sparsify` gave the kernels, for each batch and sparsity."""
+    return [
+        f"batch {line['batch']}, {line['sparsity']:.0%}, {line['way']}: {line['note']}"[:80]
+        for line in lines
+        if line["way"] in ("measure", "rule") and line["note"]
+    ]
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The same figures as rows of text, header first, for `python -m experiments.benchmarks`."""
+    """Return the figures, header first: a row for each batch and sparsity, a column for each way."""
     ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
     found = [("batch", "sparsity", *ways)]
     for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
@@ -213,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     print(f"{config.layers} kernels of {config.width} x {config.width}, {config.structure} pruned,")
     print(f"{jax.devices()[0].device_kind}; times faster than dense, medians of {config.rounds}")
-    print(table(run(config)))
+    lines = run(config)
+    print("\n".join([tables.text(rows(lines), labels=2), *notes(lines)]))
 
 
 if __name__ == "__main__":

@@ -47,10 +47,12 @@ from experiments.distributed import sharded_training
 from experiments.distributed.launch import free_address, launch, module_command
 from experiments.distributed.sharded_training import feed, fingerprint, gather
 from experiments.networks.large import Decoder
+from experiments.report.design import Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.limits import FlagError
 from experiments.run.results import Results, layers
 from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Settings, Sparsity, parse
+from experiments.show import tables
 from experiments.training import steps
 
 
@@ -125,11 +127,16 @@ def set_up(config: Config) -> None:
         jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
 
 
+DESIGN = Design(
+    levels=("devices", "processes"), figures=("loss", "sparsity", "params"), percent=("sparsity",)
+)
+
+
 def train(config: Config) -> dict[str, Any]:
     """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
     if jax.process_index() > 0:
         return _train(config)[0]
-    with Results(config.out, "distributed", config) as results:
+    with Results(config.out, "distributed", config, design=DESIGN) as results:
         line, masks = _train(config)
         results.write(**line, masks=results.keep_masks("last", masks))
     return line
@@ -292,15 +299,13 @@ def line_of(folder: Path) -> dict[str, Any]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns."""
-    text = ["devices processes  mesh   loss  sparsity  params  masks"]
+    """Return the lines as a table of at most 80 columns."""
+    rows = [["devices", "processes", "mesh", "loss", "sparsity", "params", "masks"]]
     for line in lines:
-        mesh = "x".join(map(str, line["mesh"].values()))
-        text.append(
-            f"{line['devices']:>7} {line['processes']:>9} {mesh:>5} {line['loss']:>6.4f} "
-            f"{line['sparsity']:>9.4%}  {line['last_params'][:12]}  {line['last_masks'][:12]}"
-        )
-    return "\n".join(text)
+        row = [str(line["devices"]), str(line["processes"]), "x".join(map(str, line["mesh"].values()))]
+        row += [f"{line['loss']:.4f}", f"{line['sparsity']:.4%}"]
+        rows.append([*row, line["last_params"][:12], line["last_masks"][:12]])
+    return tables.text(rows)
 
 
 def start_processes(config: Config, quiet: bool = False) -> None:
