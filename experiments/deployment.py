@@ -98,12 +98,12 @@ class Network(NamedTuple):
 
 
 def applied(model: LeNet) -> Callable[..., Any]:
-    """The model as a function of params and images."""
+    """Return the model as a function of params and images."""
     return lambda params, x: model.apply({"params": params}, x)
 
 
 def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -> dict[str, Network]:
-    """The networks of each step but the first, by its name."""
+    """Return the networks of each step but the first, by its name."""
     lenet, narrow = (LeNet(jax.default_backend() == "cpu", widths) for widths in ((10, 20, 50), HALF))
     keys = [loops.seed_keys(config.seeds, purpose) for purpose in range(5)]
     mix = distill.Mix(config.temperature, config.alpha)
@@ -163,12 +163,12 @@ def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -
 
 
 def as_int8(params: Any) -> Any:
-    """Params as they come back from a file of 8-bit integers, for each seed by itself."""
+    """Return params as they come back from a file of 8-bit integers, for each seed by itself."""
     return jax.vmap(jp.quantization.as_int8)(params)
 
 
 def figures(network: Network, index: int, image: jax.Array) -> dict[str, Any]:
-    """What one seed's network costs to hold and to run."""
+    """Return what one seed's network costs to hold and to run."""
     apply, params, masks = network.of_seed(index)
     return {
         "accuracy": float(network.accuracy[index]),
@@ -181,7 +181,7 @@ def figures(network: Network, index: int, image: jax.Array) -> dict[str, Any]:
 
 
 def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[str, float]:
-    """How many times as fast as LeNet under jit each step is, of the first seed, by medians."""
+    """Return how many times as fast as LeNet under jit each step is, of the first seed, by medians."""
     calls = {step: (*network.of_seed(0)[:2], images) for step, network in found.items()}
     times = jp.metrics.latency(calls, rounds=rounds)
     # Op by op takes so much longer that taking turns with the others would change nothing.
@@ -197,7 +197,7 @@ DESIGN = Design(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
+    """Run the study, writes its lines, and returns them."""
     data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
     train, test = loops.splits(data)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))
@@ -231,7 +231,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)

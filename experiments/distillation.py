@@ -115,13 +115,13 @@ class Config(Settings):
 
 
 def settings(config: Config) -> Sizes:
-    """The data set's settings with what the flags change."""
+    """Return the data set's settings with what the flags change."""
     given = {name: getattr(config, name) for name in Sizes._fields}
     return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
 def student_mixes(config: Config) -> dict[str, Mix]:
-    """What a student learns from, by name."""
+    """Return what a student learns from, by name."""
     return {
         LABELS: distill.LABELS,
         TWICE: Mix(scale=2),
@@ -299,7 +299,7 @@ def pruning(of: Study) -> None:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
+    """Run the study, writes its lines, and returns them."""
     sizes, parts, levels = settings(config), set(config.parts), len(config.sparsities)
     total = (sizes.epochs + sizes.few_epochs) * bool(parts & {"few", "pruning"})
     students = sizes.student_epochs * len(STUDENTS) * len(student_mixes(config))
@@ -385,7 +385,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

@@ -63,7 +63,7 @@ METHODS = ("static", "set", "rigl", "gradual")
 
 
 def epochs(config: Config) -> int:
-    """The epochs asked for; a small data set takes more of them."""
+    """Return the epochs asked for; a small data set takes more of them."""
     return {"mnist": 10, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
@@ -74,7 +74,7 @@ def moves(config: Config, steps: int) -> dict[str, Any]:
 
 
 def recipe(config: Config, method: str, sparsity: float, steps: int) -> jp.recipes.Recipe:
-    """What a method prunes by: random masks, which move or not, or the cubic schedule from dense."""
+    """Return what a method prunes by: random masks, which move or not, or the cubic schedule from dense."""
     if method == "gradual":
         begin, end = steps // 10, steps * 3 // 4
         cubic = {"sparsity": sparsity, "begin_step": begin, "end_step": end}
@@ -181,7 +181,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def erk_masks(params: Any, key: jax.Array, sparsity: float) -> Any:
-    """Random masks with Erdos-Renyi densities."""
+    """Return random masks with Erdos-Renyi densities."""
     densities = jp.distributions.erk(params, sparsity)
     return jp.prune_once(params, jp.scores.random, densities, key=key, scope="layerwise")
 

@@ -131,7 +131,7 @@ class Size(NamedTuple):
 
 
 def measure(masks: Any) -> Size:
-    """Counts what masks leave of LeNet.
+    """Count what masks leave of LeNet.
 
     Args:
       masks: masks of one network (no seed axis).
@@ -154,7 +154,7 @@ def measure(masks: Any) -> Size:
 
 
 def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[str, Any]:
-    """Takes the dead channels out of a masked LeNet and measures what is left.
+    """Take the dead channels out of a masked LeNet and measures what is left.
 
     A dead channel still gives relu(bias), which is folded into the biases of the next layer.
 
@@ -196,20 +196,20 @@ def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[s
 
 
 def file_bytes(params: Any, masks: Any = None, int8: bool = False) -> int:
-    """Bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
+    """Return the bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
     with tempfile.TemporaryDirectory() as folder:
         return jp.io.save(Path(folder) / "params", params, masks, int8=int8)
 
 
 def optimizers(training: Training, train_size: int) -> tuple[Any, Any]:
-    """The optimizers of dense training and of fine-tuning."""
+    """Return the optimizers of dense training and of fine-tuning."""
     steps = training.epochs * -(-train_size // training.batch_size)
     rate = optax.cosine_decay_schedule(training.lr, steps) if training.cosine else training.lr
     return optax.sgd(rate, training.momentum), optax.sgd(training.tune_lr, training.momentum)
 
 
 def timer(model: LeNet, split: loops.Split, runs: int) -> Callable[[Any, Any], float]:
-    """`ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
+    """Return `ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
 
     The passes alternate, so that both meet the same noise; the ratio is of the medians.
     """

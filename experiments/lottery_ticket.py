@@ -128,7 +128,7 @@ PRESETS = {
 
 
 def settings(config: Config) -> Preset:
-    """The preset with what the flags change.
+    """Return the preset with what the flags change.
 
     Raises:
       FlagError: a flag does not go with what the preset gives.
@@ -153,7 +153,7 @@ def recipe(rate: float, last_rate: float, last: str) -> jp.recipes.Recipe:
 
 
 def vmapped(pruner: jp.Pruner) -> jp.Pruner:
-    """The pruner for params with a leading seed axis; each seed is pruned on its own."""
+    """Return the pruner for params with a leading seed axis; each seed is pruned on its own."""
     return pruner._replace(init=jax.jit(jax.vmap(pruner.init)), update=jax.jit(jax.vmap(pruner.update)))
 
 
@@ -198,7 +198,7 @@ class Study:
         return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
 
     def chain(self, method: str, after: jp.Ticket | None, fits: list[loops.Fit]) -> Iterator[jp.Ticket]:
-        """The levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
+        """Return the levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
 
         def trainer(fit, keys):
             def train(params, masks):
@@ -217,7 +217,7 @@ class Study:
         return jp.lottery_ticket(train, self.init, self.pruner, levels, after=after, **options)
 
     def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, loops.Fit]:
-        """Masks and training of a control of a ticket; `dense` is the trained dense network."""
+        """Return masks and training of a control of a ticket; `dense` is the trained dense network."""
         masks, start, fit, keys = ticket.masks, self.init, self.fit, self.train_keys
         if method == "reinit":
             start = self.other_init
@@ -232,7 +232,7 @@ class Study:
         return masks, fit(jp.rewind(start, masks), masks, keys)
 
     def lines(self, method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
-        """The figures of a level, a line per seed."""
+        """Return the figures of a level, a line per seed."""
         at_end, stopped = self.accuracy(fit.params), self.accuracy(fit.best)
         tuned = method in ("tune", "one-shot-tune")
         begin = 0 if tuned else self.config.rewind_epoch
@@ -272,7 +272,7 @@ DESIGN = Design(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, or what is left of it, writes its lines, and returns them."""
+    """Run the study, or what is left of it, writes its lines, and returns them."""
     chosen = settings(config)
     folder = Path(config.out) / "checkpoints"
     chains = [method for method in CHAINS if method == "ticket" or method in chosen.methods]
@@ -292,7 +292,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
         def measured(method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
-            """A level's lines; the first seed's masks of a method's last level are kept."""
+            """Return a level's lines; the first seed's masks of a method's last level are kept."""
             new = study.lines(method, level, masks, fit)
             if level and level == max(chosen.branch_levels if method in BRANCHES else (chosen.levels,)):
                 first = jax.tree.map(operator.itemgetter(0), masks)
@@ -366,7 +366,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

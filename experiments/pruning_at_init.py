@@ -69,12 +69,12 @@ METHODS = ("random", "erk", "magnitude", "snip", "grasp", "synflow-1", "synflow"
 
 
 def epochs(config: Config) -> int:
-    """The epochs asked for; a small data set takes more of them."""
+    """Return the epochs asked for; a small data set takes more of them."""
     return {"mnist": 8, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
 def recipe(method: str, compression: float, rounds: int) -> jp.recipes.Recipe:
-    """What a method prunes by."""
+    """Return what a method prunes by."""
     sparsity = 1 - 1 / compression
     # After k of n rounds the density is d^(k/n).
     levels = {"geometric": 1 - (1 - sparsity) ** (1 / rounds)}
@@ -121,7 +121,7 @@ def criteria(
 
 
 def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
-    """Whether a path of kept weights leads from the input to the output."""
+    """Return whether a path of kept weights leads from the input to the output."""
 
     def ones(path, mask):
         return jnp.where(mask & (path[-1].key == "kernel"), 1.0, 0.0)

@@ -95,11 +95,11 @@ class Study:
         self._untaught = jnp.zeros((len(self.train.y), 10))
 
     def apply(self, params: Any, x: jax.Array) -> Any:
-        """The network in evaluation mode."""
+        """Return the network in evaluation mode."""
         return self.plain.apply({"params": params}, x)
 
     def loss(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """What scores of the loss are made of."""
+        """Return what scores of the loss are made of."""
         x, y = batch
         return optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y).mean()
 
@@ -108,12 +108,12 @@ class Study:
         return int(_correct(self.model, params, split)) / len(split.y)
 
     def macs(self, masks: Any) -> int:
-        """The multiply-adds of one image that the masks leave."""
+        """Return the multiply-adds of one image that the masks leave."""
         shapes = jax.eval_shape(lambda: jax.tree.map(lambda mask: jnp.zeros(mask.shape), masks))
         return jp.metrics.macs(self.apply, shapes, self.example, masks=masks).total
 
     def pruner(self, params: Any, seed: int) -> jp.Pruner:
-        """The recipe's, whose scores get a batch if they read one."""
+        """Return the recipe's, whose scores get a batch if they read one."""
         key = loops.seed_keys((seed,), purpose=3)[0]
         pruner = self.recipe.pruner(params, key=key, loss_fn=self.loss, apply_fn=self.apply, x=self.example)
         if pruner.takes is not None and "batch" not in pruner.takes:
@@ -125,7 +125,7 @@ class Study:
         return pruner._replace(update=update)
 
     def mix(self, teacher: Any) -> tuple[Any, Mix]:
-        """A teacher's answers, and how the recipe learns from them."""
+        """Return a teacher's answers, and how the recipe learns from them."""
         if self.recipe.distillation is None or teacher is None:
             return self._untaught, LABELS
         return _answers(self.model, teacher, self.train), Mix(**self.recipe.distillation)
@@ -133,7 +133,7 @@ class Study:
     def fit(
         self, params: Any, masks: Any, key: jax.Array, epochs: int, bar: tqdm, teacher: Any = None
     ) -> Any:
-        """Trains under fixed masks."""
+        """Train under fixed masks."""
         answers, mix = self.mix(teacher)
         params = jp.apply_masks(params, masks)
         opt_state: Any = jp.keep_masked(self.adam, masks).init(params)
@@ -145,14 +145,14 @@ class Study:
         return params
 
     def stops(self, params: Any, masks: Any) -> tuple[str | None, bool]:
-        """Why to stop, and whether it is that the accuracy fell too low."""
+        """Return why to stop, and whether it is that the accuracy fell too low."""
         accuracy, stop = self.accuracy(params, self.held_out), self.recipe.stop
         macs = None if stop.macs is None else self.macs(masks)
         low = stop.accuracy is not None and accuracy < stop.accuracy
         return stop.reached(accuracy=accuracy, macs=macs), low
 
     def in_levels(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
-        """Prunes a trained network, once or level by level, and trains on."""
+        """Prune a trained network, once or level by level, and trains on."""
         pruner, key = self.pruner(dense, seed), loops.seed_keys((seed,), purpose=2)[0]
 
         @jax.jit
@@ -177,7 +177,7 @@ class Study:
         return last
 
     def in_steps(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
-        """Trains from the first weights with pruning inside the optimizer."""
+        """Train from the first weights with pruning inside the optimizer."""
         tx = jp.wrap_optax(self.adam, self.pruner(first, seed))
         run = _epoch(self.model, self.config.batch_size, lambda opt_state: tx)
         key = loops.seed_keys((seed,), purpose=1)[0]
@@ -206,7 +206,7 @@ class Study:
         return Run(params, optax.tree.get(opt_state, "masks"), self.config.epochs, reason)
 
     def figures(self, params: Any, masks: Any) -> dict[str, Any]:
-        """All that is reported of a network."""
+        """Return all that is reported of a network."""
         jp.check_pruned(params, masks)
         achieved = jp.metrics.sparsity(masks, self.recipe.where)
         return {
@@ -236,7 +236,7 @@ class Study:
 
 
 def levels(config: Config, recipe: jp.recipes.Recipe) -> int:
-    """How often to prune at most."""
+    """Return how often to prune at most."""
     if config.levels is not None:
         return config.levels
     return 1 if recipe.once else 10
@@ -267,7 +267,7 @@ def _masked_epoch(model: Any, lr: float, batch_size: int) -> Callable[..., Any]:
 
 
 def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
+    """Return `run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
 
     @loops.jit
     def run(params, opt_state, key, answers, mix, split):
@@ -289,7 +289,7 @@ DESIGN = Design(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
+    """Run the recipe for each seed, writes lines and networks, and returns the lines."""
     recipe = jp.recipes.load(config.recipe)
     study = Study(config, recipe)
     end, total = recipe.end_step, config.epochs * study.steps
@@ -350,7 +350,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a recipe from the command line."""
+    """Run a recipe from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         try:

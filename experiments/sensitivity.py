@@ -102,7 +102,7 @@ class Kind(NamedTuple):
 
 
 def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
-    """The kinds of pruning, for a network's params or their shapes."""
+    """Return the kinds of pruning, for a network's params or their shapes."""
     # The same network: LeNet's own convolutions, not products of patches.
     model = LeNet(im2col=False) if network == "lenet" else MODELS[network]
     groups = jp.channel_groups(lambda params, x: model.apply({"params": params}, x), params, image)
@@ -124,7 +124,7 @@ def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
 
 
 def settings(config: Config) -> tuple[int, int, str]:
-    """The epochs of training and of tuning, and the folder; those asked for or those that fit."""
+    """Return the epochs of training and of tuning, and the folder; those asked for or those that fit."""
     epochs, tune_epochs = _EPOCHS[config.dataset]
     return (
         epochs if config.epochs is None else config.epochs,
@@ -134,7 +134,7 @@ def settings(config: Config) -> tuple[int, int, str]:
 
 
 def _accuracy(model: Any) -> Callable[[Any, loops.Split], jax.Array]:
-    """`accuracy(params, split)`."""
+    """Return `accuracy(params, split)`."""
 
     def hits(log_probs: jax.Array, y: jax.Array) -> jax.Array:
         return log_probs.argmax(-1) == y
@@ -251,7 +251,7 @@ class Study(study.Study):
         )
 
     def analyse(self, params: Any, kind: Kind) -> jp.Sensitivity:
-        """The sensitivities of one seed's network."""
+        """Return the sensitivities of one seed's network."""
         return jp.sensitivity(
             self.right,  # one function for all seeds, which compiles once
             params,
@@ -263,7 +263,7 @@ class Study(study.Study):
         )
 
     def masks(self, params: Any, kind: Kind, targets: Mapping[str, float]) -> dict[str, Any]:
-        """The masks of each method, with as many weights: those that the targets leave."""
+        """Return the masks of each method, with as many weights: those that the targets leave."""
         by_layer = jp.prune_once(
             params,
             jp.scores.magnitude,

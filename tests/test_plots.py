@@ -1,4 +1,4 @@
-"""Pictures: what is drawn is what was given, whatever the names; without matplotlib a sentence says what to do."""
+"""Pictures: what is drawn is what was given; without matplotlib a sentence says what to do."""
 
 import io
 import subprocess

@@ -33,7 +33,7 @@ class Config(Settings):
 
 
 def section(name: str, small: bool) -> str:
-    """Runs a benchmark; its part of the page, after printing it as a plain table."""
+    """Run a benchmark; its part of the page, after printing it as a plain table."""
     module = importlib.import_module(f"experiments.benchmarks.{name}")
     lines = module.run(module.SMALL if small else module.Config())
     title, table = (module.__doc__ or name).strip().partition("\n")[0].rstrip("."), module.rows(lines)
@@ -44,7 +44,7 @@ def section(name: str, small: bool) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmarks from the command line."""
+    """Run the benchmarks from the command line."""
     config = parse(Config, argv, __doc__)
     # Benchmarks with worker processes share an accelerator with this one.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

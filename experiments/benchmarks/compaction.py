@@ -73,7 +73,7 @@ class Cut(NamedTuple):
 
 
 def cuts(name: str) -> dict[str, Cut]:
-    """The cuts of a network."""
+    """Return the cuts of a network."""
     found = {"each group": Cut("layerwise")}
     if name in ("vit", "tiny"):
         return found | {"inside": Cut("layerwise", spared=cutting.NETWORKS["vit"].spared)}
@@ -81,7 +81,7 @@ def cuts(name: str) -> dict[str, Cut]:
 
 
 def model(name: str) -> Any:
-    """The flax module.
+    """Return the flax module.
 
     Raises:
       SystemExit: a name that is none.
@@ -96,7 +96,7 @@ def model(name: str) -> Any:
 
 
 def measure(name: str, config: Config) -> list[dict[str, Any]]:
-    """A line for each cut of a network."""
+    """Return a line for each cut of a network."""
     module = model(name)
     x = jax.random.normal(jax.random.key(1), (config.batch, 32, 32, 3))
     variables = jax.jit(module.init)(jax.random.key(0), x[:1])
@@ -125,7 +125,7 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
 
 
 def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: float) -> Any:
-    """The smaller network."""
+    """Return the smaller network."""
     groups = jp.channel_groups(logits, variables, example, split="major")
     groups = groups if cut.spared is None else groups.without(cut.spared)
     groups = ChannelGroups(groups.removable(), groups.whole)
@@ -141,7 +141,7 @@ def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: 
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each network and cut."""
+    """Return a line for each network and cut."""
     lines = [line for name in config.networks for line in measure(name, config)]
     if "resnet20" not in config.networks:
         return lines
@@ -156,7 +156,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table."""
+    """Return the table."""
     table: list[tuple[str, ...]] = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
     for line in lines:
         if "remark" in line:
@@ -169,7 +169,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())

@@ -39,20 +39,20 @@ class Config(Settings):
 
 
 def numpy_bytes(params: Any) -> int:
-    """Bytes of a compressed numpy file."""
+    """Return the bytes of a compressed numpy file."""
     file = io.BytesIO()
     np.savez_compressed(file, **dict(zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)))
     return file.tell()
 
 
 def bound(sparsity: float) -> float:
-    """The least share of a float32 file: the kept values, and the entropy of their places."""
+    """Return the least share of a float32 file: the kept values, and the entropy of their places."""
     places = sum(-p * math.log2(p) for p in (sparsity, 1 - sparsity) if p)
     return 1 - sparsity + places / 32
 
 
 def run(config: Config) -> list[dict[str, float]]:
-    """A dict of ratios for each sparsity."""
+    """Return a dict of ratios for each sparsity."""
     width = max(8, round(math.sqrt(config.millions * 1e6 / 4)))
     rng = np.random.default_rng(0)
     params = {
@@ -113,7 +113,7 @@ def _ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> f
 
 
 def summarise(lines: Sequence[dict[str, float]]) -> str:
-    """The ratios as a table."""
+    """Return the ratios as a table."""
     sizes, times = ("bound", "ours", "int8", "numpy"), ("save", "load")
     text = [
         "ratios to dense safetensors. Sizes: the entropy bound, jp.io.save, the same with",
@@ -127,7 +127,7 @@ def summarise(lines: Sequence[dict[str, float]]) -> str:
 
 
 def exported() -> list[tuple[str, tuple[int, int, int]]]:
-    """Bytes of LeNet in each format: dense, with half of its channels masked, and without them."""
+    """Return the bytes of LeNet in each format: dense, with half of its channels masked, and without them."""
     model, x = LeNet(im2col=False), jnp.ones((1, 28, 28, 1))
 
     def apply(params: Any, images: jax.Array) -> Any:
@@ -156,7 +156,7 @@ def exported() -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(summarise(run(config)))
     if config.export:

@@ -32,7 +32,7 @@ class Config(Settings):
 
 
 def cpu_time(function: Callable[[], Any]) -> float:
-    """The CPU seconds that a function takes."""
+    """Return the CPU seconds that a function takes."""
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -43,7 +43,7 @@ SIZES = ((512, 1408, 8), (4096, 11008, 32))
 
 
 def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) -> tuple[float, float, str]:
-    """The median CPU seconds of finding groups and of tracing the gradient, and what of."""
+    """Return the median CPU seconds of finding groups and of tracing the gradient, and what of."""
     params = decoder_params(config.layers, width, hidden, heads, vocabulary=4096)
     params = stacked(params) if scanned else params
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)

@@ -39,7 +39,7 @@ class Config(Settings):
 
 
 def apply_fn(params: Any, x: Any) -> Any:
-    """A perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
+    """Return a perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
@@ -47,7 +47,7 @@ def apply_fn(params: Any, x: Any) -> Any:
 
 
 def sparse_apply(params: Any, x: Any) -> Any:
-    """The same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
+    """Return the same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
@@ -55,7 +55,7 @@ def sparse_apply(params: Any, x: Any) -> Any:
 
 
 def init(key: Any, config: Config) -> Any:
-    """Params with He's initialisation."""
+    """Return params with He's initialisation."""
     widths = [config.width] * config.layers + [10]
     keys = jax.random.split(key, config.layers)
     return {
@@ -68,7 +68,7 @@ def init(key: Any, config: Config) -> Any:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each way: multiply-adds and median time, and how many times fewer than dense."""
+    """Return a line for each way: multiply-adds and median time, and how many times fewer than dense."""
     params, x = (
         init(jax.random.key(0), config),
         jax.random.normal(jax.random.key(1), (config.batch, config.width)),
@@ -112,7 +112,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(f"{config.layers} layers of {config.width}, batch {config.batch}, {jax.devices()[0].device_kind}")
     print(

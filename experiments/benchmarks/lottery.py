@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
 
 
 def images(config: Config) -> dict[str, Any]:
-    """The fields of a `Split`: noise with labels from a random linear map, to be learned; or MNIST."""
+    """Return the fields of a `Split`: noise with labels from a random linear map, to be learned; or MNIST."""
     size = config.steps * config.batch_size
     if config.dataset == "mnist":
         data = datasets.load("mnist", train=size, test=1)
@@ -116,7 +116,7 @@ def images(config: Config) -> dict[str, Any]:
 
 
 def torch_start(config: Config, data: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    """What `TorchLoop` begins from: the same weights and images, in the same order."""
+    """Return what `TorchLoop` begins from: the same weights and images, in the same order."""
     named, size = jax_lottery.by_path(params), len(data["y"])
     mean, std = np.float32(data["mean"]), np.float32(data["std"])
     orders = jax_lottery.batches(config.seeds, config.steps, config.batch_size)
@@ -129,7 +129,7 @@ def torch_start(config: Config, data: Mapping[str, Any], params: Any) -> dict[st
 
 
 def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
-    """The fraction of mask entries that agree, and the largest difference of the params."""
+    """Return the fraction of mask entries that agree, and the largest difference of the params."""
     same = [np.mean(one.masks[name] == other.masks[name]) for name in one.masks]
     sizes = [mask.size for mask in one.masks.values()]
     apart = [np.abs(one.params[name] - other.params[name]).max() for name in one.params]
@@ -137,7 +137,7 @@ def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
 
 
 def why_no_torch() -> str | None:
-    """Why PyTorch is not measured, or None."""
+    """Return why PyTorch is not measured, or None."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (pip install torch), so it is left out."
     if jax.default_backend() != "cpu":
@@ -146,7 +146,7 @@ def why_no_torch() -> str | None:
 
 
 def best_settings(worker: Any, steps: int) -> dict[str, tuple[int, str]]:
-    """The thread count and Adam of the fastest loop with Adam as it comes, and of the fastest."""
+    """Return the thread count and Adam of the fastest loop with Adam as it comes, and of the fastest."""
     cores = os.cpu_count() or 1
     choices = [(threads, adam) for threads in sorted({1, max(1, cores // 2), cores}) for adam in ADAMS]
     tried: dict[tuple[int, str], float] = dict.fromkeys(choices, np.inf)
@@ -159,7 +159,7 @@ def best_settings(worker: Any, steps: int) -> dict[str, tuple[int, str]]:
 
 
 def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Worker], Worker | None]:
-    """A worker process for each way, and one for the parts of a step; they end with the stack."""
+    """Return a worker process for each way, and one for the parts of a step; they end with the stack."""
     data = images(config)
     params = jax_lottery.initial(data, config.seeds)
     common = {"rates": RATES, "levels": config.levels, "lr": config.lr}
@@ -189,7 +189,7 @@ DESIGN = Design(factors=("figure", "way", "over", "part"), figures=("ratios", "m
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the benchmark, writes its lines, and returns them."""
+    """Run the benchmark, writes its lines, and returns them."""
     lines: list[dict[str, Any]] = []
     results = Results(config.out, "benchmarks.lottery", config, design=DESIGN)
     with results, contextlib.ExitStack() as stack:
@@ -231,7 +231,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def shown(ratios: Sequence[float]) -> str:
-    """The median, least and most, as in "3.52 (3.41-3.60)"."""
+    """Return the median, least and most, as in "3.52 (3.41-3.60)"."""
     low, middle, high = (f"{f(ratios):.2f}" for f in (np.min, np.median, np.max))
     return f"{middle} ({low}-{high})"
 
@@ -263,7 +263,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     # The workers share an accelerator with this process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

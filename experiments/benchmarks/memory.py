@@ -45,7 +45,7 @@ SMALL = Config(millions=0.02, leaves=3, width=16)
 
 
 def kernels(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Kernels of uneven sizes, the largest thirty times the smallest: shapes alone."""
+    """Return kernels of uneven sizes, the largest thirty times the smallest: shapes alone."""
     shares = np.linspace(1, config.leaves, config.leaves)
     sizes = config.millions * 1e6 * shares / shares.sum()
     return {
@@ -55,13 +55,13 @@ def kernels(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def argsort_masks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`jax_steps.argsort_masks` of kernels by path."""
+    """Return `jax_steps.argsort_masks` of kernels by path."""
     layers = {name: {"kernel": kernel} for name, kernel in params.items()}
     return jax_steps.argsort_masks(layers, jnp.float32(0.9))
 
 
 def one_shots() -> dict[str, Callable[[Any], Any]]:
-    """Masks of the params, in each way."""
+    """Return masks of the params, in each way."""
 
     def ours(params: Any) -> Any:
         return jp.prune_once(params, jp.scores.magnitude, sparsity=0.9)
@@ -73,7 +73,7 @@ def one_shots() -> dict[str, Callable[[Any], Any]]:
 
 
 def steps() -> dict[str, tuple[Callable, Callable]]:
-    """`init(params)` and the train step, in each way."""
+    """Return `init(params)` and the train step, in each way."""
     adam, schedule = optax.adam(1e-3), jp.schedules.cubic(0.9, begin_step=0, end_step=10_000)
     pruner = jp.pruner(jp.scores.magnitude, schedule, every=jax_steps.EVERY)
     optimizers = {
@@ -86,7 +86,7 @@ def steps() -> dict[str, tuple[Callable, Callable]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each program and way, in bytes."""
+    """Return a line for each program and way, in bytes."""
     lines = []
     params = kernels(config)
     for way, function in one_shots().items():
@@ -121,7 +121,7 @@ def _bytes(tree: Any) -> int:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: multiples of the params' bytes."""
+    """Return the table: multiples of the params' bytes."""
     table: list[tuple[str, ...]] = [("program", "way", "masks", "new", "temporaries", "extra")]
     for line in lines:
         if "remark" in line:
@@ -132,7 +132,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())

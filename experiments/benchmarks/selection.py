@@ -57,7 +57,7 @@ SMALL = Config(millions=0.02, leaves=3, rounds=2)
 
 
 def shapes(config: Config) -> list[tuple[int, int]]:
-    """The leaves' shapes, about square."""
+    """Return the leaves' shapes, about square."""
     shares = np.linspace(1, config.leaves, config.leaves)
     sides = np.sqrt(config.millions * 1e6 * shares / shares.sum())
     return [(round(side), round(side)) for side in sides]
@@ -98,7 +98,7 @@ def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each way: the ratios of its times to those of one reading."""
+    """Return a line for each way: the ratios of its times to those of one reading."""
     rng = np.random.default_rng(config.seed)
     drawn = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes(config)]
     params = {f"layer{i:02d}/kernel": jnp.asarray(leaf) for i, leaf in enumerate(drawn)}
@@ -150,7 +150,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _check(masks: Any, scores: np.ndarray, count: int) -> None:
-    """Compares masks with a stable argsort. Raises RuntimeError."""
+    """Compare masks with a stable argsort. Raises RuntimeError."""
     expected = np.ones(scores.size, bool)
     expected[np.argsort(scores, kind="stable")[:count]] = False
     got = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
@@ -161,7 +161,7 @@ def _check(masks: Any, scores: np.ndarray, count: int) -> None:
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: multiples of one reading, and temporaries as multiples of the params' bytes."""
+    """Return the table: multiples of one reading, and temporaries as multiples of the params' bytes."""
     table: list[tuple[str, ...]] = [("way", "x read", "(quartiles)", "temporaries")]
     for line in lines:
         if "remark" not in line:
@@ -172,7 +172,7 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())

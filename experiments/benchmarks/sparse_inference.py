@@ -63,7 +63,7 @@ SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule
 
 
 def apply_fn(params: Any, x: Any) -> Any:
-    """A perceptron with relu between its layers: (batch, width) -> (batch, width)."""
+    """Return a perceptron with relu between its layers: (batch, width) -> (batch, width)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
@@ -71,7 +71,7 @@ def apply_fn(params: Any, x: Any) -> Any:
 
 
 def bcsr_apply(params: Any, x: Any) -> Any:
-    """The same, written by hand for kernels that are BCSR and stored transposed."""
+    """Return the same, written by hand for kernels that are BCSR and stored transposed."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
@@ -79,7 +79,7 @@ def bcsr_apply(params: Any, x: Any) -> Any:
 
 
 def network(config: Config, sparsity: float) -> tuple[Any, Any]:
-    """Params with He's initialisation, and masks."""
+    """Return params with He's initialisation, and masks."""
     keys = jax.random.split(jax.random.key(0), config.layers)
     shape = (config.width, config.width)
     params = {
@@ -98,7 +98,7 @@ def network(config: Config, sparsity: float) -> tuple[Any, Any]:
 
 
 def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
-    """Seconds of a compiled call, over as many in a row as take about two milliseconds."""
+    """Return the seconds of a compiled call, over as many in a row as take about two milliseconds."""
     run = jax.jit(function)
 
     def seconds(repeats: int) -> float:
@@ -113,7 +113,7 @@ def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
 
 
 def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
-    """A line for each way at one batch and sparsity."""
+    """Return a line for each way at one batch and sparsity."""
     params, masks = network(config, sparsity)
     masked = jp.apply_masks(params, masks)
     x = jax.random.normal(jax.random.key(1), (batch, config.width))
@@ -177,7 +177,7 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
+    """Return a line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
     for way in config.ways:
         if way not in ("masked", "measure", "rule", "bcsr", *FORMS, *PEERS):
             raise ValueError(f"there is no way {way!r}: see --help.")
@@ -205,7 +205,7 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(f"{config.layers} kernels of {config.width} x {config.width}, {config.structure} pruned,")
     print(f"{jax.devices()[0].device_kind}; times faster than dense, medians of {config.rounds}")

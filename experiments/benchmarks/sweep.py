@@ -49,7 +49,7 @@ SMALL = Config(widths=(20, 12, 5), batch=16, levels=3, seeds=2, rounds=1)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each sweep and what it is compared with."""
+    """Return a line for each sweep and what it is compared with."""
     spaced = np.linspace(0, 1, config.levels + 2)[1:-1]
     settings = {
         "widths": config.widths,
@@ -92,7 +92,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: how many times as fast the sweep is."""
+    """Return the table: how many times as fast the sweep is."""
     table: list[tuple[str, ...]] = [("sweep", "points", "against", "times as fast", "(quartiles)")]
     for line in lines:
         if "remark" not in line:
@@ -103,7 +103,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())

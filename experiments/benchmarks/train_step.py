@@ -79,7 +79,7 @@ class Network(NamedTuple):
 
 
 def networks(config: Config) -> list[Network]:
-    """The networks asked for.
+    """Return the networks asked for.
 
     Raises:
       SystemExit: a name that is none.
@@ -97,7 +97,7 @@ def networks(config: Config) -> list[Network]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each network and way, and what the compiled programs say."""
+    """Return a line for each network and way, and what the compiled programs say."""
     lines: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     has_torch = importlib.util.find_spec("torch") is not None
@@ -130,7 +130,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _measured(network: Network, workers: Mapping[str, Worker], turn: float) -> list[dict[str, Any]]:
-    """Plain steps and updates of all ways, in turn."""
+    """Return plain steps and updates of all ways, in turn."""
     updating = [
         way
         for way in workers
@@ -171,7 +171,7 @@ def _timed(times: list[float], worker: Worker, method: str, *arguments: Any) -> 
 
 
 def _said(facts: Sequence[Mapping[str, Any]]) -> str:
-    """What the compiled programs of jaxprune hold, in words, the worst of all of them."""
+    """Return what the compiled programs of jaxprune hold, in words, the worst of all of them."""
     most = {name: max(fact[name] for fact in facts) for name in ("sorts", "host", "traces")}
     kept = sum(fact["leaves"] - fact["aliased"] for fact in facts)
     return (
@@ -182,7 +182,7 @@ def _said(facts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: a plain step over the dense one, and over JAX's; an update over a plain step."""
+    """Return the table: a plain step over the dense one, and over JAX's; an update over a plain step."""
     table: list[tuple[str, ...]] = [
         ("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")
     ]
@@ -198,7 +198,7 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())

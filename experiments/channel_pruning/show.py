@@ -90,7 +90,7 @@ def _unit(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _mean(scores: Sequence[dict[str, Any]]) -> str:
-    """Accuracies in percent, or bits per character: mean and standard deviation."""
+    """Return the accuracies in percent, or bits per character: mean and standard deviation."""
     if not scores:
         return "-"
     bits = "bits" in scores[0]

@@ -88,7 +88,7 @@ _GRADUAL_UPDATES = 20
 
 
 def settings(config: Config) -> Config:
-    """The flags, with the network's defaults where they were left out.
+    """Return the flags, with the network's defaults where they were left out.
 
     Raises:
       FlagError: the network is for another data set.
@@ -106,12 +106,12 @@ def settings(config: Config) -> Config:
 
 
 def _filled(chosen: Config) -> Any:
-    """The same, for the type checker: nothing that `settings` fills in is None any more."""
+    """Return the same, for the type checker: nothing that `settings` fills in is None any more."""
     return chosen
 
 
 def dense_settings(chosen: Config, seed: int) -> dict[str, Any]:
-    """What a dense network depends on: what its checkpoint is kept under."""
+    """Return what a dense network depends on: what its checkpoint is kept under."""
     names = ("dataset", "network", "epochs", "lr", "batch_size", "train_size")
     return {name: getattr(chosen, name) for name in names} | {"seed": seed}
 
@@ -132,7 +132,7 @@ class Run(NamedTuple):
 
 
 def recipe(method: str, cut: Cut, multiple_of: int, end_step: int | None = None) -> jp.recipes.Recipe:
-    """What is pruned to where `cut` came to: at once, or along a cubic schedule."""
+    """Return what is pruned to where `cut` came to: at once, or along a cubic schedule."""
     ranking, sparsity = RANKINGS.get(method, RANKINGS["local"]), cut.sparsity
     prune: dict[str, Any] = {"score": ranking.scores.__name__, "scope": ranking.scope, "sparsity": sparsity}
     channels: dict[str, Any] = {"normalize": "mean", "multiple_of": multiple_of}
@@ -162,20 +162,20 @@ class Study:
         self.score = self.scorer(self.task.apply)
 
     def scorer(self, apply: steps.Apply) -> Any:
-        """`score(variables)` on the test split."""
+        """Return `score(variables)` on the test split."""
         chunk = 50 if self.network.dataset == "tiny_shakespeare" else 500
         return steps.scorer(apply, self.task.test, min(chunk, len(self.task.test.y)))
 
     def optimizer(self, peak: float, epochs: int) -> optax.GradientTransformation:
-        """The network's, in one cycle of the learning rate."""
+        """Return the network's, in one cycle of the learning rate."""
         return self.network.optimizer(steps.one_cycle(peak, max(1, epochs * self.steps)))
 
     def fitter(self, apply: steps.Apply, optimizer: optax.GradientTransformation) -> Any:
-        """`fit(variables, key, epochs, opt_state=None, after=None)`."""
+        """Return `fit(variables, key, epochs, opt_state=None, after=None)`."""
         return steps.fitter(apply, optimizer, self.batch_size, self.task.train, self.network.augment)
 
     def dense(self, seed: int, bar: tqdm) -> Any:
-        """The dense network's variables, trained, or as far as they were, read."""
+        """Return the dense network's variables, trained, or as far as they were, read."""
         folder, epochs = f"{self.chosen.dense}/seed-{seed}", self.epochs
         optimizer = self.optimizer(self.lr, epochs)
 
@@ -205,7 +205,7 @@ class Study:
         return state.variables
 
     def run(self, method: str, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Prunes by a method to 1 / target of the multiply-adds, and trains what is left."""
+        """Prune by a method to 1 / target of the multiply-adds, and trains what is left."""
         most, epochs, peak = self.cutter.macs / target, self.tune_epochs, self.tune_lr
         if method == "iterative":
             return self._iterative(target, dense, seed, bar)
@@ -265,7 +265,7 @@ class Study:
         return Run(small, small.compacted.params, None)
 
     def figures(self, run: Run) -> dict[str, Any]:
-        """All that is reported of a run but its method."""
+        """Return all that is reported of a run but its method."""
         small, variables = run.small.compacted, run.variables
         macs = jp.metrics.macs(small.apply, variables, self.example).total
         logits, masked = jax.jit(small.apply), jax.jit(small.expand)(variables)
@@ -314,7 +314,7 @@ DESIGN = Design(
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
+    """Run the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
     chosen = settings(config)
     own = _filled(chosen)
     wanted = [("dense", 1.0), *((m, target) for target in own.targets for m in chosen.methods)]
@@ -360,7 +360,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out or "results/channel_pruning"):
         lines = run(config)

@@ -59,7 +59,7 @@ class DataUnavailable(RuntimeError):  # noqa: N818 - it says what is so, as Stop
 
 
 def import_tfds(*also: str) -> Any:
-    """The `tensorflow_datasets` module, with everything it needs and does not declare.
+    """Return the `tensorflow_datasets` module, with everything it needs and does not declare.
 
     Args:
         *also: further modules that the caller needs.
@@ -99,7 +99,7 @@ def _missing(what: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a data set this module can prepare."""
+    """Raise ValueError unless `name` is a data set this module can prepare."""
     if name not in URLS:
         raise ValueError(f"got name={name!r}; it must be one of {sorted(URLS)}")
 
@@ -112,7 +112,7 @@ def make_builder(tfds: Any, name: str, data_dir: PathLike | None) -> Any:
 
 
 def prepare(name: str, data_dir: PathLike | None = None, download: Download | None = None) -> str:
-    """Writes data set `name` as a TFDS array_record folder, or keeps the one already there.
+    """Write data set `name` as a TFDS array_record folder, or keeps the one already there.
 
     Args:
         name: "mnist", "cifar10" or "tiny_shakespeare".
@@ -154,7 +154,7 @@ def prepare(name: str, data_dir: PathLike | None = None, download: Download | No
 
 
 def _split_generators(name: str, builder: Any, download: Download | None) -> Callable[[Any], Any]:
-    """What takes the place of the builder's own method: dl_manager -> {split: examples}."""
+    """Return what takes the place of the builder's own method: dl_manager -> {split: examples}."""
 
     def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[int | str, dict[str, Any]]]]:
         paths = (download or dl_manager.download)(URLS[name])
@@ -174,7 +174,7 @@ def _split_generators(name: str, builder: Any, download: Download | None) -> Cal
 
 
 def read_idx(path: PathLike, ndim: int) -> np.ndarray:
-    """Reads a gzipped IDX file of unsigned bytes.
+    """Read a gzipped IDX file of unsigned bytes.
 
     The format: two zero bytes, 8 (unsigned byte), the number of axes, every axis' size as a
     big-endian 32-bit integer, then the entries in C order.
@@ -239,7 +239,7 @@ def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[in
 def read_cifar_tar(
     path: PathLike,
 ) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Reads `cifar-10-binary.tar.gz`, without unpacking anything onto the disk.
+    """Read `cifar-10-binary.tar.gz`, without unpacking anything onto the disk.
 
     Args:
         path: the `.tar.gz` file.
@@ -267,7 +267,7 @@ def read_cifar_tar(
 
 
 def _read_members(path: PathLike, wanted: list[str]) -> dict[str, bytes]:
-    """The contents of the wanted regular files of the archive, {name without folder: bytes}."""
+    """Return the contents of the wanted regular files of the archive, {name without folder: bytes}."""
     files: dict[str, bytes] = {}
     try:
         # As a stream: going back in a gzip file means unpacking it from its start again.
@@ -325,7 +325,7 @@ def _check_labels(labels: np.ndarray, what: PathLike) -> None:
 
 
 def read_shakespeare(path: PathLike) -> dict[str, str]:
-    """The text cut as TFDS does: "train" the first .9, then half and half "validation" and "test".
+    """Return the text cut as TFDS does: "train" the first .9, then half and half "validation" and "test".
 
     Raises:
         ValueError: the file is no such text.
@@ -347,7 +347,7 @@ def read_shakespeare(path: PathLike) -> dict[str, str]:
 
 
 def _require_network(name: str, builder: Any) -> None:
-    """Raises DataUnavailable unless the host of the archives answers within a few seconds.
+    """Raise DataUnavailable unless the host of the archives answers within a few seconds.
 
     TFDS retries a dead network for more than three minutes, so it must not be the one to find out.
     """
@@ -358,7 +358,7 @@ def _require_network(name: str, builder: Any) -> None:
 
 
 def _unreachable(url: str, seconds: float) -> str | None:
-    """Why `url` does not answer, or None if it does."""
+    """Return why `url` does not answer, or None if it does."""
     # requests, as TFDS: the same proxies and certificates then count.
     import requests
 
@@ -380,7 +380,7 @@ def _unreachable(url: str, seconds: float) -> str | None:
 
 
 def unavailable(name: str, folder: PathLike, problem: str) -> DataUnavailable:
-    """The error for a data set that cannot be had: what is missing, where, and what to do."""
+    """Return the error for a data set that cannot be had: what is missing, where, and what to do."""
     path = Path(folder)
     return DataUnavailable(
         f"{name} in {path} {problem}. Either set TFDS_DATA_DIR to a folder that holds the prepared "
@@ -390,7 +390,7 @@ def unavailable(name: str, folder: PathLike, problem: str) -> DataUnavailable:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: prepares one data set and prints its folder."""
+    """Return the command line: prepares one data set and prints its folder."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.data.prepare",
         description="Download a data set and write it as a TFDS array_record folder.",

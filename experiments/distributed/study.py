@@ -95,7 +95,7 @@ _FIRST, _LAST = "first.jp", "last.jp"
 
 
 def recipe(config: Config) -> jp.recipes.Recipe:
-    """What a run prunes by."""
+    """Return what a run prunes by."""
     begin, end = round(_BEGIN * config.steps), max(1, round(_END * config.steps))
     cubic = {"sparsity": config.sparsity, "begin_step": begin, "end_step": end}
     every = max(1, (end - begin) // config.mask_updates)
@@ -103,7 +103,7 @@ def recipe(config: Config) -> jp.recipes.Recipe:
 
 
 def set_up(config: Config) -> None:
-    """Makes JAX see the devices, and the other processes; it must come before anything else of JAX."""
+    """Make JAX see the devices, and the other processes; it must come before anything else of JAX."""
     if config.reproducible or config.devices:
         # Simulated devices wait for one another in threads of one pool, which must not run out of them. And a
         # CPU's products are cut up by their number: it must not depend on the devices for these to agree.
@@ -133,7 +133,7 @@ DESIGN = Design(
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
+    """Train and prunes on all devices; process 0 writes, and all return the line of results."""
     if jax.process_index() > 0:
         return _train(config)[0]
     with Results(config.out, "distributed", config, design=DESIGN) as results:
@@ -143,7 +143,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config) -> tuple[dict[str, Any], Any]:
-    """The line, and the masks at the end; process 0 writes the params."""
+    """Return the line, and the masks at the end; process 0 writes the params."""
     mesh = make_mesh(config)
     if config.dim % config.heads:
         raise FlagError(f"--dim {config.dim} cannot be shared out to {config.heads} heads (--heads)")
@@ -214,7 +214,7 @@ def _train(config: Config) -> tuple[dict[str, Any], Any]:
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
-    """The mesh, once its sides are known to fit the devices, the batch and the parts.
+    """Return the mesh, once its sides are known to fit the devices, the batch and the parts.
 
     Raises:
       FlagError: they do not.
@@ -260,7 +260,7 @@ def layouts(config: Config) -> list[Layout]:
 
 
 def check(config: Config) -> list[dict[str, Any]]:
-    """Runs in turn on one device, on several, and in several processes.
+    """Run in turn on one device, on several, and in several processes.
 
     Returns:
       A line for each, with the fraction of its masks' entries that are not those of one device.
@@ -293,7 +293,7 @@ def check(config: Config) -> list[dict[str, Any]]:
 
 
 def line_of(folder: Path) -> dict[str, Any]:
-    """The line that a run left in its folder."""
+    """Return the line that a run left in its folder."""
     (text,) = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(text)
 
@@ -309,7 +309,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def start_processes(config: Config, quiet: bool = False) -> None:
-    """Runs the study in processes of its own on this machine, as many as the config says."""
+    """Run the study in processes of its own on this machine, as many as the config says."""
     address, commands = free_address(), []
     for number in range(config.processes):
         several = {"process_id": number, "coordinator": address} if config.processes > 1 else {}
@@ -320,7 +320,7 @@ def start_processes(config: Config, quiet: bool = False) -> None:
 
 
 def as_flags(config: Config) -> list[str]:
-    """The flags that make a config."""
+    """Return the flags that make a config."""
     flags = []
     for field in dataclasses.fields(config):
         name, value = field.name.replace("_", "-"), getattr(config, field.name)
@@ -332,7 +332,7 @@ def as_flags(config: Config) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     if (config.coordinator is None) != (config.process_id is None):
         raise SystemExit("a process of a cluster needs both --coordinator and --process-id")

@@ -18,7 +18,7 @@ def torch_uniform(fan_in: int):
 
 
 def dense(x, features: int, name: str, glorot: bool = False):
-    """A dense layer, applied: (..., in) -> (..., features).
+    """Return a dense layer, applied: (..., in) -> (..., features).
 
     Initialised as PyTorch does by default, or by Glorot's normal distribution with biases of 0.
     """

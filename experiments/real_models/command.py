@@ -61,7 +61,7 @@ _MAY_DIFFER = tuple(field for field in Config.__dataclass_fields__ if field not 
 
 
 def chosen(patterns: Sequence[str]) -> list[Model]:
-    """The models of some names, in the order of the list.
+    """Return the models of some names, in the order of the list.
 
     Raises:
       FlagError: a pattern that fits no model.
@@ -78,7 +78,7 @@ def chosen(patterns: Sequence[str]) -> list[Model]:
 
 
 def in_process(model: Model, config: Config) -> dict[str, Any]:
-    """Measures a model in a process of its own; `status` says if it ran out of time or memory, or died."""
+    """Measure a model in a process of its own; `status` says if it ran out of time or memory, or died."""
     command = measure.arguments(model.name, config.fraction, config.seed, config.memory)
     line = {"model": model.name, "kind": model.kind, "ours": model.ours, "note": model.note}
     line |= {"packages": model.versions(), "fraction": config.fraction, "seed": config.seed, "seconds": {}}
@@ -110,7 +110,7 @@ def in_process(model: Model, config: Config) -> dict[str, Any]:
 
 
 def measure_all(models: Sequence[Model], config: Config, results: Results) -> None:
-    """Measures those that are not done, and writes a line for each as soon as it is there."""
+    """Measure those that are not done, and writes a line for each as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     done = table.latest(results.lines)
@@ -137,7 +137,7 @@ def measure_all(models: Sequence[Model], config: Config, results: Results) -> No
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Measures the models and returns the latest line of each, those of earlier runs included."""
+    """Measure the models and returns the latest line of each, those of earlier runs included."""
     models = chosen(config.only)
     missing = {model.name: model.missing() for model in models if model.missing()}
     if len(missing) == len(models):
@@ -158,7 +158,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def names(models: Sequence[Model]) -> str:
-    """The models with their libraries, and whose code they are."""
+    """Return the models with their libraries, and whose code they are."""
     rows = []
     for model in models:
         missing = model.missing()
@@ -172,7 +172,7 @@ def names(models: Sequence[Model]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """Run the command."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         if config.list:

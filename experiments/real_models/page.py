@@ -25,7 +25,7 @@ _STATUS = {
 def write(
     lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[table.Reached]] | None, path: Path
 ) -> None:
-    """Writes the page, and its picture beside it under the same name."""
+    """Write the page, and its picture beside it under the same name."""
     picture = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(lines, picture)
@@ -36,7 +36,7 @@ def write(
 def text(
     lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[table.Reached]] | None, picture: str
 ) -> str:
-    """The page."""
+    """Return the page."""
     fraction = f"{lines[0]['fraction']:.0%}" if lines else "some"
     parts = [
         _TITLE,
@@ -141,7 +141,7 @@ def _refusals(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _code(why: str) -> str:
-    """A reason as code, without the folders of the machine it was found on."""
+    """Return a reason as code, without the folders of the machine it was found on."""
     words = [
         word if "/site-packages/" not in word else word[word.index("/site-packages/") + 15 :]
         for word in why.split()

@@ -37,7 +37,7 @@ class Reached(NamedTuple):
 
 
 def read_baseline(path: Path) -> dict[str, list[Reached]]:
-    """Reads a table of what was reached before, as `write_csv` writes it.
+    """Read a table of what was reached before, as `write_csv` writes it.
 
     A model may be there more than once.
 
@@ -72,7 +72,7 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
 
 
 def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes the figures as a table that `read_baseline` reads."""
+    """Write the figures as a table that `read_baseline` reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
@@ -91,12 +91,12 @@ def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def latest(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last line of each model: it may have been measured again."""
+    """Return the last line of each model: it may have been measured again."""
     return {line["model"]: line for line in lines}
 
 
 def worst(line: Mapping[str, Any]) -> float | None:
-    """The larger error of a model; None where there is none."""
+    """Return the larger error of a model; None where there is none."""
     errors = [line[name] for name in ("error", "error_moved") if line.get(name) is not None]
     return max(errors) if errors else None
 
@@ -105,14 +105,14 @@ def worst(line: Mapping[str, Any]) -> float | None:
 
 
 def heading() -> str:
-    """The columns of `row`."""
+    """Return the columns of `row`."""
     return (
         f"{'model':<40}{'groups':>9}{'share':>7}{'expected':>9}{'params':>8}{'MACs':>7}{'error':>9}{'s':>6}"
     )
 
 
 def row(line: Mapping[str, Any]) -> str:
-    """A model's figures, or why there are none."""
+    """Return a model's figures, or why there are none."""
     name = line["model"] if len(line["model"]) < 40 else f"{line['model'][:36]}..."
     groups = f"{line['removable']}/{line['groups']}" if "groups" in line else "-"
     seconds = sum(line["seconds"].values())
@@ -128,7 +128,7 @@ def _share(value: float | None, width: int) -> str:
 
 
 def said(line: Mapping[str, Any]) -> str:
-    """What became of a model that is not ok, in a sentence."""
+    """Return what became of a model that is not ok, in a sentence."""
     if line["status"] == "wrong":
         return f"WRONG: off by {worst(line):.1e} of the largest output, {line['tolerance']:g} is allowed"
     what = {
@@ -143,7 +143,7 @@ def said(line: Mapping[str, Any]) -> str:
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
-    """How many models there are, of how many libraries, and what became of them."""
+    """Return how many models there are, of how many libraries, and what became of them."""
     counts = Counter(line["status"] for line in lines)
     theirs = sum(not line["ours"] for line in lines)
     text = f"{len(lines)} models, {theirs} of them other people's code: "
@@ -160,7 +160,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _falls_short(line: Mapping[str, Any]) -> bool:
-    """Whether less was removed than the masks remove of the groups."""
+    """Return whether less was removed than the masks remove of the groups."""
     return line.get("ratio") is not None and line["ratio"] > line["expected"] + 1e-9
 
 
@@ -168,7 +168,7 @@ def _falls_short(line: Mapping[str, Any]) -> bool:
 
 
 def worse(line: Mapping[str, Any], before: Reached) -> list[str]:
-    """What has become worse of one model: groups, share, ratio, error.
+    """Return what has become worse of one model: groups, share, ratio, error.
 
     Of a model that was configured otherwise the figures that depend on its sizes are left out: only whether
     more groups cannot lose units, and whether params are in none where before none was.

@@ -38,7 +38,7 @@ from experiments.run.limits import problem, unwritable
 
 
 def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path | None = None) -> str:
-    """Reads results and writes a report of them.
+    """Read results and writes a report of them.
 
     Args:
       results: files and folders.
@@ -77,7 +77,7 @@ def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Makes a report from the command line."""
+    """Make a report from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description=__doc__,

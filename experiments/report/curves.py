@@ -114,7 +114,7 @@ def _curves(part: Part, figure: str, axis: Abscissa) -> dict[str, list[tuple[flo
 
 
 def _mean(group: Group, name: str) -> float | None:
-    """The mean of a field, be it a level or a figure."""
+    """Return the mean of a field, be it a level or a figure."""
     found = group.figure(name)
     return found.mean if found.found else None
 

@@ -55,7 +55,7 @@ class Group(NamedTuple):
     baseline: bool
 
     def figure(self, name: str) -> Figure:
-        """The field over the lines; lists of numbers count with all of theirs."""
+        """Return the field over the lines; lists of numbers count with all of theirs."""
         return over(numbers([line.fields.get(name) for line in self.lines]), len(self.lines))
 
 
@@ -110,7 +110,7 @@ def parts(section: Section) -> list[Part]:
 
 
 def _wider(shape: tuple, measured: Mapping[tuple, set[str]]) -> tuple:
-    """The most factors beside which lines with these stand: others' too, if they measure the same.
+    """Return the most factors beside which lines with these stand: others' too, if they measure the same.
 
     So a dense network that has no criterion is the baseline of those that have one.
     """
@@ -119,7 +119,7 @@ def _wider(shape: tuple, measured: Mapping[tuple, set[str]]) -> tuple:
 
 
 def numbers(values: Sequence[Any]) -> list[float]:
-    """All numbers among values and in lists of them; truth counts as 1."""
+    """Return all numbers among values and in lists of them; truth counts as 1."""
     flat = (x for value in values for x in (value if isinstance(value, list) else (value,)))
     return [float(x) for x in flat if _is_number(x)]
 
@@ -142,7 +142,7 @@ def over(values: Sequence[float], lines: int) -> Figure:
 
 
 def show(value: Any) -> str:
-    """A value as text: short numbers, lists with commas, "-" for nothing."""
+    """Return a value as text: short numbers, lists with commas, "-" for nothing."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -230,7 +230,7 @@ def _key(line: Line, factors: Sequence[str], levels: Sequence[str]) -> tuple:
 
 
 def _crossed(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether each seed has the same values of a field, or some of them, as those of a design do."""
+    """Return whether each seed has the same values of a field, or some of them, as those of a design do."""
     values: dict[Any, set] = {}
     for fields in every:
         seed, value = fields.get("seed"), fields.get(name)
@@ -252,7 +252,7 @@ def _is_text(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _is_series(name: str, every: Sequence[Mapping[str, Any]]) -> bool:
-    """Lists of numbers of which some are not whole: measurements, not shapes."""
+    """Return lists of numbers of which some are not whole: measurements, not shapes."""
     values = [fields[name] for fields in every if fields.get(name) is not None]
     lists = [value for value in values if isinstance(value, list)]
     return (

@@ -11,7 +11,7 @@ from experiments.show.tables import WIDTH, pieces
 
 
 def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
-    """The text, and the files of its pictures.
+    """Return the text, and the files of its pictures.
 
     Args:
       title: of the document.
@@ -63,7 +63,7 @@ def _block(block: Block) -> Iterator[str]:
 
 
 def _table(table: Table) -> Iterator[str]:
-    """The table, its columns in as many pieces as it takes; the labels are repeated."""
+    """Return the table, its columns in as many pieces as it takes; the labels are repeated."""
     columns = [
         [_escape(head), *(_escape(row[i].text) for row in table.rows)] for i, head in enumerate(table.heads)
     ]
@@ -87,7 +87,7 @@ def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int)
 
 
 def _paragraph(text: str) -> list[str]:
-    """Lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
+    """Return lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
     lines = textwrap.wrap(_escape(text), WIDTH, break_long_words=False, break_on_hyphens=False)
     return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
 
@@ -97,7 +97,7 @@ def _address(folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text as Markdown that shows it as it is, but for what means something at the start of a line."""
+    """Return text as Markdown that shows it as it is, but for what means something at the start of a line."""
     text = " ".join(clean(text).split())
     text = re.sub(r"([\\`*$|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words mean nothing, and brackets only before a parenthesis.
@@ -105,14 +105,14 @@ def _escape(text: str) -> str:
 
 
 def _slug(text: str, seen: dict[str, int]) -> str:
-    """The name GitHub gives a heading."""
+    """Return the name GitHub gives a heading."""
     slug = re.sub(r"[^\w\- ]", "", " ".join(clean(text).split()).lower()).replace(" ", "-")
     seen[slug] = seen.get(slug, -1) + 1
     return f"{slug}-{seen[slug]}" if seen[slug] else slug
 
 
 def _on_white(svg: bytes) -> bytes:
-    """An SVG that can be read on any page: dark on white."""
+    """Return an SVG that can be read on any page: dark on white."""
     text = svg.decode().replace(INK, "#222222")
     return re.sub(
         r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', text, count=1

@@ -31,7 +31,7 @@ class Picture(NamedTuple):
 
 
 def load(line: Line) -> dict[str, np.ndarray]:
-    """The masks of two and more axes that a line names, by path, in natural order.
+    """Return the masks of two and more axes that a line names, by path, in natural order.
 
     Raises:
       ValueError: the file is not there, is not below the line's folder, or is damaged; it says so.

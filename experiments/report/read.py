@@ -65,7 +65,7 @@ class Section(NamedTuple):
 
 
 def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
-    """All lines of files, and of the `.jsonl` files of folders.
+    """Return all lines of files, and of the `.jsonl` files of folders.
 
     Args:
       results: files and folders; a file that is met twice is read once.
@@ -108,7 +108,7 @@ def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
 
 
 def _of_folder(folder: Path, notes: list[str]) -> list[Path]:
-    """The `.jsonl` files of a folder; of runs that have not ended only where there is nothing else."""
+    """Return the `.jsonl` files of a folder; of runs that have not ended only where there is nothing else."""
     files = sorted(folder.rglob("*.jsonl"))
     ended = [file for file in files if UNFINISHED not in file.relative_to(folder).parts]
     for file in files:
@@ -119,7 +119,7 @@ def _of_folder(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def sections(lines: Sequence[Line]) -> list[Section]:
-    """The lines by study and task, in order of appearance.
+    """Return the lines by study and task, in order of appearance.
 
     Where runs of a section differ in a setting, every line gets it as a field, so that they are told apart:
     but for where they wrote, and for lists such as `seeds` that the lines spell out as `seed`.
@@ -136,7 +136,7 @@ def sections(lines: Sequence[Line]) -> list[Section]:
 
 
 def differing(dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that not all dicts have with the same value, in order of appearance."""
+    """Return the keys that not all dicts have with the same value, in order of appearance."""
     keys = dict.fromkeys(key for one in dicts for key in one)
     return [key for key in keys if len({repr(one.get(key, _ABSENT)) for one in dicts}) > 1]
 
@@ -145,7 +145,7 @@ _ABSENT = object()
 
 
 def distinct(dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The dicts that differ, in order of appearance."""
+    """Return the dicts that differ, in order of appearance."""
     return list({repr(sorted(one.items(), key=lambda item: item[0])): one for one in dicts}.values())
 
 
@@ -165,14 +165,14 @@ def _with_settings(lines: list[Line]) -> tuple[list[Line], tuple[str, ...]]:
 
 
 def _setting(value: Any) -> Any:
-    """A setting as a field: "default" for none, text for a list."""
+    """Return a setting as a field: "default" for none, text for a list."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "default" if value is None else value
 
 
 def _read_file(file: Path) -> tuple[list[Line], bool]:
-    """The lines of a file, and whether the last one is torn."""
+    """Return the lines of a file, and whether the last one is torn."""
     if not file.is_file():
         raise ReportError(f"{file}: neither a file nor a folder.")
     try:
@@ -228,12 +228,12 @@ def _line(file: Path, number: int, row: bytes) -> Line:
 
 
 def _name(file: Path) -> str:
-    """What lines without a study are called: the file, or the folder of a `results.jsonl`."""
+    """Return what lines without a study are called: the file, or the folder of a `results.jsonl`."""
     return file.resolve().parent.name if file.stem == "results" else file.stem
 
 
 def _is_layers(key: str, value: Any) -> bool:
-    """Whether a field holds a count, or [kept, size], for each of several paths."""
+    """Return whether a field holds a count, or [kept, size], for each of several paths."""
     if not isinstance(value, dict) or not value:
         return False
     if key not in ("layers", "widths") and not all("/" in path for path in value):
@@ -258,5 +258,5 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def natural(text: str) -> tuple:
-    """A key that sorts "conv10" after "conv2"."""
+    """Return a key that sorts "conv10" after "conv2"."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text))

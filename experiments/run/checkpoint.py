@@ -30,7 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, config: dict[str, Any]):
-        """Opens the folder, which no other run may then write to.
+        """Open the folder, which no other run may then write to.
 
         Args:
           folder: where to write.
@@ -62,7 +62,7 @@ class Checkpoints:
             self._close = stack.pop_all().close
 
     def restore(self, template: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-        """The state and lines of the last finished level that is whole, or None.
+        """Return the state and lines of the last finished level that is whole, or None.
 
         A level that is damaged is named on stderr; it is removed when one takes its place.
 
@@ -91,7 +91,7 @@ class Checkpoints:
         return None
 
     def save(self, level: int, state: Any, lines: list[dict[str, Any]]) -> None:
-        """Writes a finished level: its state, and all lines up to it.
+        """Write a finished level: its state, and all lines up to it.
 
         Raises:
           OSError: it cannot be written; the level before is there still.
@@ -121,11 +121,11 @@ class Checkpoints:
                 raise
 
     def _steps(self) -> list[int]:
-        """The levels there are, the last one first."""
+        """Return the levels there are, the last one first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def _earlier_config(self) -> dict[str, Any] | None:
-        """The config of the last level whose text is whole."""
+        """Return the config of the last level whose text is whole."""
         for step in self._steps():
             with contextlib.suppress(Exception):
                 return dict(self._text(step)["config"])
@@ -158,7 +158,7 @@ class Checkpoints:
 
 
 def forget(folder: str | Path) -> None:
-    """Removes checkpoints, if there are any and no other run writes to them."""
+    """Remove checkpoints, if there are any and no other run writes to them."""
     folder = Path(folder)
     if folder.is_dir():
         with locked(folder):
@@ -180,7 +180,7 @@ def _digest(leaves: Sequence[np.ndarray]) -> str:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The operating system's number of what went wrong, as Python or as tensorstore tells it."""
+    """Return the operating system's number of what went wrong, as Python or as tensorstore tells it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno

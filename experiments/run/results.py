@@ -78,7 +78,7 @@ class Results:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Results":
-        """Takes the folder, and what an earlier run left in it.
+        """Take the folder, and what an earlier run left in it.
 
         Raises:
           SystemExit: another run has the folder; it holds lines of other settings, or damaged ones.
@@ -102,7 +102,7 @@ class Results:
         return self
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the lines of a unit and flushes them, so that a killed run leaves them whole."""
+        """Append the lines of a unit and flushes them, so that a killed run leaves them whole."""
         lines = [dict(line) for line in lines]
         rows = "".join(json.dumps(line | self._common) + "\n" for line in lines)
         with stopping.shielded():
@@ -110,20 +110,20 @@ class Results:
             self.lines += lines
 
     def write(self, **figures: Any) -> None:
-        """Appends a line that is a unit by itself."""
+        """Append a line that is a unit by itself."""
         self.add([figures])
 
     def done(self, **fields: Any) -> bool:
-        """Whether there are lines that have these fields: the unit need not be run again."""
+        """Return whether there are lines that have these fields: the unit need not be run again."""
         return any(all(line.get(k) == v for k, v in fields.items()) for line in self.lines)
 
     def drop_lines(self) -> None:
-        """Leaves out the lines gone on with: the study has them from elsewhere. Files stay."""
+        """Leave out the lines gone on with: the study has them from elsewhere. Files stay."""
         self.lines, self._rows = [], []
         (self.unfinished / _LINES).unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What is trained once and many units start from; a run that goes on reads what it had made.
+        """Return what is trained once and many units start from; a run that goes on reads what it had made.
 
         Args:
           name: of the file, without an ending.
@@ -151,7 +151,7 @@ class Results:
         return self.unfinished / name
 
     def keep_masks(self, name: str, masks: Any) -> str:
-        """Writes the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
+        """Write the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
 
         Args:
           name: of the file, without an ending; a file of that name is replaced.
@@ -182,7 +182,7 @@ class Results:
                 stopping.keep(error, self._left())
 
     def _left(self) -> str:
-        """What a run that has not ended leaves, and what comes of it."""
+        """Return what a run that has not ended leaves, and what comes of it."""
         if self._resume is None:
             return f"What there was is in {self.unfinished}. This study starts over when it is run again."
         flags = "The same command" if self._resume else "The same command without --fresh"
@@ -192,7 +192,7 @@ class Results:
         return f"{count} kept in {self.unfinished}. {flags} goes on from there."
 
     def _take_up(self) -> None:
-        """Goes on with the lines of an earlier run, if there are any."""
+        """Go on with the lines of an earlier run, if there are any."""
         place = self.unfinished
         if self._adds and not (place / _LINES).exists():
             place = self.folder
@@ -212,14 +212,14 @@ class Results:
         self.lines, self._rows = lines, rows
 
     def _differing(self, recipe: str) -> list[str]:
-        """The settings that are not those of a `recipe.yaml`."""
+        """Return the settings that are not those of a `recipe.yaml`."""
         earlier = saved_recipes.plain_settings(recipe)
         own = saved_recipes.plain_settings(saved_recipes.study_text(self._study, self._config, self._recipe))
         keys = [key for key in dict.fromkeys([*earlier, *own]) if key not in self._may_differ]
         return [key for key in keys if earlier.get(key, _ABSENT) != own.get(key, _ABSENT)]
 
     def _begin(self) -> None:
-        """Makes the folder of this run's files."""
+        """Make the folder of this run's files."""
         if self._file is not None:
             return
         self.unfinished.mkdir(exist_ok=True)
@@ -246,7 +246,7 @@ class Results:
             raise OSError(error.errno, error.strerror, str(self.unfinished / _LINES)) from None
 
     def _end(self) -> None:
-        """Lets the run's files take the place of an earlier run's."""
+        """Let the run's files take the place of an earlier run's."""
         with stopping.shielded():
             self._begin()
             with replacing(self.unfinished / _WHOLE) as new:
@@ -254,7 +254,7 @@ class Results:
             self._settle()
 
     def _settle(self) -> None:
-        """The same, once the lines are whole; cut at any place it can be done again."""
+        """Return the same, once the lines are whole; cut at any place it can be done again."""
         (self.unfinished / _LINES).unlink(missing_ok=True)
         for file in sorted(self.unfinished.rglob("*")):
             name = file.relative_to(self.unfinished)
@@ -271,7 +271,7 @@ _END = b"\n"
 
 
 def _whole_rows(file: Path) -> list[bytes]:
-    """The lines of a file; of an unfinished run's, but those of a unit that was cut short."""
+    """Return the lines of a file; of an unfinished run's, but those of a unit that was cut short."""
     if not file.exists():
         return []
     rows = file.read_bytes().split(b"\n")
@@ -282,7 +282,7 @@ def _whole_rows(file: Path) -> list[bytes]:
 
 
 def layers(masks: Any) -> dict[str, list[int]]:
-    """What is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
+    """Return what is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
 
     Example:
       >>> layers({"fc/kernel": np.array([[True, False, True]]), "fc/bias": np.array([True])})
@@ -293,14 +293,14 @@ def layers(masks: Any) -> dict[str, list[int]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions and the device that a figure depends on."""
+    """Return the versions and the device that a figure depends on."""
     packages = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy")
     found = {package: version(package) for package in packages}
     return found | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
 
 
 def command() -> str:
-    """The command that is running, as one would type it."""
+    """Return the command that is running, as one would type it."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
     run = f"python -m {module}" if module else f"python {Path(sys.argv[0]).name}"
     return shlex.join([*run.split(), *sys.argv[1:]])

@@ -22,7 +22,7 @@ _KEYS = ("version", "study", "config", "prune", "distillation", "stop")
 
 
 def study_of(config: type) -> str:
-    """The name of the study a config belongs to: its module's, as in `gradual`.
+    """Return the name of the study a config belongs to: its module's, as in `gradual`.
 
     Example:
       >>> from experiments.gradual import Config
@@ -36,7 +36,7 @@ def study_of(config: type) -> str:
 
 
 def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None) -> str:
-    """`recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
+    """Return `recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_file(f)}
     settings.pop("fresh", None)  # to repeat a run is not to start over each time
     pruning = {
@@ -46,7 +46,7 @@ def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None)
 
 
 def plain_settings(text: str) -> dict[str, Any]:
-    """What `study_text` wrote, in one dict: two runs with the same are the same.
+    """Return what `study_text` wrote, in one dict: two runs with the same are the same.
 
     Raises:
       RecipeError: it is something else.
@@ -56,19 +56,19 @@ def plain_settings(text: str) -> dict[str, Any]:
 
 
 def save_method(folder: str | Path, name: str, recipe: Recipe) -> None:
-    """Writes what a method of a study prunes by, as `recipes/NAME.yaml`."""
+    """Write what a method of a study prunes by, as `recipes/NAME.yaml`."""
     path = Path(folder) / "recipes" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def is_file(field: dataclasses.Field) -> bool:
-    """Whether a field of a config is the file of a recipe, which is given without a flag."""
+    """Return whether a field of a config is the file of a recipe, which is given without a flag."""
     return field.name == "recipe"
 
 
 def settings(path: str, config: type) -> dict[str, Any]:
-    """The settings in a recipe of a study, checked against the fields of its config.
+    """Return the settings in a recipe of a study, checked against the fields of its config.
 
     Raises:
       RecipeError: what is wrong, with the line and the key; a recipe of another study among it.

@@ -94,11 +94,12 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
     own = [field.name for field in dataclasses.fields(config)]
     option = dataclasses.field(default=None, metadata={"help": text})
+    recipe = ("recipe", tyro.conf.Positional[str]) if "recipe" in own else ("recipe", str | None, option)
     # The same fields without the checks, which come once all flags are read. Under the same name in the same
     # module tyro finds the comments of the class it stands for.
     flags = dataclasses.make_dataclass(
         config.__name__,
-        [] if "recipe" in own else [("recipe", str | None, option)],
+        [recipe],
         bases=(config,),
         frozen=True,
         namespace={"__post_init__": lambda self: None, "__module__": config.__module__},
@@ -110,7 +111,6 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
             prog=f"python -m {program}",
             description=description,
             args=None if argv is None else list(argv),
-            config=(tyro.conf.PositionalRequiredArgs,),
             registry=_registry(),
             **({"default": flags(**default)} if default else {}),
         )
@@ -138,7 +138,7 @@ def fail(message: str) -> typing.NoReturn:
 
 
 def _registry() -> Any:
-    """How tyro reads values: a text for each field, which is kept as it is where it cannot be read.
+    """Return how tyro reads values: a text for each field, which is kept as it is where it cannot be read.
 
     `Settings` refuses such a text later, and knows the name of the flag.
     """

@@ -74,13 +74,13 @@ class Taught(NamedTuple):
         return self.images.y
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Mix]]:
-        """Normalised images, and what is learned of them: labels, answers, how they are mixed."""
+        """Return normalised images, and what is learned of them: labels, answers, how they are mixed."""
         x, y = self.images.batch(index)
         return x, (y, self.answers[index], self.mix)
 
 
 def losses(model: Any, params: Any, x: jax.Array, lesson: Any, key: jax.Array) -> jax.Array:
-    """The mixed loss of each image, in training mode."""
+    """Return the mixed loss of each image, in training mode."""
     y, answers, mix = lesson
     log_probs: Any = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
     return mix.scale * jp.distillation.hard_and_soft(log_probs, answers, y, mix.temperature, mix.alpha)
@@ -160,7 +160,7 @@ def _prune(params: Any, masks: Any, count: Any) -> Any:
 
 
 def figures(params: Any, masks: Any, before: np.ndarray) -> Callable[[int], dict[str, Any]]:
-    """What a pruned network's line says beside its accuracy, by the number of the seed.
+    """Return what a pruned network's line says beside its accuracy, by the number of the seed.
 
     Args:
       params, masks: with a leading seed axis.

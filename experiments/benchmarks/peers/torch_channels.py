@@ -10,7 +10,7 @@ class TorchChannels:
     """The dense network and a pruned copy, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, share: float):
-        """Makes both; half of each group of coupled channels goes, by L2 norms."""
+        """Make both; half of each group of coupled channels goes, by L2 norms."""
         self.torch: Any = importlib.import_module("torch")
         tp: Any = importlib.import_module("torch_pruning")
         self.torch.manual_seed(0)

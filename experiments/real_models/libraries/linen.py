@@ -64,7 +64,7 @@ def _controlnet(rng: np.random.Generator) -> Case:
 
 @contextmanager
 def old_reshape() -> Iterator[None]:
-    """Lets `jnp.reshape` take `newshape`, which flaxmodels uses and JAX has renamed."""
+    """Let `jnp.reshape` take `newshape`, which flaxmodels uses and JAX has renamed."""
     reshape = jnp.reshape
 
     @wraps(reshape)
