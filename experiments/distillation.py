@@ -208,7 +208,7 @@ class Study(study.Study):
 
 
 def student(of: Study) -> None:
-    """LeNet teaches the article's student."""
+    """Train the article's student with LeNet as its teacher."""
     sizes, config = of.sizes, of.config
     train, test = of.splits(size=28)
     im2col = jax.default_backend() == "cpu"
@@ -257,7 +257,7 @@ def student(of: Study) -> None:
 
 
 def few(of: Study) -> None:
-    """LeNet-300-100 learns from few images, and from what the one that has seen all says of them."""
+    """Train LeNet-300-100 on few images, with the network that has seen all as its teacher."""
     config, dense = of.config, of.dense["few"]
     for temperature in config.temperatures:
         mix = Mix(temperature, config.alpha)
@@ -272,7 +272,7 @@ def few(of: Study) -> None:
 
 
 def pruning(of: Study) -> None:
-    """LeNet-300-100 is pruned level after level and tuned after each, with a teacher and without."""
+    """Prune LeNet-300-100 level after level and tune it after each, with a teacher and without."""
     for images, epochs in (("all", of.sizes.tune_epochs), ("few", of.sizes.few_tune_epochs)):
         dense = of.dense[images]
         mix, ways = Mix(of.config.temperature, of.config.alpha), {}

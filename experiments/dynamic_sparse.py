@@ -68,7 +68,7 @@ def epochs(config: Config) -> int:
 
 
 def moves(config: Config, steps: int) -> dict[str, Any]:
-    """When masks move, and how much of them."""
+    """Return when masks move, and how much of them."""
     end = steps * 3 // 4
     return {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
 
@@ -89,7 +89,7 @@ def recipe(config: Config, method: str, sparsity: float, steps: int) -> jp.recip
 
 
 def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any]]:
-    """For each method of sparse training an optimizer, as a function of the first masks and a key.
+    """Return an optimizer for each method of sparse training, as a function of first masks and a key.
 
     As `recipe`, but with masks that are given, so that each is compiled once for all sparsities.
     """

@@ -15,7 +15,7 @@ level after level. The same masks, or as sparse ones, train as controls:
 - learning-rate: the same for all epochs, learning-rate rewinding.
 
 All seeds of a level train in one compiled program. A run that was stopped, by
-SIGKILL, SIGTERM (status 143) or a full disk, goes on after its last finished
+SIGKILL, SIGTERM (status 143) or a full disk, resumes after its last finished
 level when the same command is given again.
 
     python -m experiments.lottery_ticket                    # digits, embedded
@@ -146,7 +146,7 @@ def settings(config: Config) -> Preset:
 
 
 def recipe(rate: float, last_rate: float, last: str) -> jp.recipes.Recipe:
-    """Magnitude pruning of each layer by a fraction of what is left, per level."""
+    """Return magnitude pruning of each layer by a fraction of what is left, per level."""
     rates = {f"fc{index}/kernel": rate for index in (1, 2, 3)} | {last: last_rate}
     prune = {"score": "magnitude", "sparsity": {"per_path": rates}, "scope": "layerwise", "of": "remaining"}
     return jp.recipes.parse({"prune": prune})
@@ -193,7 +193,7 @@ class Study:
         )
 
     def dense_ticket(self, trained: Any) -> jp.Ticket:
-        """Level 0, from which every chain goes on."""
+        """Return level 0, from which every chain starts."""
         state = self.pruner.init(self.init)
         return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
 

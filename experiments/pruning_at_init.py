@@ -91,7 +91,7 @@ def recipe(method: str, compression: float, rounds: int) -> jp.recipes.Recipe:
 def criteria(
     widths: tuple[int, ...], batch: tuple[jax.Array, jax.Array], compression: float, rounds: int
 ) -> dict[str, Callable[[Any, jax.Array], Any]]:
-    """For each method `masks(params, key)`, which keep 1/compression of the weights."""
+    """Return `masks(params, key)` for each method, which keep 1/compression of the weights."""
     raw = MLP(widths, logits=True)
 
     def loss_fn(params, batch, temperature=1.0):

@@ -11,8 +11,8 @@ taken back.
     python -m experiments.recipe RECIPE --dataset mnist --model lenet
 
 The pruned network is left in one small file for each seed, which
-`jaxprune.io.load` reads. A run that was stopped goes on with its finished seeds when
-the same command is given again.
+`jaxprune.io.load` reads. A run that was stopped resumes after its last finished seed
+when the same command is given again.
 """
 
 from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ class Study:
         return optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y).mean()
 
     def accuracy(self, params: Any, split: loops.Split) -> float:
-        """On a split, in [0, 1]."""
+        """Return the accuracy on a split, in [0, 1]."""
         return int(_correct(self.model, params, split)) / len(split.y)
 
     def macs(self, masks: Any) -> int:
@@ -220,7 +220,7 @@ class Study:
         }
 
     def compacted(self, pruned: Run) -> dict[str, Any]:
-        """The network without its dead channels, measured; nothing where it has none, or a layer of them."""
+        """Measure the network without its dead channels; nothing where none, or a whole layer, is dead."""
         if jp.metrics.collapsed(pruned.masks):
             return {}
         small = jp.compact(

@@ -14,8 +14,8 @@ all (global); test accuracies are from before and after a little fine-tuning. In
 global ranking of filters and channels norms are divided by their number or mean, which
 makes those of different layers comparable.
 
-A run that was stopped goes on with what it had finished, method by method, when the same
-command is given again.
+A run that was stopped resumes after its last finished method when the same command is
+given again.
 
     python -m experiments.sensitivity                       # LeNet, digits, embedded
     python -m experiments.sensitivity --dataset mnist
@@ -306,7 +306,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | None:
-    """None if no layer stays within the tolerance."""
+    """Return the targets, or None if no layer stays within the tolerance."""
     try:
         return jp.distributions.from_sensitivity(result, tolerance)
     except ValueError:

@@ -84,7 +84,7 @@ def model(name: str) -> Any:
     """Return the flax module.
 
     Raises:
-      SystemExit: a name that is none.
+      SystemExit: an unknown name.
     """
     if name not in TITLES:
         raise SystemExit(f"--networks has {name}; it may have {', '.join(TITLES)}.")

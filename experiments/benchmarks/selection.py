@@ -64,7 +64,7 @@ def shapes(config: Config) -> list[tuple[int, int]]:
 
 
 def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
-    """From kernels by path to masks, or to what is said above."""
+    """Return each way: a function of kernels by path to masks, or to what the module says above."""
 
     def prune(params: Any, **how: Any) -> Any:
         return jp.prune_once(params, jp.scores.magnitude, sparsity=sparsity, **how)

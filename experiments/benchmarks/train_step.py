@@ -82,7 +82,7 @@ def networks(config: Config) -> list[Network]:
     """Return the networks asked for.
 
     Raises:
-      SystemExit: a name that is none.
+      SystemExit: an unknown name.
     """
     lenet, wide = (784, 300, 100, 10), (784, *[config.width] * 3, 10)
     size = sum(m * n + n for m, n in itertools.pairwise(wide))

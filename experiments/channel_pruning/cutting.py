@@ -53,7 +53,7 @@ class Network(NamedTuple):
 
 
 def _not_heads_or_hidden(path: str, member: Member) -> bool:
-    """Of transformers heads and hidden units go, neither parts of heads nor the stream of the blocks."""
+    """Return whether a group is no heads or hidden units: parts of heads and the residual stream stay."""
     in_heads = path.endswith(("/key/kernel", "/value/kernel")) and member.axis == 2
     return in_heads or path == "params/norm/scale"
 

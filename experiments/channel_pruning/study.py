@@ -8,7 +8,7 @@ compacted network, which is trained on:
   by itself, or those of one kind together; then tuning;
 - random: as local, but which channels go is drawn: a control;
 - iterative: several rounds of both, in as many epochs;
-- gradual: pruned by and by while the dense network is trained on under a group lasso, in as many
+- gradual: pruned gradually while the dense network trains on under a group lasso, in as many
   epochs, and compacted at the end;
 - scratch: the small network from new weights, in as many epochs at the dense network's learning
   rate: a control.
@@ -21,7 +21,7 @@ compacted network, which is trained on:
 
 The dense network is kept in the results folder, and so is every line: the same command with more
 methods, targets or seeds adds to them. A run that was stopped, by SIGKILL, SIGTERM (status 143) or a
-full disk, goes on after its last epoch of the dense network, or its last finished method.
+full disk, resumes after its last epoch of the dense network, or its last finished method.
 """
 
 import dataclasses
@@ -226,7 +226,7 @@ class Study:
         return Run(small, state.variables, before)
 
     def _iterative(self, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Rounds of pruning and tuning, of one cycle: the optimizer's state shrinks with the network."""
+        """Prune and tune in rounds of one cycle: the optimizer's state shrinks with the network."""
         optimizer, opt_state = self.optimizer(self.tune_lr, self.tune_epochs), None
         parts = cutting.shares(self.tune_epochs, self.chosen.rounds)
         result = None
@@ -248,7 +248,7 @@ class Study:
         return result
 
     def _gradual(self, target: float, cut: Cut, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Pruning inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
+        """Prune inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
         epochs = self.tune_epochs
         groups = self.cutter.groups.under("params")
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
@@ -290,7 +290,7 @@ class Study:
         }
 
     def measures(self, score: steps.Score) -> dict[str, float]:
-        """Of a text, bits per character too."""
+        """Return a score's figures; for a text, bits per character too."""
         text = self.network.dataset == "tiny_shakespeare"
         return score._asdict() | ({"bits": score.loss / math.log(2)} if text else {})
 

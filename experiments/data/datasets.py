@@ -190,12 +190,12 @@ def _load_digits(size: int | None, train: int | None, test: int | None) -> Datas
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
-    """(n, height, width) of 0..255 as uint8 of shape (n, height, width, 1)."""
+    """Return (n, height, width) of 0..255 as uint8 of shape (n, height, width, 1)."""
     return np.rint(images).astype(np.uint8)[..., None]
 
 
 def _enlarge(images: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear enlargement of (n, side, side) to (n, size, size), the values' type kept.
+    """Enlarge (n, side, side) to (n, size, size) bilinearly, keeping the dtype.
 
     Separable, hence a matrix on either side: W X W^T.
     """
@@ -226,7 +226,7 @@ def _load_tfds(name: str, train: int | None, test: int | None, data_dir: PathLik
 
 
 def _prepared_builder(name: str, data_dir: PathLike | None) -> Any:
-    """TFDS' builder of a data set that is on the disk, in a format readable without TensorFlow."""
+    """Return TFDS' builder of a data set that is on the disk, in a format readable without TensorFlow."""
     tfds = import_tfds()
     builder = make_builder(tfds, name, data_dir)
     if not builder.is_prepared():

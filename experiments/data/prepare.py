@@ -105,7 +105,7 @@ def check_name(name: str) -> None:
 
 
 def make_builder(tfds: Any, name: str, data_dir: PathLike | None) -> Any:
-    """TFDS' own builder of `name` in `data_dir`, else in $TFDS_DATA_DIR, else in TFDS' default."""
+    """Return TFDS' own builder of `name` in `data_dir`, else in $TFDS_DATA_DIR, else in TFDS' default."""
     # TFDS reads the variable when it is first imported; read here, it counts whenever it is set.
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     return tfds.builder(name, data_dir=None if folder is None else os.path.expanduser(folder))
@@ -213,7 +213,7 @@ def read_idx(path: PathLike, ndim: int) -> np.ndarray:
 
 
 def _mnist_arrays(paths: Mapping[str, PathLike], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 28, 28), labels (n,)), both uint8."""
+    """Return (images (n, 28, 28), labels (n,)), both uint8."""
     images_path, labels_path = paths[f"{split}_images"], paths[f"{split}_labels"]
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if images.shape != (len(labels), 28, 28):
@@ -226,7 +226,7 @@ def _mnist_arrays(paths: Mapping[str, PathLike], split: str) -> tuple[np.ndarray
 
 
 def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """TFDS' examples. The key is the index: TFDS shuffles by it, so its order comes out too."""
+    """Yield TFDS' examples. The key is the index: TFDS shuffles by it, so its order comes out too."""
     from PIL import Image
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -290,7 +290,7 @@ def _read_members(path: PathLike, wanted: list[str]) -> dict[str, bytes]:
 
 
 def _parse_cifar_batch(content: bytes, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 32, 32, 3), labels (n,)) of a file of records `label, red, green, blue`."""
+    """Return images (n, 32, 32, 3) and labels (n,) of a file of records `label, red, green, blue`."""
     if not content or len(content) % _CIFAR_RECORD:
         raise ValueError(
             f"{what} holds {len(content)} bytes; a positive multiple of {_CIFAR_RECORD} (a label "
@@ -306,7 +306,7 @@ def _parse_cifar_batch(content: bytes, what: str) -> tuple[np.ndarray, np.ndarra
 def _cifar_examples(
     split: str, images: np.ndarray, labels: np.ndarray
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """TFDS' examples, with the ids and keys that TFDS itself gives them."""
+    """Yield TFDS' examples, with the ids and keys that TFDS itself gives them."""
     from PIL import Image
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):

@@ -29,7 +29,7 @@ _VALIDATION = 0.05  # of Python's help
 
 
 def load_text(dataset: str) -> datasets.Text:
-    """Tiny Shakespeare, or the help topics that come with Python itself, which need no download."""
+    """Return Tiny Shakespeare, or Python's own help topics, which need no download."""
     if dataset == "tiny_shakespeare":
         return datasets.load_shakespeare()
     topics = pydoc_data.topics.topics
@@ -111,12 +111,12 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:
-    """Shardings from specs."""
+    """Return the shardings of specs on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, sharded; each device gets its own part."""
+    """Shard arrays that every process holds in full: each device gets its part."""
 
     def one(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -194,7 +194,7 @@ def stepper(
 
 
 def reproducible_gradients(loss: Loss, mesh: Mesh, specs: Any, parts: int) -> Gradients:
-    """Gradients that do not depend, to the bit, on how many devices there are.
+    """Return gradients that do not depend, to the bit, on how many devices there are.
 
     Floating-point sums depend on their order. So the batch is cut into as many parts whatever the
     number of devices; each part's gradient is worked out whole on one device, from params gathered
@@ -274,7 +274,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def prober(shardings: Any) -> Callable[[Any], str]:
-    """`probe(params)`, one fingerprint of masks made in several ways of params that all processes have.
+    """Return `probe(params)`, a fingerprint of masks made in several ways from the same params.
 
     Of the params as they are and rounded to few values, so that most scores tie and the order of
     entries decides; of all together by `prune_once`, and by layer by a pruner's updates, compiled.

@@ -253,7 +253,7 @@ class Layout(NamedTuple):
 
 
 def layouts(config: Config) -> list[Layout]:
-    """Those that are compared."""
+    """Return the layouts that are compared."""
     devices = config.devices or 8
     several = Layout("processes", devices, max(2, config.processes), config.tensor)
     return [Layout("one", 1, 1, 1), Layout("devices", devices, 1, config.tensor), several]

@@ -135,7 +135,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A small language model of characters, as Llama is built but for its learned positions."""
+    """A small language model of characters, built as Llama is except for learned positions."""
 
     vocabulary: int
     context: int = 128

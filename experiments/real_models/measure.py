@@ -172,7 +172,7 @@ def _left(params: Any, groups: Sequence[Group], dead: Callable[[Group], np.ndarr
 
 
 def _dead(group: Group, masks: dict[str, np.ndarray], stacks: dict[str, tuple[int, ...]]) -> np.ndarray:
-    """Which units of a group the masks remove: all slices of all members that are no divisors are masked."""
+    """Return which units of a group the masks remove: those whose slices are all masked."""
     dead = np.ones(group.units, bool)
     for member in group.members:
         if member.divisor:
@@ -266,7 +266,7 @@ def _said(error: BaseException) -> str:
 
 
 def out_of_memory(text: str) -> bool:
-    """Whether an exception, or what a process wrote before it ended, says that memory was not enough."""
+    """Return whether an exception, or a process's last words, say that memory was not enough."""
     return any(word in text for word in ("MemoryError", "bad_alloc", "RESOURCE_EXHAUSTED", "Out of memory"))
 
 
@@ -290,7 +290,7 @@ def arguments(name: str, fraction: float, seed: int, memory: float) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    """What a process of a model is given: Keras on JAX, the CPU, programs that are compiled quickly."""
+    """Return the environment of a model's process: Keras on JAX, the CPU, quick compilation."""
     fixed = {
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",

@@ -199,7 +199,7 @@ def worse(line: Mapping[str, Any], before: Reached) -> list[str]:
 
 
 def compared(lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[Reached]]) -> str:
-    """What has become worse than a table says, model by model, and what of the table was not measured."""
+    """Return what has become worse than a table says, and which of its models were not measured."""
     done = {line["model"]: line for line in lines}
     both = [name for name in baseline if name in done]
     text = [f"{len(both)} of the {len(baseline)} models of the table of what was reached before are here."]

@@ -143,7 +143,7 @@ def ranges(medians: Sequence[float], figures: Sequence[Figure]) -> list[str]:
 
 
 def _writer(values: Sequence[float], digits: int | None, whole: bool) -> Callable[..., str]:
-    """How numbers of a column are written, from its size: whole, with fixed digits, or with an exponent."""
+    """Return how to write the numbers of a column: whole, with fixed digits, or with an exponent."""
     sizes = [abs(x) for x in values if x and math.isfinite(x)]
     most = max(sizes, default=1.0)
     least = min((size for size in sizes if size > 1e-12 * most), default=1.0)  # the rest is rounding

@@ -7,18 +7,17 @@ RESULTS are JSON-lines files, or folders, of which all .jsonl files are read.
 The studies of this project write them, but any will do: a line is a JSON object
 of numbers and text. Lines are put together by their `study` and, if they have a
 `config`, its data set and network; `versions` and `command` are shown as they
-are. Which fields say what was run and which what came out is found out:
+are. A study declares in each line's `design` which fields say what was run and
+which what came out:
 
 - `seed` is the replicate;
-- text, and settings that differ between the configs, are factors: curves and
-  rows ("method");
-- numbers without which lines of one seed could not be told apart are levels
-  ("sparsity"), if all seeds have the same ones;
-- all other numbers are figures, shown as mean and standard deviation over the
-  seeds. Those that are accuracies or sparsities by name are shown in percent.
+- factors are text such as "method": curves and rows;
+- levels are numbers such as "sparsity": rows, and what curves are drawn against;
+- figures are shown as mean and standard deviation over the seeds.
 
-Factors and levels of unseeded lines are found in the same way; a number that
-never comes back is one if it is called like one, or rises from line to line.
+Settings that differ between the configs are factors or levels too. Lines of
+unknown origin get a plain default: text that differs is a factor, a number that
+is needed to tell lines of one seed apart is a level, the others are figures.
 A field `layers` of {path: [kept, size]} gives the sparsity of each layer, and
 `masks`, the name of a file that a study wrote beside its lines, pictures.
 

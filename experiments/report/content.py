@@ -237,7 +237,7 @@ def _remarks(part: Part) -> Table:
 
 
 def _runs(section: Section, anchor: str) -> Iterator[Block]:
-    """Configs, commands, versions and files."""
+    """Yield configs, commands, versions and files."""
     lines = section.lines
     yield Heading(3, "How it was made", f"{anchor}-runs")
     commands = list(dict.fromkeys(line.command for line in lines if line.command))

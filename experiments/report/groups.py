@@ -110,7 +110,7 @@ def parts(section: Section) -> list[Part]:
 
 
 def _wider(shape: tuple, measured: Mapping[tuple, set[str]]) -> tuple:
-    """Return the most factors beside which lines with these stand: others' too, if they measure the same.
+    """Return the largest set of factors that includes these, among lines that measure the same.
 
     So a dense network that has no criterion is the baseline of those that have one.
     """
@@ -125,7 +125,7 @@ def numbers(values: Sequence[Any]) -> list[float]:
 
 
 def over(values: Sequence[float], lines: int) -> Figure:
-    """Mean, standard deviation and range of the finite values.
+    """Return mean, standard deviation and range of the finite values.
 
     Example:
       >>> over([1.0, 3.0, math.nan], 3)

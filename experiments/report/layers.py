@@ -104,7 +104,7 @@ def _kept(value: int | list[int]) -> int:
 
 
 def _sizes(name: str, part: Part) -> dict[str, int]:
-    """The entries of each layer; of counts alone the most that any line has, as the dense network's."""
+    """Return the entries of each layer: where lines only count what is kept, the most of any line."""
     sizes: dict[str, int] = {}
     for line in _lines(part.groups):
         for path, value in line.layers.get(name, {}).items():

@@ -97,7 +97,7 @@ def _address(folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text as Markdown that shows it as it is, but for what means something at the start of a line."""
+    """Escape text for Markdown, except for what has a meaning at the start of a line."""
     text = " ".join(clean(text).split())
     text = re.sub(r"([\\`*$|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words mean nothing, and brackets only before a parenthesis.

@@ -35,10 +35,10 @@ class Results:
     that a line moved elsewhere still says what it is. `experiments.report` makes a page of them. A line may
     also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
 
-    What a run writes lies in the folder `unfinished` until it has ended well; then, all at once, it takes the
-    place of an earlier run's. So a run that fails or is killed leaves the earlier results as they were, and
-    what it had finished itself in `unfinished`, with which a study that can go on goes on. Lines are added in
-    units, such as a method's with all its seeds, of which a killed run leaves all or nothing.
+    A run writes to the folder `unfinished` until it has ended well; then its files replace an earlier run's
+    all at once. So a run that fails or is killed leaves the earlier results untouched, and what it had
+    finished in `unfinished`, from which a study that can resume does. Lines are added in units, such as all
+    seeds of a method, of which a killed run leaves all or nothing.
 
     Only one run at a time may have the folder.
     """
@@ -61,8 +61,8 @@ class Results:
           folder: of the results.
           study, config, recipe: what every line, and `recipe.yaml`, say of the run.
           design: what the fields of the lines mean, for `experiments.report`.
-          resume: whether to go on with the lines of an unfinished run, if there is one, or drop them; None if
-            the study cannot go on with them.
+          resume: whether to keep the lines of an unfinished run, if there is one, or drop them; None if the
+            study cannot resume.
           adds: whether to add to the lines of a finished run, if nothing is unfinished.
           may_differ: settings that may differ from those of the run that is resumed.
         """
@@ -118,12 +118,12 @@ class Results:
         return any(all(line.get(k) == v for k, v in fields.items()) for line in self.lines)
 
     def drop_lines(self) -> None:
-        """Leave out the lines gone on with: the study has them from elsewhere. Files stay."""
+        """Drop the lines of an earlier run, which the study has from elsewhere. Files stay."""
         self.lines, self._rows = [], []
         (self.unfinished / _LINES).unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what is trained once and many units start from; a run that goes on reads what it had made.
+        """Return what is trained once and many units start from; a resumed run reads it from its file.
 
         Args:
           name: of the file, without an ending.
@@ -146,7 +146,7 @@ class Results:
         return jp.io.load(file).params
 
     def file(self, name: str) -> Path:
-        """Where to write a file that belongs to the lines; when the run has ended it is in the folder."""
+        """Return where to write a file that belongs to the lines; the end of the run moves it."""
         self._begin()
         return self.unfinished / name
 
@@ -182,17 +182,17 @@ class Results:
                 stopping.keep(error, self._left())
 
     def _left(self) -> str:
-        """Return what a run that has not ended leaves, and what comes of it."""
+        """Return a sentence on what a run that has not ended leaves, and how to resume it."""
         if self._resume is None:
             return f"What there was is in {self.unfinished}. This study starts over when it is run again."
         flags = "The same command" if self._resume else "The same command without --fresh"
         count = (
             f"{len(self.lines):,} lines of results are" if len(self.lines) != 1 else "1 line of results is"
         )
-        return f"{count} kept in {self.unfinished}. {flags} goes on from there."
+        return f"{count} kept in {self.unfinished}. {flags} resumes from there."
 
     def _take_up(self) -> None:
-        """Go on with the lines of an earlier run, if there are any."""
+        """Take up the lines of an earlier run, if there are any."""
         place = self.unfinished
         if self._adds and not (place / _LINES).exists():
             place = self.folder
@@ -202,9 +202,9 @@ class Results:
             lines = [{k: v for k, v in line.items() if k not in _COMMON} for line in lines]
             if differ := self._differing((place / "recipe.yaml").read_text(encoding="utf-8")):
                 names = ", ".join(differ)
-                problem = f"is of a run with other settings ({names}). Give the same flags to go on with it"
+                problem = f"is of a run with other settings ({names}). Give the same flags to resume it"
         except (ValueError, AttributeError, OSError) as error:
-            problem = f"cannot be gone on with ({error}). Mend it"
+            problem = f"cannot be resumed from ({error}). Mend it"
         if problem and rows:
             raise SystemExit(f"{place / _LINES} {problem}, another --out, or --fresh to start over.")
         if problem and self.unfinished.exists():  # it had not finished anything
@@ -246,7 +246,7 @@ class Results:
             raise OSError(error.errno, error.strerror, str(self.unfinished / _LINES)) from None
 
     def _end(self) -> None:
-        """Let the run's files take the place of an earlier run's."""
+        """Let the run's files replace an earlier run's."""
         with stopping.shielded():
             self._begin()
             with replacing(self.unfinished / _WHOLE) as new:
@@ -254,7 +254,7 @@ class Results:
             self._settle()
 
     def _settle(self) -> None:
-        """Return the same, once the lines are whole; cut at any place it can be done again."""
+        """Move the files once all lines are written; interrupted anywhere, it can be done again."""
         (self.unfinished / _LINES).unlink(missing_ok=True)
         for file in sorted(self.unfinished.rglob("*")):
             name = file.relative_to(self.unfinished)
@@ -271,7 +271,7 @@ _END = b"\n"
 
 
 def _whole_rows(file: Path) -> list[bytes]:
-    """Return the lines of a file; of an unfinished run's, but those of a unit that was cut short."""
+    """Return the lines of a file, without those of a unit that an unfinished run cut short."""
     if not file.exists():
         return []
     rows = file.read_bytes().split(b"\n")

@@ -139,7 +139,7 @@ def _init(model: Any, split: Split, keys: jax.Array) -> Any:
 
 
 def nll(model: Any, params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each example, in training mode."""
+    """Return the negative log-likelihood of each example, in training mode."""
     log_probs: Any = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
     return _losses(log_probs, y)
 
@@ -313,7 +313,7 @@ def whole_run(
 
 
 def fixed(optimizer: optax.GradientTransformation) -> Callable[..., optax.GradientTransformation]:
-    """For `whole_run`: the optimizer under masks that never change."""
+    """Return, for `whole_run`, the optimizer under masks that never change."""
     return lambda masks, key: jp.keep_masked(optimizer, masks)
 
 

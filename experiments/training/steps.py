@@ -117,7 +117,7 @@ def crop_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
 def sgd(
     rate: optax.ScalarOrSchedule, momentum: float = 0.9, weight_decay: float = 5e-4
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum, and weight decay of the kernels alone."""
+    """Return SGD with Nesterov's momentum, and weight decay of the kernels alone."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=kernels), optax.sgd(rate, momentum, nesterov=True)
     )
@@ -131,12 +131,12 @@ def kernels(params: Any) -> Any:
 
 
 def one_cycle(peak: float, steps: int) -> optax.Schedule:
-    """Up from peak / 25 to the peak in .3 of the steps, then down to nearly 0, along cosines."""
+    """Return a cycle: up from peak / 25 to the peak in .3 of the steps, then down to nearly 0, by cosines."""
     return optax.cosine_onecycle_schedule(steps, peak)
 
 
 def steps_per_epoch(examples: Examples, batch_size: int) -> int:
-    """Whole batches in a split."""
+    """Return the number of full batches in a split."""
     return len(examples.y) // batch_size
 
 
@@ -172,7 +172,7 @@ def fitter(
 
     An epoch is a pass over the split in random order. The images that do not fill a batch are left
     out, others each time: BatchNorm would take a small batch for the whole.
-    `opt_state` goes on with an earlier state of the optimizer; `after(epoch, state, loss)` is
+    `opt_state` is an earlier state of the optimizer to continue from; `after(epoch, state, loss)` is
     called after each epoch, numbered from 1, with the mean loss of its batches.
     """
     steps = steps_per_epoch(examples, batch_size)

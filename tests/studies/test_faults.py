@@ -205,7 +205,7 @@ def test_a_lottery_run_stopped_in_every_way_ends_bit_identical(runner, whole, tm
     assert process.exitcode == 143
     said = runner.log(broken).read_text()
     assert "Stopped by SIGTERM. " in said
-    assert "The same command goes on from there." in said
+    assert "The same command resumes from there." in said
     assert "Traceback" not in said
     assert not list(broken.rglob("*tmp*"))
 
@@ -292,7 +292,7 @@ def test_lines_that_are_damaged_are_refused(tmp_path):
         toy_stopped(tmp_path)
     file = tmp_path / "unfinished" / "results.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"unit"', b"unit", 1))
-    with pytest.raises(SystemExit, match=r"results.jsonl cannot be gone on with .* or --fresh to start over"):
+    with pytest.raises(SystemExit, match=r"results.jsonl cannot be resumed from .* or --fresh to start over"):
         toy(tmp_path)
     assert len(toy(tmp_path, resume=False)) == 2 * UNITS
 

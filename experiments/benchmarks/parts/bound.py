@@ -143,7 +143,7 @@ class Parts:
         return self.scanned(lambda y, _: (y @ x, None), jax.random.normal(self.key, x.shape))
 
     def scanned(self, step: Callable, carry: Any) -> Callable[[], Any]:
-        """As many steps as a level has, compiled."""
+        """Compile as many steps as a level has."""
         run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=self.steps)[0])
         return lambda: jax.block_until_ready(run(carry))
 
@@ -164,7 +164,7 @@ def vector(params: Any) -> int:
 
 
 def flops(params: Any, batch_size: int) -> int:
-    """2 mnk for each product of a step of a perceptron; images have no gradient."""
+    """Return the floating-point operations of a perceptron's step: 2 mnk for each product."""
     kernels = [params[name]["kernel"].size for name in sorted(params)]
     return 2 * batch_size * (2 * sum(kernels) + sum(kernels[1:]))
 

@@ -66,7 +66,7 @@ class ArgsortState(NamedTuple):
 
 
 def argsort_masks(params: Any, sparsity: jax.Array) -> Any:
-    """Global masks as jaxpruner makes them: one vector of all magnitudes, argsorted, and scattered to."""
+    """Return global masks made as jaxpruner makes them: by an argsort of one vector of all magnitudes."""
     kernels = {name: layer["kernel"] for name, layer in params.items()}
     scores = jnp.concatenate([jnp.abs(kernel).ravel() for kernel in kernels.values()])
     kept = jnp.round((1 - sparsity) * scores.size).astype(jnp.int32)

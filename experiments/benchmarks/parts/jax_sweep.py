@@ -51,7 +51,7 @@ class JaxSweep:
         return time.perf_counter() - began
 
     def figures(self, way: str) -> list[list[float]]:
-        """Accuracies: of each tensor by level, or of each seed by level."""
+        """Return accuracies: of each tensor by level, or of each seed by level."""
         return getattr(self, way)()
 
     def tensors(self) -> list[list[float]]:
@@ -70,7 +70,7 @@ class JaxSweep:
         return [[accuracy(name, level) for level in self.levels] for name in self.kernels]
 
     def seeds(self) -> list[list[float]]:
-        """All seeds and levels of global sparsity in one program: vmap over seeds, a loop over levels."""
+        """Sweep all seeds and levels of global sparsity in one program: a vmap and a loop over levels."""
         return self.curves(self.params, self.counts, self.data).tolist()
 
     def seeds_one_by_one(self) -> list[list[float]]:

@@ -44,7 +44,7 @@ class TorchLoop:
         self.rates, self.levels, self.lr = rates, levels, lr
 
     def version(self) -> str:
-        """PyTorch's version."""
+        """Return PyTorch's version."""
         return self.torch.__version__
 
     def trial(self, threads: int, adam: dict[str, bool], steps: int) -> float:

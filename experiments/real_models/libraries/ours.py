@@ -154,7 +154,7 @@ def _llama(rng: np.random.Generator, stacked: str) -> Case:
 
 
 def _experts(rng: np.random.Generator, how: str) -> Case:
-    """Two of four experts for each token: all are computed and weighted, or tokens are sorted by them."""
+    """Build two of four experts for each token, by weighting all or by sorting the tokens."""
     d, count, chosen = _WIDTH, 4, 2
     shapes = {
         "embed": (_VOCABULARY, d),
