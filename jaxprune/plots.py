@@ -18,7 +18,7 @@ from jaxprune.tree.paths import leaf_paths
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["curves", "layers", "mask_images", "masks", "panels", "sensitivity"]
+__all__ = ["curves", "layers", "mask_colours", "mask_images", "masks", "panels", "sensitivity"]
 
 Line = tuple[Any, ...]
 """`(x, y)` or `(x, y, spread)`; a `y` of shape (points, runs) is shown as its mean and standard deviation."""
@@ -291,6 +291,21 @@ def mask_images(masks: Any) -> list[tuple[str, np.ndarray]]:
     return made
 
 
+def mask_colours() -> Any:
+    """Return the colour map of masks, a function that turns an image of `mask_images` into RGBA.
+
+    Raises:
+      ImportError: matplotlib is missing.
+
+    Example:
+      >>> import numpy as np, jaxprune as jp
+      >>> jp.plots.mask_colours()(np.array([[0.0, 1.0]])).shape
+      (1, 2, 4)
+    """
+    mpl, _ = _matplotlib()
+    return mpl.colormaps["cividis"].with_extremes(bad=_GREY)
+
+
 def _matplotlib() -> tuple[Any, Any]:
     """Return matplotlib and its `Figure`, which needs neither pyplot nor a window."""
     try:
@@ -348,12 +363,6 @@ def _log_axis(axes: Any, values: Sequence[float]) -> None:
         ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-
-
-def mask_colours() -> Any:
-    """Return the colour map of masks, which turns an image of `mask_images` into RGBA."""
-    mpl, _ = _matplotlib()
-    return mpl.colormaps["cividis"].with_extremes(bad=_GREY)
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
