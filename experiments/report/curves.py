@@ -66,9 +66,10 @@ def draw(part: Part, figure: str, axis: Abscissa, salt: str) -> tuple[str, str] 
     percent = figure in part.percent
     colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10}
-    with mpl.rc_context(style | dict.fromkeys(colours, INK)), _without_warnings():
+    with mpl.rc_context(style | dict.fromkeys(colours, INK)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the browser has the letters
         canvas = plots.curves(
-            {_short(name): tuple(zip(*points, strict=True)) for name, points in shown.items()},
+            {name: tuple(zip(*points, strict=True)) for name, points in shown.items()},
             x=_short(axis.title, 60),
             y=_short(f"{figure}, %" if percent else figure),
             baseline={
@@ -89,11 +90,6 @@ def draw(part: Part, figure: str, axis: Abscissa, salt: str) -> tuple[str, str] 
     return file.getvalue(), f"{figure} against {axis.title}{spread}{more}."
 
 
-def _without_warnings() -> Any:
-    """Ignore that a font lacks a letter: the browser has it."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
-
-
 def _curves(part: Part, figure: str, axis: Abscissa) -> dict[str, list[tuple[float, float, float]]]:
     curves: dict[tuple, list[tuple[float, float, float]]] = {}
     called: dict[tuple, str] = {}
@@ -103,7 +99,7 @@ def _curves(part: Part, figure: str, axis: Abscissa) -> dict[str, list[tuple[flo
         if group.baseline or x is None or not y.found or max(abs(x), abs(y.mean), y.sd) > _MOST:
             continue
         key = (group.factors, group.levels[1:])
-        called[key] = ", ".join(filter(None, [name(group.factors), names.levels(part, group, skip=1)]))
+        called[key] = _short(", ".join(filter(None, [name(group.factors), names.levels(part, group, 1)])))
         curves.setdefault(key, []).append((x, y.mean, y.sd))
     # Names that look alike are told apart by a number.
     alike = Counter(called.values())

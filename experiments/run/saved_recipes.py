@@ -32,7 +32,7 @@ def study_of(config: type) -> str:
     module = config.__module__
     if module == "__main__":
         module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).stem
-    return module.removeprefix("experiments.")
+    return module.removeprefix("experiments.").removesuffix(".study").removesuffix(".command")
 
 
 def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None) -> str:
