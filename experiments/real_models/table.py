@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.show.tables import to_csv
 from jaxprune.files.atomic import replacing
 
 _RATIOS = ("ratio", "macs_ratio", "error")
@@ -73,21 +74,20 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
 
 def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the figures as a table that `read_baseline` reads."""
+    rows: list[Sequence[Any]] = [_FIELDS]
+    for line in lines:
+        if "share" not in line:
+            continue
+        ratios = (
+            f"{line[name]:.4f}" if line.get(name) is not None else "" for name in ("ratio", "macs_ratio")
+        )
+        error = f"{worst(line):.1e}" if worst(line) is not None else ""
+        measured = f"version {line.get('versions', {}).get('jaxprune', '')}".strip()
+        counts = line["model"], line["groups"], line["removable"], f"{line['share']:.4f}"
+        rows.append([*counts, *ratios, error, measured, "same"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(_FIELDS)
-        for line in lines:
-            if "share" not in line:
-                continue
-            shown = (
-                f"{line[name]:.4f}" if line.get(name) is not None else "" for name in ("ratio", "macs_ratio")
-            )
-            error = f"{worst(line):.1e}" if worst(line) is not None else ""
-            version = line.get("versions", {}).get("jaxprune", "")
-            measured = f"version {version}".strip()
-            counts = line["model"], line["groups"], line["removable"], f"{line['share']:.4f}"
-            rows.writerow([*counts, *shown, error, measured, "same"])
+    with replacing(path) as new:
+        new.write_text(to_csv(rows), encoding="utf-8", newline="")
 
 
 def latest(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

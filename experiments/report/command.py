@@ -90,10 +90,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--markdown", help="the same as Markdown (default: beside the page, as .md; '' for none)"
     )
     chosen = parser.parse_args(argv)
-    markdown = str(Path(chosen.out).with_suffix(".md")) if chosen.markdown is None else chosen.markdown
-    for flag, file in (("--out", chosen.out), ("--markdown", markdown)):
-        if (file or flag == "--out") and (wrong := problem(str, file) or unwritable(file, "file")):
+
+    def check(flag: str, file: str) -> None:
+        if wrong := problem(str, file) or unwritable(file, "file"):
             parser.error(f"argument {flag}: {wrong}")
+
+    check("--out", chosen.out)
+    markdown = str(Path(chosen.out).with_suffix(".md")) if chosen.markdown is None else chosen.markdown
+    if markdown:
+        check("--markdown", markdown)
     try:
         print(report(chosen.results, chosen.out, markdown or None))
     except ReportError as error:
