@@ -102,7 +102,7 @@ def _remarked(same: dict[str, Any]) -> Iterator[Block]:
 
 def _part_title(part: Part) -> str:
     for name, value in part.same.items():
-        if isinstance(value, str) and len(value) < 40:
+        if isinstance(value, str) and len(value) < 40 and not _is_remark(name, value):
             return f"{name}: {value}"
     return f"by {', '.join(part.factors)}" if part.factors else "other lines"
 
