@@ -58,7 +58,6 @@ from experiments.run.settings import (
 from experiments.show import figures, tables
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
-from jaxprune import plots
 
 PARTS = ("student", "few", "pruning")
 STUDENTS = {"conv-linear": False, "conv-relu-linear": True}  # whether there is a relu
@@ -369,18 +368,12 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str
     for images in ("all", "few") if "pruning" in config.parts else ():
         group = [line for line in lines if (line["part"], line.get("images")) == ("pruning", images)]
         methods = list(dict.fromkeys(line["method"] for line in group))
-        figure = plots.curves(
-            figures.by_method(group, methods),
-            x="compression (weights)",
-            y="test accuracy (%)",
-            title=f"LeNet-300-100, {data}, {group[0]['train_images']} images; "
-            f"{group[0]['epochs']} epochs a level, {len(config.seeds)} seeds",
-            baseline={"dense": figures.accuracies(lines, part="dense", images=images)},
-            percent=True,
-            log=True,
-        )
         names.append(f"pruning-{images}.png")
-        figures.save(figure, Path(config.out) / names[-1])
+        title = f"LeNet-300-100, {data}, {group[0]['train_images']} images; "
+        title += f"{group[0]['epochs']} epochs a level, {len(config.seeds)} seeds"
+        panels = {"compression (weights)": figures.by_method(group, methods)}
+        dense = figures.accuracies(lines, part="dense", images=images)
+        figures.against_compression(Path(config.out) / names[-1], title, panels, dense)
     return names
 
 

@@ -45,7 +45,6 @@ from experiments.run.settings import (
 )
 from experiments.show import figures, tables
 from experiments.training import loops
-from jaxprune import plots
 
 
 @dataclass(frozen=True)
@@ -200,16 +199,10 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
-    figure = plots.curves(
-        figures.by_method(lines, METHODS),
-        x="compression (weights)",
-        y="test accuracy (%)",
-        title=f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds",
-        baseline={"dense": figures.accuracies(lines, method="dense")},
-        percent=True,
-        log=True,
-    )
-    figures.save(figure, Path(config.out) / "accuracy.png")
+    panels = {"compression (weights)": figures.by_method(lines, METHODS)}
+    title = f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, method="dense")
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

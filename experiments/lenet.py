@@ -388,15 +388,9 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
             if groups:
                 ratios = [dense[0][key] / group[0][key] for group in groups]
                 panels[label][title] = ratios, [[line["accuracy"] for line in group] for group in groups]
-    figure = plots.panels(
-        panels,
-        y="test accuracy (%)",
-        title=f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds",
-        baseline={"dense": [line["accuracy"] for line in dense]},
-        percent=True,
-        log=True,
-    )
-    figures.save(figure, Path(config.out) / "accuracy.png")
+    title = f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds"
+    own = [line["accuracy"] for line in dense]
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, own)
 
 
 def _ratio(dense: int, pruned: int) -> str:

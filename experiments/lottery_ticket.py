@@ -353,16 +353,10 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
             compressions = [1 / level[0]["density"] for level in levels]
             curves[method] = compressions, [[line["accuracy"] for line in level] for level in levels]
     epochs = settings(config).epochs
-    figure = plots.curves(
-        curves,
-        x="compression (weights)",
-        y="test accuracy (%)",
-        title=f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
-        baseline={"dense": figures.accuracies(lines, level=0)},
-        percent=True,
-        log=True,
-    )
-    figures.save(figure, Path(config.out) / "accuracy.png")
+    panels = {"compression (weights)": curves}
+    title = f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, level=0)
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -41,7 +41,6 @@ from experiments.run.results import layers
 from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
-from jaxprune import plots
 
 
 @dataclass(frozen=True)
@@ -215,16 +214,10 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
     name = {"lenet": "LeNet-300-100", "deep": "MLP 100x6"}[config.network]
-    figure = plots.curves(
-        figures.by_method(lines, METHODS, "compression"),
-        x="compression (weights)",
-        y="test accuracy (%)",
-        title=f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds",
-        baseline={"dense": figures.accuracies(lines, method="dense")},
-        percent=True,
-        log=True,
-    )
-    figures.save(figure, Path(config.out) / "accuracy.png")
+    panels = {"compression (weights)": figures.by_method(lines, METHODS, "compression")}
+    title = f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, method="dense")
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

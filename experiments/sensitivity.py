@@ -386,16 +386,10 @@ def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
                 )
         if not panels:
             continue
-        drawn = plots.panels(
-            panels,
-            y="test accuracy (%)",
-            title=f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
-            f"{len(config.seeds)} seeds",
-            baseline={"dense": figures.accuracies(lines, figure="dense")},
-            percent=True,
-            log=True,
-        )
-        figures.save(drawn, Path(settings(config)[2]) / f"{name}.png")
+        title = f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
+        title += f"{len(config.seeds)} seeds"
+        path = Path(settings(config)[2]) / f"{name}.png"
+        figures.against_compression(path, title, panels, figures.accuracies(lines, figure="dense"))
 
 
 def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:

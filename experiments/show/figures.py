@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxprune import plots
 from jaxprune.files.atomic import replacing
 from jaxprune.plots import Line
 
@@ -31,6 +32,27 @@ def by_method(
 def accuracies(lines: Sequence[Mapping[str, Any]], **keys: Any) -> list[float]:
     """Return the accuracies of the lines that have these keys, such as `method="dense"`."""
     return [x["accuracy"] for x in lines if all(x.get(key) == value for key, value in keys.items())]
+
+
+def against_compression(
+    path: str | Path,
+    title: str,
+    panels: Mapping[str, Mapping[str, Line]],
+    dense: Sequence[float] | None = None,
+) -> None:
+    """Draw test accuracies against compressions, with the dense network's as a level line, as a PNG.
+
+    Args:
+      path: the file.
+      title: above all panels.
+      panels: by what is compressed the lines, as `jaxprune.plots.panels` takes them.
+      dense: the accuracy of the dense network, by seed.
+    """
+    baseline = None if dense is None else {"dense": dense}
+    save(
+        plots.panels(panels, y="test accuracy (%)", title=title, baseline=baseline, percent=True, log=True),
+        path,
+    )
 
 
 def save(figure: Any, path: str | Path) -> None:
