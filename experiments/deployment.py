@@ -227,7 +227,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
         means = (np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes"))
         row = [title, *(f"{mean:,.0f}" for mean in means), f"{own[0]['program_bytes']:,}"]
         rows.append([*row, f"{own[0]['speed_up']:.2f}", tables.cell(own)])
-    return tables.text(rows)
+    return tables.text(rows, gap=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,8 +16,13 @@ WIDTH = 80
 Rows = Sequence[Sequence[str]]
 
 
-def text(rows: Rows, labels: int = 1) -> str:
+def text(rows: Rows, labels: int = 1, gap: int = 2) -> str:
     """Return a table for the terminal; columns that do not fit stand below, with the labels again.
+
+    Args:
+      rows: of the table, the header first.
+      labels: how many columns, from the left, say what a row is.
+      gap: spaces between columns.
 
     Example:
       >>> print(text([("", "time"), ("dense", "1.00"), ("masked", "1.02")]))
@@ -26,8 +31,8 @@ def text(rows: Rows, labels: int = 1) -> str:
       masked  1.02
     """
     tables = []
-    for columns in pieces(widths(rows), labels, gap=2):
-        lines = ["  ".join(_aligned(row, columns, widths(rows), labels)).rstrip() for row in rows]
+    for columns in pieces(widths(rows), labels, gap):
+        lines = [(" " * gap).join(_aligned(row, columns, widths(rows), labels)).rstrip() for row in rows]
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 

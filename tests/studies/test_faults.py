@@ -49,7 +49,7 @@ MASKS = {"kernel": np.arange(12).reshape(3, 4) % 3 == 0}
 
 def toy(folder, config=Config(), **options):
     """What a study does: something trained once, units of lines, masks, a network."""
-    with Results(folder, "toy", config, **{"go_on": True, **options}) as results:
+    with Results(folder, "toy", config, **{"resume": True, **options}) as results:
         dense = results.once("dense", lambda: {"w": np.arange(5.0) * config.lr})
         for unit in range(UNITS):
             if not results.done(unit=unit):
