@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jaxprune.tree.tables import csv_table, shorten, text_lines, wrapped
 
 _WIDTH, _CELL = 80, 9
@@ -96,32 +94,14 @@ class Sensitivity:
         return text
 
     def plot(self, path: str | Path) -> None:
-        """Draw the metric against the sparsity achieved, a line per name, into a PNG, PDF or SVG file.
+        """Write the picture that `jaxprune.plots.sensitivity` draws into a PNG, PDF or SVG file.
 
         Raises:
           ImportError: matplotlib is missing.
         """
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "Sensitivity.plot draws with matplotlib: pip install 'jaxprune[experiments]'. Without it "
-                "there are to_csv() and to_dict()."
-            ) from None
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.subplots()
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(self.pools)))
-        for index, name in enumerate(self.pools):
-            x, y = zip(*((point.achieved, point.metric) for point in self.of(name)), strict=True)
-            marker = "os^Dv<>P*X"[index % 10]
-            axes.plot(x, y, color=colours[index], marker=marker, markersize=4, label=name)
-        axes.axhline(self.dense, color="grey", linestyle="--", linewidth=1, label="nothing pruned")
-        axes.set_xlabel("sparsity of what is pruned, alone")
-        axes.set_ylabel(self.metric)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="small", ncols=-(-len(self.pools) // 24))
-        figure.savefig(path, dpi=150)
+        from jaxprune import plots
+
+        plots.sensitivity(self).savefig(path, dpi=150)
 
     def __str__(self) -> str:
         return _table(self)

@@ -357,7 +357,7 @@ def test_the_plot(result, tmp_path, monkeypatch):
     result.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxprune\[plots\]'"):
         result.plot(tmp_path / "other.png")
 
 
