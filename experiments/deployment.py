@@ -34,9 +34,21 @@ import jaxprune as jp
 from experiments.data import datasets
 from experiments.lenet import file_bytes
 from experiments.networks.small import LeNet
+from experiments.report.design import Design
 from experiments.run import stopping
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Share,
+    Sparsity,
+    parse,
+)
 from experiments.show import tables
 from experiments.training import distill, loops
 
@@ -53,22 +65,22 @@ STEPS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    epochs: int = flag(15, "of LeNet", at_least=1)
-    tune_epochs: int = flag(5, "after pruning; a smaller architecture trains for both", at_least=0)
-    sparsity: float = flag(0.9, "of the weights, where they are pruned one by one", at_least=0, below=1)
-    temperature: float = flag(4.0, "of the teacher's answers", above=0)
-    alpha: float = flag(0.9, "the teacher's share of the loss", at_least=0, at_most=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(64, "images per step, and in a call that is timed", at_least=1, at_most=100_000)
-    rounds: int = flag(20, "times that each call is measured", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/deployment", "folder for results.jsonl", path="folder")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    epochs: Count = 15  # of LeNet
+    tune_epochs: Natural = 5  # after pruning; a smaller architecture trains for both
+    sparsity: Sparsity = 0.9  # of the weights, where they are pruned one by one
+    temperature: Positive = 4.0  # of the teacher's answers
+    alpha: Share = 0.9  # the teacher's share of the loss
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 64  # images per step, and in a call that is timed
+    rounds: Count = 20  # times that each call is measured
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/deployment"  # folder for results.jsonl
 
 
 class Network(NamedTuple):
@@ -86,12 +98,12 @@ class Network(NamedTuple):
 
 
 def applied(model: LeNet) -> Callable[..., Any]:
-    """The model as a function of params and images."""
+    """Return the model as a function of params and images."""
     return lambda params, x: model.apply({"params": params}, x)
 
 
 def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -> dict[str, Network]:
-    """The networks of each step but the first, by its name."""
+    """Return the networks of each step but the first, by its name."""
     lenet, narrow = (LeNet(jax.default_backend() == "cpu", widths) for widths in ((10, 20, 50), HALF))
     keys = [loops.seed_keys(config.seeds, purpose) for purpose in range(5)]
     mix = distill.Mix(config.temperature, config.alpha)
@@ -151,12 +163,12 @@ def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -
 
 
 def as_int8(params: Any) -> Any:
-    """Params as they come back from a file of 8-bit integers, for each seed by itself."""
+    """Return params as they come back from a file of 8-bit integers, for each seed by itself."""
     return jax.vmap(jp.quantization.as_int8)(params)
 
 
 def figures(network: Network, index: int, image: jax.Array) -> dict[str, Any]:
-    """What one seed's network costs to hold and to run."""
+    """Return what one seed's network costs to hold and to run."""
     apply, params, masks = network.of_seed(index)
     return {
         "accuracy": float(network.accuracy[index]),
@@ -169,7 +181,7 @@ def figures(network: Network, index: int, image: jax.Array) -> dict[str, Any]:
 
 
 def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[str, float]:
-    """How many times as fast as LeNet under jit each step is, of the first seed, by medians."""
+    """Return how many times as fast as LeNet under jit each step is, of the first seed, by medians."""
     calls = {step: (*network.of_seed(0)[:2], images) for step, network in found.items()}
     times = jp.metrics.latency(calls, rounds=rounds)
     # Op by op takes so much longer that taking turns with the others would change nothing.
@@ -177,15 +189,24 @@ def speeds(found: dict[str, Network], images: jax.Array, rounds: int) -> dict[st
     return {step: times["compiled"].median / times[step].median for step in STEPS}
 
 
+DESIGN = Design(
+    factors=("step",),
+    figures=("accuracy", "nonzero", "macs", "file_bytes", "program_bytes", "speed_up"),
+    percent=("accuracy",),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
+    """Run the study, writes its lines, and returns them."""
     data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
     train, test = loops.splits(data)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))
     lines: list[dict[str, Any]] = []
     total = 3 * config.epochs + 4 * config.tune_epochs
-    with Results(config.out, "deployment", config) as results, tqdm(total=total, unit="epoch") as bar:
+    with (
+        Results(config.out, "deployment", config, design=DESIGN) as results,
+        tqdm(total=total, unit="epoch") as bar,
+    ):
         found = networks(config, train, test, bar)
         speed = speeds(found, images, config.rounds)
         for step in STEPS:
@@ -199,20 +220,18 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns; means over seeds."""
-    text = [f"{'':<29}{'nonzero':>7}{'MACs':>8}{'file':>7}{'program':>8}{'speed':>6}{'accuracy %':>15}"]
+    """Return the lines as a table of at most 80 columns; means over seeds."""
+    rows = [["", "nonzero", "MACs", "file", "program", "speed", "accuracy %"]]
     for step, title in STEPS.items():
         own = [line for line in lines if line["step"] == step]
-        mean = {key: np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes")}
-        text.append(
-            f"{title:<29}{mean['nonzero']:>7,.0f}{mean['macs']:>8,.0f}{mean['file_bytes']:>7,.0f}"
-            f"{own[0]['program_bytes']:>8,}{own[0]['speed_up']:>6.2f}{tables.cell(own):>15}"
-        )
-    return "\n".join(text)
+        means = (np.mean([line[key] for line in own]) for key in ("nonzero", "macs", "file_bytes"))
+        row = [title, *(f"{mean:,.0f}" for mean in means), f"{own[0]['program_bytes']:,}"]
+        rows.append([*row, f"{own[0]['speed_up']:.2f}", tables.cell(own)])
+    return tables.text(rows, gap=1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)

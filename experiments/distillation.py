@@ -14,8 +14,8 @@ Three parts, to be run together or apart:
   epochs; with all images and with few, there also by a teacher that has
   seen all.
 
-A run that was stopped goes on with what it had finished when the same command
-is given again: students, temperatures, and ways of tuning with all their levels.
+A run that was stopped resumes when the same command is given again, after its last
+finished student, temperature, or way of tuning with all its levels.
 
     python -m experiments.distillation                   # digits, embedded
     python -m experiments.distillation --dataset mnist
@@ -28,23 +28,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.lenet import PRESETS as LENET
 from experiments.lenet import file_bytes, optimizers
 from experiments.networks.small import MLP, LeNet
-from experiments.run import stopping
-from experiments.run.limits import FlagError
-from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.report.design import COMPRESSION, SPARSITY, Axis, Design
+from experiments.run import stopping, study
+from experiments.run.limits import FlagError, OneOf
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Share,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
@@ -76,52 +86,41 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    parts: tuple[str, ...] = flag(PARTS, f"of {', '.join(PARTS)}", among=PARTS)
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    temperatures: tuple[float, ...] = flag((1.0, 2.0, 4.0, 8.0), "of the part few", above=0)
-    temperature: float = flag(4.0, "of the other parts", above=0)
-    alpha: float = flag(0.9, "the teacher's share of the loss; labels have the rest", at_least=0, at_most=1)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98, 0.99),
-        "fractions removed, level after level, biases not counted",
-        at_least=0,
-        below=1,
-    )
-    epochs: int | None = flag(None, "of dense LeNet-300-100 on all images", at_least=1)
-    tune_epochs: int | None = flag(None, "of tuning after each level, on all images", at_least=0)
-    few: int | None = flag(None, "how many images are few", at_least=1)
-    few_epochs: int | None = flag(None, "of dense LeNet-300-100 on few images", at_least=1)
-    few_tune_epochs: int | None = flag(None, "of tuning after each level, on few images", at_least=0)
-    teacher_epochs: int | None = flag(None, "of LeNet, the student's teacher", at_least=1)
-    student_epochs: int | None = flag(None, "of every student", at_least=1)
-    student_batch_size: int | None = flag(
-        None, "images per step of every student", at_least=1, at_most=100_000
-    )
-    lr: float = flag(1.2e-3, "learning rate of Adam, for LeNet-300-100", above=0)
-    batch_size: int = flag(60, "images per step, for LeNet-300-100", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "of all images, use this many only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/distillation", "folder for results.jsonl and the plots", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    parts: tuple[Annotated[str, OneOf(PARTS)], ...] = PARTS  # which parts to run
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0, 8.0)  # of the part few
+    temperature: Positive = 4.0  # of the other parts
+    alpha: Share = 0.9  # the teacher's share of the loss; labels have the rest
+    # fractions removed, level after level, biases not counted
+    sparsities: tuple[Sparsity, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)
+    epochs: Count | None = None  # of dense LeNet-300-100 on all images
+    tune_epochs: Natural | None = None  # of tuning after each level, on all images
+    few: Count | None = None  # how many images are few
+    few_epochs: Count | None = None  # of dense LeNet-300-100 on few images
+    few_tune_epochs: Natural | None = None  # of tuning after each level, on few images
+    teacher_epochs: Count | None = None  # of LeNet, the student's teacher
+    student_epochs: Count | None = None  # of every student
+    student_batch_size: BatchSize | None = None  # images per step of every student
+    lr: Positive = 1.2e-3  # learning rate of Adam, for LeNet-300-100
+    batch_size: BatchSize = 60  # images per step, for LeNet-300-100
+    train_size: Count | None = None  # of all images, use this many only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/distillation"  # folder for results.jsonl and the plots
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 def settings(config: Config) -> Sizes:
-    """The data set's settings with what the flags change.
-
-    Raises:
-      FlagError: a flag beyond its limits.
-    """
-    check_limits(config)
+    """Return the data set's settings with what the flags change."""
     given = {name: getattr(config, name) for name in Sizes._fields}
     return SIZES[config.dataset]._replace(**{k: v for k, v in given.items() if v is not None})
 
 
 def student_mixes(config: Config) -> dict[str, Mix]:
-    """What a student learns from, by name."""
+    """Return what a student learns from, by name."""
     return {
         LABELS: distill.LABELS,
         TWICE: Mix(scale=2),
@@ -146,47 +145,40 @@ class Dense(NamedTuple):
     fit: Callable[..., Any]
 
 
-class Study:
-    """What the parts share: the settings, the dense networks, and where lines go."""
+DESIGN = Design(
+    factors=("part", "network", "images", "method"),
+    levels=("temperature", "sparsity"),
+    figures=("accuracy", "accuracy_before_tuning", "achieved", "achieved_model"),
+    percent=("accuracy", "accuracy_before_tuning", "sparsity", "achieved", "achieved_model"),
+    baseline={"part": "dense"},
+    axes=(COMPRESSION, SPARSITY, Axis("temperature", "temperature", "ratio")),
+)
 
-    def __init__(self, config: Config, results: Results, bar: tqdm):
-        self.config, self.sizes, self.results, self.bar = config, settings(config), results, bar
-        if set(config.parts) & {"few", "pruning"}:
-            self._train_dense()
+
+class Study(study.Study):
+    """What the parts share: the settings and the dense networks."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, "distillation", DESIGN)
+        self.sizes = settings(config)
 
     def splits(self, size: int | None = None) -> tuple[loops.Split, loops.Split]:
-        """All training images, and the test images."""
+        """Return all training images, and the test images."""
         config = self.config
         data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
         return loops.splits(data)
 
-    def keys(self, purpose: int) -> jax.Array:
-        """A key for each seed."""
-        return loops.seed_keys(self.config.seeds, purpose)
-
     def lines(
         self, accuracies: np.ndarray, own: Callable[[int], dict[str, Any]] | None = None, **same: Any
     ) -> list[dict[str, Any]]:
-        """A line for each seed: what is the same for all, and `own(index)`."""
+        """Return a line for each seed: what is the same for all, and `own(index)`."""
         return [
             same | {"seed": seed, "accuracy": float(accuracies[index])} | (own(index) if own else {})
             for index, seed in enumerate(self.config.seeds)
         ]
 
-    def missing(self, epochs: int, **fields: Any) -> bool:
-        """Whether no lines have these fields; if they do, the epochs they took are behind the bar."""
-        done = self.results.done(**fields)
-        self.bar.update(epochs if done else 0)
-        return not done
-
-    def once(self, name: str, epochs: int, make: Callable[[], Any]) -> Any:
-        """What is trained once, in so many epochs; see `Results.once`."""
-        before = self.bar.n
-        params = self.results.once(name, make)
-        self.bar.update(before + epochs - self.bar.n)
-        return params
-
-    def _train_dense(self) -> None:
+    def train_dense(self) -> None:
+        """Train the dense networks on all images and on few, for the parts that start from them."""
         train, test = self.splits()
         if not 1 <= self.sizes.few <= len(train.y):
             raise FlagError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
@@ -200,13 +192,12 @@ class Study:
         self.told = distill.answerer(MLP(), few)(self.dense["all"].params)
 
     def _dense(self, images: str, split: loops.Split, epochs: int, purpose: int) -> Dense:
-        self.bar.set_description(f"dense, {images} images")
         fit = distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
         init = loops.init(MLP(), split, self.keys(purpose))
         ones, keys = jp.ones_masks(init), self.keys(purpose + 1)
         params = self.once(f"dense-{images}", epochs, lambda: fit(init, ones, keys, epochs, self.bar))
         same = {"part": "dense", "images": images, "method": LABELS, "sparsity": 0.0}
-        if self.missing(0, **same):
+        if self.missing(f"dense, {images} images", 0, **same):
             same |= {"train_images": len(split.y), "epochs": epochs}
             self.results.add(self.lines(self.accuracy(params), **same))
         return Dense(init, params, split, fit)
@@ -215,10 +206,10 @@ class Study:
 # --- the parts
 
 
-def student(study: Study) -> None:
-    """LeNet teaches the article's student."""
-    sizes, config = study.sizes, study.config
-    train, test = study.splits(size=28)
+def student(of: Study) -> None:
+    """Train the article's student with LeNet as its teacher."""
+    sizes, config = of.sizes, of.config
+    train, test = of.splits(size=28)
     im2col = jax.default_backend() == "cpu"
     lenet = dataclasses.replace(
         LENET["digits" if config.dataset == "digits" else "sane"], epochs=sizes.teacher_epochs
@@ -234,7 +225,7 @@ def student(study: Study) -> None:
     for number, (name, (model, optimizer, batch_size, epochs)) in enumerate(networks.items()):
         fit = distill.fitter(model, optimizer, batch_size, train)
         accuracy = loops.evaluator(model, test)
-        init = loops.init(model, train, study.keys(10 + 2 * number))
+        init = loops.init(model, train, of.keys(10 + 2 * number))
         first = jax.tree.map(operator.itemgetter(0), init)
         image, _ = train.batch(jnp.arange(1))
         costs = {
@@ -244,17 +235,16 @@ def student(study: Study) -> None:
             ).total,
         }
         for method, mix in ({LABELS: distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
-            study.bar.set_description(f"{name}, {method}")
-            keys, ones = study.keys(11 + 2 * number), jp.ones_masks(init)
+            keys, ones = of.keys(11 + 2 * number), jp.ones_masks(init)
             same = {"part": "student", "network": name, "method": method}
             if name == "LeNet":
-                make = partial(fit, init, ones, keys, epochs, study.bar, None, mix)
-                params = study.once("teacher", epochs, make)
+                make = partial(fit, init, ones, keys, epochs, of.bar, None, mix)
+                params = of.once("teacher", epochs, make)
                 answers = distill.answerer(model, train)(params)
-                if not study.missing(0, **same):
+                if not of.missing(f"{name}, {method}", 0, **same):
                     continue
-            elif study.missing(epochs, **same):
-                params = fit(init, ones, keys, epochs, study.bar, answers, mix)
+            elif of.missing(f"{name}, {method}", epochs, **same):
+                params = fit(init, ones, keys, epochs, of.bar, answers, mix)
             else:
                 continue
 
@@ -262,134 +252,133 @@ def student(study: Study) -> None:
                 return {"file_bytes": file_bytes(jax.tree.map(operator.itemgetter(index), params))}
 
             same |= {"mix": mix._asdict(), "epochs": epochs}
-            study.results.add(study.lines(accuracy(params), size, **same, **costs))
+            of.results.add(of.lines(accuracy(params), size, **same, **costs))
 
 
-def few(study: Study) -> None:
-    """LeNet-300-100 learns from few images, and from what the one that has seen all says of them."""
-    config, dense = study.config, study.dense["few"]
+def few(of: Study) -> None:
+    """Train LeNet-300-100 on few images, with the network that has seen all as its teacher."""
+    config, dense = of.config, of.dense["few"]
     for temperature in config.temperatures:
-        study.bar.set_description(f"few images, T={temperature:g}")
         mix = Mix(temperature, config.alpha)
-        ones, keys, epochs = jp.ones_masks(dense.init), study.keys(3), study.sizes.few_epochs
+        ones, keys, epochs = jp.ones_masks(dense.init), of.keys(3), of.sizes.few_epochs
         same = {"part": "few", "images": "few", "method": TAUGHT, "temperature": temperature}
-        if not study.missing(epochs, **same):
+        if not of.missing(f"few images, T={temperature:g}", epochs, **same):
             continue
         # The same first weights and order of images as by labels: those of the dense network.
-        params = dense.fit(dense.init, ones, keys, epochs, study.bar, study.told, mix)
+        params = dense.fit(dense.init, ones, keys, epochs, of.bar, of.told, mix)
         same |= {"train_images": len(dense.images.y), "epochs": epochs}
-        study.results.add(study.lines(study.accuracy(params), **same))
+        of.results.add(of.lines(of.accuracy(params), **same))
 
 
-def pruning(study: Study) -> None:
-    """LeNet-300-100 is pruned level after level and tuned after each, with a teacher and without."""
-    for images, epochs in (("all", study.sizes.tune_epochs), ("few", study.sizes.few_tune_epochs)):
-        dense = study.dense[images]
-        mix, ways = Mix(study.config.temperature, study.config.alpha), {}
+def pruning(of: Study) -> None:
+    """Prune LeNet-300-100 level after level and tune it after each, with a teacher and without."""
+    for images, epochs in (("all", of.sizes.tune_epochs), ("few", of.sizes.few_tune_epochs)):
+        dense = of.dense[images]
+        mix, ways = Mix(of.config.temperature, of.config.alpha), {}
         ways[LABELS] = (None, distill.LABELS)
         ways[DENSE] = (distill.answerer(MLP(), dense.images)(dense.params), mix)
         if images == "few":
-            ways[TAUGHT] = (study.told, mix)
+            ways[TAUGHT] = (of.told, mix)
         for method, (answers, mix) in ways.items():
             chain = {"part": "pruning", "images": images, "method": method}
-            if not study.missing(epochs * len(study.config.sparsities), **chain):
+            title, cost = f"{images} images, {method}", epochs * len(of.config.sparsities)
+            if not of.missing(title, cost, **chain):
                 continue
             params, masks, lines = dense.params, jp.ones_masks(dense.params), []
-            for level, sparsity in enumerate(sorted(study.config.sparsities), start=1):
-                study.bar.set_description(f"{images} images, {method} {sparsity:.0%}")
+            for level, sparsity in enumerate(sorted(of.config.sparsities), start=1):
+                of.bar.set_description(f"{images} images, {method} {sparsity:.0%}")
                 masks = distill.prune(params, masks, sparsity)
-                before = study.accuracy(jp.apply_masks(params, masks))
-                keys = study.keys(100 + level)
-                params = dense.fit(params, masks, keys, epochs, study.bar, answers, mix)
+                before = of.accuracy(jp.apply_masks(params, masks))
+                keys = of.keys(100 + level)
+                params = dense.fit(params, masks, keys, epochs, of.bar, answers, mix)
                 same = chain | {"sparsity": sparsity, "train_images": len(dense.images.y), "epochs": epochs}
                 figures = distill.figures(params, masks, before)
-                lines += study.lines(study.accuracy(params), figures, **same)
-            study.results.add(lines)
+                lines += of.lines(of.accuracy(params), figures, **same)
+            of.results.add(lines)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
+    """Run the study, writes its lines, and returns them."""
     sizes, parts, levels = settings(config), set(config.parts), len(config.sparsities)
     total = (sizes.epochs + sizes.few_epochs) * bool(parts & {"few", "pruning"})
     students = sizes.student_epochs * len(STUDENTS) * len(student_mixes(config))
     total += (sizes.teacher_epochs + students) * ("student" in parts)
     total += len(config.temperatures) * sizes.few_epochs * ("few" in parts)
     total += levels * (2 * sizes.tune_epochs + 3 * sizes.few_tune_epochs) * ("pruning" in parts)
-    results = Results(config.out, "distillation", config, resume=not config.fresh)
-    with results, tqdm(total=total, unit="epoch") as bar:
-        study = Study(config, results, bar)
+    distillation = Study(config)
+    with distillation.running(total, "epoch"):
+        if parts & {"few", "pruning"}:
+            distillation.train_dense()
         for name, part in (("student", student), ("few", few), ("pruning", pruning)):
             if name in parts:
-                part(study)
-    return results.lines
+                part(distillation)
+    return distillation.results.lines
 
 
 # --- tables and plots
 
 
 def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     text = ["accuracy in %, mean and s.d. over seeds"]
 
     def own(**keys: Any) -> list[dict[str, Any]]:
         return [line for line in lines if all(line.get(key) == value for key, value in keys.items())]
 
     if "student" in config.parts:
-        text += ["", f"{'':>16}{'parameters':>15}{'MACs':>17}{'file, bytes':>20}"]
         teacher = own(part="student", network="LeNet")
+        rows = [["", "parameters", "", "MACs", "", "file, bytes", ""]]
         for name in ("LeNet", *STUDENTS):
-            group = own(part="student", network=name)
-            row = f"{name:>16}"
-            for figure, width in (("parameters", 7), ("macs", 9), ("file_bytes", 12)):
-                dense, size = (np.mean([line[figure] for line in some]) for some in (teacher, group))
-                row += f"{size:>{width},.0f} {f'(1/{dense / size:.2f})':>7}"
-            text.append(row)
-        methods = list(student_mixes(config))
-        text += ["", f"taught by LeNet ({tables.cell(teacher)}), {group[0]['epochs']} epochs"]
-        text += tables.by_method(
-            own(part="student"), {name: name for name in STUDENTS}, "network", methods, heading="student"
-        )
+            row = [name]
+            for figure in ("parameters", "macs", "file_bytes"):
+                dense, size = (
+                    np.mean([line[figure] for line in some])
+                    for some in (teacher, own(part="student", network=name))
+                )
+                row += [f"{size:,.0f}", f"(1/{dense / size:.2f})"]
+            rows.append(row)
+        students, methods = {name: name for name in STUDENTS}, list(student_mixes(config))
+        epochs = own(part="student", network=list(STUDENTS)[-1])[0]["epochs"]
+        text += ["", tables.text(rows), "", f"taught by LeNet ({tables.cell(teacher)}), {epochs} epochs"]
+        text.append(tables.by_method(own(part="student"), students, "network", methods, heading="student"))
     for images in ("all", "few") if set(config.parts) & {"few", "pruning"} else ():
         dense = own(part="dense", images=images)
         count = dense[0]["train_images"]
         text += ["", f"LeNet-300-100 on {count} images, {dense[0]['epochs']} epochs: {tables.cell(dense)}"]
         if images == "few" and "few" in config.parts:
-            text += ["", "the same, taught by the network that has seen all      more than by labels"]
+            text += ["", "the same, taught by the network that has seen all"]
+            rows = [["temperature", "accuracy", "more than by labels"]]
             for temperature in config.temperatures:
                 group = own(part="few", temperature=temperature)
-                gain = loops.percent(
-                    [a["accuracy"] - b["accuracy"] for a, b in zip(group, dense, strict=True)]
-                )
-                text.append(f"{f'T={temperature:g}':>14}{tables.cell(group):>20}{gain:>40}")
+                gain = [a["accuracy"] - b["accuracy"] for a, b in zip(group, dense, strict=True)]
+                rows.append([f"T={temperature:g}", tables.cell(group), tables.percent(gain)])
+            text.append(tables.text(rows))
         if "pruning" in config.parts:
             group = own(part="pruning", images=images)
             rows = {s: f"{s:.1%}" for s in sorted(config.sparsities)}
             methods = list(dict.fromkeys(line["method"] for line in group))
             text += ["", f"pruned level after level, {group[0]['epochs']} epochs of tuning after each"]
-            text += tables.by_method(group, rows, "sparsity", methods, heading="sparsity")
+            text.append(tables.by_method(group, rows, "sparsity", methods, heading="sparsity"))
     return "\n".join(text)
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str]:
-    """Accuracy against compression, `pruning-all.png` and `pruning-few.png`, for the part pruning."""
+    """Draw accuracy against compression, `pruning-all.png` and `pruning-few.png`, for the part pruning."""
     names = []
     for images in ("all", "few") if "pruning" in config.parts else ():
         group = [line for line in lines if (line["part"], line.get("images")) == ("pruning", images)]
-        dense = [line for line in lines if (line["part"], line.get("images")) == ("dense", images)]
         methods = list(dict.fromkeys(line["method"] for line in group))
         names.append(f"pruning-{images}.png")
-        figures.panels(
-            Path(config.out) / names[-1],
-            f"LeNet-300-100, {data}, {group[0]['train_images']} images; {group[0]['epochs']} epochs a level, "
-            f"{len(config.seeds)} seeds",
-            [("compression (weights)", figures.by_method(group, methods, sorted(config.sparsities)))],
-            baseline=np.array([line["accuracy"] for line in dense]),
-        )
+        title = f"LeNet-300-100, {data}, {group[0]['train_images']} images; "
+        title += f"{group[0]['epochs']} epochs a level, {len(config.seeds)} seeds"
+        panels = {"compression (weights)": figures.by_method(group, methods)}
+        dense = figures.accuracies(lines, part="dense", images=images)
+        figures.against_compression(Path(config.out) / names[-1], title, panels, dense)
     return names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

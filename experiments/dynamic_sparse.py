@@ -10,72 +10,70 @@ number of weights at the end:
 - gradual: from dense, along the cubic schedule, all layers ranked together;
 - dense: nothing is pruned.
 
-All seeds of a method train in one compiled program. A run that was stopped goes
-on with what it had finished, method by method, when the same command is given
-again.
+All seeds of a method train in one compiled program. A run that was stopped
+resumes after its last finished method when the same command is given again.
 
     python -m experiments.dynamic_sparse                  # digits, embedded
     python -m experiments.dynamic_sparse --dataset mnist
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
-from experiments.run import saved_recipes, stopping
-from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.report.design import COMPRESSION, SPARSITY, Design
+from experiments.run import saved_recipes, stopping, study
+from experiments.run.limits import Range
+from experiments.run.results import layers
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    sparsities: tuple[float, ...] = flag(
-        (0.9, 0.95, 0.98, 0.99), "fractions removed, biases not counted", above=0, below=1
-    )
-    epochs: int | None = flag(None, "the budget of every method (default: 10, for digits 60)", at_least=1)
-    mask_updates: int = flag(60, "how often masks move, or gradual pruning goes on", at_least=1)
-    fraction: float = flag(0.3, "of the weights, moved in an update at the start", above=0, at_most=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/dynamic_sparse", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    # fractions removed, biases not counted
+    sparsities: tuple[Annotated[float, Range(above=0, below=1)], ...] = (0.9, 0.95, 0.98, 0.99)
+    epochs: Count | None = None  # the budget of every method (default: 10, for digits 60)
+    mask_updates: Count = 60  # how often masks move, or gradual pruning goes on
+    # of the weights, moved in an update at the start
+    fraction: Annotated[float, Range(above=0, at_most=1)] = 0.3
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/dynamic_sparse"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 METHODS = ("static", "set", "rigl", "gradual")
 
 
 def epochs(config: Config) -> int:
-    """The epochs asked for; a small data set takes more of them."""
+    """Return the epochs asked for; a small data set takes more of them."""
     return {"mnist": 10, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
 def moves(config: Config, steps: int) -> dict[str, Any]:
-    """When masks move, and how much of them."""
+    """Return when masks move, and how much of them."""
     end = steps * 3 // 4
     return {"every": max(1, end // config.mask_updates), "end_step": end, "fraction": config.fraction}
 
 
 def recipe(config: Config, method: str, sparsity: float, steps: int) -> jp.recipes.Recipe:
-    """What a method prunes by: random masks, which move or not, or the cubic schedule from dense."""
+    """Return what a method prunes by: random masks, which move or not, or the cubic schedule from dense."""
     if method == "gradual":
         begin, end = steps // 10, steps * 3 // 4
         cubic = {"sparsity": sparsity, "begin_step": begin, "end_step": end}
@@ -90,7 +88,7 @@ def recipe(config: Config, method: str, sparsity: float, steps: int) -> jp.recip
 
 
 def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any]]:
-    """For each method of sparse training an optimizer, as a function of the first masks and a key.
+    """Return an optimizer for each method of sparse training, as a function of first masks and a key.
 
     As `recipe`, but with masks that are given, so that each is compiled once for all sparsities.
     """
@@ -102,73 +100,87 @@ def sparse_optimizers(config: Config, steps: int) -> dict[str, Callable[..., Any
     }
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("sparsity",),
+    figures=("accuracy", "achieved", "moved"),
+    percent=("sparsity", "accuracy", "achieved"),
+    baseline={"method": "dense"},
+    axes=(COMPRESSION, SPARSITY),
+)
+
+
+class Study(study.Study):
+    """The data, the network, and its training."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, "dynamic_sparse", DESIGN)
+        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+        train, test = loops.splits(data)
+        self.train, self.held_out = loops.hold_out(train, 1 / 12)
+        self.steps = epochs(config) * -(-len(self.train.y) // config.batch_size)
+        self.model = MLP()
+        self.accuracy = loops.evaluator(self.model, test)
+        self.init = loops.init(self.model, self.train, self.keys(0))
+
+    def fitter(self, optimizer_of: Any) -> Callable[..., loops.Fit]:
+        """Return the training with an optimizer, which is made from the first masks and a key."""
+        config = self.config
+        split = self.train, self.held_out
+        return loops.whole_run(self.model, optimizer_of, config.batch_size, epochs(config), *split)
+
+    def train_and_record(
+        self, method: str, sparsity: float, start: Any, fit: Callable[..., loops.Fit]
+    ) -> None:
+        """Train from masks and write the figures, a line per seed."""
+        if not self.missing(f"{method} {sparsity:.0%}", 1, method=method, sparsity=sparsity):
+            return
+        fitted = fit(self.init, start, self.keys(1))
+        accuracies = self.accuracy(fitted.params)
+
+        def of_seed(index: int) -> dict[str, Any]:
+            params, masks, before = study.at(index, (fitted.params, fitted.masks, start))
+            jp.check_pruned(params, masks)
+            pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
+            line = {
+                "achieved": jp.metrics.sparsity(masks).prunable,
+                "kept": {path: int(m.sum()) for path, m in _kernels(masks).items()},
+                "moved": sum(int((new & ~old).sum()) for new, old in pairs),
+                "accuracy": float(accuracies[index]),
+                "layers": layers(masks),
+            }
+            if index == 0 and sparsity == max(self.config.sparsities, default=None):
+                line["masks"] = self.results.keep_masks(method, masks)
+            return line
+
+        self.add(of_seed, method=method, sparsity=sparsity)
+        self.bar.update()
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
-    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-    train, test = loops.splits(data)
-    train, held_out = loops.hold_out(train, 1 / 12)
-    steps = epochs(config) * -(-len(train.y) // config.batch_size)
-    model = MLP()
-    accuracy = loops.evaluator(model, test)
-    init_keys, keys, mask_keys = (loops.seed_keys(config.seeds, purpose) for purpose in range(3))
-    init = loops.init(model, train, init_keys)
-    ones = jp.ones_masks(init)
-    total = 1 + len(METHODS) * len(config.sparsities)
-    results = Results(config.out, "dynamic_sparse", config, resume=not config.fresh)
-    with results, tqdm(total=total, unit="run") as bar:
-
-        def fitter(optimizer_of: Any) -> Callable[..., loops.Fit]:
-            return loops.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
-
-        def train_and_record(method: str, sparsity: float, start: Any, fit: Any) -> None:
-            bar.set_description(f"{method} {sparsity:.0%}")
-            if results.done(method=method, sparsity=sparsity):
-                bar.update()
-                return
-            fitted = fit(init, start, keys)
-            figures, lines = accuracy(fitted.params), []
-            for index, seed in enumerate(config.seeds):
-                params, masks, before = jax.tree.map(
-                    operator.itemgetter(index), (fitted.params, fitted.masks, start)
-                )
-                jp.check_pruned(params, masks)
-                pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
-                line = {
-                    "method": method,
-                    "sparsity": sparsity,
-                    "achieved": jp.metrics.sparsity(masks).prunable,
-                    "kept": {path: int(m.sum()) for path, m in _kernels(masks).items()},
-                    "moved": sum(int((new & ~old).sum()) for new, old in pairs),
-                    "seed": seed,
-                    "accuracy": float(figures[index]),
-                    "layers": layers(masks),
-                }
-                if index == 0 and sparsity == max(config.sparsities, default=None):
-                    line["masks"] = results.keep_masks(method, masks)
-                lines.append(line)
-            results.add(lines)
-            bar.update()
-
+    """Run the study, write its lines, and return them."""
+    dynamic = Study(config)
+    ones = jp.ones_masks(dynamic.init)
+    with dynamic.running(1 + len(METHODS) * len(config.sparsities), "run"):
         # These depend on the sparsity by their masks alone, so each is compiled once.
-        fits = {method: fitter(optimizer) for method, optimizer in sparse_optimizers(config, steps).items()}
-        train_and_record("dense", 0.0, ones, fits["static"])
+        optimizers = sparse_optimizers(config, dynamic.steps)
+        fits = {method: dynamic.fitter(optimizer) for method, optimizer in optimizers.items()}
+        dynamic.train_and_record("dense", 0.0, ones, fits["static"])
         for sparsity in config.sparsities:
             for method in METHODS:
-                own = recipe(config, method, sparsity, steps)
-                saved_recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
-            masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(init, mask_keys)
+                own = recipe(config, method, sparsity, dynamic.steps)
+                saved_recipes.save_method(dynamic.results.unfinished, f"{method}-{sparsity:g}", own)
+            masks = jax.vmap(partial(erk_masks, sparsity=sparsity))(dynamic.init, dynamic.keys(2))
             for method, fit in fits.items():
-                train_and_record(method, sparsity, masks, fit)
-            pruner = recipe(config, "gradual", sparsity, steps).pruner(jax.tree.map(lambda x: x[0], init))
+                dynamic.train_and_record(method, sparsity, masks, fit)
+            pruner = recipe(config, "gradual", sparsity, dynamic.steps).pruner(study.at(0, dynamic.init))
             tx = jp.wrap_optax(optax.adam(config.lr), pruner)
-            gradual = fitter(lambda masks, key, tx=tx: tx)
-            train_and_record("gradual", sparsity, ones, gradual)
-    return results.lines
+            dynamic.train_and_record("gradual", sparsity, ones, dynamic.fitter(lambda masks, key, tx=tx: tx))
+    return dynamic.results.lines
 
 
 def erk_masks(params: Any, key: jax.Array, sparsity: float) -> Any:
-    """Random masks with Erdos-Renyi densities."""
+    """Return random masks with Erdos-Renyi densities."""
     densities = jp.distributions.erk(params, sparsity)
     return jp.prune_once(params, jp.scores.random, densities, key=key, scope="layerwise")
 
@@ -179,24 +191,22 @@ def _kernels(masks: Any) -> dict[str, Any]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as a table of at most 80 columns, means and standard deviations over seeds."""
     rows = {s: f"{s:.0%}" for s in sorted({line["sparsity"] for line in lines} - {0.0})}
     text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
-    return "\n".join(text + tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity"))
+    return "\n".join([*text, tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity")])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
-    """Accuracy against compression of the weights, as `accuracy.png`."""
-    figures.panels(
-        Path(config.out) / "accuracy.png",
-        f"LeNet-300-100, {data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds",
-        [("compression (weights)", figures.by_method(lines, METHODS, sorted(config.sparsities)))],
-        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
-    )
+    """Draw accuracy against compression of the weights, as `accuracy.png`."""
+    panels = {"compression (weights)": figures.by_method(lines, METHODS)}
+    title = f"LeNet-300-100, {data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, method="dense")
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

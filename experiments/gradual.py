@@ -9,57 +9,69 @@ LeNet-300-100 trains for the same number of epochs in every way:
 - random: masks drawn at the start, the same sparsity in each layer, never
   changed.
 
-A run that was stopped goes on with what it had finished, method by method, when
-the same command is given again.
+A run that was stopped resumes after its last finished method when the same
+command is given again.
 
     python -m experiments.gradual                  # digits, embedded
     python -m experiments.gradual --dataset mnist
 """
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
-from experiments.run import saved_recipes, stopping
-from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.report.design import COMPRESSION, SPARSITY, Design
+from experiments.run import saved_recipes, stopping, study
+from experiments.run.limits import Items
+from experiments.run.results import layers
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98), "fractions removed, biases not counted", at_least=0, below=1, empty=True
-    )
-    epochs: int = flag(13, "the budget of every method", at_least=1)
-    tune_epochs: int = flag(
-        3, "of these, the epochs of fine-tuning after one-shot pruning", at_least=0, at_most="epochs"
-    )
-    begin_epoch: int = flag(1, "gradual pruning begins after this epoch", at_least=0, at_most="end_epoch")
-    end_epoch: int = flag(10, "and reaches its target after this one", at_least=0, at_most="epochs")
-    mask_updates: int = flag(40, "how often gradual pruning updates the masks in between", at_least=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/gradual", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    # fractions removed, biases not counted
+    sparsities: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.8, 0.9, 0.95, 0.98)
+    epochs: Count = 13  # the budget of every method
+    tune_epochs: Natural = 3  # of these, the epochs of fine-tuning after one-shot pruning
+    begin_epoch: Natural = 1  # gradual pruning begins after this epoch
+    end_epoch: Natural = 10  # and reaches its target after this one
+    mask_updates: Count = 40  # how often gradual pruning updates the masks in between
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/gradual"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_most("tune_epochs", "epochs")
+        self.at_most("begin_epoch", "end_epoch")
+        self.at_most("end_epoch", "epochs")
 
 
 METHODS = {
@@ -71,7 +83,7 @@ METHODS = {
 
 
 def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -> jp.recipes.Recipe:
-    """What a method prunes by: along the cubic schedule in steps, or in one go."""
+    """Return what a method prunes by: along the cubic schedule in steps, or in one go."""
     if method == "one-shot":
         return jp.recipes.parse({"prune": {"score": "magnitude", "sparsity": sparsity}})
     if method == "random":
@@ -83,111 +95,118 @@ def recipe(config: Config, method: str, sparsity: float, steps_per_epoch: int) -
     return jp.recipes.parse({"prune": prune})
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("sparsity",),
+    figures=("accuracy", "achieved", "achieved_model", "kept"),
+    percent=("sparsity", "accuracy", "achieved", "achieved_model"),
+    baseline={"method": "dense"},
+    axes=(COMPRESSION, SPARSITY),
+)
+
+
+class Study(study.Study):
+    """The data, the network, and its training."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, "gradual", DESIGN)
+        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+        self.train, test = loops.splits(data)
+        self.model, self.adam = MLP(), optax.adam(config.lr)
+        self.fit = loops.masked_fitter(self.model, self.adam, config.batch_size, self.train)
+        self.accuracy = loops.evaluator(self.model, test)
+        self.init = loops.init(self.model, self.train, self.keys(0))
+        self.ones = jp.ones_masks(self.init)
+
+    def dense(self) -> Any:
+        """Train without pruning, and return the params from which one-shot pruning starts."""
+        config = self.config
+        before = config.epochs - config.tune_epochs
+        half_trained = self.once(
+            "half-trained", before, lambda: self.fit(self.init, self.ones, self.keys(1), before, self.bar)
+        )
+        if self.missing("dense", config.tune_epochs, method="dense", sparsity=0.0):
+            params = self.fit(half_trained, self.ones, self.keys(2), config.tune_epochs, self.bar)
+            self.record("dense", 0.0, params, self.ones)
+        return half_trained
+
+    def prune(self, method: str, sparsity: float, half_trained: Any) -> None:
+        """Prune by a method, train, and write the figures."""
+        config = self.config
+        own = recipe(config, method, sparsity, -(-len(self.train.y) // config.batch_size))
+        saved_recipes.save_method(self.results.unfinished, f"{method}-{sparsity:g}", own)
+        epochs = config.tune_epochs if method == "one-shot" else config.epochs
+        title = f"{METHODS[method]} {sparsity:.0%}"
+        if not self.missing(title, epochs, method=method, sparsity=sparsity):
+            return
+        pruner = own.pruner(study.at(0, self.init))
+        if method in ("global", "layerwise"):
+            tx = jp.wrap_optax(self.adam, pruner)
+            gradually = loops.fitter(self.model, tx, config.batch_size, self.train)
+            params, opt_state = gradually(self.init, self.keys(1), epochs, self.bar)
+            self.record(method, sparsity, params, optax.tree.get(opt_state, "masks"))
+            return
+        prune = partial(jp.prune_rounds, pruner=pruner, rounds=1)
+        if method == "one-shot":
+            masks, start, keys = jax.vmap(prune)(half_trained), half_trained, self.keys(2)
+        else:
+            masks, start, keys = jax.vmap(prune)(self.init, key=self.keys(3)), self.init, self.keys(1)
+        self.record(method, sparsity, self.fit(start, masks, keys, epochs, self.bar), masks)
+
+    def record(self, method: str, sparsity: float, params: Any, masks: Any) -> None:
+        """Write the figures of a method, a line per seed."""
+        accuracies = self.accuracy(params)
+
+        def of_seed(index: int) -> dict[str, Any]:
+            own, kept = study.at(index, (params, masks))
+            jp.check_pruned(own, kept)
+            achieved = jp.metrics.sparsity(kept)
+            line = {
+                "achieved": achieved.prunable,
+                "achieved_model": achieved.model,
+                "kept": jp.metrics.nonzeros(kept),
+                "accuracy": float(accuracies[index]),
+                "layers": layers(kept),
+            }
+            if index == 0 and sparsity == max(self.config.sparsities, default=None):
+                line["masks"] = self.results.keep_masks(method, kept)
+            return line
+
+        self.add(of_seed, method=method, sparsity=sparsity)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
-    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-    train_split, test_split = loops.splits(data)
-    steps_per_epoch = -(-len(train_split.y) // config.batch_size)
-    model, adam = MLP(), optax.adam(config.lr)
-    fit = loops.masked_fitter(model, adam, config.batch_size, train_split)
-    accuracy = loops.evaluator(model, test_split)
-    init = loops.init(model, train_split, loops.seed_keys(config.seeds, purpose=0))
-    keys, tune_keys, mask_keys = (loops.seed_keys(config.seeds, purpose=p) for p in (1, 2, 3))
-    ones = jp.ones_masks(init)
-    before = config.epochs - config.tune_epochs
-
-    total = before + config.tune_epochs
-    total += len(config.sparsities) * (3 * config.epochs + config.tune_epochs)
-    results = Results(config.out, "gradual", config, resume=not config.fresh)
-    with results, tqdm(total=total, unit="epoch") as bar:
-
-        def record(method: str, sparsity: float, params: Any, masks: Any) -> None:
-            figures, lines = accuracy(params), []
-            for index, seed in enumerate(config.seeds):
-                own = jax.tree.map(operator.itemgetter(index), (params, masks))
-                jp.check_pruned(*own)
-                achieved = jp.metrics.sparsity(own[1])
-                line = {
-                    "method": method,
-                    "sparsity": sparsity,
-                    "achieved": achieved.prunable,
-                    "achieved_model": achieved.model,
-                    "kept": jp.metrics.nonzeros(own[1]),
-                    "seed": seed,
-                    "accuracy": float(figures[index]),
-                    "layers": layers(own[1]),
-                }
-                if index == 0 and sparsity == max(config.sparsities, default=None):
-                    line["masks"] = results.keep_masks(method, own[1])
-                lines.append(line)
-            results.add(lines)
-
-        def missing(method: str, sparsity: float) -> bool:
-            if results.done(method=method, sparsity=sparsity):
-                bar.update(config.tune_epochs if method in ("dense", "one-shot") else config.epochs)
-                return False
-            bar.set_description(f"{METHODS.get(method, method)} {sparsity:.0%}")
-            return True
-
-        bar.set_description("dense")
-        half_trained = results.once("half-trained", lambda: fit(init, ones, keys, before, bar))
-        bar.update(before - bar.n)
-        if missing("dense", 0.0):
-            record("dense", 0.0, fit(half_trained, ones, tune_keys, config.tune_epochs, bar), ones)
+    """Run the study, write its lines, and return them."""
+    gradual = Study(config)
+    total = config.epochs + len(config.sparsities) * (3 * config.epochs + config.tune_epochs)
+    with gradual.running(total, "epoch"):
+        half_trained = gradual.dense()
         for sparsity in config.sparsities:
-            pruners = {}
             for method in METHODS:
-                own = recipe(config, method, sparsity, steps_per_epoch)
-                pruners[method] = own.pruner(jax.tree.map(operator.itemgetter(0), init))
-                saved_recipes.save_method(results.unfinished, f"{method}-{sparsity:g}", own)
-            for scope in ("global", "layerwise"):
-                if not missing(scope, sparsity):
-                    continue
-                tx = jp.wrap_optax(adam, pruners[scope])
-                gradually = loops.fitter(model, tx, config.batch_size, train_split)
-                params, opt_state = gradually(init, keys, config.epochs, bar)
-                record(scope, sparsity, params, optax.tree.get(opt_state, "masks"))
-
-            if missing("one-shot", sparsity):
-                prune = partial(jp.prune_rounds, pruner=pruners["one-shot"], rounds=1)
-                masks = jax.vmap(prune)(half_trained)
-                params = fit(half_trained, masks, tune_keys, config.tune_epochs, bar)
-                record("one-shot", sparsity, params, masks)
-            if missing("random", sparsity):
-                prune = partial(jp.prune_rounds, pruner=pruners["random"], rounds=1)
-                masks = jax.vmap(prune)(init, key=mask_keys)
-                record("random", sparsity, fit(init, masks, keys, config.epochs, bar), masks)
-    return results.lines
+                gradual.prune(method, sparsity, half_trained)
+    return gradual.results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as a table of at most 80 columns, means and standard deviations over seeds."""
+    rows = {sparsity: f"{sparsity:.0%}" for sparsity in sorted({line["sparsity"] for line in lines} - {0.0})}
+    table = tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity")
+    missed = {x["achieved"] for x in lines if round(x["achieved"], 4) != round(x["sparsity"], 4)}
+    note = [f"achieved: {', '.join(f'{x:.2%}' for x in sorted(missed))}"] if missed else []
     text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
-    text.append("sparsity  achieved" + "".join(f"{title:>15}" for title in METHODS.values()))
-    for sparsity in sorted({line["sparsity"] for line in lines} - {0.0}):
-        achieved = {round(line["achieved"], 4) for line in lines if line["sparsity"] == sparsity}
-        text.append(
-            f"{sparsity:>8.0%}  {'/'.join(f'{x:.2%}' for x in sorted(achieved)):>8}"
-            + "".join(f"{tables.cell(lines, method=method, sparsity=sparsity):>15}" for method in METHODS)
-        )
-    return "\n".join(text)
+    return "\n".join([*text, table, *note])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
-    """Accuracy against compression of the weights, as `accuracy.png`."""
-    curves = figures.by_method(lines, list(METHODS), sorted(config.sparsities))
-    curves = {METHODS[method]: curve for method, curve in curves.items()}
-    figures.panels(
-        Path(config.out) / "accuracy.png",
-        f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds",
-        [("compression (weights)", curves)],
-        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
-    )
+    """Draw accuracy against compression of the weights, as `accuracy.png`."""
+    panels = {"compression (weights)": figures.by_method(lines, METHODS)}
+    title = f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, method="dense")
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)

@@ -4,35 +4,35 @@ Train to convergence; then K times prune a fraction of what remains in each
 layer and fine-tune for N epochs. Three experiments, at 10 to 70 % per round:
 random and L1 on single weights of all four layers, and L1 on the output
 channels of conv1, conv2 and fc1. Biases are never pruned. A run that was
-stopped goes on with its finished fractions when the same command is given again.
+stopped resumes after its last finished fraction when the same command is given again.
 
     python -m experiments.lenet                    # digits, embedded
     python -m experiments.lenet --dataset mnist    # the article's settings
     python -m experiments.lenet --dataset mnist --preset sane
 """
 
-import dataclasses
-import operator
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import LeNet
-from experiments.run import saved_recipes, stopping
-from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
-from experiments.show import figures
+from experiments.report.design import Axis, Design
+from experiments.run import saved_recipes, stopping, study
+from experiments.run.limits import Items
+from experiments.run.results import layers
+from experiments.run.settings import Count, Folder, Natural, Seeds, Settings, Sparsity, parse
+from experiments.show import figures, tables
 from experiments.training import loops
+from jaxprune import plots
 
 
 @dataclass(frozen=True)
@@ -59,73 +59,33 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    preset: Literal["article", "sane", "digits"] | None = flag(
-        None, "training settings; by default digits for digits and article for mnist"
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    amounts: tuple[float, ...] = flag(
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
-        "fractions of the remaining pruned per round; '' for dense only",
-        at_least=0,
-        below=1,
-        empty=True,
-    )
-    rounds: int = flag(3, "K, how often it prunes and fine-tunes", at_least=1)
-    tune_epochs: int = flag(4, "N, epochs of each fine-tuning", at_least=0)
-    epochs: int | None = flag(None, "epochs of dense training; by default the preset's", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    timing_runs: int = flag(
-        5, "timed passes over the training images; 0 for none (the article: 20)", at_least=0
-    )
-    out: str = flag("results/lenet", "folder for results.jsonl and plots", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    # training settings; by default digits for digits and article for mnist
+    preset: Literal["article", "sane", "digits"] | None = None
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    # fractions of the remaining pruned per round; '' for dense only
+    amounts: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+    rounds: Count = 3  # K, how often it prunes and fine-tunes
+    tune_epochs: Natural = 4  # N, epochs of each fine-tuning
+    epochs: Count | None = None  # epochs of dense training; by default the preset's
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    timing_runs: Natural = 5  # timed passes over the training images; 0 for none (the article: 20)
+    out: Folder = "results/lenet"  # folder for results.jsonl and plots
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
-class Method(NamedTuple):
-    """One of the three experiments."""
-
-    title: str
-    score: Callable[..., Any]
-    where: Callable[[str, Any], bool]
-    structure: jp.Structure
-    units: Callable[[Any], int]
-
-    def prune(self, params: Any, masks: Any, key: jax.Array, counts: dict[str, int]) -> Any:
-        """Masks with so many more units of each layer removed.
-
-        The floor is 0, as in the article, where conv1 loses its last channel at 70 %.
-        """
-        return jp.prune_once(
-            params, self.score, count=counts, scope="layerwise", where=self.where,
-            structure=self.structure, masks=masks, floor=0, key=key,
-        )  # fmt: skip
-
-    def sizes(self, params: Any) -> dict[str, int]:
-        """The units of each layer that takes part, by path; `params` of one network."""
-        leaves = zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)
-        return {path: self.units(leaf) for path, leaf in leaves if self.where(path, leaf)}
+METHODS = {"random": "random weights", "l1": "L1 weights", "structured": "L1 channels"}
 
 
-METHODS = {
-    "random": Method("random weights", jp.scores.random, jp.kernels, jp.structures.elements(), np.size),
-    "l1": Method("L1 weights", jp.scores.magnitude, jp.kernels, jp.structures.elements(), np.size),
-    "structured": Method(
-        "L1 channels",
-        jp.scores.magnitude,
-        jp.matching("conv1/kernel", "conv2/kernel", "fc1/kernel"),
-        jp.structures.slices(axis=-1, norm=1),
-        lambda kernel: kernel.shape[-1],
-    ),
-}
+def recipe(method: str, amount: float) -> jp.recipes.Recipe:
+    """Return what a method prunes by, round after round.
 
-
-def recipe(name: str, amount: float) -> jp.recipes.Recipe:
-    """What a method prunes by, round after round; as `Method.prune` with its counts."""
+    The floor is 0, as in the article, where conv1 loses its last channel at 70 %.
+    """
     methods: dict[str, dict[str, Any]] = {
         "random": {"score": "random"},
         "l1": {"score": "magnitude"},
@@ -136,7 +96,7 @@ def recipe(name: str, amount: float) -> jp.recipes.Recipe:
         },
     }
     same = {"sparsity": amount, "of": "remaining", "scope": "layerwise", "floor": 0}
-    return jp.recipes.parse({"prune": methods[name] | same})
+    return jp.recipes.parse({"prune": methods[method] | same})
 
 
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
@@ -171,7 +131,7 @@ class Size(NamedTuple):
 
 
 def measure(masks: Any) -> Size:
-    """Counts what masks leave of LeNet.
+    """Count what masks leave of LeNet.
 
     Args:
       masks: masks of one network (no seed axis).
@@ -194,7 +154,7 @@ def measure(masks: Any) -> Size:
 
 
 def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[str, Any]:
-    """Takes the dead channels out of a masked LeNet and measures what is left.
+    """Take the dead channels out of a masked LeNet and measures what is left.
 
     A dead channel still gives relu(bias), which is folded into the biases of the next layer.
 
@@ -236,20 +196,20 @@ def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[s
 
 
 def file_bytes(params: Any, masks: Any = None, int8: bool = False) -> int:
-    """Bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
+    """Return the bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
     with tempfile.TemporaryDirectory() as folder:
         return jp.io.save(Path(folder) / "params", params, masks, int8=int8)
 
 
 def optimizers(training: Training, train_size: int) -> tuple[Any, Any]:
-    """The optimizers of dense training and of fine-tuning."""
+    """Return the optimizers of dense training and of fine-tuning."""
     steps = training.epochs * -(-train_size // training.batch_size)
     rate = optax.cosine_decay_schedule(training.lr, steps) if training.cosine else training.lr
     return optax.sgd(rate, training.momentum), optax.sgd(training.tune_lr, training.momentum)
 
 
 def timer(model: LeNet, split: loops.Split, runs: int) -> Callable[[Any, Any], float]:
-    """`ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
+    """Return `ratio(dense, pruned)`: time of the dense forward passes over that of the masked ones.
 
     The passes alternate, so that both meet the same noise; the ratio is of the medians.
     """
@@ -272,162 +232,165 @@ def timer(model: LeNet, split: loops.Split, runs: int) -> Callable[[Any, Any], f
     return ratio
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("amount",),
+    figures=("accuracy", "accuracy_before_last_tuning", "nonzero", "macs"),
+    percent=("amount", "accuracy", "accuracy_before_last_tuning", "compact_accuracy"),
+    baseline={"method": "dense"},
+    axes=(
+        Axis("compression (parameters)", "nonzero", "dense / x"),
+        Axis("times fewer multiply-adds", "macs", "dense / x"),
+    ),
+)
+
+
+class Study(study.Study):
+    """The data, the network, and its training."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, "lenet", DESIGN)
+        self.preset = config.preset or ("digits" if config.dataset == "digits" else "article")
+        training = PRESETS[self.preset]
+        self.training = training if config.epochs is None else replace(training, epochs=config.epochs)
+        data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
+        self.train, self.test = loops.splits(data)
+        self.model = LeNet(im2col=jax.default_backend() == "cpu")
+        dense, tuned = optimizers(self.training, len(self.train.y))
+        self.fit = loops.masked_fitter(self.model, dense, training.batch_size, self.train)
+        self.tune = loops.masked_fitter(self.model, tuned, training.tune_batch_size, self.train)
+        self.accuracy = loops.evaluator(self.model, self.test)
+        self.speed = timer(self.model, self.train, config.timing_runs)
+
+    def train_dense(self) -> None:
+        """Train the dense network of each seed and write its figures."""
+        init = loops.init(self.model, self.train, self.keys(0))
+        self.ones, epochs = jp.ones_masks(init), self.training.epochs
+        self.dense = self.once(
+            "dense", epochs, lambda: self.fit(init, self.ones, self.keys(1), epochs, self.bar)
+        )
+        self.dense_bytes = [file_bytes(study.at(i, self.dense)) for i in range(len(self.config.seeds))]
+        if self.missing("dense", 0, method="dense"):
+            self.record("dense", 0.0, self.dense, self.ones, self.accuracy(self.dense))
+
+    def prune(self, method: str, amount: float) -> None:
+        """Prune and tune for some rounds, and write the figures."""
+        config, own = self.config, recipe(method, amount)
+        saved_recipes.save_method(self.results.unfinished, f"{method}-{amount:g}", own)
+        cost = config.rounds * config.tune_epochs
+        if not self.missing(f"{METHODS[method]} {amount:.0%}", cost, method=method, amount=amount):
+            return
+        pruner = own.pruner(study.at(0, self.dense))
+        update = jax.jit(jax.vmap(lambda state, params, key: pruner.update(state, params, key=key)))
+        params, state, before = self.dense, jax.vmap(pruner.init)(self.dense), np.zeros(len(config.seeds))
+        for number in range(config.rounds):
+            keys = self.keys(2 + number)
+            state = update(state, params, keys)
+            before = self.accuracy(jp.apply_masks(params, state.masks))
+            params = self.tune(params, state.masks, keys, config.tune_epochs, self.bar)
+        self.record(method, amount, params, state.masks, before)
+
+    def record(self, method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
+        """Write the figures of a method, a line per seed; sizes and times are those of the first seed."""
+        first = study.at(0, (params, masks))
+        first_params, first_masks = jax.tree.map(np.asarray, first)
+        after, size = self.accuracy(params), measure(first_masks)
+        compacted = {}
+        if method == "structured":
+            compacted = without_dead_channels(first_params, first_masks, self.test)
+        speed = self.speed(study.at(0, self.dense), first_params) if self.config.timing_runs else None
+
+        def of_seed(index: int) -> dict[str, Any]:
+            own, kept = study.at(index, (params, masks))
+            line = {
+                "preset": self.preset,
+                "training": asdict(self.training),
+                "accuracy": float(after[index]),
+                "accuracy_before_last_tuning": float(before[index]),
+                **size._asdict(),
+                **(compacted if index == 0 else {}),
+                "file_ratio": self.dense_bytes[index] / file_bytes(own),
+                "masked_speed_up": speed,
+                "layers": layers(kept),
+            }
+            if index == 0 and amount == max(self.config.amounts, default=None):
+                line["masks"] = self.results.keep_masks(method, first_masks)
+            return line
+
+        self.add(of_seed, method=method, amount=amount)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
-    preset = config.preset or ("digits" if config.dataset == "digits" else "article")
-    training = PRESETS[preset]
-    if config.epochs is not None:
-        training = dataclasses.replace(training, epochs=config.epochs)
-    data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
-    train_split, test_split = loops.splits(data)
-    model = LeNet(im2col=jax.default_backend() == "cpu")
-    dense_optimizer, tune_optimizer = optimizers(training, len(train_split.y))
-    train = loops.masked_fitter(model, dense_optimizer, training.batch_size, train_split)
-    tune = loops.masked_fitter(model, tune_optimizer, training.tune_batch_size, train_split)
-    accuracy = loops.evaluator(model, test_split)
-    speed = timer(model, train_split, config.timing_runs)
-
-    def first(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), tree)
-
-    epochs = training.epochs + len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
-    results = Results(config.out, "lenet", config, resume=not config.fresh)
-    with results, tqdm(total=epochs, unit="epoch") as bar:
-
-        def record(method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
-            size, after = measure(first(masks)), accuracy(params)
-            compacted = {}
-            if method == "structured":
-                compacted = without_dead_channels(first(params), first(masks), test_split)
-            ratio = speed(first(dense), first(params)) if config.timing_runs else None
-            kept = [layers(jax.tree.map(operator.itemgetter(i), masks)) for i in range(len(config.seeds))]
-            lines = []
-            for index, seed in enumerate(config.seeds):
-                own = file_bytes(jax.tree.map(operator.itemgetter(index), params))
-                line = {
-                    "method": method,
-                    "amount": amount,
-                    "seed": seed,
-                    "preset": preset,
-                    "training": dataclasses.asdict(training),
-                    "accuracy": float(after[index]),
-                    "accuracy_before_last_tuning": float(before[index]),
-                    **size._asdict(),
-                    **(compacted if index == 0 else {}),
-                    "file_ratio": dense_bytes[index] / own,
-                    "masked_speed_up": ratio,
-                    "layers": kept[index],
-                }
-                if index == 0 and amount == max(config.amounts, default=None):
-                    line["masks"] = results.keep_masks(method, first(masks))
-                lines.append(line)
-            results.add(lines)
-
-        bar.set_description("dense")
-        init = loops.init(model, train_split, loops.seed_keys(config.seeds, purpose=0))
-        ones, keys = jp.ones_masks(init), loops.seed_keys(config.seeds, purpose=1)
-        dense = results.once("dense", lambda: train(init, ones, keys, training.epochs, bar))
-        bar.update(training.epochs - bar.n)
-        dense_bytes = [
-            file_bytes(jax.tree.map(operator.itemgetter(i), dense)) for i in range(len(config.seeds))
-        ]
-        if not results.done(method="dense"):
-            record("dense", 0.0, dense, ones, accuracy(dense))
-
-        for name, method in METHODS.items():
-            prune = jax.jit(jax.vmap(method.prune, in_axes=(0, 0, 0, None)))
+    """Run the study, write its lines, and return them."""
+    lenet = Study(config)
+    tuning = len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
+    with lenet.running(lenet.training.epochs + tuning, "epoch"):
+        lenet.train_dense()
+        for method in METHODS:
             for amount in config.amounts:
-                saved_recipes.save_method(results.unfinished, f"{name}-{amount:g}", recipe(name, amount))
-                if results.done(method=name, amount=amount):
-                    bar.update(config.rounds * config.tune_epochs)
-                    continue
-                bar.set_description(f"{method.title} {amount:.0%}")
-                params, masks, left = dense, ones, method.sizes(first(dense))
-                before = np.zeros(len(config.seeds))
-                for number in range(config.rounds):
-                    keys = loops.seed_keys(config.seeds, purpose=2 + number)
-                    counts = {path: jp.selection.removed_count(amount, n) for path, n in left.items()}
-                    left = {path: n - counts[path] for path, n in left.items()}
-                    masks = prune(params, masks, keys, counts)
-                    before = accuracy(jp.apply_masks(params, masks))
-                    params = tune(params, masks, keys, config.tune_epochs, bar)
-                record(name, amount, params, masks, before)
-    return results.lines
+                lenet.prune(method, amount)
+    return lenet.results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     dense = [line for line in lines if line["method"] == "dense"]
-    base = dense[0]
-    text = [
-        f"dense: {_mean(dense)} %, {base['nonzero']:,} parameters, {base['macs']:,} MACs",
-        "MACs* counts as the article does, each convolution's output as large as its",
-        f"input: {base['article_macs']:,}. Time is of masked networks: masks make nothing faster.",
-    ]
-    known = dataset == "mnist"
+    base, size = dense[0], f"{dense[0]['nonzero']:,} parameters, {dense[0]['macs']:,} MACs"
+    text = [f"dense: {tables.cell(dense)} %, {size}"]
     if len(lines) == len(dense):  # no amounts were asked for
         return text[0]
-    for name, method in METHODS.items():
-        text += ["", f"{method.title}, {len(dense)} seeds"]
-        article = f"{'article':>9}" if known else ""
-        text.append(f"pruned  nonzero  size x  MACs x  MACs* x  {'accuracy %':>13}{article}  file x  time x")
-        for amount in sorted({line["amount"] for line in lines if line["method"] == name}):
-            group = [line for line in lines if line["method"] == name and line["amount"] == amount]
+    text.append("MACs* counts as the article does, each convolution's output as large as its")
+    text.append(f"input: {base['article_macs']:,}. Time is of masked networks: masks make nothing faster.")
+    for method, title in METHODS.items():
+        heads = ["pruned", "nonzero", "size x", "MACs x", "MACs* x", "accuracy %"]
+        heads += ["article"] * (dataset == "mnist")
+        rows = [[*heads, "file x", "time x"]]
+        for amount in sorted({line["amount"] for line in lines if line["method"] == method}):
+            group = [line for line in lines if (line["method"], line["amount"]) == (method, amount)]
             one, speed = group[0], group[0]["masked_speed_up"]
-            macs, article_macs = (_ratio(base[k], one[k]) for k in ("macs", "article_macs"))
-            published = ARTICLE[name].get(amount)
-            article = f"{'' if published is None else f'{100 * published:.2f}':>9}" if known else ""
-            text.append(
-                f"{amount:>6.0%}  {one['nonzero']:>7}  {base['nonzero'] / one['nonzero']:>6.2f}  {macs:>6}"
-                f"  {article_macs:>7}  {_mean(group):>13}{article}"
-                f"  {np.mean([line['file_ratio'] for line in group]):>6.2f}"
-                f"  {'-' if speed is None else f'{speed:.2f}':>6}"
-            )
+            row = [f"{amount:.0%}", f"{one['nonzero']}"]
+            row += [_ratio(base[key], one[key]) for key in ("nonzero", "macs", "article_macs")]
+            row.append(tables.cell(group))
+            if dataset == "mnist":
+                published = ARTICLE[method].get(amount)
+                row.append("" if published is None else f"{100 * published:.2f}")
+            row.append(f"{np.mean([line['file_ratio'] for line in group]):.2f}")
+            rows.append([*row, "-" if speed is None else f"{speed:.2f}"])
+        text += ["", f"{title}, {len(dense)} seeds", tables.text(rows)]
     text += ["", "L1 channels: the network without the dead channels, of the first seed, and the"]
     text.append("largest difference of its log-probabilities from the masked network's")
-    text.append("pruned conv1,conv2,fc1 parameters  size x     MACs  MACs x  accuracy %  differs")
+    rows = [["pruned", "conv1,conv2,fc1", "parameters", "size x", "MACs", "MACs x", "accuracy %", "differs"]]
     for line in lines:
-        if line["method"] == "structured" and line["seed"] == dense[0]["seed"]:
-            alive = ",".join(map(str, line["alive"]))
-            collapsed = "compact_params" not in line
-            text.append(
-                f"{line['amount']:>6.0%} {alive:>15} "
-                + ("collapsed: a layer has no channel left" if collapsed else
-                   f"{line['compact_params']:>10}  {dense[0]['nonzero'] / line['compact_params']:>6.2f}"
-                   f"  {line['compact_macs']:>7}  {_ratio(dense[0]['macs'], line['compact_macs']):>6}"
-                   f"  {100 * line['compact_accuracy']:>10.2f}  {line['compact_difference']:>7.0e}")
-            )  # fmt: skip
-    return "\n".join(text)
+        if (line["method"], line["seed"]) != ("structured", base["seed"]):
+            continue
+        row = [f"{line['amount']:.0%}", ",".join(map(str, line["alive"]))]
+        if "compact_params" in line:
+            row += [f"{line['compact_params']}", _ratio(base["nonzero"], line["compact_params"])]
+            row += [f"{line['compact_macs']}", _ratio(base["macs"], line["compact_macs"])]
+            row += [f"{100 * line['compact_accuracy']:.2f}", f"{line['compact_difference']:.0e}"]
+        else:
+            row += ["collapsed", *["-"] * 5]
+        rows.append(row)
+    return "\n".join([*text, tables.text(rows)])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
-    """Accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
+    """Draw accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
     dense = [line for line in lines if line["method"] == "dense"]
-    compression, speed_up = {}, {}
-    for name, method in METHODS.items():
-        own = [line for line in lines if line["method"] == name]
-        grouped = [[line for line in own if line["amount"] == a] for a in sorted({x["amount"] for x in own})]
-        # A layer without channels: the network is cut in two, and its size means nothing.
-        grouped = [group for group in grouped if min(group[0]["alive"]) > 0]
-        if not grouped:
-            continue
-        y = np.array([[line["accuracy"] for line in group] for group in grouped])
-        sizes, macs = ([dense[0][k] / group[0][k] for group in grouped] for k in ("nonzero", "macs"))
-        compression[method.title], speed_up[method.title] = figures.Curve(sizes, y), figures.Curve(macs, y)
-    figures.panels(
-        path=Path(config.out) / "accuracy.png",
-        title=f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds",
-        curves=[
-            ("compression (parameters)", compression),
-            ("theoretical speed-up (MACs)", speed_up),
-        ],
-        baseline=np.array([line["accuracy"] for line in dense]),
-    )
-
-
-def _mean(group: Sequence[dict[str, Any]]) -> str:
-    return loops.percent([line["accuracy"] for line in group])
+    panels: dict[str, dict[str, plots.Line]] = {}
+    for label, key in (("compression (parameters)", "nonzero"), ("theoretical speed-up (MACs)", "macs")):
+        panels[label] = {}
+        for method, title in METHODS.items():
+            own = [line for line in lines if line["method"] == method]
+            groups = [[x for x in own if x["amount"] == a] for a in sorted({x["amount"] for x in own})]
+            # Without channels in a layer the network is cut in two, and its size means nothing.
+            groups = [group for group in groups if min(group[0]["alive"]) > 0]
+            if groups:
+                ratios = [dense[0][key] / group[0][key] for group in groups]
+                panels[label][title] = ratios, [[line["accuracy"] for line in group] for group in groups]
+    title = f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds"
+    own = [line["accuracy"] for line in dense]
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, own)
 
 
 def _ratio(dense: int, pruned: int) -> str:
@@ -435,7 +398,7 @@ def _ratio(dense: int, pruned: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)

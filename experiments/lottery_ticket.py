@@ -15,7 +15,7 @@ level after level. The same masks, or as sparse ones, train as controls:
 - learning-rate: the same for all epochs, learning-rate rewinding.
 
 All seeds of a level train in one compiled program. A run that was stopped, by
-SIGKILL, SIGTERM (status 143) or a full disk, goes on after its last finished
+SIGKILL, SIGTERM (status 143) or a full disk, resumes after its last finished
 level when the same command is given again.
 
     python -m experiments.lottery_ticket                    # digits, embedded
@@ -29,7 +29,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -39,12 +39,15 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
+from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
+from experiments.run.limits import Items, OneOf
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
+from jaxprune import plots
 
 CHAINS = ("ticket", "tune", "learning-rate")
 BRANCHES = ("reinit", "random", "shuffled", "one-shot", "one-shot-tune")
@@ -52,40 +55,33 @@ METHODS = (CHAINS[0], *BRANCHES, *CHAINS[1:])
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    preset: Literal["frankle", "article"] = flag(
-        "frankle",
-        "frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels "
-        "of a tenth in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only",
-    )
-    methods: tuple[str, ...] | None = flag(
-        None, f"of {', '.join(METHODS)}; ticket is always among them", among=METHODS, empty=True
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    levels: int | None = flag(None, "how often to prune", at_least=1)
-    branch_levels: tuple[int, ...] | None = flag(
-        None,
-        "the levels at which the controls train that share the ticket's masks or sparsity",
-        at_least=1,
-        at_most="levels",
-        empty=True,
-    )
-    epochs: int | None = flag(None, "epochs of training at each level", at_least=1)
-    lr: float | None = flag(None, "learning rate of Adam", above=0)
-    batch_size: int | None = flag(None, "images per step", at_least=1, at_most=100_000)
-    tune_epochs: int | None = flag(None, "epochs of fine-tuning at each level", at_least=0)
-    rewind_epoch: int = flag(
-        0, "rewind to the weights after this epoch (late rewinding)", at_least=0, below="epochs"
-    )
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag(
-        "results/lottery_ticket", "folder for results.jsonl, the plot and checkpoints", path="folder"
-    )
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    # frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels of a tenth
+    # in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only
+    preset: Literal["frankle", "article"] = "frankle"
+    # by default the preset's; ticket is always among them
+    methods: Annotated[tuple[Annotated[str, OneOf(METHODS)], ...], Items(empty=True)] | None = None
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    levels: Count | None = None  # how often to prune
+    # the levels at which the controls train that share the ticket's masks or sparsity
+    branch_levels: Annotated[tuple[Count, ...], Items(empty=True)] | None = None
+    epochs: Count | None = None  # epochs of training at each level
+    lr: Positive | None = None  # learning rate of Adam
+    batch_size: BatchSize | None = None  # images per step
+    tune_epochs: Natural | None = None  # epochs of fine-tuning at each level
+    rewind_epoch: Natural = 0  # rewind to the weights after this epoch (late rewinding)
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/lottery_ticket"  # folder for results.jsonl, the plot and checkpoints
+    fresh: bool = False  # start over instead of resuming a stopped run
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.at_most("branch_levels", "levels")
+        self.below("rewind_epoch", "epochs")
 
 
 class Preset(NamedTuple):
@@ -132,33 +128,32 @@ PRESETS = {
 
 
 def settings(config: Config) -> Preset:
-    """The preset with what the flags change.
+    """Return the preset with what the flags change.
 
     Raises:
-      FlagError: a flag beyond its limits.
+      FlagError: a flag does not go with what the preset gives.
     """
-    check_limits(config)
     preset = PRESETS[config.preset]
     given = {name: getattr(config, name, None) for name in preset._fields}
     chosen = preset._replace(**{name: value for name, value in given.items() if value is not None})
     if config.branch_levels is None:
         reached = tuple(level for level in chosen.branch_levels if level <= chosen.levels)
         chosen = chosen._replace(branch_levels=reached)
-    # Limits that are other flags hold for what the preset gives as well.
+    # A flag must go with what the preset gives as well.
     filled = {name: value for name, value in chosen._asdict().items() if hasattr(config, name)}
-    check_limits(dataclasses.replace(config, **filled))
+    dataclasses.replace(config, **filled)
     return chosen
 
 
 def recipe(rate: float, last_rate: float, last: str) -> jp.recipes.Recipe:
-    """Magnitude pruning of each layer by a fraction of what is left, per level."""
+    """Return magnitude pruning of each layer by a fraction of what is left, per level."""
     rates = {f"fc{index}/kernel": rate for index in (1, 2, 3)} | {last: last_rate}
     prune = {"score": "magnitude", "sparsity": {"per_path": rates}, "scope": "layerwise", "of": "remaining"}
     return jp.recipes.parse({"prune": prune})
 
 
 def vmapped(pruner: jp.Pruner) -> jp.Pruner:
-    """The pruner for params with a leading seed axis; each seed is pruned on its own."""
+    """Return the pruner for params with a leading seed axis; each seed is pruned on its own."""
     return pruner._replace(init=jax.jit(jax.vmap(pruner.init)), update=jax.jit(jax.vmap(pruner.update)))
 
 
@@ -198,12 +193,12 @@ class Study:
         )
 
     def dense_ticket(self, trained: Any) -> jp.Ticket:
-        """Level 0, from which every chain goes on."""
+        """Return level 0, from which every chain starts."""
         state = self.pruner.init(self.init)
         return jp.Ticket(0, self.init, trained, state, jp.metrics.sparsity(state.masks))
 
     def chain(self, method: str, after: jp.Ticket | None, fits: list[loops.Fit]) -> Iterator[jp.Ticket]:
-        """The levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
+        """Return the levels of a chain after a ticket; each one's `Fit` is put into `fits`."""
 
         def trainer(fit, keys):
             def train(params, masks):
@@ -222,7 +217,7 @@ class Study:
         return jp.lottery_ticket(train, self.init, self.pruner, levels, after=after, **options)
 
     def branch(self, method: str, ticket: jp.Ticket, dense: Any) -> tuple[Any, loops.Fit]:
-        """Masks and training of a control of a ticket; `dense` is the trained dense network."""
+        """Return masks and training of a control of a ticket; `dense` is the trained dense network."""
         masks, start, fit, keys = ticket.masks, self.init, self.fit, self.train_keys
         if method == "reinit":
             start = self.other_init
@@ -237,7 +232,7 @@ class Study:
         return masks, fit(jp.rewind(start, masks), masks, keys)
 
     def lines(self, method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
-        """The figures of a level, a line per seed."""
+        """Return the figures of a level, a line per seed."""
         at_end, stopped = self.accuracy(fit.params), self.accuracy(fit.best)
         tuned = method in ("tune", "one-shot-tune")
         begin = 0 if tuned else self.config.rewind_epoch
@@ -266,8 +261,18 @@ class Study:
         return lines
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("level",),
+    figures=("accuracy", "early_stop_accuracy", "density", "sparsity_model", "kept_weights"),
+    percent=("accuracy", "early_stop_accuracy", "density", "sparsity_model"),
+    baseline={"level": 0},
+    axes=(Axis("compression (weights)", "density", "1 / x"), Axis("density", "density", "x")),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, or what is left of it, writes its lines, and returns them."""
+    """Run the study, or what is left of it, writes its lines, and returns them."""
     chosen = settings(config)
     folder = Path(config.out) / "checkpoints"
     chains = [method for method in CHAINS if method == "ticket" or method in chosen.methods]
@@ -275,7 +280,8 @@ def run(config: Config) -> list[dict[str, Any]]:
     same = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "fresh")}
     total = 1 + len(chains) * chosen.levels + len(branches) * len(chosen.branch_levels)
     with contextlib.ExitStack() as stack:
-        results = stack.enter_context(Results(config.out, "lottery_ticket", config, resume=not config.fresh))
+        own = Results(config.out, "lottery_ticket", config, design=DESIGN, resume=not config.fresh)
+        results = stack.enter_context(own)
         for method in CHAINS if config.fresh else ():
             forget(folder / method)
         # First, so that a folder of other settings is refused before anything is trained or written.
@@ -286,7 +292,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         bar = stack.enter_context(tqdm(total=total, unit="run"))
 
         def measured(method: str, level: int, masks: Any, fit: loops.Fit) -> list[dict[str, Any]]:
-            """A level's lines; the first seed's masks of a method's last level are kept."""
+            """Return a level's lines; the first seed's masks of a method's last level are kept."""
             new = study.lines(method, level, masks, fit)
             if level and level == max(chosen.branch_levels if method in BRANCHES else (chosen.levels,)):
                 first = jax.tree.map(operator.itemgetter(0), masks)
@@ -320,45 +326,41 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     chosen = settings(config)
     left = {line["level"]: line["density"] for line in lines if line["method"] == "ticket"}
     shown = sorted({0, *(chosen.branch_levels or left)})
-    rows = {level: f"{left[level]:>7.2%}{level:>7}" for level in shown}
+    rows = {level: f"{level:>2}: {left[level]:>7.2%}" for level in shown}
     methods = [method for method in METHODS if any(line["method"] == method for line in lines)]
     text = ["accuracy in % after the last epoch, mean and s.d. over seeds"]
-    text += tables.by_method(lines, rows, "level", methods, heading="left %  level")
+    text.append(tables.by_method(lines, rows, "level", methods, heading="level: left"))
     text += ["", "the ticket where early stopping on held-out images would have stopped"]
-    text.append("left %   level    epoch      accuracy %")
-    for level in shown:
+    stopped = [["level: left", "epoch", "accuracy %"]]
+    for level, label in rows.items():
         epochs = [x["early_stop_epoch"] for x in lines if (x["method"], x["level"]) == ("ticket", level)]
-        stopped = tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
-        text.append(f"{rows[level]}{np.mean(epochs):>9.1f}{stopped:>16}")
-    return "\n".join(text)
+        accuracy = tables.cell(lines, "early_stop_accuracy", method="ticket", level=level)
+        stopped.append([label, f"{np.mean(epochs):.1f}", accuracy])
+    return "\n".join([*text, tables.text(stopped)])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
-    """Accuracy against compression of the weights, as `accuracy.png`."""
-    curves = {}
+    """Draw accuracy against compression of the weights, as `accuracy.png`."""
+    curves: dict[str, plots.Line] = {}
     for method in METHODS:
         own = [line for line in lines if line["method"] == method and line["level"]]
-        levels = sorted({line["level"] for line in own})
+        levels = [[line for line in own if line["level"] == x] for x in sorted({x["level"] for x in own})]
         if levels:
-            curves[method] = figures.Curve(
-                [next(1 / line["density"] for line in own if line["level"] == level) for level in levels],
-                np.array([[line["accuracy"] for line in own if line["level"] == level] for level in levels]),
-            )
+            compressions = [1 / level[0]["density"] for level in levels]
+            curves[method] = compressions, [[line["accuracy"] for line in level] for level in levels]
     epochs = settings(config).epochs
-    figures.panels(
-        Path(config.out) / "accuracy.png",
-        f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds",
-        [("compression (weights)", curves)],
-        baseline=np.array([line["accuracy"] for line in lines if not line["level"]]),
-    )
+    panels = {"compression (weights)": curves}
+    title = f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, level=0)
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

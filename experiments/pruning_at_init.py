@@ -13,56 +13,54 @@ A network loses all but 1/c of its weights before any training, by one of
 and then trains. A layer that keeps nothing has collapsed; a network through
 which no path leads is cut, and predicts one class whatever it is shown. Layers
 may be emptied here (`floor=0`), which the library otherwise prevents. A run that
-was stopped goes on with what it had finished, method by method, when the same
-command is given again.
+was stopped resumes after its last finished method when the same command is
+given again.
 
     python -m experiments.pruning_at_init                  # digits, embedded
     python -m experiments.pruning_at_init --dataset mnist
     python -m experiments.pruning_at_init --network deep   # 784-100x6-10
 """
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP
-from experiments.run import saved_recipes, stopping
-from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.report.design import Axis, Design
+from experiments.run import saved_recipes, stopping, study
+from experiments.run.limits import Range
+from experiments.run.results import layers
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    network: Literal["lenet", "deep"] = flag("lenet", "lenet is 300-100-10; deep is six times 100, then 10")
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    compressions: tuple[float, ...] = flag(
-        (10, 20, 50, 100, 300, 1000), "c: 1/c of the weights stays", above=1
-    )
-    epochs: int | None = flag(None, "of training after pruning (default: 8, for digits 60)", at_least=1)
-    score_images: int = flag(1000, "images in the batch of snip and grasp", at_least=1)
-    rounds: int = flag(100, "of synflow", at_least=1)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/pruning_at_init", "folder for results.jsonl and the plot", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    network: Literal["lenet", "deep"] = "lenet"  # lenet is 300-100-10; deep is six times 100, then 10
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    # c: 1/c of the weights stays
+    compressions: tuple[Annotated[float, Range(above=1)], ...] = (10, 20, 50, 100, 300, 1000)
+    epochs: Count | None = None  # of training after pruning (default: 8, for digits 60)
+    score_images: Count = 1000  # images in the batch of snip and grasp
+    rounds: Count = 100  # of synflow
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/pruning_at_init"  # folder for results.jsonl and the plot
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 NETWORKS = {"lenet": (300, 100, 10), "deep": (100,) * 6 + (10,)}
@@ -70,12 +68,12 @@ METHODS = ("random", "erk", "magnitude", "snip", "grasp", "synflow-1", "synflow"
 
 
 def epochs(config: Config) -> int:
-    """The epochs asked for; a small data set takes more of them."""
+    """Return the epochs asked for; a small data set takes more of them."""
     return {"mnist": 8, "digits": 60}[config.dataset] if config.epochs is None else config.epochs
 
 
 def recipe(method: str, compression: float, rounds: int) -> jp.recipes.Recipe:
-    """What a method prunes by."""
+    """Return what a method prunes by."""
     sparsity = 1 - 1 / compression
     # After k of n rounds the density is d^(k/n).
     levels = {"geometric": 1 - (1 - sparsity) ** (1 / rounds)}
@@ -92,7 +90,7 @@ def recipe(method: str, compression: float, rounds: int) -> jp.recipes.Recipe:
 def criteria(
     widths: tuple[int, ...], batch: tuple[jax.Array, jax.Array], compression: float, rounds: int
 ) -> dict[str, Callable[[Any, jax.Array], Any]]:
-    """For each method `masks(params, key)`, which keep 1/compression of the weights."""
+    """Return `masks(params, key)` for each method, which keep 1/compression of the weights."""
     raw = MLP(widths, logits=True)
 
     def loss_fn(params, batch, temperature=1.0):
@@ -122,7 +120,7 @@ def criteria(
 
 
 def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
-    """Whether a path of kept weights leads from the input to the output."""
+    """Return whether a path of kept weights leads from the input to the output."""
 
     def ones(path, mask):
         return jnp.where(mask & (path[-1].key == "kernel"), 1.0, 0.0)
@@ -132,90 +130,98 @@ def connected(widths: tuple[int, ...], masks: Any, x: jax.Array) -> jax.Array:
     return jnp.sum(outputs) > 0
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("compression",),
+    figures=("accuracy", "density", "connected"),
+    percent=("accuracy", "density"),
+    baseline={"method": "dense"},
+    axes=(Axis("compression (weights)", "compression", "ratio"),),
+)
+
+
+class Study(study.Study):
+    """The data, the network, and its training."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, "pruning_at_init", DESIGN)
+        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
+        train, test = loops.splits(data)
+        train, held_out = loops.hold_out(train, 1 / 12)
+        self.widths = NETWORKS[config.network]
+        model, optimizer_of = MLP(self.widths), loops.fixed(optax.adam(config.lr))
+        self.accuracy = loops.evaluator(model, test)
+        self.fit = loops.whole_run(model, optimizer_of, config.batch_size, epochs(config), train, held_out)
+        self.init = loops.init(model, train, self.keys(0))
+        self.batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
+
+    def train_and_record(self, method: str, compression: float, masks_of: Callable[..., Any]) -> None:
+        """Prune, train, and write the figures, a line per seed."""
+        if not self.missing(f"{method} {compression:g}x", 1, method=method, compression=compression):
+            return
+        masks = masks_of(self.init, self.keys(2))
+        accuracies = self.accuracy(self.fit(self.init, masks, self.keys(1)).params)
+
+        def of_seed(index: int) -> dict[str, Any]:
+            own = study.at(index, masks)
+            line = {
+                "density": 1 - jp.metrics.sparsity(own).prunable,
+                "collapsed": jp.metrics.collapsed(own),
+                "connected": bool(connected(self.widths, own, self.batch[0])),
+                "accuracy": float(accuracies[index]),
+                "layers": layers(own),
+            }
+            if index == 0 and compression == max(self.config.compressions, default=None):
+                line["masks"] = self.results.keep_masks(method, own)
+            return line
+
+        self.add(of_seed, method=method, compression=compression)
+        self.bar.update()
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    check_limits(config)
-    data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-    train, test = loops.splits(data)
-    train, held_out = loops.hold_out(train, 1 / 12)
-    widths = NETWORKS[config.network]
-    model, adam = MLP(widths), optax.adam(config.lr)
-    accuracy = loops.evaluator(model, test)
-    fit = loops.whole_run(model, loops.fixed(adam), config.batch_size, epochs(config), train, held_out)
-    init_keys, keys, mask_keys = (loops.seed_keys(config.seeds, purpose) for purpose in range(3))
-    init = loops.init(model, train, init_keys)
-    batch = train.batch(jnp.arange(min(config.score_images, len(train.y))))
-    total = 1 + len(METHODS) * len(config.compressions)
-    results = Results(config.out, "pruning_at_init", config, resume=not config.fresh)
-    with results, tqdm(total=total, unit="run") as bar:
-
-        def train_and_record(method: str, compression: float, masks_of: Callable[..., Any]) -> None:
-            bar.set_description(f"{method} {compression:g}x")
-            if results.done(method=method, compression=compression):
-                bar.update()
-                return
-            masks = masks_of(init, mask_keys)
-            figures, lines = accuracy(fit(init, masks, keys).params), []
-            for index, seed in enumerate(config.seeds):
-                own = jax.tree.map(operator.itemgetter(index), masks)
-                line = {
-                    "method": method,
-                    "compression": compression,
-                    "density": 1 - jp.metrics.sparsity(own).prunable,
-                    "collapsed": jp.metrics.collapsed(own),
-                    "connected": bool(connected(widths, own, batch[0])),
-                    "seed": seed,
-                    "accuracy": float(figures[index]),
-                    "layers": layers(own),
-                }
-                if index == 0 and compression == max(config.compressions, default=None):
-                    line["masks"] = results.keep_masks(method, own)
-                lines.append(line)
-            results.add(lines)
-            bar.update()
-
-        train_and_record("dense", 1, lambda params, keys: jp.ones_masks(params))
+    """Run the study, write its lines, and return them."""
+    at_init = Study(config)
+    with at_init.running(1 + len(METHODS) * len(config.compressions), "run"):
+        at_init.train_and_record("dense", 1, lambda params, keys: jp.ones_masks(params))
         for compression in config.compressions:
             for method in METHODS:
                 own = recipe(method, compression, config.rounds)
-                saved_recipes.save_method(results.unfinished, f"{method}-{compression:g}x", own)
-            for method, masks_of in criteria(widths, batch, compression, config.rounds).items():
-                train_and_record(method, compression, jax.jit(loops.over_seeds(masks_of)))
-    return results.lines
+                saved_recipes.save_method(at_init.results.unfinished, f"{method}-{compression:g}x", own)
+            found = criteria(at_init.widths, at_init.batch, compression, config.rounds)
+            for method, masks_of in found.items():
+                at_init.train_and_record(method, compression, jax.jit(loops.over_seeds(masks_of)))
+    return at_init.results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
-    compressions = sorted({line["compression"] for line in lines} - {1})
-    rows = {c: f"{c:g}x" for c in compressions}
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    rows = {c: f"{c:g}x" for c in sorted({line["compression"] for line in lines} - {1})}
     text = [f"dense: {tables.cell(lines, method='dense')} %", "", "accuracy in %, mean and s.d. over seeds"]
-    text += tables.by_method(lines, rows, "compression", METHODS, heading="compression")
+    text += [tables.by_method(lines, rows, "compression", METHODS, heading="compression")]
     text += ["", "networks that are cut, of all seeds (in brackets: with an empty layer)"]
-    text.append("compression" + "".join(f"{method:>10}" for method in METHODS[:-1]) + f"{METHODS[-1]:>9}")
-    for compression in compressions:
+    counts = [["compression", *METHODS]]
+    for compression, label in rows.items():
         cells = []
         for method in METHODS:
             own = [x for x in lines if (x["method"], x["compression"]) == (method, compression)]
             cut, empty = sum(not x["connected"] for x in own), sum(bool(x["collapsed"]) for x in own)
             cells.append(f"{cut}/{len(own)} ({empty})")
-        text.append(f"{rows[compression]:>11}" + "".join(f"{c:>10}" for c in cells[:-1]) + f"{cells[-1]:>9}")
-    return "\n".join(text)
+        counts.append([label, *cells])
+    return "\n".join([*text, tables.text(counts)])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
-    """Accuracy against compression of the weights, as `accuracy.png`."""
+    """Draw accuracy against compression of the weights, as `accuracy.png`."""
     name = {"lenet": "LeNet-300-100", "deep": "MLP 100x6"}[config.network]
-    curves = figures.by_method(lines, METHODS, sorted(config.compressions), key="compression")
-    figures.panels(
-        Path(config.out) / "accuracy.png",
-        f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds",
-        [("compression (weights)", curves)],
-        baseline=np.array([line["accuracy"] for line in lines if line["method"] == "dense"]),
-    )
+    panels = {"compression (weights)": figures.by_method(lines, METHODS, "compression")}
+    title = f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds"
+    dense = figures.accuracies(lines, method="dense")
+    figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):

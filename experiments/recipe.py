@@ -11,8 +11,8 @@ taken back.
     python -m experiments.recipe RECIPE --dataset mnist --model lenet
 
 The pruned network is left in one small file for each seed, which
-`jaxprune.io.load` reads. A run that was stopped goes on with its finished seeds when
-the same command is given again.
+`jaxprune.io.load` reads. A run that was stopped resumes after its last finished seed
+when the same command is given again.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,38 +29,34 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP, LeNet
+from experiments.report.design import Design
 from experiments.run import stopping
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse, recipe_file
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.show import tables
 from experiments.training import loops
 from experiments.training.distill import LABELS, Mix, Taught, losses
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of a run."""
 
-    recipe: str = recipe_file(
-        "a YAML file; one that an earlier run left in its folder brings its flags with it"
-    )
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    model: Literal["mlp", "lenet"] = flag("mlp", "mlp is LeNet-300-100")
-    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
-    epochs: int = flag(15, "of the dense network; of a recipe in steps, of each network", at_least=1)
-    tune_epochs: int = flag(5, "of training after each pruning", at_least=1)
-    levels: int | None = flag(
-        None, "how often to prune, if nothing stops it (default: 1 for a number, else 10)", at_least=1
-    )
-    rewind: Literal["weights", "nothing"] = flag(
-        "nothing", "what a level starts from; weights are the first ones"
-    )
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    score_images: int = flag(500, "images in the batch of scores that need gradients or the loss", at_least=1)
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str = flag("results/recipe", "folder for results.jsonl, recipe.yaml and the networks", path="folder")
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    recipe: str  # a YAML file; one that an earlier run left in its folder brings its flags with it
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    model: Literal["mlp", "lenet"] = "mlp"  # mlp is LeNet-300-100
+    seeds: Seeds = (0,)  # the runs that figures are averaged over
+    epochs: Count = 15  # of the dense network; of a recipe in steps, of each network
+    tune_epochs: Count = 5  # of training after each pruning
+    levels: Count | None = None  # how often to prune, if nothing stops it (default: 1 for a number, else 10)
+    rewind: Literal["weights", "nothing"] = "nothing"  # what a level starts from; weights are the first ones
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    score_images: Count = 500  # images in the batch of scores that need gradients or the loss
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder = "results/recipe"  # folder for results.jsonl, recipe.yaml and the networks
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 class Run(NamedTuple):
@@ -99,25 +95,25 @@ class Study:
         self._untaught = jnp.zeros((len(self.train.y), 10))
 
     def apply(self, params: Any, x: jax.Array) -> Any:
-        """The network in evaluation mode."""
+        """Return the network in evaluation mode."""
         return self.plain.apply({"params": params}, x)
 
     def loss(self, params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """What scores of the loss are made of."""
+        """Return what scores of the loss are made of."""
         x, y = batch
         return optax.softmax_cross_entropy_with_integer_labels(self.apply(params, x), y).mean()
 
     def accuracy(self, params: Any, split: loops.Split) -> float:
-        """On a split, in [0, 1]."""
+        """Return the accuracy on a split, in [0, 1]."""
         return int(_correct(self.model, params, split)) / len(split.y)
 
     def macs(self, masks: Any) -> int:
-        """The multiply-adds of one image that the masks leave."""
+        """Return the multiply-adds of one image that the masks leave."""
         shapes = jax.eval_shape(lambda: jax.tree.map(lambda mask: jnp.zeros(mask.shape), masks))
         return jp.metrics.macs(self.apply, shapes, self.example, masks=masks).total
 
     def pruner(self, params: Any, seed: int) -> jp.Pruner:
-        """The recipe's, whose scores get a batch if they read one."""
+        """Return the recipe's, whose scores get a batch if they read one."""
         key = loops.seed_keys((seed,), purpose=3)[0]
         pruner = self.recipe.pruner(params, key=key, loss_fn=self.loss, apply_fn=self.apply, x=self.example)
         if pruner.takes is not None and "batch" not in pruner.takes:
@@ -129,7 +125,7 @@ class Study:
         return pruner._replace(update=update)
 
     def mix(self, teacher: Any) -> tuple[Any, Mix]:
-        """A teacher's answers, and how the recipe learns from them."""
+        """Return a teacher's answers, and how the recipe learns from them."""
         if self.recipe.distillation is None or teacher is None:
             return self._untaught, LABELS
         return _answers(self.model, teacher, self.train), Mix(**self.recipe.distillation)
@@ -137,7 +133,7 @@ class Study:
     def fit(
         self, params: Any, masks: Any, key: jax.Array, epochs: int, bar: tqdm, teacher: Any = None
     ) -> Any:
-        """Trains under fixed masks."""
+        """Train under fixed masks."""
         answers, mix = self.mix(teacher)
         params = jp.apply_masks(params, masks)
         opt_state: Any = jp.keep_masked(self.adam, masks).init(params)
@@ -149,14 +145,14 @@ class Study:
         return params
 
     def stops(self, params: Any, masks: Any) -> tuple[str | None, bool]:
-        """Why to stop, and whether it is that the accuracy fell too low."""
+        """Return why to stop, and whether it is that the accuracy fell too low."""
         accuracy, stop = self.accuracy(params, self.held_out), self.recipe.stop
         macs = None if stop.macs is None else self.macs(masks)
         low = stop.accuracy is not None and accuracy < stop.accuracy
         return stop.reached(accuracy=accuracy, macs=macs), low
 
     def in_levels(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
-        """Prunes a trained network, once or level by level, and trains on."""
+        """Prune a trained network, once or level by level, and trains on."""
         pruner, key = self.pruner(dense, seed), loops.seed_keys((seed,), purpose=2)[0]
 
         @jax.jit
@@ -181,7 +177,7 @@ class Study:
         return last
 
     def in_steps(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
-        """Trains from the first weights with pruning inside the optimizer."""
+        """Train from the first weights with pruning inside the optimizer."""
         tx = jp.wrap_optax(self.adam, self.pruner(first, seed))
         run = _epoch(self.model, self.config.batch_size, lambda opt_state: tx)
         key = loops.seed_keys((seed,), purpose=1)[0]
@@ -210,7 +206,7 @@ class Study:
         return Run(params, optax.tree.get(opt_state, "masks"), self.config.epochs, reason)
 
     def figures(self, params: Any, masks: Any) -> dict[str, Any]:
-        """All that is reported of a network."""
+        """Return all that is reported of a network."""
         jp.check_pruned(params, masks)
         achieved = jp.metrics.sparsity(masks, self.recipe.where)
         return {
@@ -224,7 +220,7 @@ class Study:
         }
 
     def compacted(self, pruned: Run) -> dict[str, Any]:
-        """The network without its dead channels, measured; nothing where it has none, or a layer of them."""
+        """Measure the network without its dead channels; nothing where none, or a whole layer, is dead."""
         if jp.metrics.collapsed(pruned.masks):
             return {}
         small = jp.compact(
@@ -240,7 +236,7 @@ class Study:
 
 
 def levels(config: Config, recipe: jp.recipes.Recipe) -> int:
-    """How often to prune at most."""
+    """Return how often to prune at most."""
     if config.levels is not None:
         return config.levels
     return 1 if recipe.once else 10
@@ -271,7 +267,7 @@ def _masked_epoch(model: Any, lr: float, batch_size: int) -> Callable[..., Any]:
 
 
 def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
+    """Return `run(params, opt_state, key, answers, mix, split)`, with an optimizer made from its state."""
 
     @loops.jit
     def run(params, opt_state, key, answers, mix, split):
@@ -284,9 +280,16 @@ def _epoch(model: Any, batch_size: int, optimizer_of: Callable[[Any], Any]) -> C
     )
 
 
+DESIGN = Design(
+    factors=("method",),
+    figures=("accuracy", "held_out_accuracy", "sparsity", "sparsity_model", "macs"),
+    percent=("accuracy", "held_out_accuracy", "sparsity", "sparsity_model"),
+    baseline={"method": "dense"},
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the recipe for each seed, writes lines and networks, and returns the lines."""
-    check_limits(config)
+    """Run the recipe for each seed, writes lines and networks, and returns the lines."""
     recipe = jp.recipes.load(config.recipe)
     study = Study(config, recipe)
     end, total = recipe.end_step, config.epochs * study.steps
@@ -300,7 +303,8 @@ def run(config: Config) -> list[dict[str, Any]]:
         each = config.epochs if config.rewind == "weights" else config.tune_epochs
         epochs = config.epochs + levels(config, recipe) * each
     bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
-    with Results(config.out, "recipe", config, recipe.data, resume=not config.fresh) as results, bar:
+    results = Results(config.out, "recipe", config, recipe.data, design=DESIGN, resume=not config.fresh)
+    with results, bar:
         for seed in config.seeds:
             if results.done(seed=seed):
                 bar.update(epochs)
@@ -325,14 +329,13 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns, and why pruning stopped."""
-    text = ["seed  network  sparsity  of model      kept        MACs  accuracy %  file x"]
+    """Return the lines as a table of at most 80 columns, and why pruning stopped."""
+    rows = [["seed", "network", "sparsity", "of model", "kept", "MACs", "accuracy %", "file x"]]
     for line in lines:
-        smaller = f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""
-        row = f"{line['seed']:>4}  {line['method']:<7}"
-        row += f"  {line['sparsity']:>8.2%}  {line['sparsity_model']:>8.2%}"
-        row += f"{line['kept']:>10,}{line['macs']:>12,}  {100 * line['accuracy']:>10.2f}  {smaller:>6}"
-        text.append(row)
+        row = [str(line["seed"]), line["method"], f"{line['sparsity']:.2%}", f"{line['sparsity_model']:.2%}"]
+        row += [f"{line['kept']:,}", f"{line['macs']:,}", f"{100 * line['accuracy']:.2f}"]
+        rows.append([*row, f"{line['dense_bytes'] / line['file_bytes']:.1f}" if "file_bytes" in line else ""])
+    text = [tables.text(rows, labels=2)]
     text += ["", "without the channels that are dead:"] * any("compact_macs" in line for line in lines)
     for line in lines:
         if "compact_macs" in line:
@@ -347,7 +350,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a recipe from the command line."""
+    """Run a recipe from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         try:

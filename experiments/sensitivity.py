@@ -14,64 +14,71 @@ all (global); test accuracies are from before and after a little fine-tuning. In
 global ranking of filters and channels norms are divided by their number or mean, which
 makes those of different layers comparable.
 
-A run that was stopped goes on with what it had finished, method by method, when the same
-command is given again.
+A run that was stopped resumes after its last finished method when the same command is
+given again.
 
     python -m experiments.sensitivity                       # LeNet, digits, embedded
     python -m experiments.sensitivity --dataset mnist
     python -m experiments.sensitivity --network mlp         # LeNet-300-100
 """
 
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.data import datasets
 from experiments.networks.small import MLP, LeNet
-from experiments.run import stopping
-from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.report.design import COMPRESSION, Axis, Design
+from experiments.run import stopping, study
+from experiments.run.limits import OneOf, Range
+from experiments.run.results import layers
+from experiments.run.settings import (
+    BatchSize,
+    Count,
+    Folder,
+    Natural,
+    Positive,
+    Seeds,
+    Settings,
+    Sparsity,
+    parse,
+)
 from experiments.show import figures, tables
 from experiments.training import loops
+from jaxprune import plots
 
 _KINDS = ("weights", "filters", "channels")
 _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = flag("digits", "digits is embedded; mnist is downloaded once")
-    network: Literal["lenet", "mlp"] = flag("lenet", "LeNet, or the perceptron 300-100-10")
-    seeds: tuple[int, ...] = flag((0, 1, 2), "comma-separated", at_least=0)
-    kinds: tuple[str, ...] = flag(_KINDS, "of pruning, comma-separated", among=_KINDS)
-    levels: tuple[float, ...] = flag(_LEVELS, "sparsities tried", at_least=0, below=1)
-    tolerances: tuple[float, ...] = flag(
-        (0.005, 0.01, 0.02, 0.05), "drops in accuracy allowed to each layer", at_least=0
-    )
-    epochs: int | None = flag(None, "of the dense network (default: 8, for digits 60)", at_least=1)
-    tune_epochs: int | None = flag(None, "of fine-tuning (default: 1, for digits 5)", at_least=0)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    held_out: float = flag(
-        1 / 6, "share of the training images that the analysis measures on", above=0, below=1
-    )
-    train_size: int | None = flag(None, "use this many training images only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images only", at_least=1)
-    out: str | None = flag(
-        None, "folder of the results (default: results/sensitivity/<network>)", path="folder"
-    )
-    fresh: bool = flag(False, "start over, where a stopped run would be gone on with")
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    network: Literal["lenet", "mlp"] = "lenet"  # LeNet, or the perceptron 300-100-10
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    kinds: tuple[Annotated[str, OneOf(_KINDS)], ...] = _KINDS  # of pruning
+    levels: tuple[Sparsity, ...] = _LEVELS  # sparsities tried
+    # drops in accuracy allowed to each layer
+    tolerances: tuple[Annotated[float, Range(at_least=0)], ...] = (0.005, 0.01, 0.02, 0.05)
+    epochs: Count | None = None  # of the dense network (default: 8, for digits 60)
+    tune_epochs: Natural | None = None  # of fine-tuning (default: 1, for digits 5)
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    batch_size: BatchSize = 60  # images per step
+    # share of the training images that the analysis measures on
+    held_out: Annotated[float, Range(above=0, below=1)] = 1 / 6
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+    out: Folder | None = None  # folder of the results (default: results/sensitivity/<network>)
+    fresh: bool = False  # start over instead of resuming a stopped run
 
 
 METHODS = ("by-layer", "uniform", "global")
@@ -95,7 +102,7 @@ class Kind(NamedTuple):
 
 
 def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
-    """The kinds of pruning, for a network's params or their shapes."""
+    """Return the kinds of pruning, for a network's params or their shapes."""
     # The same network: LeNet's own convolutions, not products of patches.
     model = LeNet(im2col=False) if network == "lenet" else MODELS[network]
     groups = jp.channel_groups(lambda params, x: model.apply({"params": params}, x), params, image)
@@ -117,7 +124,7 @@ def kinds(network: str, params: Any, image: jax.Array) -> dict[str, Kind]:
 
 
 def settings(config: Config) -> tuple[int, int, str]:
-    """The epochs of training and of tuning, and the folder; those asked for or those that fit."""
+    """Return the epochs of training and of tuning, and the folder; those asked for or those that fit."""
     epochs, tune_epochs = _EPOCHS[config.dataset]
     return (
         epochs if config.epochs is None else config.epochs,
@@ -127,7 +134,7 @@ def settings(config: Config) -> tuple[int, int, str]:
 
 
 def _accuracy(model: Any) -> Callable[[Any, loops.Split], jax.Array]:
-    """`accuracy(params, split)`."""
+    """Return `accuracy(params, split)`."""
 
     def hits(log_probs: jax.Array, y: jax.Array) -> jax.Array:
         return log_probs.argmax(-1) == y
@@ -141,32 +148,110 @@ def _accuracy(model: Any) -> Callable[[Any, loops.Split], jax.Array]:
     return accuracy
 
 
-class Study:
+DESIGN = Design(
+    factors=("figure", "kind", "method", "layer"),
+    levels=("tolerance", "level"),
+    figures=("accuracy", "held_out_accuracy", "before", "drop", "sparsity", "achieved"),
+    percent=(
+        *("accuracy", "held_out_accuracy", "before", "drop", "sparsity", "achieved"),
+        *("tolerance", "level"),
+    ),
+    baseline={"method": "dense"},
+    axes=(COMPRESSION, Axis("sparsity of one layer", "achieved", "x")),
+)
+
+
+class Study(study.Study):
     """A network, its data, and what is measured of both."""
 
     def __init__(self, config: Config):
-        check_limits(config)
+        self.epochs, self.tune_epochs, self.out = settings(config)
+        super().__init__(config, "sensitivity", DESIGN, self.out)
         size = 28 if config.network == "lenet" else None
         data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
         train, test = loops.splits(data)
         self.train, self.held_out = loops.hold_out(train, config.held_out)
-        self.config, self.model, self.note = config, MODELS[config.network], data.note
-        self.epochs, self.tune_epochs, self.out = settings(config)
+        self.model, self.note = MODELS[config.network], data.note
         adam = optax.adam(config.lr)
         self.fit = loops.masked_fitter(self.model, adam, config.batch_size, self.train)
         self.accuracy = loops.evaluator(self.model, test)
-        self.init = loops.init(self.model, train, loops.seed_keys(config.seeds, purpose=0))
+        self.init = loops.init(self.model, train, self.keys(0))
         self.right = _accuracy(self.model)
         self.image, _ = test.batch(jnp.arange(1))
-        own = jax.eval_shape(lambda tree: jax.tree.map(operator.itemgetter(0), tree), self.init)
+        own = jax.eval_shape(lambda tree: study.at(0, tree), self.init)
         self.kinds = kinds(config.network, own, self.image)
 
-    def keys(self, purpose: int) -> jax.Array:
-        """A key for each seed."""
-        return loops.seed_keys(self.config.seeds, purpose)
+    def train_dense(self) -> Any:
+        """Return the dense network of each seed, trained, after writing its figures."""
+        ones = jp.ones_masks(self.init)
+        dense = self.once(
+            "dense", self.epochs, lambda: self.fit(self.init, ones, self.keys(1), self.epochs, self.bar)
+        )
+        if self.missing("dense", 0, figure="dense"):
+            accuracies = self.accuracy(dense)
+            same = {"figure": "dense", "method": "dense", "note": self.note}
+            self.add(lambda index: {"accuracy": float(accuracies[index])}, **same)
+        return dense
+
+    def compare(self, name: str, dense: Any) -> None:
+        """Analyse one kind of pruning, prune to the targets that gives, and write the figures."""
+        kind, each = self.kinds[name], [study.at(index, dense) for index in range(len(self.config.seeds))]
+        self.bar.set_description(f"sensitivity of {name}")
+        found = [self.analyse(params, kind) for params in each]
+        if not self.results.done(figure="sensitivity", kind=name):
+            self.results.add(
+                [line for i, result in enumerate(found) for line in self.points(name, i, result)]
+            )
+        for tolerance in self.config.tolerances:
+            targets = [_targets(result, tolerance) for result in found]
+            if None in targets:  # some network has no layer that can take the lowest level
+                self.bar.update(len(METHODS) * self.tune_epochs)
+                continue
+            masks = [self.masks(p, kind, t or {}) for p, t in zip(each, targets, strict=True)]
+            for method in METHODS:
+                cell = {"figure": "pruned", "kind": name, "method": method, "tolerance": tolerance}
+                if self.missing(f"{name}, {tolerance:g}", self.tune_epochs, **cell):
+                    given = targets if method == "by-layer" else [None] * len(each)
+                    self.tune_and_record(dense, [own[method] for own in masks], given, **cell)
+
+    def points(self, name: str, index: int, result: jp.Sensitivity) -> Iterator[dict[str, Any]]:
+        """Yield the lines of a seed's analysis."""
+        for point in result.points:
+            yield {
+                "figure": "sensitivity",
+                "kind": name,
+                "layer": point.name,
+                "level": point.sparsity,
+                "achieved": point.achieved,
+                "kept": point.kept,
+                "units": point.size,
+                "notes": list(point.notes),
+                "held_out_accuracy": point.metric,
+                "drop": point.drop,
+                "seed": self.config.seeds[index],
+                "note": self.note,
+            }
+
+    def tune_and_record(self, dense: Any, masks: list[Any], targets: list[Any], **cell: Any) -> None:
+        """Tune the pruned network of each seed and write its figures."""
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *masks)
+        before = self.accuracy(jp.apply_masks(dense, together))
+        tuned = self.fit(dense, together, self.keys(2), self.tune_epochs, self.bar)
+        after = self.accuracy(tuned)
+        self.add(
+            lambda index: {
+                "targets": targets[index],
+                "sparsity": jp.metrics.sparsity(masks[index]).prunable,
+                "before": float(before[index]),
+                "accuracy": float(after[index]),
+                "layers": layers(masks[index]),
+            },
+            **cell,
+            note=self.note,
+        )
 
     def analyse(self, params: Any, kind: Kind) -> jp.Sensitivity:
-        """The sensitivities of one seed's network."""
+        """Return the sensitivities of one seed's network."""
         return jp.sensitivity(
             self.right,  # one function for all seeds, which compiles once
             params,
@@ -178,7 +263,7 @@ class Study:
         )
 
     def masks(self, params: Any, kind: Kind, targets: Mapping[str, float]) -> dict[str, Any]:
-        """The masks of each method, with as many weights: those that the targets leave."""
+        """Return the masks of each method, with as many weights: those that the targets leave."""
         by_layer = jp.prune_once(
             params,
             jp.scores.magnitude,
@@ -210,71 +295,18 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns them."""
-    study = Study(config)
+    """Run the study, write its lines, and return them."""
+    sensitivity = Study(config)
     cells = len(config.kinds) * len(config.tolerances) * len(METHODS)
-    total = study.epochs + cells * study.tune_epochs
-    results = Results(study.out, "sensitivity", config, resume=not config.fresh)
-    with results, tqdm(total=total, unit="epoch") as bar:
-
-        def line(index: int, **figures: Any) -> dict[str, Any]:
-            return figures | {"seed": config.seeds[index], "note": study.note}
-
-        bar.set_description("dense")
-        ones = jp.ones_masks(study.init)
-        dense = results.once("dense", lambda: study.fit(study.init, ones, study.keys(1), study.epochs, bar))
-        bar.update(study.epochs - bar.n)
-        if not results.done(figure="dense"):
-            same = {"figure": "dense", "method": "dense"}
-            results.add([line(i, **same, accuracy=float(x)) for i, x in enumerate(study.accuracy(dense))])
-        each = [jax.tree.map(operator.itemgetter(index), dense) for index in range(len(config.seeds))]
+    with sensitivity.running(sensitivity.epochs + cells * sensitivity.tune_epochs, "epoch"):
+        dense = sensitivity.train_dense()
         for name in config.kinds:
-            kind = study.kinds[name]
-            bar.set_description(f"sensitivity of {name}")
-            found = [study.analyse(params, kind) for params in each]
-            points = []
-            for index, result in enumerate(found):
-                for point in result.points:
-                    own = {"layer": point.name, "level": point.sparsity, "achieved": point.achieved}
-                    own |= {"kept": point.kept, "units": point.size, "notes": list(point.notes)}
-                    own |= {"held_out_accuracy": point.metric, "drop": point.drop}
-                    points.append(line(index, figure="sensitivity", kind=name, **own))
-            if not results.done(figure="sensitivity", kind=name):
-                results.add(points)
-            for tolerance in config.tolerances:
-                bar.set_description(f"{name}, {tolerance:g}")
-                targets = [_targets(result, tolerance) for result in found]
-                if None in targets:  # some network has no layer that can take the lowest level
-                    bar.update(len(METHODS) * study.tune_epochs)
-                    continue
-                masks = [study.masks(p, kind, t or {}) for p, t in zip(each, targets, strict=True)]
-                for method in METHODS:
-                    cell = {"figure": "pruned", "kind": name, "method": method, "tolerance": tolerance}
-                    if results.done(**cell):
-                        bar.update(study.tune_epochs)
-                        continue
-                    own = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(m[method] for m in masks))
-                    before = study.accuracy(jp.apply_masks(dense, own))
-                    after = study.accuracy(study.fit(dense, own, study.keys(2), study.tune_epochs, bar))
-                    results.add(
-                        [
-                            line(
-                                index,
-                                **cell,
-                                targets=targets[index] if method == "by-layer" else None,
-                                sparsity=jp.metrics.sparsity(mask).prunable,
-                                before=float(before[index]),
-                                accuracy=float(after[index]),
-                                layers=layers(mask),
-                            )
-                            for index, mask in enumerate(m[method] for m in masks)
-                        ]
-                    )
-    return results.lines
+            sensitivity.compare(name, dense)
+    return sensitivity.results.lines
 
 
 def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | None:
-    """None if no layer stays within the tolerance."""
+    """Return the targets, or None if no layer stays within the tolerance."""
     try:
         return jp.distributions.from_sensitivity(result, tolerance)
     except ValueError:
@@ -282,99 +314,82 @@ def _targets(result: jp.Sensitivity, tolerance: float) -> dict[str, float] | Non
 
 
 def summarise(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     dense = [line for line in lines if line["figure"] == "dense"]
-    text = [f"dense: {tables.cell(dense)} % of the test images", ""]
     points = [line for line in lines if line["figure"] == "sensitivity"]
     levels = sorted({line["level"] for line in points})
-    width = max(18, *(len(line["layer"]) for line in points))
-    fitting = (80 - width) // 6
+    text = [f"dense: {tables.cell(dense)} % of the test images", ""]
     text.append("drop in held-out accuracy with one layer pruned, points, means over seeds")
-    for start in range(0, len(levels), fitting):
-        some = levels[start : start + fitting]
-        text.append(" " * width + "".join(f"{level:>6.0%}" for level in some))
-        for kind in config.kinds:
-            text.append(kind)
-            for layer in dict.fromkeys(line["layer"] for line in points if line["kind"] == kind):
-                own = [line for line in points if (line["kind"], line["layer"]) == (kind, layer)]
-                drops = [np.mean([x["drop"] for x in own if x["level"] == level]) for level in some]
-                text.append(f"  {layer:<{width - 2}}" + "".join(f"{100 * drop:>6.1f}" for drop in drops))
     for kind in config.kinds:
-        text += ["", *_comparison(lines, config, kind)]
+        own = [line for line in points if line["kind"] == kind]
+        rows = [[kind, *(f"{level:.0%}" for level in levels)]]
+        for layer in dict.fromkeys(line["layer"] for line in own):
+            drops = [
+                np.mean([x["drop"] for x in own if (x["layer"], x["level"]) == (layer, level)])
+                for level in levels
+            ]
+            rows.append([layer, *(f"{100 * drop:.1f}" for drop in drops)])
+        text.append(tables.text(rows))
+    for kind in config.kinds:
+        text += ["", f"{kind}: test accuracy in %, before | after tuning, means (and s.d.) over seeds"]
+        text.append(tables.text([["tolerance", "sparsity", *METHODS], *_comparison(lines, config, kind)]))
     return "\n".join(text)
 
 
-def _comparison(lines: Sequence[Mapping[str, Any]], config: Config, kind: str) -> list[str]:
-    """Accuracies of one kind, by tolerance and method."""
-    text = [
-        f"{kind}: test accuracy in %, before | after tuning, means (and s.d.) over seeds",
-        "tolerance  sparsity" + "".join(f"{method:>20}" for method in METHODS),
-    ]
+def _comparison(lines: Sequence[Mapping[str, Any]], config: Config, kind: str) -> Iterator[list[str]]:
+    """Yield the accuracies of one kind, a row for each tolerance."""
     for tolerance in config.tolerances:
-        own = [
-            x for x in lines if x["figure"] == "pruned" and (x["kind"], x["tolerance"]) == (kind, tolerance)
-        ]
-        if not own:
-            text.append(f"{tolerance:>9.1%}  no layer, of some seed, can take the lowest level")
+        own = [line for line in lines if line["figure"] == "pruned" and _is(line, kind, tolerance)]
+        if not own:  # in some seed's network no layer can take the lowest level
+            yield [f"{tolerance:.1%}", *["-"] * (1 + len(METHODS))]
             continue
-        sparsity = np.mean([line["sparsity"] for line in own if line["method"] == "by-layer"])
-        row = f"{tolerance:>9.1%}{sparsity:>10.1%}"
+        row = [f"{tolerance:.1%}"]
+        row.append(f"{np.mean([x['sparsity'] for x in own if x['method'] == 'by-layer']):.1%}")
         for method in METHODS:
             before, after = (
                 100 * np.array([line[figure] for line in own if line["method"] == method])
                 for figure in ("before", "accuracy")
             )
-            row += f"{before.mean():.1f} | {after.mean():.2f} ({after.std():.1f})".rjust(20)
-        text.append(row)
-    return text
+            row.append(f"{before.mean():.1f} | {after.mean():.2f} ({after.std():.1f})")
+        yield row
 
 
 def plot_drops(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
-    """The drops of each layer against its sparsity, as `sensitivity.png`."""
-    panels = []
+    """Draw the drops of each layer against its sparsity, as `sensitivity.png`."""
+    panels: dict[str, dict[str, plots.Line]] = {}
     for kind in config.kinds:
         own = [x for x in lines if x["figure"] == "sensitivity" and x["kind"] == kind]
-        curves = {}
-        for layer in dict.fromkeys(line["layer"] for line in own):
-            cells = [
-                [x["drop"] for x in own if (x["layer"], x["level"]) == (layer, v)] for v in config.levels
-            ]
-            curves[layer] = figures.Curve([100 * level for level in config.levels], np.array(cells))
-        panels.append((f"% of its {kind} pruned, of one layer alone", curves))
-    figures.panels(
-        Path(settings(config)[2]) / "sensitivity.png",
-        f"{_TITLES[config.network]}, {config.dataset}: sensitivity; {len(config.seeds)} seeds",
-        panels,
-        figure="drop in held-out accuracy (points)",
-        logarithmic=False,
-    )
+        panels[f"% of its {kind} pruned, of one layer alone"] = {
+            layer: (
+                [100 * level for level in config.levels],
+                [[x["drop"] for x in own if (x["layer"], x["level"]) == (layer, v)] for v in config.levels],
+            )
+            for layer in dict.fromkeys(line["layer"] for line in own)
+        }
+    title = f"{_TITLES[config.network]}, {config.dataset}: sensitivity; {len(config.seeds)} seeds"
+    figure = plots.panels(panels, y="drop in held-out accuracy (points)", title=title, percent=True)
+    figures.save(figure, Path(settings(config)[2]) / "sensitivity.png")
 
 
 def plot(lines: Sequence[Mapping[str, Any]], config: Config) -> None:
-    """Accuracies against compression of the weights, as `untuned.png` and `tuned.png`."""
+    """Draw accuracies against compression of the weights, as `untuned.png` and `tuned.png`."""
     pruned = [line for line in lines if line["figure"] == "pruned"]
     for figure, name in (("before", "untuned"), ("accuracy", "tuned")):
-        panels = []
+        panels: dict[str, dict[str, plots.Line]] = {}
         for kind in config.kinds:
-            cells = {t: [line for line in pruned if _is(line, kind, t)] for t in config.tolerances}
-            cells = {tolerance: cell for tolerance, cell in cells.items() if cell}
-            if not cells:
-                continue
-            curves = {}
-            for method in METHODS:
-                own = [[line for line in cell if line["method"] == method] for cell in cells.values()]
-                x = [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in own]
-                curves[method] = figures.Curve(x, np.array([[line[figure] for line in cell] for cell in own]))
-            panels.append((f"compression ({kind})", curves))
+            cells = [[line for line in pruned if _is(line, kind, t)] for t in config.tolerances]
+            for method in METHODS if any(cells) else ():
+                own = [[line for line in cell if line["method"] == method] for cell in cells if cell]
+                panels.setdefault(f"compression ({kind})", {})[method] = (
+                    [1 / (1 - float(np.mean([line["sparsity"] for line in cell]))) for cell in own],
+                    [[line[figure] for line in cell] for cell in own],
+                )
         if not panels:
             continue
-        figures.panels(
-            Path(settings(config)[2]) / f"{name}.png",
-            f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
-            f"{len(config.seeds)} seeds",
-            panels,
-            baseline=np.array([line["accuracy"] for line in lines if line["figure"] == "dense"]),
-        )
+        title = f"{_TITLES[config.network]} pruned by sensitivity, {name}, {config.dataset}; "
+        title += f"{len(config.seeds)} seeds"
+        path = Path(settings(config)[2]) / f"{name}.png"
+        figures.against_compression(path, title, panels, figures.accuracies(lines, figure="dense"))
 
 
 def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:
@@ -382,7 +397,7 @@ def _is(line: Mapping[str, Any], kind: str, tolerance: float) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(settings(config)[2]):

@@ -12,6 +12,7 @@ from jaxprune import (
     l0,
     metrics,
     penalties,
+    plots,
     quantization,
     recipes,
     schedules,
@@ -82,7 +83,8 @@ from jaxprune.tree.masks import (
 )
 
 # Which leaves take part
-from jaxprune.tree.paths import all_of, any_of, kernels, leaf_paths, matching, not_
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import all_of, any_of, kernels, matching, not_
 from jaxprune.typing import Pruner, PrunerState
 
 __all__ = [
@@ -131,6 +133,7 @@ __all__ = [
     "optimal_brain_surgeon",
     "pack_masks",
     "penalties",
+    "plots",
     "prune_once",
     "prune_rounds",
     "pruner",

@@ -27,8 +27,10 @@ import numpy as np
 from jax import lax
 
 from jaxprune.tree.checks import check_array, check_function, scalar
-from jaxprune.tree.paths import describe, is_concrete
+from jaxprune.tree.leaves import describe, is_concrete
 from jaxprune.typing import Params
+
+__all__ = ["attention", "hard_and_soft", "hints", "objective", "similarity", "soft_targets"]
 
 
 def soft_targets(

@@ -1,4 +1,4 @@
-"""Distributions: how much each leaf gives, as targets by path for `scope="layerwise"`."""
+"""Distributions of a sparsity over leaves, as targets by path for `scope="layerwise"`."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,18 @@ import numpy as np
 from jaxprune.schedules import check_sparsity
 from jaxprune.sizing.result import Point, Sensitivity
 from jaxprune.tree.checks import check_number, shown
-from jaxprune.tree.paths import array_leaves, kernels, selected
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked, about_layers, layer_indices, layer_shape, stacks_of, take_layer
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
+
+__all__ = ["erk", "from_sensitivity", "sigma", "uniform"]
 
 
 def uniform(
     params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None
 ) -> dict[str, float]:
-    """The same sparsity for every leaf, as a dict to edit.
+    """Return the same sparsity for every leaf, as a dict to edit.
 
     Args:
       params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
@@ -28,8 +31,8 @@ def uniform(
       stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Sparsity by path. That of a stacked leaf is for each of its layers; one of them may be given another
-      by its name, "layers/kernel[2]".
+      Sparsity by path. The sparsity of a stacked leaf holds for each of its layers, unless an entry names the
+      layer: "layers/kernel[2]".
 
     Raises:
       ValueError: sparsity outside [0, 1), `where` matches nothing, or `stacked` does not fit a leaf.
@@ -48,21 +51,20 @@ def uniform(
 def erk(
     params: Params, sparsity: float, where: Where = kernels, *, stacked: Stacked | None = None
 ) -> dict[str, float]:
-    """Erdos-Renyi-Kernel: small and narrow layers stay denser.
+    """Return Erdos-Renyi-Kernel sparsities, which keep small and narrow layers denser.
 
-    The density of a leaf is `eps * sum(dims) / prod(dims)`. eps makes the densities, weighted by
-    size, add up to `1 - sparsity`. Where that asks a leaf for more than it has, the leaf is dense
-    and eps is solved again for the rest.
+    The density of a leaf is `eps * sum(dims) / prod(dims)`, where eps makes the mean density, weighted by
+    size, `1 - sparsity`. A leaf whose density would exceed 1 is dense, and eps is solved again for the rest.
 
     Args:
       params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
-      sparsity: the fraction removed from all these leaves together, in [0, 1).
+      sparsity: the fraction removed from all leaves that take part, taken together, in [0, 1).
       where: which leaves take part.
       stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Sparsity by path; 0.0 for the leaves that stay dense. The layers of a stacked leaf are of one shape,
-      so they have one sparsity: that of the same layers as leaves of their own.
+      Sparsity by path; 0.0 for the leaves that stay dense. The layers of a stacked leaf have one shape and so
+      one sparsity, the same as if each were a leaf.
 
     Raises:
       ValueError: sparsity outside [0, 1), `where` matches nothing, or `stacked` does not fit a leaf.
@@ -83,7 +85,7 @@ def erk(
     paths = [path for path in chosen if leaves[path].size]
     size = {path: float(leaves[path].size) for path in paths}
     shape = {path: layer_shape(leaves[path].shape, stacks.get(path, ())) for path in paths}
-    # As many layers as a stack has are as many leaves: of its size, and each with the density of one.
+    # A stack counts with the size of all its layers, and with the density of one layer.
     raw = {path: sum(shape[path] or (1,)) / math.prod(shape[path]) for path in paths}
 
     # sum_dense size + eps * sum_rest (raw * size) = (1 - sparsity) * sum size, solved for eps.
@@ -104,7 +106,7 @@ def erk(
 def sigma(
     params: Params, quality: float, where: Where = kernels, *, stacked: Stacked | None = None
 ) -> dict[str, Any]:
-    """Thresholds proportional to each leaf's standard deviation, `quality * std(w)`.
+    """Return thresholds proportional to each leaf's standard deviation, `quality * std(w)`.
 
     Args:
       params: a pytree of arrays.
@@ -114,12 +116,12 @@ def sigma(
       stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
-      Threshold by path, for `prune_once(..., threshold=...)`; of a stacked leaf an array of its stack's
+      Threshold by path, for `prune_once(..., threshold=...)`. A stacked leaf has an array of its stack's
       shape, one threshold for each layer.
 
     Raises:
       ValueError: a negative quality, `where` matches nothing, or `stacked` does not fit a leaf.
-      TypeError: a quality that is no number.
+      TypeError: a quality that is not a number.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -150,7 +152,7 @@ def sigma(
 def _stacks(
     params: Params, where: Where, stacked: Stacked | None
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """The paths of the leaves that take part, and the stack axes of those that are stacked."""
+    """Return the paths of the leaves that take part, and by path the stack axes of those that are stacked."""
     chosen = selected(params, about_layers(where, stacked))
     if stacked is None:
         return chosen, {}
@@ -161,26 +163,26 @@ def _stacks(
 def from_sensitivity(
     result: Sensitivity, tolerance: float = 0.01, *, interpolate: bool = False
 ) -> dict[str, float]:
-    """What each tensor, or group of coupled channels, can spare when it alone is pruned.
+    """Return how much of each tensor, or group of coupled channels, can be pruned while the others are not.
 
-    That is the highest level up to which the metric never drops by more than the tolerance. What
-    cannot take the lowest level is skipped: its target is 0. Pruned all together they cost more
+    That is the highest level up to which the metric never drops by more than the tolerance. A tensor that
+    cannot take the lowest level has the target 0. Pruned all together they cost more
     than the tolerance: losses add up, roughly.
 
     Args:
       result: from `jaxprune.sensitivity`.
-      tolerance: by how much the metric may be worse than the dense network's, in its own unit:
+      tolerance: by how much the metric may be worse than the dense network's, in the metric's unit:
         0.01 of an accuracy is one point.
-      interpolate: whether to go on, along a straight line, to where the metric crosses the
-        tolerance between two levels. Nothing was evaluated there.
+      interpolate: whether to interpolate linearly where the metric crosses the tolerance between two levels.
+        Nothing was evaluated there.
 
     Returns:
-      Sparsity by path or group, for `scope="layerwise"` and the structure that was analysed; what
-      was pruned together has one.
+      Sparsity by path or group, for `scope="layerwise"` and the structure that was analysed. Tensors that
+      were pruned together have the same sparsity.
 
     Raises:
-      ValueError: a negative tolerance, or nothing can take the lowest level.
-      TypeError: a result or a tolerance that is none.
+      ValueError: a negative tolerance, or no tensor or group can take the lowest level.
+      TypeError: `result` is not a `Sensitivity`, or the tolerance is not a number.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -211,13 +213,13 @@ def from_sensitivity(
 
 
 def _spared(points: Sequence[Point], tolerance: float, interpolate: bool) -> float:
-    """The sparsity up to which no drop exceeds the tolerance."""
+    """Return the sparsity up to which no drop exceeds the tolerance."""
     spared, last_drop = 0.0, 0.0
     for point in points:
         if not point.drop <= tolerance:
             if not interpolate or not np.isfinite(point.drop):
                 break
-            share = (tolerance - last_drop) / (point.drop - last_drop)
-            return float(spared + share * (point.sparsity - spared))
+            part = (tolerance - last_drop) / (point.drop - last_drop)
+            return float(spared + part * (point.sparsity - spared))
         spared, last_drop = point.sparsity, point.drop
     return spared

@@ -1,8 +1,8 @@
 """Networks as files that run elsewhere: StableHLO by `jax.export`, ONNX by jax2onnx.
 
-Each takes a function and params, whatever they are: `apply_fn` and dense params, or
-`jp.apply_masks(params, masks)`, or the `small.apply` and `small.params` of `jp.compact`. Both formats
-are dense, so a masked network's file is as large as the dense one's; only a compacted one is smaller.
+Both take a function and params: `apply_fn` with dense params or with `jp.apply_masks(params, masks)`, or
+`small.apply` and `small.params` of a compacted network. Both formats are dense, so the file of a masked
+network is as large as that of the dense one; only a compacted network has a smaller file.
 """
 
 import logging
@@ -22,9 +22,9 @@ import numpy as np
 from jaxprune.files.atomic import replacing
 from jaxprune.files.opened import FileError, open_file
 from jaxprune.files.sealed import seal, unseal
-from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, split_static
+from jaxprune.tracing.jaxprs import CALLS, abstract, binder, called_jaxpr, interpret, split_static
 from jaxprune.tree.checks import check_function, shown
-from jaxprune.tree.paths import array_leaves, describe, is_concrete
+from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.typing import Params
 
 __all__ = ["Program", "load", "onnx", "stablehlo"]
@@ -33,7 +33,7 @@ __all__ = ["Program", "load", "onnx", "stablehlo"]
 class Program:
     """An exported function: `program(params, *inputs)`, or `program(*inputs)` if params are frozen.
 
-    It may be called under `jit`. Params may be of another kind of tree than those it was made of, as
+    It may be called under `jit`. Params may be another kind of tree than those it was exported with, as
     long as paths, shapes and dtypes are the same.
 
     Attributes:
@@ -48,11 +48,12 @@ class Program:
         self._params, self._inputs = ({}, *arguments) if self.frozen else arguments
 
     def __call__(self, *arguments: Any) -> Any:
-        """Runs the program.
+        """Run the program.
 
         Raises:
-          TypeError: another number of inputs, or an input that is no array: what was none was fixed.
-          ValueError: params of other paths, shapes or dtypes, by name; inputs of other shapes.
+          TypeError: the number of inputs is wrong, or an input is not an array: static values were fixed when
+            the program was exported.
+          ValueError: the paths, shapes or dtypes of params, or the shapes of inputs, are not the program's.
         """
         wanted = len(self._inputs) + (not self.frozen)
         if len(arguments) != wanted:
@@ -82,7 +83,7 @@ class Program:
         return self.exported.call(leaves, inputs)
 
     def to_bytes(self) -> bytes:
-        """The program as bytes: those of `jax.export`, which its `deserialize` reads too, and a checksum.
+        """Return the program as bytes: those of `jax.export`, and a checksum that its `deserialize` ignores.
 
         Raises:
           ImportError: flatbuffers is not installed.
@@ -92,7 +93,7 @@ class Program:
         return seal(bytes(self.exported.serialize()))
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Writes the bytes to a file, whole or not at all, and returns how many they are."""
+        """Write the bytes to a file, all or none, and return their number."""
         data = self.to_bytes()
         with replacing(path) as new:
             new.write_bytes(data)
@@ -107,7 +108,7 @@ def stablehlo(
     batch: str | None = "b",
     platforms: Sequence[str] | None = None,
 ) -> Program:
-    """Exports a function as StableHLO, which later versions of JAX, TensorFlow and others run.
+    """Export a function as StableHLO, which later versions of JAX, TensorFlow and others run.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
@@ -116,9 +117,9 @@ def stablehlo(
         functions are static: they become part of the program, which takes the other inputs alone.
       frozen: make params constants of the program, which then takes the inputs alone. Otherwise the
         program takes params too, and its file does not hold them.
-      batch: the name of the first axis of every array among the inputs, which may then have any size;
+      batch: a name for the first axis of every array among the inputs, which may then have any size;
         None for the sizes of the examples.
-      platforms: where the program is to run, as in `("cpu", "cuda", "tpu")`; by default where it is made.
+      platforms: where the program will run, as in `("cpu", "cuda", "tpu")`; by default where it is exported.
 
     Returns:
       A `Program`.
@@ -126,7 +127,7 @@ def stablehlo(
     Raises:
       ValueError: first axes of different sizes; or the function cannot be traced without knowing the
         size of the batch.
-      TypeError: an input in which static values and arrays are mixed.
+      TypeError: an input mixes static values with arrays.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
@@ -156,10 +157,10 @@ def stablehlo(
 
 
 def load(path: str | os.PathLike[str]) -> Program:
-    """Reads a program that `Program.save` wrote. It is a program: load what you trust.
+    """Read a program that `Program.save` wrote. It is a program: load only files that you trust.
 
-    Every byte is under a checksum, so a damaged file is refused. That says nothing of who made it: when
-    it is called, XLA compiles and runs what it holds.
+    Every byte is under a checksum, so a damaged file is refused. The checksum does not tell who wrote the
+    file, and when the program is called, XLA compiles and runs it.
 
     Raises:
       ImportError: flatbuffers is not installed.
@@ -174,7 +175,7 @@ def load(path: str | os.PathLike[str]) -> Program:
         return Program(jax.export.deserialize(unseal(data)))
     except FileError as error:
         raise FileError(f"{name}: {error}.") from None
-    except Exception as error:  # what a parser of another's format may raise
+    except Exception as error:  # the parser of jax.export may raise anything
         raise FileError(f"{name}: not an exported program ({type(error).__name__}: {error}).") from None
 
 
@@ -193,20 +194,23 @@ def onnx(
     path: str | os.PathLike[str] | None = None,
     verify: bool = True,
 ) -> bytes:
-    """Exports a function as ONNX, with the params as its constants.
+    """Export a function as ONNX, with the params as its constants.
 
-    The function is traced by JAX first, and what jax2onnx sees is primitives alone, so flax, equinox
-    and plain functions, dense or compacted, are all the same to it. Calls are inlined, and axes that a
-    maximum over windows leaves alone are made one, since onnxruntime pools over three axes at most.
+    JAX traces the function first, and jax2onnx is given primitives alone, so that flax, equinox and plain
+    functions, dense or compacted, are all the same to it. Calls are inlined, and the axes that a maximum over
+    windows leaves alone are merged into one, since onnxruntime pools over three axes at most.
+
+    jax2onnx replaces functions of jax in the whole process (`jnp.cumsum`, when it first converts). They are
+    put back when the export ends; other threads that run during it may call those of jax2onnx.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays.
       *inputs: examples, as for `stablehlo`.
       batch: as for `stablehlo`.
-      path: a file to write the model to, whole or not at all.
+      path: a file to write the model to, all of it or nothing.
       verify: run the model under onnxruntime, on the inputs and (with a symbolic batch) on twice as
-        many, and compare its outputs with the function's; not done for inputs without values.
+        many, and compare its outputs with those of the function. Inputs without values are not verified.
 
     Returns:
       The model as bytes. `onnxruntime.InferenceSession(model)` takes them; inputs are in the order of
@@ -214,8 +218,8 @@ def onnx(
 
     Raises:
       ImportError: jax2onnx or onnxruntime is not installed.
-      NotImplementedError: jax2onnx, or onnxruntime, cannot do what the function does; the message says what.
-      RuntimeError: the model gives other outputs than the function.
+      NotImplementedError: jax2onnx or onnxruntime cannot do something in the function; the message says what.
+      RuntimeError: the outputs of the model are not those of the function.
       ValueError, TypeError: as for `stablehlo`.
     """
     convert, runtime = _packages()
@@ -228,9 +232,9 @@ def onnx(
     closed = _with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
     try:
         with _contained():
-            model = convert(lambda *given: _replay(closed.jaxpr, closed.consts, given), inputs=leaves)
+            model = convert(lambda *given: _replay(closed, given), inputs=leaves)
         model = model.SerializeToString()
-    except Exception as error:  # what another package may raise
+    except Exception as error:  # another package may raise anything
         raise NotImplementedError(
             f"jax2onnx cannot convert the function ({type(error).__name__}: {error}). "
             "jp.export.stablehlo can."
@@ -257,10 +261,14 @@ def _packages() -> tuple[Callable[..., Any], Any]:
 
 @contextmanager
 def _contained() -> Iterator[None]:
-    """Keeps to itself what jax2onnx does beside its work.
+    """Undo the side effects of jax2onnx on the process.
 
-    It logs and warns of its own making (jax's deprecations, plugins that do not load), and its import
-    replaces functions of jax for the whole process: `jnp.cumsum` by one that takes fewer arguments.
+    It logs and warns about itself (deprecations of jax, plugins that do not load), and it replaces functions
+    of jax for good when it loads its plugins, at the first conversion: `jnp.cumsum` by one that takes fewer
+    arguments. Other versions may replace others, so the public modules of jax are compared and restored.
+
+    A separate process would be cleaner, but nothing can be handed to it: jaxprs do not pickle, and a program
+    of `jax.export` is one primitive, `call_exported`, which jax2onnx does not convert.
     """
     loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -287,15 +295,13 @@ def _contained() -> Iterator[None]:
 def _arrays_alone(
     apply_fn: Callable[..., Any], inputs: Sequence[Any]
 ) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-    """The inputs that are arrays, and the function of params and a tuple of these."""
+    """Return the inputs that are arrays, and the function of params and a tuple of these."""
     check_function(apply_fn, "an exported program", "apply_fn(params, *inputs)")
     moving = []
     for number, given in enumerate(inputs):
         arrays, _ = split_static((given,))
         if arrays and len(arrays) < len(jax.tree.leaves(given)):
-            raise TypeError(
-                f"input {number} mixes arrays with what is none; pass them as inputs of their own."
-            )
+            raise TypeError(f"input {number} mixes arrays with static values; pass these as separate inputs.")
         if arrays:
             moving.append(number)
 
@@ -309,7 +315,7 @@ def _arrays_alone(
 
 
 def _specs(inputs: Any, batch: str | None) -> Any:
-    """Shapes and dtypes of the inputs, the first axis of each a symbol."""
+    """Return shapes and dtypes of the inputs, with a symbol for the first axis of each."""
     specs = jax.tree.map(abstract, inputs)
     if batch is not None and not (isinstance(batch, str) and batch.isidentifier()):
         raise ValueError(f"batch must be the name of a size such as 'b', or None, got {shown(batch)}.")
@@ -339,28 +345,21 @@ def _with_batch(batch: str | None, trace: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _replay(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """Applies a jaxpr, with calls inlined and maxima over windows as ONNX takes them."""
-    env = dict(zip(jaxpr.invars, inputs, strict=True)) | dict(zip(jaxpr.constvars, consts, strict=True))
+def _replay(closed: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Apply a jaxpr, with calls inlined and maxima over windows as ONNX takes them."""
 
-    def read(atom: Any) -> Any:
-        return atom.val if hasattr(atom, "val") else env[atom]
-
-    for eqn in jaxpr.eqns:
-        given = list(map(read, eqn.invars))
+    def handle(eqn: Any, given: list[Any]) -> list[Any]:
         if eqn.primitive.name in CALLS:
-            inner = called_jaxpr(eqn)
-            out = _replay(inner.jaxpr, inner.consts, given)
-        elif eqn.primitive.name == "reduce_window_max":
-            out = [_window_max(given[0], eqn)]
-        else:
-            out = binder(eqn)(*given)
-        env.update(zip(eqn.outvars, out, strict=True))
-    return list(map(read, jaxpr.outvars))
+            return _replay(called_jaxpr(eqn), given)
+        if eqn.primitive.name == "reduce_window_max":
+            return [_window_max(given[0], eqn)]
+        return binder(eqn)(*given)
+
+    return interpret(closed, inputs, handle)
 
 
 def _window_max(x: jax.Array, eqn: Any) -> Any:
-    """`reduce_window_max` with all axes that it leaves alone made one, the first.
+    """Apply `reduce_window_max` with the axes that it leaves alone merged into the first one.
 
     jax2onnx pools over every axis, and onnxruntime over three at most.
     """
@@ -377,7 +376,7 @@ def _window_max(x: jax.Array, eqn: Any) -> Any:
     order = [*alone, *moving]
     front = [x.shape[axis] for axis in alone]
     rows = jnp.transpose(x, order).reshape(-1, *(x.shape[axis] for axis in moving))
-    # Bound as it was, so with no -inf to start from: padding is never the largest.
+    # The primitive itself, rather than lax.reduce_window: it takes no initial value, so padding never wins.
     pooled = eqn.primitive.bind(
         rows,
         padding=((0, 0), *(padding[axis] for axis in moving)),
@@ -392,20 +391,20 @@ def _twice(leaf: Any) -> Any:
 
 
 def _compare(runtime: Any, model: bytes, function: Any, params: Params, inputs: Any) -> None:
-    """Runs a model beside its function.
+    """Run a model beside its function.
 
     Raises:
       RuntimeError: they differ by more than a thousandth of the largest output.
     """
     wanted = list(map(np.asarray, jax.tree.leaves(jax.jit(function)(params, inputs))))
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well
+    options.log_severity_level = 4  # do not log errors, which are raised as well
     try:
         session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         names = [given.name for given in session.get_inputs()]
         leaves = map(np.asarray, jax.tree.leaves(inputs))
         got = session.run(None, dict(zip(names, leaves, strict=True)))
-    except Exception as error:  # what another package may raise
+    except Exception as error:  # another package may raise anything
         raise NotImplementedError(f"onnxruntime cannot run the model that jax2onnx made: {error}") from error
     for number, (ours, theirs) in enumerate(zip(wanted, got, strict=True)):
         theirs = np.asarray(theirs)

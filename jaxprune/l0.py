@@ -42,9 +42,12 @@ import jax.numpy as jnp
 
 from jaxprune.structures import slices
 from jaxprune.tree.checks import check_key, check_number
+from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
 from jaxprune.tree.masks import ones_masks
-from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, Where
+
+__all__ = ["apply_gates", "expected_gates", "expected_l0", "gate_masks", "init_gates", "sample_gates"]
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """The temperature of a gate, and the ends of the interval that it is stretched to; the paper's values."""

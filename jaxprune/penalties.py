@@ -23,8 +23,11 @@ from jax import lax
 
 from jaxprune.structures import slices
 from jaxprune.tree.dtypes import common_dtype
-from jaxprune.tree.paths import array_leaves, kernels, selected
+from jaxprune.tree.leaves import array_leaves
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
+
+__all__ = ["group_lasso", "l1"]
 
 
 def l1(params: Params, where: Where = kernels) -> jax.Array:

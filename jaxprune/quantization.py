@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tree.checks import check_array, shown
-from jaxprune.tree.paths import kernels, leaf_paths, selected
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Where
+
+__all__ = ["Quantized", "as_int8", "dequantize", "quantize"]
 
 # Twice the smallest normal number: the bound on the error then also holds where numbers below the
 # smallest normal one count as 0, as they do in XLA on most devices.
@@ -15,7 +18,7 @@ _SMALLEST = 2.0**-125
 
 
 class Quantized(NamedTuple):
-    """An array as 8-bit integers and what to multiply them with.
+    """An array as 8-bit integers and their scales.
 
     Attributes:
       values: int8, of the array's shape, from -127 to 127.
@@ -27,13 +30,13 @@ class Quantized(NamedTuple):
 
 
 def quantize(array: Any) -> Quantized:
-    """Rounds an array to 8-bit integers, symmetrically, for each output channel by itself.
+    """Round an array to 8-bit integers, symmetrically, with a scale for each output channel.
 
     `scale = max|w| / 127` over all axes but the last, `values = round(w / scale)`, ties to even. So
     `|w - values * scale| <= scale / 2`, up to the rounding of float32 itself. Zero stays zero.
 
     Args:
-      array: floating-point, finite. What is not finite takes its whole channel with it: check first.
+      array: floating-point and finite. A value that is not finite spoils its whole channel: check first.
 
     Returns:
       A `Quantized`.
@@ -58,11 +61,11 @@ def quantize(array: Any) -> Quantized:
 
 
 def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
-    """The array that a `Quantized` stands for: `values * scale`.
+    """Return the array that a `Quantized` stands for, `values * scale`.
 
     Args:
-      quantized: what `quantize` gave.
-      dtype: of the result; in bfloat16 and float16 its rounding comes on top of the bound.
+      quantized: what `quantize` returned.
+      dtype: of the result; the rounding of bfloat16 and float16 comes on top of the bound of `quantize`.
 
     Raises:
       TypeError: not a `Quantized`.
@@ -82,11 +85,11 @@ def dequantize(quantized: Quantized, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def as_int8(params: Params, where: Where = kernels) -> Params:
-    """The params as they come back from a file of 8-bit integers: to evaluate before saving.
+    """Return the params as they would come back from a file of 8-bit integers, to evaluate before saving.
 
     Args:
-      params: a pytree of arrays; masked ones for a masked network, since what is pruned takes part in
-        `max|w|` otherwise.
+      params: a pytree of arrays; of a masked network the masked params, since otherwise pruned entries
+        take part in `max|w|`.
       where: which leaves are quantized.
 
     Returns:

@@ -1,8 +1,8 @@
 """Schedules: how the sparsity grows, over training steps or over levels.
 
 A schedule is a function of a count that also knows where it begins and ends, because a pruner
-acts only every so many steps and must still reach the target at the end step. The target is
-then evaluated on the host in double precision, so that counts come out exactly.
+acts only every so many steps and must still reach the target at the end step. The pruner evaluates it
+on the host in double precision, so that counts come out exactly.
 """
 
 from collections.abc import Callable
@@ -16,25 +16,27 @@ from jax.core import Tracer
 
 from jaxprune.tree.checks import as_integer, is_number, shown
 
+__all__ = ["Schedule", "check_sparsity", "constant", "cubic", "geometric", "linear", "one_shot"]
+
 
 @dataclass(frozen=True)
 class Schedule:
     """A sparsity that depends on a count: calling it gives the sparsity at that count.
 
-    With an `end_step` the count is of optimizer steps: after t updates the sparsity is
+    With an `end_step` the schedule counts optimizer steps: after t updates the sparsity is
     `schedule(t)`. It is 0 before `begin_step` and stays at its last value after `end_step`.
-    Without one the count is of *levels*, the mask updates done so far, and there is no end.
+    Without an `end_step` it counts *levels*, the mask updates done so far, and has no end.
 
     To write a schedule of your own: `Schedule(lambda step: ..., begin_step=0, end_step=1000)`. The function
-    may use `jax.numpy`, and so an optax schedule will do: `Schedule(optax.linear_schedule(0.0, 0.9, 1000),
+    may use `jax.numpy`, so an optax schedule will do: `Schedule(optax.linear_schedule(0.0, 0.9, 1000),
     end_step=1000)`. A pruner evaluates it on the host in double precision, even under `jit`. A function that
-    rounds to float32 itself gives its float32 values: 0.9 is then 0.89999998, and a count may differ by one.
+    itself rounds to float32 gives float32 values: 0.9 is then 0.89999998, and a count may be off by one.
 
     Attributes:
       value: the sparsity, in [0, 1), as a function of a count between begin and end.
       begin_step: the first count at which it prunes.
       end_step: the count at which it reaches its target, or None.
-      name: what it is called in messages, as in "cubic(0.9)".
+      name: its name in messages, such as "cubic(0.9)".
 
     Raises:
       ValueError: not 0 <= begin_step <= end_step.
@@ -64,19 +66,19 @@ class Schedule:
         return name if not span else f"{name[:-1]}{'' if name.endswith('()') else ', '}{span})"
 
     def on_host(self, count: int) -> float:
-        """The sparsity at a count, as a number that is known now, also while a function is traced.
+        """Return the sparsity at a count as a Python number, also while a function is traced.
 
-        The function sees a float64. What it computes by `jax.numpy` (an optax schedule, say) is
-        computed in double precision too, except for arrays that it makes float32 itself.
+        The schedule's function is given a float64. If it computes by `jax.numpy` (an optax schedule, say),
+        that is in double precision too, except where it makes arrays of float32 itself.
         """
         with jax.ensure_compile_time_eval(), jax.enable_x64(True):
             return check_sparsity(self(np.float64(count)), f"the sparsity that {self} gives at {count}")
 
     def __call__(self, step: Any) -> Any:
-        """The sparsity at a count.
+        """Return the sparsity at a count.
 
         Args:
-          step: an integer, or an array of them (numpy's gives double precision, JAX's its own).
+          step: an integer, or an array of integers: numpy's for double precision, JAX's for JAX's own.
         """
         xp = jnp if isinstance(step, jax.Array) else np
         last = step if self.end_step is None else xp.minimum(step, self.end_step)
@@ -86,7 +88,7 @@ class Schedule:
 
 
 def constant(sparsity: float) -> Schedule:
-    """The same sparsity from the first update on.
+    """Return a schedule of the same sparsity from the first update on.
 
     With `of="remaining"` each update removes this fraction of what the last one left.
 
@@ -103,7 +105,7 @@ def constant(sparsity: float) -> Schedule:
 
 
 def one_shot(sparsity: float, step: int) -> Schedule:
-    """All at once, at one step.
+    """Return a schedule that reaches its sparsity at once, at one step.
 
     Raises:
       ValueError: sparsity outside [0, 1), or a negative step.
@@ -119,7 +121,7 @@ def one_shot(sparsity: float, step: int) -> Schedule:
 
 
 def linear(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsity: float = 0.0) -> Schedule:
-    """A straight line from `initial_sparsity` at `begin_step` to `sparsity` at `end_step`.
+    """Return a schedule that rises linearly from `initial_sparsity` at `begin_step` to `sparsity` at the end.
 
     `s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))`
 
@@ -136,7 +138,7 @@ def linear(sparsity: float, *, begin_step: int = 0, end_step: int, initial_spars
 
 
 def cubic(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsity: float = 0.0) -> Schedule:
-    """Fast at first, when much is redundant, slow at the end: the usual gradual schedule.
+    """Return the usual gradual schedule: fast at first, when much is redundant, and slow at the end.
 
     `s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))^3`
 
@@ -157,7 +159,7 @@ def cubic(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsi
 
 
 def geometric(rate: float, stop: float | None = None) -> Schedule:
-    """A fixed fraction of what remains at each level: `s(level) = 1 - (1 - rate)^level`.
+    """Return a schedule that removes a fixed fraction of what remains per level: `1 - (1 - rate)^level`.
 
     Args:
       rate: the fraction removed per level, in (0, 1).
@@ -176,7 +178,7 @@ def geometric(rate: float, stop: float | None = None) -> Schedule:
     """
     if not is_number(rate) or not 0 < rate < 1:
         raise ValueError(f"geometric needs a rate in (0, 1), the fraction removed per level, got {rate}.")
-    # (1 - rate)^level vanishes against 1 at some level; a sparsity stays below 1.
+    # At some level 1 - (1 - rate)^level rounds to 1, but a sparsity is below 1.
     limit = float(np.nextafter(1, 0)) if stop is None else check_sparsity(stop, "stop")
 
     def value(level):
@@ -187,11 +189,11 @@ def geometric(rate: float, stop: float | None = None) -> Schedule:
 
 
 def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
-    """A sparsity as a float.
+    """Return a sparsity as a float.
 
     Raises:
-      TypeError: not a number; a traced value among them, since targets are counted on the host.
-      ValueError: outside [0, 1).
+      TypeError: it is not a number, or traced: the host counts how many units a target removes.
+      ValueError: it is outside [0, 1).
     """
     if isinstance(sparsity, Tracer):
         raise TypeError(
@@ -200,7 +202,7 @@ def check_sparsity(sparsity: Any, what: str = "sparsity") -> float:
             "jaxprune.selection.removed_count(sparsity, size) gives it."
         )
     try:
-        # Strings have no such method, and arrays of one entry do.
+        # `float` would accept strings, which have no such method; arrays of one entry have it.
         value = sparsity.__float__()
     except (AttributeError, TypeError, ValueError, OverflowError):
         raise TypeError(f"{what} must be a number in [0, 1), got {shown(sparsity)}.") from None

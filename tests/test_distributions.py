@@ -28,7 +28,7 @@ LENET_300_100 = abstract({"fc1": (784, 300), "fc2": (300, 100), "fc3": (100, 10)
 
 @given(shapes, sparsities)
 @SETTINGS
-def test_erk_spends_what_was_asked(tree, sparsity):
+def test_erk_meets_the_sparsity_asked_for(tree, sparsity):
     targets = jp.distributions.erk(abstract(tree), sparsity)
     assert list(targets) == [f"{layer}/kernel" for layer in sorted(tree)]
     size = {path: np.prod(tree[path.split("/")[0]]["kernel"], dtype=float) for path in targets}

@@ -154,7 +154,7 @@ def test_inputs_in_containers_and_static_ones(tmp_path):
         program(params, True, data, 2.0, "sum")
     with pytest.raises(TypeError, match="is True, but the program takes arrays alone"):
         program(params, data, True)
-    with pytest.raises(TypeError, match="input 1 mixes arrays with what is none"):
+    with pytest.raises(TypeError, match="input 1 mixes arrays with static values"):
         jp.export.stablehlo(apply, params, True, data | {"train": False}, 2.0, "sum")
 
 

@@ -58,11 +58,11 @@ def test_a_step_may_be_the_first_and_one_apart():
     assert [float(jp.schedules.linear(0.6, begin_step=3, end_step=4)(t)) for t in (3, 4)] == [0, 0.6]
 
 
-def test_what_is_not_said_begins_at_0_with_nothing():
+def test_by_default_a_schedule_begins_at_0_with_nothing_pruned():
     for make in (jp.schedules.linear, jp.schedules.cubic):
-        schedule, said = make(0.6, end_step=4), make(0.6, begin_step=0, end_step=4, initial_sparsity=0.0)
+        schedule, explicit = make(0.6, end_step=4), make(0.6, begin_step=0, end_step=4, initial_sparsity=0.0)
         assert (schedule.begin_step, schedule.end_step) == (0, 4)
-        np.testing.assert_array_equal(schedule(np.arange(6)), said(np.arange(6)))
+        np.testing.assert_array_equal(schedule(np.arange(6)), explicit(np.arange(6)))
     own = jp.schedules.Schedule(lambda t: 0.1 * t)
     assert (own.begin_step, own.end_step) == (0, None)
     assert [float(own(t)) for t in (-1, 0, 2)] == [0, 0, 0.2]
@@ -102,7 +102,7 @@ def test_out_of_range_is_an_error(make, message):
         make()
 
 
-def test_a_sparsity_that_is_no_number_is_an_error():
+def test_a_sparsity_that_is_not_a_number_is_an_error():
     with pytest.raises(TypeError, match=r"must be a number in .*'most'"):
         jp.schedules.constant("most")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=rf"got '{'x' * 199}\.$"):

@@ -13,36 +13,38 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import markdown, remarks, show
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import File, Settings, parse
+from experiments.show.tables import markdown, remarks, titled
 
 NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of all benchmarks together."""
 
-    only: tuple[str, ...] = flag(NAMES, "of these, in this order", among=NAMES)
-    small: bool = flag(False, "sizes that take seconds")
-    out: str = flag("results/benchmarks.md", "the page", path="file")
+    only: tuple[Annotated[str, OneOf(NAMES)], ...] = NAMES  # of these, in this order
+    small: bool = False  # sizes that take seconds
+    out: File = "results/benchmarks.md"  # the page
 
 
 def section(name: str, small: bool) -> str:
-    """Runs a benchmark; its part of the page, after printing it as a plain table."""
+    """Run a benchmark; its part of the page, after printing it as a plain table."""
     module = importlib.import_module(f"experiments.benchmarks.{name}")
     lines = module.run(module.SMALL if small else module.Config())
     title, table = (module.__doc__ or name).strip().partition("\n")[0].rstrip("."), module.rows(lines)
-    print(show(f"{name}: {title}", table, lines), end="\n\n", flush=True)
+    print(titled(f"{name}: {title}", table, lines), end="\n\n", flush=True)
     command = f"`python -m experiments.benchmarks.{name}`"
     said = [" ".join(remark.split()) for remark in remarks(lines)]
     return "\n\n".join([f"## {title}", command, markdown(table), *said])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmarks from the command line."""
+    """Run the benchmarks from the command line."""
     config = parse(Config, argv, __doc__)
     # Benchmarks with worker processes share an accelerator with this one.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

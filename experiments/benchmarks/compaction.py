@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +33,12 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.channel_pruning import cutting
 from experiments.networks.large import ResNet, ViT
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show.tables import titled
 from experiments.training import steps
 from jaxprune.graph import ChannelGroups
 
@@ -45,15 +46,18 @@ NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): it
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(
-        ("resnet20", "wide", "vit"), "of these, in this order", among=("resnet20", "wide", "vit", "tiny")
+    # of these, in this order
+    networks: tuple[Annotated[str, OneOf(("resnet20", "wide", "vit", "tiny"))], ...] = (
+        "resnet20",
+        "wide",
+        "vit",
     )
-    batch: int = flag(64, "images in a forward pass", at_least=1, at_most=100_000)
-    share: float = flag(0.5, "of the channels that goes", at_least=0, below=1)
-    rounds: int = flag(9, "measurements of each", at_least=1)
+    batch: BatchSize = 64  # images in a forward pass
+    share: Sparsity = 0.5  # of the channels that goes
+    rounds: Count = 9  # measurements of each
 
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)
@@ -69,7 +73,7 @@ class Cut(NamedTuple):
 
 
 def cuts(name: str) -> dict[str, Cut]:
-    """The cuts of a network."""
+    """Return the cuts of a network."""
     found = {"each group": Cut("layerwise")}
     if name in ("vit", "tiny"):
         return found | {"inside": Cut("layerwise", spared=cutting.NETWORKS["vit"].spared)}
@@ -77,10 +81,10 @@ def cuts(name: str) -> dict[str, Cut]:
 
 
 def model(name: str) -> Any:
-    """The flax module.
+    """Return the flax module.
 
     Raises:
-      SystemExit: a name that is none.
+      SystemExit: an unknown name.
     """
     if name not in TITLES:
         raise SystemExit(f"--networks has {name}; it may have {', '.join(TITLES)}.")
@@ -92,7 +96,7 @@ def model(name: str) -> Any:
 
 
 def measure(name: str, config: Config) -> list[dict[str, Any]]:
-    """A line for each cut of a network."""
+    """Return a line for each cut of a network."""
     module = model(name)
     x = jax.random.normal(jax.random.key(1), (config.batch, 32, 32, 3))
     variables = jax.jit(module.init)(jax.random.key(0), x[:1])
@@ -121,7 +125,7 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
 
 
 def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: float) -> Any:
-    """The smaller network."""
+    """Return the smaller network."""
     groups = jp.channel_groups(logits, variables, example, split="major")
     groups = groups if cut.spared is None else groups.without(cut.spared)
     groups = ChannelGroups(groups.removable(), groups.whole)
@@ -137,7 +141,7 @@ def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: 
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each network and cut."""
+    """Return a line for each network and cut."""
     lines = [line for name in config.networks for line in measure(name, config)]
     if "resnet20" not in config.networks:
         return lines
@@ -152,7 +156,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table."""
+    """Return the table."""
     table: list[tuple[str, ...]] = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
     for line in lines:
         if "remark" in line:
@@ -165,12 +169,12 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
     title = f"a forward pass on {config.batch} images without {config.share:.0%} of the channels"
-    print(show(title, rows(lines), lines))
+    print(titled(title, rows(lines), lines))
 
 
 if __name__ == "__main__":

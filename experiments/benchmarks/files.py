@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,36 +23,36 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.networks.small import LeNet
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(16.0, "millions of float32 params", above=0, at_most=10_000)
-    sparsities: tuple[float, ...] = flag((0.5, 0.8, 0.9, 0.95, 0.98), "comma-separated", at_least=0, below=1)
-    rounds: int = flag(
-        5, "how often each file is written and read, in turn; the ratio is of the medians", at_least=1
-    )
-    export: bool = flag(False, "also the sizes of LeNet, dense, masked and compacted, in each format")
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 16.0  # millions of float32 params
+    sparsities: tuple[Sparsity, ...] = (0.5, 0.8, 0.9, 0.95, 0.98)  # of the params, one file each
+    rounds: Count = 5  # how often each file is written and read, in turn; the ratio is of the medians
+    export: bool = False  # also the sizes of LeNet, dense, masked and compacted, in each format
 
 
 def numpy_bytes(params: Any) -> int:
-    """Bytes of a compressed numpy file."""
+    """Return the bytes of a compressed numpy file."""
     file = io.BytesIO()
     np.savez_compressed(file, **dict(zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)))
     return file.tell()
 
 
 def bound(sparsity: float) -> float:
-    """The least share of a float32 file: the kept values, and the entropy of their places."""
+    """Return the least share of a float32 file: the kept values, and the entropy of their places."""
     places = sum(-p * math.log2(p) for p in (sparsity, 1 - sparsity) if p)
     return 1 - sparsity + places / 32
 
 
 def run(config: Config) -> list[dict[str, float]]:
-    """A dict of ratios for each sparsity."""
+    """Return a dict of ratios for each sparsity."""
     width = max(8, round(math.sqrt(config.millions * 1e6 / 4)))
     rng = np.random.default_rng(0)
     params = {
@@ -113,21 +113,21 @@ def _ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int) -> f
 
 
 def summarise(lines: Sequence[dict[str, float]]) -> str:
-    """The ratios as a table."""
+    """Return the ratios as a table."""
     sizes, times = ("bound", "ours", "int8", "numpy"), ("save", "load")
     text = [
         "ratios to dense safetensors. Sizes: the entropy bound, jp.io.save, the same with",
         "8-bit values, numpy compressed. Times: jp.io.save, jp.io.load",
-        "sparsity" + "".join(f"{head:>9}" for head in (*sizes, *times)),
     ]
+    rows = [["sparsity", *sizes, *times]]
     for line in lines:
-        cells = [f"{line[head]:>9.4f}" for head in sizes] + [f"{line[head]:>9.2f}" for head in times]
-        text.append(f"{line['sparsity']:>8.0%}" + "".join(cells))
-    return "\n".join(text)
+        cells = [f"{line[head]:.4f}" for head in sizes] + [f"{line[head]:.2f}" for head in times]
+        rows.append([f"{line['sparsity']:.0%}", *cells])
+    return "\n".join([*text, tables.text(rows)])
 
 
 def exported() -> list[tuple[str, tuple[int, int, int]]]:
-    """Bytes of LeNet in each format: dense, with half of its channels masked, and without them."""
+    """Return the bytes of LeNet in each format: dense, with half of its channels masked, and without them."""
     model, x = LeNet(im2col=False), jnp.ones((1, 28, 28, 1))
 
     def apply(params: Any, images: jax.Array) -> Any:
@@ -156,14 +156,13 @@ def exported() -> list[tuple[str, tuple[int, int, int]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(summarise(run(config)))
     if config.export:
         print("\nbytes of LeNet; half of each layer's channels masked, or gone")
-        print(f"{'':<28}{'dense':>10}{'masked':>10}{'compacted':>12}")
-        for name, (dense, masked, compacted) in exported():
-            print(f"{name:<28}{dense:>10,}{masked:>10,}{compacted:>12,}")
+        rows = [[name, *(f"{size:,}" for size in sizes)] for name, sizes in exported()]
+        print(tables.text([["", "dense", "masked", "compacted"], *rows]))
 
 
 if __name__ == "__main__":

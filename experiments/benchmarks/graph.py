@@ -57,7 +57,7 @@ class ResNet50(nn.Module):
 
 
 def decoder_params(layers: int, width: int, hidden: int, heads: int, vocabulary: int) -> Any:
-    """Abstract bfloat16 params of a decoder with gated feed-forward layers."""
+    """Return abstract bfloat16 params of a decoder with gated feed-forward layers."""
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -80,7 +80,7 @@ def decoder_params(layers: int, width: int, hidden: int, heads: int, vocabulary:
 
 
 def stacked(params: Any) -> Any:
-    """Abstract params of a decoder with its layers in one array each."""
+    """Return abstract params of a decoder with its layers in one array each."""
     layers = params["layers"]
 
     def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -90,7 +90,7 @@ def stacked(params: Any) -> Any:
 
 
 def decoder(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
-    """A decoder with RMSNorm, rotary positions and SwiGLU: tokens (batch, time) -> logits.
+    """Return a decoder with RMSNorm, rotary positions and SwiGLU: tokens (batch, time) -> logits.
 
     Its layers are a list of params, or params that are stacked, which it scans.
     """
@@ -129,19 +129,19 @@ def decoder(params: Any, tokens: jax.Array, heads: int) -> jax.Array:
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """A function's result and the seconds it took."""
+    """Return a function's result and the seconds it took."""
     start = time.perf_counter()
     result = jax.block_until_ready(function())
     return result, time.perf_counter() - start
 
 
 def size(tree: Any) -> int:
-    """How many entries the arrays of a tree have."""
+    """Return how many entries the arrays of a tree have."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def run_decoder(layers: int = 32, width: int = 4096, hidden: int = 11008, heads: int = 32) -> list[str]:
-    """Groups of a decoder from abstract params: lines of the table."""
+    """Return groups of a decoder from abstract params: lines of the table."""
     params = decoder_params(layers, width, hidden, heads, vocabulary=32_000)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
@@ -155,7 +155,7 @@ def run_decoder(layers: int = 32, width: int = 4096, hidden: int = 11008, heads:
 
 
 def run_resnet(image: int = 224) -> list[str]:
-    """Groups and compaction of ResNet-50: lines of the table."""
+    """Return groups and compaction of ResNet-50: lines of the table."""
     x = jax.random.normal(jax.random.key(1), (1, image, image, 3))
     model = ResNet50()
     variables = jax.jit(model.init)(jax.random.key(0), x)
@@ -181,7 +181,7 @@ def _row(name: str, seconds: float, tracing: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
+    """Print the table."""
     del argv
     print(f"{'':<58}{'time':>10}{'of tracing':>11}")
     for line in (*run_decoder(), *run_resnet()):

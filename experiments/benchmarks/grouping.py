@@ -11,26 +11,28 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxprune as jp
 from experiments.benchmarks.graph import decoder, decoder_params, size, stacked
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What is measured."""
 
-    layers: int = flag(12, "layers of the decoder", at_least=1)
-    rounds: int = flag(9, "how often each is done; the first round is left out", at_least=2)
+    layers: Count = 12  # layers of the decoder
+    rounds: Annotated[int, Range(at_least=2)] = 9  # how often each is done; the first round is left out
 
 
 def cpu_time(function: Callable[[], Any]) -> float:
-    """The CPU seconds that a function takes."""
+    """Return the CPU seconds that a function takes."""
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -41,7 +43,7 @@ SIZES = ((512, 1408, 8), (4096, 11008, 32))
 
 
 def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) -> tuple[float, float, str]:
-    """The median CPU seconds of finding groups and of tracing the gradient, and what of."""
+    """Return the median CPU seconds of finding groups and of tracing the gradient, and what of."""
     params = decoder_params(config.layers, width, hidden, heads, vocabulary=4096)
     params = stacked(params) if scanned else params
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
@@ -70,13 +72,14 @@ def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the ratio."""
+    """Print the times and their ratio."""
     config = parse(Config, argv, __doc__)
-    print(f"{f'CPU time, median of {config.rounds - 1}':<58}{'groups':>10}{'gradient':>10}{'ratio':>8}")
+    rows = [[f"CPU time, median of {config.rounds - 1}", "groups", "gradient", "ratio"]]
     for sizes in SIZES:
         for scanned in (False, True):
             finding, tracing, name = measure(config, *sizes, scanned)
-            print(f"{name:<58}{finding:>8.2f} s{tracing:>8.2f} s{finding / tracing:>8.1f}", flush=True)
+            rows.append([name, f"{finding:.2f} s", f"{tracing:.2f} s", f"{finding / tracing:.1f}"])
+    print(tables.text(rows))
 
 
 if __name__ == "__main__":

@@ -14,30 +14,32 @@ All calls are compiled, warm and taken in turn; ratios are of medians, with thos
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
 
 import jaxprune as jp
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    width: int = flag(1024, "units of the input and of each hidden layer", at_least=1, at_most=100_000)
-    layers: int = flag(3, "kernels, the last of 10 outputs", at_least=1, at_most=1000)
-    batch: int = flag(64, "rows in a call", at_least=1, at_most=100_000)
-    sparsity: float = flag(0.95, "of the masks, entry by entry", at_least=0, below=1)
-    units: float = flag(0.5, "the fraction of hidden units removed", at_least=0, below=1)
-    rounds: int = flag(20, "measurements of each", at_least=1)
+    width: BatchSize = 1024  # units of the input and of each hidden layer
+    layers: Annotated[int, Range(at_least=1, at_most=1000)] = 3  # kernels, the last of 10 outputs
+    batch: BatchSize = 64  # rows in a call
+    sparsity: Sparsity = 0.95  # of the masks, entry by entry
+    units: Sparsity = 0.5  # the fraction of hidden units removed
+    rounds: Count = 20  # measurements of each
 
 
 def apply_fn(params: Any, x: Any) -> Any:
-    """A perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
+    """Return a perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
@@ -45,7 +47,7 @@ def apply_fn(params: Any, x: Any) -> Any:
 
 
 def sparse_apply(params: Any, x: Any) -> Any:
-    """The same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
+    """Return the same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
@@ -53,7 +55,7 @@ def sparse_apply(params: Any, x: Any) -> Any:
 
 
 def init(key: Any, config: Config) -> Any:
-    """Params with He's initialisation."""
+    """Return params with He's initialisation."""
     widths = [config.width] * config.layers + [10]
     keys = jax.random.split(key, config.layers)
     return {
@@ -66,7 +68,7 @@ def init(key: Any, config: Config) -> Any:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each way: multiply-adds and median time, and how many times fewer than dense."""
+    """Return a line for each way: multiply-adds and median time, and how many times fewer than dense."""
     params, x = (
         init(jax.random.key(0), config),
         jax.random.normal(jax.random.key(1), (config.batch, config.width)),
@@ -110,18 +112,18 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(f"{config.layers} layers of {config.width}, batch {config.batch}, {jax.devices()[0].device_kind}")
     print(
         f"masked and sparse: {config.sparsity:.0%} of the weights; compacted: {config.units:.0%} of the units"
     )
-    print(f"{'':<12}{'MACs':>14}{'MACs x':>9}{'speed x':>9}  (quartiles)")
+    rows = [["", "MACs", "MACs x", "speed x", "quartiles"]]
     for line in run(config):
-        print(
-            f"{line['way']:<12}{line['macs']:>14,}{line['macs_ratio']:>9.2f}{line['speed_up']:>9.2f}"
-            f"  ({line['speed_up_low']:.2f}-{line['speed_up_high']:.2f})"
-        )
+        quartiles = f"{line['speed_up_low']:.2f}-{line['speed_up_high']:.2f}"
+        figures = f"{line['macs']:,}", f"{line['macs_ratio']:.2f}", f"{line['speed_up']:.2f}"
+        rows.append([line["way"], *figures, quartiles])
+    print(tables.text(rows))
 
 
 if __name__ == "__main__":

@@ -61,8 +61,10 @@ from tqdm import tqdm
 from experiments.benchmarks.parts import jax_lottery
 from experiments.benchmarks.parts.turns import Worker
 from experiments.data import datasets
+from experiments.report.design import Design
 from experiments.run.results import Results
-from experiments.run.settings import flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.show import tables
 
 OURS = ("spread", "vmap", "alone")
 TITLES = {
@@ -77,21 +79,19 @@ ADAMS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    dataset: Literal["synthetic", "mnist"] = flag(
-        "synthetic", "synthetic: images of MNIST's size, from a seed"
-    )
-    seeds: tuple[int, ...] = flag((0, 1, 2, 3, 4), "comma-separated", at_least=0)
-    levels: int = flag(3, "how often to prune", at_least=1)
-    steps: int = flag(1000, "steps of training at each level: one pass over that many batches", at_least=1)
-    batch_size: int = flag(60, "images per step", at_least=1, at_most=100_000)
-    lr: float = flag(1.2e-3, "learning rate of Adam", above=0)
-    repeats: int = flag(5, "rounds in which each way runs once", at_least=1)
-    trial_steps: int = flag(200, "steps of the trials that choose PyTorch's threads and Adam", at_least=1)
-    bound: bool = flag(False, "also say what the time of a step is spent on")
-    out: str = flag("results/benchmarks/lottery", "folder for results.jsonl", path="folder")
+    dataset: Literal["synthetic", "mnist"] = "synthetic"  # synthetic: images of MNIST's size, from a seed
+    seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
+    levels: Count = 3  # how often to prune
+    steps: Count = 1000  # steps of training at each level: one pass over that many batches
+    batch_size: BatchSize = 60  # images per step
+    lr: Positive = 1.2e-3  # learning rate of Adam
+    repeats: Count = 5  # rounds in which each way runs once
+    trial_steps: Count = 200  # steps of the trials that choose PyTorch's threads and Adam
+    bound: bool = False  # also say what the time of a step is spent on
+    out: Folder = "results/benchmarks/lottery"  # folder for results.jsonl
 
 
 class Outcome(NamedTuple):
@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
 
 
 def images(config: Config) -> dict[str, Any]:
-    """The fields of a `Split`: noise with labels from a random linear map, to be learned; or MNIST."""
+    """Return the fields of a `Split`: noise with labels from a random linear map, to be learned; or MNIST."""
     size = config.steps * config.batch_size
     if config.dataset == "mnist":
         data = datasets.load("mnist", train=size, test=1)
@@ -116,7 +116,7 @@ def images(config: Config) -> dict[str, Any]:
 
 
 def torch_start(config: Config, data: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    """What `TorchLoop` begins from: the same weights and images, in the same order."""
+    """Return what `TorchLoop` begins from: the same weights and images, in the same order."""
     named, size = jax_lottery.by_path(params), len(data["y"])
     mean, std = np.float32(data["mean"]), np.float32(data["std"])
     orders = jax_lottery.batches(config.seeds, config.steps, config.batch_size)
@@ -129,7 +129,7 @@ def torch_start(config: Config, data: Mapping[str, Any], params: Any) -> dict[st
 
 
 def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
-    """The fraction of mask entries that agree, and the largest difference of the params."""
+    """Return the fraction of mask entries that agree, and the largest difference of the params."""
     same = [np.mean(one.masks[name] == other.masks[name]) for name in one.masks]
     sizes = [mask.size for mask in one.masks.values()]
     apart = [np.abs(one.params[name] - other.params[name]).max() for name in one.params]
@@ -137,7 +137,7 @@ def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
 
 
 def why_no_torch() -> str | None:
-    """Why PyTorch is not measured, or None."""
+    """Return why PyTorch is not measured, or None."""
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed (pip install torch), so it is left out."
     if jax.default_backend() != "cpu":
@@ -146,7 +146,7 @@ def why_no_torch() -> str | None:
 
 
 def best_settings(worker: Any, steps: int) -> dict[str, tuple[int, str]]:
-    """The thread count and Adam of the fastest loop with Adam as it comes, and of the fastest."""
+    """Return the thread count and Adam of the fastest loop with Adam as it comes, and of the fastest."""
     cores = os.cpu_count() or 1
     choices = [(threads, adam) for threads in sorted({1, max(1, cores // 2), cores}) for adam in ADAMS]
     tried: dict[tuple[int, str], float] = dict.fromkeys(choices, np.inf)
@@ -159,7 +159,7 @@ def best_settings(worker: Any, steps: int) -> dict[str, tuple[int, str]]:
 
 
 def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Worker], Worker | None]:
-    """A worker process for each way, and one for the parts of a step; they end with the stack."""
+    """Return a worker process for each way, and one for the parts of a step; they end with the stack."""
     data = images(config)
     params = jax_lottery.initial(data, config.seeds)
     common = {"rates": RATES, "levels": config.levels, "lr": config.lr}
@@ -185,10 +185,14 @@ def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Work
     return workers, start("_bound:Parts", **ours, steps=config.steps, lr=config.lr)
 
 
+DESIGN = Design(factors=("figure", "way", "over", "part"), figures=("ratios", "masks", "params"))
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the benchmark, writes its lines, and returns them."""
+    """Run the benchmark, writes its lines, and returns them."""
     lines: list[dict[str, Any]] = []
-    with Results(config.out, "benchmarks.lottery", config) as results, contextlib.ExitStack() as stack:
+    results = Results(config.out, "benchmarks.lottery", config, design=DESIGN)
+    with results, contextlib.ExitStack() as stack:
 
         def add(**line: Any) -> None:
             results.write(**line)
@@ -227,38 +231,39 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def shown(ratios: Sequence[float]) -> str:
-    """The median, least and most, as in "3.52 (3.41-3.60)"."""
+    """Return the median, least and most, as in "3.52 (3.41-3.60)"."""
     low, middle, high = (f"{f(ratios):.2f}" for f in (np.min, np.median, np.max))
     return f"{middle} ({low}-{high})"
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The lines as tables of at most 80 columns."""
-    text = ["against spread: masks that are the same, largest difference of trained params"]
-    text += [
-        f"{TITLES[line['way']]:<22}{line['masks']:>18.3%}{line['params']:>18.1e}"
+    """Return the lines as tables of at most 80 columns."""
+    agreement = [
+        [TITLES[line["way"]], f"{line['masks']:.3%}", f"{line['params']:.1e}"]
         for line in lines
         if line["figure"] == "agreement"
     ]
+    text = [tables.text([["against spread", "masks that are the same", "params differ by"], *agreement])]
     speed = [line for line in lines if line["figure"] == "speed"]
     columns = [
         over for over in ("alone", "torch", "torch best") if any(line["over"] == over for line in speed)
     ]
     text += ["", "times as fast as the way above the column: median of rounds (least-most)"]
-    text.append(f"{'':<22}" + "".join(f"{TITLES[over].split(', ')[-1]:>18}" for over in columns))
+    rows = [["", *(TITLES[over].split(", ")[-1] for over in columns)]]
     ways = {line["way"]: line["settings"] for line in speed}
     for way in ways:
         own = {line["over"]: shown(line["ratios"]) for line in speed if line["way"] == way}
-        text.append(f"{TITLES[way]:<22}" + "".join(f"{own[over]:>18}" for over in columns))
+        rows.append([TITLES[way], *(own[over] for over in columns)])
+    text.append(tables.text(rows))
     text += [f"{TITLES[way]}: {settings}" for way, settings in ways.items() if settings]
     if bound := [line for line in lines if line["figure"] == "bound"]:
-        text += ["", "parts of a step, as fractions of it: one seed, one core"]
-        text += [f"{line['part']:<62}{shown(line['ratios']):>18}" for line in bound]
+        rows = [[line["part"], shown(line["ratios"])] for line in bound]
+        text += ["", tables.text([["parts of a step: one seed, one core", "fraction of it"], *rows])]
     return "\n".join(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     # The workers share an accelerator with this process.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

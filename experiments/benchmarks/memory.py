@@ -17,7 +17,7 @@ given, donated arguments aside. Extra is new and temporaries.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -27,26 +27,25 @@ import optax
 import jaxprune as jp
 from experiments.benchmarks.parts import jax_steps
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import BatchSize, Count, Settings, parse
+from experiments.show.tables import titled
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params in the one-shot program", above=0, at_most=10_000)
-    leaves: int = flag(30, "of these", at_least=1)
-    width: int = flag(
-        3600, "units of each hidden layer of the train step's network", at_least=1, at_most=100_000
-    )
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 20.0  # of params in the one-shot program
+    leaves: Count = 30  # of these
+    width: BatchSize = 3600  # units of each hidden layer of the train step's network
 
 
 SMALL = Config(millions=0.02, leaves=3, width=16)
 
 
 def kernels(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Kernels of uneven sizes, the largest thirty times the smallest: shapes alone."""
+    """Return kernels of uneven sizes, the largest thirty times the smallest: shapes alone."""
     shares = np.linspace(1, config.leaves, config.leaves)
     sizes = config.millions * 1e6 * shares / shares.sum()
     return {
@@ -56,13 +55,13 @@ def kernels(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def argsort_masks(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`jax_steps.argsort_masks` of kernels by path."""
+    """Return `jax_steps.argsort_masks` of kernels by path."""
     layers = {name: {"kernel": kernel} for name, kernel in params.items()}
     return jax_steps.argsort_masks(layers, jnp.float32(0.9))
 
 
 def one_shots() -> dict[str, Callable[[Any], Any]]:
-    """Masks of the params, in each way."""
+    """Return masks of the params, in each way."""
 
     def ours(params: Any) -> Any:
         return jp.prune_once(params, jp.scores.magnitude, sparsity=0.9)
@@ -74,7 +73,7 @@ def one_shots() -> dict[str, Callable[[Any], Any]]:
 
 
 def steps() -> dict[str, tuple[Callable, Callable]]:
-    """`init(params)` and the train step, in each way."""
+    """Return `init(params)` and the train step, in each way."""
     adam, schedule = optax.adam(1e-3), jp.schedules.cubic(0.9, begin_step=0, end_step=10_000)
     pruner = jp.pruner(jp.scores.magnitude, schedule, every=jax_steps.EVERY)
     optimizers = {
@@ -87,7 +86,7 @@ def steps() -> dict[str, tuple[Callable, Callable]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each program and way, in bytes."""
+    """Return a line for each program and way, in bytes."""
     lines = []
     params = kernels(config)
     for way, function in one_shots().items():
@@ -122,7 +121,7 @@ def _bytes(tree: Any) -> int:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: multiples of the params' bytes."""
+    """Return the table: multiples of the params' bytes."""
     table: list[tuple[str, ...]] = [("program", "way", "masks", "new", "temporaries", "extra")]
     for line in lines:
         if "remark" in line:
@@ -133,11 +132,11 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("memory beyond the params, as multiples of their bytes", rows(lines), lines))
+    print(titled("memory beyond the params, as multiples of their bytes", rows(lines), lines))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,18 @@ import numpy as np
 import optax
 
 import jaxprune as jp
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, parse
 
 PACKAGE = os.path.dirname(os.path.abspath(jp.__file__)) + os.sep
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """What is counted."""
 
-    leaves: int = flag(8, "leaves of the params that are pruned", at_least=1)
-    width: int = flag(16, "of each leaf, which is square, and of the MLP", at_least=2)
+    leaves: Count = 8  # leaves of the params that are pruned
+    width: Annotated[int, Range(at_least=2)] = 16  # of each leaf, which is square, and of the MLP
 
 
 class Calls(NamedTuple):

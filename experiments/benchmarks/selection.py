@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -33,37 +33,38 @@ import numpy as np
 import jaxprune as jp
 from experiments.benchmarks.parts.jax_steps import argsort_masks
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Natural, Settings, Sparsity, parse
+from experiments.show.tables import titled
 
 READ = "read once"
 TORCH = ("torch global_unstructured", "torch.topk")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    millions: float = flag(20.0, "of params", above=0, at_most=10_000)
-    leaves: int = flag(30, "of these, the largest thirty times the smallest", at_least=1)
-    sparsity: float = flag(0.9, "of the masks", at_least=0, below=1)
-    rounds: int = flag(7, "in which each way has one turn", at_least=1)
-    seed: int = flag(0, "of the params", at_least=0)
+    millions: Annotated[float, Range(above=0, at_most=10_000)] = 20.0  # of params
+    leaves: Count = 30  # of these, the largest thirty times the smallest
+    sparsity: Sparsity = 0.9  # of the masks
+    rounds: Count = 7  # in which each way has one turn
+    seed: Natural = 0  # of the params
 
 
 SMALL = Config(millions=0.02, leaves=3, rounds=2)
 
 
 def shapes(config: Config) -> list[tuple[int, int]]:
-    """The leaves' shapes, about square."""
+    """Return the leaves' shapes, about square."""
     shares = np.linspace(1, config.leaves, config.leaves)
     sides = np.sqrt(config.millions * 1e6 * shares / shares.sum())
     return [(round(side), round(side)) for side in sides]
 
 
 def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
-    """From kernels by path to masks, or to what is said above."""
+    """Return each way: a function of kernels by path to masks, or to what the module says above."""
 
     def prune(params: Any, **how: Any) -> Any:
         return jp.prune_once(params, jp.scores.magnitude, sparsity=sparsity, **how)
@@ -97,7 +98,7 @@ def ways(sparsity: float) -> dict[str, Callable[[Any], Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each way: the ratios of its times to those of one reading."""
+    """Return a line for each way: the ratios of its times to those of one reading."""
     rng = np.random.default_rng(config.seed)
     drawn = [rng.standard_normal(shape, dtype=np.float32) for shape in shapes(config)]
     params = {f"layer{i:02d}/kernel": jnp.asarray(leaf) for i, leaf in enumerate(drawn)}
@@ -149,7 +150,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _check(masks: Any, scores: np.ndarray, count: int) -> None:
-    """Compares masks with a stable argsort. Raises RuntimeError."""
+    """Compare masks with a stable argsort. Raises RuntimeError."""
     expected = np.ones(scores.size, bool)
     expected[np.argsort(scores, kind="stable")[:count]] = False
     got = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
@@ -160,7 +161,7 @@ def _check(masks: Any, scores: np.ndarray, count: int) -> None:
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: multiples of one reading, and temporaries as multiples of the params' bytes."""
+    """Return the table: multiples of one reading, and temporaries as multiples of the params' bytes."""
     table: list[tuple[str, ...]] = [("way", "x read", "(quartiles)", "temporaries")]
     for line in lines:
         if "remark" not in line:
@@ -171,12 +172,12 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
     title = f"{config.sparsity:.0%} of {config.millions:g} M params in {config.leaves} leaves pruned"
-    print(show(title, rows(lines), lines))
+    print(titled(title, rows(lines), lines))
 
 
 if __name__ == "__main__":

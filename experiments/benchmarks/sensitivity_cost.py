@@ -15,27 +15,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Range
+from experiments.run.settings import Count, Settings, parse
 
 LEVELS = tuple(np.round(np.arange(1, 11) * 0.09, 2).tolist())
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    rounds: int = flag(7, "in which all take their turn", at_least=1)
-    images: int = flag(
-        1000, "that the perceptrons see; the convolutions see an eighth", at_least=8, at_most=1_000_000
-    )
-    vectorised: bool = flag(False, "time at_once=10 as well")
+    rounds: Count = 7  # in which all take their turn
+    # that the perceptrons see; the convolutions see an eighth
+    images: Annotated[int, Range(at_least=8, at_most=1_000_000)] = 1000
+    vectorised: bool = False  # time at_once=10 as well
 
 
 class Case(NamedTuple):
@@ -55,7 +55,7 @@ class Case(NamedTuple):
 
 
 def cases(images: int) -> list[Case]:
-    """Two perceptrons and a convolutional network."""
+    """Return two perceptrons and a convolutional network."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
@@ -102,7 +102,7 @@ def cases(images: int) -> list[Case]:
 
 @contextlib.contextmanager
 def programs() -> Iterator[list[str]]:
-    """The names of what is compiled meanwhile."""
+    """Return the names of what is compiled meanwhile."""
     names: list[str] = []
 
     def listen(event: str, duration_secs: float, **about: Any) -> None:
@@ -117,7 +117,7 @@ def programs() -> Iterator[list[str]]:
 
 
 def measure(case: Case, config: Config) -> dict[str, Any]:
-    """The ratios of one network, by how many points are evaluated at once, and the programs."""
+    """Return the ratios of one network, by how many points are evaluated at once, and the programs."""
     alone = jax.jit(case.evaluate)
 
     def evaluations() -> None:
@@ -147,7 +147,7 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def run(config: Config) -> list[str]:
-    """The table's lines."""
+    """Return the table's lines."""
     columns = ("one at a time", "10 at once")[: 1 + config.vectorised]
     lines = [f"{'':<32}{'programs':>8}" + "".join(f"{column:>20}" for column in columns)]
     for case in cases(config.images):
@@ -161,7 +161,7 @@ def run(config: Config) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
+    """Print the table."""
     config = parse(Config, argv, __doc__)
     print("time of an analysis of 100 points over that of 100 evaluations alone")
     for line in run(config):

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,36 +31,39 @@ from jax.experimental import sparse
 
 import jaxprune as jp
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf, Range
+from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
+from experiments.show import tables
 
 PEERS = ("scipy", "torch")
 FORMS = ("csr", "padded", "blocks", "compact")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    width: int = flag(2048, "units of the input and of each layer", at_least=1, at_most=100_000)
-    layers: int = flag(3, "kernels", at_least=1, at_most=1000)
-    batches: tuple[int, ...] = flag((1, 8, 64, 512), "rows in a call", at_least=1, at_most=100_000)
-    sparsities: tuple[float, ...] = flag(
-        (0.8, 0.9, 0.95, 0.98, 0.99), "of all kernels together", at_least=0, below=1
+    width: BatchSize = 2048  # units of the input and of each layer
+    layers: Annotated[int, Range(at_least=1, at_most=1000)] = 3  # kernels
+    batches: tuple[BatchSize, ...] = (1, 8, 64, 512)  # rows in a call
+    sparsities: tuple[Sparsity, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)  # of all kernels together
+    structure: Literal["entries", "blocks", "units"] = "entries"  # what is pruned; blocks are 64 x 64
+    # what runs beside dense
+    ways: tuple[Annotated[str, OneOf(("masked", "measure", "rule", "bcsr", *FORMS, *PEERS))], ...] = (
+        "masked",
+        "measure",
+        "rule",
+        "bcsr",
+        *PEERS,
     )
-    structure: Literal["entries", "blocks", "units"] = flag("entries", "what is pruned; blocks are 64 x 64")
-    ways: tuple[str, ...] = flag(
-        ("masked", "measure", "rule", "bcsr", *PEERS),
-        f"what runs beside dense; also {', '.join(FORMS)}",
-        among=("masked", "measure", "rule", "bcsr", *FORMS, *PEERS),
-    )
-    rounds: int = flag(9, "measurements of each", at_least=1)
+    rounds: Count = 9  # measurements of each
 
 
 SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule"), rounds=2)
 
 
 def apply_fn(params: Any, x: Any) -> Any:
-    """A perceptron with relu between its layers: (batch, width) -> (batch, width)."""
+    """Return a perceptron with relu between its layers: (batch, width) -> (batch, width)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
@@ -68,7 +71,7 @@ def apply_fn(params: Any, x: Any) -> Any:
 
 
 def bcsr_apply(params: Any, x: Any) -> Any:
-    """The same, written by hand for kernels that are BCSR and stored transposed."""
+    """Return the same, written by hand for kernels that are BCSR and stored transposed."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
@@ -76,7 +79,7 @@ def bcsr_apply(params: Any, x: Any) -> Any:
 
 
 def network(config: Config, sparsity: float) -> tuple[Any, Any]:
-    """Params with He's initialisation, and masks."""
+    """Return params with He's initialisation, and masks."""
     keys = jax.random.split(jax.random.key(0), config.layers)
     shape = (config.width, config.width)
     params = {
@@ -95,7 +98,7 @@ def network(config: Config, sparsity: float) -> tuple[Any, Any]:
 
 
 def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
-    """Seconds of a compiled call, over as many in a row as take about two milliseconds."""
+    """Return the seconds of a compiled call, over as many in a row as take about two milliseconds."""
     run = jax.jit(function)
 
     def seconds(repeats: int) -> float:
@@ -110,7 +113,7 @@ def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
 
 
 def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
-    """A line for each way at one batch and sparsity."""
+    """Return a line for each way at one batch and sparsity."""
     params, masks = network(config, sparsity)
     masked = jp.apply_masks(params, masks)
     x = jax.random.normal(jax.random.key(1), (batch, config.width))
@@ -174,7 +177,7 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
+    """Return a line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
     for way in config.ways:
         if way not in ("masked", "measure", "rule", "bcsr", *FORMS, *PEERS):
             raise ValueError(f"there is no way {way!r}: see --help.")
@@ -182,22 +185,17 @@ def run(config: Config) -> list[dict[str, Any]]:
     return [line for batch, sparsity in pairs for line in case(config, batch, sparsity)]
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A row for each batch and sparsity, a column for each way but dense, and the forms it was given."""
-    ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
-    forms = [way for way in ("measure", "rule") if way in ways]
-    chosen = f"  {'; '.join(forms)}:" if forms else ""
-    text = [f"{'batch':>5}{'sparsity':>9}" + "".join(f"{way:>8}" for way in ways) + chosen]
-    for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
-        by = {line["way"]: line for line in some}
-        cells = "".join(f"{by[way]['speed_up']:>8.2f}" if way in by else f"{'-':>8}" for way in ways)
-        notes = "; ".join(by[way]["note"] for way in forms)
-        text.append(f"{batch:>5}{sparsity:>9.0%}{cells}  {notes}".rstrip()[:80])
-    return "\n".join(text)
+def notes(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the forms that `sparsify` gave the kernels, for each batch and sparsity."""
+    return [
+        f"batch {line['batch']}, {line['sparsity']:.0%}, {line['way']}: {line['note']}"[:80]
+        for line in lines
+        if line["way"] in ("measure", "rule") and line["note"]
+    ]
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The same figures as rows of text, header first, for `python -m experiments.benchmarks`."""
+    """Return the figures, header first: a row for each batch and sparsity, a column for each way."""
     ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
     found = [("batch", "sparsity", *ways)]
     for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
@@ -207,11 +205,12 @@ def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     print(f"{config.layers} kernels of {config.width} x {config.width}, {config.structure} pruned,")
     print(f"{jax.devices()[0].device_kind}; times faster than dense, medians of {config.rounds}")
-    print(table(run(config)))
+    lines = run(config)
+    print("\n".join([tables.text(rows(lines), labels=2), *notes(lines)]))
 
 
 if __name__ == "__main__":

@@ -21,39 +21,35 @@ import contextlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
 from experiments.benchmarks.train_step import NO_TORCH
-from experiments.run.settings import flag, parse
+from experiments.run.limits import Items
+from experiments.run.settings import BatchSize, Count, Settings, parse
+from experiments.show.tables import titled
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    widths: tuple[int, ...] = flag(
-        (784, 300, 100, 10),
-        "of the network, from inputs to outputs",
-        at_least=1,
-        at_most=100_000,
-        repeats=True,
-    )
-    batch: int = flag(1000, "rows that each point is evaluated on", at_least=1, at_most=100_000)
-    levels: int = flag(9, "sparsities, evenly spaced between 0 and 1", at_least=1)
-    seeds: int = flag(8, "networks side by side", at_least=1)
-    rounds: int = flag(5, "rounds in which each way runs once", at_least=1)
+    # of the network, from inputs to outputs
+    widths: Annotated[tuple[BatchSize, ...], Items(repeats=True)] = (784, 300, 100, 10)
+    batch: BatchSize = 1000  # rows that each point is evaluated on
+    levels: Count = 9  # sparsities, evenly spaced between 0 and 1
+    seeds: Count = 8  # networks side by side
+    rounds: Count = 5  # rounds in which each way runs once
 
 
 SMALL = Config(widths=(20, 12, 5), batch=16, levels=3, seeds=2, rounds=1)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each sweep and what it is compared with."""
+    """Return a line for each sweep and what it is compared with."""
     spaced = np.linspace(0, 1, config.levels + 2)[1:-1]
     settings = {
         "widths": config.widths,
@@ -96,7 +92,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: how many times as fast the sweep is."""
+    """Return the table: how many times as fast the sweep is."""
     table: list[tuple[str, ...]] = [("sweep", "points", "against", "times as fast", "(quartiles)")]
     for line in lines:
         if "remark" not in line:
@@ -107,11 +103,11 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("a sweep in one program, as times as fast as a loop", rows(lines), lines))
+    print(titled("a sweep in one program, as times as fast as a loop", rows(lines), lines))
 
 
 if __name__ == "__main__":

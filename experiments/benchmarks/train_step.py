@@ -29,34 +29,30 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import show
 from experiments.benchmarks.parts.turns import Worker
-from experiments.run.settings import flag, parse
+from experiments.run.limits import OneOf
+from experiments.run.settings import BatchSize, Count, Positive, Settings, parse
+from experiments.show.tables import titled
 
 NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
 OURS = ("masked", "packed", "fixed")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the benchmark."""
 
-    networks: tuple[str, ...] = flag(
-        ("lenet", "seeds", "large"), "of these, in this order", among=("lenet", "seeds", "large")
-    )
-    width: int = flag(
-        3600, "units of each of the large network's three hidden layers", at_least=1, at_most=100_000
-    )
-    rounds: int = flag(
-        15, "rounds in which each way has one turn; the large network has 5 at most", at_least=1
-    )
-    turn: float = flag(0.06, "seconds of a turn of plain steps, about; one step at least", above=0)
-    slow: bool = flag(False, "also time the argsort of the large network")
+    # of these, in this order
+    networks: tuple[Annotated[str, OneOf(("lenet", "seeds", "large"))], ...] = ("lenet", "seeds", "large")
+    width: BatchSize = 3600  # units of each of the large network's three hidden layers
+    rounds: Count = 15  # rounds in which each way has one turn; the large network has 5 at most
+    turn: Positive = 0.06  # seconds of a turn of plain steps, about; one step at least
+    slow: bool = False  # also time the argsort of the large network
 
 
 SMALL = Config(networks=("lenet",), rounds=2, turn=0.001)
@@ -83,10 +79,10 @@ class Network(NamedTuple):
 
 
 def networks(config: Config) -> list[Network]:
-    """The networks asked for.
+    """Return the networks asked for.
 
     Raises:
-      SystemExit: a name that is none.
+      SystemExit: an unknown name.
     """
     lenet, wide = (784, 300, 100, 10), (784, *[config.width] * 3, 10)
     size = sum(m * n + n for m, n in itertools.pairwise(wide))
@@ -101,7 +97,7 @@ def networks(config: Config) -> list[Network]:
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """A line for each network and way, and what the compiled programs say."""
+    """Return a line for each network and way, and what the compiled programs say."""
     lines: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     has_torch = importlib.util.find_spec("torch") is not None
@@ -134,7 +130,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def _measured(network: Network, workers: Mapping[str, Worker], turn: float) -> list[dict[str, Any]]:
-    """Plain steps and updates of all ways, in turn."""
+    """Return plain steps and updates of all ways, in turn."""
     updating = [
         way
         for way in workers
@@ -175,7 +171,7 @@ def _timed(times: list[float], worker: Worker, method: str, *arguments: Any) -> 
 
 
 def _said(facts: Sequence[Mapping[str, Any]]) -> str:
-    """What the compiled programs of jaxprune hold, in words, the worst of all of them."""
+    """Return what the compiled programs of jaxprune hold, in words, the worst of all of them."""
     most = {name: max(fact[name] for fact in facts) for name in ("sorts", "host", "traces")}
     kept = sum(fact["leaves"] - fact["aliased"] for fact in facts)
     return (
@@ -186,7 +182,7 @@ def _said(facts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: a plain step over the dense one, and over JAX's; an update over a plain step."""
+    """Return the table: a plain step over the dense one, and over JAX's; an update over a plain step."""
     table: list[tuple[str, ...]] = [
         ("network", "way", "step / dense", "(quartiles)", "/ jax dense", "update / step")
     ]
@@ -202,11 +198,11 @@ def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the benchmark from the command line."""
+    """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     lines = run(config)
     print(machine())
-    print(show("a train step that prunes, as a multiple of the dense one", rows(lines), lines))
+    print(titled("a train step that prunes, as a multiple of the dense one", rows(lines), lines))
 
 
 if __name__ == "__main__":

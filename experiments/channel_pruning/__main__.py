@@ -1,8 +1,8 @@
 """`python -m experiments.channel_pruning`."""
 
-from experiments.channel_pruning.study import Config, main
+from experiments.channel_pruning.study import Config, main, run
 
-__all__ = ["Config", "main"]
+__all__ = ["Config", "main", "run"]
 
 if __name__ == "__main__":
     main()

@@ -53,7 +53,7 @@ class Network(NamedTuple):
 
 
 def _not_heads_or_hidden(path: str, member: Member) -> bool:
-    """Of transformers heads and hidden units go, neither parts of heads nor the stream of the blocks."""
+    """Return whether a group is no heads or hidden units: parts of heads and the residual stream stay."""
     in_heads = path.endswith(("/key/kernel", "/value/kernel")) and member.axis == 2
     return in_heads or path == "params/norm/scale"
 
@@ -108,7 +108,7 @@ class Task(NamedTuple):
 
 
 def load(network: Network, train: int | None, test: int | None) -> Task:
-    """Reads a network's data, all or the first so many images or characters, and makes the network."""
+    """Read a network's data, all or the first so many images or characters, and makes the network."""
     if network.dataset == "tiny_shakespeare":
         text = datasets.load_shakespeare(train=train, validation=test)
         first, second = (steps.windows(ids, _CONTEXT) for ids in (text.train, text.validation))
@@ -130,7 +130,7 @@ def _in_evaluation_mode(apply: Apply, variables: Any, x: jax.Array, train: bool)
 
 
 def evaluation(apply: Apply) -> Callable[[Any, jax.Array], jax.Array]:
-    """`logits(variables, x)` in evaluation mode: what is analysed, compacted and timed."""
+    """Return `logits(variables, x)` in evaluation mode: what is analysed, compacted and timed."""
     return lambda variables, x: apply(variables, x, False)[0]
 
 
@@ -184,7 +184,7 @@ class Cutter:
         spared: Callable[[str, Member], bool] | None = None,
         multiple_of: int = 1,
     ):
-        """Reads the network's groups of coupled channels off its function.
+        """Read the network's groups of coupled channels off its function.
 
         Args:
           apply: the dense network.
@@ -203,7 +203,7 @@ class Cutter:
         self._structure = jp.structures.channels(self.groups, normalize=jnp.mean, multiple_of=multiple_of)
 
     def cut(self, name: str, variables: Any, most: float, key: jax.Array | None = None) -> Cut:
-        """Prunes as few units as leave at most so many multiply-adds.
+        """Prune as few units as leave at most so many multiply-adds.
 
         With rankings of several groups, one unit more may be one more in several of them.
 
@@ -223,7 +223,7 @@ class Cutter:
         return Cut(found.masks, int(found.value), found.sparsity)
 
     def _macs_of(self, masks: Any) -> int:
-        """The multiply-adds of the compacted network, of which only the shapes are worked out."""
+        """Return the multiply-adds of the compacted network, of which only the shapes are worked out."""
 
         def small_logits(variables: Any, x: jax.Array) -> jax.Array:
             small = jp.compact(self._logits, variables, masks, self._example, verify=False)
@@ -232,7 +232,7 @@ class Cutter:
         return jp.metrics.macs(small_logits, self._shapes, self._example).total
 
     def widths(self, plan: jp.Plan) -> dict[str, list[int]]:
-        """How many units of each group stay, and of how many."""
+        """Return how many units of each group stay, and of how many."""
 
         def left(group: Group) -> int:
             path, axis, indices, *_ = group.members[0]
@@ -258,7 +258,7 @@ class Small(NamedTuple):
 
 
 def compact(apply: Apply, variables: Any, masks: Any, example: jax.Array) -> Small:
-    """The network without what the masks remove, its training mode included.
+    """Return the network without what the masks remove, its training mode included.
 
     The caller compares it with the masked one.
     """
@@ -277,7 +277,7 @@ def compact(apply: Apply, variables: Any, masks: Any, example: jax.Array) -> Sma
 
 
 def coupled_lasso(groups: ChannelGroups, params: Any) -> jax.Array:
-    """The sum over units of coupled channels of sqrt(size) times their L2 norm.
+    """Return the sum over units of coupled channels of sqrt(size) times their L2 norm.
 
     It is `jaxprune.penalties.group_lasso`, but of all the slices that go together.
     """
@@ -300,7 +300,7 @@ def coupled_lasso(groups: ChannelGroups, params: Any) -> jax.Array:
 
 
 def penalised(groups: ChannelGroups, weight: float) -> optax.GradientTransformation:
-    """Adds to the gradients those of `weight` times the coupled lasso."""
+    """Add to the gradients those of `weight` times the coupled lasso."""
 
     def add(grads: Any, params: Any) -> Any:
         own = jax.grad(partial(coupled_lasso, groups))(params)
@@ -310,7 +310,7 @@ def penalised(groups: ChannelGroups, weight: float) -> optax.GradientTransformat
 
 
 def speed_up(calls: Mapping[str, tuple[Any, ...]], rounds: int) -> float | None:
-    """How many times as fast the compiled call "small" is as "dense": medians, in turn."""
+    """Return how many times as fast the compiled call "small" is as "dense": medians, in turn."""
     if not rounds:
         return None
     times = jp.metrics.latency(calls, rounds=rounds, compiled=False)
@@ -318,5 +318,5 @@ def speed_up(calls: Mapping[str, tuple[Any, ...]], rounds: int) -> float | None:
 
 
 def shares(epochs: int, rounds: int) -> Sequence[int]:
-    """Epochs spread over rounds, at least one each where there are enough."""
+    """Return epochs spread over rounds, at least one each where there are enough."""
     return [len(part) for part in np.array_split(np.arange(epochs), min(rounds, max(1, epochs)))]

@@ -9,29 +9,32 @@ from typing import Any
 
 import numpy as np
 
-from experiments.show import figures
+from experiments.show import figures, tables
+from jaxprune import plots
 
 
 def summarise(lines: Sequence[dict[str, Any]], chosen: Any) -> str:
-    """The lines as tables of at most 80 columns, means and standard deviations over seeds."""
+    """Return the lines as tables of at most 80 columns, means and standard deviations over seeds."""
     dense = [line for line in lines if line["method"] == "dense"]
+    bits = "bits" in dense[0]
     sizes = [str(size) for size in chosen.batch_sizes][:3] if chosen.timing_runs else []
     text = [f"dense: {_mean(dense)} {_unit(dense)}"]
-    if "bits" in dense[0]:
+    if bits:
         text[0] += f" ({np.mean([line['loss'] for line in dense]):.3f} nats)"
     text.append(f"{dense[0]['params']:,} parameters, {dense[0]['macs']:,} multiply-adds (MACs)")
-    heads = "".join(f"{f'x@{size}':>7}" for size in sizes) + f"{'nats':>8}" * ("bits" in dense[0])
     for target in chosen.targets:
         text += ["", f"{target:g} times fewer multiply-adds, {chosen.tune_epochs} epochs of tuning"]
-        text.append(f"{_unit(dense):>54}")
-        text.append(f"{'method':<11}{'MACs x':>8}{'params':>10}{'before':>9}{'after':>16}{heads}")
+        text.append(f"before and after: {_unit(dense)}")
+        heads = ["method", "MACs x", "params", "before", "after", *(f"x@{size}" for size in sizes)]
+        rows = [heads + ["nats"] * bits]
         for method in chosen.methods:
             own = [line for line in lines if (line["method"], line["target"]) == (method, target)]
             ratio, params = (np.mean([line[key] for line in own]) for key in ("macs_ratio", "params"))
             before = _mean([line["before"] for line in own if line["before"]]).split(" ")[0]
-            times = "".join(f"{np.mean([line['speed_up'][size] for line in own]):>7.2f}" for size in sizes)
-            times += f"{np.mean([line['loss'] for line in own]):>8.3f}" * ("bits" in dense[0])
-            text.append(f"{method:<11}{ratio:>8.2f}{params:>10,.0f}{before:>9}{_mean(own):>16}{times}")
+            row = [method, f"{ratio:.2f}", f"{params:,.0f}", before, _mean(own)]
+            row += [f"{np.mean([line['speed_up'][size] for line in own]):.2f}" for size in sizes]
+            rows.append(row + [f"{np.mean([line['loss'] for line in own]):.3f}"] * bits)
+        text.append(tables.text(rows))
     errors = [line["compaction_error"] for line in lines if line["method"] != "dense"]
     text += ["", f"largest difference of masked and compacted logits: {max(errors, default=0):.1e}"]
     if sizes:
@@ -40,7 +43,7 @@ def summarise(lines: Sequence[dict[str, Any]], chosen: Any) -> str:
 
 
 def widths(lines: Sequence[dict[str, Any]], target: float) -> str:
-    """What the rankings leave of each group, with the first seed, as a table."""
+    """Return what the rankings leave of each group, with the first seed, as a table."""
     own = {
         line["method"]: line["widths"]
         for line in lines
@@ -48,40 +51,38 @@ def widths(lines: Sequence[dict[str, Any]], target: float) -> str:
     }
     # Random and gradual have local's widths, scratch those of --ranking.
     columns = [m for m in ("global", "local", "isomorphic", "iterative") if m in own] or list(own)
-    text = [f"{'channels that stay, ' + f'{target:g}x':<32}{'of':>6}" + "".join(f"{m:>11}" for m in columns)]
+    rows = [[f"channels that stay, {target:g}x", "of", *columns]]
     for group, (_, units) in own[columns[0]].items() if columns else ():
         name = group.removeprefix("params/").rsplit("/", 1)[0]
-        text.append(f"{name[-32:]:<32}{units:>6}" + "".join(f"{own[m][group][0]:>11}" for m in columns))
-    return "\n".join(text)
+        rows.append([name[-32:], str(units), *(str(own[method][group][0]) for method in columns)])
+    return tables.text(rows)
 
 
 def plot(lines: Sequence[dict[str, Any]], chosen: Any) -> None:
-    """Accuracy, or bits per character, against multiply-adds and parameters, as `accuracy.png`."""
+    """Draw accuracy, or bits per character, against multiply-adds and parameters, as `accuracy.png`."""
     dense = [line for line in lines if line["method"] == "dense"]
-    key, factor = ("bits", 1) if "bits" in dense[0] else ("accuracy", 100)
-
-    def values(own: Sequence[dict[str, Any]]) -> list[float]:
-        return [factor * line[key] for line in own]
-
-    panels = []
+    bits = "bits" in dense[0]
+    key = "bits" if bits else "accuracy"
+    panels: dict[str, dict[str, plots.Line]] = {}
     for label, size in (("multiply-adds", "macs"), ("parameters", "params")):
-        curves = {"dense": figures.Curve([1.0], np.array([values(dense)]))}
+        curves: dict[str, plots.Line] = {"dense": ([1.0], [[line[key] for line in dense]])}
         for method in chosen.methods:
             at = [
                 [line for line in lines if (line["method"], line["target"]) == (method, target)]
                 for target in sorted(chosen.targets)
             ]
-            ratios = [dense[0][size] / np.mean([line[size] for line in own]) for own in at]
-            curves[method] = figures.Curve([float(x) for x in ratios], np.array([values(own) for own in at]))
-        panels.append((f"times fewer {label}", curves))
-    figures.panels(
-        Path(chosen.out) / "accuracy.png",
-        f"{chosen.network}, {dense[0]['note']};\n{chosen.tune_epochs} epochs of tuning, "
-        f"{len(chosen.seeds)} seed{'s' * (len(chosen.seeds) > 1)}",
+            ratios = [float(dense[0][size] / np.mean([line[size] for line in own])) for own in at]
+            curves[method] = ratios, [[line[key] for line in own] for own in at]
+        panels[f"times fewer {label}"] = curves
+    figure = plots.panels(
         panels,
-        figure="bits per character" if key == "bits" else "test accuracy (%)",
-        factor=1,
+        y="bits per character" if bits else "test accuracy (%)",
+        title=f"{chosen.network}, {dense[0]['note']};\n{chosen.tune_epochs} epochs of tuning, "
+        f"{len(chosen.seeds)} seed{'s' * (len(chosen.seeds) > 1)}",
+        percent=not bits,
+        log=True,
     )
+    figures.save(figure, Path(chosen.out) / "accuracy.png")
 
 
 def _unit(lines: Sequence[dict[str, Any]]) -> str:
@@ -89,7 +90,7 @@ def _unit(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _mean(scores: Sequence[dict[str, Any]]) -> str:
-    """Accuracies in percent, or bits per character: mean and standard deviation."""
+    """Return the accuracies in percent, or bits per character: mean and standard deviation."""
     if not scores:
         return "-"
     bits = "bits" in scores[0]

@@ -8,7 +8,7 @@ compacted network, which is trained on:
   by itself, or those of one kind together; then tuning;
 - random: as local, but which channels go is drawn: a control;
 - iterative: several rounds of both, in as many epochs;
-- gradual: pruned by and by while the dense network is trained on under a group lasso, in as many
+- gradual: pruned gradually while the dense network trains on under a group lasso, in as many
   epochs, and compacted at the end;
 - scratch: the small network from new weights, in as many epochs at the dense network's learning
   rate: a control.
@@ -21,14 +21,14 @@ compacted network, which is trained on:
 
 The dense network is kept in the results folder, and so is every line: the same command with more
 methods, targets or seeds adds to them. A run that was stopped, by SIGKILL, SIGTERM (status 143) or a
-full disk, goes on after its last epoch of the dense network, or its last finished method.
+full disk, resumes after its last epoch of the dense network, or its last finished method.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,55 +39,46 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.channel_pruning import cutting, show
 from experiments.channel_pruning.cutting import NETWORKS, RANKINGS, Cut, Small
+from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.checkpoint import Checkpoints, forget
-from experiments.run.limits import FlagError
+from experiments.run.limits import FlagError, Items, OneOf, Range
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
 from experiments.training import steps
 
 METHODS = ("global", "local", "isomorphic", "random", "iterative", "gradual", "scratch")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "cifar10", "tiny_shakespeare"] = flag(
-        "digits", "digits are embedded; the others are downloaded once"
-    )
-    network: Literal["lenet", "resnet20", "resnet56", "vit", "decoder"] | None = flag(
-        None, "by default lenet, resnet20 or decoder, whichever fits"
-    )
-    seeds: tuple[int, ...] = flag((0,), "comma-separated", at_least=0)
-    methods: tuple[str, ...] = flag(METHODS, "comma-separated", among=METHODS, empty=True)
-    targets: tuple[float, ...] | None = flag(
-        None, "how many times fewer multiply-adds; the default is the network's, as of the next five", above=1
-    )
-    epochs: int | None = flag(None, "of the dense network", at_least=1)
-    lr: float | None = flag(None, "its learning rate, at the peak of one cycle", above=0)
-    tune_epochs: int | None = flag(None, "of each pruned network", at_least=0)
-    tune_lr: float | None = flag(None, "the learning rate of tuning, at the peak of one cycle", above=0)
-    batch_size: int | None = flag(None, "images, or pieces of text, per step", at_least=1, at_most=100_000)
-    ranking: Literal["global", "local", "isomorphic"] = flag(
-        "isomorphic", "what iterative and scratch prune by"
-    )
-    multiple_of: int = flag(
-        1, "round widths up to a multiple of this many channels, heads or hidden units", at_least=1
-    )
-    rounds: int = flag(3, "of iterative pruning; at most the epochs of tuning", at_least=1)
-    penalty: float = flag(1e-4, "weight of gradual's group lasso", at_least=0)
-    batch_sizes: tuple[int, ...] = flag((1, 64), "to measure times at", at_least=1, at_most=100_000)
-    timing_runs: int = flag(20, "calls timed of each network; 0 for none", at_least=0)
-    train_size: int | None = flag(None, "use this many training images, or characters, only", at_least=1)
-    test_size: int | None = flag(None, "use this many test images, or characters, only", at_least=1)
-    dense: str | None = flag(
-        None, "the folder of the dense networks (default: dense, in the results)", path="folder"
-    )
-    fresh: bool = flag(False, "start over, the dense network too, whatever the folders hold")
-    out: str | None = flag(
-        None, "folder of the results (default: results/channel_pruning/<network>)", path="folder"
-    )
+    # digits are embedded; the others are downloaded once
+    dataset: Literal["digits", "cifar10", "tiny_shakespeare"] = "digits"
+    # by default lenet, resnet20 or decoder, whichever fits
+    network: Literal["lenet", "resnet20", "resnet56", "vit", "decoder"] | None = None
+    seeds: Seeds = (0,)  # the runs that figures are averaged over
+    # ways to prune, or the controls
+    methods: Annotated[tuple[Annotated[str, OneOf(METHODS)], ...], Items(empty=True)] = METHODS
+    # how many times fewer multiply-adds; the default is the network's, as of the next five
+    targets: tuple[Annotated[float, Range(above=1)], ...] | None = None
+    epochs: Count | None = None  # of the dense network
+    lr: Positive | None = None  # its learning rate, at the peak of one cycle
+    tune_epochs: Natural | None = None  # of each pruned network
+    tune_lr: Positive | None = None  # the learning rate of tuning, at the peak of one cycle
+    batch_size: BatchSize | None = None  # images, or pieces of text, per step
+    ranking: Literal["global", "local", "isomorphic"] = "isomorphic"  # what iterative and scratch prune by
+    multiple_of: Count = 1  # round widths up to a multiple of this many channels, heads or hidden units
+    rounds: Count = 3  # of iterative pruning; at most the epochs of tuning
+    penalty: Annotated[float, Range(at_least=0)] = 1e-4  # weight of gradual's group lasso
+    batch_sizes: tuple[BatchSize, ...] = (1, 64)  # to measure times at
+    timing_runs: Natural = 20  # calls timed of each network; 0 for none
+    train_size: Count | None = None  # use this many training images, or characters, only
+    test_size: Count | None = None  # use this many test images, or characters, only
+    dense: Folder | None = None  # the folder of the dense networks (default: dense, in the results)
+    fresh: bool = False  # start over, the dense network too, whatever the folders hold
+    out: Folder | None = None  # folder of the results (default: results/channel_pruning/<network>)
 
 
 # What a line of results may differ in from another run's and still be of the same study.
@@ -97,12 +88,11 @@ _GRADUAL_UPDATES = 20
 
 
 def settings(config: Config) -> Config:
-    """The flags, with the network's defaults where they were left out.
+    """Return the flags, with the network's defaults where they were left out.
 
     Raises:
-      FlagError: a flag beyond its limits, or a network for another data set.
+      FlagError: the network is for another data set.
     """
-    check_limits(config)
     fitting = {"digits": "lenet", "cifar10": "resnet20", "tiny_shakespeare": "decoder"}
     name = config.network or fitting[config.dataset]
     network = NETWORKS[name]
@@ -116,12 +106,12 @@ def settings(config: Config) -> Config:
 
 
 def _filled(chosen: Config) -> Any:
-    """The same, for the type checker: nothing that `settings` fills in is None any more."""
+    """Return the same, for the type checker: nothing that `settings` fills in is None any more."""
     return chosen
 
 
 def dense_settings(chosen: Config, seed: int) -> dict[str, Any]:
-    """What a dense network depends on: what its checkpoint is kept under."""
+    """Return what a dense network depends on: what its checkpoint is kept under."""
     names = ("dataset", "network", "epochs", "lr", "batch_size", "train_size")
     return {name: getattr(chosen, name) for name in names} | {"seed": seed}
 
@@ -142,7 +132,7 @@ class Run(NamedTuple):
 
 
 def recipe(method: str, cut: Cut, multiple_of: int, end_step: int | None = None) -> jp.recipes.Recipe:
-    """What is pruned to where `cut` came to: at once, or along a cubic schedule."""
+    """Return what is pruned to where `cut` came to: at once, or along a cubic schedule."""
     ranking, sparsity = RANKINGS.get(method, RANKINGS["local"]), cut.sparsity
     prune: dict[str, Any] = {"score": ranking.scores.__name__, "scope": ranking.scope, "sparsity": sparsity}
     channels: dict[str, Any] = {"normalize": "mean", "multiple_of": multiple_of}
@@ -172,20 +162,20 @@ class Study:
         self.score = self.scorer(self.task.apply)
 
     def scorer(self, apply: steps.Apply) -> Any:
-        """`score(variables)` on the test split."""
+        """Return `score(variables)` on the test split."""
         chunk = 50 if self.network.dataset == "tiny_shakespeare" else 500
         return steps.scorer(apply, self.task.test, min(chunk, len(self.task.test.y)))
 
     def optimizer(self, peak: float, epochs: int) -> optax.GradientTransformation:
-        """The network's, in one cycle of the learning rate."""
+        """Return the network's, in one cycle of the learning rate."""
         return self.network.optimizer(steps.one_cycle(peak, max(1, epochs * self.steps)))
 
     def fitter(self, apply: steps.Apply, optimizer: optax.GradientTransformation) -> Any:
-        """`fit(variables, key, epochs, opt_state=None, after=None)`."""
+        """Return `fit(variables, key, epochs, opt_state=None, after=None)`."""
         return steps.fitter(apply, optimizer, self.batch_size, self.task.train, self.network.augment)
 
     def dense(self, seed: int, bar: tqdm) -> Any:
-        """The dense network's variables, trained, or as far as they were, read."""
+        """Return the dense network's variables, trained, or as far as they were, read."""
         folder, epochs = f"{self.chosen.dense}/seed-{seed}", self.epochs
         optimizer = self.optimizer(self.lr, epochs)
 
@@ -215,7 +205,7 @@ class Study:
         return state.variables
 
     def run(self, method: str, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Prunes by a method to 1 / target of the multiply-adds, and trains what is left."""
+        """Prune by a method to 1 / target of the multiply-adds, and trains what is left."""
         most, epochs, peak = self.cutter.macs / target, self.tune_epochs, self.tune_lr
         if method == "iterative":
             return self._iterative(target, dense, seed, bar)
@@ -236,7 +226,7 @@ class Study:
         return Run(small, state.variables, before)
 
     def _iterative(self, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Rounds of pruning and tuning, of one cycle: the optimizer's state shrinks with the network."""
+        """Prune and tune in rounds of one cycle: the optimizer's state shrinks with the network."""
         optimizer, opt_state = self.optimizer(self.tune_lr, self.tune_epochs), None
         parts = cutting.shares(self.tune_epochs, self.chosen.rounds)
         result = None
@@ -258,7 +248,7 @@ class Study:
         return result
 
     def _gradual(self, target: float, cut: Cut, dense: Any, seed: int, bar: tqdm) -> Run:
-        """Pruning inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
+        """Prune inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
         epochs = self.tune_epochs
         groups = self.cutter.groups.under("params")
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
@@ -275,7 +265,7 @@ class Study:
         return Run(small, small.compacted.params, None)
 
     def figures(self, run: Run) -> dict[str, Any]:
-        """All that is reported of a run but its method."""
+        """Return all that is reported of a run but its method."""
         small, variables = run.small.compacted, run.variables
         macs = jp.metrics.macs(small.apply, variables, self.example).total
         logits, masked = jax.jit(small.apply), jax.jit(small.expand)(variables)
@@ -294,13 +284,13 @@ class Study:
             "macs": macs,
             "macs_ratio": self.cutter.macs / macs,
             "compaction_error": max(errors, default=None),
-            "stayed": [str(stayed) for stayed in small.stayed],
+            "stayed": [str(stayed) for stayed in small.not_removed],
             "speed_up": speed_ups,
             "widths": self.cutter.widths(small.plan),
         }
 
     def measures(self, score: steps.Score) -> dict[str, float]:
-        """Of a text, bits per character too."""
+        """Return a score's figures; for a text, bits per character too."""
         text = self.network.dataset == "tiny_shakespeare"
         return score._asdict() | ({"bits": score.loss / math.log(2)} if text else {})
 
@@ -310,15 +300,30 @@ def _key(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), purposes.index(purpose))
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("target",),
+    figures=("accuracy", "loss", "before.accuracy", "params", "macs", "macs_ratio"),
+    percent=("accuracy", "before.accuracy"),
+    baseline={"method": "dense"},
+    axes=(
+        Axis("compression (parameters)", "params", "dense / x"),
+        Axis("times fewer multiply-adds", "macs_ratio", "ratio"),
+    ),
+)
+
+
 def run(config: Config) -> list[dict[str, Any]]:
-    """Runs the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
+    """Run the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
     chosen = settings(config)
     own = _filled(chosen)
     wanted = [("dense", 1.0), *((m, target) for target in own.targets for m in chosen.methods)]
+    text = NETWORKS[own.network].dataset == "tiny_shakespeare"
     results = Results(
         own.out,
         "channel_pruning",
         chosen,
+        design=DESIGN._replace(figures=("bits", *DESIGN.figures)) if text else DESIGN,
         resume=not chosen.fresh,
         adds=True,
         may_differ=_NOT_SETTINGS,
@@ -355,7 +360,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out or "results/channel_pruning"):
         lines = run(config)

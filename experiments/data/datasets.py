@@ -83,7 +83,7 @@ _TFDS = {
 
 @contextlib.contextmanager
 def explain_missing_data() -> Iterator[None]:
-    """Ends a command with the message alone, and no traceback, where its data cannot be had.
+    """End a command with the message alone, and no traceback, where its data cannot be had.
 
     Also where its flags do not go together.
     """
@@ -101,7 +101,7 @@ def load(
     test: int | None = None,
     data_dir: PathLike | None = None,
 ) -> Dataset:
-    """Loads a data set; prepares it first when it is not on the disk and there is a network.
+    """Load a data set; prepares it first when it is not on the disk and there is a network.
 
     Args:
         name: "digits" (in scikit-learn's wheel: never a download), "mnist" or "cifar10".
@@ -134,7 +134,7 @@ def load(
 
 
 def _check_count(split: str, count: int | None, available: int) -> int:
-    """How many examples of the split to give."""
+    """Return how many examples of the split to give."""
     if count is None:
         return available
     if not 1 <= count <= available:
@@ -190,12 +190,12 @@ def _load_digits(size: int | None, train: int | None, test: int | None) -> Datas
 
 
 def _to_uint8(images: np.ndarray) -> np.ndarray:
-    """(n, height, width) of 0..255 as uint8 of shape (n, height, width, 1)."""
+    """Return (n, height, width) of 0..255 as uint8 of shape (n, height, width, 1)."""
     return np.rint(images).astype(np.uint8)[..., None]
 
 
 def _enlarge(images: np.ndarray, size: int) -> np.ndarray:
-    """Bilinear enlargement of (n, side, side) to (n, size, size), the values' type kept.
+    """Enlarge (n, side, side) to (n, size, size) bilinearly, keeping the dtype.
 
     Separable, hence a matrix on either side: W X W^T.
     """
@@ -204,7 +204,7 @@ def _enlarge(images: np.ndarray, size: int) -> np.ndarray:
 
 
 def _bilinear_weights(old: int, new: int) -> np.ndarray:
-    """The (new, old) matrix that interpolates `old` samples linearly at `new` places.
+    """Return the (new, old) matrix that interpolates `old` samples linearly at `new` places.
 
     Sample i stands for the middle of the i-th of `old` equal cells, so place j lies at
     (j + 1/2) old / new - 1/2, counted in samples; beyond the outermost samples the edge goes on.
@@ -226,7 +226,7 @@ def _load_tfds(name: str, train: int | None, test: int | None, data_dir: PathLik
 
 
 def _prepared_builder(name: str, data_dir: PathLike | None) -> Any:
-    """TFDS' builder of a data set that is on the disk, in a format readable without TensorFlow."""
+    """Return TFDS' builder of a data set that is on the disk, in a format readable without TensorFlow."""
     tfds = import_tfds()
     builder = make_builder(tfds, name, data_dir)
     if not builder.is_prepared():
@@ -244,7 +244,7 @@ def _prepared_builder(name: str, data_dir: PathLike | None) -> Any:
 
 
 def _read_split(builder: Any, split: str, count: int | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """The first `count` examples: images (n, h, w, c), labels (n,), and their ids, if any."""
+    """Return the first `count` examples: images (n, h, w, c), labels (n,), and their ids, if any."""
     count = _check_count(split, count, builder.info.splits[split].num_examples)
     source = builder.as_data_source(f"{split}[:{count}]")
     examples = source.__getitems__(range(count))  # one call: several times faster than a loop
@@ -255,7 +255,7 @@ def _read_split(builder: Any, split: str, count: int | None) -> tuple[np.ndarray
 
 
 def _note(title: str, ids: list[str]) -> str:
-    """The note; it warns when the ids are `<split>_<class>_<rank>`, not TFDS' `train_00000`."""
+    """Return the note; it warns when the ids are `<split>_<class>_<rank>`, not TFDS' `train_00000`."""
     # Such a folder was made from the class folders of a collection of JPEG files.
     if ids and all(re.fullmatch(r"(train|test)_[a-z]+_\d+", i) for i in ids):
         return f"{title} from JPEG files: not comparable with published accuracies"
@@ -268,7 +268,7 @@ def _note(title: str, ids: list[str]) -> str:
 def load_shakespeare(
     *, train: int | None = None, validation: int | None = None, data_dir: PathLike | None = None
 ) -> Text:
-    """Loads Tiny Shakespeare, 1,003,854 and 55,770 characters; prepares it first if need be.
+    """Load Tiny Shakespeare, 1,003,854 and 55,770 characters; prepares it first if need be.
 
     Args:
         train: how many of the first training characters to give; default all.
@@ -301,6 +301,6 @@ def load_shakespeare(
 
 
 def _characters(builder: Any, split: str) -> np.ndarray:
-    """The ASCII codes of a split, which is one example."""
+    """Return the ASCII codes of a split, which is one example."""
     (example,) = builder.as_data_source(split).__getitems__([0])
     return np.frombuffer(example["text"], np.uint8)

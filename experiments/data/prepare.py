@@ -59,7 +59,7 @@ class DataUnavailable(RuntimeError):  # noqa: N818 - it says what is so, as Stop
 
 
 def import_tfds(*also: str) -> Any:
-    """The `tensorflow_datasets` module, with everything it needs and does not declare.
+    """Return the `tensorflow_datasets` module, with everything it needs and does not declare.
 
     Args:
         *also: further modules that the caller needs.
@@ -99,20 +99,20 @@ def _missing(what: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a data set this module can prepare."""
+    """Raise ValueError unless `name` is a data set this module can prepare."""
     if name not in URLS:
         raise ValueError(f"got name={name!r}; it must be one of {sorted(URLS)}")
 
 
 def make_builder(tfds: Any, name: str, data_dir: PathLike | None) -> Any:
-    """TFDS' own builder of `name` in `data_dir`, else in $TFDS_DATA_DIR, else in TFDS' default."""
+    """Return TFDS' own builder of `name` in `data_dir`, else in $TFDS_DATA_DIR, else in TFDS' default."""
     # TFDS reads the variable when it is first imported; read here, it counts whenever it is set.
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or None
     return tfds.builder(name, data_dir=None if folder is None else os.path.expanduser(folder))
 
 
 def prepare(name: str, data_dir: PathLike | None = None, download: Download | None = None) -> str:
-    """Writes data set `name` as a TFDS array_record folder, or keeps the one already there.
+    """Write data set `name` as a TFDS array_record folder, or keeps the one already there.
 
     Args:
         name: "mnist", "cifar10" or "tiny_shakespeare".
@@ -154,7 +154,7 @@ def prepare(name: str, data_dir: PathLike | None = None, download: Download | No
 
 
 def _split_generators(name: str, builder: Any, download: Download | None) -> Callable[[Any], Any]:
-    """What takes the place of the builder's own method: dl_manager -> {split: examples}."""
+    """Return what takes the place of the builder's own method: dl_manager -> {split: examples}."""
 
     def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[int | str, dict[str, Any]]]]:
         paths = (download or dl_manager.download)(URLS[name])
@@ -174,7 +174,7 @@ def _split_generators(name: str, builder: Any, download: Download | None) -> Cal
 
 
 def read_idx(path: PathLike, ndim: int) -> np.ndarray:
-    """Reads a gzipped IDX file of unsigned bytes.
+    """Read a gzipped IDX file of unsigned bytes.
 
     The format: two zero bytes, 8 (unsigned byte), the number of axes, every axis' size as a
     big-endian 32-bit integer, then the entries in C order.
@@ -213,7 +213,7 @@ def read_idx(path: PathLike, ndim: int) -> np.ndarray:
 
 
 def _mnist_arrays(paths: Mapping[str, PathLike], split: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 28, 28), labels (n,)), both uint8."""
+    """Return (images (n, 28, 28), labels (n,)), both uint8."""
     images_path, labels_path = paths[f"{split}_images"], paths[f"{split}_labels"]
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if images.shape != (len(labels), 28, 28):
@@ -226,7 +226,7 @@ def _mnist_arrays(paths: Mapping[str, PathLike], split: str) -> tuple[np.ndarray
 
 
 def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
-    """TFDS' examples. The key is the index: TFDS shuffles by it, so its order comes out too."""
+    """Yield TFDS' examples. The key is the index: TFDS shuffles by it, so its order comes out too."""
     from PIL import Image
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -239,7 +239,7 @@ def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[in
 def read_cifar_tar(
     path: PathLike,
 ) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Reads `cifar-10-binary.tar.gz`, without unpacking anything onto the disk.
+    """Read `cifar-10-binary.tar.gz`, without unpacking anything onto the disk.
 
     Args:
         path: the `.tar.gz` file.
@@ -267,7 +267,7 @@ def read_cifar_tar(
 
 
 def _read_members(path: PathLike, wanted: list[str]) -> dict[str, bytes]:
-    """The contents of the wanted regular files of the archive, {name without folder: bytes}."""
+    """Return the contents of the wanted regular files of the archive, {name without folder: bytes}."""
     files: dict[str, bytes] = {}
     try:
         # As a stream: going back in a gzip file means unpacking it from its start again.
@@ -290,7 +290,7 @@ def _read_members(path: PathLike, wanted: list[str]) -> dict[str, bytes]:
 
 
 def _parse_cifar_batch(content: bytes, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images (n, 32, 32, 3), labels (n,)) of a file of records `label, red, green, blue`."""
+    """Return images (n, 32, 32, 3) and labels (n,) of a file of records `label, red, green, blue`."""
     if not content or len(content) % _CIFAR_RECORD:
         raise ValueError(
             f"{what} holds {len(content)} bytes; a positive multiple of {_CIFAR_RECORD} (a label "
@@ -306,7 +306,7 @@ def _parse_cifar_batch(content: bytes, what: str) -> tuple[np.ndarray, np.ndarra
 def _cifar_examples(
     split: str, images: np.ndarray, labels: np.ndarray
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """TFDS' examples, with the ids and keys that TFDS itself gives them."""
+    """Yield TFDS' examples, with the ids and keys that TFDS itself gives them."""
     from PIL import Image
 
     for index, (image, label) in enumerate(zip(images, labels, strict=True)):
@@ -325,7 +325,7 @@ def _check_labels(labels: np.ndarray, what: PathLike) -> None:
 
 
 def read_shakespeare(path: PathLike) -> dict[str, str]:
-    """The text cut as TFDS does: "train" the first .9, then half and half "validation" and "test".
+    """Return the text cut as TFDS does: "train" the first .9, then half and half "validation" and "test".
 
     Raises:
         ValueError: the file is no such text.
@@ -347,7 +347,7 @@ def read_shakespeare(path: PathLike) -> dict[str, str]:
 
 
 def _require_network(name: str, builder: Any) -> None:
-    """Raises DataUnavailable unless the host of the archives answers within a few seconds.
+    """Raise DataUnavailable unless the host of the archives answers within a few seconds.
 
     TFDS retries a dead network for more than three minutes, so it must not be the one to find out.
     """
@@ -358,7 +358,7 @@ def _require_network(name: str, builder: Any) -> None:
 
 
 def _unreachable(url: str, seconds: float) -> str | None:
-    """Why `url` does not answer, or None if it does."""
+    """Return why `url` does not answer, or None if it does."""
     # requests, as TFDS: the same proxies and certificates then count.
     import requests
 
@@ -380,7 +380,7 @@ def _unreachable(url: str, seconds: float) -> str | None:
 
 
 def unavailable(name: str, folder: PathLike, problem: str) -> DataUnavailable:
-    """The error for a data set that cannot be had: what is missing, where, and what to do."""
+    """Return the error for a data set that cannot be had: what is missing, where, and what to do."""
     path = Path(folder)
     return DataUnavailable(
         f"{name} in {path} {problem}. Either set TFDS_DATA_DIR to a folder that holds the prepared "
@@ -390,7 +390,7 @@ def unavailable(name: str, folder: PathLike, problem: str) -> DataUnavailable:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line: prepares one data set and prints its folder."""
+    """Return the command line: prepares one data set and prints its folder."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.data.prepare",
         description="Download a data set and write it as a TFDS array_record folder.",

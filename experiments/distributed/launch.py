@@ -13,14 +13,14 @@ _LAST_LINES = 15
 
 
 def free_address() -> str:
-    """An address of this machine that nothing listens on yet."""
+    """Return an address of this machine that nothing listens on yet."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{listener.getsockname()[1]}"
 
 
 def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
-    """Runs commands side by side until all have ended; the first one alone prints.
+    """Run commands side by side until all have ended; the first one alone prints.
 
     Args:
       commands: each with its arguments.
@@ -51,7 +51,7 @@ def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
 
 
 def module_command(module: str, flags: Sequence[str]) -> list[str]:
-    """A command that runs a module with this Python."""
+    """Return a command that runs a module with this Python."""
     return [sys.executable, "-m", module, *flags]
 
 

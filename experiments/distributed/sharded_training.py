@@ -29,7 +29,7 @@ _VALIDATION = 0.05  # of Python's help
 
 
 def load_text(dataset: str) -> datasets.Text:
-    """Tiny Shakespeare, or the help topics that come with Python itself, which need no download."""
+    """Return Tiny Shakespeare, or Python's own help topics, which need no download."""
     if dataset == "tiny_shakespeare":
         return datasets.load_shakespeare()
     topics = pydoc_data.topics.topics
@@ -42,7 +42,7 @@ def load_text(dataset: str) -> datasets.Text:
 
 
 def feed(ids: np.ndarray, starts: np.ndarray, context: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """A batch, sharded over "data": pieces of a text, and what follows each character.
+    """Return a batch, sharded over "data": pieces of a text, and what follows each character.
 
     Each process reads only the pieces that its own devices take.
 
@@ -66,7 +66,7 @@ def feed(ids: np.ndarray, starts: np.ndarray, context: int, mesh: Mesh) -> tuple
 
 
 def make_mesh(data: int, tensor: int) -> Mesh:
-    """All devices of all processes as a mesh; XLA works out what the params' shardings leave open."""
+    """Return all devices of all processes as a mesh; XLA works out what the params' shardings leave open."""
     return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -87,7 +87,7 @@ _RULES: dict[str, tuple[int, int | None]] = {
 
 
 def param_specs(params: Any, mesh: Mesh) -> Any:
-    """How each param is sharded; what has no rule, the norms' scales, is not.
+    """Return how each param is sharded; what has no rule, the norms' scales, is not.
 
     Raises:
       FlagError: an axis that the mesh does not divide.
@@ -111,12 +111,12 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def on_mesh(specs: Any, mesh: Mesh) -> Any:
-    """Shardings from specs."""
+    """Return the shardings of specs on a mesh."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P))
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has whole, sharded; each device gets its own part."""
+    """Shard arrays that every process holds in full: each device gets its part."""
 
     def one(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -125,7 +125,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def gather(tree: Any) -> Any:
-    """The arrays whole, as numpy, in every process."""
+    """Return the arrays whole, as numpy, in every process."""
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
 
 
@@ -152,7 +152,7 @@ Gradients = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 def start(init: Callable[[], Any], tx: optax.GradientTransformation, mesh: Mesh) -> tuple[State, Any]:
-    """The first state, each shard made on its device, and the params' specs.
+    """Return the first state, each shard made on its device, and the params' specs.
 
     The masks are sharded like the params without being told. Adam's moments are not, being plain
     zeros: `optax.tree.map_params` says which leaves of its state mirror which params.
@@ -173,7 +173,7 @@ def start(init: Callable[[], Any], tx: optax.GradientTransformation, mesh: Mesh)
 def stepper(
     gradients: Gradients, tx: optax.GradientTransformation, state: State, literal: bool = False
 ) -> Any:
-    """`step(state, x, y) -> state, loss`, compiled once; it takes over the state's memory.
+    """Return `step(state, x, y) -> state, loss`, compiled once; it takes over the state's memory.
 
     Args:
       gradients: of the loss of a batch: `jax.value_and_grad(loss)`, or `reproducible_gradients`.
@@ -194,7 +194,7 @@ def stepper(
 
 
 def reproducible_gradients(loss: Loss, mesh: Mesh, specs: Any, parts: int) -> Gradients:
-    """Gradients that do not depend, to the bit, on how many devices there are.
+    """Return gradients that do not depend, to the bit, on how many devices there are.
 
     Floating-point sums depend on their order. So the batch is cut into as many parts whatever the
     number of devices; each part's gradient is worked out whole on one device, from params gathered
@@ -242,7 +242,7 @@ def reproducible_gradients(loss: Loss, mesh: Mesh, specs: Any, parts: int) -> Gr
 
 
 def _in_pairs(terms: jax.Array) -> jax.Array:
-    """The sum over the first axis, a power of 2 long, of neighbours, then of neighbouring sums."""
+    """Return the sum over the first axis, a power of 2 long, of neighbours, then of neighbouring sums."""
     while len(terms) > 1:
         terms = terms[::2] + terms[1::2]
     return terms[0]
@@ -252,14 +252,14 @@ def _in_pairs(terms: jax.Array) -> jax.Array:
 
 
 def check_shardings(state: State, shardings: Any) -> None:
-    """Raises AssertionError unless params lie where they belong, and their masks where they do."""
+    """Raise AssertionError unless params lie where they belong, and their masks where they do."""
     for tree in (state.params, optax.tree.get(state.opt_state, "masks")):
         for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
             assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim), (leaf.sharding, sharding)
 
 
 def fingerprint(tree: Any) -> str:
-    """The SHA-256 of whole arrays with their paths and shapes; of bool arrays, of packed bits.
+    """Return the SHA-256 of whole arrays with their paths and shapes; of bool arrays, of packed bits.
 
     Example:
       >>> a, b = {"kernel": np.array([True, False])}, {"kernel": np.array([False, True])}
@@ -274,7 +274,7 @@ def fingerprint(tree: Any) -> str:
 
 
 def prober(shardings: Any) -> Callable[[Any], str]:
-    """`probe(params)`, one fingerprint of masks made in several ways of params that all processes have.
+    """Return `probe(params)`, a fingerprint of masks made in several ways from the same params.
 
     Of the params as they are and rounded to few values, so that most scores tie and the order of
     entries decides; of all together by `prune_once`, and by layer by a pruner's updates, compiled.

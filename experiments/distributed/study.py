@@ -47,48 +47,47 @@ from experiments.distributed import sharded_training
 from experiments.distributed.launch import free_address, launch, module_command
 from experiments.distributed.sharded_training import feed, fingerprint, gather
 from experiments.networks.large import Decoder
+from experiments.report.design import Design
 from experiments.run import saved_recipes, stopping
 from experiments.run.limits import FlagError
 from experiments.run.results import Results, layers
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Settings, Sparsity, parse
+from experiments.show import tables
 from experiments.training import steps
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the study."""
 
-    dataset: Literal["python_help", "tiny_shakespeare"] = flag(
-        "python_help", "python_help comes with Python; the other is downloaded once"
-    )
-    fsdp: int | None = flag(
-        None, "devices that params and batch are sharded over; by default what is left", at_least=1
-    )
-    tensor: int = flag(1, "devices that heads and hidden units are split over", at_least=1)
-    devices: int | None = flag(None, "simulate so many on the CPU, in all processes together", at_least=1)
-    processes: int = flag(
-        1, "start so many on this machine; with --process-id, so many there are", at_least=1
-    )
-    coordinator: str | None = flag(None, "host:port of process 0, on a cluster")
-    process_id: int | None = flag(
-        None, "of this process, on a cluster; counted from 0", at_least=0, below="processes"
-    )
-    reproducible: bool = flag(False, "the same sums of gradients on any number of devices")
-    parts: int = flag(8, "of each batch, with --reproducible; a power of 2 that --fsdp divides", at_least=1)
-    check: bool = flag(False, "compare one device, --devices in one process, and --processes")
-    steps: int = flag(400, "of training", at_least=1)
-    batch_size: int = flag(64, "pieces of text per step", at_least=1, at_most=100_000)
-    context: int = flag(64, "characters per piece", at_least=1)
-    dim: int = flag(64, "width of the network", at_least=1)
-    depth: int = flag(2, "its blocks", at_least=1)
-    heads: int = flag(4, "of attention", at_least=1)
-    hidden: int = flag(128, "units of each MLP", at_least=1)
-    lr: float = flag(3e-3, "learning rate of AdamW, at the peak of one cycle", above=0)
-    sparsity: float = flag(0.9, "of all matrices but the embedding, at the end", at_least=0, below=1)
-    mask_updates: int = flag(20, "how often masks are updated, between .1 and .7 of the steps", at_least=1)
-    seed: int = flag(0, "of the first params and of the batches", at_least=0)
-    probe: str | None = flag(None, "a run's folder: make masks of its first and last params too")
-    out: str = flag("results/distributed", "folder of the results", path="folder")
+    # python_help comes with Python; the other is downloaded once
+    dataset: Literal["python_help", "tiny_shakespeare"] = "python_help"
+    fsdp: Count | None = None  # devices that params and batch are sharded over; by default what is left
+    tensor: Count = 1  # devices that heads and hidden units are split over
+    devices: Count | None = None  # simulate so many on the CPU, in all processes together
+    processes: Count = 1  # start so many on this machine; with --process-id, so many there are
+    coordinator: str | None = None  # host:port of process 0, on a cluster
+    process_id: Natural | None = None  # of this process, on a cluster; counted from 0
+    reproducible: bool = False  # the same sums of gradients on any number of devices
+    parts: Count = 8  # of each batch, with --reproducible; a power of 2 that --fsdp divides
+    check: bool = False  # compare one device, --devices in one process, and --processes
+    steps: Count = 400  # of training
+    batch_size: BatchSize = 64  # pieces of text per step
+    context: Count = 64  # characters per piece
+    dim: Count = 64  # width of the network
+    depth: Count = 2  # its blocks
+    heads: Count = 4  # of attention
+    hidden: Count = 128  # units of each MLP
+    lr: Positive = 3e-3  # learning rate of AdamW, at the peak of one cycle
+    sparsity: Sparsity = 0.9  # of all matrices but the embedding, at the end
+    mask_updates: Count = 20  # how often masks are updated, between .1 and .7 of the steps
+    seed: Natural = 0  # of the first params and of the batches
+    probe: str | None = None  # a run's folder: make masks of its first and last params too
+    out: Folder = "results/distributed"  # folder of the results
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.below("process_id", "processes")
 
 
 _BEGIN, _END = 0.1, 0.7  # of the steps: when pruning begins and ends
@@ -96,7 +95,7 @@ _FIRST, _LAST = "first.jp", "last.jp"
 
 
 def recipe(config: Config) -> jp.recipes.Recipe:
-    """What a run prunes by."""
+    """Return what a run prunes by."""
     begin, end = round(_BEGIN * config.steps), max(1, round(_END * config.steps))
     cubic = {"sparsity": config.sparsity, "begin_step": begin, "end_step": end}
     every = max(1, (end - begin) // config.mask_updates)
@@ -104,7 +103,7 @@ def recipe(config: Config) -> jp.recipes.Recipe:
 
 
 def set_up(config: Config) -> None:
-    """Makes JAX see the devices, and the other processes; it must come before anything else of JAX."""
+    """Make JAX see the devices, and the other processes; it must come before anything else of JAX."""
     if config.reproducible or config.devices:
         # Simulated devices wait for one another in threads of one pool, which must not run out of them. And a
         # CPU's products are cut up by their number: it must not depend on the devices for these to agree.
@@ -128,19 +127,23 @@ def set_up(config: Config) -> None:
         jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
 
 
+DESIGN = Design(
+    levels=("devices", "processes"), figures=("loss", "sparsity", "params"), percent=("sparsity",)
+)
+
+
 def train(config: Config) -> dict[str, Any]:
-    """Trains and prunes on all devices; process 0 writes, and all return the line of results."""
-    check_limits(config)
+    """Train and prunes on all devices; process 0 writes, and all return the line of results."""
     if jax.process_index() > 0:
         return _train(config)[0]
-    with Results(config.out, "distributed", config) as results:
+    with Results(config.out, "distributed", config, design=DESIGN) as results:
         line, masks = _train(config)
         results.write(**line, masks=results.keep_masks("last", masks))
     return line
 
 
 def _train(config: Config) -> tuple[dict[str, Any], Any]:
-    """The line, and the masks at the end; process 0 writes the params."""
+    """Return the line, and the masks at the end; process 0 writes the params."""
     mesh = make_mesh(config)
     if config.dim % config.heads:
         raise FlagError(f"--dim {config.dim} cannot be shared out to {config.heads} heads (--heads)")
@@ -211,7 +214,7 @@ def _train(config: Config) -> tuple[dict[str, Any], Any]:
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
-    """The mesh, once its sides are known to fit the devices, the batch and the parts.
+    """Return the mesh, once its sides are known to fit the devices, the batch and the parts.
 
     Raises:
       FlagError: they do not.
@@ -250,14 +253,14 @@ class Layout(NamedTuple):
 
 
 def layouts(config: Config) -> list[Layout]:
-    """Those that are compared."""
+    """Return the layouts that are compared."""
     devices = config.devices or 8
     several = Layout("processes", devices, max(2, config.processes), config.tensor)
     return [Layout("one", 1, 1, 1), Layout("devices", devices, 1, config.tensor), several]
 
 
 def check(config: Config) -> list[dict[str, Any]]:
-    """Runs in turn on one device, on several, and in several processes.
+    """Run in turn on one device, on several, and in several processes.
 
     Returns:
       A line for each, with the fraction of its masks' entries that are not those of one device.
@@ -290,25 +293,23 @@ def check(config: Config) -> list[dict[str, Any]]:
 
 
 def line_of(folder: Path) -> dict[str, Any]:
-    """The line that a run left in its folder."""
+    """Return the line that a run left in its folder."""
     (text,) = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return json.loads(text)
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
-    """The lines as a table of at most 80 columns."""
-    text = ["devices processes  mesh   loss  sparsity  params  masks"]
+    """Return the lines as a table of at most 80 columns."""
+    rows = [["devices", "processes", "mesh", "loss", "sparsity", "params", "masks"]]
     for line in lines:
-        mesh = "x".join(map(str, line["mesh"].values()))
-        text.append(
-            f"{line['devices']:>7} {line['processes']:>9} {mesh:>5} {line['loss']:>6.4f} "
-            f"{line['sparsity']:>9.4%}  {line['last_params'][:12]}  {line['last_masks'][:12]}"
-        )
-    return "\n".join(text)
+        row = [str(line["devices"]), str(line["processes"]), "x".join(map(str, line["mesh"].values()))]
+        row += [f"{line['loss']:.4f}", f"{line['sparsity']:.4%}"]
+        rows.append([*row, line["last_params"][:12], line["last_masks"][:12]])
+    return tables.text(rows)
 
 
 def start_processes(config: Config, quiet: bool = False) -> None:
-    """Runs the study in processes of its own on this machine, as many as the config says."""
+    """Run the study in processes of its own on this machine, as many as the config says."""
     address, commands = free_address(), []
     for number in range(config.processes):
         several = {"process_id": number, "coordinator": address} if config.processes > 1 else {}
@@ -319,7 +320,7 @@ def start_processes(config: Config, quiet: bool = False) -> None:
 
 
 def as_flags(config: Config) -> list[str]:
-    """The flags that make a config."""
+    """Return the flags that make a config."""
     flags = []
     for field in dataclasses.fields(config):
         name, value = field.name.replace("_", "-"), getattr(config, field.name)
@@ -331,7 +332,7 @@ def as_flags(config: Config) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the study from the command line."""
+    """Run the study from the command line."""
     config = parse(Config, argv, __doc__)
     if (config.coordinator is None) != (config.process_id is None):
         raise SystemExit("a process of a cluster needs both --coordinator and --process-id")

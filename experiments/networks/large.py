@@ -17,7 +17,7 @@ _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _conv(x, features: int, side: int, stride: int, name: str):
-    """A convolution without bias; a side of 3 is padded by 1 on either side, as in PyTorch.
+    """Return a convolution without bias; a side of 3 is padded by 1 on either side, as in PyTorch.
 
     With "SAME" a stride of 2 would pad on one side only.
     """
@@ -135,7 +135,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A small language model of characters, as Llama is built but for its learned positions."""
+    """A small language model of characters, built as Llama is except for learned positions."""
 
     vocabulary: int
     context: int = 128

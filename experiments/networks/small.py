@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def torch_uniform(fan_in: int):
-    """PyTorch's default initialisation of dense and conv layers, `U(-1/sqrt(n), 1/sqrt(n))`."""
+    """Return PyTorch's default initialisation of dense and conv layers, `U(-1/sqrt(n), 1/sqrt(n))`."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -18,7 +18,7 @@ def torch_uniform(fan_in: int):
 
 
 def dense(x, features: int, name: str, glorot: bool = False):
-    """A dense layer, applied: (..., in) -> (..., features).
+    """Return a dense layer, applied: (..., in) -> (..., features).
 
     Initialised as PyTorch does by default, or by Glorot's normal distribution with biases of 0.
     """
@@ -56,7 +56,7 @@ class ValidConv(nn.Module):
 
 
 def max_pool_2x2(x):
-    """Maximum over 2 x 2 windows: (batch, height, width, c) -> half the height and width."""
+    """Take the maximum over 2 x 2 windows: (batch, height, width, c) -> half the height and width."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).max(axis=(2, 4))
 

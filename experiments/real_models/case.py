@@ -54,7 +54,7 @@ class Model(NamedTuple):
         return self.name.partition("/")[0]
 
     def versions(self) -> dict[str, str]:
-        """The versions of its packages.
+        """Return the versions of its packages.
 
         Raises:
           PackageNotFoundError: one of them is not installed.
@@ -62,7 +62,7 @@ class Model(NamedTuple):
         return {package: version(package) for package in self.packages}
 
     def missing(self) -> tuple[str, ...]:
-        """The packages that are not installed."""
+        """Return the packages that are not installed."""
         return tuple(package for package in self.packages if not _installed(package))
 
 
@@ -75,7 +75,7 @@ def _installed(package: str) -> bool:
 
 
 def module(name: str) -> Any:
-    """Imports a module of a library that is perhaps not installed."""
+    """Import a module of a library that is perhaps not installed."""
     return importlib.import_module(name)
 
 
@@ -83,22 +83,22 @@ def module(name: str) -> Any:
 
 
 def normal(rng: np.random.Generator, *shape: int) -> jax.Array:
-    """Standard normal float32 inputs."""
+    """Return standard normal float32 inputs."""
     return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
 
 def tokens(rng: np.random.Generator, size: int, *shape: int) -> jax.Array:
-    """Tokens from 2 on, since libraries take the first two for padding and the start."""
+    """Return tokens from 2 on, since libraries take the first two for padding and the start."""
     return jnp.asarray(rng.integers(2, size, size=shape), jnp.int32)
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is an array of real or complex numbers."""
+    """Return whether a leaf is an array of real or complex numbers."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def moved(tree: Any, rng: np.random.Generator, scale: float = 0.2) -> Any:
-    """A tree with every floating leaf moved at random, so that nothing is zero or one by accident.
+    """Return a tree with every floating leaf moved at random, so that nothing is zero or one by accident.
 
     Entries that are not zero are multiplied by exp(scale * normal): variances stay positive. Zeros
     become normal / 20.
@@ -117,7 +117,7 @@ def moved(tree: Any, rng: np.random.Generator, scale: float = 0.2) -> Any:
 
 
 def draw(rng: np.random.Generator, tree: Any) -> Any:
-    """Random float32 leaves for a tree of tuples that are shapes; matrices by their fan-in."""
+    """Return random float32 leaves for a tree of tuples that are shapes; matrices by their fan-in."""
 
     def one(shape: tuple[int, ...]) -> jax.Array:
         values = rng.standard_normal(shape)
@@ -136,7 +136,7 @@ def _is_shape(node: Any) -> bool:
 
 
 def split_floating(tree: Any) -> tuple[Any, Any]:
-    """A tree's floating leaves, and the others; None where a leaf is in the other tree."""
+    """Return a tree's floating leaves, and the others; None where a leaf is in the other tree."""
     return (
         jax.tree.map(lambda leaf: leaf if is_floating(leaf) else None, tree),
         jax.tree.map(lambda leaf: None if is_floating(leaf) else leaf, tree),
@@ -144,7 +144,7 @@ def split_floating(tree: Any) -> tuple[Any, Any]:
 
 
 def combine(first: Any, second: Any) -> Any:
-    """The tree that `split_floating` took apart."""
+    """Return the tree that `split_floating` took apart."""
     return jax.tree.map(lambda a, b: b if a is None else a, first, second, is_leaf=lambda leaf: leaf is None)
 
 
@@ -156,7 +156,7 @@ def from_linen(
     args: tuple[Any, ...] = (),
     **keywords: Any,
 ) -> Case:
-    """A flax.linen model: of all its floating variables, or of its params where it has no others.
+    """Return a flax.linen model: of all its floating variables, or of its params where it has no others.
 
     Args:
       rng: of the values.
@@ -180,7 +180,7 @@ def from_linen(
 def variables_case(
     rng: np.random.Generator, variables: Any, call: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> Case:
-    """A function of flax's variables, as one of their floating leaves."""
+    """Return a function of flax's variables, as one of their floating leaves."""
     floating, others = split_floating(dict(variables))
     floating = moved(floating, rng)
     if set(variables) == {"params"}:
@@ -193,7 +193,7 @@ def variables_case(
 def from_nnx(
     rng: np.random.Generator, model: Any, *inputs: Any, call: Callable[..., Any] | None = None
 ) -> Case:
-    """A flax.nnx module; its floating variables are the params, the others stay what they are."""
+    """Return a flax.nnx module; its floating variables are the params, the others stay what they are."""
     nnx = module("flax.nnx")
     graph, params, others = nnx.split(model, lambda path, leaf: is_floating(leaf), ...)
 
@@ -211,7 +211,7 @@ def from_equinox(
     call: Callable[..., Any] | None = None,
     batched: bool = True,
 ) -> Case:
-    """An equinox model, over a batch unless it takes one itself.
+    """Return an equinox model, over a batch unless it takes one itself.
 
     Args:
       rng: of the values.
@@ -236,7 +236,7 @@ def from_equinox(
 def from_haiku(
     rng: np.random.Generator, function: Callable[..., Any], *inputs: Any, modes: bool = False
 ) -> Case:
-    """A function that uses haiku's modules; state, such as that of BatchNorm, is among the params.
+    """Return a function that uses haiku's modules; state, such as that of BatchNorm, is among the params.
 
     Args:
       rng: of the values.

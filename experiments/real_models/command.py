@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tqdm import tqdm
 
@@ -27,39 +27,41 @@ from experiments.real_models import measure, page, table
 from experiments.real_models.case import Model
 from experiments.real_models.catalog import MODELS
 from experiments.run import stopping
-from experiments.run.limits import FlagError
+from experiments.run.limits import FlagError, Items, Range
 from experiments.run.results import Results
-from experiments.run.settings import check_limits, flag, parse
+from experiments.run.settings import Count, File, Folder, Natural, Positive, Settings, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = "experiments/real_models/baseline.csv"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Settings):
     """Flags of the command."""
 
-    only: tuple[str, ...] = flag((), "models of these names, with * and ?; all by default", empty=True)
-    list: bool = flag(False, "print the models' names and libraries, and measure nothing")
-    again: bool = flag(False, "measure models that are done again")
-    retry: bool = flag(False, "measure models again that failed, or ran out of time or memory")
-    fraction: float = flag(0.3, "of the units of every group that can lose some", above=0, below=1)
-    seed: int = flag(0, "of params and inputs", at_least=0)
-    timeout: int = flag(600, "seconds for one model", at_least=1)
-    memory: float = flag(12.0, "gigabytes for one model", above=0)
-    jobs: int = flag(1, "models at a time", at_least=1, at_most=64)
-    baseline: str = flag(BASELINE, "a table of what was reached before; - for none")
-    csv: str | None = flag(None, "write the figures as such a table", path="file")
-    page: str | None = flag(None, "write a page in Markdown, and its picture beside it", path="file")
-    fresh: bool = flag(False, "start over, whatever is done")
-    out: str = flag("results/real-models", "folder for results.jsonl", path="folder")
+    # models of these names, with * and ?; all by default
+    only: Annotated[tuple[str, ...], Items(empty=True)] = ()
+    list: bool = False  # print the models' names and libraries, and measure nothing
+    again: bool = False  # measure models that are done again
+    retry: bool = False  # measure models again that failed, or ran out of time or memory
+    # of the units of every group that can lose some
+    fraction: Annotated[float, Range(above=0, below=1)] = 0.3
+    seed: Natural = 0  # of params and inputs
+    timeout: Count = 600  # seconds for one model
+    memory: Positive = 12.0  # gigabytes for one model
+    jobs: Annotated[int, Range(at_least=1, at_most=64)] = 1  # models at a time
+    baseline: str = BASELINE  # a table of what was reached before; - for none
+    csv: File | None = None  # write the figures as such a table
+    page: File | None = None  # write a page in Markdown, and its picture beside it
+    fresh: bool = False  # start over, whatever is done
+    out: Folder = "results/real-models"  # folder for results.jsonl
 
 
 _MAY_DIFFER = tuple(field for field in Config.__dataclass_fields__ if field not in ("fraction", "seed"))
 
 
 def chosen(patterns: Sequence[str]) -> list[Model]:
-    """The models of some names, in the order of the list.
+    """Return the models of some names, in the order of the list.
 
     Raises:
       FlagError: a pattern that fits no model.
@@ -76,7 +78,7 @@ def chosen(patterns: Sequence[str]) -> list[Model]:
 
 
 def in_process(model: Model, config: Config) -> dict[str, Any]:
-    """Measures a model in a process of its own; `status` says if it ran out of time or memory, or died."""
+    """Measure a model in a process of its own; `status` says if it ran out of time or memory, or died."""
     command = measure.arguments(model.name, config.fraction, config.seed, config.memory)
     line = {"model": model.name, "kind": model.kind, "ours": model.ours, "note": model.note}
     line |= {"packages": model.versions(), "fraction": config.fraction, "seed": config.seed, "seconds": {}}
@@ -108,7 +110,7 @@ def in_process(model: Model, config: Config) -> dict[str, Any]:
 
 
 def measure_all(models: Sequence[Model], config: Config, results: Results) -> None:
-    """Measures those that are not done, and writes a line for each as soon as it is there."""
+    """Measure those that are not done, and writes a line for each as soon as it is there."""
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
     done = table.latest(results.lines)
@@ -135,8 +137,7 @@ def measure_all(models: Sequence[Model], config: Config, results: Results) -> No
 
 
 def run(config: Config) -> list[dict[str, Any]]:
-    """Measures the models and returns the latest line of each, those of earlier runs included."""
-    check_limits(config)
+    """Measure the models and returns the latest line of each, those of earlier runs included."""
     models = chosen(config.only)
     missing = {model.name: model.missing() for model in models if model.missing()}
     if len(missing) == len(models):
@@ -157,7 +158,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 
 def names(models: Sequence[Model]) -> str:
-    """The models with their libraries, and whose code they are."""
+    """Return the models with their libraries, and whose code they are."""
     rows = []
     for model in models:
         missing = model.missing()
@@ -171,7 +172,7 @@ def names(models: Sequence[Model]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command."""
+    """Run the command."""
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         if config.list:

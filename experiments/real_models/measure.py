@@ -23,7 +23,7 @@ import numpy as np
 import jaxprune as jp
 from experiments.real_models.case import Case, Model, is_floating, moved
 from jaxprune.graph import Group
-from jaxprune.graph.compaction import with_state
+from jaxprune.graph.equivalence import with_state
 
 _COMPILER = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOLERANCE = 1e-4  # relative to the largest output, in float32
@@ -51,7 +51,7 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(model: Model, fraction: float = 0.3, seed: int = 0) -> dict[str, Any]:
-    """Prunes a fraction of the units of every removable group, and compares what is left.
+    """Prune a fraction of the units of every removable group, and compares what is left.
 
     Args:
       model: the model, whose packages are installed.
@@ -122,7 +122,7 @@ def _figures(
     with _stage("compact", seconds):
         small = jp.compact(apply, params, masks, *inputs, state=state, verify=False)
         line["ratio"] = _size(small.params) / size
-        line["stayed"] = [str(stayed) for stayed in small.stayed]
+        line["stayed"] = [str(stayed) for stayed in small.not_removed]
     with _stage("macs", seconds):
         shapes = [jax.eval_shape(lambda p=p: p) for p in (params, small.params)]
         dense, left = (
@@ -144,7 +144,7 @@ def _size(tree: Any) -> int:
 
 
 def _left(params: Any, groups: Sequence[Group], dead: Callable[[Group], np.ndarray]) -> int:
-    """How many entries of the params stay without the dead units of groups.
+    """Return how many entries of the params stay without the dead units of groups.
 
     Counted by leaf, as the product over its axes of the slices that are in no dead unit. It uses no
     plan: what `compact` reaches is held against it. Leaves that no group has count whole.
@@ -172,7 +172,7 @@ def _left(params: Any, groups: Sequence[Group], dead: Callable[[Group], np.ndarr
 
 
 def _dead(group: Group, masks: dict[str, np.ndarray], stacks: dict[str, tuple[int, ...]]) -> np.ndarray:
-    """Which units of a group the masks remove: all slices of all members that are no divisors are masked."""
+    """Return which units of a group the masks remove: those whose slices are all masked."""
     dead = np.ones(group.units, bool)
     for member in group.members:
         if member.divisor:
@@ -184,7 +184,7 @@ def _dead(group: Group, masks: dict[str, np.ndarray], stacks: dict[str, tuple[in
 
 
 def _of_layer(masks: dict[str, np.ndarray], path: str, stacks: dict[str, tuple[int, ...]]) -> np.ndarray:
-    """The mask of a leaf, or of one layer of a leaf that stacks them: "path[2]"."""
+    """Return the mask of a leaf, or of one layer of a leaf that stacks them: "path[2]"."""
     if path in masks:
         return masks[path]
     name, _, rest = path.rpartition("[")
@@ -195,7 +195,7 @@ def _of_layer(masks: dict[str, np.ndarray], path: str, stacks: dict[str, tuple[i
 
 
 def _counted(reasons: Sequence[str]) -> dict[str, int]:
-    """How often each reason is given, the most frequent first."""
+    """Return how often each reason is given, the most frequent first."""
     counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
@@ -204,7 +204,7 @@ def _counted(reasons: Sequence[str]) -> dict[str, int]:
 
 
 def _errors(case: Case, masked: Any, small: jp.Compacted, rng: np.random.Generator) -> dict[str, Any]:
-    """The compacted model against the masked one, and against the dense one at random small params."""
+    """Return the compacted model against the masked one, and against the dense one at random small params."""
     apply, _, inputs, state = case
 
     def both(dense: Any, params: Any) -> tuple[Any, Any]:
@@ -225,7 +225,7 @@ def _errors(case: Case, masked: Any, small: jp.Compacted, rng: np.random.Generat
 
 
 def difference(first: Any, second: Any) -> tuple[float, bool, bool]:
-    """Compares two trees of arrays.
+    """Compare two trees of arrays.
 
     Entries that are not finite have to be the same in both, or the difference is infinite.
 
@@ -257,7 +257,7 @@ def difference(first: Any, second: Any) -> tuple[float, bool, bool]:
 
 
 def _said(error: BaseException) -> str:
-    """An exception in a line, and the line of code it came from."""
+    """Return an exception in a line, and the line of code it came from."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1] if frames else None
     place = f" [{'/'.join(Path(last.filename).parts[-2:])}:{last.lineno}]" if last else ""
@@ -266,18 +266,18 @@ def _said(error: BaseException) -> str:
 
 
 def out_of_memory(text: str) -> bool:
-    """Whether an exception, or what a process wrote before it ended, says that memory was not enough."""
+    """Return whether an exception, or a process's last words, say that memory was not enough."""
     return any(word in text for word in ("MemoryError", "bad_alloc", "RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def read(output: str) -> dict[str, Any] | None:
-    """The figures that a process printed; None if it did not come so far."""
+    """Return the figures that a process printed; None if it did not come so far."""
     lines = [line for line in output.splitlines() if line.startswith(_MARK)]
     return json.loads(lines[-1].removeprefix(_MARK)) if lines else None
 
 
 def arguments(name: str, fraction: float, seed: int, memory: float) -> list[str]:
-    """The command that measures a model and prints its figures."""
+    """Return the command that measures a model and prints its figures."""
     return [
         sys.executable,
         "-m",
@@ -290,7 +290,7 @@ def arguments(name: str, fraction: float, seed: int, memory: float) -> list[str]
 
 
 def environment() -> dict[str, str]:
-    """What a process of a model is given: Keras on JAX, the CPU, programs that are compiled quickly."""
+    """Return the environment of a model's process: Keras on JAX, the CPU, quick compilation."""
     fixed = {
         "KERAS_BACKEND": "jax",
         "JAX_PLATFORMS": "cpu",
@@ -304,7 +304,7 @@ def environment() -> dict[str, str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures the model of a name and prints a line of JSON."""
+    """Measure the model of a name and prints a line of JSON."""
     from experiments.real_models.catalog import MODELS
 
     name, fraction, seed, memory = argv
@@ -315,7 +315,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def limit_memory(gigabytes: float) -> None:
-    """Lets this process have so much memory; what asks for more ends in a MemoryError or its death."""
+    """Let this process have so much memory; what asks for more ends in a MemoryError or its death."""
     import resource
 
     most = int(gigabytes * 2**30)

@@ -7,6 +7,7 @@ from typing import Any
 
 from experiments.real_models import table
 from experiments.real_models.catalog import TRIED
+from experiments.show import figures, tables
 from jaxprune.files.atomic import replacing
 
 _TITLE = "# Real models"
@@ -24,7 +25,7 @@ _STATUS = {
 def write(
     lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[table.Reached]] | None, path: Path
 ) -> None:
-    """Writes the page, and its picture beside it under the same name."""
+    """Write the page, and its picture beside it under the same name."""
     picture = path.with_suffix(".png")
     path.parent.mkdir(parents=True, exist_ok=True)
     draw(lines, picture)
@@ -35,7 +36,7 @@ def write(
 def text(
     lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[table.Reached]] | None, picture: str
 ) -> str:
-    """The page."""
+    """Return the page."""
     fraction = f"{lines[0]['fraction']:.0%}" if lines else "some"
     parts = [
         _TITLE,
@@ -88,34 +89,31 @@ def _versions(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _markdown(lines: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        "| model | kind | params | groups | share | expected | params ratio | MACs ratio | error | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["model", "kind", "params", "groups", "share", "expected", "params ratio", "MACs ratio", "error"]
+    rows = [[*heads, "seconds"]]
     for line in lines:
-        name = line["model"].partition("/")[2].replace("|", "\\|")
-        name += " (ours)" if line["ours"] else ""
+        name = line["model"].partition("/")[2] + (" (ours)" if line["ours"] else "")
         error = table.worst(line)
-        cells = [
-            name,
-            line["kind"],
-            f"{line['params']:,}" if "params" in line else "-",
-            f"{line['removable']}/{line['groups']}" if "groups" in line else "-",
-            *(_number(line.get(key)) for key in ("share", "expected")),
-            _number(line.get("ratio")) if line["status"] in ("ok", "wrong") else _STATUS[line["status"]],
-            _number(line.get("macs_ratio")),
-            "-" if error is None else f"{error:.1e}",
-            f"{sum(line['seconds'].values()):.0f}",
-        ]
-        if line["status"] == "wrong":
-            cells[8] = f"**{cells[8]}**"
-        rows.append("| " + " | ".join(cells) + " |")
+        shown = "-" if error is None else f"{error:.1e}"
+        rows.append(
+            [
+                name,
+                line["kind"],
+                f"{line['params']:,}" if "params" in line else "-",
+                f"{line['removable']}/{line['groups']}" if "groups" in line else "-",
+                *(_number(line.get(key)) for key in ("share", "expected")),
+                _number(line.get("ratio")) if line["status"] in ("ok", "wrong") else _STATUS[line["status"]],
+                _number(line.get("macs_ratio")),
+                f"**{shown}**" if line["status"] == "wrong" else shown,
+                f"{sum(line['seconds'].values()):.0f}",
+            ]
+        )
     notes = {line["model"].partition("/")[2]: line["note"] for line in lines if line["note"]}
     by_note: dict[str, list[str]] = {}
     for name, note in notes.items():
         by_note.setdefault(note, []).append(name)
     said = [f"{', '.join(some)}: {note}." for note, some in by_note.items()]
-    return "\n".join(rows) + ("\n\n" + "\n".join(said) if said else "")
+    return tables.markdown(rows, labels=2) + ("\n\n" + "\n".join(said) if said else "")
 
 
 def _number(value: float | None) -> str:
@@ -143,7 +141,7 @@ def _refusals(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _code(why: str) -> str:
-    """A reason as code, without the folders of the machine it was found on."""
+    """Return a reason as code, without the folders of the machine it was found on."""
     words = [
         word if "/site-packages/" not in word else word[word.index("/site-packages/") + 15 :]
         for word in why.split()
@@ -161,14 +159,16 @@ def _before(lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[
 
 
 def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A picture of the ratios and the errors, model by model, a colour for each library."""
-    from experiments.show.figures import plt
+    """Draw the ratios and the errors, model by model, a colour for each library."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     shown = [line for line in lines if line["status"] in ("ok", "wrong")]
     shown.sort(key=lambda line: (line["model"].partition("/")[0].lower(), line["ratio"]))
     libraries = list(dict.fromkeys(line["model"].partition("/")[0] for line in shown))
-    colours = plt.get_cmap("tab20").resampled(max(len(libraries), 1))
-    figure, (ratios, errors) = plt.subplots(2, 1, figsize=(13, 7), sharex=True, layout="constrained")
+    colours = mpl.colormaps["tab20"].resampled(max(len(libraries), 1))
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    ratios, errors = figure.subplots(2, 1, sharex=True)
     for number, library in enumerate(libraries):
         own = [(x, line) for x, line in enumerate(shown) if line["model"].partition("/")[0] == library]
         places = [x for x, _ in own]
@@ -188,6 +188,4 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     if libraries:
         ratios.legend(ncols=6, fontsize=7)
     figure.suptitle(f"{len(shown)} models, compacted", fontsize=11)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120, format="png")
-    plt.close(figure)
+    figures.save(figure, path)

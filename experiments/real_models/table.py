@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.show.tables import to_csv
 from jaxprune.files.atomic import replacing
 
 _RATIOS = ("ratio", "macs_ratio", "error")
@@ -37,7 +38,7 @@ class Reached(NamedTuple):
 
 
 def read_baseline(path: Path) -> dict[str, list[Reached]]:
-    """Reads a table of what was reached before, as `write_csv` writes it.
+    """Read a table of what was reached before, as `write_csv` writes it.
 
     A model may be there more than once.
 
@@ -72,31 +73,30 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
 
 
 def write_csv(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Writes the figures as a table that `read_baseline` reads."""
+    """Write the figures as a table that `read_baseline` reads."""
+    rows: list[Sequence[Any]] = [_FIELDS]
+    for line in lines:
+        if "share" not in line:
+            continue
+        ratios = (
+            f"{line[name]:.4f}" if line.get(name) is not None else "" for name in ("ratio", "macs_ratio")
+        )
+        error = f"{worst(line):.1e}" if worst(line) is not None else ""
+        measured = f"version {line.get('versions', {}).get('jaxprune', '')}".strip()
+        counts = line["model"], line["groups"], line["removable"], f"{line['share']:.4f}"
+        rows.append([*counts, *ratios, error, measured, "same"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(_FIELDS)
-        for line in lines:
-            if "share" not in line:
-                continue
-            shown = (
-                f"{line[name]:.4f}" if line.get(name) is not None else "" for name in ("ratio", "macs_ratio")
-            )
-            error = f"{worst(line):.1e}" if worst(line) is not None else ""
-            version = line.get("versions", {}).get("jaxprune", "")
-            measured = f"version {version}".strip()
-            counts = line["model"], line["groups"], line["removable"], f"{line['share']:.4f}"
-            rows.writerow([*counts, *shown, error, measured, "same"])
+    with replacing(path) as new:
+        new.write_text(to_csv(rows), encoding="utf-8", newline="")
 
 
 def latest(lines: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last line of each model: it may have been measured again."""
+    """Return the last line of each model: it may have been measured again."""
     return {line["model"]: line for line in lines}
 
 
 def worst(line: Mapping[str, Any]) -> float | None:
-    """The larger error of a model; None where there is none."""
+    """Return the larger error of a model; None where there is none."""
     errors = [line[name] for name in ("error", "error_moved") if line.get(name) is not None]
     return max(errors) if errors else None
 
@@ -105,14 +105,14 @@ def worst(line: Mapping[str, Any]) -> float | None:
 
 
 def heading() -> str:
-    """The columns of `row`."""
+    """Return the columns of `row`."""
     return (
         f"{'model':<40}{'groups':>9}{'share':>7}{'expected':>9}{'params':>8}{'MACs':>7}{'error':>9}{'s':>6}"
     )
 
 
 def row(line: Mapping[str, Any]) -> str:
-    """A model's figures, or why there are none."""
+    """Return a model's figures, or why there are none."""
     name = line["model"] if len(line["model"]) < 40 else f"{line['model'][:36]}..."
     groups = f"{line['removable']}/{line['groups']}" if "groups" in line else "-"
     seconds = sum(line["seconds"].values())
@@ -128,7 +128,7 @@ def _share(value: float | None, width: int) -> str:
 
 
 def said(line: Mapping[str, Any]) -> str:
-    """What became of a model that is not ok, in a sentence."""
+    """Return what became of a model that is not ok, in a sentence."""
     if line["status"] == "wrong":
         return f"WRONG: off by {worst(line):.1e} of the largest output, {line['tolerance']:g} is allowed"
     what = {
@@ -143,7 +143,7 @@ def said(line: Mapping[str, Any]) -> str:
 
 
 def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
-    """How many models there are, of how many libraries, and what became of them."""
+    """Return how many models there are, of how many libraries, and what became of them."""
     counts = Counter(line["status"] for line in lines)
     theirs = sum(not line["ours"] for line in lines)
     text = f"{len(lines)} models, {theirs} of them other people's code: "
@@ -160,7 +160,7 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _falls_short(line: Mapping[str, Any]) -> bool:
-    """Whether less was removed than the masks remove of the groups."""
+    """Return whether less was removed than the masks remove of the groups."""
     return line.get("ratio") is not None and line["ratio"] > line["expected"] + 1e-9
 
 
@@ -168,7 +168,7 @@ def _falls_short(line: Mapping[str, Any]) -> bool:
 
 
 def worse(line: Mapping[str, Any], before: Reached) -> list[str]:
-    """What has become worse of one model: groups, share, ratio, error.
+    """Return what has become worse of one model: groups, share, ratio, error.
 
     Of a model that was configured otherwise the figures that depend on its sizes are left out: only whether
     more groups cannot lose units, and whether params are in none where before none was.
@@ -199,7 +199,7 @@ def worse(line: Mapping[str, Any], before: Reached) -> list[str]:
 
 
 def compared(lines: Sequence[Mapping[str, Any]], baseline: Mapping[str, Sequence[Reached]]) -> str:
-    """What has become worse than a table says, model by model, and what of the table was not measured."""
+    """Return what has become worse than a table says, and which of its models were not measured."""
     done = {line["model"]: line for line in lines}
     both = [name for name in baseline if name in done]
     text = [f"{len(both)} of the {len(baseline)} models of the table of what was reached before are here."]

@@ -100,7 +100,7 @@ Block = Heading | Text | Table | Images | Code | Contents
 
 
 def column(figures: Sequence[Figure], percent: bool = False, whole: bool = False) -> list[str]:
-    """Means and standard deviations as text, with the same digits down the column.
+    """Return means and standard deviations as text, with the same digits down the column.
 
     Args:
       figures: the cells; those found in none of their lines are "-", or "not finite" if they have values.
@@ -134,7 +134,7 @@ def column(figures: Sequence[Figure], percent: bool = False, whole: bool = False
 
 
 def ranges(medians: Sequence[float], figures: Sequence[Figure]) -> list[str]:
-    """Lists of measurements as "median (least to most)"."""
+    """Return lists of measurements as "median (least to most)"."""
     write = _writer([m for m in medians if math.isfinite(m)], None, False)
     return [
         f"{write(m)} ({write(f.least)} to {write(f.most)})" if f.found else "-"
@@ -143,7 +143,7 @@ def ranges(medians: Sequence[float], figures: Sequence[Figure]) -> list[str]:
 
 
 def _writer(values: Sequence[float], digits: int | None, whole: bool) -> Callable[..., str]:
-    """How numbers of a column are written, from its size: whole, with fixed digits, or with an exponent."""
+    """Return how to write the numbers of a column: whole, with fixed digits, or with an exponent."""
     sizes = [abs(x) for x in values if x and math.isfinite(x)]
     most = max(sizes, default=1.0)
     least = min((size for size in sizes if size > 1e-12 * most), default=1.0)  # the rest is rounding
@@ -157,7 +157,7 @@ def _writer(values: Sequence[float], digits: int | None, whole: bool) -> Callabl
 
 
 def clean(text: str) -> str:
-    r"""Text without what no page may hold: control characters and halves of surrogate pairs.
+    r"""Return text without what no page may hold: control characters and halves of surrogate pairs.
 
     Example:
       >>> clean("a\x00b\tc")

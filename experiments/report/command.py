@@ -7,18 +7,17 @@ RESULTS are JSON-lines files, or folders, of which all .jsonl files are read.
 The studies of this project write them, but any will do: a line is a JSON object
 of numbers and text. Lines are put together by their `study` and, if they have a
 `config`, its data set and network; `versions` and `command` are shown as they
-are. Which fields say what was run and which what came out is found out:
+are. A study declares in each line's `design` which fields say what was run and
+which what came out:
 
 - `seed` is the replicate;
-- text, and settings that differ between the configs, are factors: curves and
-  rows ("method");
-- numbers without which lines of one seed could not be told apart are levels
-  ("sparsity"), if all seeds have the same ones;
-- all other numbers are figures, shown as mean and standard deviation over the
-  seeds. Those that are accuracies or sparsities by name are shown in percent.
+- factors are text such as "method": curves and rows;
+- levels are numbers such as "sparsity": rows, and what curves are drawn against;
+- figures are shown as mean and standard deviation over the seeds.
 
-Factors and levels of unseeded lines are found in the same way; a number that
-never comes back is one if it is called like one, or rises from line to line.
+Settings that differ between the configs are factors or levels too. Lines of
+unknown origin get a plain default: text that differs is a factor, a number that
+is needed to tell lines of one seed apart is a level, the others are figures.
 A field `layers` of {path: [kept, size]} gives the sparsity of each layer, and
 `masks`, the name of a file that a study wrote beside its lines, pictures.
 
@@ -34,11 +33,11 @@ from pathlib import Path
 from experiments.report import content, html, read
 from experiments.report.markdown import document
 from experiments.report.read import ReportError
-from experiments.run.limits import Limits
+from experiments.run.limits import problem, unwritable
 
 
 def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path | None = None) -> str:
-    """Reads results and writes a report of them.
+    """Read results and writes a report of them.
 
     Args:
       results: files and folders.
@@ -77,7 +76,7 @@ def report(results: Sequence[str | Path], out: str | Path, markdown: str | Path 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Makes a report from the command line."""
+    """Make a report from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report",
         description=__doc__,
@@ -91,12 +90,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--markdown", help="the same as Markdown (default: beside the page, as .md; '' for none)"
     )
     chosen = parser.parse_args(argv)
-    to_file = Limits(path="file")
-    if wrong := to_file.problem(chosen.out):
-        parser.error(f"argument --out: {wrong}")
+
+    def check(flag: str, file: str) -> None:
+        if wrong := problem(str, file) or unwritable(file, "file"):
+            parser.error(f"argument {flag}: {wrong}")
+
+    check("--out", chosen.out)
     markdown = str(Path(chosen.out).with_suffix(".md")) if chosen.markdown is None else chosen.markdown
-    if markdown and (wrong := to_file.problem(markdown)):
-        parser.error(f"argument --markdown: {wrong}")
+    if markdown:
+        check("--markdown", markdown)
     try:
         print(report(chosen.results, chosen.out, markdown or None))
     except ReportError as error:

@@ -16,7 +16,7 @@ _MOST_ROWS = 400
 
 
 def content(sections: Sequence[Section], notes: Sequence[str]) -> list[Block]:
-    """All blocks of a report but its title."""
+    """Return all blocks of a report but its title."""
     found: list[Block] = [Text(note) for note in notes]
     titles = [_title(section) for section in sections]
     anchors = [f"section-{number}" for number in range(1, len(sections) + 1)]
@@ -37,7 +37,7 @@ def _title(section: Section) -> str:
 
 
 def _section(section: Section, anchor: str) -> Iterator[Block]:
-    parts = groups.parts(section.lines)
+    parts = groups.parts(section)
     yield Text(_lead(section.lines, parts))
     shared = _shared(parts) if len(parts) > 1 else {}
     yield from _remarked(shared)
@@ -69,7 +69,7 @@ def _lead(lines: Sequence[Line], parts: Sequence[Part]) -> str:
 
 
 def _size(lines: Sequence[Line]) -> str:
-    """How many lines and seeds there are."""
+    """Return how many lines and seeds there are."""
     seeds = list(
         dict.fromkeys(groups.show(x.fields["seed"]) for x in lines if x.fields.get("seed") is not None)
     )
@@ -92,17 +92,17 @@ def _shared(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _is_remark(name: str, value: Any) -> bool:
-    return isinstance(value, str) and re.search("note|remark|comment", name.lower()) is not None
+    return isinstance(value, str) and name == "note"
 
 
 def _remarked(same: dict[str, Any]) -> Iterator[Block]:
-    """A study's own words about all of its lines."""
+    """Return a study's own words about all of its lines."""
     yield from (Text(f"{k.capitalize()}: {v}") for k, v in same.items() if _is_remark(k, v))
 
 
 def _part_title(part: Part) -> str:
     for name, value in part.same.items():
-        if isinstance(value, str) and len(value) < 40:
+        if isinstance(value, str) and len(value) < 40 and not _is_remark(name, value):
             return f"{name}: {value}"
     return f"by {', '.join(part.factors)}" if part.factors else "other lines"
 
@@ -113,7 +113,7 @@ def _same(same: dict[str, Any]) -> Table:
 
 
 def _part(part: Part, anchor: str) -> Iterator[Block]:
-    figure = curves.headline(part)
+    figure = next(iter(name for name in part.figures if name not in part.lists), None)
     yield from _remarked(part.same)
     if figure is not None:
         if text := _baseline(part, figure):
@@ -170,7 +170,7 @@ def _baseline(part: Part, figure: str) -> str | None:
 
 
 def _by_method(part: Part, figure: str) -> Table | None:
-    """A row for each level, a column for each combination of factors: what a study prints."""
+    """Return a row for each level, a column for each combination of factors: what a study prints."""
     if not part.factors or not part.levels or figure in part.lists:
         return None
     own = [group for group in part.groups if not names.own_method(group)]
@@ -213,7 +213,7 @@ def _every_figure(part: Part) -> Table:
 
 
 def _upright(caption: str, heads: list[str], rows: list[list[Cell]]) -> Table:
-    """A table with a row for each figure, where there is nothing to tell rows apart."""
+    """Return a table with a row for each figure, where there is nothing to tell rows apart."""
     turned = [[Cell(head), *(row[i] for row in rows)] for i, head in enumerate(heads)]
     return Table(caption, ["figure", *([""] * (len(rows) - 1)), "value"], turned, 1)
 
@@ -237,7 +237,7 @@ def _remarks(part: Part) -> Table:
 
 
 def _runs(section: Section, anchor: str) -> Iterator[Block]:
-    """Configs, commands, versions and files."""
+    """Yield configs, commands, versions and files."""
     lines = section.lines
     yield Heading(3, "How it was made", f"{anchor}-runs")
     commands = list(dict.fromkeys(line.command for line in lines if line.command))
@@ -258,7 +258,7 @@ def _runs(section: Section, anchor: str) -> Iterator[Block]:
 
 
 def _settings(title: str, found: list[dict[str, Any]], lines: Sequence[Line], of: Any) -> Iterator[Block]:
-    """What all runs have in common, and a row of what differs for each."""
+    """Return what all runs have in common, and a row of what differs for each."""
     differs = differing(found)
     same = {key: value for key, value in found[0].items() if key not in differs}
     if same:
@@ -276,7 +276,7 @@ def _settings(title: str, found: list[dict[str, Any]], lines: Sequence[Line], of
 
 
 def title_of(results: Sequence[str]) -> str:
-    """The title of a report."""
+    """Return the title of a report."""
     return (
         f"Results of {shlex.join(results)}"
         if len(results) == 1

@@ -60,7 +60,7 @@ pre { background: var(--shade); padding: .7rem .9rem; white-space: pre-wrap; fon
 
 
 def page(title: str, blocks: Iterable[Block]) -> str:
-    """The whole file.
+    """Return the whole file.
 
     Args:
       title: of the page.
@@ -157,7 +157,7 @@ def _image(image: Image) -> str:
 
 
 def inline(image: Image) -> str:
-    """An SVG of matplotlib's as part of a page: in the page's colours, with names of its own."""
+    """Return an SVG of matplotlib's as part of a page: in the page's colours, with names of its own."""
     root = ET.fromstring(image.data)
     stem = image.name.removesuffix(".svg")
     for parent in list(root.iter()):

@@ -16,7 +16,7 @@ _UNITS = {"layers": "weights", "kept": "weights", "widths": "channels"}
 
 
 def sparsity(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
-    """A table with bars for each field of layers, where each combination of factors is sparsest."""
+    """Return a table with bars for each field of layers, where each combination of factors is sparsest."""
     fields = list(dict.fromkeys(name for part in parts for x in _lines(part.groups) for name in x.layers))
     # Counts alone say less than [kept, size] of the same paths.
     if "layers" in fields and "kept" in fields:
@@ -28,7 +28,7 @@ def sparsity(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
 
 
 def pictures(parts: Sequence[Part], anchor: str) -> Iterator[Block]:
-    """The masks that lines name."""
+    """Return the masks that lines name."""
     shown = [
         (names.label(part, group), line)
         for part in parts
@@ -90,7 +90,7 @@ def _table(name: str, part: Part) -> Table | None:
 
 
 def _sparsest(name: str, own: Sequence[Group], factors: tuple) -> Group:
-    """The group of these factors with the fewest entries left."""
+    """Return the group of these factors with the fewest entries left."""
 
     def left(group: Group) -> float:
         counts = [sum(map(_kept, line.layers[name].values())) for line in group.lines if name in line.layers]
@@ -104,7 +104,7 @@ def _kept(value: int | list[int]) -> int:
 
 
 def _sizes(name: str, part: Part) -> dict[str, int]:
-    """The entries of each layer; of counts alone the most that any line has, as the dense network's."""
+    """Return the entries of each layer: where lines only count what is kept, the most of any line."""
     sizes: dict[str, int] = {}
     for line in _lines(part.groups):
         for path, value in line.layers.get(name, {}).items():
@@ -113,7 +113,7 @@ def _sizes(name: str, part: Part) -> dict[str, int]:
 
 
 def _removed(name: str, group: Group, sizes: dict[str, int]) -> dict[str, float]:
-    """The mean fraction removed, by path."""
+    """Return the mean fraction removed, by path."""
     found: dict[str, list[float]] = {}
     for line in group.lines:
         for path, value in line.layers.get(name, {}).items():

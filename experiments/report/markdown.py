@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from experiments.report.blocks import Block, Code, Contents, Heading, Images, Table, Text, clean
 from experiments.report.curves import INK
-
-_WIDTH = 80
+from experiments.show.tables import WIDTH, pieces
 
 
 def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
-    """The text, and the files of its pictures.
+    """Return the text, and the files of its pictures.
 
     Args:
       title: of the document.
@@ -64,27 +63,15 @@ def _block(block: Block) -> Iterator[str]:
 
 
 def _table(table: Table) -> Iterator[str]:
-    """The table, its columns in as many pieces as it takes; the labels are repeated."""
+    """Return the table, its columns in as many pieces as it takes; the labels are repeated."""
     columns = [
         [_escape(head), *(_escape(row[i].text) for row in table.rows)] for i, head in enumerate(table.heads)
     ]
     widths = [max(3, *map(len, column)) for column in columns]
-    labels, rest = list(range(table.labels)), list(range(table.labels, len(columns)))
-    start = 1 + sum(widths[i] + 3 for i in labels)
-    pieces: list[list[int]] = [[]]
-    used = start
-    for i in rest:
-        if pieces[-1] and used + widths[i] + 3 > _WIDTH:
-            pieces.append([])
-            used = start
-        pieces[-1].append(i)
-        used += widths[i] + 3
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(pieces(widths, table.labels, gap=3, edge=4)):
         if number:
             yield ""
-        yield from _piece(
-            [columns[i] for i in (*labels, *piece)], [widths[i] for i in (*labels, *piece)], len(labels)
-        )
+        yield from _piece([columns[i] for i in piece], [widths[i] for i in piece], table.labels)
 
 
 def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int) -> Iterator[str]:
@@ -100,8 +87,8 @@ def _piece(columns: Sequence[Sequence[str]], widths: Sequence[int], labels: int)
 
 
 def _paragraph(text: str) -> list[str]:
-    """Lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
-    lines = textwrap.wrap(_escape(text), _WIDTH, break_long_words=False, break_on_hyphens=False)
+    """Return lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
+    lines = textwrap.wrap(_escape(text), WIDTH, break_long_words=False, break_on_hyphens=False)
     return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
 
 
@@ -110,7 +97,7 @@ def _address(folder: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text as Markdown that shows it as it is, but for what means something at the start of a line."""
+    """Escape text for Markdown, except for what has a meaning at the start of a line."""
     text = " ".join(clean(text).split())
     text = re.sub(r"([\\`*$|~])", r"\\\1", text).replace("&", "&amp;").replace("<", "&lt;")
     # Underscores within words mean nothing, and brackets only before a parenthesis.
@@ -118,14 +105,14 @@ def _escape(text: str) -> str:
 
 
 def _slug(text: str, seen: dict[str, int]) -> str:
-    """The name GitHub gives a heading."""
+    """Return the name GitHub gives a heading."""
     slug = re.sub(r"[^\w\- ]", "", " ".join(clean(text).split()).lower()).replace(" ", "-")
     seen[slug] = seen.get(slug, -1) + 1
     return f"{slug}-{seen[slug]}" if seen[slug] else slug
 
 
 def _on_white(svg: bytes) -> bytes:
-    """An SVG that can be read on any page: dark on white."""
+    """Return an SVG that can be read on any page: dark on white."""
     text = svg.decode().replace(INK, "#222222")
     return re.sub(
         r"(<svg [^>]*>)", r'\1<rect width="100%" height="100%" fill="#ffffff"/>', text, count=1

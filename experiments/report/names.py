@@ -8,21 +8,21 @@ from experiments.report.groups import Figure, Group, Part
 
 
 def level(part: Part, name: str, value: Any) -> str:
-    """A level as text, in percent if its name and values say so."""
+    """Return a level as text, in percent if its name and values say so."""
     if value is not None and name in part.percent:
         return f"{100 * value:.6g}"
     return groups.show(value)
 
 
 def levels(part: Part, group: Group, skip: int = 0) -> str:
-    """All levels of a group but the first few, as text: "sparsity 98 %"."""
+    """Return all levels of a group but the first few, as text: "sparsity 98 %"."""
     named = list(zip(part.levels, group.levels, strict=True))[skip:]
     percent = {name: " %" * (name in part.percent) for name, _ in named}
     return ", ".join(f"{name} {level(part, name, value)}{percent[name]}" for name, value in named)
 
 
 def namer(part: Part) -> Callable[[tuple], str]:
-    """`name(factors)`, which leaves out the factors that all pruned groups have in common."""
+    """Return `name(factors)`, which leaves out the factors that all pruned groups have in common."""
     pruned = list(dict.fromkeys(group.factors for group in part.groups if not group.baseline))
     telling = [len({factors[i] for factors in pruned}) > 1 for i in range(len(part.factors))]
 
@@ -34,12 +34,12 @@ def namer(part: Part) -> Callable[[tuple], str]:
 
 
 def label(part: Part, group: Group) -> str:
-    """A group by its factors and levels."""
+    """Return a group by its factors and levels."""
     return ", ".join(filter(None, [namer(part)(group.factors), levels(part, group)]))
 
 
 def baselines(part: Part, figure: str) -> dict[str, Figure]:
-    """A figure of each group where nothing is pruned, by what tells these apart."""
+    """Return a figure of each group where nothing is pruned, by what tells these apart."""
     own = [group for group in part.groups if group.baseline and group.figure(figure).found]
     found = {}
     for group in own:
@@ -51,5 +51,5 @@ def baselines(part: Part, figure: str) -> dict[str, Figure]:
 
 
 def own_method(group: Group) -> bool:
-    """Whether a group is the baseline by name, a method of its own without levels to vary."""
-    return group.baseline and any(str(name).lower() in groups.BASELINES for name in group.factors)
+    """Return whether a group is the baseline as a method of its own, without levels to vary."""
+    return group.baseline and groups.BASELINE in group.factors

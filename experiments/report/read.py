@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.report.design import Design, from_json
+
 # What says where a line is from; everything else in it is a field.
-_ABOUT = ("study", "config", "versions", "command")
+_ABOUT = ("study", "config", "versions", "command", "design")
 # Settings in which replicates may differ: where they wrote, and what they timed.
 _NOT_SETTINGS = ("out", "dense", "fresh", "timing_runs", "batch_sizes")
 # Settings that make two runs of a study two sections: figures of different tasks are not compared.
@@ -31,6 +33,7 @@ class Line(NamedTuple):
       fields: everything else but layers, with names such as "a.b" for what was nested.
       layers: by field, {path: [kept, size]} or {path: kept}.
       masks: a file beside the line's file, or None.
+      design: the roles of its fields, if its study declares them.
     """
 
     file: Path
@@ -42,6 +45,7 @@ class Line(NamedTuple):
     fields: dict[str, Any]
     layers: dict[str, dict[str, Any]]
     masks: str | None
+    design: Design | None = None
 
 
 class Section(NamedTuple):
@@ -51,15 +55,17 @@ class Section(NamedTuple):
       study: its name.
       task: which data and network, as far as the configs say.
       lines: those whose figures are compared; settings that differ between them are fields.
+      settings: the names of these fields.
     """
 
     study: str
     task: dict[str, Any]
     lines: list[Line]
+    settings: tuple[str, ...] = ()
 
 
 def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
-    """All lines of files, and of the `.jsonl` files of folders.
+    """Return all lines of files, and of the `.jsonl` files of folders.
 
     Args:
       results: files and folders; a file that is met twice is read once.
@@ -102,7 +108,7 @@ def read(results: Sequence[str | Path]) -> tuple[list[Line], list[str]]:
 
 
 def _of_folder(folder: Path, notes: list[str]) -> list[Path]:
-    """The `.jsonl` files of a folder; of runs that have not ended only where there is nothing else."""
+    """Return the `.jsonl` files of a folder; of runs that have not ended only where there is nothing else."""
     files = sorted(folder.rglob("*.jsonl"))
     ended = [file for file in files if UNFINISHED not in file.relative_to(folder).parts]
     for file in files:
@@ -113,7 +119,7 @@ def _of_folder(folder: Path, notes: list[str]) -> list[Path]:
 
 
 def sections(lines: Sequence[Line]) -> list[Section]:
-    """The lines by study and task, in order of appearance.
+    """Return the lines by study and task, in order of appearance.
 
     Where runs of a section differ in a setting, every line gets it as a field, so that they are told apart:
     but for where they wrote, and for lists such as `seeds` that the lines spell out as `seed`.
@@ -125,12 +131,12 @@ def sections(lines: Sequence[Line]) -> list[Section]:
     made = []
     for (study, task), own in found.items():
         known = {key: value for key, value in json.loads(task).items() if value is not None}
-        made.append(Section(study, known, _with_settings(own)))
+        made.append(Section(study, known, *_with_settings(own)))
     return made
 
 
 def differing(dicts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that not all dicts have with the same value, in order of appearance."""
+    """Return the keys that not all dicts have with the same value, in order of appearance."""
     keys = dict.fromkeys(key for one in dicts for key in one)
     return [key for key in keys if len({repr(one.get(key, _ABSENT)) for one in dicts}) > 1]
 
@@ -139,11 +145,11 @@ _ABSENT = object()
 
 
 def distinct(dicts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The dicts that differ, in order of appearance."""
+    """Return the dicts that differ, in order of appearance."""
     return list({repr(sorted(one.items(), key=lambda item: item[0])): one for one in dicts}.values())
 
 
-def _with_settings(lines: list[Line]) -> list[Line]:
+def _with_settings(lines: list[Line]) -> tuple[list[Line], tuple[str, ...]]:
     keys = differing(distinct([line.config for line in lines]))
     fields = {field for line in lines for field in line.fields}
 
@@ -151,23 +157,22 @@ def _with_settings(lines: list[Line]) -> list[Line]:
         return any(key in (f"{field}s", f"{field}es", f"{field[:-1]}ies") for field in fields)
 
     keys = [k for k in keys if k not in _NOT_SETTINGS and not spelled_out(k) and k not in fields]
-    if not keys:
-        return lines
-    return [
+    made = [
         line._replace(fields={key: _setting(line.config.get(key)) for key in keys} | line.fields)
         for line in lines
     ]
+    return made, tuple(keys)
 
 
 def _setting(value: Any) -> Any:
-    """A setting as a field: "default" for none, text for a list."""
+    """Return a setting as a field: "default" for none, text for a list."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "default" if value is None else value
 
 
 def _read_file(file: Path) -> tuple[list[Line], bool]:
-    """The lines of a file, and whether the last one is torn."""
+    """Return the lines of a file, and whether the last one is torn."""
     if not file.is_file():
         raise ReportError(f"{file}: neither a file nor a folder.")
     try:
@@ -206,7 +211,7 @@ def _line(file: Path, number: int, row: bytes) -> Line:
             layers[key] = value
         else:
             rest[key] = value
-    config, versions, command = (data.get(key) for key in _ABOUT[1:])
+    config, versions, command, design = (data.get(key) for key in _ABOUT[1:])
     study = data.get("study")
     return Line(
         file=file,
@@ -218,16 +223,17 @@ def _line(file: Path, number: int, row: bytes) -> Line:
         fields=dict(_flat(rest)),
         layers=layers,
         masks=masks if isinstance(masks, str) else None,
+        design=from_json(design),
     )
 
 
 def _name(file: Path) -> str:
-    """What lines without a study are called: the file, or the folder of a `results.jsonl`."""
+    """Return what lines without a study are called: the file, or the folder of a `results.jsonl`."""
     return file.resolve().parent.name if file.stem == "results" else file.stem
 
 
 def _is_layers(key: str, value: Any) -> bool:
-    """Whether a field holds a count, or [kept, size], for each of several paths."""
+    """Return whether a field holds a count, or [kept, size], for each of several paths."""
     if not isinstance(value, dict) or not value:
         return False
     if key not in ("layers", "widths") and not all("/" in path for path in value):
@@ -252,5 +258,5 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def natural(text: str) -> tuple:
-    """A key that sorts "conv10" after "conv2"."""
+    """Return a key that sorts "conv10" after "conv2"."""
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text))

@@ -1,4 +1,4 @@
-"""Checkpoints of a study, one after each finished level, so that a stopped run goes on from there."""
+"""Checkpoints of a study, one after each finished level, from which a stopped run resumes."""
 
 import contextlib
 import errno
@@ -23,14 +23,14 @@ from experiments.run.stopping import locked, shielded
 class Checkpoints:
     """A folder with the last two finished levels of a study: their arrays, and the lines of results.
 
-    A level is written under another name and renamed when it is whole, so a run killed at any
-    moment finds the level before, and nothing of the one it was in. Each has a checksum of all that is
-    in it: one that was damaged since is never gone on with, but the level before it, or none. Levels are
-    ordered by their numbers; what the clock says plays no part.
+    A level is written under another name and renamed when it is complete, so a run killed at any moment
+    finds the level before, and nothing of the one it was in. Each level has a checksum of all its content: a
+    run never resumes from a damaged level, but from the level before it. Levels are ordered by their numbers,
+    whatever the clock says.
     """
 
     def __init__(self, folder: str | Path, config: dict[str, Any]):
-        """Opens the folder, which no other run may then write to.
+        """Open the folder, which no other run may then write to.
 
         Args:
           folder: where to write.
@@ -57,14 +57,14 @@ class Checkpoints:
                 differ = [key for key in keys if earlier.get(key) != self._config.get(key)]
                 raise SystemExit(
                     f"{self.folder} holds a run with other settings ({', '.join(differ)}). "
-                    "Give the same flags to go on with it, another --out, or --fresh to start over."
+                    "Give the same flags to resume it, another --out, or --fresh to start over."
                 )
             self._close = stack.pop_all().close
 
     def restore(self, template: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-        """The state and lines of the last finished level that is whole, or None.
+        """Return the state and lines of the last finished level that is intact, or None.
 
-        A level that is damaged is named on stderr; it is removed when one takes its place.
+        A damaged level is named on stderr, and removed when another takes its place.
 
         Args:
           template: a tree of the state's structure, shapes and dtypes.
@@ -83,7 +83,7 @@ class Checkpoints:
                 if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO):
                     raise
                 older = steps[place + 1 : place + 2]
-                then = f"trying {self.folder / str(older[0])}" if older else "starting over what it was of"
+                then = f"trying {self.folder / str(older[0])}" if older else "starting over"
                 why = str(error).partition("\n")[0][:200] or type(error).__name__
                 print(f"{self.folder / str(step)} is damaged ({why}); {then}.", file=sys.stderr)
             else:
@@ -91,12 +91,12 @@ class Checkpoints:
         return None
 
     def save(self, level: int, state: Any, lines: list[dict[str, Any]]) -> None:
-        """Writes a finished level: its state, and all lines up to it.
+        """Write a finished level: its state, and all lines up to it.
 
         Raises:
-          OSError: it cannot be written; the level before is there still.
+          OSError: it cannot be written; the level before it is kept.
         """
-        # Host arrays: those of JAX are bound to the devices there were.
+        # Host arrays: those of JAX are bound to the devices of this run.
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         # One array: of several, the threads that write the others print tracebacks when the disk is full.
         joined = np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8)
@@ -109,7 +109,7 @@ class Checkpoints:
         with _quiet(), shielded():
             try:
                 for step in self._steps():
-                    if step >= level:  # damaged: a whole one would have been gone on with
+                    if step >= level:  # damaged: from an intact one the run would have resumed
                         self._manager.delete(step)
                 if not self._manager.save(level, args=args):
                     raise RuntimeError(f"level {level} was not saved in {self.folder}")
@@ -121,11 +121,11 @@ class Checkpoints:
                 raise
 
     def _steps(self) -> list[int]:
-        """The levels there are, the last one first."""
+        """Return the levels there are, the last one first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def _earlier_config(self) -> dict[str, Any] | None:
-        """The config of the last level whose text is whole."""
+        """Return the config of the last level whose text is whole."""
         for step in self._steps():
             with contextlib.suppress(Exception):
                 return dict(self._text(step)["config"])
@@ -158,7 +158,7 @@ class Checkpoints:
 
 
 def forget(folder: str | Path) -> None:
-    """Removes checkpoints, if there are any and no other run writes to them."""
+    """Remove checkpoints, if there are any and no other run writes to them."""
     folder = Path(folder)
     if folder.is_dir():
         with locked(folder):
@@ -180,7 +180,7 @@ def _digest(leaves: Sequence[np.ndarray]) -> str:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The operating system's number of what went wrong, as Python or as tensorstore tells it."""
+    """Return the operating system's number of what went wrong, as Python or as tensorstore tells it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno:
             return error.errno
@@ -192,7 +192,7 @@ def _errno(error: BaseException | None) -> int | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without orbax's own account of errors, tracebacks of its threads among it: they are raised too."""
+    """Silence orbax's own log of errors, and the tracebacks of its threads: they are raised as well."""
     logger = logging.getLogger("absl")
     before = logger.disabled
     logger.disabled = True

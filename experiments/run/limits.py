@@ -1,123 +1,150 @@
-"""What the values of flags may be: limits declared beside each flag, and what is said beyond them."""
+"""What a setting may be: limits stated in its type, and the sentence that refuses anything else."""
 
 import math
 import os
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 LARGEST = 2**31 - 1
-"""What whole numbers are at most, either way: they become counts and sizes on the device."""
+"""The largest whole number allowed, either way: these become counts and sizes on the device."""
 
 _LONGEST_PATH = 1000
 
-Bound = float | str | None
-
 
 class FlagError(ValueError):
-    """Flags that do not go together, or not with the data; the message names them."""
+    """A setting that is not allowed, or does not go with the others or the data; it names the flag."""
 
 
-class Limits(NamedTuple):
-    """What a flag may be; of a tuple, what each of its items may be.
+@dataclass(frozen=True)
+class Range:
+    """The bounds of a number, as in `Annotated[float, Range(at_least=0, below=1)]`."""
 
-    Attributes:
-      at_least, above, at_most, below: bounds of a number; a text is the field whose value is the bound.
-      among: the texts that are allowed; any, if it is empty.
-      repeats: whether a tuple may have an item twice.
-      empty: whether a tuple may have no items.
-      path: whether a text is a folder, or a file, to write to.
-    """
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
 
-    at_least: Bound = None
-    above: Bound = None
-    at_most: Bound = None
-    below: Bound = None
-    among: tuple[str, ...] = ()
-    repeats: bool = False
-    empty: bool = False
-    path: Literal["folder", "file"] | None = None
-
-    def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, whatever the other flags are; None if nothing is.
+    def problem(self, value: float) -> str | None:
+        """Return what is wrong with a number, or None.
 
         Example:
-          >>> Limits(at_least=0, below=1).problem(1.5)
+          >>> Range(at_least=0, below=1).problem(1.5)
           'must be 0 or more and below 1, got 1.5'
-          >>> Limits(at_least=0).problem((0, 1, 0))
-          'has 0 twice'
-          >>> Limits().problem(float("nan"))
-          'must be a finite number, got nan'
-          >>> Limits(above=0, at_most="hours").problem(10**40)
-          'must be at most 2,147,483,647 and above 0, got 10000000000000000000000000000000000000000'
+          >>> Range(above=0).problem(float("nan"))
+          'must be a finite number and above 0, got nan'
         """
-        if isinstance(value, tuple):
-            if not value and not self.empty:
-                return "needs at least one value"
-            wrong = next(filter(None, map(self.problem, value)), None)
-            twice = [item for index, item in enumerate(value) if item in value[:index]]
-            return wrong or (f"has {shown(twice[0])} twice" if twice and not self.repeats else None)
-        if isinstance(value, str):
-            return self._of_text(value)
-        if value is None or isinstance(value, bool):
-            return None
         if not math.isfinite(value):
-            return f"must be {self._allowed({}, 'a finite number')}, got {value}"
+            return f"must be {self._allowed('a finite number')}, got {value}"
         if isinstance(value, int) and abs(value) > LARGEST:
-            return f"must be {self._allowed({}, f'at most {LARGEST:,}')}, got {shown(value)}"
-        return None if self._holds(value, {}) else f"must be {self._allowed({})}, got {value}"
+            return f"must be {self._allowed(f'at most {LARGEST:,}')}, got {shown(value)}"
+        inside = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+        return None if inside else f"must be {self._allowed()}, got {value}"
 
-    def beside(self, value: Any, others: Mapping[str, Any]) -> str | None:
-        """What is wrong with a value beside those of the other flags.
-
-        Example:
-          >>> Limits(below="epochs").beside(5, {"epochs": 3})
-          'must be below 3 (--epochs), got 5'
-        """
-        for item in value if isinstance(value, tuple) else (value,):
-            if isinstance(item, (int, float)) and not self._holds(item, others):
-                return f"must be {self._allowed(others)}, got {item}"
-        return None
-
-    def _bounds(self, others: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-        """The bounds that are known, each with its name."""
-        named = {"at_least": self.at_least, "above": self.above, "at_most": self.at_most, "below": self.below}
-        found = {}
-        for kind, bound in named.items():
-            if isinstance(bound, str):
-                if others.get(bound) is not None:
-                    found[kind] = others[bound], f"{others[bound]} ({flag_name(bound)})"
-            elif bound is not None:
-                found[kind] = bound, f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
-        return found
-
-    def _holds(self, value: float, others: Mapping[str, Any]) -> bool:
-        holds = {
-            "at_least": lambda bound: value >= bound,
-            "above": lambda bound: value > bound,
-            "at_most": lambda bound: value <= bound,
-            "below": lambda bound: value < bound,
-        }
-        return all(holds[kind](bound) for kind, (bound, _) in self._bounds(others).items())
-
-    def _allowed(self, others: Mapping[str, Any], *more: str) -> str:
+    def _allowed(self, *more: str) -> str:
         words = {"at_least": "{} or more", "above": "above {}", "at_most": "at most {}", "below": "below {}"}
-        said = [words[kind].format(name) for kind, (_, name) in self._bounds(others).items()]
-        return " and ".join([*more, *said])
+        bounds = {kind: bound for kind in words if (bound := getattr(self, kind)) is not None}
+        texts = {kind: f"{x:,}" if isinstance(x, int) else f"{x:g}" for kind, x in bounds.items()}
+        return " and ".join([*more, *(words[kind].format(text) for kind, text in texts.items())])
 
-    def _of_text(self, text: str) -> str | None:
-        if self.among:
-            allowed = f"must be{' one of' * (len(self.among) > 1)} {', '.join(self.among)}"
-            return None if text in self.among else f"{allowed}; got {shown(text)}"
-        if not text.strip():
-            return "must not be empty"
-        if not text.isprintable():  # control characters, and bytes that are no UTF-8
-            return f"must be printable text, got {shown(text)}"
-        return _unfit(text, self.path) if self.path else None
+
+@dataclass(frozen=True)
+class OneOf:
+    """The texts that are allowed, where they are not written out as a `Literal`."""
+
+    choices: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Whether a tuple may be empty, and whether it may have an item twice; neither unless stated."""
+
+    empty: bool = False
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class Writable:
+    """A path that a run is going to write to. The command line checks it, when the run is about to start."""
+
+    kind: Literal["folder", "file"]
+
+
+def find(hint: Any, kind: type) -> Any:
+    """Return the limit of a kind that a type carries at any depth, or None.
+
+    Example:
+      >>> find(tuple[Annotated[str, OneOf(("a", "b"))], ...] | None, OneOf)
+      OneOf(choices=('a', 'b'))
+    """
+    for part in typing.get_args(hint):
+        if isinstance(part, kind):
+            return part
+        if (found := find(part, kind)) is not None:
+            return found
+    return None
+
+
+def problem(hint: Any, value: Any, limit: Any = None) -> str | None:
+    """Return what is wrong with a value of a type, or None.
+
+    Numbers must be finite, whole ones at most 2^31 - 1, and texts printable and not empty, whatever else the
+    type states.
+
+    Args:
+      hint: int, float, str, bool, a `Literal`, a tuple of these, any of them `| None`, or `Annotated` with
+        `Range`, `OneOf`, `Items` or `Writable`.
+      value: anything.
+      limit: what an `Annotated` around the type states; for the recursion.
+
+    Example:
+      >>> problem(tuple[int, ...], (0, 1, 0))
+      'has 0 twice'
+      >>> problem(tuple[Annotated[int, Range(at_least=1)], ...] | None, (3, 0))
+      'must be 1 or more, got 0'
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return problem(parts[0], value, parts[1])
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else problem(parts[0], value, limit)
+    if origin is tuple:
+        items = limit or Items()
+        if not isinstance(value, tuple):
+            return f"must be a tuple, got {shown(value)}"
+        if not value and not items.empty:
+            return "needs at least one value"
+        if wrong := next(filter(None, (problem(parts[0], item) for item in value)), None):
+            return wrong
+        twice = [item for index, item in enumerate(value) if item in value[:index]]
+        return f"has {shown(twice[0])} twice" if twice and not items.repeats else None
+    if hint is bool:
+        return None if isinstance(value, bool) else f"must be true or false, got {shown(value)}"
+    if hint in (int, float):
+        if not isinstance(value, int if hint is int else (int, float)) or isinstance(value, bool):
+            return f"must be {'a whole number' if hint is int else 'a number'}, got {shown(value)}"
+        return (limit or Range()).problem(value)
+    if choices := parts or (limit.choices if isinstance(limit, OneOf) else ()):
+        allowed = f"must be{' one of' * (len(choices) > 1)} {', '.join(choices)}"
+        return None if value in choices else f"{allowed}; got {shown(value)}"
+    if not isinstance(value, str):
+        return f"must be text, got {shown(value)}"
+    if not value.strip():
+        return "must not be empty"
+    # Neither control characters nor bytes that are not UTF-8.
+    return None if value.isprintable() else f"must be printable text, got {shown(value)}"
 
 
 def flag_name(field: str) -> str:
-    """A field as its flag.
+    """Return the flag of a field.
 
     Example:
       >>> flag_name("batch_size")
@@ -127,15 +154,15 @@ def flag_name(field: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in a message: in ASCII, and cut where it is long."""
+    """Return a value as it stands in a message: in ASCII, and cut where it is long."""
     if isinstance(value, int) and abs(value) > 10**60:
         return f"a number of {int(math.log10(abs(value))) + 1:,} digits"
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _unfit(text: str, kind: str) -> str | None:
-    """Why nothing could be written to a path; None if it seems it could."""
+def unwritable(text: str, kind: Literal["folder", "file"]) -> str | None:
+    """Return why nothing could be written to a path, or None if it seems possible."""
     if len(text) > _LONGEST_PATH:
         return f"is too long for a path, {len(text):,} characters"
     try:

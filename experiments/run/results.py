@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 import jaxprune as jp
+from experiments.report.design import Design
 from experiments.report.read import UNFINISHED
 from experiments.run import saved_recipes, stopping
 from jaxprune.files.atomic import replacing
@@ -24,20 +25,20 @@ from jaxprune.files.atomic import replacing
 _WHOLE = "whole.jsonl"
 _LINES = "results.jsonl"
 _KEPT = "kept"
-_COMMON = ("study", "config", "versions", "command")
+_COMMON = ("study", "config", "versions", "command", "design")
 
 
 class Results:
     """A folder of results: `results.jsonl`, one line per figure, `recipe.yaml` to repeat them, and plots.
 
-    Every line holds the study, the whole config, the command and the versions, so that a line moved elsewhere
-    still says what it is. `experiments.report` makes a page of them; for it a line may also hold `layers`,
-    see `layers`, and `masks`, see `keep_masks`.
+    Every line holds the study, the whole config, the command, the versions and the roles of its fields, so
+    that a line moved elsewhere still says what it is. `experiments.report` makes a page of them. A line may
+    also hold `layers`, see `layers`, and `masks`, see `keep_masks`.
 
-    What a run writes lies in the folder `unfinished` until it has ended well; then, all at once, it takes the
-    place of an earlier run's. So a run that fails or is killed leaves the earlier results as they were, and
-    what it had finished itself in `unfinished`, with which a study that can go on goes on. Lines are added in
-    units, such as a method's with all its seeds, of which a killed run leaves all or nothing.
+    A run writes to the folder `unfinished` until it has ended well; then its files replace an earlier run's
+    all at once. So a run that fails or is killed leaves the earlier results untouched, and what it had
+    finished in `unfinished`, from which a study that can resume does. Lines are added in units, such as all
+    seeds of a method, of which a killed run leaves all or nothing.
 
     Only one run at a time may have the folder.
     """
@@ -49,24 +50,27 @@ class Results:
         config: Any,
         recipe: Mapping[str, Any] | None = None,
         *,
+        design: Design | None = None,
         resume: bool | None = None,
         adds: bool = False,
         may_differ: Sequence[str] = ("out", "fresh"),
     ):
-        """Says what the run is; nothing is touched before the block is entered.
+        """State what the run is; nothing is touched before the block is entered.
 
         Args:
           folder: of the results.
           study, config, recipe: what every line, and `recipe.yaml`, say of the run.
-          go_on: whether the lines of an unfinished run are gone on with, if there is one; else they are
-            dropped. None if the study cannot.
-          adds: whether, if nothing is unfinished, the lines of a finished run are gone on with.
-          may_differ: settings of an earlier run that it may have had otherwise, to be gone on with.
+          design: what the fields of the lines mean, for `experiments.report`.
+          resume: whether to keep the lines of an unfinished run, if there is one, or drop them; None if the
+            study cannot resume.
+          adds: whether to add to the lines of a finished run, if nothing is unfinished.
+          may_differ: settings that may differ from those of the run that is resumed.
         """
         self.folder = Path(folder)
         self.unfinished = self.folder / UNFINISHED
         self.lines: list[dict[str, Any]] = []  # the figures of all finished units, in order
         self._study, self._config, self._recipe = study, config, recipe
+        self._design = design
         self._resume, self._adds, self._may_differ = resume, adds, may_differ
         self._rows: list[bytes] = []  # of an earlier run, to be written before this one's
         self._common: dict[str, Any] = {}
@@ -74,7 +78,7 @@ class Results:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Results":
-        """Takes the folder, and what an earlier run left in it.
+        """Take the folder, and what an earlier run left in it.
 
         Raises:
           SystemExit: another run has the folder; it holds lines of other settings, or damaged ones.
@@ -91,12 +95,14 @@ class Results:
             elif self.unfinished.exists():
                 shutil.rmtree(self.unfinished)
             values = (self._study, dataclasses.asdict(self._config), versions(), command())
-            self._common = dict(zip(_COMMON, values, strict=True))
+            self._common = dict(zip(_COMMON, values, strict=False))
+            if self._design:
+                self._common["design"] = self._design.as_json()
             self._stack = stack.pop_all()
         return self
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends the lines of a unit and flushes them, so that a killed run leaves them whole."""
+        """Append the lines of a unit and flushes them, so that a killed run leaves them whole."""
         lines = [dict(line) for line in lines]
         rows = "".join(json.dumps(line | self._common) + "\n" for line in lines)
         with stopping.shielded():
@@ -104,20 +110,20 @@ class Results:
             self.lines += lines
 
     def write(self, **figures: Any) -> None:
-        """Appends a line that is a unit by itself."""
+        """Append a line that is a unit by itself."""
         self.add([figures])
 
     def done(self, **fields: Any) -> bool:
-        """Whether there are lines that have these fields: the unit need not be run again."""
+        """Return whether there are lines that have these fields: the unit need not be run again."""
         return any(all(line.get(k) == v for k, v in fields.items()) for line in self.lines)
 
     def drop_lines(self) -> None:
-        """Leaves out the lines gone on with: the study has them from elsewhere. Files stay."""
+        """Drop the lines of an earlier run, which the study has from elsewhere. Files stay."""
         self.lines, self._rows = [], []
         (self.unfinished / _LINES).unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What is trained once and many units start from; a run that goes on reads what it had made.
+        """Return what is trained once and many units start from; a resumed run reads it from its file.
 
         Args:
           name: of the file, without an ending.
@@ -140,12 +146,12 @@ class Results:
         return jp.io.load(file).params
 
     def file(self, name: str) -> Path:
-        """Where to write a file that belongs to the lines; when the run has ended it is in the folder."""
+        """Return where to write a file that belongs to the lines; the end of the run moves it."""
         self._begin()
         return self.unfinished / name
 
     def keep_masks(self, name: str, masks: Any) -> str:
-        """Writes the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
+        """Write the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
 
         Args:
           name: of the file, without an ending; a file of that name is replaced.
@@ -176,17 +182,17 @@ class Results:
                 stopping.keep(error, self._left())
 
     def _left(self) -> str:
-        """What a run that has not ended leaves, and what comes of it."""
+        """Return a sentence on what a run that has not ended leaves, and how to resume it."""
         if self._resume is None:
             return f"What there was is in {self.unfinished}. This study starts over when it is run again."
         flags = "The same command" if self._resume else "The same command without --fresh"
         count = (
             f"{len(self.lines):,} lines of results are" if len(self.lines) != 1 else "1 line of results is"
         )
-        return f"{count} kept in {self.unfinished}. {flags} goes on from there."
+        return f"{count} kept in {self.unfinished}. {flags} resumes from there."
 
     def _take_up(self) -> None:
-        """Goes on with the lines of an earlier run, if there are any."""
+        """Take up the lines of an earlier run, if there are any."""
         place = self.unfinished
         if self._adds and not (place / _LINES).exists():
             place = self.folder
@@ -196,9 +202,9 @@ class Results:
             lines = [{k: v for k, v in line.items() if k not in _COMMON} for line in lines]
             if differ := self._differing((place / "recipe.yaml").read_text(encoding="utf-8")):
                 names = ", ".join(differ)
-                problem = f"is of a run with other settings ({names}). Give the same flags to go on with it"
+                problem = f"is of a run with other settings ({names}). Give the same flags to resume it"
         except (ValueError, AttributeError, OSError) as error:
-            problem = f"cannot be gone on with ({error}). Mend it"
+            problem = f"cannot be resumed from ({error}). Mend it"
         if problem and rows:
             raise SystemExit(f"{place / _LINES} {problem}, another --out, or --fresh to start over.")
         if problem and self.unfinished.exists():  # it had not finished anything
@@ -206,14 +212,14 @@ class Results:
         self.lines, self._rows = lines, rows
 
     def _differing(self, recipe: str) -> list[str]:
-        """The settings that are not those of a `recipe.yaml`."""
+        """Return the settings that are not those of a `recipe.yaml`."""
         earlier = saved_recipes.plain_settings(recipe)
         own = saved_recipes.plain_settings(saved_recipes.study_text(self._study, self._config, self._recipe))
         keys = [key for key in dict.fromkeys([*earlier, *own]) if key not in self._may_differ]
         return [key for key in keys if earlier.get(key, _ABSENT) != own.get(key, _ABSENT)]
 
     def _begin(self) -> None:
-        """Makes the folder of this run's files."""
+        """Make the folder of this run's files."""
         if self._file is not None:
             return
         self.unfinished.mkdir(exist_ok=True)
@@ -240,7 +246,7 @@ class Results:
             raise OSError(error.errno, error.strerror, str(self.unfinished / _LINES)) from None
 
     def _end(self) -> None:
-        """Lets the run's files take the place of an earlier run's."""
+        """Let the run's files replace an earlier run's."""
         with stopping.shielded():
             self._begin()
             with replacing(self.unfinished / _WHOLE) as new:
@@ -248,7 +254,7 @@ class Results:
             self._settle()
 
     def _settle(self) -> None:
-        """The same, once the lines are whole; cut at any place it can be done again."""
+        """Move the files once all lines are written; interrupted anywhere, it can be done again."""
         (self.unfinished / _LINES).unlink(missing_ok=True)
         for file in sorted(self.unfinished.rglob("*")):
             name = file.relative_to(self.unfinished)
@@ -265,7 +271,7 @@ _END = b"\n"
 
 
 def _whole_rows(file: Path) -> list[bytes]:
-    """The lines of a file; of an unfinished run's, but those of a unit that was cut short."""
+    """Return the lines of a file, without those of a unit that an unfinished run cut short."""
     if not file.exists():
         return []
     rows = file.read_bytes().split(b"\n")
@@ -276,7 +282,7 @@ def _whole_rows(file: Path) -> list[bytes]:
 
 
 def layers(masks: Any) -> dict[str, list[int]]:
-    """What is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
+    """Return what is left of each layer: `{path: [entries kept, entries]}` of leaves of two and more axes.
 
     Example:
       >>> layers({"fc/kernel": np.array([[True, False, True]]), "fc/bias": np.array([True])})
@@ -287,14 +293,14 @@ def layers(masks: Any) -> dict[str, list[int]]:
 
 
 def versions() -> dict[str, str]:
-    """The versions and the device that a figure depends on."""
+    """Return the versions and the device that a figure depends on."""
     packages = ("jaxprune", "jax", "jaxlib", "flax", "optax", "numpy")
     found = {package: version(package) for package in packages}
     return found | {"python": platform.python_version(), "device": jax.devices()[0].device_kind}
 
 
 def command() -> str:
-    """The command that is running, as one would type it."""
+    """Return the command that is running, as one would type it."""
     module = getattr(sys.modules["__main__"].__spec__, "name", None)
     run = f"python -m {module}" if module else f"python {Path(sys.argv[0]).name}"
     return shlex.join([*run.split(), *sys.argv[1:]])

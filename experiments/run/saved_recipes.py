@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.run.limits import problem
 from jaxprune.recipes import Recipe
 from jaxprune.recipes.document import Node, from_yaml, to_yaml
 from jaxprune.recipes.options import read
@@ -21,7 +22,7 @@ _KEYS = ("version", "study", "config", "prune", "distillation", "stop")
 
 
 def study_of(config: type) -> str:
-    """The name of the study a config belongs to: its module's, as in `gradual`.
+    """Return the name of the study a config belongs to: its module's, as in `gradual`.
 
     Example:
       >>> from experiments.gradual import Config
@@ -31,11 +32,11 @@ def study_of(config: type) -> str:
     module = config.__module__
     if module == "__main__":
         module = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).stem
-    return module.removeprefix("experiments.")
+    return module.removeprefix("experiments.").removesuffix(".study").removesuffix(".command")
 
 
 def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None) -> str:
-    """`recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
+    """Return `recipe.yaml`: the study, all its settings, and the recipe that it was given, if it was."""
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not is_file(f)}
     settings.pop("fresh", None)  # to repeat a run is not to start over each time
     pruning = {
@@ -45,7 +46,7 @@ def study_text(study: str, config: Any, recipe: Mapping[str, Any] | None = None)
 
 
 def plain_settings(text: str) -> dict[str, Any]:
-    """What `study_text` wrote, in one dict: two runs with the same are the same.
+    """Return what `study_text` wrote, in one dict: two runs with the same are the same.
 
     Raises:
       RecipeError: it is something else.
@@ -55,19 +56,19 @@ def plain_settings(text: str) -> dict[str, Any]:
 
 
 def save_method(folder: str | Path, name: str, recipe: Recipe) -> None:
-    """Writes what a method of a study prunes by, as `recipes/NAME.yaml`."""
+    """Write what a method of a study prunes by, as `recipes/NAME.yaml`."""
     path = Path(folder) / "recipes" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def is_file(field: dataclasses.Field) -> bool:
-    """Whether a field of a config is the file of a recipe, which is given without a flag."""
-    return field.metadata.get("file", False)
+    """Return whether a field of a config is the file of a recipe, which is given without a flag."""
+    return field.name == "recipe"
 
 
 def settings(path: str, config: type) -> dict[str, Any]:
-    """The settings in a recipe of a study, checked against the fields of its config.
+    """Return the settings in a recipe of a study, checked against the fields of its config.
 
     Raises:
       RecipeError: what is wrong, with the line and the key; a recipe of another study among it.
@@ -93,12 +94,10 @@ def settings(path: str, config: type) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(config) if not is_file(f)]
     nodes = _get(root, fields, "config").fields(names, what="settings")
     found = {name: read(node, hints[name]) for name, node in nodes.items()}
-    for field in dataclasses.fields(config):
-        if field.name in found and "limits" in field.metadata:
-            # Whether it can be written where the earlier run wrote is asked if no flag says otherwise.
-            limits = field.metadata["limits"]._replace(path=None)
-            if wrong := limits.problem(found[field.name]):
-                nodes[field.name].fail(f"{wrong}.")
+    stated = typing.get_type_hints(config, include_extras=True)
+    for name, value in found.items():
+        if wrong := problem(stated[name], value):
+            nodes[name].fail(f"{wrong}.")
     return found
 
 

@@ -1,166 +1,186 @@
-"""A study's settings: a frozen dataclass whose fields are its command-line flags."""
+"""A study's settings: a frozen dataclass that checks itself, and whose fields are command-line flags.
 
-import argparse
+    @dataclass(frozen=True)
+    class Config(Settings):
+        seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+        epochs: Count = 13  # the budget of every method
+        tune_epochs: Natural = 3  # epochs of these for fine-tuning
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.at_most("tune_epochs", "epochs")
+
+The types say what a value may be, the comments are what `--help` says.
+"""
+
 import dataclasses
+import operator
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from experiments.run import saved_recipes
-from experiments.run.limits import Bound, FlagError, Limits, flag_name, shown
-from jaxprune.recipes import RecipeError
+from experiments.run.limits import FlagError, OneOf, Range, Writable, find, flag_name, problem, unwritable
 
-C = TypeVar("C")
-
-
-def parse(config: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
-    """Reads flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
-
-    Fields are int, float, str, `Literal[...]`, tuples of one of these (`--seeds 0,1,2`), or any of
-    them `| None`; a bool that is False by default is a flag without a value. What a value may be is
-    declared beside the field, see `flag`; any other ends the command with a sentence that says so.
-
-    `--recipe FILE` takes the settings that an earlier run left in its `recipe.yaml`; flags beside it
-    win. A config with a field made by `recipe_file` takes that file without a flag.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {getattr(sys.modules['__main__'].__spec__, 'name', None) or Path(sys.argv[0]).stem}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    fields = dataclasses.fields(typing.cast("Any", config))
-    hints = typing.get_type_hints(config)
-    files = [field for field in fields if saved_recipes.is_file(field)]
-    for field in files:
-        parser.add_argument(field.name, metavar="RECIPE", help=field.metadata["help"])
-    if not files:
-        text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
-        parser.add_argument("--recipe", metavar="FILE", help=text)
-    for field in fields:
-        if field in files:
-            continue
-        text, name = field.metadata["help"], flag_name(field.name)
-        if hints[field.name] is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=field.default, help=text)
-            continue
-        kind, read = _reader(hints[field.name])
-        value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        parser.add_argument(
-            name,
-            type=read,
-            default=field.default,
-            help=text if field.default is None else f"{text} (default: {value})",
-            metavar=kind,
-        )
-    recipe = getattr(parser.parse_args(argv), files[0].name if files else "recipe")
-    if recipe is not None:
-        try:
-            parser.set_defaults(**saved_recipes.settings(recipe, config))
-        except (RecipeError, OSError) as error:
-            raise SystemExit(str(error)) from None
-    given = vars(parser.parse_args(argv))
-    for field in fields:
-        if given[field.name] == []:  # what argparse makes of `--epochs=--`
-            parser.error(f"argument {flag_name(field.name)}: expected one argument")
-    parsed = config(**{field.name: given[field.name] for field in fields})
-    if wrong := _problem(parsed):
-        parser.error(f"argument {wrong}")
-    return parsed
+Count = Annotated[int, Range(at_least=1)]
+Natural = Annotated[int, Range(at_least=0)]
+BatchSize = Annotated[int, Range(at_least=1, at_most=100_000)]
+Positive = Annotated[float, Range(above=0)]
+Sparsity = Annotated[float, Range(at_least=0, below=1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+Seeds = tuple[Natural, ...]
+Folder = Annotated[str, Writable("folder")]
+File = Annotated[str, Writable("file")]
 
 
-def check_limits(config: Any) -> None:
-    """Checks the fields of a config that was made in Python, as `parse` checks flags.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The base of every study's `Config`: values beyond what the types allow are refused.
 
     Raises:
-      FlagError: a value that is beyond what is declared beside its field.
+      FlagError: a value that is not allowed.
 
     Example:
       >>> from experiments.gradual import Config
-      >>> check_limits(Config(sparsities=(0.5, 1.0)))
+      >>> Config(sparsities=(0.5, 1.0))
       Traceback (most recent call last):
       experiments.run.limits.FlagError: --sparsities: must be 0 or more and below 1, got 1.0
     """
-    if wrong := _problem(config):
-        raise FlagError(wrong)
+
+    def __post_init__(self):
+        """Check each field by itself; a study adds what holds between fields."""
+        for name, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            if wrong := problem(hint, getattr(self, name)):
+                raise FlagError(f"{flag_name(name)}: {wrong}")
+
+    def at_most(self, name: str, other: str) -> None:
+        """Refuse a field, or an item of it, above another field; None goes with anything."""
+        self._compare(operator.le, "at most", name, other)
+
+    def below(self, name: str, other: str) -> None:
+        """Refuse a field, or an item of it, that is not below another field; None goes with anything."""
+        self._compare(operator.lt, "below", name, other)
+
+    def _compare(self, holds: Callable[[Any, Any], bool], words: str, name: str, other: str) -> None:
+        value, bound = getattr(self, name), getattr(self, other)
+        for item in value if isinstance(value, tuple) else (value,):
+            if None not in (item, bound) and not holds(item, bound):
+                raise FlagError(
+                    f"{flag_name(name)}: must be {words} {bound} ({flag_name(other)}), got {item}"
+                )
 
 
-def _problem(config: Any) -> str | None:
-    """The first flag whose value is beyond its limits, and what is wrong with it."""
-    hints, values = typing.get_type_hints(type(config)), vars(config)
-    fields = [field for field in dataclasses.fields(config) if not saved_recipes.is_file(field)]
-    limits = {field.name: field.metadata["limits"] for field in fields}
-    limits = {name: each._replace(among=_choices(hints[name]) or each.among) for name, each in limits.items()}
-    by_itself = ((name, each.problem(values[name])) for name, each in limits.items())
-    beside = ((name, each.beside(values[name], values)) for name, each in limits.items())
-    return next((f"{flag_name(name)}: {wrong}" for name, wrong in chain(by_itself, beside) if wrong), None)
+C = TypeVar("C", bound=Settings)
 
 
-def recipe_file(text: str) -> Any:
-    """The field of a config that is the file of a recipe, with its help; the first of its fields."""
-    return dataclasses.field(metadata={"help": text, "file": True})
+def parse(config: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+    """Read flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
 
+    Tuples are written with commas, `--seeds 0,1,2`, and a bool is a flag without a value. `--recipe FILE`
+    takes the settings that an earlier run left in its `recipe.yaml`; flags beside it win. A config with a
+    field `recipe` of its own takes that file without a flag.
 
-def flag(
-    default: Any,
-    text: str,
-    *,
-    at_least: Bound = None,
-    above: Bound = None,
-    at_most: Bound = None,
-    below: Bound = None,
-    among: Sequence[str] = (),
-    repeats: bool = False,
-    empty: bool = False,
-    path: Literal["folder", "file"] | None = None,
-) -> Any:
-    """A field of a config with its help, and what its value may be.
-
-    The limits of a tuple are those of each item. Whatever is declared, numbers are finite, whole ones
-    below 2^31, and texts are printable and not empty.
-
-    Args:
-      default: the value where the flag is not given.
-      text: what `--help` says of it.
-      at_least, above, at_most, below: bounds of a number; the name of another field for its value,
-        as in `flag(3, "of these ...", below="epochs")`.
-      among: the texts that are allowed.
-      repeats: whether a tuple may have the same item twice.
-      empty: whether a tuple may have no items.
-      path: whether a text is a folder, or a file, to write to, which must be possible then.
+    Raises:
+      SystemExit: of status 2 with one sentence that names the flag, what was got and what is allowed.
     """
-    limits = Limits(at_least, above, at_most, below, tuple(among), repeats, empty, path)
-    return dataclasses.field(default=default, metadata={"help": text, "limits": limits})
+    import tyro
+
+    from experiments.run import saved_recipes
+    from jaxprune.recipes import RecipeError
+
+    program = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).stem
+    text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
+    own = [field.name for field in dataclasses.fields(config)]
+    option = dataclasses.field(default=None, metadata={"help": text})
+    recipe = ("recipe", tyro.conf.Positional[str]) if "recipe" in own else ("recipe", str | None, option)
+    # The same fields without the checks, which come once all flags are read. Under the same name in the same
+    # module tyro finds the comments of the class it stands for.
+    flags = dataclasses.make_dataclass(
+        config.__name__,
+        [recipe],
+        bases=(config,),
+        frozen=True,
+        namespace={"__post_init__": lambda self: None, "__module__": config.__module__},
+    )
+
+    def read(**default: Any) -> Any:
+        return tyro.cli(
+            flags,
+            prog=f"python -m {program}",
+            description=description,
+            args=None if argv is None else list(argv),
+            registry=_registry(),
+            **({"default": flags(**default)} if default else {}),
+        )
+
+    found = read()
+    try:
+        if found.recipe is not None and (earlier := saved_recipes.settings(found.recipe, config)):
+            found = read(**earlier, **({"recipe": found.recipe} if "recipe" in own else {}))
+        made = config(**{name: getattr(found, name) for name in own})
+        for name, hint in typing.get_type_hints(config, include_extras=True).items():
+            path, value = find(hint, Writable), getattr(made, name)
+            if path and value is not None and (wrong := unwritable(value, path.kind)):
+                raise FlagError(f"{flag_name(name)}: {wrong}")
+    except FlagError as error:
+        fail(str(error))
+    except (RecipeError, OSError) as error:
+        raise SystemExit(str(error)) from None
+    return made
 
 
-def _choices(hint: Any) -> tuple[str, ...]:
-    """The texts that a type allows; none if it is no `Literal`, nor has one."""
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    return next(filter(None, map(_choices, typing.get_args(hint))), ())
+def fail(message: str) -> typing.NoReturn:
+    """End the command with status 2 and a sentence about a flag."""
+    print(f"error: argument {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
-def _reader(hint: Any) -> tuple[str, Callable[[str], Any]]:
-    """What a value of a type is called, and how it is read."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _reader(next(a for a in arguments if a is not type(None)))
-    if origin is typing.Literal:
-        return f"{{{','.join(arguments)}}}", str
+def _registry() -> Any:
+    """Return how tyro reads values: a text for each field, which is kept as it is where it cannot be read.
+
+    `Settings` refuses such a text later, and knows the name of the flag.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> Any:
+        if info.type is bool:
+            return None  # a flag without a value
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=_metavar(info.type),
+            instance_from_str=lambda texts: _read(info.type, texts[0]),
+            is_instance=lambda value: True,
+            str_from_instance=lambda value: [
+                ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            ],
+        )
+
+    return registry
+
+
+def _read(hint: Any, text: str) -> Any:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Annotated, types.UnionType, typing.Union):
+        return _read(parts[0], text)
     if origin is tuple:
-        name, read = _reader(arguments[0])
-        return f"{name},...", lambda text: tuple(map(read, text.split(","))) if text else ()
+        return tuple(_read(parts[0], item) for item in text.split(",")) if text else ()
+    try:
+        return hint(text) if hint in (int, float) else text
+    except ValueError:
+        return text
 
-    def scalar(text: str) -> Any:
-        try:
-            return hint(text)
-        except ValueError:
-            wanted = "a whole number" if hint is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {shown(text)}") from None
 
-    return hint.__name__, scalar
+def _metavar(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return f"{_metavar(parts[0])},..."
+    if origin is typing.Literal:
+        return f"{{{','.join(parts)}}}"
+    if chosen := find(hint, OneOf):
+        return f"{{{','.join(chosen.choices)}}}"
+    return _metavar(parts[0]) if parts else getattr(hint, "__name__", str(hint)).upper()

@@ -52,7 +52,7 @@ def _on_sigterm(number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def shielded() -> Iterator[None]:
-    """A short block, such as a file's writing, that SIGTERM does not cut: the run ends right after it."""
+    """Protect a short block, such as writing a file, from SIGTERM: the run ends right after it."""
     _Signal.shields += 1
     try:
         yield
@@ -65,7 +65,7 @@ def shielded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_with_message(folder: str | Path) -> Iterator[None]:
-    """Ends a command with a message alone, and no traceback, where that says all.
+    """End a command with a message and no traceback, where the message says all.
 
     On SIGTERM, with status 143; where its files cannot be written; where its data cannot be had, or its flags
     do not go together.
@@ -93,7 +93,7 @@ def exit_with_message(folder: str | Path) -> Iterator[None]:
 
 
 def keep(error: BaseException, kept: str) -> None:
-    """Adds to what ends a run what is left of it, for the message."""
+    """Add what a run leaves to the exception that ends it, for the message."""
     vars(error)["kept"] = f"{_kept(error)} {kept}".strip()
 
 
@@ -102,7 +102,7 @@ def _kept(error: BaseException) -> str:
 
 
 def _problem(error: OSError, folder: str | Path) -> str:
-    """What could not be written, why, and what to do."""
+    """Return what could not be written, why, and what to do."""
     name = error.filename
     if not isinstance(name, str) or Path(name).name.startswith("."):  # a file of ours under another name
         name = folder
@@ -118,10 +118,10 @@ def _problem(error: OSError, folder: str | Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Makes a folder, and keeps other runs from writing to it.
+    """Make a folder, and keeps other runs from writing to it.
 
-    The lock is the operating system's: it ends with the process, however that ends, so there is none to
-    be cleared away. The file `.lock` stays and means nothing by itself. Where a file system has no
+    The lock is the operating system's: it ends with the process, however that ends, so nobody has to clear
+    it away. The file `.lock` stays and means nothing by itself. Where a file system has no
     locks, or on Windows, two runs are not told apart.
 
     Raises:

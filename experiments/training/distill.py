@@ -24,7 +24,7 @@ class Student(nn.Module):
     Of convolutions from one channel to k with s x s windows without padding, and one linear layer to 10
     classes, all with biases, only this one has that number:
     `k (s^2 + 1) + 10 k (29 - s)^2 + 10 = 18811` for k = 3, s = 4. As the article tells of no
-    activation, there is none: the whole is a linear function of the pixels.
+    activation, the network is a linear function of the pixels.
     """
 
     relu: bool = False
@@ -74,13 +74,13 @@ class Taught(NamedTuple):
         return self.images.y
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Mix]]:
-        """Normalised images, and what is learned of them: labels, answers, how they are mixed."""
+        """Return normalised images, and what is learned of them: labels, answers, how they are mixed."""
         x, y = self.images.batch(index)
         return x, (y, self.answers[index], self.mix)
 
 
 def losses(model: Any, params: Any, x: jax.Array, lesson: Any, key: jax.Array) -> jax.Array:
-    """The mixed loss of each image, in training mode."""
+    """Return the mixed loss of each image, in training mode."""
     y, answers, mix = lesson
     log_probs: Any = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
     return mix.scale * jp.distillation.hard_and_soft(log_probs, answers, y, mix.temperature, mix.alpha)
@@ -89,7 +89,7 @@ def losses(model: Any, params: Any, x: jax.Array, lesson: Any, key: jax.Array) -
 def fitter(
     model: Any, optimizer: optax.GradientTransformation, batch_size: int, split: loops.Split
 ) -> Callable[..., Any]:
-    """`fit(params, masks, keys, epochs, bar, answers, mix) -> params` under fixed masks, for all seeds.
+    """Return `fit(params, masks, keys, epochs, bar, answers, mix) -> params`, under fixed masks.
 
     `answers` are (seeds, n, classes), `mix` is a `Mix`; without them labels alone are learned. Whatever
     they are, one epoch is one compiled program.
@@ -126,7 +126,7 @@ def fitter(
 
 
 def answerer(model: Any, split: loops.Split, chunk: int = 500) -> Callable[[Any], jax.Array]:
-    """`answers(params)`: log-probabilities (seeds, n, classes) of a split's images, in evaluation mode."""
+    """Return `answers(params)`: log-probabilities (seeds, n, classes) of a split, in evaluation mode."""
 
     @jax.jit
     def answers(params, split):
@@ -146,7 +146,7 @@ def answerer(model: Any, split: loops.Split, chunk: int = 500) -> Callable[[Any]
 
 
 def prune(params: Any, masks: Any, sparsity: float) -> Any:
-    """Masks that remove more of the smallest weights of all layers, up to a sparsity, for each seed."""
+    """Return masks that remove more of the smallest weights of all layers, up to a sparsity."""
     left = [leaf[0] for leaf in jax.tree.leaves(masks) if leaf.ndim > 2]  # kernels, of the first seed
     size, kept = sum(leaf.size for leaf in left), jp.metrics.nonzeros(left)
     return _prune(params, masks, jp.selection.removed_count(sparsity, size) - (size - kept))
@@ -160,7 +160,7 @@ def _prune(params: Any, masks: Any, count: Any) -> Any:
 
 
 def figures(params: Any, masks: Any, before: np.ndarray) -> Callable[[int], dict[str, Any]]:
-    """What a pruned network's line says beside its accuracy, by the number of the seed.
+    """Return what a pruned network's line says beside its accuracy, by the number of the seed.
 
     Args:
       params, masks: with a leading seed axis.

@@ -33,12 +33,12 @@ class Split(NamedTuple):
     std: float | jax.Array
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalised images and labels at some indices."""
+        """Return normalised images and labels at some indices."""
         return (self.x[index] / 255.0 - self.mean) / self.std, self.y[index]
 
 
 def splits(data: Dataset) -> tuple[Split, Split]:
-    """The training and test splits of a data set, on the device."""
+    """Return the training and test splits of a data set, on the device."""
 
     def split(x: np.ndarray, y: np.ndarray) -> Split:
         return Split(jnp.asarray(x), jnp.asarray(y), data.mean, data.std)
@@ -47,7 +47,7 @@ def splits(data: Dataset) -> tuple[Split, Split]:
 
 
 def use_cores(seeds: Sequence[int]) -> None:
-    """Lets JAX see a CPU as several devices, so that `over_seeds` trains seeds side by side.
+    """Let JAX see a CPU as several devices, so that `over_seeds` trains seeds side by side.
 
     Small networks do not keep several cores busy one at a time. It must come before anything else
     of JAX; later, or with an accelerator, it changes nothing.
@@ -58,7 +58,7 @@ def use_cores(seeds: Sequence[int]) -> None:
 
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split]:
-    """A split without its last images, and these, which then tell when to stop."""
+    """Return a split without its last images, and these, which then tell when to stop."""
     size = round(len(split.y) * (1 - share))
     return (
         split._replace(x=split.x[:size], y=split.y[:size]),
@@ -67,7 +67,7 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split]:
 
 
 def jit(function: Callable) -> Callable:
-    """`jax.jit` of a whole training loop, with what makes such loops faster on a CPU.
+    """Return `jax.jit` of a whole training loop, with what makes such loops faster on a CPU.
 
     Without region analysis XLA copies the largest of Adam's moments in each step of a loop; vectors
     are twice as wide where the processor has them. Results are the same to the bit.
@@ -83,7 +83,7 @@ def jit(function: Callable) -> Callable:
 
 
 def over_seeds(function: Callable) -> Callable:
-    """Maps a function over the leading seed axis of its arguments, spread over the devices.
+    """Map a function over the leading seed axis of its arguments, spread over the devices.
 
     On each device vectorised; one after the other on a CPU, where the networks of these studies
     are small enough to fit the cache alone but not together.
@@ -120,12 +120,12 @@ def over_seeds(function: Callable) -> Callable:
 
 
 def seed_keys(seeds: tuple[int, ...], purpose: int) -> jax.Array:
-    """One key per seed, different for each purpose."""
+    """Return one key per seed, different for each purpose."""
     return jnp.stack([jax.random.fold_in(jax.random.key(seed), purpose) for seed in seeds])
 
 
 def init(model: Any, split: Split, keys: jax.Array) -> Any:
-    """Initial params of a flax model for each key; leaves have a leading seed axis.
+    """Return the initial params of a flax model for each key; leaves have a leading seed axis.
 
     One program, and one for all splits of such images.
     """
@@ -139,7 +139,7 @@ def _init(model: Any, split: Split, keys: jax.Array) -> Any:
 
 
 def nll(model: Any, params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-    """Negative log-likelihood of each example, in training mode."""
+    """Return the negative log-likelihood of each example, in training mode."""
     log_probs: Any = model.apply({"params": params}, x, train=True, rngs={"dropout": key})
     return _losses(log_probs, y)
 
@@ -158,7 +158,7 @@ def epoch(
     split: Any,
     losses: Callable[..., jax.Array] = nll,
 ) -> tuple[Any, Any]:
-    """One pass over a split in random order; the last batch may be smaller.
+    """Return one pass over a split in random order; the last batch may be smaller.
 
     `losses(model, params, x, y, key)` gets what `split.batch` gives, and returns a loss per image.
 
@@ -202,7 +202,7 @@ def epoch(
 def fitter(
     model: Any, optimizer: optax.GradientTransformation, batch_size: int, split: Split
 ) -> Callable[..., tuple[Any, Any]]:
-    """`fit(params, keys, epochs, bar) -> params, opt_state` for all seeds at once."""
+    """Return `fit(params, keys, epochs, bar) -> params, opt_state` for all seeds at once."""
     start = jax.jit(over_seeds(optimizer.init))
     run = _compiled_epoch(model, lambda opt_state: optimizer, batch_size)
 
@@ -215,7 +215,7 @@ def fitter(
 def masked_fitter(
     model: Any, optimizer: optax.GradientTransformation, batch_size: int, split: Split
 ) -> Callable[..., Any]:
-    """`fit(params, masks, keys, epochs, bar) -> params` under fixed masks, for all seeds at once.
+    """Return `fit(params, masks, keys, epochs, bar) -> params` under fixed masks, for all seeds at once.
 
     The optimizer starts afresh at each call. However often it is called, two programs are compiled.
     """
@@ -283,7 +283,7 @@ def whole_run(
     held_out: Split,
     begin: int = 0,
 ) -> Callable[..., Fit]:
-    """`fit(params, masks, keys) -> Fit` from masked params: one compiled program for all seeds.
+    """Return `fit(params, masks, keys) -> Fit` from masked params: one compiled program for all seeds.
 
     It trains from epoch `begin` to `epochs`, each in its own order. `optimizer_of(masks, key)` is a
     `keep_masked` or a `wrap_optax`, which has the masks in its state; see `fixed` for the former.
@@ -313,17 +313,17 @@ def whole_run(
 
 
 def fixed(optimizer: optax.GradientTransformation) -> Callable[..., optax.GradientTransformation]:
-    """For `whole_run`: the optimizer under masks that never change."""
+    """Return, for `whole_run`, the optimizer under masks that never change."""
     return lambda masks, key: jp.keep_masked(optimizer, masks)
 
 
 def mean_loss(model: Any, params: Any, split: Split, chunk: int = 500) -> jax.Array:
-    """The mean negative log-likelihood of a split, in evaluation mode."""
+    """Return the mean negative log-likelihood of a split, in evaluation mode."""
     return total(_losses, partial(model.apply, {"params": params}), split, chunk) / len(split.y)
 
 
 def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.ndarray]:
-    """`accuracy(params)` on a split, in [0, 1], for each seed."""
+    """Return `accuracy(params)` on a split, in [0, 1], for each seed."""
 
     @jax.jit
     def correct(params, split):
@@ -337,7 +337,7 @@ def evaluator(model: Any, split: Split, chunk: int = 500) -> Callable[[Any], np.
 
 
 def total(figures: Callable, predict: Callable[[jax.Array], Any], split: Any, chunk: int) -> jax.Array:
-    """The sum of `figures(predict(x), y)`, of one row per example, over the examples of a split."""
+    """Return the sum of `figures(predict(x), y)`, of one row per example, over the examples of a split."""
     size = len(split.y)
     rows = -(-size // chunk)
     # Beyond the last example the index is -1: it counts for nothing.
@@ -350,9 +350,3 @@ def total(figures: Callable, predict: Callable[[jax.Array], Any], split: Any, ch
         return jnp.sum(jnp.where(real, each, 0), axis=0)
 
     return jnp.sum(jax.lax.map(part, index), axis=0)
-
-
-def percent(accuracies: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds in percent, as in "97.86 +- 0.08"."""
-    values = 100 * np.array(accuracies)
-    return f"{values.mean():.2f} +- {values.std():.2f}"

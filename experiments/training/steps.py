@@ -34,7 +34,7 @@ class Examples(Protocol):
         ...
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Inputs and labels at some indices."""
+        """Return inputs and labels at some indices."""
         ...
 
 
@@ -63,7 +63,7 @@ class Score(NamedTuple):
 
 
 def colour_splits(data: Dataset) -> tuple[loops.Split, loops.Split]:
-    """The training and test splits of a data set, on the device, each colour normalised by itself."""
+    """Return the training and test splits of a data set, on the device, each colour normalised by itself."""
     values = np.arange(256) / 255
     colours = data.x_train.reshape(-1, data.x_train.shape[-1]).T
     counts = np.stack([np.bincount(colour, minlength=256) for colour in colours]) / colours.shape[1]
@@ -88,19 +88,19 @@ class Windows(NamedTuple):
     y: jax.Array
 
     def batch(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Inputs and what follows, int32, at some indices."""
+        """Return inputs and what follows, int32, at some indices."""
         return self.x[index].astype(jnp.int32), self.y[index].astype(jnp.int32)
 
 
 def windows(ids: np.ndarray, context: int) -> Windows:
-    """Cuts a text into pieces that do not overlap; what does not fill the last is left out."""
+    """Cut a text into pieces that do not overlap; what does not fill the last is left out."""
     count = (len(ids) - 1) // context
     x, y = (jnp.asarray(ids[i : i + count * context].reshape(count, context)) for i in (0, 1))
     return Windows(x, y)
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
-    """Moves each image by up to `pad` pixels, zeros coming in, and mirrors every other one, at random.
+    """Move each image by up to `pad` pixels, zeros coming in, and mirrors every other one, at random.
 
     He et al.'s augmentation of normalised images: (batch, height, width, channels) -> the same.
     """
@@ -117,31 +117,31 @@ def crop_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
 def sgd(
     rate: optax.ScalarOrSchedule, momentum: float = 0.9, weight_decay: float = 5e-4
 ) -> optax.GradientTransformation:
-    """SGD with Nesterov's momentum, and weight decay of the kernels alone."""
+    """Return SGD with Nesterov's momentum, and weight decay of the kernels alone."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask=kernels), optax.sgd(rate, momentum, nesterov=True)
     )
 
 
 def kernels(params: Any) -> Any:
-    """Which leaves are decayed: for optax's `mask=`."""
+    """Return which leaves are decayed: for optax's `mask=`."""
     leaves, treedef = jax.tree.flatten(params)
     paths = jp.leaf_paths(params)
     return treedef.unflatten([jp.kernels(*pair) for pair in zip(paths, leaves, strict=True)])
 
 
 def one_cycle(peak: float, steps: int) -> optax.Schedule:
-    """Up from peak / 25 to the peak in .3 of the steps, then down to nearly 0, along cosines."""
+    """Return a cycle: up from peak / 25 to the peak in .3 of the steps, then down to nearly 0, by cosines."""
     return optax.cosine_onecycle_schedule(steps, peak)
 
 
 def steps_per_epoch(examples: Examples, batch_size: int) -> int:
-    """Whole batches in a split."""
+    """Return the number of full batches in a split."""
     return len(examples.y) // batch_size
 
 
 def flax_apply(model: Any) -> Apply:
-    """A flax model as an `Apply`."""
+    """Return a flax model as an `Apply`."""
 
     def apply(variables: Any, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
         logits, changed = model.apply(variables, x, train=train, mutable=["batch_stats"])
@@ -151,7 +151,7 @@ def flax_apply(model: Any) -> Apply:
 
 
 def init(model: Any, examples: Examples) -> Callable[[jax.Array], Any]:
-    """`init(key)`, the initial variables of a flax model, compiled once."""
+    """Return `init(key)`, the initial variables of a flax model, compiled once."""
     x, _ = examples.batch(jnp.arange(1))
 
     @jax.jit
@@ -168,11 +168,11 @@ def fitter(
     examples: Examples,
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable[..., State]:
-    """`fit(variables, key, epochs, opt_state=None, after=None) -> State`, compiled once.
+    """Return `fit(variables, key, epochs, opt_state=None, after=None) -> State`, compiled once.
 
     An epoch is a pass over the split in random order. The images that do not fill a batch are left
     out, others each time: BatchNorm would take a small batch for the whole.
-    `opt_state` goes on with an earlier state of the optimizer; `after(epoch, state, loss)` is
+    `opt_state` is an earlier state of the optimizer to continue from; `after(epoch, state, loss)` is
     called after each epoch, numbered from 1, with the mean loss of its batches.
     """
     steps = steps_per_epoch(examples, batch_size)
@@ -216,7 +216,7 @@ def fitter(
 
 
 def scorer(apply: Apply, examples: Examples, chunk: int = 500) -> Callable[[Any], Score]:
-    """`score(variables)` on a split, in evaluation mode."""
+    """Return `score(variables)` on a split, in evaluation mode."""
 
     def figures(logits: jax.Array, y: jax.Array) -> jax.Array:
         both = jnp.stack([_losses(logits, y), logits.argmax(-1) == y], axis=-1)

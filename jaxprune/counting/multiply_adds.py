@@ -1,20 +1,21 @@
-"""Multiply-adds, counted on a function's jaxpr."""
+"""Multiply-adds, counted on the jaxpr of a function."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.counting.products import PRODUCTS
+from jaxprune.counting.products import MACS_OF
+from jaxprune.tracing.dataflow import ConstValue, const_outputs, constant, passed_on
 from jaxprune.tracing.jaxprs import (
     CALLS,
-    binder,
     called_jaxpr,
     close,
+    inner_jaxprs,
+    interpret,
     of_first,
     place,
     scan_split,
@@ -22,12 +23,14 @@ from jaxprune.tracing.jaxprs import (
     trace,
 )
 from jaxprune.tree.calls import check_call
+from jaxprune.tree.leaves import is_array
 from jaxprune.tree.masks import like_params
-from jaxprune.tree.paths import is_array
 from jaxprune.typing import Masks
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+__all__ = ["Macs", "Operation", "macs"]
 
 
 class Operation(NamedTuple):
@@ -35,11 +38,11 @@ class Operation(NamedTuple):
 
     Attributes:
       kind: the primitive, "dot_general" say.
-      path: the param it multiplies by (the largest, if the operand is made of several); None if both
+      path: the param that it multiplies by (the largest, if the operand is made of several); None if both
         operands depend on data, or on constants alone.
       source: the line of the user's code, as "file:line".
       total: its multiply-adds, over all steps of the loops it is in.
-      unpadded: those of `total` that read an entry of the input, not padding.
+      unpadded: those of `total` that read an entry of the input rather than padding.
     """
 
     kind: str
@@ -53,12 +56,11 @@ class Macs(NamedTuple):
     """The multiply-adds of one call of a function.
 
     Attributes:
-      total: one for each output entry and each place of the window it is summed over, padding
-        included: what papers print.
-      unpadded: without the products with padding, and with the holes that a transposed convolution
-        puts between the entries of its input: what has to be computed.
-      operations: the matrix products and convolutions, in the order they come.
-      notes: what is a bound and not a count, and what is not counted, each with its line.
+      total: one for each output entry and each term of its sum, padding included, as papers print it.
+      unpadded: without the products with padding, and with the zeros that a transposed convolution puts
+        between the entries of its input: what has to be computed.
+      operations: the matrix products and convolutions, in the order in which they run.
+      notes: what is bounded rather than counted, and what is not counted, each with its line.
     """
 
     total: int
@@ -67,7 +69,7 @@ class Macs(NamedTuple):
     notes: tuple[str, ...]
 
     def by_path(self) -> dict[str | None, int]:
-        """The total of each param; None stands for products of two values that depend on data."""
+        """Return the total of each param; None stands for products of two values that depend on data."""
         counts: dict[str | None, int] = {}
         for operation in self.operations:
             counts[operation.path] = counts.get(operation.path, 0) + operation.total
@@ -75,25 +77,25 @@ class Macs(NamedTuple):
 
 
 def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = None, **keywords: Any) -> Macs:
-    """The multiply-adds of a function's matrix products and convolutions.
+    """Count the multiply-adds of a function's matrix products and convolutions.
 
     One multiplication with its addition counts as one, as in most papers on pruning; FLOPs are twice
     that. A product of `(m, k)` and `(k, n)` has `m * k * n`; a convolution has
-    `outputs * kernel places * input channels / groups`, its outputs being as many as its strides,
-    padding and dilation truly leave. Elementwise work, sums and pooling do not count.
+    `outputs * kernel places * input channels / groups`, with as many outputs as its strides, padding and
+    dilation leave. Elementwise work, sums and pooling do not count.
 
     The function is traced, not run. Nested `jit`, `remat` and custom derivatives count as what they
-    call, the body of a scan once for each step (under masks: with the params of that step). Bounded,
-    and said in `notes`: of the branches of a `cond` the dearest counts, of a `while` loop one round,
-    of ragged products all rows, in a `shard_map` every shard. Kernels of `pallas_call` and calls out of
-    XLA do not count, which `notes` says as well.
+    call, the body of a scan once for each step (under masks: with the params of that step). Some counts are
+    bounds, and `notes` says which: the dearest branch of a `cond`, one round of a `while` loop, all rows of a
+    ragged product, every shard of a `shard_map`. Kernels of `pallas_call` and calls out of XLA do not count,
+    which `notes` says as well.
 
     Args:
       function: a function of pytrees of arrays.
       *arguments: arrays or `jax.ShapeDtypeStruct`; the first is the params. Bools and strings are
         static.
-      masks: a tree like the first argument. Products with an entry that is zero because the masks
-        prune what it is made of are not counted then.
+      masks: a tree like the first argument. With masks, products with an entry that is zero because the
+        masks prune the params it is made of do not count.
       **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
@@ -122,89 +124,89 @@ def macs(function: Callable[..., Any], *arguments: Any, masks: Masks | None = No
         masks = like_params(masks, arguments[0])
     closed, inputs = trace(function, arguments)
     kept = {} if masks is None else split_static([masks])[0]
-    counter = _Counter(masked=masks is not None)
+    sizes = {
+        path: math.prod(leaf.shape)
+        for name, leaf in inputs.items()
+        if (path := of_first(name)) is not None and is_array(leaf)
+    }
+    counter = _Counter(sizes, masked=masks is not None)
     counter.walk(closed, [_known(name, leaf, kept.get(name)) for name, leaf in inputs.items()])
     operations = tuple(Operation(*found) for found in counter.found.values())
     total, unpadded = sum(o.total for o in operations), sum(o.unpadded for o in operations)
     return Macs(total, unpadded, operations, tuple(dict.fromkeys(counter.notes)))
 
 
-class _Known(NamedTuple):
-    """A value made of params and constants alone.
+def _known(name: str, leaf: Any, mask: Any) -> ConstValue | None:
+    """Return the `ConstValue` of an input, if it is a leaf of the first argument.
 
-    Attributes:
-      leaves: the sizes and paths of the params.
-      values: gives the value twice, of generic params and of these masked; None where it is out of
-        reach. Generic, so that what is zero is zero because of the masks, not by chance.
+    Under a mask it has two versions, generic values and these masked, so that an entry computed from them is
+    0 in the second alone because of the mask, and not by chance. Without one it cannot be computed.
     """
-
-    leaves: frozenset[tuple[int, str]]
-    values: Callable[[], tuple[Any, Any]] | None
-
-
-def _known(name: str, leaf: Any, mask: Any) -> _Known | None:
-    """What is known of an input: of a leaf of the first argument its path, and its mask if there is one."""
     path = of_first(name)
     if path is None or not is_array(leaf):
         return None
-    here = frozenset({(math.prod(leaf.shape), path)})
     if mask is None or not jnp.issubdtype(leaf.dtype, jnp.number):
-        return _Known(here, None)
+        return ConstValue((path,), None)
 
-    def values() -> tuple[Any, Any]:
-        whole = (1 + np.random.default_rng(0).random(leaf.shape, np.float32)).astype(leaf.dtype)
-        return whole, whole if np.all(mask) else np.where(mask, whole, np.zeros_like(whole))
+    def versions() -> tuple[Any, ...]:
+        generic = (1 + np.random.default_rng(0).random(leaf.shape, np.float32)).astype(leaf.dtype)
+        return (generic,) if np.all(mask) else (generic, np.where(mask, generic, np.zeros_like(generic)))
 
-    return _Known(here, values)
+    return ConstValue((path,), versions)
+
+
+_UNCOUNTED = (
+    *("pallas_call", "ffi_call", "pure_callback", "io_callback", "cholesky", "eig", "eigh", "fft", "lu"),
+    *("householder_product", "qr", "geqrf", "schur", "svd", "triangular_solve", "tridiagonal_solve"),
+    *("scaled_dot", "scaled_matmul_wrapper", "dot_product_attention_fwd_wrapper"),
+)
 
 
 class _Counter:
     """Walks a jaxpr and collects its products.
 
+    The walk knows a `ConstValue` of what is made of params and constants alone, and None of data.
+
     Attributes:
+      sizes: by path, the number of entries of a param.
       masked: whether entries that the masks prune are left out.
-      found: the fields of each `Operation`, by the equations one goes through to get to it.
+      found: the fields of each `Operation`, by the equations that lead to it from the outermost.
       notes: what is bounded or not counted.
     """
 
-    def __init__(self, masked: bool):
-        self.masked = masked
+    def __init__(self, sizes: Mapping[str, int], masked: bool):
+        self.sizes, self.masked = sizes, masked
         self.found: dict[tuple[int, ...], list[Any]] = {}
         self.notes: list[str] = []
 
     def walk(
         self,
         closed: "ClosedJaxpr",
-        inputs: Sequence[_Known | None],
+        inputs: Sequence[ConstValue | None],
         stack: tuple[int, ...] = (),
         called_at: str = "",
         times: int = 1,
-    ) -> list[_Known | None]:
-        """Counts the products of a jaxpr that runs `times` times; what is known of its outputs."""
-        jaxpr = closed.jaxpr
-        env: dict[Any, _Known | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update((var, _constant(const)) for var, const in zip(jaxpr.constvars, closed.consts, strict=True))
+    ) -> list[ConstValue | None]:
+        """Count the products of a jaxpr that runs `times` times; return what is known of its outputs."""
 
-        def read(atom: Any) -> _Known | None:
-            return _constant(atom.val) if hasattr(atom, "val") else env[atom]
+        def handle(eqn: "JaxprEqn", known: list[ConstValue | None]) -> Sequence[ConstValue | None]:
+            outputs = self.equation(eqn, known, (*stack, id(eqn)), place(eqn, called_at), times)
+            if outputs is not None:
+                return outputs
+            inputs = [k for k in known if k is not None]
+            return const_outputs(eqn, inputs) if len(inputs) == len(known) else [None] * len(eqn.outvars)
 
-        for eqn in jaxpr.eqns:
-            source = place(eqn, called_at)
-            known = [read(atom) for atom in eqn.invars]
-            inside = (*stack, id(eqn))
-            outputs = self.equation(eqn, known, inside, source, times)
-            env.update(zip(eqn.outvars, outputs or _outputs(eqn, known), strict=True))
-        return [read(atom) for atom in jaxpr.outvars]
+        return interpret(closed, inputs, handle, constant)
 
     def equation(
-        self, eqn: "JaxprEqn", known: list[_Known | None], stack: tuple[int, ...], source: str, times: int
-    ) -> list[_Known | None] | None:
-        """Counts the products of an equation; what is known of its outputs, if a call says."""
+        self, eqn: "JaxprEqn", known: list[ConstValue | None], stack: tuple[int, ...], source: str, times: int
+    ) -> list[ConstValue | None] | None:
+        """Count the products of an equation; of a call, return what is known of its outputs."""
         name, params = eqn.primitive.name, eqn.params
-        if name in PRODUCTS:
-            leaves = frozenset().union(*(k.leaves for k in known if k is not None))
-            path = max(leaves)[1] if leaves else None
-            total, unpadded = PRODUCTS[name](eqn, [self.alive(k, eqn, source) for k in known])
+        if name in MACS_OF:
+            paths = [path for k in known if k is not None for path in k.paths]
+            path = max(paths, key=lambda path: (self.sizes[path], path), default=None)
+            total, unpadded = MACS_OF[name](eqn, [self.alive(k, eqn, source) for k in known])
             fields = self.found.setdefault(stack, [name, path, source, 0, 0])
             fields[3] += times * total
             fields[4] += times * unpadded
@@ -229,36 +231,36 @@ class _Counter:
         elif name == "shard_map":
             manual = params.get("manual_axes", params.get("newly_manual_axes", ()))
             shards = math.prod(params["mesh"].shape[axis] for axis in manual)
-            local = [k and _Known(k.leaves, None) for k in known]
+            local = [k and ConstValue(k.paths, None) for k in known]
             self.walk(close(params["jaxpr"]), local, stack, source, times * shards)
         elif name in _UNCOUNTED:
             self.notes.append(f"{name} at {source}: not counted")
         else:
-            for inner in map(close, _jaxprs(params)):
-                self.walk(inner, [None] * len(inner.jaxpr.invars), (*stack, id(inner)), source, times)
+            for number, inner in enumerate(inner_jaxprs(eqn)):  # a primitive that this module does not know
+                self.walk(inner, [None] * len(inner.jaxpr.invars), (*stack, number), source, times)
         return None
 
     def scan(
-        self, eqn: "JaxprEqn", known: list[_Known | None], stack: tuple[int, ...], source: str, times: int
+        self, eqn: "JaxprEqn", known: list[ConstValue | None], stack: tuple[int, ...], source: str, times: int
     ) -> None:
-        """The body once for each step; under masks with the step's own slices of the params."""
+        """Count the body once for each step; under masks with that step's slices of the params."""
         body, length = eqn.params["jaxpr"], eqn.params["length"]
         consts, carried = scan_split(eqn.params)
         fixed = [*known[:consts], *_unchanged(body, consts, known[consts : consts + carried])]
         rows = known[consts + carried :]
-        if self.masked and any(k is not None and k.leaves for k in rows):
+        if self.masked and any(k is not None and k.paths for k in rows):
             for step in range(length):
-                self.walk(body, [*fixed, *(k and _row(k, step) for k in rows)], stack, source, times)
+                self.walk(body, [*fixed, *(_row(k, step) for k in rows)], stack, source, times)
         else:
             self.walk(body, [*fixed, *rows], stack, source, times * length)
 
     def branches(
-        self, eqn: "JaxprEqn", known: list[_Known | None], stack: tuple[int, ...], source: str, times: int
+        self, eqn: "JaxprEqn", known: list[ConstValue | None], stack: tuple[int, ...], source: str, times: int
     ) -> None:
-        """The dearest branch."""
+        """Count the dearest branch."""
         counters = []
         for branch in eqn.params["branches"]:
-            counter = _Counter(self.masked)
+            counter = _Counter(self.sizes, self.masked)
             counter.walk(branch, known[1:], stack, source, times)
             counters.append(counter)
         dearest = max(counters, key=_Counter.total)
@@ -271,77 +273,33 @@ class _Counter:
         self.notes += dearest.notes
 
     def total(self) -> int:
-        """All multiply-adds so far."""
+        """Return all multiply-adds so far."""
         return sum(fields[3] for fields in self.found.values())
 
-    def alive(self, known: _Known | None, eqn: "JaxprEqn", source: str) -> np.ndarray | None:
-        """Which entries of an operand the masks leave; None for all."""
-        if not self.masked or known is None or not known.leaves:
+    def alive(self, known: ConstValue | None, eqn: "JaxprEqn", source: str) -> np.ndarray | None:
+        """Return which entries of an operand the masks leave; None for all."""
+        if not self.masked or known is None or not known.paths:
             return None
-        if known.values is None:
-            paths = ", ".join(sorted(path for _, path in known.leaves))
+        if known.versions is None:
+            paths = ", ".join(sorted(known.paths))
             self.notes.append(f"{eqn.primitive.name} at {source}: counted as if {paths} were not masked")
             return None
-        whole, masked = known.values()
-        return None if whole is masked else np.asarray((masked != 0) | (whole == 0))
-
-
-_UNCOUNTED = (
-    *("pallas_call", "ffi_call", "pure_callback", "io_callback", "cholesky", "eig", "eigh", "fft", "lu"),
-    *("householder_product", "qr", "geqrf", "schur", "svd", "triangular_solve", "tridiagonal_solve"),
-    *("scaled_dot", "scaled_matmul_wrapper", "dot_product_attention_fwd_wrapper"),
-)
-
-
-def _jaxprs(params: dict[str, Any]) -> list[Any]:
-    """The jaxprs among the parameters of a primitive that this module has not heard of."""
-    return [leaf for leaf in jax.tree.leaves(list(params.values())) if hasattr(leaf, "eqns")]
-
-
-def _constant(value: Any) -> _Known:
-    return _Known(frozenset(), lambda: (value, value))
-
-
-def _outputs(eqn: "JaxprEqn", known: Sequence[_Known | None]) -> list[_Known | None]:
-    """What is known of an equation's outputs: something, if all of its inputs are known."""
-    inputs = [k for k in known if k is not None]
-    if len(inputs) < len(known):
-        return [None] * len(eqn.outvars)
-    bind, given = binder(eqn), [k.values for k in inputs if k.values is not None]
-    leaves = frozenset[tuple[int, str]]().union(*(k.leaves for k in inputs))
-    if len(given) < len(inputs):
-        return [_Known(leaves, None)] * len(eqn.outvars)
-
-    @cache
-    def both() -> tuple[list[Any], list[Any]]:
-        pairs = [values() for values in given]
         with jax.ensure_compile_time_eval():
-            whole = bind(*(pair[0] for pair in pairs))
-            if all(whole is masked for whole, masked in pairs):
-                return whole, whole
-            return whole, bind(*(pair[1] for pair in pairs))
-
-    def output(n: int) -> _Known:
-        return _Known(leaves, lambda: (both()[0][n], both()[1][n]))
-
-    return list(map(output, range(len(eqn.outvars))))
+            generic, *masked = known.versions()
+        return np.asarray((masked[0] != 0) | (generic == 0)) if masked else None
 
 
-def _row(known: _Known, step: int) -> _Known:
-    """One step's slice of what a scan runs along."""
-    values = known.values
-    if values is None:
+def _row(known: ConstValue | None, step: int) -> ConstValue | None:
+    """Return the slice of one step of what a scan runs along."""
+    versions = None if known is None else known.versions
+    if known is None or versions is None:
         return known
-
-    def row() -> tuple[Any, Any]:
-        whole, masked = values()
-        own = whole[step]
-        return own, own if whole is masked else masked[step]
-
-    return _Known(known.leaves, row)
+    return ConstValue(known.paths, lambda: tuple(array[step] for array in versions()))
 
 
-def _unchanged(body: "ClosedJaxpr", consts: int, carry: Sequence[_Known | None]) -> list[_Known | None]:
-    """What is known of a loop's carry in every round: of what the body hands on as it was."""
-    given, handed_on = body.jaxpr.invars[consts:], body.jaxpr.outvars
-    return [k if given[n] is handed_on[n] else None for n, k in enumerate(carry)]
+def _unchanged(
+    body: "ClosedJaxpr", consts: int, carry: Sequence[ConstValue | None]
+) -> list[ConstValue | None]:
+    """Return what is known of a loop's carry in every round: only what its body passes on unchanged."""
+    same = passed_on(body, consts, len(carry))
+    return [k if yes else None for k, yes in zip(carry, same, strict=True)]

@@ -1,7 +1,7 @@
 """The multiply-adds of one matrix product or convolution.
 
-Each function takes an equation of a jaxpr and, for either operand, which of its entries count
-(None: all); it gives the multiply-adds with and without those that read padding.
+Each function takes an equation of a jaxpr and, for either operand, which of its entries count (None: all). It
+returns the multiply-adds with and without those that read padding.
 """
 
 import math
@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["MACS_OF", "Alive", "convolution", "dot", "ragged_dot"]
+
 Alive = Sequence[np.ndarray | None]
 
 
 def dot(eqn: Any, alive: Alive) -> tuple[int, int]:
-    """Of `dot_general`: at each place of the batch and of the sum, entries left times entries right."""
+    """Count a `dot_general`: at each batch and summed index, entries on the left times those on the right."""
     (sums, batches) = eqn.params["dimension_numbers"]
     shapes = [atom.aval.shape for atom in eqn.invars]
     if all(a is None for a in alive):
@@ -36,7 +38,7 @@ def dot(eqn: Any, alive: Alive) -> tuple[int, int]:
 
 
 def convolution(eqn: Any, alive: Alive) -> tuple[int, int]:
-    """Of `conv_general_dilated`, of which all entries of the input count."""
+    """Count a `conv_general_dilated`; all entries of its input count."""
     params = eqn.params
     inputs, kernel = (atom.aval.shape for atom in eqn.invars)
     lhs, rhs, out = params["dimension_numbers"]
@@ -60,7 +62,7 @@ def convolution(eqn: Any, alive: Alive) -> tuple[int, int]:
 
 
 def ragged_dot(eqn: Any, alive: Alive) -> tuple[int, int]:
-    """Of `ragged_dot_general`, if the groups hold all rows."""
+    """Count a `ragged_dot_general` as if its groups held all rows."""
     del alive  # which rows meet which group is known only when it runs
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, sums), (_, batch) = numbers.dot_dimension_numbers
@@ -70,4 +72,4 @@ def ragged_dot(eqn: Any, alive: Alive) -> tuple[int, int]:
     return math.prod(left) * free, math.prod(left) * free
 
 
-PRODUCTS = {"dot_general": dot, "conv_general_dilated": convolution, "ragged_dot_general": ragged_dot}
+MACS_OF = {"dot_general": dot, "conv_general_dilated": convolution, "ragged_dot_general": ragged_dot}

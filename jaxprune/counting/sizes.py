@@ -1,4 +1,4 @@
-"""How many entries are left, and what that is of the whole."""
+"""How many entries are kept, absolutely and as a fraction."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,33 @@ import numpy as np
 
 from jaxprune.tree.checks import check_number, shown
 from jaxprune.tree.dtypes import is_numeric
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import unpack_masks
-from jaxprune.tree.paths import array_leaves, check_where, is_array, is_concrete, kernels, selected
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacks, split_layers, stacks_of
+from jaxprune.tree.tables import text_lines
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
+
+__all__ = [
+    "Sparsity",
+    "alive_units",
+    "collapsed",
+    "compression",
+    "counted",
+    "density",
+    "nonzeros",
+    "ratio",
+    "sparsity",
+    "table",
+]
 
 
 class Sparsity(NamedTuple):
-    """A fraction or a ratio, of what may be pruned and of everything; floats (arrays under `jit`).
+    """A fraction or a ratio, for the prunable leaves and for all; floats (arrays under `jit`).
 
     Attributes:
-      prunable: of the entries of the leaves that take part.
-      model: of all entries, biases and norms included.
+      prunable: for the entries of the leaves that take part.
+      model: for all entries, biases and norms included.
     """
 
     prunable: Any
@@ -29,12 +44,12 @@ class Sparsity(NamedTuple):
 
 
 def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
-    """The fraction of entries that are pruned (False) or exactly zero.
+    """Return the fraction of entries that are pruned (False) or exactly zero.
 
     `sparsity = 1 - nonzeros / size`, counted in integers on the host; under `jit` in float32.
 
     Args:
-      tree: masks, or params, or one array, all of which counts as prunable then.
+      tree: masks, or params, or one array, which then counts as prunable.
       where: which leaves count as prunable.
 
     Returns:
@@ -56,14 +71,14 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
         size = sum(leaves[path].size for path in paths)
         if is_concrete(tree):
             return 1 - sum(_nonzeros(leaves[path]) for path in paths) / size if size else 0.0
-        # The removed are counted, so that nothing removed is exactly 0.
+        # Zeros are counted rather than nonzeros, so that a tree without zeros gives exactly 0.
         return sum(_traced_zeros(leaves[path]) for path in paths) / float(max(size, 1))
 
     return Sparsity(fraction(prunable), fraction(leaves))
 
 
 def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
-    """The fraction of entries kept, `1 - sparsity`, of the prunable leaves and of the whole model.
+    """Return the fraction of entries kept, `1 - sparsity`, of the prunable leaves and of the whole model.
 
     Raises:
       ValueError, TypeError: as `sparsity`.
@@ -78,11 +93,11 @@ def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
 
 def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
-    """How many times fewer entries are left, `size / nonzeros`, as ShrinkBench defines the ratio.
+    """Return the compression ratio `size / nonzeros`, as ShrinkBench defines it.
 
-    `model` divides all entries by those kept and those that cannot be pruned (biases, norms), which is
-    what papers should quote; `prunable` leaves these out on both sides. 90 % sparsity is 10 x of
-    the prunable entries, and less of the model.
+    `model` counts all entries, those that cannot be pruned (biases, norms) included, and is the ratio that
+    papers should quote; `prunable` leaves these out on both sides. At 90 % sparsity it is 10 for the prunable
+    entries, and less for the model.
 
     Args:
       tree: masks, or params, or one array.
@@ -112,12 +127,12 @@ def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
 
 def ratio(whole: int, left: int) -> float:
-    """How many times fewer are left: infinity if nothing is; 1 if there was nothing."""
+    """Return `whole / left`: infinity if nothing is left, 1 if there was nothing."""
     return whole / left if left else math.inf if whole else 1.0
 
 
 def nonzeros(tree: Any) -> int:
-    """How many entries are not zero (or not pruned, for masks): the l0 "norm".
+    """Return how many entries are not zero (for masks: not pruned), the l0 "norm".
 
     Raises:
       TypeError: a leaf that is not an array, or has no values.
@@ -138,27 +153,27 @@ def table(
     structure: Any = None,
     stacked: Stacked | None = None,
 ) -> str:
-    """Kept entries and sparsity of each leaf, of the prunable leaves and of the model, as text.
+    """Return kept entries and sparsity of each leaf, of the prunable leaves and of the model, as text.
 
-    What was asked for is printed below what it can be compared with. A pruner, or a structure, counts
-    units: they get a row of their own, since 30 % of the channels are not 30 % of the entries.
+    The sparsity asked for is printed below the one to compare it with. A pruner, or a structure, counts
+    units, which get their own row, since 30 % of the channels are not 30 % of the entries.
 
     Args:
       masks: masks, or params.
       where: which leaves count as prunable; by default those of the pruner, or else `jaxprune.kernels`.
-      asked: the sparsity that was asked for, or the pruner that made the masks, whose units, leaves and
-        final target are shown then.
-      structure: what the masks were made of, where `asked` is a number.
-      stacked: as for `prune_once`, where neither a pruner nor a structure says which leaves are stacked. Each
-        layer gets a row below its leaf's.
+      asked: the sparsity that was asked for, or the pruner that made the masks: then its units, its leaves
+        and its final target are shown.
+      structure: the structure that the masks were made with, if `asked` is a number.
+      stacked: as for `prune_once`, if neither a pruner nor a structure says which leaves are stacked. Each
+        layer gets a row below that of its leaf.
 
     Returns:
       Lines of at most 80 characters, unless a path is longer than 32.
 
     Raises:
-      ValueError: an empty tree; a `where` that takes in nothing.
+      ValueError: an empty tree; a `where` that matches nothing.
       TypeError: a `where` that is not a function, an `asked` that is neither a number nor a pruner, a
-        `structure` or `stacked` beside a pruner.
+        `structure` or `stacked` together with a pruner.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -189,36 +204,37 @@ def table(
     progress = _progress(masks, leaves, where, asked, structure, stacked)
     stacks = _stacks(leaves, where, progress, stacked)
     layers = {path: split_layers({path: leaf}, stacks) for path, leaf in leaves.items() if path in stacks}
-    width = max([11, *map(len, leaves), *(len(name) + 2 for each in layers.values() for name in each)])
 
-    def line(name: str, shape: str, kept: int, size: int) -> str:
-        return f"{name:<{width}}  {shape:<12}{kept:>11}{size:>12}{1 - kept / max(size, 1):>10.4f}"
+    def row(name: str, kept: int, size: int, shape: Sequence[int] = ()) -> tuple[str, ...]:
+        return name, "x".join(map(str, shape)), str(kept), str(size), f"{1 - kept / max(size, 1):.4f}"
 
-    def row(name: str, shape: str, paths: Sequence[str]) -> str:
-        size = sum(leaves[path].size for path in paths)
-        return line(name, shape, sum(_nonzeros(leaves[path]) for path in paths), size)
+    def total(name: str, paths: Sequence[str]) -> tuple[str, ...]:
+        some = [leaves[path] for path in paths]
+        return row(name, sum(map(_nonzeros, some)), sum(leaf.size for leaf in some))
 
-    rows = [f"{'leaf':<{width}}  {'shape':<12}{'kept':>11}{'size':>12}{'sparsity':>10}"]
+    rows: list[tuple[str, ...]] = [("leaf", "shape", "kept", "size", "sparsity")]
     for path, leaf in leaves.items():
-        rows.append(row(path, "x".join(map(str, leaf.shape)), [path]))
+        rows.append(row(path, _nonzeros(leaf), leaf.size, leaf.shape))
         for name, layer in layers.get(path, {}).items():
-            rows.append(line(f"  {name}", "x".join(map(str, layer.shape)), _nonzeros(layer), layer.size))
-    rows.append(row("prunable", "", [path for path, leaf in leaves.items() if where(path, leaf)]))
+            rows.append(row(f"  {name}", _nonzeros(layer), layer.size, layer.shape))
+    rows.append(total("prunable", [path for path, leaf in leaves.items() if where(path, leaf)]))
     if progress is not None and progress.unit != "entries":
-        rows.append(line("  units", "", progress.kept, progress.size))
+        rows.append(row("  units", progress.kept, progress.size))
     target = asked
     if isinstance(asked, Pruner):
         at_the_end = None if progress is None else progress.asked
         target = None if progress is None or at_the_end is None else at_the_end / max(progress.size, 1)
     if target is not None:
-        rows.append(f"{'  (asked)':<{width}}{target:>47.4f}")
-    return "\n".join([*rows, row("whole model", "", list(leaves))])
+        rows.append(("  (asked)", "", "", "", f"{target:.4f}"))
+    rows.append(total("whole model", list(leaves)))
+    width = max(len(name) for name, *_ in rows)
+    return "\n".join(text_lines(f"{{:<{width}}}  {{:<12}}{{:>11}}{{:>12}}{{:>10}}", *rows))
 
 
 def _progress(
     masks: Masks, leaves: Mapping[str, Any], where: Where, asked: Any, structure: Any, stacked: Any
 ) -> Progress | None:
-    """How far masks are in units, where a pruner or a structure says what a unit is."""
+    """Return how many units masks keep, if a pruner or a structure says what a unit is."""
     if isinstance(asked, Pruner):
         if structure is not None:
             raise TypeError("structure= is for a sparsity that was asked for; a pruner knows its own.")
@@ -242,7 +258,7 @@ def _progress(
 def _stacks(
     leaves: Mapping[str, Any], where: Where, progress: Progress | None, stacked: Any
 ) -> Mapping[str, tuple[int, ...]]:
-    """By path, the axes of stacked leaves that count layers."""
+    """Return, by path, the axes of stacked leaves that count layers."""
     known = {} if progress is None else progress.stacks
     if known or stacked is None:
         return known
@@ -250,18 +266,18 @@ def _stacks(
 
 
 def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[str, jax.Array]:
-    """By pool, which units are left, by the masks of all leaves, or by params where they are not 0."""
+    """Return which units are kept in each pool, given masks, or params, whose zeros count as pruned."""
     kept = {path: jnp.asarray(leaf) != 0 for path, leaf in masks.items()}
     chosen = {path: mask for path, mask in kept.items() if where(path, mask)}
     scores = {path: mask.astype(jnp.float32) for path, mask in chosen.items()}
-    # Units that span leaves may have to be told alive by leaves that give no scores.
+    # Whether a unit that spans leaves is alive may depend on leaves that have no scores.
     seen, stacks = kept if structure.spans_leaves else chosen, structure.stacks or {}
     check_stacks(stacks, seen)
     return structure.pool(split_layers(scores, stacks), split_layers(seen, stacks)).alive
 
 
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
-    """The prunable leaves with nothing left: layer collapse, through which no signal passes.
+    """Return the prunable leaves with no entry left: layer collapse, through which no signal passes.
 
     Args:
       tree: masks, or params.
@@ -285,14 +301,14 @@ def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
 
 
 def counted(tree: Any) -> dict[str, Any]:
-    """The leaves of params or masks by path, packed masks as bool ones."""
+    """Return the leaves of params or masks by path, packed masks as bool arrays."""
     is_params = any(is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact) for x in jax.tree.leaves(tree))
     # Params may hold a mapping that looks like a packed mask without its shape; masks may not.
     return array_leaves(tree if is_params else unpack_masks(tree))
 
 
 def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
-    """The paths of the leaves that take part: of a bare array, that one."""
+    """Return the paths of the leaves that take part; a bare array always does."""
     check_where(where)
     if list(leaves) == [""]:
         return [""]
@@ -308,10 +324,10 @@ def _traced_zeros(leaf: Any) -> jax.Array:
 
 def _nonzeros(leaf: Any) -> int:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(f"what is counted needs values, got {leaf}.")
+        raise TypeError(f"counting needs arrays with values, got {leaf}.")
     if not is_numeric(leaf):  # PRNG keys, among the variables of a module
         return leaf.size
-    # Counted by row and added up on the host, so that no count passes 2**31.
+    # Rows are counted apart and added up on the host, so that no count passes 2**31.
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the leaf
         rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))
     return int(np.asarray(rows).sum(dtype=np.int64))

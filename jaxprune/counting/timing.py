@@ -12,14 +12,16 @@ import jax.numpy as jnp
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.checks import as_integer, check_function, shown
 
+__all__ = ["Latency", "latency"]
+
 
 class Latency(NamedTuple):
     """The times of a compiled call, in seconds.
 
     Attributes:
-      median: the middle one: what to compare.
-      low, high: the first and the third quartile, the spread.
-      rounds: how many were measured.
+      median: the median time, which is the one to compare.
+      low, high: the first and the third quartile.
+      rounds: how many times were measured.
     """
 
     median: float
@@ -34,16 +36,16 @@ def latency(
     donate: Sequence[int] = (),
     compiled: bool = True,
 ) -> dict[str, Latency]:
-    """Measures compiled calls in turn, so that what slows the machine slows all of them.
+    """Measure compiled calls in turn, so that a slow moment of the machine slows all of them.
 
-    Each function is compiled by `jax.jit`, and called twice before it is measured. A measurement goes
-    from the call to the output being ready (`jax.block_until_ready`), over as many calls in a row as
-    take about a millisecond. The order changes from round to round.
+    Each function is compiled by `jax.jit`, and called twice before it is measured. A measurement lasts from
+    the call until the output is ready (`jax.block_until_ready`), over as many calls in a row as take about a
+    millisecond. The order changes from round to round.
 
     Args:
       calls: by name, a function and its arguments: `{"dense": (apply_fn, params, x)}`. Bools and
-        strings among the arguments are static. A function jitted already stays as it is inside.
-      rounds: how often each is measured.
+        strings among the arguments are static. A function that is jitted already will do.
+      rounds: how often each call is measured.
       donate: the arguments whose buffers the call may write to, counted from 0. They are copied
         before each call; copying is not measured.
       compiled: False to call the functions as they are, op by op if they are not jitted.
@@ -52,8 +54,8 @@ def latency(
       A `Latency` for each name. Times depend on the machine: quote their ratios.
 
     Raises:
-      ValueError: no calls, no rounds, or an argument to donate that is not there.
-      TypeError: calls that are no tuples by name, or begin with no function.
+      ValueError: no calls, no rounds, or an argument to donate that does not exist.
+      TypeError: `calls` is not a dict of tuples that begin with a function.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -85,7 +87,7 @@ def _latency(times: Sequence[float]) -> Latency:
 
 
 def _timer(name: str, call: tuple[Any, ...], donate: tuple[int, ...], compiled: bool) -> Callable[[], float]:
-    """Measures one call, once it is warm."""
+    """Return a function that measures one call, once it is warm."""
     function, *arguments = call
     check_function(function, f"calls[{name!r}]", "first, then its arguments")
     if not all(0 <= n < len(arguments) for n in donate):

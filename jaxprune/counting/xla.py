@@ -1,4 +1,4 @@
-"""What XLA says of a compiled function."""
+"""XLA's own analysis of the cost of a compiled function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,16 +8,18 @@ import jax
 from jaxprune.tracing.jaxprs import abstract, split_static
 from jaxprune.tree.checks import check_function
 
+__all__ = ["Cost", "cost"]
+
 
 class Cost(NamedTuple):
-    """XLA's own analysis of a compiled function; None where a platform does not say.
+    """XLA's own analysis of a compiled function; None where the platform gives no figure.
 
     Attributes:
-      flops: operations by XLA's count: two for each multiply-add that reads an input and not
-        padding, and one for most elementwise operations, of which `macs` counts none.
-      bytes_accessed: read and written by all fused operations, in bytes.
-      peak_memory: the most bytes held at once: arguments, outputs and temporaries.
-      arguments, outputs, temporaries: of these, in bytes.
+      flops: operations by XLA's count: two for each multiply-add that reads an input rather than padding, and
+        one for most elementwise operations, which `macs` does not count.
+      bytes_accessed: bytes read and written by all fused operations.
+      peak_memory: the most bytes held at once by arguments, outputs and temporaries.
+      arguments, outputs, temporaries: the bytes of each.
     """
 
     flops: int | None
@@ -29,10 +31,10 @@ class Cost(NamedTuple):
 
 
 def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
-    """Compiles a function and asks XLA what it costs, to set beside `macs`.
+    """Compile a function and ask XLA what it costs, to compare with `macs`.
 
-    XLA counts the program after its own optimisations, on the default device: a loop's body counts
-    once, calls of libraries (oneDNN, cuBLAS) may count nothing.
+    XLA counts the program after its own optimisations, on the default device: the body of a loop counts
+    once, and calls of libraries (oneDNN, cuBLAS) may count nothing.
 
     Args:
       function: a function of pytrees of arrays.

@@ -1,4 +1,4 @@
-"""Writing a file so that, whatever happens, it is the old one or the new one, whole."""
+"""Writing a file so that, whatever happens, the old file or the complete new one is there."""
 
 import os
 import secrets
@@ -7,22 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+__all__ = ["replacing"]
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file to write in, which takes the place of `path` if the block ends without an error.
+    """Yield the path of a new file, which replaces `path` if the block ends without an error.
 
-    It lies in the same folder, is flushed to the disk before it is renamed, and is removed if the
-    block raises (a full disk, say). The file keeps the permissions of the one it replaces; a new one
-    has those that the process gives to new files. A symbolic link stays, and what it points to is
-    replaced.
+    The new file lies in the same folder, is flushed to the disk before it is renamed, and is removed if the
+    block raises (a full disk, say). It gets the permissions of the file it replaces, or else those that the
+    process gives to new files. A symbolic link stays, and the file it points to is replaced.
 
     Yields:
       The path of the new, empty file.
 
     Example:
       >>> import pathlib, tempfile
-      >>> from jaxprune.io.atomic import replacing
+      >>> from jaxprune.files.atomic import replacing
       >>> folder = pathlib.Path(tempfile.mkdtemp())
       >>> with replacing(folder / "a.txt") as new:
       ...     _ = new.write_text("whole")
@@ -48,7 +49,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Makes the new name last through a power cut, where folders can be flushed (not on Windows)."""
+    """Flush a folder, so that a new name in it survives a power cut; Windows cannot, and does not."""
     if hasattr(os, "O_DIRECTORY"):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -1,4 +1,4 @@
-"""Opening a file to read, if it is one that ends."""
+"""Opening a regular file to read; a pipe or a device might never end."""
 
 import os
 import stat
@@ -7,16 +7,18 @@ from typing import BinaryIO
 
 from jaxprune.tree.checks import shown
 
+__all__ = ["FileError", "open_file"]
+
 
 class FileError(ValueError):
     """A file that is damaged, not of this format, or not what was asked for; the message says which."""
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file to read.
+    """Open a regular file to read.
 
     Raises:
-      FileError: a pipe or a device, reading which may never end; a path with a null character.
+      FileError: a pipe or a device, which might never end; a path with a null character.
       OSError: there is no such file, or it cannot be read.
 
     Example:
@@ -32,7 +34,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
-        raise FileError(f"{path!r} is no path: {error}.") from None
+        raise FileError(f"{path!r} is not a path: {error}.") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises by itself
         raise FileError(f"{os.fspath(path)}: not a file, but a pipe or a device.")
     return Path(path).open("rb")

@@ -1,4 +1,4 @@
-r"""A checksum at the end of bytes whose own format has none, where that format's readers do not look.
+r"""A checksum behind data whose format has none. Readers of that format do not look behind the data.
 
     the data
     8 bytes     \x93JPPROG\n
@@ -13,12 +13,14 @@ import zlib
 
 from jaxprune.files.opened import FileError
 
+__all__ = ["seal", "unseal"]
+
 _MAGIC = b"\x93JPPROG\n"
 _SEAL = struct.Struct("<8sQI")
 
 
 def seal(data: bytes) -> bytes:
-    """The data with their checksum after them.
+    """Return the data with a checksum behind them.
 
     Example:
       >>> bytes(unseal(bytearray(seal(b"data"))))
@@ -28,7 +30,7 @@ def seal(data: bytes) -> bytes:
 
 
 def unseal(data: bytearray) -> bytearray:
-    """The data without the checksum, which is taken off the array itself.
+    """Check the data, and return them without the checksum, which is cut off the array in place.
 
     Raises:
       FileError: without the file's name: there is no checksum, or it is wrong.

@@ -1,4 +1,8 @@
-"""Blocks taken out of the lists and dicts of a tree, and put back."""
+"""Blocks taken out of the lists and dicts of a tree, and put back.
+
+A block is an entry of a list, tuple or dict beside others of the same layout. A tree that mirrors the params,
+such as an optimizer's state, holds copies of these containers at paths that end like theirs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,105 +16,99 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def blocks_of(tree: Any) -> list[str]:
-    """The paths of what could be blocks: in a list, tuple or dict, beside others of the same layout."""
+    """Return the paths of all entries that could be taken out, whatever the network does with them."""
     found: list[str] = []
 
     def walk(node: Any, path: str) -> None:
         children = _children(node)
         layouts = [_layout(child) for child in children.values()] if _can_shrink(node) else []
         for (name, child), layout in zip(children.items(), layouts or [None] * len(children), strict=True):
-            below = f"{path}/{name}" if path else name
             if layout and layouts.count(layout) > 1:
-                found.append(below)
-            walk(child, below)
+                found.append(_below(path, name))
+            walk(child, _below(path, name))
 
     walk(tree, "")
     return found
 
 
 def take_out(tree: Any, blocks: Sequence[str], shapes: Shapes) -> Any:
-    """A tree without some blocks, wherever it mirrors the params.
+    """Return a tree without some blocks, wherever it mirrors the params.
 
     Args:
       tree: params, masks, or an optimizer's state that holds trees like them.
       blocks: the paths of the blocks in the params.
-      shapes: the shapes of all leaves of the params that mirror the tree's, by path.
+      shapes: the shapes of the leaves that mirror a param, by its path.
     """
-    wanted = _by_parent(blocks)
+    removed_from = _by_parent(blocks)
 
     def change(node: Any, parent: str) -> Any:
-        gone = wanted[parent]
+        removed = removed_from[parent]
         if not _mirrors(node, parent, shapes, ()):
             return None
         if isinstance(node, (list, tuple)):
-            return type(node)(child for n, child in enumerate(node) if str(n) not in gone)
-        return type(node)({name: child for name, child in node.items() if str(name) not in gone})
+            return type(node)(child for n, child in enumerate(node) if str(n) not in removed)
+        return type(node)({name: child for name, child in node.items() if str(name) not in removed})
 
-    return _walk(tree, "", wanted, change)
+    return _walk(tree, "", removed_from, change)
 
 
 def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[str, Any], Any]) -> Any:
-    """A tree with blocks where `take_out` took them.
+    """Return a tree with blocks where `take_out` took them.
 
     Args:
       tree: a tree without the blocks.
       blocks: the paths of the blocks in the params.
       shapes: the shapes of all leaves, with those of the blocks, by path.
-      make: `make(path, like)`: a leaf of a block, like the one in its place in another block.
+      make: `make(path, like)` returns the leaf at a path in a block, given its counterpart in another block.
     """
-    wanted = _by_parent(blocks)
+    removed_from = _by_parent(blocks)
 
     def change(node: Any, parent: str) -> Any:
-        gone = wanted[parent]
-        if not _mirrors(node, parent, shapes, gone):
+        removed = removed_from[parent]
+        if not _mirrors(node, parent, shapes, removed):
             return None
-        kind: Any = type(node)
-        left = list(node) if isinstance(node, Mapping) else range(len(node) + len(gone))
-        left = [name for name in map(str, left) if name not in gone]
-        others = dict(zip(left, node.values() if isinstance(node, Mapping) else node, strict=True))
-
-        def place(name: str) -> str:
-            return f"{parent}/{name}" if parent else name
+        names = list(node) if isinstance(node, Mapping) else range(len(node) + len(removed))
+        left = [name for name in map(str, names) if name not in removed]
+        entries = dict(zip(left, node.values() if isinstance(node, Mapping) else node, strict=True))
 
         def ranks(name: str) -> dict[str, int]:
-            """The ranks of a block's leaves, by path below it."""
-            path = place(name)
+            """Return the ranks of a block's leaves, by path below it."""
+            path = _below(parent, name)
             inside = (at for at in shapes if at == path or at.startswith(f"{path}/"))
             return {at.removeprefix(path): len(shapes[at]) for at in inside}
 
         def block(name: str) -> Any:
-            path = place(name)
-            # A dict may hold other things beside the blocks.
-            model = next(others[other] for other in left if ranks(other) == ranks(name))
+            # A dict may hold other things beside the blocks, so an entry of the same layout is the model.
+            model = next(entries[other] for other in left if ranks(other) == ranks(name))
+            path = _below(parent, name)
             leaves = [make(f"{path}/{rest}" if rest else path, leaf) for rest, leaf in _leaves(model).items()]
             return jax.tree.unflatten(jax.tree.structure(model), leaves)
 
+        kind: Any = type(node)
         if isinstance(node, Mapping):
-            return kind({**node, **{name: block(name) for name in gone}})
-        rest, full = iter(node), []
-        for n in range(len(node) + len(gone)):
-            full.append(block(str(n)) if str(n) in gone else next(rest))
-        return kind(full)
+            return kind({**node, **{name: block(name) for name in removed}})
+        return kind(block(name) if name in removed else entries[name] for name in map(str, names))
 
-    return _walk(tree, "", wanted, change)
+    return _walk(tree, "", removed_from, change)
 
 
 def _walk(
-    node: Any, path: str, wanted: Mapping[str, Sequence[str]], change: Callable[[Any, str], Any]
+    node: Any, path: str, removed_from: Mapping[str, Sequence[str]], change: Callable[[Any, str], Any]
 ) -> Any:
-    """A tree whose nodes at the paths of some params' lists are changed, from the innermost on."""
+    """Return a tree with `change(container, parent)` for each container at a path that ends like a parent's.
+
+    Containers are changed from the innermost on; where `change` returns None they stay. Of several parents
+    with such an ending the longest comes first.
+    """
     children = _children(node)
     if not children:
         return node
-    new = {
-        name: _walk(child, f"{path}/{name}" if path else name, wanted, change)
-        for name, child in children.items()
-    }
+    new = {name: _walk(child, _below(path, name), removed_from, change) for name, child in children.items()}
     if any(new[name] is not child for name, child in children.items()):
         node = jax.tree.unflatten(_one_level(node), list(new.values()))
     if not _can_shrink(node):
         return node
-    for parent in sorted(wanted, key=len, reverse=True):
+    for parent in sorted(removed_from, key=len, reverse=True):
         if path == parent or not parent or path.endswith("/" + parent):
             changed = change(node, parent)
             if changed is not None:
@@ -118,35 +116,36 @@ def _walk(
     return node
 
 
-def _mirrors(node: Any, parent: str, shapes: Shapes, gone: Sequence[str]) -> bool:
-    """Whether a list or dict is that of the params, perhaps without some blocks, or one like it."""
+def _mirrors(node: Any, parent: str, shapes: Shapes, removed: Sequence[str]) -> bool:
+    """Whether a container has the leaves of the params' container at `parent`, without some entries of it."""
     start = f"{parent}/" if parent else ""
-    own = {path.removeprefix(start): shape for path, shape in shapes.items() if path.startswith(start)}
-    listed = all(path.partition("/")[0].isdigit() for path in own)
-    if listed is isinstance(node, Mapping) and gone:
+    inside = {path.removeprefix(start): shape for path, shape in shapes.items() if path.startswith(start)}
+    listed = all(path.partition("/")[0].isdigit() for path in inside)
+    if listed is isinstance(node, Mapping) and removed:
         return False
-    if gone and listed:
-        names = sorted({int(path.partition("/")[0]) for path in own})
-        left = [n for n in names if str(n) not in gone]
-        number = {str(n): str(place) for place, n in enumerate(left)}
-        own = {
-            number[first] + slash + rest: shape
-            for path, shape in own.items()
-            for first, slash, rest in [path.partition("/")]
-            if first in number
-        }
-    elif gone:
-        own = {path: shape for path, shape in own.items() if path.partition("/")[0] not in gone}
+    own = {path: shape for path, shape in inside.items() if path.partition("/")[0] not in removed}
+    if removed and listed:
+        # The entries that are left of a list have moved up.
+        left = sorted({int(path.partition("/")[0]) for path in own})
+        place = {str(n): str(at) for at, n in enumerate(left)}
+        parts = [(path.partition("/"), shape) for path, shape in own.items()]
+        own = {place[first] + slash + rest: shape for (first, slash, rest), shape in parts}
     leaves = _leaves(node)
-    if leaves.keys() != own.keys():
-        return False
-    return all(
-        tuple(getattr(leaf, "shape", ()))[-len(own[path]) or 10**9 :] == own[path]
-        for path, leaf in leaves.items()
-    )
+    return leaves.keys() == own.keys() and all(ends_in(leaf, own[path]) for path, leaf in leaves.items())
+
+
+def ends_in(leaf: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf has a shape, perhaps after axes of its own."""
+    own = tuple(getattr(leaf, "shape", ()))
+    return len(own) >= len(shape) and own[len(own) - len(shape) :] == shape
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}/{name}" if path else name
 
 
 def _by_parent(blocks: Sequence[str]) -> dict[str, list[str]]:
+    """Return the names of blocks by the path of their container."""
     parents: dict[str, list[str]] = {}
     for block in blocks:
         parent, _, name = block.rpartition("/")
@@ -155,16 +154,17 @@ def _by_parent(blocks: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _can_shrink(node: Any) -> bool:
-    """Whether a node is a list, a tuple without names, or a dict, of which an entry can go."""
+    """Whether a node is a list, a tuple without names, or a dict, which can lose an entry."""
     return type(node) in (list, tuple, dict) or type(node).__name__ == "FrozenDict"
 
 
 def _one_level(node: Any) -> Any:
+    """Return the structure of a node with its children as leaves."""
     return jax.tree.structure(node, is_leaf=lambda x: x is not node)
 
 
 def _children(node: Any) -> dict[str, Any]:
-    """The children of a node by name, in order; none for a leaf."""
+    """Return the children of a node by name, in order; none for a leaf."""
     leaves = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
     if len(leaves) == 1 and leaves[0] is node:
         return {}
@@ -185,7 +185,7 @@ def _leaves(node: Any) -> dict[str, Any]:
 
 
 def _layout(node: Any) -> tuple[Any, ...] | None:
-    """The paths and shapes of a node's leaves; None for a leaf."""
+    """Return the paths and shapes of a node's leaves; None for a leaf."""
     if not _children(node):
         return None
     return tuple((path, tuple(getattr(leaf, "shape", ()))) for path, leaf in _leaves(node).items())

@@ -1,11 +1,20 @@
 """Folding of constant channels: what a filter without weights still gives, moved into what reads it.
 
-Filter masks leave biases and norms alive. A filter without weights then gives a channel that is
-constant, though not zero: relu(bias). What reads it, a matrix product or a convolution with a kernel
-of its own, can take the constant over: into its bias, where it has one and no padding comes between,
-else into its weights for one of the constant channels, which stands for all of them:
-`W[r] += sum_k (c_k / c_r) W[k]`, then `W[k] = 0`. The function does not change, and the channels
-have become needless. It is a step for deployment: gradients of what is folded are gone.
+Masks of filters leave biases and norms alive. A filter without weights then gives a channel that is constant,
+though not zero: relu(bias). The matrix product or convolution that reads it can take the constant over,
+because its output is linear in its kernel. With c_k the constant of channel k and x_k = c_k wherever the
+channel is read,
+
+    y_j = sum_k x_k W[k, j] = (the channels that vary) + sum_k c_k W[k, j],
+
+and the last sum depends on no input: it goes into the bias b_j, and W[k] = 0. A convolution with padding
+reads 0 beyond the border, so that this sum depends on the place. But all constant channels read 0 at the same
+places, so x_k = (c_k / c_r) x_r holds at every tap, for any constant channel r with c_r != 0, and that
+channel can stand for all of them: W[r] += sum_k (c_k / c_r) W[k], and W[k] = 0. The same serves where there
+is no bias.
+
+The function stays the same, and the channels are needless afterwards. It is a step for deployment: the
+gradients of what is folded are gone.
 """
 
 from collections.abc import Sequence
@@ -22,6 +31,50 @@ from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.graph.engine.rules.reductions import windows_hold_an_entry
 from jaxprune.graph.engine.rules.shapes import segments
+from jaxprune.graph.engine.solving import zero_slices
+from jaxprune.tracing.jaxprs import split_static
+from jaxprune.tree.leaves import array_leaves, is_concrete
+from jaxprune.tree.stacks import join_layers, split_layers
+from jaxprune.typing import Masks, Params
+
+
+def fold_into_readers(
+    network: TracedNetwork, params: Params, masks: Masks, inputs: Sequence[Any]
+) -> tuple[Params, Masks]:
+    """Return params and masks with the constants of dead filters folded into what reads them.
+
+    Args:
+      network: the function.
+      params: its params, masked.
+      masks: their masks.
+      inputs: example inputs; the constants are read off one run of the function.
+
+    Raises:
+      TypeError: params or inputs have no values.
+    """
+    arrays, _ = split_static(inputs)
+    if not is_concrete(params, arrays):
+        raise TypeError("fold_constants=True reads constants off the network, so it needs real arrays.")
+    dense = array_leaves(params)
+    leaves = split_layers(dense, network.stacks)
+    by_path = {path: np.asarray(mask) for path, mask in array_leaves(masks, "masks").items()}
+    alive = split_layers(by_path, network.stacks)
+    facts = network.facts(zero_slices(alive))
+    constants = Constants(facts)
+    constants.run(network.region, list(network.values.values()))
+    sites = [site for op in network.region.ops if (site := _site(op, network, constants)) is not None]
+    if sites:
+        wanted, given = [site.image_axis for site in sites], [*dense.values(), *arrays.values()]
+        for site, numbers in zip(sites, _read(network, facts, wanted, given), strict=True):
+            site.fold(leaves, alive, numbers)
+    shapes = {path: leaf.shape for path, leaf in dense.items()}
+    leaves, alive = (join_layers(by_name, network.stacks, shapes) for by_name in (leaves, alive))
+    tree = jax.tree.structure(params)
+    return (
+        jax.tree.unflatten(tree, list(leaves.values())),
+        jax.tree.unflatten(tree, [jnp.asarray(mask) for mask in alive.values()]),
+    )
+
 
 # Ops that run their body once, on their inputs.
 _ONCE = (
@@ -31,7 +84,7 @@ _ONCE = (
 
 
 class Constants:
-    """Which slices of values hold one number that no input changes."""
+    """Which slices of values hold one number that no input changes, found in one pass over a program."""
 
     def __init__(self, facts: Facts):
         self._facts = facts
@@ -43,7 +96,7 @@ class Constants:
         return id(value) in self._fixed or value.constant is not None
 
     def along(self, value: Value, axis: int) -> Vector | None:
-        """The slices along an axis that hold one number each; None if none is known to."""
+        """Return the slices along an axis that hold one number each; None if none is known to."""
         known = self._constant.get(id(value), [None] * len(value.shape))[axis]
         others = [n for a, n in enumerate(value.shape) if a != axis]
         if self._facts.of(value).fill is not None or (self.is_fixed(value) and all(n == 1 for n in others)):
@@ -55,7 +108,7 @@ class Constants:
         return self.is_fixed(value) and all(n == 1 for n in value.shape)
 
     def run(self, region: Region, fixed: Sequence[Value]) -> None:
-        """Goes through a region, of whose inputs some are fixed."""
+        """Follow a region, given which of its inputs are fixed."""
         self._fixed.update(map(id, fixed))
         for op in region.ops:
             if op.name in _ONCE:
@@ -83,7 +136,7 @@ class Constants:
                 self._constant[id(output)] = [self._of(op, number, output, axis) for axis in axes]
 
     def _of(self, op: Op, number: int, output: Value, axis: int) -> Vector | None:
-        """The constant slices of an op's output along an axis."""
+        """Return the constant slices of an op's output along an axis."""
         value, params = op.inputs[0] if op.inputs else output, op.params
         if rule_for(op.name) is elementwise:
             marks: Vector | None = np.ones(output.shape[axis], bool)
@@ -103,13 +156,9 @@ class Constants:
             return self.along(value, axis)
         if op.name == "transpose":
             return self.along(value, params["permutation"][axis])
-        if op.name == "per_reader":
-            return self.along(value, axis)
-        if op.name == "squeeze":
-            left = [a for a in range(len(value.shape)) if a not in params["dimensions"]]
-            return self.along(value, left[axis])
-        if op.name in ("reduce_sum", "reduce_max", "reduce_min"):
-            left = [a for a in range(len(value.shape)) if a not in params["axes"]]
+        if op.name in ("squeeze", "reduce_sum", "reduce_max", "reduce_min"):
+            gone = params["dimensions" if op.name == "squeeze" else "axes"]
+            left = [a for a in range(len(value.shape)) if a not in gone]
             return self.along(value, left[axis])
         if op.name in ("reduce_window_max", "reduce_window_sum"):
             return self.along(value, axis) if _keeps_constants(op, axis) else None
@@ -127,7 +176,7 @@ class Constants:
         return None
 
     def _reshaped(self, value: Value, output: Value, axis: int) -> Vector | None:
-        """A slice is constant where it lies within one slice that is."""
+        """Return which slices of a reshaped value are constant: those that lie within one constant slice."""
         for segment in segments(value.shape, output.shape):
             after = dict(segment.after)
             if segment.sizes is None or axis not in after:
@@ -142,7 +191,10 @@ class Constants:
 
 
 def _keeps_constants(op: Op, axis: int) -> bool:
-    """Whether a window over one number gives one number, and leaves an axis alone."""
+    """Whether a sliding window turns a constant slice into a constant slice.
+
+    Padding must not count: it is -inf for a maximum, if each window holds an entry, and 0 for a sum.
+    """
     rank = range(len(op.outputs[0].shape))
     if op.params["window_dimensions"][axis] != 1 or op.inputs[0].shape[axis] != op.outputs[0].shape[axis]:
         return False
@@ -151,40 +203,14 @@ def _keeps_constants(op: Op, axis: int) -> bool:
     return all(tuple(op.params["padding"][a]) == (0, 0) for a in rank)
 
 
-def fold(
-    linked: TracedNetwork, leaves: dict[str, Any], masks: dict[str, np.ndarray], arguments: Sequence[Any]
-) -> None:
-    """Folds constant channels into what reads them, in place.
-
-    Args:
-      linked: the function.
-      leaves: its params by path, masked; those of a stack by layer.
-      masks: their masks by path, or by layer.
-      arguments: the leaves of the params and of example inputs, to read the constants from.
-    """
-    facts = linked.facts({p: [_zero(m, axis) for axis in range(m.ndim)] for p, m in masks.items()})
-    constants = Constants(facts)
-    constants.run(linked.region, list(linked.values.values()))
-    sites = [site for op in linked.region.ops if (site := _site(op, linked, constants)) is not None]
-    if not sites:
-        return
-    numbers = _read(linked, facts, [site.image_axis for site in sites], arguments)
-    for site, number in zip(sites, numbers, strict=True):
-        site.fold(leaves, masks, number)
-
-
-def _zero(mask: np.ndarray, axis: int) -> Vector | None:
-    alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
-    return None if alive.all() else ~alive
-
-
 class _Site:
     """A matrix product or convolution that constants can be folded into.
 
     Attributes:
-      image_axis: its input and the axis that it sums over.
-      kernel: the path of its kernel, with the axes that it sums over and that it gives.
-      bias: the path of the bias that is added to its output, or None.
+      image_axis: its input, and the axis of it that it sums over.
+      kernel: the path of its kernel, with the axis that it sums over and the axis of its outputs.
+      bias: the path of the bias that is added to its output; None if there is none, or if padding comes
+        between.
       marks: the constant slices of the input.
     """
 
@@ -198,12 +224,21 @@ class _Site:
         self.image_axis, self.kernel, self.bias, self.marks = image_axis, kernel, bias, marks
 
     def fold(self, leaves: dict[str, Any], masks: dict[str, np.ndarray], numbers: np.ndarray) -> None:
+        """Fold the constant slices of the input, in place.
+
+        Args:
+          leaves: the params by path, or by layer.
+          masks: their masks.
+          numbers: the number in each slice of the input.
+        """
         path, summed, given = self.kernel
         # With the summed axis first, a row for each slice of the input.
         rows = np.moveaxis(np.asarray(leaves[path], np.float64).copy(), summed, 0)
         alive = np.moveaxis(masks[path].copy(), summed, 0)
         fold = np.flatnonzero(self.marks & alive.any(axis=tuple(range(1, alive.ndim))))
         if self.bias is None:
+            # The largest constant stands for the others, so that no ratio exceeds 1. If it is 0, all of them
+            # are, and their rows multiply zeros only.
             fold = fold[np.argsort(-np.abs(numbers[fold]), kind="stable")]
             if len(fold) and numbers[fold[0]] != 0:
                 fold, stands = fold[1:], fold[0]
@@ -221,14 +256,14 @@ class _Site:
         masks[path] = np.moveaxis(alive, 0, summed)
 
 
-def _site(op: Op, linked: TracedNetwork, constants: Constants) -> _Site | None:
-    """An op as a place to fold into, if it is one and there is something to fold."""
+def _site(op: Op, network: TracedNetwork, constants: Constants) -> _Site | None:
+    """Return an op as a place to fold into; None if it is none, or reads no constant slice."""
     if op.name not in ("dot_general", "conv_general_dilated"):
         return None
     image, weights = op.inputs
     if op.name == "dot_general":
         (left, right), batch = op.params["dimension_numbers"]
-        if _own_param(weights, linked) is None:  # the kernel stands on the left, as in W @ x
+        if _own_param(weights, network) is None:  # the kernel stands on the left, as in W @ x
             image, weights, left, right = weights, image, right, left
         if batch != ((), ()) or len(left) != 1 or len(weights.shape) != 2:
             return None
@@ -242,54 +277,55 @@ def _site(op: Op, linked: TracedNetwork, constants: Constants) -> _Site | None:
         out_axis = numbers.out_spec[1]
         bordered = any(tuple(p) != (0, 0) for p in op.params["padding"])
         bordered |= any(d != 1 for d in op.params["lhs_dilation"])
-    kernel = _own_param(weights, linked)
+    kernel = _own_param(weights, network)
     marks = constants.along(image, axis)
     if kernel is None or marks is None or not marks.any():
         return None
-    bias = None if bordered else _own_bias(op.outputs[0], out_axis, linked)
+    bias = None if bordered else _own_bias(op.outputs[0], out_axis, network)
     return _Site((image, axis), (kernel, summed, given), bias, marks)
 
 
-def _readers(value: Value, linked: TracedNetwork) -> list[Op]:
-    return [op for op in linked.region.ops for given in op.inputs if given is value]
+def _readers(value: Value, network: TracedNetwork) -> list[Op]:
+    """Return the ops that read a value, each as often as it reads it."""
+    return [op for op in network.region.ops for given in op.inputs if given is value]
 
 
-def _own_param(value: Value, linked: TracedNetwork) -> str | None:
-    """The path of the param that a value is, up to its dtype, if nothing else reads it."""
+def _own_param(value: Value, network: TracedNetwork) -> str | None:
+    """Return the path of the param that a value is, up to its dtype, if nothing else reads it."""
     while value.op is not None and value.op.name in ("convert_element_type", "copy"):
-        if len(_readers(value, linked)) != 1:
+        if len(_readers(value, network)) != 1:
             return None
         value = value.op.inputs[0]
-    path = next((path for path, param in linked.values.items() if param is value), None)
-    read_once = len(_readers(value, linked)) == 1 and not any(o is value for o in linked.region.outputs)
+    path = next((path for path, param in network.values.items() if param is value), None)
+    read_once = len(_readers(value, network)) == 1 and not any(o is value for o in network.region.outputs)
     return path if read_once else None
 
 
-def _own_bias(output: Value, axis: int, linked: TracedNetwork) -> str | None:
-    """The path of the bias that is added to a value along an axis, if nothing else reads either."""
-    readers = _readers(output, linked)
-    if len(readers) != 1 or readers[0].name != "add" or any(o is output for o in linked.region.outputs):
+def _own_bias(output: Value, axis: int, network: TracedNetwork) -> str | None:
+    """Return the path of the bias that is added to a value along an axis, if nothing else reads either."""
+    readers = _readers(output, network)
+    if len(readers) != 1 or readers[0].name != "add" or any(o is output for o in network.region.outputs):
         return None
     (other,) = [v for v in readers[0].inputs if v is not output] or [None]
     shape = other.shape if other is not None else ()
     if other is None or len(shape) != len(output.shape) or shape[axis] != output.shape[axis]:
         return None
     while other.op is not None and other.op.name in ("broadcast_in_dim", "reshape"):
-        if len(_readers(other, linked)) != 1:
+        if len(_readers(other, network)) != 1:
             return None
         other = other.op.inputs[0]
-    path = _own_param(other, linked)
+    path = _own_param(other, network)
     return path if path is not None and other.shape == (output.shape[axis],) else None
 
 
 def _read(
-    linked: TracedNetwork, facts: Facts, wanted: Sequence[tuple[Value, int]], leaves: Sequence[Any]
+    network: TracedNetwork, facts: Facts, wanted: Sequence[tuple[Value, int]], leaves: Sequence[Any]
 ) -> list[np.ndarray]:
-    """The first entry of each slice of some values, along an axis each, in one run of the function."""
+    """Return the first entry of each slice of some values along an axis, from one run of the function."""
 
     @jax.jit
     def first(leaves):
-        values = linked.values_of([value for value, _ in wanted], facts, leaves)
+        values = network.values_of([value for value, _ in wanted], facts, leaves)
         pairs = zip(values, wanted, strict=True)
         return [jnp.moveaxis(v, axis, 0).reshape(v.shape[axis], -1)[:, 0] for v, (_, axis) in pairs]
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.engine.divisors import find_divisors
-from jaxprune.graph.engine.facts import Facts, run_changed
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined
 from jaxprune.graph.engine.ir import Op, Value
 from jaxprune.graph.engine.passage import Pass, Passage, Roots, made_from, mark_of, roots_of
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_changes
 from jaxprune.graph.engine.singular import singularities
 from jaxprune.graph.roles import weights
 from jaxprune.tree.calls import check_call
@@ -26,7 +26,7 @@ from jaxprune.typing import Params
 
 _CALL = "residual_blocks(apply_fn, params, *inputs)"
 Prefixes = Sequence[str | Sequence[str]] | Mapping[str, Sequence[str | Sequence[str]]]
-"""For each block the path prefix of its leaves, or several; or such a list for each of several pools."""
+"""For each block the path prefix of its leaves, or several prefixes; or a dict of such lists by pool."""
 
 
 class Block(NamedTuple):
@@ -34,9 +34,9 @@ class Block(NamedTuple):
 
     Attributes:
       name: its first prefix, or the index of its layer, `"[2]"`.
-      pool: the blocks that it is counted with.
+      pool: the name of the pool that it is counted in.
       paths: its leaves.
-      index: its place along the stack axes of these leaves; empty where they are its own.
+      index: its layer, if its leaves stack those of several blocks; else empty.
       divisors: those of the leaves that the network divides by, or would otherwise be NaN where they
         are zero: masks of a dropped block leave them alive.
     """
@@ -53,11 +53,11 @@ class ResidualBlocks:
     """The blocks of a network, each the identity when its leaves are zero; printing it gives a table.
 
     Attributes:
-      blocks: in the order given, those of stacked leaves last.
+      blocks: the blocks, in the order given, those of stacked leaves last.
       stacks: by path, the axes of the stacked leaves that count blocks.
       shapes: by path, the dense shapes of the leaves of all blocks.
-      weights: by path, whether the network uses a leaf as the weights of a product; empty where that is
-        not known.
+      weights: by path, whether the network uses a leaf as the weights of a product; empty if that is not
+        known.
       fixed: the leaves of blocks that have no zero, such as the state of a random generator: no mask
         removes them.
     """
@@ -69,7 +69,7 @@ class ResidualBlocks:
     fixed: frozenset[str] = frozenset()
 
     def under(self, prefix: str) -> "ResidualBlocks":
-        """The blocks for a part of the params: paths without a prefix, leaves elsewhere left out.
+        """Return the blocks for a part of the params: paths without a prefix, leaves elsewhere left out.
 
         For functions of `{"params": ..., "batch_stats": ...}` whose optimizer sees the params alone.
 
@@ -125,27 +125,27 @@ def residual_blocks(
     state: Callable[[Any], Any] | None = None,
     **keywords: Any,
 ) -> ResidualBlocks:
-    """The residual blocks of a function, each proved to be the identity when its leaves are zero.
+    """Find the residual blocks of a function, each proved to be the identity when its leaves are zero.
 
     The function's jaxpr is followed with the leaves of one block at zero. The block is the identity if
-    all that its leaves touch ends at sums (or products with one) that then give back what the block read:
+    everything that its leaves touch ends at sums (or products with one) that then return what the block read:
     `x + f(x)` is `x`. That is a proof for all inputs; nothing is computed, so abstract params will do.
 
     A block is refused, with the op that is to blame and its line, if it has no residual path, if a norm or
-    an activation follows its sum (a second `relu` after `relu` is none), if it changes the number of
-    channels, or if it scales or gates what should pass.
+    an activation follows its sum (except a `relu` after a `relu`, which changes nothing), if it changes the
+    number of channels, or if it scales or gates what should pass.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
       *inputs: example inputs, arrays or `jax.ShapeDtypeStruct`; bools and strings are static.
-      prefixes: for each block the prefix of its leaves' paths, `["blocks/0", "blocks/1"]`; a block with
-        leaves in several places has several: `("params/block_0", "batch_stats/block_0")`. A dict of such
+      prefixes: for each block the prefix of its leaves' paths, `["blocks/0", "blocks/1"]`; several for a
+        block with leaves in several places: `("params/block_0", "batch_stats/block_0")`. A dict of such
         lists makes a pool of each, `{"encoder": [...], "decoder": [...]}`.
       stacked: `stacked(path, leaf)`, for layers stacked in one leaf: how many leading axes of the leaf count
         layers, or which axes do. Each layer is a block, of all stacked leaves.
-      state: as for `compact`: the outputs that are new values of params; those of a block's own leaves
-        do not count.
+      state: as for `compact`: the outputs that are new values of params. New values of a block's own leaves
+        may depend on it.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
@@ -170,9 +170,8 @@ def residual_blocks(
       ['blocks/0', 'blocks/1', 'blocks/2', 'blocks/3']
     """
     check_call(_CALL, apply_fn, (params, *inputs), keywords, ("prefixes", "stacked", "state"))
-    linked = TracedNetwork(
-        apply_fn, params, inputs, state, stacks={}
-    )  # a loop's body stands for all its rounds
+    # Without stacks, a loop's body stands for all its rounds.
+    linked = TracedNetwork(apply_fn, params, inputs, state, stacks={})
     blocks, stacks = find_blocks(linked.leaves, prefixes, stacked)
     if axes := {path: along for path, along in stacks.items() if len(along) > 1}:
         path, along = next(iter(axes.items()))
@@ -206,11 +205,11 @@ def residual_blocks(
 
 
 def check_blocks(prefixes: Prefixes | None, stacked: Stacked | None) -> None:
-    """Checks what names blocks, as far as that goes without leaves.
+    """Check `prefixes` and `stacked`, as far as that is possible without leaves.
 
     Raises:
-      ValueError: nothing names any.
-      TypeError: prefixes, or a `stacked`, that are none.
+      ValueError: neither names a block.
+      TypeError: `prefixes` holds something else than path prefixes, or `stacked` is not a function.
     """
     if not _pools(prefixes) and stacked is None:
         raise ValueError("no blocks: pass prefixes, [f'blocks/{i}' for i in range(12)] say, or stacked=.")
@@ -221,12 +220,12 @@ def check_blocks(prefixes: Prefixes | None, stacked: Stacked | None) -> None:
 def find_blocks(
     leaves: Mapping[str, Any], prefixes: Prefixes | None, stacked: Stacked | None
 ) -> tuple[list[Block], Stacks]:
-    """The blocks that prefixes and a stack name among leaves, and the stack axes.
+    """Return the blocks that `prefixes` and `stacked` name among leaves, and the stack axes.
 
     Raises:
       ValueError: no blocks; a prefix that no leaf has, or twice, or inside another; a stacked leaf with
         a prefix; stacked leaves with different numbers of layers.
-      TypeError: prefixes that are none.
+      TypeError: as `check_blocks`.
     """
     check_blocks(prefixes, stacked)
     pools = _pools(prefixes)
@@ -278,14 +277,14 @@ def find_blocks(
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
-    """The path under which all paths lie; empty if there is none."""
+    """Return the path under which all paths lie; empty if there is none."""
     parts = [path.split("/")[:-1] for path in paths]
     same = takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
     return "/".join(names[0] for names in same)
 
 
 def _pools(prefixes: Prefixes | None) -> dict[str, list[tuple[str, ...]]]:
-    """The prefixes of each block of each pool, checked."""
+    """Return the prefixes of each block by pool, checked."""
     if prefixes is None:
         return {}
     if isinstance(prefixes, str) or not isinstance(prefixes, (Mapping, Sequence)):
@@ -436,7 +435,7 @@ class _Proof:
             else:
                 facts.learn(self.linked.values[path], fill=0)
         values = [self.linked.values[path] for path in changed]
-        return facts, run_changed(self.linked.region, facts, self.base, values, rule_for)
+        return facts, learn_changes(self.linked.region, facts, self.base, values)
 
     def _others(self, block: Block) -> Facts:
         """What is known where all layers but this one are zero."""
@@ -445,7 +444,7 @@ class _Proof:
             marks = self._layer(block, path)
             facts.learn(self.linked.values[path], [None if mark is None else ~mark for mark in marks])
         changed = [self.linked.values[path] for path in block.paths]
-        run_changed(self.linked.region, facts, self.base, changed, rule_for)
+        learn_changes(self.linked.region, facts, self.base, changed)
         return facts
 
     def _layer(self, block: Block, path: str) -> list[np.ndarray | None]:

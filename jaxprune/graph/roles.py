@@ -1,9 +1,9 @@
 """What a function does with each param: which are the weights of its products.
 
 One pass over the program follows the entries of every param until they meet data. A param is a
-weight if it meets data in a matrix product or a convolution that sums over its entries. It is not if
+weight if it meets data in a matrix product or a convolution that sums over its entries. It is no weight if
 it is looked up (an embedding), or only added to data or multiplied entry by entry (positions,
-scales). Where the program does not tell, the name does.
+scales). Where the program leaves this open, the param's name decides.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,11 +17,11 @@ from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
 from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.kernel_names import is_adapter
-from jaxprune.tree.paths import kernels
+from jaxprune.tree.where import kernels
 
 
 class _Flow(IntEnum):
-    """How the entries of a param lie in a value; of several ways the last counts."""
+    """How the entries of a param lie in a value; if they lie in several ways, the last of these."""
 
     MIXED = 1  # combined with data or other params by multiplication, reduced, or repeated
     PICKED = 2  # rows that data picked
@@ -30,7 +30,7 @@ class _Flow(IntEnum):
 
 
 class _Use(IntEnum):
-    """What happens to a param; of several uses the last counts."""
+    """What the function does with a param; if it does several things, the last of these."""
 
     UNCLEAR = 1
     PRODUCT = 2
@@ -44,18 +44,9 @@ _Flows = dict[str, _Flow]
 _LAYOUT = frozenset(
     (
         *("reshape", "transpose", "squeeze", "expand_dims", "rev", "pad", "broadcast_in_dim", "tile"),
-        *(
-            "concatenate",
-            "stack",
-            "join_layers",
-            "convert_element_type",
-            "reduce_precision",
-            "neg",
-            "copy",
-            "copy_p",
-        ),
-        *("stop_gradient", "optimization_barrier", "sharding_constraint", "name", "pvary", "reshard"),
-        "per_reader",
+        *("concatenate", "stack", "join_layers", "convert_element_type", "reduce_precision", "neg"),
+        *("copy", "copy_p", "stop_gradient", "optimization_barrier", "sharding_constraint", "name"),
+        *("pvary", "reshard", "per_reader"),
     )
 )
 _PARTS = frozenset(["slice", "split", "unstack", "take_layer"])
@@ -63,39 +54,39 @@ _PICKS = frozenset(["gather", "dynamic_slice"])
 _PRODUCTS = frozenset(["dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"])
 
 
-def weights(linked: TracedNetwork) -> frozenset[str]:
-    """The params (of stacked ones the layers) that a function uses as the weights of a product.
+def weights(network: TracedNetwork) -> frozenset[str]:
+    """Return the params, or layers of stacked ones, that a function uses as the weights of a product.
 
-    Adapters (LoRA) are weights of products too, but one factor of each starts at zero: they are left
-    out by name, see `kernel_names`. So are params of one axis.
+    Adapters (LoRA) are weights of products too, but one factor of each starts at zero, so they are left
+    out by name, see `kernel_names`. Params of one axis are left out as well.
     """
     walk = _Walk()
-    region, count = linked.region, len(linked.leaves)
-    for path, value in linked.values.items():
+    region, count = network.region, len(network.leaves)
+    for path, value in network.values.items():
         walk.flows[id(value)] = {path: _Flow.WHOLE}
     walk.data.update(map(id, region.inputs[count:]))
     walk.run(region)
 
     def is_weight(path: str) -> bool:
-        leaf, use, (owner, _) = linked.values[path], walk.uses.get(path), linked.paths[path]
+        leaf, use, (owner, _) = network.values[path], walk.uses.get(path), network.paths[path]
         if len(leaf.shape) < 2 or is_adapter(owner):
             return False
         if use in (_Use.PRODUCT, _Use.LOOKUP):
             return use is _Use.PRODUCT
-        return (use is not None or path in walk.unread(linked)) and kernels(
+        return (use is not None or path in walk.unread(network)) and kernels(
             owner, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         )
 
-    return frozenset(path for path in linked.values if is_weight(path))
+    return frozenset(path for path in network.values if is_weight(path))
 
 
 class _Walk:
     """One pass over a program.
 
     Attributes:
-      flows: by the id of a value, the params whose entries it holds.
+      flows: by the id of a value, the params whose entries it holds, and how they lie in it.
       data: the ids of the values that depend on the function's inputs.
-      uses: by path, what happened to a param.
+      uses: by path, what the function does with a param.
     """
 
     def __init__(self) -> None:
@@ -103,12 +94,13 @@ class _Walk:
         self.data: set[int] = set()
         self.uses: dict[str, _Use] = {}
 
-    def unread(self, linked: TracedNetwork) -> set[str]:
-        """The params that the program never reads."""
-        read = {id(each) for op in linked.region.ops for v in op.inputs for each in flat_layers(v)}
-        return {path for path, value in linked.values.items() if id(value) not in read}
+    def unread(self, network: TracedNetwork) -> set[str]:
+        """Return the params that the program never reads."""
+        read = {id(each) for op in network.region.ops for v in op.inputs for each in flat_layers(v)}
+        return {path for path, value in network.values.items() if id(value) not in read}
 
     def run(self, region: Region) -> None:
+        """Follow all ops of a region."""
         for op in region.ops:
             if op.regions:
                 self._call(op)
@@ -159,14 +151,14 @@ class _Walk:
         return self._learn(op.outputs, self._combined(op, data, flows), any(data))
 
     def _combined(self, op: Op, data: list[bool], flows: list[_Flows]) -> _Flows:
-        """The entries of params that an op other than a product and a layout passes on."""
+        """Return the entries of params that an op passes on, if it is neither a product nor a layout."""
         if any(data):
             if op.name in ("mul", "div"):
-                # A part of a param that scales data may be one tap of a convolution written as a sum.
+                # A part of a param that scales data may be one tap of a convolution, written as a sum.
                 for flow in flows[: 1 if op.name == "div" else 2]:
                     self._use([path for path, how in flow.items() if how is _Flow.PART], _Use.UNCLEAR)
                 return dict.fromkeys(_joined(flows), _Flow.MIXED)
-            # A product written as multiplication and sum, or an op that nothing is known of.
+            # A product written as a multiplication and a sum, or an op without a rule.
             if op.name == "reduce_sum" or not has_rule(op.name):
                 self._use(_joined(flows), _Use.UNCLEAR)
             return {}
@@ -174,7 +166,7 @@ class _Walk:
             if not has_rule(op.name) or op.name == "fft":
                 self._use(_joined(flows), _Use.UNCLEAR)
             return dict.fromkeys(_joined(flows), _Flow.MIXED)
-        # Of a function of several params, each entry of which belongs to more than one, names tell.
+        # An entry that is computed from several params belongs to none of them alone: their names decide.
         whole = {path for flow in flows for path, how in flow.items() if how >= _Flow.PART}
         alone = len(whole) == 1
         return {p: f if alone and p in whole else _Flow.MIXED for p, f in _joined(flows).items()}
@@ -182,7 +174,7 @@ class _Walk:
     def _product(self, op: Op, data: list[bool], flows: list[_Flows]) -> None:
         for place, (flow, mine, other) in enumerate(zip(flows[:2], data[:2], data[1::-1], strict=True)):
             if mine and not other:
-                continue  # data that params were mixed into, which the other side multiplies
+                continue  # data that params were mixed into; the other side is what multiplies it
             if not _sums(op, place):
                 self._use(flow, _Use.UNCLEAR)  # an outer product, or a scale written as an einsum
                 continue
@@ -201,7 +193,7 @@ class _Walk:
         self._learn(op.outputs, mixed, any(data))
 
     def _call(self, op: Op) -> None:
-        """An op with bodies: a loop's runs until nothing new is learnt of what it carries."""
+        """Follow the bodies of an op; that of a loop until nothing new is learnt about what it carries."""
         for name, region in op.regions.items():
             if name in ("jvp", "vjp", "condition"):
                 continue
@@ -217,7 +209,7 @@ class _Walk:
                 self._learn([outer], self._of(inner), self._is_data(inner))
 
     def _carried(self, op: Op, region: Region) -> bool:
-        """Passes what a loop's body gives on to its next round; whether that was new."""
+        """Pass what a loop's body returns on to its next round; return whether that was new."""
         if op.name == "scan":
             consts, carried = scan_split(op.params)
         elif op.name == "while":
@@ -233,12 +225,13 @@ class _Walk:
 
 
 def _pairs(values: Sequence[Value], others: Sequence[Value]) -> Iterator[tuple[Value, Value]]:
-    """Values that are the same outside of a body and in it, layer by layer."""
+    """Yield the values outside of a body with their counterparts inside, layer by layer."""
     for value, other in zip(values, others, strict=True):
         yield from zip(flat_layers(value), flat_layers(other), strict=False)
 
 
 def _joined(flows: Sequence[_Flows]) -> _Flows:
+    """Return the params of several values, each with the last of the ways in which its entries lie there."""
     joined: _Flows = {}
     for flow in flows:
         for path, how in flow.items():
@@ -251,14 +244,14 @@ def _size(value: Value) -> int | None:
 
 
 def _sums(op: Op, place: int) -> bool:
-    """Whether a product sums over an axis of an input; if not, it multiplies entry by entry."""
+    """Whether a product sums over an axis of an input, or else multiplies entry by entry."""
     if op.name != "dot_general":
         return True
     return bool(op.params["dimension_numbers"][0][place])
 
 
 def _is_one_hot(value: Value) -> bool:
-    """Whether a value was made by comparing numbers, as `jax.nn.one_hot` does: its product looks up."""
+    """Whether a value was made by comparing numbers, as in `jax.nn.one_hot`: its product looks rows up."""
     while value.op is not None and value.op.name in _LAYOUT and len(value.op.inputs) == 1:
         value = value.op.inputs[0]
     return value.op is not None and value.op.name in ("eq", "eq_to")

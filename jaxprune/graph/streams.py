@@ -1,14 +1,18 @@
 """Which axes of params lie on a residual stream.
 
-A stream is what residual connections add to: the width of a transformer, of a stage of a ResNet. The
-axis of a sum is one if both addends are *written* along it, by different products with weights (or
-look-ups of embeddings), and one of the products is computed from what the other has written:
-`x + f(x)`. So it is if the input of one of them goes through another product and a non-linear function
-to the other: `p(x) + f(x)`, a projected shortcut. Sums of products side by side are none: the gates of a
-recurrent network `W x + U h`, an adapter `W x + B A x`.
+A stream is what residual connections add to: the width of a transformer, or of a stage of a ResNet. A product
+with weights (or the look-up of an embedding) *writes* the axis of its output that comes from the weights. The
+axis of a sum is a stream if different products have written it in the two addends, and
 
-Values are followed once, forwards. For each axis of a value a set of products says which have written it;
-a product passes on what its data had written along the axes that it does not sum over.
+- one product is computed from what the other has written: `x + f(x)`; or
+- the input of one goes through another product and a non-linear function to the other: `p(x) + f(x)`, a
+  projected shortcut.
+
+Products that are added side by side make no stream: the gates of a recurrent network `W x + U h`, an adapter
+`W x + B A x`. There neither product follows the other, and no non-linear function lies between.
+
+Values are followed once, forwards. Each axis of a value has the set of products that have written it, and a
+product passes on what was written along the axes of its data that it does not sum over.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,46 +27,22 @@ from jaxprune.tracing.jaxprs import scan_split
 
 _NONLINEAR = frozenset(
     (
-        *(
-            "max",
-            "min",
-            "tanh",
-            "logistic",
-            "exp",
-            "exp2",
-            "expm1",
-            "erf",
-            "erfc",
-            "log",
-            "log1p",
-            "sin",
-            "cos",
-        ),
-        *(
-            "abs",
-            "sign",
-            "square",
-            "integer_pow",
-            "pow",
-            "rsqrt",
-            "sqrt",
-            "clamp",
-            "select_n",
-            "custom_jvp_call",
-        ),
-        *("custom_vjp_call", "scan", "while", "reduce_max", "argmax", "sort", "top_k", "reduce_window_max"),
+        *("max", "min", "tanh", "logistic", "exp", "exp2", "expm1", "erf", "erfc", "log", "log1p"),
+        *("sin", "cos", "abs", "sign", "square", "integer_pow", "pow", "rsqrt", "sqrt", "clamp"),
+        *("select_n", "custom_jvp_call", "custom_vjp_call", "scan", "while", "reduce_max", "argmax"),
+        *("sort", "top_k", "reduce_window_max"),
     )
 )
 
 
 class _Past(NamedTuple):
-    """How a value that depends on the inputs came about; sets of products are bits of integers.
+    """How a value that depends on the inputs was computed; sets are the bits of integers.
 
     Attributes:
       written: for each axis, the products that have written it.
-      after: the products that it descends from.
-      inputs: the values, by the bit of each, that a product has read on the way to it.
-      bent: those of them after whose product a non-linear function came.
+      after: the products that it was computed from.
+      inputs: the values that these products have read.
+      bent: those of `inputs` for which a non-linear function follows the product.
     """
 
     written: tuple[int, ...]
@@ -71,17 +51,17 @@ class _Past(NamedTuple):
     bent: int
 
 
-def stream_axes(linked: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]:
-    """The axes of params that lie on a residual stream, or whose slices go with those of one.
+def stream_axes(network: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]:
+    """Return the axes of params that lie on a residual stream, or share units with an axis that does.
 
     Args:
-      linked: the function.
-      graph: its axes, with the pins that say how products of axes lose slices.
+      network: the function.
+      graph: its axes, with all but one factor of each product pinned.
     """
-    walk = _Walk(linked.graph)
-    for value in linked.region.inputs[len(linked.leaves) :]:
+    walk = _Walk(network.graph)
+    for value in network.region.inputs[len(network.leaves) :]:
         walk.past[id(value)] = _Past((0,) * len(value.shape), 0, 0, 0)
-    walk.run(inlined(linked.region))
+    walk.run(inlined(network.region))
     roots = {graph.find(node) for node in walk.streams}
     labels = graph.units()
     units = {label for root in roots if root in labels for label in labels[root].tolist()} - {-1}
@@ -90,7 +70,7 @@ def stream_axes(linked: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]
             roots.add(root)
     return frozenset(
         (path, axis)
-        for path, value in linked.values.items()
+        for path, value in network.values.items()
         for axis, node in enumerate(value.axes)
         if graph.find(node) in roots
     )
@@ -100,7 +80,7 @@ class _Walk:
     """One pass over a program.
 
     Attributes:
-      past: by the id of a value that depends on the inputs, how it came about.
+      past: by the id of a value that depends on the inputs, how it was computed.
       streams: the nodes of axes that residual connections add along.
     """
 
@@ -108,11 +88,12 @@ class _Walk:
         self.graph = graph
         self.past: dict[int, _Past] = {}
         self.streams: set[int] = set()
-        self._before: list[_Past] = []  # of each product, of its data
-        self._read: list[int] = []  # of each product, the bit of its data
-        self._numbers: dict[int, int] = {}
+        self._before: list[_Past] = []  # by product, the past of its data
+        self._read: list[int] = []  # by product, the bit of its data
+        self._numbers: dict[int, int] = {}  # by the id of a value that a product reads, the number of its bit
 
     def run(self, region: Region) -> None:
+        """Follow all ops of a region."""
         for op in region.ops:
             data = [value for value in op.inputs if id(value) in self.past]
             if not data:
@@ -148,13 +129,12 @@ class _Walk:
             self.past[id(output)] = _Past(written, before.after | product, inputs, bent)
 
     def _written(self, op: Op, data: Sequence[Value], output: Value, axis: int) -> int | None:
-        """The products that have written along an axis of an output; None if the op itself does."""
+        """Return the products that have written an axis of an output; None if the op itself writes it."""
         sources = _sources(op, axis)
         if sources is None:
             root = self.graph.find(output.axes[axis])
-            sources = [
-                (value, a) for value in op.inputs for a in range(len(value.shape)) if self._is(value, a, root)
-            ]
+            find = self.graph.find
+            sources = [(v, a) for v in op.inputs for a, node in enumerate(v.axes) if find(node) == root]
         passed = [(value, a) for value, a in sources if id(value) in self.past]
         if passed:
             return _any_of(self.past[id(value)].written[a] for value, a in passed)
@@ -162,10 +142,8 @@ class _Walk:
             return None
         return _any_of(mask for value in data for mask in self.past[id(value)].written)
 
-    def _is(self, value: Value, axis: int, root: int) -> bool:
-        return self.graph.find(value.axes[axis]) == root
-
     def _sum(self, op: Op) -> None:
+        """Enter the axes of a sum that are streams."""
         first, second = (self.past[id(value)] for value in op.inputs)
         if len(op.inputs[0].shape) != len(op.inputs[1].shape):
             return
@@ -175,14 +153,14 @@ class _Walk:
                 self.streams.add(op.outputs[0].axes[axis])
 
     def _follows(self, one: int, other: int) -> bool:
-        """Whether a product is computed from what others have written, or, bent, from what they read."""
+        """Whether one of some products is computed from the output of others, or bent from their input."""
         read = _any_of(self._read[number] for number in _bits(other))
         return any(
             self._before[number].after & other or self._before[number].bent & read for number in _bits(one)
         )
 
     def _branches(self, op: Op) -> None:
-        """Functions with a derivative of their own, and branches: as if their bodies were here."""
+        """Follow functions with a derivative of their own, and branches, as if their bodies stood here."""
         bodies = [
             region for name, region in op.regions.items() if name == "body" or name.startswith("branch")
         ]
@@ -203,7 +181,7 @@ class _Walk:
                 self.past[id(output)] = past._replace(bent=bent)
 
     def _loop(self, op: Op) -> None:
-        """The body of a loop: what is carried stands for whatever earlier rounds have written."""
+        """Follow the body of a loop once; a product of its own stands for what earlier rounds wrote."""
         if op.name == "scan":
             consts, carried = scan_split(op.params)
             given = op.inputs
@@ -231,7 +209,7 @@ class _Walk:
                 past = past._replace(written=(0, *past.written))
             elif initial is not None:
                 past = _joined([past, initial])
-            # All that goes into a loop is taken to come out of it, bent.
+            # Whatever goes into a loop may come out of it, bent.
             self.past[id(output)] = _Past(
                 past.written,
                 past.after | before.after,
@@ -241,7 +219,7 @@ class _Walk:
 
 
 def _sources(op: Op, axis: int) -> list[tuple[Value, int]] | None:
-    """The axes of inputs of a product that an axis of its output is; None for other ops."""
+    """Return the axes of its inputs that an axis of a product's output comes from; None for other ops."""
     if op.name == "dot_general":
         (left_sum, right_sum), (left_batch, right_batch) = op.params["dimension_numbers"]
         left, right = op.inputs
@@ -261,6 +239,7 @@ def _sources(op: Op, axis: int) -> list[tuple[Value, int]] | None:
 
 
 def _joined(pasts: Sequence[_Past]) -> _Past:
+    """Return the past of a value that is computed from several."""
     first, *rest = pasts
     for other in rest:
         both = zip(first.written, other.written, strict=False)
@@ -281,6 +260,7 @@ def _any_of(masks: Iterable[int]) -> int:
 
 
 def _bits(mask: int) -> Iterator[int]:
+    """Yield the numbers of the bits that are set."""
     while mask:
         low = mask & -mask
         yield low.bit_length() - 1

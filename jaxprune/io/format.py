@@ -1,4 +1,4 @@
-r"""The file format, version 1: what the bytes of a file mean, and checks that they can.
+r"""The file format, version 1: what the bytes of a file mean, and checks that they mean something.
 
     bytes 0-7    \x93JPRUNE\n
     8-11         version, 1
@@ -13,16 +13,16 @@ All integers are unsigned and little-endian. The header is
 
     path, dtype, shape
     crc          CRC-32 of the leaf's section, with its padding
-    kept, k, unary   only if not every entry is stored: how many are, and how their places are coded
+    kept, k, unary   only if not every entry is stored: how many are, and how their positions are coded
                  (see `jaxprune.io.coding`): low bits of a gap, and bytes of the unary parts
     int8         true if values are integers of 8 bits, to be multiplied with scales
-    mask         only in a file with masks: "kept" if the mask is True for the entries stored, "all" if
+    mask         only in a file with masks: "kept" if the mask is True at the entries stored, "all" if
                  it is True everywhere
 
-A section is values, scales (float32), unary parts and low bits, one after another. Its length follows
-from the entry, so a file holds no offsets: sections cannot overlap or lie elsewhere. Values are those
-of the kept entries, in row-major order, or of all. Bits narrower than a byte lie in planes; bools that
-only `kept` names have no values, since all of them are True. What is not kept is +0.
+A section holds values, scales (float32), unary parts and low bits, one after another. Its length follows
+from the entry, so a file holds no offsets: sections cannot overlap or lie elsewhere. The values are those
+of the kept entries, or of all entries, in row-major order. Values of less than a byte lie in bit planes; a
+bool leaf without a mask that stores its True entries alone needs no values. An entry that is not kept is +0.
 """
 
 import json
@@ -39,14 +39,35 @@ from jaxprune.files.opened import FileError
 from jaxprune.io import trees
 from jaxprune.io.coding import fits
 
+__all__ = [
+    "ALIGN",
+    "BITS",
+    "DTYPES",
+    "LONGEST_HEADER",
+    "MAGIC",
+    "QUANTIZABLE",
+    "VERSION",
+    "Entry",
+    "Header",
+    "channels",
+    "padded",
+    "read_head",
+    "to_json",
+    "write_entry",
+    "write_head",
+]
+
 MAGIC = b"\x93JPRUNE\n"
 VERSION = 1
 ALIGN = 8
 LONGEST_HEADER = 1 << 26
 _PREAMBLE = struct.Struct("<8sIIQQ")
 
-_NARROW = {"bool": 1, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
-_WIDE = (
+# numpy holds each of these in a byte, with its bits lowest; a file holds the bits alone.
+_BELOW_A_BYTE = {"bool": 1, "int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
+# These are stored as numpy holds them in memory, little-endian. So "+0 to the bit" is all bytes 0 in every
+# float format but float8_e8m0fnu, which has no zero: its byte 0 is 2 ** -127, and comes back as that.
+_WHOLE_BYTES = (
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
     *("float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz"),
@@ -54,26 +75,26 @@ _WIDE = (
 )
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(bool if name == "bool" else getattr(jnp, name))
-    for name in (*_NARROW, *_WIDE)
+    for name in (*_BELOW_A_BYTE, *_WHOLE_BYTES)
     if name == "bool" or hasattr(jnp, name)
 }
 """The dtypes that a file can hold, by name."""
 
-BITS = {name: _NARROW.get(name, 8 * dtype.itemsize) for name, dtype in DTYPES.items()}
-"""The bits that a value of each takes in a file."""
+BITS = {name: _BELOW_A_BYTE.get(name, 8 * dtype.itemsize) for name, dtype in DTYPES.items()}
+"""The bits that a value of each dtype takes in a file."""
 
 QUANTIZABLE = ("float16", "bfloat16", "float32", "float64")
 
 
 class Entry(NamedTuple):
-    """What the header says of a leaf; see the module.
+    """A leaf in the header; see the module.
 
     Attributes:
       path: its steps, as in `jaxprune.io.trees`.
       dtype, shape: of the leaf.
       crc: CRC-32 of its section.
       kept: how many entries are stored; None if all are.
-      k, unary: how their places are coded.
+      k, unary: how their positions are coded.
       int8: whether values are quantized.
       mask: "kept", "all", or None for a file without masks.
     """
@@ -103,7 +124,8 @@ class Entry(NamedTuple):
         """The bits of a value."""
         if self.int8:
             return 8
-        # A bool that is stored because it is True needs no value besides.
+        # Bools stored because they are True need no values. With a mask, the entries stored are those
+        # that it keeps, True or False.
         return (
             0 if self.dtype == "bool" and self.kept is not None and self.mask != "kept" else BITS[self.dtype]
         )
@@ -117,13 +139,13 @@ class Entry(NamedTuple):
 
     @property
     def decoded(self) -> int:
-        """Bytes that reading the leaf allocates: none if it is a view of the file."""
+        """Bytes that reading the leaf allocates; 0 if it is a view of the file."""
         array = 0 if self.kept is None and self.bits >= 8 and not self.int8 else self.size
         return array * DTYPES[self.dtype].itemsize + (self.size if self.mask == "kept" else 0)
 
 
 class Header(NamedTuple):
-    """Everything but the sections: entries with the offset of each section, hollow nodes, metadata."""
+    """A file without its sections: entries with the offset of each section, hollow nodes, metadata."""
 
     entries: list[tuple[int, Entry]]
     hollow: dict[trees.Path, str]
@@ -131,22 +153,22 @@ class Header(NamedTuple):
 
 
 def channels(shape: Sequence[int]) -> int:
-    """How many scales a quantized leaf has: one for each index of its last axis, if it has two axes."""
+    """Return how many scales a quantized leaf has: one for each index of its last axis if it has two axes."""
     return shape[-1] if len(shape) >= 2 else 1
 
 
 def padded(length: int) -> int:
-    """A length rounded up to a multiple of `ALIGN`."""
+    """Return a length rounded up to a multiple of `ALIGN`."""
     return -(-length // ALIGN) * ALIGN
 
 
 def to_json(value: Any) -> str:
-    """JSON without spaces, in ASCII."""
+    """Return JSON without spaces, in ASCII."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def write_entry(entry: Entry) -> dict[str, Any]:
-    """An entry as JSON takes it."""
+    """Return an entry as JSON takes it."""
     out: dict[str, Any] = {
         "path": [list(step) if isinstance(step, tuple) else step for step in entry.path],
         "dtype": entry.dtype,
@@ -163,17 +185,17 @@ def write_entry(entry: Entry) -> dict[str, Any]:
 
 
 def write_head(entries: Sequence[Entry], hollow: Mapping[trees.Path, str], metadata: Any) -> bytes:
-    """The bytes of a file before its sections.
+    """Return the bytes of a file before its sections.
 
     Raises:
-      ValueError: what `read_head` would refuse.
+      ValueError: `read_head` would refuse them.
     """
     nodes = [[write_entry(Entry(path, "bool", ()))["path"], kind] for path, kind in hollow.items()]
     parts = {"metadata": metadata, "hollow": nodes, "leaves": [write_entry(entry) for entry in entries]}
     text = to_json(parts).encode("ascii")
     try:
         _read_parts(json.loads(text))
-    except FileError as error:  # a tree so odd that its file could not be read
+    except FileError as error:  # two paths that read back as the same, say
         raise ValueError(f"the params cannot be saved: {error}.") from None
     text += b" " * (padded(len(text)) - len(text))
     if len(text) > LONGEST_HEADER:
@@ -185,9 +207,7 @@ def write_head(entries: Sequence[Entry], hollow: Mapping[trees.Path, str], metad
 
 
 def read_head(data: memoryview) -> Header:
-    """Reads and checks everything but the sections.
-
-    Nothing is allocated that the file's own bytes do not account for.
+    """Read and check everything but the sections; allocate no more than the file's bytes account for.
 
     Raises:
       FileError: without the file's name.
@@ -263,7 +283,7 @@ def _entry(leaf: Any) -> Entry:
     if entry.kept is not None:
         _need(
             fits(entry.kept, entry.k, entry.unary, entry.size),
-            f"{name!r}: what is kept does not fit its shape",
+            f"{name!r}: the kept entries do not fit its shape",
         )
     else:
         _need(mask != "kept", f"{name!r} has a mask but no places")
@@ -298,7 +318,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(text: str) -> Any:
-    raise FileError(f"{text[:40]} is no JSON")
+    raise FileError(f"{text[:40]} is not JSON")
 
 
 def _finite(text: str) -> float:

@@ -1,4 +1,4 @@
-"""`load`: what `save` wrote, checked to the last bit."""
+"""`load`: reads what `save` wrote, and checks every bit of it."""
 
 import mmap as memory_map
 import os
@@ -14,16 +14,18 @@ from jaxprune.io import trees
 from jaxprune.io.coding import Pattern, decode, from_planes
 from jaxprune.io.format import BITS, DTYPES, Entry, Header, channels, padded, read_head
 from jaxprune.tree.checks import check_number
-from jaxprune.tree.paths import describe, is_array
+from jaxprune.tree.leaves import describe, is_array
 from jaxprune.typing import Masks, Params
+
+__all__ = ["Saved", "load"]
 
 
 class Saved(NamedTuple):
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
       params: the params, numpy arrays.
-      masks: their masks; None if they were saved without.
+      masks: their masks; None if they were saved without masks.
       metadata: the dict that was saved with them.
     """
 
@@ -39,33 +41,33 @@ def load(
     mmap: bool = True,
     max_bytes: int = 1 << 33,
 ) -> Saved:
-    """Reads a file that `save` wrote.
+    """Read a file that `save` wrote.
 
-    All of the file is read once, and every byte is under a checksum. Leaves that are stored whole, as
-    all are that have few zeros, are read-only views of the file, which the system maps into memory and
-    shares between processes; the others are decoded, as are bools, 4-bit and quantized values. Masks
-    that keep everything are read-only views of one True. Nothing in a file is ever executed, and a file
-    that is damaged, or made to do harm, raises `FileError`. The arrays are numpy's:
+    The file is read once, and every byte is under a checksum. A leaf that is stored with all of its entries
+    (one with few zeros) becomes a read-only view of the file, which the system maps into memory and shares
+    between processes. Other leaves are decoded, and so are bools, 4-bit and quantized values. A mask that
+    keeps everything is a read-only view of one True. Nothing in a file is ever executed, and a file that is
+    damaged, or made to do harm, raises `FileError`. The arrays are numpy arrays:
     `jax.tree.map(jnp.asarray, params)` puts them on a device.
 
     Args:
       path: of the file.
-      like: a tree of arrays or `jax.ShapeDtypeStruct`, for the structure of the result: paths, shapes
-        and dtypes must be the file's. Without it, params are nested dicts, and lists where the steps of
-        a path were places in a sequence (or in a node without names).
-      mmap: map the file into memory, rather than read a copy. Writing to the file in place, as `save`
-        never does, would then change arrays that were loaded.
-      max_bytes: how much memory decoded leaves may take in all, 8 GiB unless told otherwise. A few bytes
-        can say that a billion entries are pruned, so a stranger's file could ask for any amount.
+      like: a tree of arrays or `jax.ShapeDtypeStruct` that gives the result its structure; paths, shapes
+        and dtypes must be those of the file. Without it, params are nested dicts, with lists where the steps
+        of a path were positions in a sequence (or in a node without names).
+      mmap: map the file into memory, rather than read a copy. Whoever writes to the file in place, as
+        `save` never does, then changes arrays that were loaded.
+      max_bytes: how much memory the decoded leaves may take together, by default 8 GiB. A few bytes can say
+        that a billion entries are pruned, so a stranger's file could ask for any amount.
 
     Returns:
       A `Saved`.
 
     Raises:
       FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, does
-        not match `like`, or is none (a pipe, a device); the message names the file and the leaf.
+        not match `like`, or is a pipe or a device; the message names the file and the leaf.
       OSError: the file cannot be read.
-      TypeError: a path that is none.
+      TypeError: `path` is not a str or a `pathlib.Path`.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
@@ -117,7 +119,7 @@ def _contents(path: str | os.PathLike[str], mmap: bool) -> memoryview:
 
 
 def _check_like(like: Any, header: Header) -> None:
-    """Checks paths, shapes and dtypes before any leaf is read."""
+    """Check paths, shapes and dtypes before any leaf is read."""
     try:
         pairs = trees.match(like, {entry.path: entry for _, entry in header.entries}, "like")
     except ValueError as error:
@@ -132,7 +134,7 @@ def _check_like(like: Any, header: Header) -> None:
 
 
 def _decode(data: memoryview, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
-    """A leaf and its mask, from the bytes at its offset on."""
+    """Return a leaf and its mask, given the bytes from its offset on."""
     lengths = entry.lengths
     used = sum(lengths)
     section = data[: padded(used)]
@@ -160,7 +162,7 @@ def _decode(data: memoryview, entry: Entry) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _values(data: memoryview, entry: Entry) -> np.ndarray:
-    """The stored values of a leaf that is not quantized."""
+    """Return the stored values of a leaf that is not quantized."""
     dtype = DTYPES[entry.dtype]
     if entry.bits == 0:
         return np.ones(entry.stored, bool)
@@ -174,7 +176,7 @@ def _values(data: memoryview, entry: Entry) -> np.ndarray:
 
 
 def _scaled(data: memoryview, scales: memoryview, places: Any, entry: Entry) -> np.ndarray:
-    """The values of a quantized leaf, in its dtype."""
+    """Return the values of a quantized leaf, in the leaf's dtype."""
     scale = np.frombuffer(scales, "<f4")
     if not (np.isfinite(scale).all() and (scale >= 0).all()):
         raise FileError("its scales are not finite and positive")

@@ -1,4 +1,4 @@
-"""safetensors, in and out: dense files that other programs read."""
+"""safetensors: dense files that other programs read and write."""
 
 import json
 import os
@@ -13,11 +13,14 @@ from jaxprune.files.atomic import replacing
 from jaxprune.files.opened import FileError, open_file
 from jaxprune.io.format import DTYPES
 from jaxprune.io.read import Saved
+from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks
-from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, leaf_paths
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params
 
-# As the format spells the dtypes that numpy and JAX know.
+__all__ = ["load_safetensors", "save_safetensors"]
+
+# By the format's name of a dtype, that of numpy and JAX.
 _NAMES = {
     "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
     "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
@@ -34,15 +37,16 @@ def save_safetensors(
     *,
     metadata: dict[str, str] | None = None,
 ) -> int:
-    """Writes params to a safetensors file, with zeros where masks prune; whole or not at all, as `save`.
+    """Write params to a safetensors file, with zeros where masks prune.
 
-    The format is dense and knows no masks, so the file is no smaller than that of the dense network.
+    The format is dense and knows no masks, so the file is as large as that of the dense network. As with
+    `save`, it is written completely or not at all.
 
     Args:
       path: of the file.
       params: a pytree of arrays; the name of each is its path.
       masks: bool masks like `params`.
-      metadata: strings by strings.
+      metadata: a dict of strings.
 
     Returns:
       The size of the file in bytes.
@@ -85,12 +89,12 @@ def save_safetensors(
 
 
 def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Saved:
-    """Reads a safetensors file.
+    """Read a safetensors file.
 
     Args:
       path: of the file.
-      like: a tree of arrays or `jax.ShapeDtypeStruct`: the tensors are then put into its structure, by
-        path, and must be of its shapes and dtypes. Without it, they come as a flat dict by name.
+      like: a tree of arrays or `jax.ShapeDtypeStruct` that gives the result its structure; the tensors must
+        have its paths, shapes and dtypes. Without it, params are a flat dict by name.
 
     Returns:
       A `Saved` of numpy arrays, without masks.

@@ -1,8 +1,8 @@
-"""Trees as lists of paths, and back: what a file says of the structure of params.
+"""Trees as lists of paths, and back: how a file holds the structure of params.
 
-A path is a tuple of steps: a string is the key of a dict or the name of an attribute, an integer a place
-in a sequence, a tuple of one integer the key of a dict. So `{"a/b": x}` and `{"a": {"b": x}}`, `{0: x}`,
-`{"0": x}` and `[x]` all differ.
+A path is a tuple of steps: a string is the key of a dict or the name of an attribute, an integer a position
+in a sequence, a tuple of one integer the integer key of a dict. So `{"a/b": x}` and `{"a": {"b": x}}` differ,
+and so do `{0: x}`, `{"0": x}` and `[x]`.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,15 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jaxprune.tree.paths import keyed_leaves
 
+__all__ = ["DEEPEST", "HOLLOW", "Flat", "Path", "build", "flatten", "match", "plain", "show"]
+
 Path = tuple[Any, ...]
 
 HOLLOW = {"none": lambda: None, "dict": dict, "list": list, "tuple": tuple}
-"""Nodes without children, which hold no leaf and yet are part of the structure."""
+"""Nodes without children: they hold no leaf, and yet are part of the structure."""
 
 DEEPEST = 100
-"""Steps of a path at most: deeper trees would overflow the stack of whoever reads them."""
+"""The most steps that a path may have: a deeper tree would overflow the stack of whoever reads it."""
 
 
 class Flat(NamedTuple):
@@ -35,17 +37,17 @@ class Flat(NamedTuple):
 
 
 def show(path: Path) -> str:
-    """A path as text."""
+    """Return a path as text."""
     return "/".join(str(step[0] if isinstance(step, tuple) else step) for step in path)
 
 
 def plain(path: Path) -> Path:
-    """A path that does not tell the place in a sequence from an integer key."""
+    """Return a path in which a position in a sequence and an integer key are the same."""
     return tuple(step[0] if isinstance(step, tuple) else step for step in path)
 
 
 def flatten(tree: Any, what: str) -> Flat:
-    """The leaves of a tree and its hollow nodes, by path.
+    """Return the leaves of a tree and its hollow nodes, by path.
 
     Raises:
       ValueError: two leaves have the same path, or one lies deeper than `DEEPEST`.
@@ -98,7 +100,7 @@ def _kind(node: Any) -> str:
 
 
 def build(leaves: Mapping[Path, Any], hollow: Mapping[Path, str]) -> Any:
-    """Nested dicts, and lists where all steps are places in a sequence.
+    """Return nested dicts, with lists where all steps are positions in a sequence.
 
     Raises:
       ValueError: two paths are the same, or one is the beginning of another.
@@ -137,18 +139,18 @@ def _nested(node: Any) -> Any:
 
 
 def match(tree: Any, leaves: Mapping[Path, Any], what: str) -> list[tuple[Path, Any, Any]]:
-    """The leaves of a tree, each with what has the same path; containers may be of another kind.
+    """Return the leaves of a tree, each with the value of the same path; containers may be of another kind.
 
     Args:
       tree: any pytree.
-      leaves: by path.
+      leaves: the values, by path.
       what: the name of the tree.
 
     Returns:
-      For each leaf of the tree, in leaf order, its path, itself, and its counterpart.
+      For each leaf of the tree, in leaf order, its path, the leaf, and the value.
 
     Raises:
-      ValueError: naming the paths that only one of the two has.
+      ValueError: some paths are in one of the two only; the message names them.
     """
     own = {plain(path): (path, leaf) for path, leaf in flatten(tree, what).leaves.items()}
     others = {plain(path): leaf for path, leaf in leaves.items()}

@@ -1,4 +1,4 @@
-"""`save`: masked params in one small file."""
+"""`save`: writes masked params to one small file."""
 
 import json
 import os
@@ -16,9 +16,12 @@ from jaxprune.io import trees
 from jaxprune.io.coding import encode, planes
 from jaxprune.io.format import DTYPES, QUANTIZABLE, Entry, padded, to_json, write_entry, write_head
 from jaxprune.quantization import quantize
+from jaxprune.tree.leaves import describe, is_array, is_concrete, not_an_array
 from jaxprune.tree.masks import unpack_masks
-from jaxprune.tree.paths import describe, is_array, is_concrete, kernels, not_an_array
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, Where
+
+__all__ = ["save"]
 
 _Section = list[Any]
 
@@ -31,24 +34,24 @@ def save(
     int8: bool | Where = False,
     metadata: dict[str, Any] | None = None,
 ) -> int:
-    """Writes params, and masks, to one file, in as few bytes as each leaf needs.
+    """Write params, and masks, to one file, with as few bytes for each leaf as it needs.
 
-    Of a leaf with zeros only the rest is stored, with a code for where it lies: a bitmask, or the
-    gaps in between, in the fewest bytes; of random places that is .47 bits an entry at 90 % sparsity and
-    .14 at 98 %, within 3 % of what any code needs. A leaf that would be no smaller is stored as it is.
+    If a leaf has zeros, only its other entries are stored, with a code for their positions: a bitmask, or the
+    gaps between them, whichever takes fewer bytes. Random positions take .47 bits an entry at 90 % sparsity
+    and .14 at 98 %, within 3 % of what any code needs. A leaf that would get no smaller is stored dense.
 
-    The file takes the place of an older one at once, when it is whole and on the disk: who reads, or
-    finds it after a crash, has the old one or the new one.
+    The file replaces an older one in one step, once it is complete and on the disk: a reader, also after a
+    crash, finds the old file or the new one.
 
     Args:
       path: of the file.
       params: a pytree of arrays. Its structure is stored as paths: dicts (keys are strings or
         integers), lists, tuples, NamedTuples, flax and nnx states, equinox modules, None.
-      masks: bool masks like `params`. What they prune is stored as pruned, whatever it is: it comes
-        back as +0. Without masks, whatever is not +0 to the bit (-0, NaN) comes back as it was.
+      masks: bool masks like `params`. An entry that they prune comes back as +0, whatever its value.
+        Without masks, entries that are not +0 to the bit (-0, NaN) come back unchanged.
       int8: quantize values, see `jaxprune.quantization`: True for the floating-point leaves that
-        `kernels` names, or `where(path, leaf)`. They come back as floats again, changed by rounding.
-      metadata: a dict that is the same after JSON and back.
+        `kernels` names, or `where(path, leaf)`. They come back as floats, changed by rounding.
+      metadata: a dict that JSON writes and reads back unchanged.
 
     Returns:
       The size of the file in bytes.
@@ -56,7 +59,7 @@ def save(
     Raises:
       ValueError: masks that do not mirror `params`; int8 values that are not finite; no leaves.
       TypeError: a leaf that is not an array of numbers; metadata that JSON does not hold.
-      OSError: the file cannot be written. Nothing is left of it then, and an older one is untouched.
+      OSError: the file cannot be written. Nothing of it remains then, and an older file is untouched.
 
     Example:
       >>> import os, tempfile, jax.numpy as jnp, jaxprune as jp
@@ -79,7 +82,7 @@ def save(
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
         raise TypeError(
-            "metadata must be a dict that JSON gives back as it was: string keys; strings, finite numbers, "
+            "metadata must be a dict that JSON gives back unchanged: string keys; strings, finite numbers, "
             f"bools, None, lists and dicts. Got {metadata!r:.200}"
         )
     entries, sections = [], []
@@ -98,7 +101,7 @@ def save(
 
 
 def _array(leaf: Any, where: trees.Path) -> np.ndarray:
-    """A leaf as a numpy array of a dtype that files hold."""
+    """Return a leaf as a numpy array of a dtype that files hold."""
     name = f"params[{trees.show(where)!r}]"
     if not is_array(leaf):
         raise TypeError(not_an_array("params", trees.show(where), leaf))
@@ -115,7 +118,7 @@ def _array(leaf: Any, where: trees.Path) -> np.ndarray:
 
 
 def _mirrored(masks: Masks, leaves: dict[trees.Path, Any]) -> dict[trees.Path, np.ndarray]:
-    """The masks by the paths of the params."""
+    """Return the masks by the paths of the params."""
     try:
         pairs = trees.match(masks, leaves, "masks")
     except ValueError as error:
@@ -134,7 +137,7 @@ def _mirrored(masks: Masks, leaves: dict[trees.Path, Any]) -> dict[trees.Path, n
 
 
 def _chooser(int8: bool | Where, leaves: dict[trees.Path, Any]) -> Callable[[trees.Path, Any], bool]:
-    """Which leaves are quantized."""
+    """Return a function that says whether a leaf is quantized."""
     if int8 is False:
         return lambda where, leaf: False
 
@@ -173,7 +176,10 @@ def _through_json(value: Any) -> Any:
 def _encode(
     where: trees.Path, array: np.ndarray, mask: np.ndarray | None, int8: bool
 ) -> tuple[Entry, _Section]:
-    """The entry and the section of a leaf, in its smaller form."""
+    """Return the entry and the section of a leaf, dense or sparse, whichever is smaller.
+
+    A leaf whose mask prunes something is always stored sparse, since the code of its positions is the mask.
+    """
     whole = mask is None or bool(mask.all())
     entry = Entry(
         where, array.dtype.name, array.shape, int8=int8,
@@ -193,7 +199,7 @@ def _encode(
         pattern = encode(keep)
         sparse = entry._replace(kept=pattern.kept, k=pattern.k, unary=len(pattern.unary))
         if not whole or _total(sparse) < _total(entry):
-            # By positions: several times as fast as by the mask itself.
+            # Indexing by positions is several times as fast as by a bool array.
             values = values[np.flatnonzero(keep)]
             return _finish(sparse, [_bytes(values, sparse.bits), scales, pattern.unary, pattern.low])
     return _finish(entry, [_bytes(values, entry.bits), scales])
@@ -216,7 +222,10 @@ def _quantized(array: np.ndarray, where: trees.Path) -> tuple[np.ndarray, bytes]
 
 
 def _nonzero(values: np.ndarray) -> np.ndarray:
-    """Which entries are not +0 to the bit."""
+    """Return which entries are not +0 to the bit, so that -0 and the NaNs are stored.
+
+    Bits are compared as unsigned integers of the same size; of complex128, which no integer has, both halves.
+    """
     if values.dtype == bool:
         return values
     if values.dtype.itemsize > 8:
@@ -225,7 +234,7 @@ def _nonzero(values: np.ndarray) -> np.ndarray:
 
 
 def _bytes(values: np.ndarray, bits: int) -> Any:
-    """Flat values as a file has them: little-endian, in planes if narrower than a byte."""
+    """Return flat values as a file has them: little-endian, in bit planes if of less than a byte."""
     if bits < 8:
         return planes(values.view(np.uint8), bits)
     foreign = ">" if sys.byteorder == "little" else "="
@@ -235,7 +244,7 @@ def _bytes(values: np.ndarray, bits: int) -> Any:
 
 
 def _finish(entry: Entry, section: _Section) -> tuple[Entry, _Section]:
-    """The entry with its checksum, and the section with its padding."""
+    """Return the entry with its checksum, and the section with its padding."""
     length = sum(map(len, section))
     section = [*section, bytes(padded(length) - length)]
     crc = 0

@@ -1,4 +1,4 @@
-"""Metrics: what was asked, what was achieved, and what it costs; each number says what it counts."""
+"""Metrics: the sparsity asked for and achieved, and what a network costs; each number says what it counts."""
 
 from jaxprune.counting.multiply_adds import Macs, Operation, macs
 from jaxprune.counting.sizes import Sparsity, collapsed, compression, density, nonzeros, sparsity, table

@@ -1,4 +1,4 @@
-"""Zeros among the values that a function computes on the way."""
+"""Zeros among the intermediate values of a function."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,13 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, of_first, place, scan_split, trace
+from jaxprune.tracing.jaxprs import (
+    CALLS,
+    binder,
+    called_jaxpr,
+    interpret,
+    of_first,
+    place,
+    scan_split,
+    scan_with,
+    trace,
+)
 from jaxprune.tree.calls import check_call
+from jaxprune.tree.tables import shape_text, text_lines
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-# They move entries and compute none: what they give is as sparse as what they take.
+__all__ = ["Activation", "Activations", "activation_sparsity"]
+
+# They move entries and compute none, so their outputs are as sparse as their inputs.
 _MOVES = (
     *("reshape", "transpose", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "squeeze", "rev"),
     *("slice", "dynamic_slice", "gather", "concatenate", "pad", "stop_gradient", "optimization_barrier"),
@@ -50,34 +63,35 @@ class Activations(tuple[Activation, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
-        lines = [f"{'value':<18}{'line':<24}{'shape':<20}{'sparsity':>10}"]
-        for one in self:
-            shape = "x".join(map(str, one.shape)) or "scalar"
-            lines.append(f"{one.name[:17]:<18}{one.source[-23:]:<24}{shape[:19]:<20}{one.sparsity:>10.4f}")
+        lines = text_lines(
+            "{:<18.17}{:<24}{:<20.19}{:>10}",
+            ("value", "line", "shape", "sparsity"),
+            *((one.name, one.source[-23:], shape_text(one.shape), f"{one.sparsity:.4f}") for one in self),
+        )
         return "\n".join(lines)
 
 
 def activation_sparsity(
     function: Callable[..., Any], *arguments: Any, everything: bool = False, **keywords: Any
 ) -> Activations:
-    """Counts exact zeros in the intermediate values of one call, a batch say.
+    """Count exact zeros in the intermediate values of one call, of a batch say.
 
-    The function's jaxpr is run as it is, under one `jit`, with a count beside each value. Nested calls
-    and scans are gone into; a `cond` and a `while` are run as a whole. Of values that depend on the
-    inputs, floating-point ones of one axis or more are looked at, each where it is computed: not
-    again where it is only reshaped, padded or sliced.
+    The jaxpr of the function is run under one `jit`, with a count beside each value. Nested calls and scans
+    are entered; a `cond` or a `while` runs as one equation. A value is counted if it depends on the inputs,
+    is floating-point and has an axis; once, where it is computed, and not again where it is only reshaped,
+    padded or sliced.
 
     Args:
-      function: a function of pytrees of arrays, `apply_fn(params, x)` say.
+      function: a function of pytrees of arrays, such as `apply_fn(params, x)`.
       *arguments: arrays; the first is the params. Bools and strings are static.
-      everything: also the values without zeros.
+      everything: also return the values without zeros.
       **keywords: none; those of the function go in by `functools.partial(function, train=False)`.
 
     Returns:
       An `Activations`: a tuple of `Activation`.
 
     Raises:
-      ValueError: fewer than two arguments: nothing would depend on data.
+      ValueError: fewer than two arguments, so that no value depends on data.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -96,7 +110,9 @@ def activation_sparsity(
     closed, inputs = trace(function, arguments)
     depends = [of_first(name) is None for name in inputs]
     watcher = _Watcher()
-    counts = jax.jit(lambda values: watcher.run(closed, values, depends)[1])(list(inputs.values()))
+    counts = jax.jit(lambda values: watcher.run(closed, list(zip(values, depends, strict=True)))[1])(
+        list(inputs.values())
+    )
     found = [
         Activation(*seen, int(np.asarray(count).sum(dtype=np.int64)), int(np.prod(seen[2], dtype=np.int64)))
         for seen, count in zip(watcher.seen, counts, strict=True)
@@ -105,10 +121,10 @@ def activation_sparsity(
 
 
 class _Watcher:
-    """Runs jaxprs and counts zeros.
+    """Runs a jaxpr and counts zeros.
 
     Attributes:
-      seen: name, line and shape of the values counted, in order.
+      seen: name, line and shape of each value counted, in order.
     """
 
     def __init__(self):
@@ -117,51 +133,50 @@ class _Watcher:
     def run(
         self,
         closed: "ClosedJaxpr",
-        inputs: Sequence[Any],
-        depends: Sequence[bool],
+        inputs: Sequence[tuple[Any, bool]],
         called: str | None = None,
         called_at: str = "",
         steps: tuple[int, ...] = (),
-    ) -> tuple[list[Any], list[Any], list[bool]]:
-        """The outputs of a jaxpr, its counts of zeros, and which outputs depend on data.
+    ) -> tuple[list[tuple[Any, bool]], list[Any]]:
+        """Run a jaxpr on pairs of an array and whether it depends on data.
 
-        `called` is the name of the call whose jaxpr this is; `steps` the scans it is in.
+        Args:
+          closed: the jaxpr.
+          inputs: its inputs.
+          called: the name of the call whose jaxpr this is.
+          called_at: the place of that call.
+          steps: the lengths of the scans it is in.
+
+        Returns:
+          The outputs, as pairs, and the counts of zeros.
         """
-        jaxpr = closed.jaxpr
-        env = dict(zip(jaxpr.invars, zip(inputs, depends, strict=True), strict=True))
-        env.update((var, (const, False)) for var, const in zip(jaxpr.constvars, closed.consts, strict=True))
         counts: list[Any] = []
 
-        def read(atom: Any) -> tuple[Any, bool]:
-            return (atom.val, False) if hasattr(atom, "val") else env[atom]
-
-        for eqn in jaxpr.eqns:
-            pairs = [read(atom) for atom in eqn.invars]
-            args, moving = [value for value, _ in pairs], [yes for _, yes in pairs]
-            name, source = eqn.primitive.name, place(eqn, called_at)
+        def handle(eqn: "JaxprEqn", pairs: list[tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+            name, source, moving = eqn.primitive.name, place(eqn, called_at), any(yes for _, yes in pairs)
             if name in CALLS:
                 label = eqn.params.get("name") or called
-                outputs, own, moved = self.run(called_jaxpr(eqn), args, moving, label, source, steps)
-                counts += own
-            elif name == "scan" and any(moving):
-                outputs, own, moved = self.scan(eqn, args, moving, called, source, steps)
-                counts += own
+                outputs, more = self.run(called_jaxpr(eqn), pairs, label, source, steps)
+            elif name == "scan" and moving:
+                outputs, more = self.scan(eqn, pairs, called, source, steps)
             else:
-                outputs = binder(eqn)(*args)
-                moved = [any(moving)] * len(outputs)
-                if name not in _MOVES:
+                outputs, more = [(value, moving) for value in binder(eqn)(*(x for x, _ in pairs))], []
+                if moving and name not in _MOVES:
                     # The last values of a call, relu say, go by its name.
-                    label = called if called and any(eqn.outvars[0] is out for out in jaxpr.outvars) else name
-                    counts += self.count(label, source, steps, zip(outputs, moved, strict=True))
-            env.update(zip(eqn.outvars, zip(outputs, moved, strict=True), strict=True))
-        results = [read(atom) for atom in jaxpr.outvars]
-        return [value for value, _ in results], counts, [yes for _, yes in results]
+                    last = any(eqn.outvars[0] is out for out in closed.jaxpr.outvars)
+                    more = self.count(called if called and last else name, source, steps, outputs)
+            counts.extend(more)
+            return outputs
 
-    def count(self, name: str, source: str, steps: tuple[int, ...], values: Any) -> list[Any]:
-        """Notes values, and gives their zeros by row, so that no count passes 2**31."""
+        return interpret(closed, inputs, handle, constant=lambda array: (array, False)), counts
+
+    def count(
+        self, name: str, source: str, steps: tuple[int, ...], values: Sequence[tuple[Any, bool]]
+    ) -> list[Any]:
+        """Note values, and return their zeros by row, so that no count passes 2**31."""
         counts = []
-        for value, moved in values:
-            if moved and value.ndim and jnp.issubdtype(value.dtype, jnp.inexact):
+        for value, _ in values:
+            if value.ndim and jnp.issubdtype(value.dtype, jnp.inexact):
                 self.seen.append((name, source, (*steps, *value.shape)))
                 counts.append(jnp.sum(value == 0, axis=tuple(range(1, value.ndim)), dtype=jnp.int32))
         return counts
@@ -169,37 +184,23 @@ class _Watcher:
     def scan(
         self,
         eqn: "JaxprEqn",
-        args: list[Any],
-        moving: list[bool],
+        pairs: Sequence[tuple[Any, bool]],
         called: str | None,
         source: str,
         steps: tuple[int, ...],
-    ) -> tuple[list[Any], list[Any], list[bool]]:
-        """A scan whose body hands out its counts, one row for each step."""
-        params, body = eqn.params, eqn.params["jaxpr"]
-        consts, carried = scan_split(params)
-        inner = (*steps, params["length"])
-        # What is carried round may come to depend on data in a later step.
-        depends = [*moving[:consts], *[True] * carried, *moving[consts + carried :]]
-
-        def step(carry: list[Any], rows: list[Any]) -> tuple[list[Any], tuple[list[Any], list[Any]]]:
-            outputs, counts, _ = self.run(
-                body, [*args[:consts], *carry, *rows], depends, called, source, inner
-            )
-            return outputs[:carried], (outputs[carried:], counts)
-
+    ) -> tuple[list[tuple[Any, bool]], list[Any]]:
+        """Run a scan whose body also returns its counts, so that there is one row of them for each step."""
+        consts, carried = scan_split(eqn.params)
+        # The carry may come to depend on data in a later step.
+        moving = [yes or consts <= n < consts + carried for n, (_, yes) in enumerate(pairs)]
         before = len(self.seen)
 
-        def once(carry: list[Any], rows: list[Any]) -> Any:
+        def body(values: list[Any]) -> tuple[list[Any], list[Any]]:
             del self.seen[before:]  # scan may trace its body twice
-            return step(carry, rows)
+            inner = (*steps, eqn.params["length"])
+            inputs = list(zip(values, moving, strict=True))
+            outputs, counts = self.run(eqn.params["jaxpr"], inputs, called, source, inner)
+            return [value for value, _ in outputs], counts
 
-        carry, (rows, counts) = jax.lax.scan(
-            once,
-            args[consts : consts + carried],
-            args[consts + carried :],
-            length=params["length"],
-            reverse=params["reverse"],
-        )
-        outputs = [*carry, *rows]
-        return outputs, counts, [True] * len(outputs)
+        outputs, counts = scan_with(eqn, [value for value, _ in pairs], body)
+        return [(value, True) for value in outputs], counts

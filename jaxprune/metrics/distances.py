@@ -5,24 +5,27 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import bool_masks, like_params
-from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels, selected
+from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Where
+
+__all__ = ["Overlap", "overlap"]
 
 
 class Overlap(NamedTuple):
-    """What two masks have in common.
+    """How many entries two masks have in common.
 
     Attributes:
-      both: entries that both keep.
-      either: entries that at least one keeps.
+      both: entries that both masks keep.
+      either: entries that at least one mask keeps.
       size: all entries.
-      overlap: `both` over the fewer of the two counts: 1 if one mask contains the other.
-      jaccard: `both / either`: 1 if they are equal.
-      hamming: the fraction of entries in which they differ.
-      chance: what `both` would be on average for masks with as many entries in each leaf, drawn at random.
-      deviation: the standard deviation of that.
-      chance_jaccard: `chance / (kept by one + kept by the other - chance)`.
+      overlap: `both` over the smaller of the two counts; 1 if one mask contains the other.
+      jaccard: `both / either`; 1 if the masks are equal.
+      hamming: the fraction of entries in which the masks differ.
+      chance: the mean of `both` over random masks that keep as many entries in each leaf.
+      deviation: the standard deviation of `both` over these.
+      chance_jaccard: `chance / (kept by the first + kept by the second - chance)`.
     """
 
     both: int
@@ -37,23 +40,23 @@ class Overlap(NamedTuple):
 
 
 def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Overlap]:
-    """Compares two masks leaf by leaf and together, with what chance alone would give.
+    """Compare two masks leaf by leaf and together, beside the overlap of random masks.
 
-    With a and b entries kept of n in a leaf, random masks share `a b / n` on average, with variance
-    `a b (n - a) (n - b) / (n^2 (n - 1))` (hypergeometric). Two pruned networks that share little
-    more than that were not led to the same subnetwork, but perhaps to the same density of each layer.
+    If two random masks keep a and b of the n entries of a leaf, they share `a b / n` on average, with
+    variance `a b (n - a) (n - b) / (n^2 (n - 1))` (hypergeometric). Two pruned networks that share little
+    more than that do not have the same subnetwork, though perhaps the same density in each layer.
 
     Args:
       masks, others: two masks of the same params.
       where: which leaves are compared.
 
     Returns:
-      An `Overlap` for each leaf by its path, and for all of them under "prunable". Where a count to
-      divide by is 0, the ratio is 1: empty masks are equal.
+      An `Overlap` for each leaf by its path, and for all of them under "prunable". A ratio with a divisor of
+      0 is 1, since empty masks are equal.
 
     Raises:
       ValueError: masks that do not mirror each other, or a `where` that matches nothing.
-      TypeError: a mask that is not bool, or is traced.
+      TypeError: a mask is not bool, or is traced.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -1,7 +1,5 @@
-"""One table of a network: what is left of each layer, and what it computes."""
+"""One table of a network: the entries that each layer keeps, and the multiply-adds it computes."""
 
-import csv
-import io
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +10,16 @@ import numpy as np
 from jaxprune.counting.multiply_adds import Macs, macs
 from jaxprune.counting.sizes import nonzeros, ratio
 from jaxprune.counting.xla import Cost, cost
+from jaxprune.graph.compaction import compact
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import shown
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import like_params
-from jaxprune.tree.paths import array_leaves, check_where, is_concrete, kernels
+from jaxprune.tree.tables import csv_table, markdown_table, shape_text, shorten, text_lines
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Masks, Params, Where
+
+__all__ = ["Row", "Summary", "summary"]
 
 
 class Row(NamedTuple):
@@ -25,10 +28,10 @@ class Row(NamedTuple):
     Attributes:
       path: the param's path; or "other params", "no params", "prunable", "whole model".
       shape: the param's shape; None for a total.
-      size, kept: entries, and those the masks keep.
-      macs: multiply-adds, dense.
-      masked: under the masks, if there are any: what would be left if zeros cost nothing.
-      small: of the compacted network, if there is one: what it does compute.
+      size, kept: all entries, and those that the masks keep.
+      macs: multiply-adds of the dense network.
+      masked: multiply-adds under the masks, if zeros cost nothing; None without masks.
+      small: multiply-adds of the compacted network; None if there is none.
     """
 
     path: str
@@ -46,17 +49,17 @@ class Row(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What `summary` returns; printing it gives a table of at most 80 columns.
+    """The result of `summary`; printing it gives a table of at most 80 columns.
 
     Attributes:
       rows: a `Row` for each layer, then the totals.
       compression: entries of the model over entries kept, see `metrics.compression`.
       speed_up: dense multiply-adds over those under the masks: the theoretical speed-up, which needs
         hardware that skips zeros.
-      small_compression, small_speed_up: the same of the compacted network, for which it takes none.
-      dense, masked, small: the full counts, with the operations and what is bounded.
-      xla: XLA's analysis of the dense and of the compacted network, where asked for.
-      notes: what is bounded, and why there is no compacted network if there is none.
+      small_compression, small_speed_up: the same for the compacted network, which needs no such hardware.
+      dense, masked, small: the full counts, with each operation, and notes on which counts are bounds.
+      xla: XLA's analysis of the dense and of the compacted network, if it was asked for.
+      notes: which counts are bounds, and why there is no compacted network.
     """
 
     rows: tuple[Row, ...]
@@ -71,7 +74,7 @@ class Summary(NamedTuple):
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and totals as plain Python values, for JSON."""
+        """Return rows and totals as plain Python values, for JSON."""
         return {
             "rows": [row._asdict() | {"sparsity": row.sparsity} for row in self.rows],
             "compression": self.compression,
@@ -85,26 +88,28 @@ class Summary(NamedTuple):
         }
 
     def to_csv(self) -> str:
-        """The rows, with exact counts."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_HEADS)
-        writer.writerows(map(_exact, self.rows))
-        return text.getvalue()
+        """Return the rows as CSV, with exact counts."""
+        return csv_table(_HEADS, *map(_exact, self.rows))
 
     def to_markdown(self) -> str:
-        """The rows as a Markdown table, with exact counts."""
-        lines = [_HEADS, ["---", "---", *["---:"] * (len(_HEADS) - 2)]]
-        lines += [[str(cell).replace("|", r"\|") for cell in _exact(row)] for row in self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        """Return the rows as a Markdown table, with exact counts."""
+        return markdown_table(len(_HEADS) - 2, _HEADS, *map(_exact, self.rows))
 
     def __str__(self) -> str:
-        lines = [f"{'param':<24}{'shape':<14}{'kept':>9}{'sparsity':>9}{'MACs':>8}{'masked':>8}{'small':>8}"]
-        lines += [
-            f"{_short(row.path):<24}{_shape(row.shape):<14}{_unit(row.kept):>9}{row.sparsity:>9.2%}"
-            f"{_unit(row.macs):>8}{_unit(row.masked):>8}{_unit(row.small):>8}"
-            for row in self.rows
-        ]
+        lines = text_lines(
+            "{:<24}{:<14}{:>9}{:>9}{:>8}{:>8}{:>8}",
+            ("param", "shape", "kept", "sparsity", "MACs", "masked", "small"),
+            *(
+                (
+                    shorten(row.path, 23),
+                    _shape(row.shape),
+                    _unit(row.kept),
+                    f"{row.sparsity:.2%}",
+                    *map(_unit, (row.macs, row.masked, row.small)),
+                )
+                for row in self.rows
+            ),
+        )
         if self.masked is not None:
             lines.append(
                 f"masked: {self.compression:.2f} x fewer entries, {self.speed_up:.2f} x fewer MACs, no faster"
@@ -132,20 +137,20 @@ def summary(
     xla: bool = False,
     **keywords: Any,
 ) -> Summary:
-    """Parameters and multiply-adds of each layer: dense, under masks, compacted.
+    """Count entries and multiply-adds of each layer: dense, under masks, compacted.
 
-    A layer is a param that is prunable or that a product multiplies by; the other params are
-    one row, and products of two values that depend on data (attention) another.
+    A layer is a param that is prunable or that a product multiplies by. The other params share one row, and
+    products of two values that depend on data (attention) another.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: arrays, or `jax.ShapeDtypeStruct`.
-      *inputs: what to count with; counts are for the whole batch.
+      *inputs: example inputs; counts are for the whole batch.
       masks: bool masks like `params`; without them zeros in prunable params count as pruned entries, and
-        the function is counted dense only.
+        only the dense function is counted.
       where: which leaves count as prunable.
-      compacted: True to take out what the masks empty (`compact`, unverified) and count that as well;
-        False not to; or a `Compacted` that is there already.
+      compacted: True to compact the network by the masks (`compact`, without verification) and count that as
+        well; False not to; or a `Compacted` made before.
       xla: also compile, and ask XLA for FLOPs and memory.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
@@ -154,7 +159,8 @@ def summary(
 
     Raises:
       ValueError: masks that do not mirror `params`.
-      TypeError: an `apply_fn`, a `where` or a `compacted` that is none; a keyword.
+      TypeError: `apply_fn` or `where` is not a function, `compacted` is neither a bool nor a `Compacted`, or
+        there is another keyword.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -229,9 +235,7 @@ def summary(
 
 
 def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[str]) -> Any:
-    """The compacted network, or a note that says why there is none."""
-    from jaxprune.graph.compaction import compact  # graph itself reports by this package
-
+    """Return the compacted network, or None and a note that says why."""
     try:
         return compact(apply_fn, params, masks, *inputs, verify=False)
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -240,7 +244,7 @@ def _compacted(apply_fn: Any, params: Any, masks: Any, inputs: Any, notes: list[
 
 
 def _kept(leaves: dict[str, Any], masks: Masks | None, where: Where) -> dict[str, int]:
-    """How many entries of each leaf are kept; without masks, the nonzeros of what may be pruned."""
+    """Return how many entries of each leaf are kept; without masks, the nonzeros of prunable leaves."""
     if masks is not None:
         return {path: int(np.count_nonzero(mask)) for path, mask in array_leaves(masks, "masks").items()}
     return {
@@ -258,15 +262,11 @@ def _exact(row: Row) -> list[str]:
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
-    return "" if shape is None else "x".join(map(str, shape)) or "scalar"
-
-
-def _short(path: str) -> str:
-    return path if len(path) <= 23 else "..." + path[-20:]
+    return "" if shape is None else shape_text(shape)
 
 
 def _unit(count: int | None) -> str:
-    """A count in at most 7 characters."""
+    """Return a count in at most 7 characters."""
     if count is None:
         return "-"
     if count < 100_000:

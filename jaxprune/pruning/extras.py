@@ -1,17 +1,16 @@
-"""Extra keyword arguments of a score: which names it reads, and what is said of the others."""
+"""Extra keyword arguments of a score: which names it reads, and the error for the others."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jaxprune.tree.checks import name_of
+from jaxprune.tree.checks import closest, name_of
 
 _NOT_EXTRA = ("params", "grads", "key")
 
 
 def named_by(*scores: Any) -> frozenset[str] | None:
-    """The names of the extra arguments that some scores read.
+    """Return the names of the extra arguments that some scores read.
 
     A score reads what its signature names, and what the score that it wraps names (`functools.wraps`,
     `functools.partial`, `jax.jit`). A bare `**_` names nothing.
@@ -38,7 +37,7 @@ def named_by(*scores: Any) -> frozenset[str] | None:
 
 
 def _is_score(score: Callable[..., Any], extra: Mapping[str, Any]) -> bool:
-    """Whether a function can be called as a score with the extra arguments that it names."""
+    """Return whether a function can be called as a score with the extra arguments that it names."""
     named = {name: value for name, value in extra.items() if name in (named_by(score) or ())}
     try:
         inspect.signature(score, follow_wrapped=False).bind(None, grads=None, key=None, **named)
@@ -52,7 +51,7 @@ def _is_score(score: Callable[..., Any], extra: Mapping[str, Any]) -> bool:
 def check_extra(
     scores: Any, extra: Mapping[str, Any], caller: str | Callable[..., Any], others: Iterable[str] = ()
 ) -> None:
-    """Checks that a score reads every extra argument, so that a misspelled option is not swallowed.
+    """Check that a score reads every extra argument, so that a misspelled option is not swallowed.
 
     Args:
       scores: a score function, a tuple of them, or None where the scores are a tree of values.
@@ -63,8 +62,10 @@ def check_extra(
     Raises:
       TypeError: naming the argument that nothing reads, and the one that may have been meant.
     """
+    if not extra:
+        return
     several = scores if isinstance(scores, tuple) else () if scores is None else (scores,)
-    names = named_by(*several) if extra else None
+    names = named_by(*several)
     unknown = [name for name in extra if names is not None and name not in names]
     if names is None or not unknown or not all(_is_score(score, extra) for score in several):
         return
@@ -78,7 +79,7 @@ def check_extra(
 
 
 def unread(name: str, who: str, where: str, known: Iterable[str]) -> TypeError:
-    """The error for an argument that nothing reads, with the name that may have been meant."""
-    close = difflib.get_close_matches(name, [each for each in known if each != "extra"], 1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    """Return the error for an argument that nothing reads, with the name that may have been meant."""
+    close = closest(name, [each for each in known if each != "extra"])
+    hint = f" Did you mean {close!r}?" if close else ""
     return TypeError(f"{who} takes no argument {name!r}, {where}.{hint}")

@@ -3,7 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -11,37 +11,52 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune.counting.sizes import alive_units
-from jaxprune.pruning import table as targets_of
 from jaxprune.pruning.extras import check_extra, named_by
 from jaxprune.pruning.once import (
     check_choices,
+    checked_scores,
     checked_structure,
     default_where,
-    equal_families,
-    families_in,
     pool,
     remove,
-    with_stacks,
 )
-from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, score_and_recompute
-from jaxprune.pruning.table import Grid, Request, Table
+from jaxprune.pruning.scoring import (
+    all_finite,
+    check_score_is_no_name,
+    of_layers,
+    score_and_recompute,
+)
+from jaxprune.pruning.table import (
+    FROM_MASKS,
+    NO_SCHEDULE,
+    Grid,
+    ScheduledTarget,
+    ScheduleTable,
+    names_by_place,
+    schedules_by_path,
+)
 from jaxprune.pruning.targets import (
+    Competing,
+    Target,
     alive_counts,
     by_layer,
     competing_pools,
     competing_sizes,
+    equal_families,
     floors,
-    target_counts,
 )
 from jaxprune.schedules import Schedule, check_sparsity
-from jaxprune.selection.big_counts import to_numpy
-from jaxprune.structures import Structure, elements
+from jaxprune.selection.big_counts import Count, to_numpy
+from jaxprune.structures import Structure, Units
+from jaxprune.structures.base import families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
+from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
-from jaxprune.tree.paths import array_leaves, check_mirrors, is_concrete, kernels, leaf_paths, selected
+from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
+from jaxprune.tree.where import kernels, selected_among
 from jaxprune.typing import (
     DenseShapes,
     Masks,
@@ -54,8 +69,6 @@ from jaxprune.typing import (
     Scores,
     Where,
 )
-
-ENTRIES = elements().name
 
 
 def pruner(
@@ -74,19 +87,19 @@ def pruner(
     seed: int = 0,
     stacked: Stacked | None = None,
 ) -> Pruner:
-    """A pruner that follows a schedule, acting every so many updates.
+    """Make a pruner that follows a schedule and updates its masks every so many calls.
 
     `update` counts its calls. A schedule with an end is followed at the calls `begin_step`,
-    `begin_step + every`, ... and, whatever `every` is, at `end_step`: after t updates the masks
+    `begin_step + every`, ... and, whatever `every` is, at `end_step`: after t calls the masks
     have the sparsity `schedule(t)` of the last of these that passed. A schedule of levels
-    (`constant`, `geometric`) moves one level every `every` calls. What is pruned only ever
-    grows. The number to remove is worked out on the host, in double precision, when `update` is traced.
+    (`constant`, `geometric`) moves one level every `every` calls. Pruned entries stay pruned.
+    The host works out how many units to remove, in double precision, when `update` is traced.
 
-    A state that another pruner left goes on under this one, whatever its schedule, cadence or target was:
-    the next call reaches what this schedule asks for at the state's number of calls. With `of="remaining"`
-    each update, from the next of this cadence on, removes its fraction of what the state has left. If
-    `compact` made the params smaller and `shrink` the state with them, the units that it cut out count as
-    removed, so coupled channels end with the widths that they would have had without.
+    This pruner can carry on from a state that another pruner left, whatever that one's schedule, cadence or
+    target was: the next call reaches what this schedule asks for at the state's number of calls. With
+    `of="remaining"` each update, from the next of this cadence on, removes its fraction of what the state has
+    left. If `compact` made the params smaller and `shrink` the state with them, the units that it cut out
+    count as removed, so coupled channels end with the widths that they would have had without.
 
     Under `jit` nothing can be raised, so an update whose scores are not all finite (a burst of NaN
     gradients) leaves the masks alone and is made up for at the next call.
@@ -95,22 +108,22 @@ def pruner(
       scores: a function `score(params, *, grads, key, **extra)`.
       sparsity: a number, a `Schedule`, or a dict of these by path; the schedules in a dict share
         their begin and end.
-      structure: which entries go together (see `structures`); by default each is a unit.
-      scope: `"global"` ranks all leaves together; `"layerwise"` takes the target from each leaf;
-        `"isomorphic"`, of coupled channels, from all groups of one kind.
+      structure: which entries form a unit (see `structures`); by default each entry is one.
+      scope: which units compete. `"global"`: those of all leaves. `"layerwise"`: those of one leaf, so each
+        leaf meets the target. `"isomorphic"`, for coupled channels: those of all groups of one kind.
       where: which leaves take part, a function of (path, leaf).
       of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
       every: how many calls lie between two updates of the masks.
       floor: how many units of each leaf stay at least.
-      memory: in [0, 1]. Every call scores, and its scores are added to `memory` times those of
-        the calls before: 0 takes the present ones alone, 1 their sum over all calls (movement
-        pruning, taylor over many batches), 0.99 a moving average.
-      stop: a sparsity of all that takes part together, at which pruning ends, whatever the
-        schedule goes on to. The update that would pass it removes, everywhere in proportion, as
-        many units fewer as make it meet it exactly.
+      memory: in [0, 1]. Every call computes scores and adds them to `memory` times the sum so far: 0 uses the
+        present scores alone, 1 their sum over all calls (movement pruning, taylor over many batches), 0.99 a
+        moving average.
+      stop: a sparsity of all leaves that take part, taken together, at which pruning ends even if the
+        schedule asks for more. An update that would overshoot is scaled down proportionally in every pool, so
+        that the total is met exactly.
       masks: masks to start from, as from `prune_once`; by default nothing is pruned. What they prune counts
         towards a target `of="total"`.
-      seed: for scores that need a key, where `update` is given none.
+      seed: the seed of the key for scores that need one, where `update` is given none.
       stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then pruned as a
         leaf of its own. In a dict of targets a stacked leaf may have an array of numbers.
 
@@ -125,7 +138,7 @@ def pruner(
 
     Warns:
       UserWarning: the schedule's target cannot be reached without breaking `floor`; `every` is longer than
-        the whole schedule; after `compact`, how many units a structure of your own had before is not known.
+        the whole schedule; how many units a structure of your own had before `compact` is not known.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -153,8 +166,8 @@ def pruner(
     if not is_number(memory) or not 0 <= memory <= 1:
         raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
     seed = as_integer(seed, "seed")
-    limit = None if stop is None else check_sparsity(stop, "stop")
-    schedules = targets_of.schedules_by_path(sparsity)
+    stop = None if stop is None else check_sparsity(stop, "stop")
+    schedules = schedules_by_path(sparsity)
     first = next(iter(schedules.values()))
     grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
@@ -162,8 +175,8 @@ def pruner(
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
         check_stacked(stacked)
-    asks = Request(schedules, grid, structure, scope, of, floor, limit)
-    description = _described(scores, schedules, asks)
+    scheduled = ScheduledTarget(schedules, grid, structure, scope, of, floor, stop)
+    description = _described(scores, scheduled)
     if grid.end is not None and 0 < grid.end - grid.begin < every:
         warnings.warn(
             f"{description}: every={every} is longer than the schedule, which takes {grid.end - grid.begin} "
@@ -173,102 +186,88 @@ def pruner(
         )
 
     @lru_cache(maxsize=8)
-    def table(
+    def table_of(
         sizes: tuple[tuple[str, int], ...],
         cut_out: tuple[tuple[str, int], ...],
         places: tuple[str, ...],
         stacks: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...],
-    ) -> Table:
+    ) -> ScheduleTable:
         known = structure._replace(stacks={path: axes for path, axes, _ in stacks}) if stacks else structure
         shapes = {path: shape for path, _, shape in stacks}
-        return targets_of.build(
-            _of_layers(asks, known, shapes, dict(sizes)), dict(sizes), dict(cut_out), places
-        )
+        target = _target_by_layer(scheduled, known, shapes, dict(sizes))
+        return ScheduleTable.build(target, dict(sizes), dict(cut_out), places)
 
     def init_fn(params: Params) -> PrunerState:
-        with_stacks(structure, stacked, array_leaves(params), selected(params, where))
+        leaves = array_leaves(params)
+        with_stacks(structure, stacked, leaves, selected_among(leaves, where))  # which may raise
         start = ones_masks(params) if masks is None else own_masks(masks, params)
-        number = targets_of.NO_SCHEDULE if masks is None else targets_of.FROM_MASKS
+        schedule = NO_SCHEDULE if masks is None else FROM_MASKS
         # An array for each number: a train step that donates its state can donate no array twice.
         step, row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        total = _no_scores(params) if memory else ()
-        return PrunerState(start, step, row, total, jnp.asarray(number, jnp.int32))
+        total = _zero_scores(params) if memory else ()
+        return PrunerState(start, step, row, total, jnp.asarray(schedule, jnp.int32))
 
     def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
         check_state(state)
         check_extra(scores, extra, "pruner.update", ("grads", "key"))
-        chosen, leaves = selected(params, where), array_leaves(params)
-        units_of = with_stacks(structure, stacked, leaves, chosen)
+        leaves = flatten(params)
+        chosen = selected_among(leaves.by_path, where)
+        units_of = with_stacks(structure, stacked, leaves.by_path, chosen)
         score = of_layers(scores, params, units_of.stacks, stacked)
-        check_mirrors(jax.eval_shape(unpack_masks, state.masks), params, "the masks of the pruner's state")
+        mirrored(jax.eval_shape(unpack_masks, state.masks), leaves, "the masks of the pruner's state")
 
+        # `update_if` passes a state on to its branch, and what the branch closes over is one operand more.
         def scores_now(step: jax.Array) -> tuple[Scores, dict[str, Recomputation]]:
             rng = jax.random.fold_in(jax.random.key(seed), step) if key is None else key
-            return score_and_recompute(score, params, grads=grads, key=rng, **extra)
+            return score_and_recompute(score, params, leaves, grads=grads, key=rng, **extra)
 
-        def tree_now(state: PrunerState) -> tuple[Scores, dict[str, Recomputation]]:
-            return (state.scores, {}) if memory else scores_now(state.step)
+        def score_and_pool(state: PrunerState, masks: Mapping[str, jax.Array]) -> tuple[Scores, Units]:
+            tree, recipes = (state.scores, {}) if memory else scores_now(state.step)
+            return tree, pool(array_leaves(tree, "scores"), masks, chosen, units_of, recipes)
 
-        state = state._replace(step=state.step + 1)
-        # A state that goes on from a pruner with another memory.
-        if bool(memory) != bool(jax.tree.leaves(state.scores)):
-            state = state._replace(scores=_no_scores(params) if memory else ())
-        sound: Any = True
-        if memory:
-            now, _ = scores_now(state.step)
-            before = unpack_masks(state.masks)
-            sound = all_finite(now, before, chosen)
-            if is_concrete(sound):
-                pool(now, before, chosen, units_of)  # says which scores are not finite
-
-            def added(old, new):
-                total = memory * old + new.astype(old.dtype)
-                # Entries that take no part may be NaN now, and sums may overflow, which would be for ever.
-                return jnp.where(sound & jnp.isfinite(total), total, old)
-
-            state = state._replace(scores=jax.tree.map(added, state.scores, now))
-
-        def pools(state: PrunerState) -> OrderedDict[str, jax.Array]:
-            units = pool(tree_now(state)[0], unpack_masks(state.masks), chosen, units_of)
+        def alive_now(state: PrunerState) -> OrderedDict[str, jax.Array]:
+            _, units = score_and_pool(state, array_leaves(unpack_masks(state.masks), "masks"))
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
-        sizes = {name: alive.size for name, alive in jax.eval_shape(pools, state).items()}
-        cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
-        places = tuple(targets_of.places_of(sizes, leaf_paths(params)))
-        stacks = [(path, axes, tuple(leaves[path].shape)) for path, axes in (units_of.stacks or {}).items()]
-        targets = table(tuple(sizes.items()), tuple(cut_out.items()), places, tuple(stacks))
-        at = targets_of.place(targets, grid, state)
+        state = state._replace(step=state.step + 1)
+        # A state may come from a pruner with another memory.
+        if bool(memory) != bool(jax.tree.leaves(state.scores)):
+            state = state._replace(scores=_zero_scores(params) if memory else ())
+        added: Any = True
+        if memory:
+            state, added = _remembered(state, scores_now(state.step)[0], memory, chosen)
 
-        def advance(state: PrunerState) -> PrunerState:
-            tree, recipes = tree_now(state)
+        sizes = {name: alive.size for name, alive in jax.eval_shape(alive_now, state).items()}
+        cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
+        places = tuple(names_by_place(sizes, list(leaves.by_path)))
+        stacks = tuple(
+            (path, axes, tuple(leaves.by_path[path].shape)) for path, axes in (units_of.stacks or {}).items()
+        )
+        table = table_of(tuple(sizes.items()), tuple(cut_out.items()), places, stacks)
+        position = table.position(state)
+
+        def prune(state: PrunerState) -> PrunerState:
             before = unpack_masks(state.masks)
-            units = pool(tree, before, chosen, units_of, recipes)
-            competing, least = (
-                competing_pools(units.scores, structure, scope),
-                floors(units.scores, structure, floor),
-            )
-            equal = equal_families(units.families, scope)
-            counts = targets_of.counts_at(targets, at, units.alive, competing)
-            if is_concrete(units.alive, at.row) and int(at.row) < len(targets.targets) - 1:
-                # Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
-                gone = {name: sizes[name] - left for name, left in alive_counts(units).items()}
-                least_gone = competing_sizes(gone, competing)
-                counts = {n: max(int(to_numpy(count)), least_gone[n]) for n, count in counts.items()}
-            after = remove(before, units, counts, competing, least, True, equal)
+            masks = flatten(before, "masks")
+            tree, units = score_and_pool(state, masks.by_path)
+            competing = competing_pools(units.scores, structure, scope)
+            counts = table.counts(position, units.alive, competing)
+            if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
+                counts = _no_less_than_removed(counts, units, competing)
+            min_kept, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
+            target = Target(competing, counts, min_kept, includes_pruned=True, equal=equal)
+            after = masks.tree(remove(masks.by_path, units, target))
             finite = all_finite(tree, before, chosen)
             after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
             after = packed_like(after, state.masks)
-            return state._replace(masks=after, row=jnp.where(finite, at.row, at.before))
+            return state._replace(masks=after, row=jnp.where(finite, position.reached, position.applied))
 
-        # A row counts in this schedule from now on, also where nothing is due.
-        state = state._replace(row=at.before, schedule=targets_of.number_after(targets, at))
-        return update_if(at.due & sound, advance, state)
-
-    def progress(masks: Masks) -> Progress:
-        return _progress(masks, asks, where, stacked)
+        # The row counts in this schedule from now on, also where nothing is due.
+        state = state._replace(row=position.applied, schedule=table.schedule_at(position))
+        return update_if(position.due & added, prune, state)
 
     return Pruner(
         init_fn,
@@ -276,19 +275,19 @@ def pruner(
         remembers=memory > 0,
         description=description,
         takes=named_by(scores),
-        compounds=_compounds(asks),
+        compounds=_compounds(scheduled),
         where=where,
-        progress=progress,
+        progress=partial(_progress, target=scheduled, where=where, stacked=stacked),
     )
 
 
 def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inputs: Any) -> Masks:
-    """Masks after several updates of a pruner without training in between.
+    """Return the masks after several updates of a pruner without training in between.
 
     Each round scores the params under the masks so far. For scores of the masked network this is
     iterated pruning at initialisation (SynFlow); for scores of single weights it is one-shot
-    pruning to the sparsity of that round. Under `jit` a round whose scores are not finite changes
-    nothing, as of a network that SynFlow finds to be cut; outside `jit` it raises.
+    pruning to the sparsity of that round. Under `jit` a round whose scores are not finite (SynFlow's, where
+    a network is cut) changes nothing; outside `jit` it raises.
 
     Args:
       params: a pytree of arrays.
@@ -301,7 +300,7 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
 
     Raises:
       ValueError: `rounds` is negative.
-      TypeError: `rounds` is not an integer, or `pruner` is no pruner.
+      TypeError: `rounds` is not an integer, or `pruner` is not a `Pruner`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -330,42 +329,75 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
     return state.masks
 
 
-def _sum_dtype(param: Any) -> Any:
-    """The dtype in which a param's scores are summed: real, and of single precision at least."""
-    real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
-    return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
+def _remembered(
+    state: PrunerState, scores: Scores, memory: float, chosen: list[str]
+) -> tuple[PrunerState, jax.Array]:
+    """Return the state with the scores of a call added, and whether they are finite; if not, none are added.
+
+    Raises:
+      ValueError: they are not, and have values that can be read.
+      TypeError: as `checked_scores`.
+    """
+    masks = unpack_masks(state.masks)
+    finite = all_finite(scores, masks, chosen)
+    if is_concrete(finite):
+        checked_scores(array_leaves(scores, "scores"), array_leaves(masks, "masks"), chosen)
+
+    def total_of(old: jax.Array, new: jax.Array) -> jax.Array:
+        total = memory * old + new.astype(old.dtype)
+        # Entries that take no part may be NaN now, and sums may overflow, which would be for ever.
+        return jnp.where(finite & jnp.isfinite(total), total, old)
+
+    return state._replace(scores=jax.tree.map(total_of, state.scores, scores)), finite
 
 
-def _compounds(asks: Request) -> bool:
-    """Whether every call prunes further."""
-    if asks.grid.every > 1 or asks.grid.last == 1:
-        return False
-    if asks.of == "remaining":
-        second = asks.grid.count(2)
-        return any(schedule.on_host(second) > 0 for schedule in asks.schedules.values())
-    return asks.grid.end is None and not targets_of.is_constant(asks.schedules)
+def _no_less_than_removed(counts: Mapping[str, Count], units: Units, competing: Competing) -> dict[str, int]:
+    """Return the counts, each no less than what is removed already, so that `remove` does not warn of it.
+
+    Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
+    """
+    by_pool = {name: units.alive[name].size - left for name, left in alive_counts(units).items()}
+    removed = competing_sizes(by_pool, competing)
+    return {name: max(int(to_numpy(count)), removed[name]) for name, count in counts.items()}
 
 
-def _no_scores(params: Params) -> Scores:
-    """Zeros to sum scores in."""
+def _zero_scores(params: Params) -> Scores:
+    """Return zeros to add scores to."""
     # Made from masks, so that under jit they are sharded like the params.
     return jax.tree.map(lambda p, m: (~m).astype(_sum_dtype(p)), params, ones_masks(params))
 
 
-def _described(scores: ScoreFn, schedules: Mapping[str, Schedule], asks: Request) -> str:
-    """A pruner in one line."""
-    each = [str(schedule) for schedule in schedules.values()]
-    target = each[0] if "" in schedules else f"{len(each)} targets by path, {', '.join(dict.fromkeys(each))}"
-    options = [f"every={asks.grid.every}", f"scope={asks.scope!r}"]
-    options += [f"of={asks.of!r}"] if asks.of != "total" else []
-    options += [] if asks.structure.name == ENTRIES else [f"structure={asks.structure.name}"]
-    return f"pruner({name_of(scores)}, {target}, {', '.join(options)})"
+def _sum_dtype(param: Any) -> Any:
+    """Return the dtype in which a param's scores are summed: real, and of single precision at least."""
+    real = jnp.finfo(param.dtype).dtype if jnp.issubdtype(param.dtype, jnp.inexact) else jnp.float32
+    return jnp.dtype(real) if jnp.dtype(real).itemsize == 8 else jnp.dtype(jnp.float32)
+
+
+def _compounds(target: ScheduledTarget) -> bool:
+    """Return whether every call prunes further."""
+    if target.grid.every > 1 or target.grid.last == 1:
+        return False
+    if target.of == "remaining":
+        second = target.grid.count(2)
+        return any(schedule.on_host(second) > 0 for schedule in target.schedules.values())
+    return target.grid.end is None and not target.is_constant()
+
+
+def _described(scores: ScoreFn, target: ScheduledTarget) -> str:
+    """Return a pruner in one line."""
+    each = [str(schedule) for schedule in target.schedules.values()]
+    one = "" in target.schedules
+    asked = each[0] if one else f"{len(each)} targets by path, {', '.join(dict.fromkeys(each))}"
+    options = [f"every={target.grid.every}", f"scope={target.scope!r}"]
+    options += [f"of={target.of!r}"] if target.of != "total" else []
+    options += [] if target.structure.elementwise else [f"structure={target.structure.name}"]
+    return f"pruner({name_of(scores)}, {asked}, {', '.join(options)})"
 
 
 def _cut_out(
     dense: Any, sizes: Mapping[str, int], structure: Structure, chosen: list[str], description: str
 ) -> dict[str, int]:
-    """By pool, how many units it had besides before `compact` made the params smaller."""
+    """Return, by pool, how many units `compact` cut out when it made the params smaller."""
     if not isinstance(dense, DenseShapes):
         return {}
     before: Mapping[str, int | None] = {}
@@ -385,7 +417,7 @@ def _cut_out(
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[str, int]:
-    """How many units leaves of some shapes have."""
+    """Return how many units each pool of leaves of some shapes has."""
 
     def alive(masks: dict[str, jax.Array]) -> OrderedDict[str, jax.Array]:
         scores = {path: mask.astype(jnp.float32) for path, mask in masks.items()}
@@ -395,38 +427,36 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
     return {name: units.size for name, units in jax.eval_shape(alive, masks).items()}
 
 
-def _of_layers(
-    asks: Request, structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
-) -> Request:
-    """What is asked, with a schedule for each layer in place of those for a whole stack."""
+def _target_by_layer(
+    target: ScheduledTarget,
+    structure: Structure,
+    shapes: Mapping[str, tuple[int, ...]],
+    pools: Collection[str],
+) -> ScheduledTarget:
+    """Return the target with a schedule for each layer in place of those for a whole stack."""
     families = families_in(structure, shapes, pools)
-    return asks._replace(structure=structure, schedules=by_layer(asks.schedules, families, "sparsity"))
+    return target._replace(structure=structure, schedules=by_layer(target.schedules, families, "sparsity"))
 
 
-def _progress(masks: Masks, asks: Request, where: Where, stacked: Stacked | None) -> Progress:
-    """How many units of what takes part are left, and how many are to go by the end of the schedule."""
+def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stacked | None) -> Progress:
+    """Return how many units of what takes part are left, and how many are to go by the schedule's end."""
     leaves = array_leaves(unpack_masks(masks), "masks")
     chosen = [path for path, mask in leaves.items() if where(path, mask)]
     if not chosen:
         raise ValueError(
             f"where={name_of(where)} of the pruner matches no leaf of the masks: {', '.join(leaves)}."
         )
-    structure = with_stacks(asks.structure, stacked, leaves, chosen)
+    structure = with_stacks(target.structure, stacked, leaves, chosen)
     alive = alive_units(structure, leaves, where)
     sizes = {name: units.size for name, units in alive.items()}
     stacks = {path: axes for path, axes in (structure.stacks or {}).items() if path in leaves}
-    asks = _of_layers(asks, structure, {path: leaves[path].shape for path in stacks}, sizes)
+    target = _target_by_layer(target, structure, {path: leaves[path].shape for path in stacks}, sizes)
     asked = None
-    if asks.of == "total" and (asks.grid.end is not None or targets_of.is_constant(asks.schedules)):
-        last = asks.grid.count(asks.grid.last or 1)
-        competing = competing_sizes(sizes, competing_pools(sizes, asks.structure, asks.scope))
-        values = targets_of.asked_at(asks.schedules, last)
-        asked = sum(target_counts(values, competing, asks.structure, asks.scope).values())
-        if asks.stop is not None:
-            (most,) = target_counts(
-                asks.stop, {"stop": sum(sizes.values())}, asks.structure, "global"
-            ).values()
-            asked = min(asked, most)
+    if target.of == "total" and (target.grid.end is not None or target.is_constant()):
+        competing = competing_sizes(sizes, competing_pools(sizes, structure, target.scope))
+        asked = sum(target.counts(target.grid.count(target.grid.last or 1), competing).values())
+        at_stop = target.count_at_stop(sum(sizes.values()))
+        asked = asked if at_stop is None else min(asked, at_stop)
     kept = sum(int(jnp.sum(units)) for units in alive.values())
-    unit = "entries" if asks.structure.name == ENTRIES else f"units of {asks.structure.name}"
+    unit = "entries" if structure.elementwise else f"units of {structure.name}"
     return Progress(unit, kept, sum(sizes.values()), asked, stacks)

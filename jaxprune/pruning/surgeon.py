@@ -1,17 +1,17 @@
-"""Optimal Brain Surgeon: remove weights one by one, and move all others to make up for it."""
+"""Optimal Brain Surgeon: remove weights one by one, and adjust all others to make up for each."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
-from jaxprune.tree.checks import as_integer, check_function
+from jaxprune.tree.checks import as_integer, check_function, is_traced_integer
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, is_concrete, kernels, selected
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, Where
 
 
@@ -25,29 +25,29 @@ def optimal_brain_surgeon(
     masks: Masks | None = None,
     damping: float = 0.0,
 ) -> tuple[Params, Masks]:
-    """Removes weights one after another, each time moving all those that stay.
+    """Remove weights one after another, each time adjusting all those that stay.
 
     With H the Hessian over the weights that are left, each step removes the weight q of the lowest
-    saliency `w_q^2 / (2 [H^-1]_qq)` and adds `-(w_q / [H^-1]_qq) H^-1 e_q` to the others: of all
-    moves that set w_q to 0, the one by which a quadratic loss at its minimum rises least, and it
-    rises by the saliency exactly. Of equal saliencies the earlier leaf, then the lower row-major
-    index, goes first.
+    saliency `w_q^2 / (2 [H^-1]_qq)` and adds `-(w_q / [H^-1]_qq) H^-1 e_q` to the others. Among all
+    changes that set w_q to 0, this is the one by which a quadratic loss at its minimum rises least, and it
+    rises by exactly the saliency. Among equal saliencies the earlier leaf, then the lower row-major
+    index, is removed first.
 
-    H is computed once, at the params given. After each step its inverse is that of H without row
-    and column q, which costs one outer product: exact where the loss is quadratic. Elsewhere
-    remove few weights at a time, train, and call it again with the masks. No floor is kept: a
+    H is computed once, at the params given. After each step one outer product turns its inverse into the
+    inverse of H without row and column q, which is exact where the loss is quadratic. Elsewhere
+    remove few weights at a time, train, and call it again with the masks. There is no floor: a
     leaf may be emptied. It is a pure function and runs under `jit`.
 
     Args:
       loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
-      params: a pytree of arrays, trained: what the gradient would add is left out.
-      count: how many weights to remove of those left; it may be traced.
+      params: a pytree of arrays, trained: the gradient is taken to be 0.
+      count: how many of the weights that are left to remove; it may be traced.
       batch: the data that `loss_fn` takes.
-      where: the leaves whose weights are removed and moved, of at most 5,000 entries in all; others
+      where: the leaves whose weights are removed and adjusted, of at most 5,000 entries in all; others
         stay as they are.
       masks: masks to start from; by default nothing is pruned.
-      damping: what is added to the diagonal of H, 0 or more. Where weights outnumber what the data
-        determine, H has no inverse without it.
+      damping: what is added to the diagonal of H, 0 or more. Where the data do not determine all weights,
+        H has no inverse without it.
 
     Returns:
       The params, exactly 0 where pruned, and the masks. Under `jit`, NaN in place of the weights
@@ -56,7 +56,7 @@ def optimal_brain_surgeon(
     Raises:
       ValueError: a count out of range, trees or shapes that differ, a `where` that matches nothing,
         too many weights, or (not under `jit`) a Hessian that is not positive definite.
-      TypeError: a count that is no integer; a leaf, or a loss, that is not real.
+      TypeError: a count that is not an integer; a leaf, or a loss, that is not real.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -86,7 +86,8 @@ def optimal_brain_surgeon(
 
     def remove_one(_, state):
         weights, inverse, alive = state
-        # Rows of what is gone hold only what rounding left: they are never divided by.
+        # Row q of the downdated inverse is exactly 0 in theory, so rows of removed weights hold rounding
+        # errors only, and must not be divided by.
         diagonal = jnp.where(alive, jnp.diagonal(inverse), 1)
         q = jnp.argmin(jnp.where(alive, weights**2 / (2 * diagonal), jnp.inf))
         column = inverse[:, q]
@@ -104,8 +105,8 @@ def optimal_brain_surgeon(
 
 
 def _checked_count(count: Any, alive: jax.Array) -> Any:
-    traced = isinstance(count, Tracer) and count.shape == () and jnp.issubdtype(count.dtype, jnp.integer)
-    count = count if traced else as_integer(count, "count", what="weights to remove")
+    if not is_traced_integer(count):
+        count = as_integer(count, "count", what="weights to remove")
     if is_concrete(count, alive) and not 0 <= int(count) <= int(jnp.sum(alive)):
         raise ValueError(f"count={count} is out of range: there are {int(jnp.sum(alive))} weights to remove.")
     return count

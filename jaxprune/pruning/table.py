@@ -1,8 +1,18 @@
-"""The table of a pruner's targets: how many units are removed at each of its updates.
+"""The table of a pruner's targets: how many units are removed by each update of its masks.
 
-A schedule is evaluated on the host, in double precision, once for each update of the masks. The rows
-of the table are these updates; its columns are the sets of pools that compete. A train step then looks
-up the row that its number of calls has reached, and compares it with the row that the masks are at.
+Rows are the updates of the masks, from row 1 on; columns are the sets of pools that compete. The host works
+a table out before the first update; a train step only looks up the row that its number of calls has reached.
+Let n be the units of a set, m those that the floor lets go, s_r the sparsity at row r and N_r the entry:
+
+    of="total":      N_r = min(max(round(s_r n), N_{r-1}), m)
+    of="remaining":  N_r = min(N_{r-1} + round(s_r (n - N_{r-1})), m),    from N_0 = 0 on
+
+A product is of doubles, rounded half to even (`selection.removed_count`), and all else is of integers, so no
+error adds up over the rows. Entries are totals and not differences: an update that was put off, because its
+scores were not finite, is made up for by the next.
+
+The second recursion holds only for masks that this table made. Where a pruner takes over masks, only the
+device knows how many units are left, and `ScheduleTable.counts` makes the product there, to the same unit.
 """
 
 import warnings
@@ -16,6 +26,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.pruning.targets import (
+    Competing,
     competing_pools,
     competing_sizes,
     floors,
@@ -32,9 +43,11 @@ from jaxprune.typing import PrunerState
 
 _MAX_ENTRIES = 2**20
 
-NO_SCHEDULE, FROM_MASKS, REWIRED, OTHER = 0, -1, 1, 2
-"""`PrunerState.schedule` of a new state, of a new one that starts from masks, of one whose row counts the
-moves of `rewiring`, of one whose rows count something else."""
+# Values of `PrunerState.schedule` that are no table's number.
+NO_SCHEDULE = 0  # of a new state
+FROM_MASKS = -1  # of a new state that starts from masks
+REWIRED = 1  # its row counts the moves of `rewiring`
+OTHER = 2  # its row counts something else
 
 
 class Grid(NamedTuple):
@@ -56,21 +69,21 @@ class Grid(NamedTuple):
         return None if self.end is None else -(-(self.end - self.begin) // self.every) + 1
 
     def count(self, row: int) -> int:
-        """The schedule's count at a row: a step, or the level itself."""
+        """Return the schedule's count at a row: a step, or the level itself."""
         return row if self.end is None else min(self.begin + (row - 1) * self.every, self.end)
 
     def row(self, step: jax.Array) -> jax.Array:
-        """The row last passed after `step` calls."""
+        """Return the row last passed after `step` calls."""
         if self.end is None or self.last is None:
             return lax.div(step, jnp.full_like(step, self.every))
-        # Rounded towards 0, as is enough here, because rounding down takes several operations more.
+        # `lax.div` rounds towards 0, which is right from 0 on; rounding down takes several operations more.
         since = step - self.begin
         passed = jnp.where(since < 0, 0, lax.div(since, jnp.full_like(since, self.every)) + 1)
         return jnp.where(step >= self.end, self.last, passed)
 
 
-class Request(NamedTuple):
-    """What a pruner asks of the table.
+class ScheduledTarget(NamedTuple):
+    """What a pruner is asked for.
 
     Attributes:
       schedules: by path; under the path "" if there is one for all.
@@ -90,29 +103,28 @@ class Request(NamedTuple):
     floor: int
     stop: float | None
 
+    def sparsity(self, count: int) -> Any:
+        """Return the sparsity at a count, as `target_counts` takes it: a number, or numbers by path."""
+        values = {path: schedule.on_host(count) for path, schedule in self.schedules.items()}
+        return values.get("", values)
 
-class Table(NamedTuple):
-    """How many units are removed, by row and by set of competing pools.
+    def is_constant(self) -> bool:
+        """Return whether levels without end ask for the same from the first level on."""
+        return self.sparsity(1) == self.sparsity(2) == self.sparsity(3)
 
-    Attributes:
-      competing: the names of the sets, in the order of the columns.
-      targets: int64 (rows, sets): how many units are gone, if the masks pruned nothing at first. Rows at
-        the end in which nothing changes are left out.
-      fractions: float64 (rows, sets): with `of="remaining"` the fraction of what is left that each row
-        removes; else None.
-      end: with `stop`, how many units are gone at most; else None.
-      schedule: a number that other schedules, units and sizes most likely do not have.
-    """
+    def counts(self, count: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return how many units the sparsity at a count removes from sets of the given sizes."""
+        return target_counts(self.sparsity(count), sizes, self.structure, self.scope)
 
-    competing: tuple[str, ...]
-    targets: np.ndarray
-    fractions: np.ndarray | None
-    end: int | None
-    schedule: int
+    def count_at_stop(self, size: int) -> int | None:
+        """Return how many of all units are removed when pruning stops, or None if it never does."""
+        if self.stop is None:
+            return None
+        return target_counts(self.stop, {"stop": size}, self.structure, "global")["stop"]
 
 
 def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
-    """The schedules by path; under the path "" if there is one for all; by `LayerOf` those of an array.
+    """Return the schedules by path: one for all under the path "", those of an array by `LayerOf`.
 
     Raises:
       ValueError: an empty dict, or schedules that do not begin and end together.
@@ -142,229 +154,277 @@ def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
     return by_path
 
 
-def asked_at(schedules: Mapping[str, Schedule], count: int) -> Any:
-    """The sparsity at a count, as `target_counts` takes it: a number, or numbers by path."""
-    values = {path: schedule.on_host(count) for path, schedule in schedules.items()}
-    return values.get("", values)
-
-
-def is_constant(schedules: Mapping[str, Schedule]) -> bool:
-    """Whether levels without end ask for the same from the first on."""
-    return asked_at(schedules, 1) == asked_at(schedules, 2) == asked_at(schedules, 3)
-
-
-def places_of(pools: Iterable[str], paths: Sequence[str]) -> list[str]:
-    """The names of pools with the place of a leaf instead of its path: of "a/kernel[1]" "0[1]", say.
+def names_by_place(pools: Iterable[str], paths: Sequence[str]) -> list[str]:
+    """Return the names of pools with a leaf's place in place of its path: "0[1]" for "a/kernel[1]", say.
 
     The same layers in other containers have other paths, and the same places.
     """
     place = {path: str(number) for number, path in enumerate(paths)}
 
-    def of(pool: str) -> str:
+    def named(pool: str) -> str:
         path, rest = pool, ""
         while path not in place and "[" in path:  # of a layer and of an axis, "a/kernel[2][1]"
             path, bracket, last = path.rpartition("[")
             rest = bracket + last + rest
         return place[path] + rest if path in place else pool
 
-    return [of(pool) for pool in pools]
-
-
-def build(
-    request: Request, sizes: Mapping[str, int], cut_out: Mapping[str, int], places: Sequence[str]
-) -> Table:
-    """The table for pools of the given sizes.
-
-    Rows go to the schedule's end; without an end, until nothing changes any more; and never beyond `stop`,
-    a sparsity of all units.
-
-    Args:
-      request: what the pruner asks.
-      sizes: by pool, how many units it has.
-      cut_out: by pool, how many units it had besides, which `compact` took away. Fractions are of all of
-        them, and what was taken away counts as removed.
-      places: by pool, in the same order, what it is called in every container: see `places_of`.
-
-    Warns:
-      UserWarning: the schedule's target cannot be reached without breaking `floor`.
-    """
-    grid, structure, of = request.grid, request.structure, request.of
-    competing = competing_pools(sizes, structure, request.scope)
-    least = floors(sizes, structure, request.floor)
-    dense = {name: size + cut_out.get(name, 0) for name, size in sizes.items()}
-    units = competing_sizes(dense, competing)
-    if "" not in request.schedules:
-        per_pool(request.schedules, units, "sparsity", None, request.scope)
-
-    def removed(remaining: dict[str, int], count: int) -> np.ndarray:
-        asked = asked_at(request.schedules, count)
-        return np.array(list(target_counts(asked, remaining, structure, request.scope).values()))
-
-    all_units, end = np.array(list(units.values())), None
-    if request.stop is not None:
-        (end,) = target_counts(request.stop, {"stop": int(all_units.sum())}, structure, "global").values()
-    spare = competing_sizes({name: min(least[name], size) for name, size in dense.items()}, competing)
-    most = all_units - np.array(list(spare.values()))
-    if grid.last is not None:
-        _check_size(grid.last, len(most), grid)
-    rows = [np.zeros_like(most)]
-    missed = np.zeros_like(most)
-    while grid.last is None or len(rows) <= grid.last:
-        now = grid.count(len(rows))
-        if of == "total":
-            target = np.maximum(removed(units, now), rows[-1])
-        else:
-            target = rows[-1] + removed(dict(zip(units, (all_units - rows[-1]).tolist(), strict=True)), now)
-        missed = target - most
-        rows.append(np.minimum(target, most))
-        if end is not None and rows[-1].sum() >= end:
-            rows[-1] = rows[-2] + _shared_out(end - int(rows[-2].sum()), rows[-1] - rows[-2])
-            missed = np.zeros_like(most)
-            break
-        _check_size(len(rows), len(most), grid)
-        if grid.last is None and end is None and len(rows) == 4096:
-            # So many levels take a second. If the largest possible table is too small, say so now.
-            beyond = _MAX_ENTRIES // len(most) + 1
-            if asked_at(request.schedules, beyond - 1) != asked_at(request.schedules, beyond):
-                _check_size(beyond, len(most), grid)
-        stays = grid.last is None and (rows[-1] == rows[-2]).all()
-        if stays and asked_at(request.schedules, now) == asked_at(request.schedules, now + 1):
-            break
-    # Only levels that go on for ever are meant to end at the floor.
-    constant_total = of == "total" and is_constant(request.schedules)
-    if (grid.last is not None or constant_total) and (missed > 0).any():
-        _warn_missed(units, missed, max(least.values()))
-    fractions = None
-    if of == "remaining":
-        asked = [asked_at(request.schedules, grid.count(max(row, 1))) for row in range(len(rows))]
-        values = [per_pool(each, units, "sparsity", 0.0, request.scope).values() for each in asked]
-        fractions = np.minimum(np.array([list(v) for v in values]) / structure.max_sparsity, 1.0)
-    while len(rows) > 1 and (rows[-1] == rows[-2]).all():
-        rows.pop()  # There is no reason to score and select where nothing changes.
-    number = _number(request, places, sizes, dense, np.stack(rows))
-    # The masks know nothing of what was cut out, so what they are asked for is without it.
-    gone = np.array(
-        list(competing_sizes({name: dense[name] - sizes[name] for name in sizes}, competing).values())
-    )
-    targets = np.maximum(np.stack(rows) - gone, 0)
-    end = None if end is None else max(end - int(gone.sum()), 0)
-    return Table(tuple(competing), targets, fractions, end, number)
-
-
-def _number(
-    request: Request,
-    places: Sequence[str],
-    sizes: Mapping[str, int],
-    dense: Mapping[str, int],
-    targets: np.ndarray,
-) -> int:
-    """A number of 31 bits from all that decides what a row means, but not one that states are made with."""
-    what = (request.grid, request.of, request.scope, request.structure.name, *places)
-    text = repr((what, list(sizes.values()), list(dense.values()))).encode()
-    return max(zlib.crc32(targets.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 3)
+    return [named(pool) for pool in pools]
 
 
 def with_rows(state: PrunerState, shape: tuple[int, ...] = ()) -> PrunerState:
-    """A state with rows of a shape: a recipe of several sections has a row for each, a pruner one."""
-    number = state.schedule if jax.tree.leaves(state.schedule) else NO_SCHEDULE
+    """Return a state whose `row` has a shape: a pruner has one row, a recipe one for each of its sections."""
+    schedule = state.schedule if jax.tree.leaves(state.schedule) else NO_SCHEDULE
     if jnp.shape(state.row) == shape:
-        number = jnp.broadcast_to(jnp.asarray(number, jnp.int32), shape)
-        return state._replace(schedule=number)
-    # They say nothing here.
+        return state._replace(schedule=jnp.broadcast_to(jnp.asarray(schedule, jnp.int32), shape))
+    # Rows of another shape count something else.
     return state._replace(row=jnp.zeros(shape, jnp.int32), schedule=jnp.full(shape, OTHER, jnp.int32))
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a state is in a table.
 
     Attributes:
-      row: the row that the calls so far have reached.
-      before: the row that the masks are at.
-      follows: whether the masks are those of the table's own rows, from masks that pruned nothing on.
+      reached: the row that the calls so far have reached.
+      applied: the row that the masks are at.
+      follows: whether the masks are the table's rows, from masks that pruned nothing on.
     """
 
-    row: jax.Array
-    before: jax.Array
+    reached: jax.Array
+    applied: jax.Array
     follows: jax.Array
 
     @property
     def due(self) -> jax.Array:
         """Whether the masks are to be updated."""
-        return self.row > self.before
+        return self.reached > self.applied
 
 
-def place(table: Table, grid: Grid, state: PrunerState) -> Place:
-    """Where a state is, after the call that it counted last.
+class ScheduleTable(NamedTuple):
+    """How many units are removed, by row and by set of competing pools.
 
-    A state of another schedule is at row 0, so that the next call reaches what is asked for now. Fractions
-    of what remains are no totals that could be caught up with: there it is at the row of the call before.
+    Attributes:
+      grid: the calls at which rows are reached.
+      competing: the names of the sets, in the order of the columns.
+      removed: int64 (rows, sets): how many units are removed, if the masks pruned nothing at first. Rows at
+        the end in which nothing changes are left out.
+      fractions: float64 (rows, sets): with `of="remaining"` the fraction of what is left that each row
+        removes; else None.
+      max_removed: with `stop`, how many units are removed in all at most; else None.
+      schedule: a number that other schedules, units and sizes most likely do not have.
     """
-    reached = grid.row(state.step)
-    rows = jnp.minimum(reached, len(table.targets) - 1)
-    state = with_rows(state)
-    number = state.schedule
-    follows = (number == table.schedule) | (number == NO_SCHEDULE)
-    own = follows | (number == -table.schedule) | (number == FROM_MASKS)
-    if table.fractions is None:
-        return Place(rows, jnp.where(own, state.row, 0), follows)
-    # Only the table's own rows end where nothing is left to remove.
-    row = jnp.where(follows, rows, reached)
-    return Place(row, jnp.where(own, state.row, grid.row(state.step - 1)), follows)
+
+    grid: Grid
+    competing: tuple[str, ...]
+    removed: np.ndarray
+    fractions: np.ndarray | None
+    max_removed: int | None
+    schedule: int
+
+    @classmethod
+    def build(
+        cls,
+        target: ScheduledTarget,
+        sizes: Mapping[str, int],
+        cut_out: Mapping[str, int],
+        places: Sequence[str],
+    ) -> "ScheduleTable":
+        """Return the table for pools of the given sizes.
+
+        Rows go to the schedule's end; without an end, until nothing changes any more; and never past `stop`.
+
+        Args:
+          target: what the pruner is asked for.
+          sizes: by pool, how many units it has.
+          cut_out: by pool, how many units it had besides, which `compact` took away. Fractions are of all of
+            them, and what was taken away counts as removed.
+          places: by pool, in the same order, its name in every container: see `names_by_place`.
+
+        Warns:
+          UserWarning: the schedule's target cannot be reached without breaking `floor`.
+        """
+        grid, structure = target.grid, target.structure
+        competing = competing_pools(sizes, structure, target.scope)
+        min_kept = floors(sizes, structure, target.floor)
+        dense = {name: size + cut_out.get(name, 0) for name, size in sizes.items()}
+        num_units = competing_sizes(dense, competing)
+        if "" not in target.schedules:  # names an unknown path before anything else
+            per_pool(target.schedules, num_units, "sparsity", None, target.scope)
+        kept = competing_sizes({name: min(min_kept[name], size) for name, size in dense.items()}, competing)
+        max_removable = _as_array(num_units) - _as_array(kept)
+        max_removed = target.count_at_stop(sum(num_units.values()))
+        rows, missed = _removed_by_row(target, num_units, max_removable, max_removed)
+        # Levels without an end are meant to stop at the floor; other schedules are not.
+        ends = grid.last is not None or (target.of == "total" and target.is_constant())
+        if ends and (missed > 0).any():
+            _warn_missed(num_units, missed, max(min_kept.values()))
+        fractions = _fractions(target, num_units, len(rows)) if target.of == "remaining" else None
+        while len(rows) > 1 and (rows[-1] == rows[-2]).all():
+            rows.pop()  # There is no reason to score and select where nothing changes.
+        schedule = _schedule_number(target, places, sizes, dense, np.stack(rows))
+        # The masks know nothing of what was cut out, so what they are asked for is without it.
+        cut = _as_array(competing_sizes({name: dense[name] - sizes[name] for name in sizes}, competing))
+        removed = np.maximum(np.stack(rows) - cut, 0)
+        if max_removed is not None:
+            max_removed = max(max_removed - int(cut.sum()), 0)
+        return cls(grid, tuple(competing), removed, fractions, max_removed, schedule)
+
+    @property
+    def last(self) -> int:
+        """The last row in which masks change."""
+        return len(self.removed) - 1
+
+    def position(self, state: PrunerState) -> Position:
+        """Return where a state is, after the call that it counted last.
+
+        `PrunerState.schedule` says in which table the state's row counts, and how its masks came about:
+
+            the table's number, or 0 for a new state     here, and the masks are this row of the table
+            minus the number, or -1 for a new state      here, but the pruner took over the masks
+            any other number                             elsewhere: another pruner left the state
+
+        A state of another pruner is at row 0. As entries are totals, the next call then reaches what is asked
+        for now, and if the masks are ahead of that, it removes nothing. With `of="remaining"` there is no
+        total to catch up with: there such a state is at the row of the call before, so that the fractions of
+        this table are removed from the next row on.
+        """
+        passed = self.grid.row(state.step)
+        reached = jnp.minimum(passed, self.last)
+        state = with_rows(state)
+        follows = (state.schedule == self.schedule) | (state.schedule == NO_SCHEDULE)
+        counts_here = follows | (state.schedule == -self.schedule) | (state.schedule == FROM_MASKS)
+        if self.fractions is None:
+            return Position(reached, jnp.where(counts_here, state.row, 0), follows)
+        # The table ends where its own masks have nothing left to remove, which says nothing of others.
+        reached = jnp.where(follows, reached, passed)
+        before = self.grid.row(state.step - 1)
+        return Position(reached, jnp.where(counts_here, state.row, before), follows)
+
+    def schedule_at(self, position: Position) -> jax.Array:
+        """Return `PrunerState.schedule` of a state at a position in this table."""
+        return jnp.where(position.follows, self.schedule, -self.schedule).astype(jnp.int32)
+
+    def counts(
+        self, position: Position, alive: Mapping[str, jax.Array], competing: Competing
+    ) -> dict[str, Count]:
+        """Return how many units should be removed, by set of competing pools, those removed before included.
+
+        Args:
+          position: where the state is.
+          alive: by pool, which units are left.
+          competing: by name, the pools that compete.
+        """
+        row = jnp.minimum(position.reached, self.last)
+        # In two halves, because a count may be more than an int32 holds.
+        counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(self.removed))
+        if self.fractions is not None:
+            taken_over = self._counts_of_remaining(position, alive, competing)
+            counts = big_counts.where(position.follows, counts, taken_over)
+        # By name: JAX sorts the keys of dicts, so pools may come in another order than the table has.
+        return {name: big_counts.pick(counts, self.competing.index(name)) for name in competing}
+
+    def _counts_of_remaining(
+        self, position: Position, alive: Mapping[str, jax.Array], competing: Competing
+    ) -> BigCount:
+        """Return, by set, what is removed and the row's fraction of what is left, which only the masks say.
+
+        The product has to be that of the host, `round_half_even(float64(fraction * left))`, or a run that was
+        taken over would end some units off one that was not. But JAX has no float64 unless it is enabled, and
+        float32 has 24 bits: from 2**24 units on it does not even hold `left`. So `rounded_product` multiplies
+        the 53 bits of the fraction by the count as integers, and rounds twice, as the host does.
+        """
+        assert self.fractions is not None
+        pools = [competing[name] for name in self.competing]
+        left = _num_alive([[alive[pool] for pool in names] for names in pools])
+        sizes = big_counts.big(np.array([sum(alive[pool].size for pool in names) for names in pools]))
+        fractions = big_counts.fraction(self.fractions)
+        row = jnp.minimum(position.reached, len(self.fractions) - 1)
+        more = jax.jit(big_counts.rounded_product)(
+            jax.tree.map(lambda x: jnp.asarray(x)[row], fractions), left
+        )
+        removed = sizes - left
+        if self.max_removed is not None:
+            total = _total(removed)
+            allowed = big_counts.maximum(
+                big_counts.big(self.max_removed) - total, big_counts.zeros_like(total)
+            )
+            more = _scaled_down(more, allowed)
+        return removed + more
 
 
-def number_after(table: Table, at: Place) -> jax.Array:
-    """`PrunerState.schedule` of a state that was at a place of this table."""
-    return jnp.where(at.follows, table.schedule, -table.schedule).astype(jnp.int32)
+def _as_array(by_name: Mapping[str, int]) -> np.ndarray:
+    return np.array(list(by_name.values()))
 
 
-def counts_at(
-    table: Table, at: Place, alive: Mapping[str, jax.Array], competing: Mapping[str, Iterable[str]]
-) -> dict[str, Count]:
-    """How many units should be gone, by set of competing pools, those gone before included.
+def _removed_by_row(
+    target: ScheduledTarget, num_units: Mapping[str, int], max_removable: np.ndarray, max_removed: int | None
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Return how many units of each set are removed by each row, and how many the last row asks for in vain.
 
     Args:
-      table: the table.
-      at: where the state is in it.
-      alive: by pool, which units are left.
-      competing: by name, the pools that compete.
+      target: what the pruner is asked for.
+      num_units: by set, how many units it has.
+      max_removable: by set, how many units the floor lets go.
+      max_removed: how many units are removed in all at most, or None.
     """
-    row = jnp.minimum(at.row, len(table.targets) - 1)
-    # In two halves, because a count may be more than an int32 holds.
-    counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(table.targets))
-    if table.fractions is not None:
-        taken_over = _of_what_remains(table, at, alive, {n: tuple(competing[n]) for n in table.competing})
-        counts = big_counts.where(at.follows, counts, taken_over)
-    # By name: JAX sorts the keys of dicts, so pools may come in another order than the table has.
-    return {name: big_counts.pick(counts, table.competing.index(name)) for name in competing}
+    grid, columns = target.grid, len(max_removable)
+    if grid.last is not None:
+        _check_size(grid.last, columns, grid)
+    rows, missed = [np.zeros_like(max_removable)], np.zeros_like(max_removable)
+    while grid.last is None or len(rows) <= grid.last:
+        count = grid.count(len(rows))
+        if target.of == "total":
+            asked = np.maximum(_as_array(target.counts(count, num_units)), rows[-1])
+        else:
+            left = (_as_array(num_units) - rows[-1]).tolist()
+            asked = rows[-1] + _as_array(target.counts(count, dict(zip(num_units, left, strict=True))))
+        missed = asked - max_removable
+        rows.append(np.minimum(asked, max_removable))
+        if max_removed is not None and rows[-1].sum() >= max_removed:
+            rows[-1] = rows[-2] + _shared_out(max_removed - int(rows[-2].sum()), rows[-1] - rows[-2])
+            return rows, np.zeros_like(max_removable)
+        _check_size(len(rows), columns, grid)
+        if grid.last is None and max_removed is None and len(rows) == 4096:
+            # So many levels take a second. If the largest possible table is too small, say so now.
+            beyond = _MAX_ENTRIES // columns + 1
+            if target.sparsity(beyond - 1) != target.sparsity(beyond):
+                _check_size(beyond, columns, grid)
+        stays = grid.last is None and (rows[-1] == rows[-2]).all()
+        if stays and target.sparsity(count) == target.sparsity(count + 1):
+            break
+    return rows, missed
+
+
+def _fractions(target: ScheduledTarget, num_units: Mapping[str, int], rows: int) -> np.ndarray:
+    """Return the fraction of what is left that each row removes from each set."""
+    asked = [target.sparsity(target.grid.count(max(row, 1))) for row in range(rows)]
+    values = [per_pool(each, num_units, "sparsity", 0.0, target.scope).values() for each in asked]
+    return np.minimum(np.array([list(v) for v in values]) / target.structure.max_sparsity, 1.0)
+
+
+def _schedule_number(
+    target: ScheduledTarget,
+    places: Sequence[str],
+    sizes: Mapping[str, int],
+    dense: Mapping[str, int],
+    removed: np.ndarray,
+) -> int:
+    """Return 31 bits from all that decides what a row means, other than the numbers of new states.
+
+    Checkpoints hold this number. The text of a `Grid` enters it, so its names must stay as they are.
+    """
+    what = (target.grid, target.of, target.scope, target.structure.name, *places)
+    text = repr((what, list(sizes.values()), list(dense.values()))).encode()
+    return max(zlib.crc32(removed.astype("<i8").tobytes(), zlib.crc32(text)) & 0x7FFFFFFF, 3)
 
 
 @jax.jit
-def _left(alive: Any) -> BigCount:
-    """How many units each set of competing pools has left."""
+def _num_alive(alive: Any) -> BigCount:
+    """Return how many units each set of competing pools has left."""
     return big_counts.stack([_sum([big_counts.big(count_true(each)) for each in pools]) for pools in alive])
 
 
 def _sum(counts: list[BigCount]) -> BigCount:
-    return big_counts.pick(big_counts.total(big_counts.stack(counts)), (..., 0))
-
-
-def _of_what_remains(
-    table: Table, at: Place, alive: Mapping[str, jax.Array], competing: Mapping[str, tuple[str, ...]]
-) -> BigCount:
-    """By set, what is gone and the row's fraction of what is left, which only the masks say."""
-    assert table.fractions is not None
-    left = _left([[alive[pool] for pool in pools] for pools in competing.values()])
-    sizes = big_counts.big(np.array([sum(alive[p].size for p in pools) for pools in competing.values()]))
-    part = big_counts.fraction(table.fractions)
-    row = jnp.minimum(at.row, len(table.fractions) - 1)
-    more = jax.jit(big_counts.rounded_product)(jax.tree.map(lambda x: jnp.asarray(x)[row], part), left)
-    gone = sizes - left
-    if table.end is not None:
-        more = _scaled_down(
-            more,
-            big_counts.maximum(big_counts.big(table.end) - _total(gone), big_counts.zeros_like(_total(gone))),
-        )
-    return gone + more
+    return _total(big_counts.stack(counts))
 
 
 def _total(counts: BigCount) -> BigCount:
@@ -373,31 +433,36 @@ def _total(counts: BigCount) -> BigCount:
 
 @jax.jit
 def _scaled_down(more: BigCount, allowed: BigCount) -> BigCount:
-    """Counts that add up to what is allowed if they would exceed it, in proportion but for rounding."""
+    """Return counts that add up to `allowed` if they would exceed it, in proportion but for rounding.
+
+    Each count becomes `floor(count * allowed / total)`, and the units that rounding leaves over go to the
+    first sets that have room. So the parts may not add up to more than `allowed`, whatever float32 makes of
+    them. Turning a `BigCount` into a float rounds at most twice, there are three of them and three operations
+    between them: 9 roundings of 2**-24, less than the 2**-20 by which the scale is lowered.
+    """
 
     def as_float(count: BigCount) -> jax.Array:
         return count.high * 65536.0 + count.low
 
     total = _total(more)
-    # Rounded down by more than float32 errs, so that what is left over is not negative.
     scale = as_float(allowed) / jnp.maximum(as_float(total), 1.0) * (1 - 2.0**-20)
-    share = jnp.floor(as_float(more) * scale)
-    high = jnp.floor(share / 65536.0)
-    shares = big_counts.minimum(
-        BigCount(high.astype(jnp.int32), (share - high * 65536.0).astype(jnp.int32)), more
+    part = jnp.floor(as_float(more) * scale)
+    high = jnp.floor(part / 65536.0)
+    parts = big_counts.minimum(
+        BigCount(high.astype(jnp.int32), (part - high * 65536.0).astype(jnp.int32)), more
     )
-    room, rest = more - shares, allowed - _total(shares)
+    room, rest = more - parts, allowed - _total(parts)
     before = big_counts.pick(big_counts.prefix_sums(room), slice(-1))
     extra = big_counts.maximum(big_counts.minimum(rest - before, room), big_counts.zeros_like(room))
-    return big_counts.where(allowed < total, shares + extra, more)
+    return big_counts.where(allowed < total, parts + extra, more)
 
 
-def _shared_out(count: int, most: np.ndarray) -> np.ndarray:
-    """A count shared out in proportion to `most`; the largest remainders, then the first, round up."""
-    share, remainder = np.divmod(most.astype(np.int64) * count, max(1, int(most.sum())))
+def _shared_out(count: int, weights: np.ndarray) -> np.ndarray:
+    """Return a count shared out in proportion to weights; the largest remainders round up."""
+    share, remainder = np.divmod(weights.astype(np.int64) * count, max(1, int(weights.sum())))
     first = np.argsort(-remainder, kind="stable")[: count - int(share.sum())]
     share[first] += 1
-    return share.astype(most.dtype)
+    return share.astype(weights.dtype)
 
 
 def _check_size(rows: int, columns: int, grid: Grid) -> None:
@@ -408,8 +473,8 @@ def _check_size(rows: int, columns: int, grid: Grid) -> None:
         )
 
 
-def _warn_missed(units: Mapping[str, int], missed: np.ndarray, floor: int) -> None:
-    names = ", ".join(f"{name} by {n}" for name, n in zip(units, missed.tolist(), strict=True) if n > 0)
+def _warn_missed(num_units: Mapping[str, int], missed: np.ndarray, floor: int) -> None:
+    names = ", ".join(f"{name} by {n}" for name, n in zip(num_units, missed.tolist(), strict=True) if n > 0)
     warnings.warn(
         f"the schedule's target is missed ({names} units), because floor={floor} units of each leaf stay. "
         "floor=0 lets a leaf be emptied.",

@@ -1,11 +1,12 @@
-"""How many units go: sparsities, counts and thresholds, for all that is ranked together.
+"""How many units are removed: sparsities, counts and thresholds, for all pools that compete.
 
-Units come in pools: leaves, or groups of coupled channels. A scope says which pools are ranked
-together, a rank; every count is one per rank.
+Units come in pools: leaves, or groups of coupled channels. A scope says which pools compete, that is, from
+which of them a count takes the lowest units of all. There is one count for each set of competing pools.
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -16,23 +17,43 @@ from jaxprune.schedules import check_sparsity
 from jaxprune.selection.exact import removed_count
 from jaxprune.selection.search import count_true
 from jaxprune.structures import Structure, Units
-from jaxprune.tree.checks import scalar, shown
-from jaxprune.tree.paths import is_array, is_concrete
+from jaxprune.tree.checks import as_integer, is_traced_integer, scalar, shown
+from jaxprune.tree.dtypes import is_narrow
+from jaxprune.tree.leaves import is_array, is_concrete
 from jaxprune.tree.stacks import Family
 from jaxprune.typing import PerPath
 
 Counts = Mapping[str, Any]
-"""By rank, how many units go: integers, or traced scalars."""
+"""By set of competing pools, how many units are removed: integers, or traced scalars."""
 
 Competing = Mapping[str, tuple[str, ...]]
-"""By name, the pools that are ranked together."""
+"""By name, the sets of pools that compete."""
 
 SCOPES = ("global", "layerwise", "isomorphic")
-_TOGETHER = "all leaves together"
+_ALL = "all leaves together"
+
+
+class Target(NamedTuple):
+    """How many units to remove from which pools.
+
+    Attributes:
+      competing: the sets of pools that compete.
+      counts: by set, how many units are removed: fewer where the floors do not allow so many.
+      floors: by pool, how many units stay at least.
+      includes_pruned: whether the counts include units that are pruned already.
+      equal: by name, the stacks of which each layer keeps equally many units, the number nearest to what its
+        layers would keep together.
+    """
+
+    competing: Competing
+    counts: Counts
+    floors: Mapping[str, int]
+    includes_pruned: bool = False
+    equal: Mapping[str, Family] = MappingProxyType({})
 
 
 class LayerOf(NamedTuple):
-    """The place of a target in an array of one for each layer.
+    """The place of a target in an array that has one for each layer.
 
     Attributes:
       path: the stacked leaf, or stack of coupled channels, that the array is for.
@@ -45,15 +66,48 @@ class LayerOf(NamedTuple):
     index: tuple[int, ...]
 
 
+def target_of(
+    what: str, value: Any, units: Units, structure: Structure, scope: str, of: str, floor: int
+) -> Target:
+    """Count the units that a sparsity, a count or a threshold removes.
+
+    Args:
+      what: the name of the argument: "sparsity", "count" or "threshold".
+      value: its value: a number, or numbers by path.
+      units: the pooled scores.
+      structure: what pooled them.
+      scope, of, floor: as for `prune_once`.
+
+    Raises:
+      ValueError, TypeError: as `prune_once`, for its target and its scope.
+    """
+    # A threshold is the same for all, so every pool has a count of its own.
+    competing = competing_pools(units.scores, structure, "layerwise" if what == "threshold" else scope)
+    value = by_layer(taken_apart(value, what), units.families, what)
+    if what == "sparsity":
+        counts = sparsity_counts(value, units, structure, competing, scope, of)
+    elif what == "count":
+        counts = checked_counts(value, units, competing, scope)
+    else:
+        counts = threshold_counts(value, units)
+    return Target(
+        competing,
+        counts,
+        floors(units.scores, structure, floor),
+        includes_pruned=what == "sparsity" and of == "total",
+        equal=equal_families(units.families, scope),
+    )
+
+
 def competing_pools(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
-    """Which pools are ranked together.
+    """Return the sets of pools that compete under a scope, by name.
 
     Raises:
       ValueError: `scope="isomorphic"` for a structure whose pools have no kinds.
     """
     names = tuple(pools)
     if scope == "global":
-        return {_TOGETHER: names}
+        return {_ALL: names}
     if scope == "layerwise":
         return {name: (name,) for name in names}
     if not structure.kinds:
@@ -69,12 +123,12 @@ def competing_pools(pools: Iterable[str], structure: Structure, scope: str) -> d
 
 
 def competing_sizes(sizes: Mapping[str, int], competing: Competing) -> dict[str, int]:
-    """How many units each rank has, from how many each pool has."""
-    return {rank: sum(sizes[name] for name in names) for rank, names in competing.items()}
+    """Return how many units each set of competing pools has, from how many each pool has."""
+    return {name: sum(map(sizes.__getitem__, pools)) for name, pools in competing.items()}
 
 
 def floors(pools: Iterable[str], structure: Structure, floor: int) -> dict[str, int]:
-    """How many units of each pool stay at least.
+    """Return how many units of each pool stay at least.
 
     That is 0 for n:m structures: pruning all their units empties no leaf.
     """
@@ -83,17 +137,57 @@ def floors(pools: Iterable[str], structure: Structure, floor: int) -> dict[str, 
     return {name: max(floor, structure.floors.get(name, 0)) for name in pools}
 
 
+def equal_families(families: Mapping[str, Family], scope: str) -> dict[str, Family]:
+    """Return the stacks of coupled channels that keep equally many units in each layer under a scope."""
+    return {name: family for name, family in families.items() if family.equal and scope != "layerwise"}
+
+
+def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: int) -> Any:
+    """Return how many units each layer of a stack keeps, so that all keep equally many.
+
+    That is the mean of what they would keep, rounded half to even, then up to a multiple. What is pruned
+    never comes back, so it is at most what the layer with the fewest has left.
+
+    Args:
+      kept: how many units each layer would keep, an array of NumPy or of JAX.
+      alive: how many units each layer has left.
+      floor: how many each keeps at least; a layer that has fewer left keeps those.
+      multiple_of: the multiple.
+
+    Example:
+      >>> import numpy as np
+      >>> from jaxprune.pruning.targets import kept_in_each
+      >>> [int(kept_in_each(np.array(kept), np.array([9, 9]), 2, 1)) for kept in ([5, 2], [0, 1], [7, 6])]
+      [4, 2, 6]
+    """
+    xp: Any = np if isinstance(kept, np.ndarray) else jnp
+    # The mean is q + r / n with 0 <= r < n, so it is rounded up if 2 r > n, and if 2 r = n where q is odd:
+    # half to even in integers, as the counts of a sparsity are, and also where they are traced.
+    mean, rest = xp.divmod(xp.sum(kept, dtype=kept.dtype), len(kept))
+    mean = mean + ((2 * rest > len(kept)) | ((2 * rest == len(kept)) & (mean % 2 == 1)))
+    fewest, most = xp.min(alive), xp.max(alive)
+    up = -(-xp.maximum(mean, floor) // multiple_of) * multiple_of
+    # Where `up` is more than some layer has left, all keep the largest multiple that every layer has, `down`.
+    # There are two exceptions, in which they keep `fewest` instead: nothing was pruned unequally, so that all
+    # of it is what the network has now, multiple or not; or `down` is below the floor.
+    down = fewest - fewest % multiple_of
+    within = xp.where((fewest == most) | (down < floor), fewest, down)
+    # If even `fewest` is below the floor, the layers that have more keep the floor, the others all they have:
+    # the caller removes max(alive - number, 0) of each.
+    return xp.maximum(xp.where(up <= fewest, up, within), xp.minimum(floor, most))
+
+
 def target_counts(
     sparsity: float | PerPath, sizes: Mapping[str, int], structure: Structure, scope: str
 ) -> dict[str, int]:
-    """How many units a sparsity removes from ranks of the given sizes.
+    """Count the units that a sparsity removes from sets of competing pools of the given sizes.
 
     Raises:
       ValueError: a sparsity outside [0, 1) or above what the structure can remove, an unknown
         path, or a sparsity per path with `scope="global"`.
     """
 
-    def part(value: Any, size: int, what: str) -> int:
+    def count(value: Any, size: int, what: str) -> int:
         value = check_sparsity(value, what)
         fraction = value / structure.max_sparsity
         if fraction > 1 + 1e-12:
@@ -103,19 +197,21 @@ def target_counts(
             )
         return removed_count(min(fraction, 1.0), size)
 
-    by_rank = per_pool(sparsity, sizes, "sparsity", 0.0, scope)
+    values = per_pool(sparsity, sizes, "sparsity", 0.0, scope)
     named = isinstance(sparsity, Mapping)
     return {
-        name: part(by_rank[name], size, f"sparsity[{name!r}]" if named else "sparsity")
+        name: count(values[name], size, f"sparsity[{name!r}]" if named else "sparsity")
         for name, size in sizes.items()
     }
 
 
 def taken_apart(targets: Any, what: str) -> Any:
-    """A dict of targets by path with each array of targets taken apart, by `LayerOf`; else what it is.
+    """Take each array in a dict of targets by path apart, into targets by `LayerOf`.
+
+    Targets that are not a dict are returned unchanged.
 
     Raises:
-      TypeError: a list that holds something else than numbers.
+      TypeError: a list that holds something other than numbers.
     """
     if not isinstance(targets, Mapping):
         return targets
@@ -136,18 +232,18 @@ def taken_apart(targets: Any, what: str) -> Any:
             continue
         concrete = np.asarray(value) if is_concrete(value) else value
         for index in np.ndindex(*value.shape):
-            each: Any = concrete[index]
-            apart[LayerOf(path, value.shape, index)] = each.item() if is_concrete(each) else each
+            target: Any = concrete[index]
+            apart[LayerOf(path, value.shape, index)] = target.item() if is_concrete(target) else target
     return apart
 
 
 def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
-    """Targets that `taken_apart` gives, with one for each layer in place of those for a whole stack.
+    """Replace the targets of stacks, as `taken_apart` returns them, by a target for each layer.
 
-    The target of a layer, by its name, comes before that of the stack.
+    A target that names a layer comes before that of its stack.
 
     Raises:
-      ValueError: an array of another shape than the stack has, or for what is no stack.
+      ValueError: an array whose shape is not the stack's, or for a path that is not a stack.
     """
     if not isinstance(targets, Mapping) or not (families or any(isinstance(k, LayerOf) for k in targets)):
         return targets
@@ -178,7 +274,7 @@ def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
 def per_pool(
     value: Any, pools: Mapping[str, Any], what: str, default: Any, scope: str = "layerwise"
 ) -> dict[str, Any]:
-    """A value for each pool or rank, from one value or from a dict by path.
+    """Return a value for each pool, or set of competing pools, from one value or from a dict by path.
 
     Raises:
       ValueError: a path that takes no part, an empty dict, or any dict with `scope="global"`.
@@ -198,14 +294,14 @@ def per_pool(
 
 
 def pool_sizes(units: Units) -> dict[str, int]:
-    """How many units each pool has, those that are pruned included."""
+    """Return how many units each pool has, pruned ones included."""
     return {name: alive.size for name, alive in units.alive.items()}
 
 
 def sparsity_counts(
     sparsity: Any, units: Units, structure: Structure, competing: Competing, scope: str, of: str
 ) -> Counts:
-    """How many units a sparsity removes, of the total, those pruned before included, or of what remains.
+    """Count the units that a sparsity removes: of the total, pruned ones included, or of what remains.
 
     Raises:
       TypeError: `of="remaining"` under masks that are traced.
@@ -223,36 +319,36 @@ def sparsity_counts(
 
 
 def alive_counts(units: Units) -> dict[str, int]:
-    """How many units of each pool are left."""
+    """Count the units of each pool that are left."""
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the masks
         return {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
 
 
 def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:
-    """Counts as they were passed in, checked.
+    """Check counts, and return them by set of competing pools.
 
     Raises:
       ValueError: a count out of range, an unknown path, a dict with `scope="global"`.
-      TypeError: a count that is no integer.
+      TypeError: a count that is not an integer.
     """
     sizes = competing_sizes(pool_sizes(units), competing)
-    by_rank = per_pool(count, sizes, "count", 0, scope)
-    for name, number in by_rank.items():
-        numeric = isinstance(number, (int, float, np.number)) or (is_array(number) and number.shape == ())
-        if (
-            isinstance(number, bool)
-            or not numeric
-            or not jnp.issubdtype(jnp.result_type(number), jnp.integer)
-        ):
-            what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
-            raise TypeError(f"{what} must be an integer, got {number!r}; for a fraction pass sparsity=...")
-        if is_concrete(number) and not 0 <= int(number) <= sizes[name]:
+    counts = per_pool(count, sizes, "count", 0, scope)
+    for name, number in counts.items():
+        what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"
+        if is_traced_integer(number):
+            continue
+        try:
+            known = as_integer(number, what)
+        except TypeError:
+            message = f"{what} must be an integer, got {number!r}; for a fraction pass sparsity=..."
+            raise TypeError(message) from None
+        if not 0 <= known <= sizes[name]:
             raise ValueError(f"count={number} is out of range: {name} has {sizes[name]} units to remove.")
-    return by_rank
+    return counts
 
 
 def threshold_counts(threshold: Any, units: Units) -> Counts:
-    """How many units of each pool score below a threshold.
+    """Count the units of each pool that score below a threshold.
 
     Raises:
       ValueError: a threshold that is NaN, or an unknown path.
@@ -264,6 +360,11 @@ def threshold_counts(threshold: Any, units: Units) -> Counts:
             raise ValueError(f"threshold is nan for {name}: no score is below it.")
         if isinstance(bound, int) and not -(2**63) <= bound < 2**63:
             raise ValueError(f"threshold={bound} for {name} is beyond all integers that scores can be.")
-    with jax.numpy_dtype_promotion("standard"):  # on purpose: a threshold may have its param's dtype
-        below = {name: scores < bounds[name] for name, scores in units.scores.items()}
-    return {name: count_true(units.alive[name] & below[name]) for name in below}
+    counts = {}
+    for name, scores in units.scores.items():
+        # In float32, because a bound that was rounded to half precision would be another bound.
+        scores = scores.astype(jnp.float32) if is_narrow(scores.dtype) else scores
+        with jax.numpy_dtype_promotion("standard"):  # on purpose: a threshold may have its param's dtype
+            below = scores < bounds[name]
+        counts[name] = count_true(units.alive[name] & below)
+    return counts

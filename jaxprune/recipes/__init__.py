@@ -21,14 +21,14 @@ reason_to_stop = recipe.stop.reached(accuracy=accuracy)
 ```
 
 The keys of a section are the arguments of `jaxprune.pruner`: a name stands for the function of that name,
-`{name: {option: value}}` for a call with options, `{name: value}` for one whose first option that is.
+`{name: {option: value}}` for a call with options, `{name: value}` for a call with the first option alone.
 `sparsity` is a number, a schedule, a distribution such as `{erk: 0.9}`, or `{per_path: {...}}`; the
-`sparsity` of a schedule may be one of the latter two. With `rewire: {rigl: {every: 100, end_step: 8000}}` the
-section makes masks once, which then move. `where` is `kernels`, a pattern of paths, a list of these, or
+`sparsity` of a schedule may be one of the last two. With `rewire: {rigl: {every: 100, end_step: 8000}}` the
+section makes masks once, and these then move. `where` is `kernels`, a pattern of paths, a list of these, or
 `all_of`, `any_of`, `not`. `distillation` has the options of `jaxprune.distillation.objective`, `stop` the
 fields of `Stop`.
 
-Nothing in a recipe is executed, and whatever is not understood is refused, with its line and key.
+Nothing in a recipe is executed, and a recipe with anything unknown in it is refused, with the line and key.
 """
 
 from jaxprune.recipes.document import RecipeError

@@ -1,17 +1,20 @@
-"""A recipe's text as a tree of nodes that know their line and key, and what is wrong in it.
+"""A recipe as a tree of nodes that know their line and key, read from YAML or from plain Python data.
 
-YAML is read as events, never as objects: nothing is constructed, nothing recurses, and what a recipe
-has no use for (tags, anchors and aliases, several documents) is refused. Scalars are read by the core
-schema of YAML 1.2, in which `1e-3` is a number and `on` a text; in YAML 1.1, PyYAML's, it is the other
-way round.
+PyYAML composes the nodes and constructs no objects. What a recipe has no use for (tags, anchors and aliases,
+a second document) is refused while it composes, and so are depth and number of nodes beyond any recipe's:
+a hostile text costs no more than a long one. Scalars follow the core schema of YAML 1.2, in which `1e-3` is a
+number and `on` a text; in YAML 1.1, which PyYAML follows, it is the other way round.
 """
 
-import difflib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, NoReturn
+
+from jaxprune.tree.checks import closest
+
+__all__ = ["MAX_CHARACTERS", "Node", "RecipeError", "from_python", "from_yaml", "to_yaml", "unknown"]
 
 MAX_CHARACTERS = 200_000
 _MAX_DEPTH = 30
@@ -27,85 +30,70 @@ _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": Fal
 
 
 class RecipeError(ValueError):
-    """What is wrong in a recipe; the message begins with the line, if there is one, and the key."""
+    """A recipe is wrong; the message begins with the file, the line if it has lines, and the key."""
 
 
 class Node(NamedTuple):
     """A value in a recipe.
 
     Attributes:
-      value: a dict of nodes, a list of nodes, a `Text` of YAML, or a Python scalar.
-      key: where it is, as in `prune[0].sparsity`; empty for the whole.
+      value: a dict of nodes, a list of nodes, or a Python scalar.
+      key: where it is, as in `prune[0].sparsity`; empty for the root.
       place: the file and the line, as in `recipe.yaml:3`, or the name of a dict's recipe.
+      written: a scalar of YAML as it is written; None for Python data.
     """
 
     value: Any
     key: str
     place: str
+    written: str | None = None
 
     def fail(self, problem: str) -> NoReturn:
-        """Raises a `RecipeError` that says where."""
+        """Raise a `RecipeError` that says where the problem is."""
         raise RecipeError(f"{self.place}: {self.key}: {problem}" if self.key else f"{self.place}: {problem}")
 
-    @property
-    def is_null(self) -> bool:
-        """Whether there is nothing here."""
-        if isinstance(self.value, Text):
-            return self.value.plain and self.value.text in _NULLS
-        return self.value is None
-
     def described(self) -> str:
-        """What is here, for a message."""
+        """Return what is here, for a message."""
         if isinstance(self.value, dict):
             return f"a mapping of {', '.join(map(_short, self.value)) or 'nothing'}"
         if isinstance(self.value, list):
             return f"a list of {len(self.value)}"
-        return "nothing" if self.is_null else _short(self.plain())
+        return "nothing" if self.value is None else _short(self.plain())
 
     def plain(self) -> Any:
-        """The value as plain data, scalars by the rules of YAML 1.2."""
+        """Return the value as plain data."""
         if isinstance(self.value, dict):
             return {key: node.plain() for key, node in self.value.items()}
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
-        if not isinstance(self.value, Text):
-            number = _item(self.value)
-            return self.value if number is None else number
-        if not self.value.plain:
-            return self.value.text
-        text = self.value.text
-        if self.is_null:
-            return None
-        if text in _BOOLS:
-            return _BOOLS[text]
-        number = _number(text)
-        return text if number is None else number
+        number = _item(self.value)
+        return self.value if number is None else number
 
-    # What is wanted here, or an error.
+    # Each returns the value as one type, or fails.
 
     def mapping(self, what: str = "a mapping") -> dict[str, "Node"]:
-        """The nodes by key."""
+        """Return the nodes by key."""
         if not isinstance(self.value, dict):
             self.fail(f"expected {what}, got {self.described()}.")
         return self.value
 
     def text(self) -> str:
-        """A text; in YAML what looks like a number needs quotes to be one."""
+        """Return a text; in YAML, one that looks like a number needs quotes."""
         text = self.plain()
         if not isinstance(text, str):
-            quotes = isinstance(self.value, Text) and not self.is_null
+            quotes = self.written is not None and text is not None
             self.fail(f"expected a text, got {self.described()}.{' Put it in quotes.' * quotes}")
         return text
 
     def boolean(self) -> bool:
-        """True or false."""
+        """Return true or false."""
         plain = self.plain()
         if not isinstance(plain, bool):
             self.fail(f"expected true or false, got {self.described()}.")
         return plain
 
     def number(self) -> int | float:
-        """A number that is not NaN; or a text that reads as one, as other readers of YAML make of 1e-3."""
+        """Return a number that is not NaN. A text that reads as one will do: 1e-3 is a text in YAML 1.1."""
         value = self.plain()
         if isinstance(value, str):
             value = _number(value.strip())
@@ -113,13 +101,13 @@ class Node(NamedTuple):
             value = math.inf if value > 0 else -math.inf
         if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
             hint = ""
-            if isinstance(self.value, Text) and re.fullmatch(r"[-+]?[0-9][0-9_:.,%xob]*", self.value.text):
+            if re.fullmatch(r"[-+]?[0-9][0-9_:.,%xob]*", self.written or ""):
                 hint = " Write plain decimals, such as 10, 0.9 or 1e-3."
             self.fail(f"expected a number, got {self.described()}.{hint}")
         return value
 
     def integer(self) -> int:
-        """A whole number; of 1e3 as well."""
+        """Return a whole number; 1e3 is one too."""
         value = self.number()
         if isinstance(value, float):
             if not value.is_integer():
@@ -130,7 +118,7 @@ class Node(NamedTuple):
     def fields(
         self, allowed: Iterable[str], required: Iterable[str] = (), what: str = "keys"
     ) -> dict[str, "Node"]:
-        """The nodes by key, of which each must be allowed and some must be there."""
+        """Return the nodes by key; each key must be allowed, and the required ones must be there."""
         nodes, allowed = self.mapping(), list(allowed)
         for key, node in nodes.items():
             if key not in allowed:
@@ -140,23 +128,16 @@ class Node(NamedTuple):
         return nodes
 
 
-class Text(NamedTuple):
-    """A scalar of YAML as it is written; plain if it has no quotes."""
-
-    text: str
-    plain: bool
-
-
 def unknown(key: str, allowed: Iterable[str], what: str) -> str:
-    """Says that a key or name is not allowed, what is, and what may have been meant."""
+    """Say that a key or name is not allowed, what is, and what may have been meant."""
     allowed = list(allowed)
-    near = difflib.get_close_matches(key[:60], allowed, n=1, cutoff=0.6)
-    meant = f" Did you mean {near[0]}?" if near else ""
+    near = closest(key, allowed)
+    meant = f" Did you mean {near}?" if near else ""
     return f"unknown {_short(key)}.{meant} Allowed {what}: {', '.join(allowed) or 'none'}."
 
 
 def from_python(value: Any, name: str) -> Node:
-    """The tree of plain Python data: dicts with texts for keys, lists, numbers, texts, bools, None."""
+    """Return the tree of plain Python data: dicts with texts for keys, lists, numbers, texts, bools, None."""
     count = 0
 
     def node(value: Any, key: str, depth: int) -> Node:
@@ -180,101 +161,91 @@ def from_python(value: Any, name: str) -> Node:
 
 
 def from_yaml(text: str, name: str) -> Node:
-    """The tree of a YAML text.
+    """Return the tree of a YAML text.
 
     Args:
       text: one document.
       name: of the file, for messages.
 
     Raises:
-      RecipeError: it is no YAML, or has what a recipe may not have.
+      RecipeError: it is not YAML, or has something that a recipe may not have.
       ImportError: PyYAML is not installed.
     """
     yaml = _import_yaml()
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(
-            f"{name}: {len(text):,} characters are no recipe; at most {MAX_CHARACTERS:,} are read."
+            f"{name}: {len(text):,} characters, too many for a recipe; at most {MAX_CHARACTERS:,} are read."
         )
-    root: Node | None = None
-    # The collections that are open, each with the key that waits for its value, in mappings.
-    open_: list[tuple[Node, Node | None]] = []
-    count = documents = 0
 
-    def place(event: Any) -> str:
-        return f"{name}:{event.start_mark.line + 1}"
+    def place(it: Any) -> str:
+        return f"{name}:{it.start_mark.line + 1}"
 
-    def add(new: Any, event: Any) -> None:
-        nonlocal root, count
-        count += 1
-        key = ""
-        if open_:
-            parent, waiting = open_[-1]
-            if isinstance(parent.value, list):
-                key = f"{parent.key}[{len(parent.value)}]"
-            elif waiting is None:
-                if not isinstance(new, Text):
-                    Node(None, parent.key, place(event)).fail(
-                        "a key must be a text, got a mapping or a list."
-                    )
-                here = Node(None, _join(parent.key, new.text), place(event))
-                if new.text in parent.value:
-                    here.fail(f"the key is there already, at {parent.value[new.text].place}.")
-                open_[-1] = (parent, here._replace(value=new.text))
-                return
-            else:
-                key = waiting.key
-        own = Node(new, key, place(event))
-        # The line of a value is that of its key: an empty value has none of its own.
-        if open_ and isinstance(open_[-1][0].value, dict):
-            parent, waiting = open_[-1]
-            assert waiting is not None
-            own = own._replace(place=waiting.place)
-            parent.value[waiting.value] = own
-            open_[-1] = (parent, None)
-        elif open_:
-            open_[-1][0].value.append(own)
-        else:
-            root = own
-        _check_size(own, count, len(open_) + 1)
-        if not isinstance(new, Text):
-            open_.append((own, None))
+    class Loader(yaml.SafeLoader):
+        """Composes nodes, and refuses what a recipe has no use for before it composes it."""
+
+        count = 0
+        keys: tuple[str, ...] = ()  # of the nodes that are being composed, from the outermost
+
+        def __init__(self, text: str):
+            super().__init__(text)
+            self.seen: dict[tuple[int, str], str] = {}  # by mapping and key, the key's place
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            """Compose the next node: an item at `index`, the value of the key `index`, or a key (None)."""
+            event, above = self.peek_event(), self.keys
+            at = Node(None, above[-1] if above else "", place(event))
+            if isinstance(event, yaml.AliasEvent) or event.anchor:
+                at.fail(f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read: write it out.")
+            if event.tag is not None:
+                at.fail(f"tags ({_short(event.tag)}) are not read.")
+            self.count += 1
+            if index is None and parent is not None:
+                if not isinstance(event, yaml.ScalarEvent):
+                    at.fail("a key must be a text, got a mapping or a list.")
+                at, pair = at._replace(key=_join(at.key, event.value)), (id(parent), event.value)
+                if pair in self.seen:
+                    at.fail(f"the key is there already, at {self.seen[pair]}.")
+                self.seen[pair] = at.place
+                return super().compose_node(parent, index)
+            if isinstance(index, int):
+                at = at._replace(key=f"{at.key}[{index}]")
+            elif index is not None:  # the line of a value is that of its key: an empty value has none
+                at = at._replace(key=_join(at.key, index.value), place=place(index))
+            _check_size(at, self.count, len(above) + 1)
+            self.keys = (*above, at.key)
+            node = super().compose_node(parent, index)
+            self.keys = above
+            return node
+
+    def convert(it: Any, key: str, at: str) -> Node:
+        if isinstance(it, yaml.ScalarNode):
+            return Node(_scalar(it.value) if it.style is None else it.value, key, at, it.value)
+        if isinstance(it, yaml.SequenceNode):
+            return Node([convert(v, f"{key}[{n}]", place(v)) for n, v in enumerate(it.value)], key, at)
+        return Node({k.value: convert(v, _join(key, k.value), place(k)) for k, v in it.value}, key, at)
 
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            at = Node(None, open_[-1][0].key if open_ else "", place(event))
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                at.fail(f"anchors and aliases (&{event.anchor}, *{event.anchor}) are not read: write it out.")
-            if getattr(event, "tag", None) is not None:
-                at.fail(f"tags ({_short(event.tag)}) are not read.")
-            if isinstance(event, yaml.DocumentStartEvent):
-                documents += 1
-                if documents > 1:
-                    at.fail("a second document begins; a recipe is one.")
-            elif isinstance(event, yaml.ScalarEvent):
-                add(Text(event.value, event.style is None), event)
-            elif isinstance(event, yaml.MappingStartEvent):
-                add({}, event)
-            elif isinstance(event, yaml.SequenceStartEvent):
-                add([], event)
-            elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
-                open_.pop()
+        loader = Loader(text)
+        if not loader.check_node():
+            raise RecipeError(f"{name}: it is empty.")
+        root = loader.get_node()
+        if loader.check_node():
+            Node(None, "", place(loader.peek_event())).fail("a second document begins; a recipe is one.")
+        return convert(root, "", place(root))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}:{mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{where}: this is no YAML: {problem}.") from None
+        raise RecipeError(f"{where}: this is not YAML: {problem}.") from None
     except (ValueError, OverflowError) as error:
         if isinstance(error, RecipeError):
             raise
-        # Of PyYAML itself, as for an escape that is no character.
-        raise RecipeError(f"{name}: this is no YAML: {error}.") from None
-    if root is None:
-        raise RecipeError(f"{name}: it is empty.")
-    return root
+        # From PyYAML, for example at an escape that is no character.
+        raise RecipeError(f"{name}: this is not YAML: {error}.") from None
 
 
 def to_yaml(data: Any) -> str:
-    """Plain data as YAML, which `from_yaml` reads back as the same data.
+    """Return plain data as YAML, which `from_yaml` reads back as the same data.
 
     Raises:
       ImportError: PyYAML is not installed.
@@ -282,16 +253,15 @@ def to_yaml(data: Any) -> str:
     yaml = _import_yaml()
 
     class Dumper(yaml.SafeDumper):
-        """One that also quotes what YAML 1.2 takes for a number, and never writes aliases."""
+        """Also quotes a text that YAML 1.2 takes for a number, and never writes aliases."""
 
         def ignore_aliases(self, data: Any) -> bool:
             del data
             return True
 
     def text(dumper: Any, value: str) -> Any:
-        odd = Text(value, True)
-        quoted = not isinstance(Node(odd, "", "").plain(), str)
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="'" if quoted else None)
+        style = None if isinstance(_scalar(value), str) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
     Dumper.add_representer(str, text)
     return yaml.dump(
@@ -310,21 +280,28 @@ def _import_yaml() -> Any:
 
 
 def _check_size(node: Node, count: int, depth: int) -> None:
-    # Counted before anything is done with what is in it; dicts that hold themselves end here too.
+    # Checked before anything inside a node is looked at; so dicts that hold themselves end here, too.
     if depth > _MAX_DEPTH or count > _MAX_NODES:
-        what = (
-            f"more than {_MAX_DEPTH} levels deep"
-            if depth > _MAX_DEPTH
-            else f"more than {_MAX_NODES:,} values"
-        )
-        raise RecipeError(f"{node.place}: {node.key[:80]}: {what} is no recipe.")
+        deep, many = f"more than {_MAX_DEPTH} levels deep", f"more than {_MAX_NODES:,} values"
+        what = deep if depth > _MAX_DEPTH else many
+        raise RecipeError(f"{node.place}: {node.key[:80]}: {what}, too many for a recipe.")
 
 
 def _item(value: Any) -> int | float | None:
-    """A number of numpy as Python's; None for anything else."""
+    """Return a number of numpy as one of Python; None for anything else."""
     if getattr(value, "shape", None) == () and hasattr(value, "dtype") and value.dtype.kind in "iuf":
         return value.item()
     return None
+
+
+def _scalar(text: str) -> Any:
+    """Return a plain scalar of YAML 1.2: null, a bool, a number, or else a text."""
+    if text in _NULLS:
+        return None
+    if text in _BOOLS:
+        return _BOOLS[text]
+    number = _number(text)
+    return text if number is None else number
 
 
 def _number(text: str) -> int | float | None:
@@ -344,7 +321,7 @@ def _join(key: str, name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in a message: cut where it is long, and without what a terminal would not show."""
+    """Return a value for a message: cut where it is long, with characters escaped that do not print."""
     if isinstance(value, str):
         text = json.dumps(value[:80], ensure_ascii=False)
     else:

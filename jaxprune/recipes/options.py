@@ -1,7 +1,7 @@
 """Names and options of a recipe, resolved against the functions they stand for.
 
-What may be written is read off the signatures themselves: a score, a schedule or an option that is
-added to the library can be used in a recipe at once, and none can go stale.
+The signatures of the functions say what may be written: a score, a schedule or an option that is added to
+the library can be used in a recipe at once, and none can go stale.
 """
 
 import inspect
@@ -13,27 +13,42 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxprune.recipes.document import Node, RecipeError, unknown
-from jaxprune.tree import paths
 from jaxprune.tree.checks import shown
 from jaxprune.tree.stacks import Stacked
+from jaxprune.tree.where import all_of, any_of, kernels, matching, not_
 from jaxprune.typing import ScoreFn, Where
 
+__all__ = [
+    "REDUCTIONS",
+    "Call",
+    "attempt",
+    "check_patterns",
+    "defined_in",
+    "inputs_of",
+    "named",
+    "public_scores",
+    "read",
+    "read_score",
+    "read_stacked",
+    "read_where",
+]
+
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
-"""What a recipe may name where an option is a reduction."""
+"""The functions that a recipe may name where an option is a reduction."""
 
 _MAX_PATTERN = 300
-_COMBINED = {"all_of": paths.all_of, "any_of": paths.any_of}
+_COMBINED = {"all_of": all_of, "any_of": any_of}
 
 
 class Call(NamedTuple):
-    """A function with its options, to be called when the rest of its arguments are there.
+    """A function with its options, to be called once its other arguments are known.
 
     Attributes:
-      function: of the library, or one of the caller's.
-      options: keyword arguments; those that are calls themselves are made first.
+      function: a function of the library, or one of the caller's.
+      options: keyword arguments; an option that is a `Call` itself is called first.
       inputs: the names of the arguments that only Python can give, such as `loss_fn`.
       node: where it is written.
-      called: False for a function that is itself what is wanted, a score: options are bound to it.
+      called: False for a score, which is the function itself with the options bound to it.
     """
 
     function: Callable[..., Any]
@@ -44,15 +59,15 @@ class Call(NamedTuple):
 
     @property
     def needs(self) -> set[str]:
-        """The names of all inputs that must be given."""
+        """The names of all inputs that must be given, by its options too."""
         inner = [value.needs for value in self.options.values() if isinstance(value, Call)]
         return set(self.inputs).union(*inner)
 
     def make(self, given: Mapping[str, Any]) -> Any:
-        """Calls the function with its options and the inputs it takes.
+        """Call the function with its options and the inputs it takes.
 
         Args:
-          given: inputs by name; `where` and `stacked` go to functions that take them and have none written.
+          given: inputs by name; `where` and `stacked` go to functions that take them, unless written.
 
         Raises:
           RecipeError: an input is missing, or the function refuses its arguments.
@@ -74,7 +89,7 @@ class Call(NamedTuple):
 
 
 def attempt(node: Node, make: Callable[[], Any]) -> Any:
-    """What `make` returns; what it refuses is said with the place of a node."""
+    """Return `make()`, turning its ValueError or TypeError into a RecipeError that names the line and key."""
     try:
         return make()
     except RecipeError:
@@ -86,14 +101,14 @@ def attempt(node: Node, make: Callable[[], Any]) -> Any:
 def named(
     node: Node, functions: Mapping[str, Callable[..., Any]], what: str, hidden: Sequence[str] = ()
 ) -> Call:
-    """A function by name, with options: `name`, `{name: {option: value}}` or `{name: value}`.
+    """Return a function by name, with options: `name`, `{name: {option: value}}` or `{name: value}`.
 
     In the last form the value is that of the first option.
 
     Args:
-      node: what is written.
-      functions: those it may name.
-      what: what they are, in the plural, for messages.
+      node: the text or mapping that is written.
+      functions: the functions that it may name.
+      what: their kind, in the plural, for messages.
       hidden: parameters that cannot be written, because the caller gives them.
     """
     if isinstance(node.value, dict):
@@ -107,7 +122,7 @@ def named(
     function = functions[name]
     options, inputs, is_score = _parameters(function, hidden)
     here = inner or node
-    if inner is None or inner.is_null:
+    if inner is None or inner.value is None:
         written: dict[str, Node] = {}
     elif isinstance(inner.value, dict):
         written = inner.fields(options, what=f"options of {name}")
@@ -123,13 +138,13 @@ def named(
 
 
 def read(node: Node, hint: Any) -> Any:
-    """The value of a node as a type wants it.
+    """Return the value of a node as a type, with the alternatives of a union tried by their shape.
 
     Raises:
       RecipeError: it is of another type.
     """
     kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
-    if node.is_null and type(None) in kinds:
+    if node.value is None and type(None) in kinds:
         return None
     of_kind = {"mapping": [], "list": [], "name": [], "scalar": []}
     for kind in kinds:
@@ -146,17 +161,17 @@ def read(node: Node, hint: Any) -> Any:
 
 
 def read_where(node: Node) -> Where:
-    """A predicate: `kernels`, a pattern, a list of these, or `all_of`, `any_of`, `not` of some."""
+    """Return a predicate: `kernels`, a pattern, a list of these, or `all_of`, `any_of`, `not` of some."""
     if isinstance(node.value, list):
         if not node.value:
             node.fail("an empty list takes in no leaf.")
-        return paths.any_of(*map(read_where, node.value))
+        return any_of(*map(read_where, node.value))
     if isinstance(node.value, dict):
         if len(node.value) != 1:
             node.fail(f"expected one of all_of, any_of and not, got {node.described()}.")
         ((name, inner),) = node.value.items()
         if name == "not":
-            return paths.not_(read_where(inner))
+            return not_(read_where(inner))
         if name not in _COMBINED:
             inner.fail(unknown(name, [*_COMBINED, "not"], "keys"))
         if not isinstance(inner.value, list) or not inner.value:
@@ -165,11 +180,11 @@ def read_where(node: Node) -> Where:
     pattern = node.text()
     if len(pattern) > _MAX_PATTERN:
         node.fail(f"a pattern of {len(pattern):,} characters; at most {_MAX_PATTERN} are read.")
-    return paths.kernels if pattern == paths.kernels.__name__ else paths.matching(pattern)
+    return kernels if pattern == kernels.__name__ else matching(pattern)
 
 
 def read_stacked(node: Node) -> Stacked:
-    """Which leaves are stacked: by pattern how many leading axes count layers, or a list of axes."""
+    """Return which leaves are stacked, from patterns with a number of leading axes, or a list of axes."""
     by_pattern: dict[str, int | tuple[int, ...]] = {}
     for pattern, inner in node.mapping('a mapping such as {"layers/*": 1}').items():
         several = isinstance(inner.value, list)
@@ -178,31 +193,31 @@ def read_stacked(node: Node) -> Stacked:
         node.fail("it is empty, so no leaf would be stacked.")
 
     def stacked(path: str, leaf: Any) -> int | tuple[int, ...]:
-        return next((axes for pattern, axes in by_pattern.items() if paths.matching(pattern)(path, leaf)), 0)
+        return next((axes for pattern, axes in by_pattern.items() if matching(pattern)(path, leaf)), 0)
 
     return stacked
 
 
 def check_patterns(node: Node, leaves: Iterable[str]) -> None:
-    """Checks that every pattern of a predicate matches a leaf, also beside others that do.
+    """Check that every pattern of a predicate matches a leaf.
 
     Raises:
-      RecipeError: a pattern that matches nothing, with its place.
+      RecipeError: a pattern matches nothing, even if others beside it do.
     """
     if isinstance(node.value, (list, dict)):
         for inner in node.value if isinstance(node.value, list) else node.value.values():
             check_patterns(inner, leaves)
         return
     pattern = node.text()
-    if pattern == paths.kernels.__name__:
+    if pattern == kernels.__name__:
         return
-    where, names = paths.matching(pattern), list(leaves)
+    where, names = matching(pattern), list(leaves)
     if not any(where(path, None) for path in names):
         node.fail(f"{pattern!r} matches no leaf. The leaves are: {', '.join(names)}.")
 
 
 def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
-    """A score by name, of `jaxprune.scores` or of the caller's."""
+    """Return a score by name, from `jaxprune.scores` or from those of the caller."""
     if scores is not None and not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a dict of scores by name, got {shown(scores)}.")
     own = dict(scores or {})
@@ -211,19 +226,19 @@ def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:
 
 
 def public_scores() -> dict[str, Callable[..., Any]]:
-    """The scores, and what makes scores, by name."""
+    """Return the scores, and the functions that make scores, by name."""
     from jaxprune import scores
 
     return {name: getattr(scores, name) for name in scores.__all__}
 
 
 def inputs_of(functions: Iterable[Callable[..., Any]]) -> set[str]:
-    """The names of the arguments of functions that only Python can give."""
+    """Return the names of the arguments of functions that only Python can give."""
     return {name for function in functions for name in _parameters(function, ())[1]}
 
 
 def defined_in(module: types.ModuleType, accepts: Callable[[inspect.Signature], bool]) -> dict[str, Any]:
-    """The public functions of a module whose signature is accepted."""
+    """Return the public functions of a module whose signature is accepted, by name."""
     return {
         name: function
         for name, function in vars(module).items()
@@ -237,7 +252,7 @@ def defined_in(module: types.ModuleType, accepts: Callable[[inspect.Signature], 
 def _parameters(
     function: Callable[..., Any], hidden: Sequence[str]
 ) -> tuple[dict[str, inspect.Parameter], list[str], bool]:
-    """The options of a function, its inputs, and whether it is a score, not what makes one."""
+    """Return the options of a function, its inputs, and whether it is a score, not a maker of scores."""
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
@@ -248,7 +263,7 @@ def _parameters(
     for name, parameter in parameters.items():
         kinds = [kind for kind in _alternatives(parameter.annotation) if kind is not type(None)]
         required = parameter.default is parameter.empty
-        # A function that must be given is the caller's own; one with a default is a reduction.
+        # A function that must be given is the caller's, as loss_fn; one with a default is a reduction.
         functions = all(_shape(kind) == "name" and kind != Where and kind is not ScoreFn for kind in kinds)
         if any(map(_is_data, kinds)) and not (required and functions):
             options[name] = parameter
@@ -264,7 +279,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _is_data(kind: Any) -> bool:
-    """Whether a recipe can hold values of a type."""
+    """Return whether a recipe can hold values of a type."""
     if kind in (type(None), bool, int, float, str) or kind is ScoreFn:
         return True
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -276,7 +291,7 @@ def _is_data(kind: Any) -> bool:
 
 
 def _shape(kind: Any) -> str:
-    """What a value of a type is written as."""
+    """Return how a value of a type is written: as a mapping, a list, a name or a scalar."""
     if kind == Stacked:
         return "mapping"
     if kind is ScoreFn or typing.get_origin(kind) is Callable:
@@ -313,7 +328,7 @@ def _read_as(node: Node, kind: Any) -> Any:
 
 
 def _as_number(node: Node) -> Any:
-    """The plain value, numbers in quotes too as numbers."""
+    """Return the plain value, numbers in quotes as numbers."""
     plain = node.plain()
     if isinstance(plain, str):
         try:
@@ -324,7 +339,7 @@ def _as_number(node: Node) -> Any:
 
 
 def _bound(score: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
-    """A score with some of its options bound; with none, the score itself."""
+    """Return a score with some options bound; without options, the score itself."""
     if not options:
         return score
 
@@ -332,5 +347,5 @@ def _bound(score: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..
         return score(params, **inputs | dict(options))
 
     bound.__name__ = score.__name__
-    bound.__wrapped__ = score  # whose extra arguments it passes on
+    bound.__wrapped__ = score  # so that the extra arguments of the score are known to be read
     return bound

@@ -1,4 +1,4 @@
-"""`Recipe`, and reading one from a file, a text or a dict."""
+"""`Recipe`, and its readers from a file, a text or a dict."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,22 +10,24 @@ import jax
 from jaxprune import distillation
 from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_python, from_yaml, to_yaml
 from jaxprune.recipes.options import Call, attempt, named, read
-from jaxprune.recipes.sections import Section, competing, inputs, read_section
+from jaxprune.recipes.sections import Section, combined, inputs, read_section
 from jaxprune.schedules import check_sparsity
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
+
+__all__ = ["VERSION", "Recipe", "Stop", "check_version", "load", "parse", "read_text"]
 
 VERSION = 1
 _KEYS = ("version", "study", "config", "prune", "distillation", "stop")
 
 
 class Stop(NamedTuple):
-    """When pruning ends, before its schedule does.
+    """When pruning stops, before its schedule ends.
 
     Attributes:
-      sparsity: the pruner itself ends here, to the unit; see `jaxprune.pruner`.
-      macs: multiply-adds of one example at or below which there is enough.
-      accuracy: in (0, 1]: what pruning must not fall below.
+      sparsity: the pruner itself stops here, to the unit; see `jaxprune.pruner`.
+      macs: multiply-adds of one example; pruning stops when there are no more than these.
+      accuracy: in (0, 1]; pruning stops when the accuracy falls below it.
     """
 
     sparsity: float | None = None
@@ -33,20 +35,20 @@ class Stop(NamedTuple):
     accuracy: float | None = None
 
     def reached(self, *, macs: int | None = None, accuracy: float | None = None) -> str | None:
-        """Why to stop, if there is a reason: to be asked between levels, or now and then in training.
+        """Return a reason to stop, or None. Call it between levels, or now and then in training.
 
-        A `sparsity` needs no asking: the pruner removes nothing beyond it. Where the accuracy is the
-        reason, what was pruned before the last time of asking is what to keep.
+        A `sparsity` needs no call: the pruner removes nothing beyond it. If the reason is the accuracy, keep
+        the masks of the call before.
 
         Args:
-          macs: the multiply-adds that are left.
-          accuracy: of the pruned network, on examples that it is not reported on.
+          macs: the multiply-adds of the pruned network.
+          accuracy: of the pruned network, on examples that are not those of the final figure.
 
         Returns:
           A sentence, or None.
 
         Raises:
-          ValueError: a figure that the rule asks for is missing.
+          ValueError: a figure that the rule needs is missing.
 
         Example:
           >>> import jaxprune as jp
@@ -71,10 +73,10 @@ class Stop(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to prune, how much and when, as it was written.
+    """What to prune, how much and when.
 
     Attributes:
-      data: the recipe as plain data: `parse(recipe.data)` is the same recipe again.
+      data: the recipe as plain data: `parse(recipe.data)` is the same recipe.
       stop: when to stop pruning.
       distillation: the options of `jaxprune.distillation.objective`, or None.
     """
@@ -92,30 +94,30 @@ class Recipe:
 
     @property
     def once(self) -> bool:
-        """Whether one update does it all, as of a plain number; else there are levels or steps."""
+        """Whether one update prunes everything, as for a plain number; else there are levels or steps."""
         return all(section.once for section in self._sections)
 
     def where(self, path: str, leaf: Any) -> bool:
-        """Which leaves take part, in any of its sections."""
+        """Return whether a leaf takes part, in any section."""
         return any(section.where(path, leaf) for section in self._sections)
 
     def pruner(self, params: Params, *, key: jax.Array | None = None, **given: Any) -> Pruner:
-        """The pruner that does it, for `wrap_optax`, `lottery_ticket`, `prune_rounds`.
+        """Return the pruner of the recipe, for `wrap_optax`, `lottery_ticket`, `prune_rounds`.
 
         Args:
-          params: what will be pruned, against which the recipe is checked. Shapes are enough, unless it
+          params: the params to prune, which the recipe is checked against. Shapes are enough, unless it
             rewires masks.
-          key: for the first masks of what is rewired, instead of the section's seed.
-          **given: what no text can hold and its scores or structures need: `loss_fn`, `apply_fn`, `x`,
-            `groups` (of `channels`; made from `apply_fn` and `x` if these are given). What is not needed
-            is not used.
+          key: for the first masks of rewired sections, in place of their seeds.
+          **given: what a text cannot hold and scores or structures need: `loss_fn`, `apply_fn`, `x`,
+            `groups` (for `channels`; made from `apply_fn` and `x` if these are given). Inputs that nothing
+            needs are not used.
 
         Returns:
-          A `Pruner`; of several sections one that follows them all.
+          A `Pruner`, which follows all sections.
 
         Raises:
-          RecipeError: it does not fit the params: a path or pattern that matches nothing, two sections
-            that take in the same leaf, a structure that does not fit a shape, an input that is missing.
+          RecipeError: it does not fit the params: a path or pattern matches nothing, two sections take in
+            the same leaf, a structure does not fit a shape, an input is missing.
           TypeError: an argument that no recipe uses.
 
         Example:
@@ -140,10 +142,10 @@ class Recipe:
                     )
                 by_leaf[path] = section
         parts = [(s.pruner(params, given, self.stop.sparsity, key), s.where) for s in self._sections]
-        return competing(parts)
+        return combined(parts)
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, from which `parse` gives the same recipe.
+        """Return the recipe as YAML, from which `parse` reads the same recipe.
 
         Example:
           >>> import jaxprune as jp
@@ -159,7 +161,7 @@ class Recipe:
 
 
 def load(path: str | Path, scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
-    """Reads a recipe from a YAML file.
+    """Read a recipe from a YAML file.
 
     Args:
       path: of the file.
@@ -170,11 +172,11 @@ def load(path: str | Path, scores: Mapping[str, ScoreFn] | None = None) -> Recip
       OSError: the file cannot be read.
       ImportError: PyYAML is not installed.
     """
-    return parse_named(read_text(path), str(path), scores)
+    return _parse(read_text(path), str(path), scores)
 
 
 def parse(source: str | Mapping[str, Any], scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
-    r"""Reads a recipe from a YAML text or from a dict.
+    r"""Read a recipe from a YAML text or from a dict.
 
     Args:
       source: the text, or the same as dicts, lists, numbers and texts.
@@ -182,8 +184,8 @@ def parse(source: str | Mapping[str, Any], scores: Mapping[str, ScoreFn] | None 
 
     Raises:
       RecipeError: what is wrong, with the line and the key.
-      ImportError: a text, and PyYAML is not installed.
-      TypeError: scores that are no dict by name.
+      ImportError: `source` is a text, and PyYAML is not installed.
+      TypeError: `scores` is not a dict.
 
     Example:
       >>> import jaxprune as jp
@@ -193,11 +195,10 @@ def parse(source: str | Mapping[str, Any], scores: Mapping[str, ScoreFn] | None 
       ...     print(str(error).partition(" Allowed")[0])
       recipe:3: prune.sparcity: unknown "sparcity". Did you mean sparsity?
     """
-    return parse_named(source, "recipe", scores)
+    return _parse(source, "recipe", scores)
 
 
-def parse_named(source: Any, name: str, scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
-    """`parse`, with a name for messages."""
+def _parse(source: Any, name: str, scores: Mapping[str, ScoreFn] | None = None) -> Recipe:
     if isinstance(source, str):
         return _read(from_yaml(source, name), scores)
     if not isinstance(source, Mapping):
@@ -206,28 +207,28 @@ def parse_named(source: Any, name: str, scores: Mapping[str, ScoreFn] | None = N
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file.
+    """Return the text of a file, of which no more is read than a recipe may have.
 
     Raises:
-      RecipeError: it is no UTF-8, or too long; no more is read of it than a recipe may have.
+      RecipeError: it is not UTF-8, or too long.
       OSError: it cannot be read.
     """
-    most = 4 * MAX_CHARACTERS  # bytes that so many characters take at most
+    most = 4 * MAX_CHARACTERS  # bytes: a character of UTF-8 takes 4 at most
     try:
         with Path(path).open("rb") as file:
             data = file.read(most + 1)
     except ValueError as error:
-        raise RecipeError(f"{str(path)!r} is no path: {error}.") from None
+        raise RecipeError(f"{str(path)!r} is not a path: {error}.") from None
     if len(data) > most:
-        raise RecipeError(f"{path}: more than {most:,} bytes are no recipe.")
+        raise RecipeError(f"{path}: more than {most:,} bytes, too many for a recipe.")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: this is no text: {error}.") from None
+        raise RecipeError(f"{path}: this is not text: {error}.") from None
 
 
 def check_version(nodes: Mapping[str, Node]) -> None:
-    """Checks the version of the format, if it is said."""
+    """Check the version of the format, if it is given."""
     if "version" in nodes and (version := nodes["version"].integer()) != VERSION:
         nodes["version"].fail(f"this jaxprune reads recipes of version {VERSION}, got {version}.")
 
@@ -270,7 +271,7 @@ def _check_stop(sparsity: float, node: Node, sections: tuple[Section, ...]) -> N
     attempt(node, lambda: check_sparsity(sparsity))
     if len(sections) > 1:
         node.fail(
-            "with several sections under prune it is not said which stops: end their schedules instead."
+            "with several sections under prune it is not clear which one stops: end their schedules instead."
         )
     section = next(iter(sections))
     if section.rewire is not None:
@@ -282,10 +283,10 @@ def _check_stop(sparsity: float, node: Node, sections: tuple[Section, ...]) -> N
 
 
 def _read_distillation(node: Node) -> dict[str, Any]:
-    # As if it were written `objective: {...}`, without what only Python can give.
+    # Read as if it were written `objective: {...}`; the caller gives apply_fn and teacher.
     objective = {"objective": distillation.objective}
     node.mapping("a mapping such as {temperature: 4, alpha: 0.9}")
     call: Call = named(node._replace(value={"objective": node}), objective, "losses", ("apply_fn", "teacher"))
-    stand_in: Any = len  # what it is given does not matter: it checks its options
+    stand_in: Any = len  # any function will do: only the options are checked
     attempt(node, lambda: distillation.objective(stand_in, stand_in, **call.options))
     return dict(call.options)

@@ -1,4 +1,4 @@
-"""A section of a recipe: what is pruned, where and by how much, and the `Pruner` that does it."""
+"""A section of a recipe: what to prune, where and how much, and the `Pruner` for it."""
 
 import inspect
 import warnings
@@ -33,11 +33,14 @@ from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
 from jaxprune.structures import Structure, elements
 from jaxprune.tree.masks import intersect
-from jaxprune.tree.paths import kernels, leaf_paths, matching, selected
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked
+from jaxprune.tree.where import kernels, matching, selected
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
-# `score` stands for `scores`; what a pruner stops at is said for the whole recipe.
+__all__ = ["Section", "Targets", "combined", "inputs", "read_section"]
+
+# `score` stands for `scores`; `stop` belongs to the recipe as a whole.
 _PRUNER = {
     name: parameter.annotation
     for name, parameter in inspect.signature(pruner).parameters.items()
@@ -63,10 +66,10 @@ _DYNAMIC = {
 
 
 class Targets(NamedTuple):
-    """How much goes: what `sparsity` says.
+    """How much to prune: the value of `sparsity`.
 
     Attributes:
-      of: `of(params, where, stacked=None)` gives what `jaxprune.pruner` takes as sparsity.
+      of: `of(params, where, stacked=None)` returns the `sparsity` of `jaxprune.pruner`.
       each: the schedules and numbers in it that are known without params.
       by_path: whether it is a dict by path.
       node: where it is written.
@@ -79,7 +82,7 @@ class Targets(NamedTuple):
 
     @property
     def ends(self) -> list[float]:
-        """The numbers, and what the schedules that have an end come to."""
+        """The numbers, and the last sparsity of each schedule that has an end."""
         last = []
         for each in self.each:
             if not isinstance(each, Schedule):
@@ -93,11 +96,11 @@ class Section(NamedTuple):
     """One pruner's part of a recipe.
 
     Attributes:
-      score: what matters.
-      targets: how much goes.
-      structure: which entries go together.
+      score: the score.
+      targets: how much to prune.
+      structure: the structure; None for single entries.
       options: the other arguments of `jaxprune.pruner` that are written.
-      rewire: what moves the masks that the rest of the section makes once, if anything does.
+      rewire: the pruner that moves masks which the rest of the section makes once; None if there is none.
       node: where it is written.
     """
 
@@ -123,12 +126,12 @@ class Section(NamedTuple):
 
     @property
     def once(self) -> bool:
-        """Whether one update does it all: a plain number, or one by path, of the total."""
+        """Whether one update prunes everything: a plain number, or one by path, of the total."""
         plain = not any(isinstance(each, Schedule) for each in self.targets.each)
         return self.rewire is None and plain and self.options.get("of", "total") == "total"
 
     def pruner(self, params: Params, given: Mapping[str, Any], stop: float | None, key: Any) -> Pruner:
-        """The pruner of the section.
+        """Return the pruner of the section.
 
         Raises:
           RecipeError: it does not fit the params, or an input is missing.
@@ -170,14 +173,14 @@ class Section(NamedTuple):
         return self.structure.make(given)
 
     def _try_out(self, params: Params, targets: Any, structure: Structure) -> None:
-        """Traces an update by magnitude, which finds what does not fit the params before any training."""
+        """Trace an update by magnitude, so that what does not fit the params is found before any training."""
         options = {**self.options, "memory": 0.0}
         stand_in = pruner(magnitude, targets, structure=structure, **options)
 
         def update(params: Params) -> Any:
             return stand_in.update(stand_in.init(params), params)
 
-        with warnings.catch_warnings():  # it would warn again where it prunes
+        with warnings.catch_warnings():  # the pruner itself warns again
             warnings.simplefilter("ignore")
             attempt(self.node, lambda: jax.eval_shape(update, params))
 
@@ -196,7 +199,7 @@ class Section(NamedTuple):
 
 
 def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
-    """A section, checked as far as it can be without params."""
+    """Read a section, and check it as far as that is possible without params."""
     rewired = isinstance(node.value, dict) and "rewire" in node.value
     fields = node.fields(_REWIRED if rewired else _KEYS, ("score", "sparsity"))
     options = {name: read(fields[name], hint) for name, hint in _PRUNER.items() if name in fields}
@@ -211,7 +214,7 @@ def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
             fields["rewire"], _DYNAMIC, "ways to rewire", hidden=("masks", "structure", "where", "stacked")
         )
         rewire = rewire._replace(inputs=("masks", "structure"))
-        if rewire.needs == {"masks", "structure"}:  # its own options can be looked at, by the smallest masks
+        if rewire.needs == {"masks", "structure"}:  # then the smallest masks will do to check its options
             rewire.make({"masks": {"kernel": np.array([[True, False]])}, "structure": elements()})
     targets = _read_targets(fields["sparsity"])
     section = Section(read_score(fields["score"], scores), targets, structure, options, rewire, node)
@@ -220,7 +223,7 @@ def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
 
 
 def _check(section: Section, fields: Mapping[str, Node]) -> None:
-    """What can be said of a section's parts together, without params."""
+    """Check the parts of a section together, as far as that is possible without params."""
     known = section.structure is None or not section.structure.needs
     structure = section._structure({}, {}) if known else None
     scope = section.options.get("scope", "global")
@@ -238,7 +241,7 @@ def _check(section: Section, fields: Mapping[str, Node]) -> None:
 
 
 def _read_targets(node: Node) -> Targets:
-    """A number; a schedule; a distribution over leaves; or `per_path`, any of the first two by path."""
+    """Read a number, a schedule, a distribution over leaves, or `per_path`, numbers and schedules by path."""
     if not isinstance(node.value, dict):
         value = float(node.number())
         attempt(node, lambda: schedules.check_sparsity(value))
@@ -247,7 +250,7 @@ def _read_targets(node: Node) -> Targets:
     if len(node.value) == 1 and name == "per_path":
         return _per_path(node.value[name])
     if len(node.value) == 1 and name in _DISTRIBUTIONS:
-        # `params`, `where` and `stacked` are the section's.
+        # The section gives `params`, `where` and `stacked`.
         call = named(node, _DISTRIBUTIONS, "distributions", hidden=("params", "where", "stacked"))
         call = call._replace(inputs=("params",))
         value = call.options.get("sparsity")
@@ -273,7 +276,7 @@ def _schedule(node: Node, name: str) -> Targets:
     if leaves is None or not isinstance(leaves.value, dict) or leaves is inner:
         schedule = named(node, _SCHEDULES, "schedules").make({})
         return Targets(lambda params, where, stacked=None: schedule, (schedule,), False, node)
-    # The same schedule for each leaf, to a target of its own.
+    # Each leaf has the same schedule, with another target.
     targets = _read_targets(leaves)
     if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
         leaves.fail("expected a number, a distribution or per_path with numbers.")
@@ -304,16 +307,16 @@ def _per_path(node: Node) -> Targets:
 
 
 def inputs() -> list[str]:
-    """The names of what Python may have to give to a recipe, whatever it holds."""
+    """Return the names of all inputs that some recipe may need from Python."""
     return sorted({"apply_fn", "x"} | inputs_of([*public_scores().values(), *_STRUCTURES.values()]))
 
 
-def competing(sections: list[tuple[Pruner, Where]]) -> Pruner:
-    """Several pruners of disjoint leaves as one.
+def combined(sections: list[tuple[Pruner, Where]]) -> Pruner:
+    """Return several pruners of disjoint leaves as one.
 
-    They share their masks, so that what one prunes in the leaves of another (coupled channels) counts
-    there too. The state is a `PrunerState` whose `row` has an entry for each of them, and whose
-    scores are, leaf by leaf, those of the one that takes part there.
+    They share their masks, so that entries that one prunes in the leaves of another (coupled channels) count
+    there too. The state is a `PrunerState` whose `row` has an entry for each pruner, and whose scores are,
+    leaf by leaf, those of the pruner that the leaf takes part in.
     """
     if len(sections) == 1:
         return sections[0][0]

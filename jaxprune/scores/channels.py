@@ -33,7 +33,7 @@ from jax import lax
 from jaxprune.scores.common import with_nan_elsewhere
 from jaxprune.tree.checks import as_integer, check_array, shown
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.paths import array_leaves, describe
+from jaxprune.tree.leaves import array_leaves, describe
 from jaxprune.tree.stacks import (
     Stacked,
     join_layers,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tree.dtypes import is_narrow, is_numeric, promote_to_float32
-from jaxprune.tree.paths import array_leaves, describe, is_array, leaf_paths, selected
+from jaxprune.tree.leaves import array_leaves, describe, is_array
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked, join_layers, split_layers, stacks_of
+from jaxprune.tree.where import selected
 from jaxprune.typing import Params, Scores, Where
 
 LossFn = Callable[[Params, Any], jax.Array]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
 
 MAX_WEIGHTS = 5_000
 """The most weights that a Hessian may have: it takes 100 MB in float32, and its inverse as much."""

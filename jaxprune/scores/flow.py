@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jaxprune.scores.common import in_float32, with_nan_elsewhere
 from jaxprune.tree.checks import check_function, shown
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.paths import array_leaves, describe, is_array, is_concrete, kernels, selected
+from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
 from jaxprune.tree.stacks import Stacked, join_layers, layer_shape, split_layers, stacks_of
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 _ADDED = re.compile(r"bias|beta|offset|^b\d*$|pos_?emb|position", re.IGNORECASE)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from jaxprune.scores.common import map_leaves
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.paths import array_leaves, check_mirrors, describe
+from jaxprune.tree.leaves import array_leaves, describe
+from jaxprune.tree.mirrors import check_mirrors
 from jaxprune.typing import Params, Scores
 
 

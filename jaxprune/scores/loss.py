@@ -35,7 +35,7 @@ from jaxprune.scores.common import (
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.tree.checks import as_integer, check_function
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.paths import kernels
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
 

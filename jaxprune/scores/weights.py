@@ -9,7 +9,7 @@ from jax import lax
 from jaxprune.scores.common import map_layers, map_leaves
 from jaxprune.tree.checks import check_key
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import Params, Scores
 

@@ -44,8 +44,8 @@ from jaxprune.selection.lazy_scores import (
 from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
 from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
-from jaxprune.tree.checks import check_array, check_number, shown
-from jaxprune.tree.paths import describe, is_concrete
+from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
+from jaxprune.tree.leaves import is_concrete
 
 _BITS, _TIE_BITS = 4, 2
 """How many bits a pass finds of a threshold, and of a position among ties.
@@ -127,23 +127,14 @@ def lowest(
       [[False, True], [False, True]]
     """
     _check_lists(scores, alive)
-    _check_count(count)
+    if not is_traced_integer(count):
+        as_integer(count, "count", at_least=0)
     one_set = (0,) * len(scores)
     removal = Removal(one_set, (count,), floors=one_set)
     if specs is None:
         return select_arrays(scores, alive, removal)
     arrays = zip(scores, alive, specs, strict=True)
     return select([stored_scores(s, a, _mesh_axes(spec, s.ndim)) for s, a, spec in arrays], removal)
-
-
-def _check_count(count: Any) -> None:
-    if isinstance(count, int):
-        if not 0 <= count < 2**63:
-            raise ValueError(f"count must be 0 or more, got {shown(count)}.")
-        return
-    check_array(count, "count")
-    if count.shape or not jnp.issubdtype(count.dtype, jnp.integer):
-        raise TypeError(f"count must be one integer, got {describe(count)}.")
 
 
 def _check_lists(scores: Any, alive: Any) -> None:
@@ -167,7 +158,7 @@ def select_arrays(
     scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], removal: Removal
 ) -> list[jax.Array]:
     """Apply `select` to arrays: as one compiled program, or on the host if they are small and not traced."""
-    if _is_for_host([*scores, *(mask for mask in alive if mask is not None)], removal):
+    if _is_for_host([*scores, *[mask for mask in alive if mask is not None]], removal):
         return _select_on_host(scores, alive, removal)
     arrays = list(zip(scores, alive, strict=True))
     is_big = _is_big(array.shape for array in scores)
@@ -187,8 +178,14 @@ def _select_compiled(
 def _is_for_host(arrays: Sequence[Any], removal: Removal) -> bool:
     if not is_concrete(arrays, removal.counts, removal.floors, removal.includes_pruned):
         return False
-    places = [[device.platform for device in a.devices()] for a in arrays if isinstance(a, jax.Array)]
-    return all(place == ["cpu"] for place in places) and sum(a.size for a in arrays) <= _HOST_ENTRIES
+    entries = 0
+    for array in arrays:
+        if isinstance(array, jax.Array):
+            device, *others = array.devices()
+            if others or device.platform != "cpu":
+                return False
+        entries += array.size
+    return entries <= _HOST_ENTRIES
 
 
 def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], removal: Removal) -> list[jax.Array]:
@@ -252,7 +249,7 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
       ValueError: a leaf with an axis of more than 2**31 - 1 entries.
     """
     shapes = [source.shape for source in sources]
-    if long := [shape for shape in shapes if any(size > MAX_COUNT for size in shape)]:
+    if long := [shape for shape in shapes if max(shape, default=0) > MAX_COUNT]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
     found, num_from_leaf = _thresholds(sources, removal, _is_big(shapes))
     cutoffs = _tie_cutoffs(sources, found.low, num_from_leaf - found.below, found.upto - found.below)

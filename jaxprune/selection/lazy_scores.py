@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,46 +24,51 @@ class LazyScores(NamedTuple):
       inputs: a pytree of arrays.
       names: inside a `shard_map`, by axis of the leaf, the mesh axes that shard it; `read` then gives the
         part on this device. Empty elsewhere.
+      part: the shape and dtype of what `read` gives, if known.
     """
 
     read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
     inputs: Any
     names: tuple[tuple[str, ...], ...] = ()
+    part: Any = None
 
     @property
     def dtype(self) -> Any:
         """The dtype of the scores."""
-        return self._on_this_device.dtype
+        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).dtype
 
     @property
     def part_shape(self) -> tuple[int, ...]:
         """The shape of what `read` gives: inside a `shard_map`, of the part on this device."""
-        return self._on_this_device.shape
+        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf, on all devices together."""
-        part = self.part_shape
-        return tuple(
-            size * math.prod(map(lax.axis_size, names))
-            for size, names in zip(part, self.names or [()] * len(part), strict=True)
-        )
+        return _whole_shape(self.part_shape, self.names) if self.names else self.part_shape
 
-    @property
-    def _on_this_device(self) -> Any:
-        return jax.eval_shape(self.read, self.inputs)[0]
+
+def _whole_shape(part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
+    return tuple(
+        size * math.prod(map(lax.axis_size, of_axis)) for size, of_axis in zip(part_shape, names, strict=True)
+    )
 
 
 def stored_scores(
     scores: jax.Array, alive: jax.Array | None, names: tuple[tuple[str, ...], ...] = ()
 ) -> LazyScores:
     """Return scores that are an array already as `LazyScores`."""
-    return LazyScores(lambda stored: stored, (scores, alive), names)
+    part = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
+    return LazyScores(lambda stored: stored, (scores, alive), names, part)
 
 
 def read_keys(source: LazyScores) -> Keys:
     """Compute the keys of a leaf, or in a `shard_map` of the part on this device."""
-    scores, alive = source.read(source.inputs)
+    return _as_keys(*source.read(source.inputs))
+
+
+@partial(jax.jit, inline=True)  # traced once for all leaves of a shape and dtype
+def _as_keys(scores: jax.Array, alive: jax.Array | None) -> Keys:
     keys = ordered_bits(scores)
     if alive is not None:
         keys = jnp.where(alive, keys, limits(scores.dtype)[1])
@@ -82,7 +88,8 @@ def zero_of(sources: Sequence[LazyScores]) -> jax.Array:
     """
     zero = jnp.int32(0)
     for source in sources:
-        zero += _over_devices(source, jnp.sum(read_keys(source).keys & 0, dtype=jnp.int32))
+        none = jnp.sum(read_keys(source).keys & 0, dtype=jnp.int32)
+        zero += _over_devices(source, none) if source.names else none
     return zero
 
 
@@ -95,7 +102,8 @@ def _over_devices(source: LazyScores, counts: Count) -> Count:
 def count_on_all_devices(source: LazyScores, keys: Keys, bounds: jax.Array, is_big: bool) -> Count:
     """Apply `count_below` to the leaf on all devices together, as `BigCount` if `is_big`."""
     counts = count_below(keys, bounds)
-    return _over_devices(source, big_counts.big(counts) if is_big else counts)
+    counts = big_counts.big(counts) if is_big else counts
+    return _over_devices(source, counts) if source.names else counts
 
 
 def read_anew(after: Any, sources: Sequence[LazyScores]) -> list[LazyScores]:
@@ -113,15 +121,24 @@ def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
     A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
     the place. A leaf of fewer entries is one row.
     """
-    shape, part_shape = source.shape, source.part_shape
-    first = next(a for a in range(len(shape) + 1) if math.prod(shape[a:]) <= MAX_COUNT)
+    return _positions(source.part_shape, source.names, MAX_COUNT)
+
+
+@partial(jax.jit, inline=True, static_argnums=(0, 1, 2))  # traced once for all leaves of a shape
+def _positions(
+    part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...], max_count: int
+) -> tuple[jax.Array, jax.Array]:
+    shape = _whole_shape(part_shape, names) if names else part_shape
+    first = 0
+    while math.prod(shape[first:]) > max_count:
+        first += 1
 
     def flat(axes: range) -> jax.Array:
         place = jnp.zeros(part_shape, jnp.int32)
         for axis in axes:
             index = lax.broadcasted_iota(jnp.int32, part_shape, axis)
-            if source.names and source.names[axis]:
-                index += lax.axis_index(source.names[axis]) * part_shape[axis]
+            if names and names[axis]:
+                index += lax.axis_index(names[axis]) * part_shape[axis]
             place = place * shape[axis] + index
         return place
 

@@ -6,6 +6,7 @@ are searched in the same passes, each in a range of its own.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -143,16 +144,21 @@ def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
 
 def count_below(leaf: Keys, bounds: jax.Array) -> Count:
     """Count the keys below each of some bounds, and as the last count the entries alive."""
+    return _count_below(leaf, bounds, MAX_COUNT)
+
+
+@partial(jax.jit, inline=True, static_argnums=2)  # traced once for all leaves of a shape
+def _count_below(leaf: Keys, bounds: jax.Array, max_count: int) -> Count:
     living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
-    tests = [*(leaf.keys < bounds[i] for i in range(len(bounds))), living]
-    return big_counts.stack(_count([test.astype(jnp.int32) for test in tests]))
+    tests = [leaf.keys < bounds[i] for i in range(len(bounds))]
+    return big_counts.stack(_count([test.astype(jnp.int32) for test in [*tests, living]], max_count))
 
 
-def _count(flags: list[jax.Array]) -> list[Count]:
-    """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond 2**31 - 1 entries."""
+def _count(flags: list[jax.Array], max_count: int) -> list[Count]:
+    """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond `max_count` entries."""
     axes = tuple(range(flags[0].ndim))
-    if flags[0].size <= MAX_COUNT:
+    if flags[0].size <= max_count:
         return _sums(flags, axes)
     # An int32 counts what one row has. The counts of the rows are added with a carry.
     return [big_counts.sum_all(row) for row in _sums(flags, axes[-1:])]
@@ -163,7 +169,7 @@ def count_true(mask: jax.Array) -> Count:
     flags = mask.astype(jnp.int32)
     # Two counts, of every other entry, because XLA would store the operand of a lone sum of integers.
     odd = lax.broadcasted_iota(jnp.int32, mask.shape, 0) & 1 == 1 if mask.ndim else jnp.array(True)
-    a, b = _count([jnp.where(odd, flags, 0), jnp.where(odd, 0, flags)])
+    a, b = _count([jnp.where(odd, flags, 0), jnp.where(odd, 0, flags)], MAX_COUNT)
     return a + b
 
 

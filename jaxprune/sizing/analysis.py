@@ -1,4 +1,4 @@
-"""Sensitivity analysis: one tensor at a time is pruned at several levels, and the network evaluated."""
+"""Sensitivity analysis: prune one tensor at a time at several levels, and evaluate the network."""
 
 import contextlib
 import fnmatch
@@ -14,12 +14,13 @@ import numpy as np
 from jaxprune.pruning.targets import target_counts
 from jaxprune.schedules import check_sparsity
 from jaxprune.scores import magnitude
-from jaxprune.sizing.ranking import Counts, Ranked, pooling, pruned_params, rank
+from jaxprune.sizing.ranking import Counts, RankedUnits, pooling, pruned_params, rank_units
 from jaxprune.sizing.result import Point, Sensitivity
 from jaxprune.structures import Structure
 from jaxprune.tree.checks import as_integer, check_function, shown
-from jaxprune.tree.paths import describe, is_array, kernels
+from jaxprune.tree.leaves import describe, is_array
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -46,21 +47,21 @@ def sensitivity(
     key: jax.Array | None = None,
     **extra: Any,
 ) -> Sensitivity:
-    """How much the network suffers when one tensor at a time is pruned, at several levels.
+    """Measure how much the network suffers when one tensor at a time is pruned, at several levels.
 
-    Each tensor is pruned once to each level, as `prune_once` would with `scope="layerwise"`, the
-    others whole, and the network is evaluated without any training. The units of a tensor are
+    Each tensor is pruned once to each level, as `prune_once` would with `scope="layerwise"`, while the
+    others stay as they are, and the network is evaluated without any training. The units of a tensor are
     ranked once for all levels. Whatever the number of tensors and levels, a handful of programs
-    is compiled, and what it takes beyond the evaluations is next to nothing. Points that have
+    is compiled, and all work but the evaluations takes next to no time. Points that have
     equal masks are evaluated once. As with `jax.jit`, a function that was analysed before is not
     compiled again for other params of the same shapes.
 
-    With `structure=jaxprune.structures.channels(groups)` what is pruned alone is a group of coupled
-    channels, with all that can only go together with it.
+    With `structure=jaxprune.structures.channels(groups)` one group of coupled channels at a time is pruned,
+    in all leaves that it spans.
 
     Args:
-      evaluate: `evaluate(params) -> scalar`, of the test accuracy, say; or a dict of scalars, of
-        which `metric` names the one that counts. `evaluate(params, data)` if data are given.
+      evaluate: `evaluate(params) -> scalar`, the test accuracy, say; or a dict of scalars, in which
+        `metric` names the scalar that counts. `evaluate(params, data)` if data are given.
       params: a pytree of arrays.
       data: what `evaluate` evaluates on, a pytree of arrays. An `evaluate` that closes over large
         arrays works too, but XLA then compiles them into the program, which takes long.
@@ -68,20 +69,20 @@ def sensitivity(
       scores: as for `prune_once`.
       structure: as for `prune_once`; `slices(axis=-1, norm=1)` prunes filters by their L1 norm.
       where: which leaves take part.
-      together: sets of what is pruned at equal ratios, in place of each alone (the stages of a
-        network): names of paths or groups, or shell patterns of them, by the set's name. The name of a
-        stacked leaf, or of a stack of groups, is that of all its layers.
-      masks: masks to start from. Levels are of the total, what these prune included.
+      together: sets of tensors or groups to prune together, at equal levels (the stages of a network): by
+        the set's name, their paths or names, or shell patterns. The name of a stacked leaf, or of a stack of
+        groups, stands for all its layers.
+      masks: masks to start from. Levels are of the total, including what these prune.
       floor: how many units of each tensor stay at least.
-      metric: its name. Needed if `evaluate` returns a dict.
-      maximize: whether more is better. False for a loss.
+      metric: the name of the metric. Needed if `evaluate` returns a dict.
+      maximize: whether a higher metric is better. False for a loss.
       at_once: how many points are evaluated side by side, by `vmap`; each takes as much memory as an
         evaluation does. One by one, in a loop of one program, is the fastest on a CPU, where XLA is
         slow at batches of convolutions with different kernels. Small networks on an accelerator
-        gain from more.
+        gain from a higher number.
       jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
-      stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then a tensor
-        of its own.
+      stacked: as for `prune_once`: which axes of which leaves count layers. Each layer is then pruned as a
+        tensor of its own.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
       **extra: passed on to the score, which must name them.
@@ -92,7 +93,7 @@ def sensitivity(
     Raises:
       ValueError: no levels, or levels out of range or not rising; sets that overlap or match
         nothing; and as `prune_once`.
-      TypeError: an `evaluate` that returns something else or cannot be traced; and as `prune_once`.
+      TypeError: an `evaluate` that does not return scalars or cannot be traced; and as `prune_once`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -113,37 +114,45 @@ def sensitivity(
       Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, section 3.2;
       Han et al., "Learning both Weights and Connections", NIPS 2015, figure 6.
     """
-    asked = _checked_levels(levels)
+    levels = _checked_levels(levels)
     at_once = _checked_at_once(at_once, jit)
     check_function(evaluate, "sensitivity", "evaluate(params)")
     if metric is not None and not isinstance(metric, str):
         raise TypeError(f"metric must be the name of one of evaluate's figures, got {shown(metric)}.")
-    ranked = rank(params, scores, structure, where, masks, floor, stacked, grads, key, extra, sensitivity)
+    ranked = rank_units(
+        params, scores, structure, where, masks, floor, stacked, grads, key, extra, sensitivity
+    )
     sets = _sets(together, tuple(ranked.ranks), ranked.families)
-    plan = {(name, level): _counts(ranked, pools, level) for name, pools in sets.items() for level in asked}
+    counts_of = {
+        (name, level): ranked.counts(_targets(ranked, pools, level))
+        for name, pools in sets.items()
+        for level in levels
+    }
     nothing = (0,) * len(ranked.ranks)
-    rows = tuple(dict.fromkeys((nothing, *plan.values())))
+    different = tuple(dict.fromkeys((nothing, *counts_of.values())))
     inputs = () if data is None else (data,)
     if jit:
-        found = _swept(evaluate, inputs, ranked, rows, len(asked), at_once, metric)
+        found = _evaluate_compiled(evaluate, inputs, ranked, different, len(levels), at_once, metric)
     else:
-        found = _looped(evaluate, inputs, ranked, rows, metric)
-    seen = dict(zip(rows, found, strict=True))
-    chosen = metric or next(iter(seen[nothing].figures))
-    dense = seen[nothing].figures[chosen]
+        found = _evaluate_each(evaluate, inputs, ranked, different, metric)
+    evaluated = dict(zip(different, found, strict=True))
+    chosen = metric or next(iter(evaluated[nothing].figures))
+    dense = evaluated[nothing].figures[chosen]
 
     def points(name: str) -> Iterable[Point]:
-        pools, before = sets[name], {_left(seen[nothing], sets[name]): 0.0}
-        for level in asked:
-            figures, kept = seen[plan[name, level]]
-            left, size = _left(seen[plan[name, level]], pools), sum(ranked.sizes[pool] for pool in pools)
-            gone = (size - sum(left)) / max(size, 1) * ranked.structure.max_sparsity
-            drop = dense - figures[chosen] if maximize else figures[chosen] - dense
-            notes = _notes(ranked, pools, level, kept, before.get(left))
-            before.setdefault(left, level)
+        pools = sets[name]
+        level_of = {evaluated[nothing].num_left(pools): 0.0}
+        for level in levels:
+            point = evaluated[counts_of[name, level]]
+            left, size = point.num_left(pools), sum(ranked.sizes[pool] for pool in pools)
+            achieved = (size - sum(left)) / max(size, 1) * ranked.structure.max_sparsity
+            figure = point.figures[chosen]
+            drop = dense - figure if maximize else figure - dense
+            notes = _notes(ranked, pools, level, point.kept, level_of.get(left))
+            level_of.setdefault(left, level)
             yield Point(
-                *(name, level, gone, sum(left), size, figures[chosen], drop, notes),
-                {other: value for other, value in figures.items() if other != chosen},
+                *(name, level, achieved, sum(left), size, figure, drop, notes),
+                {other: value for other, value in point.figures.items() if other != chosen},
             )
 
     return Sensitivity(
@@ -152,12 +161,12 @@ def sensitivity(
         metric=chosen,
         maximize=maximize,
         pools=sets,
-        others={name: value for name, value in seen[nothing].figures.items() if name != chosen},
+        others={name: value for name, value in evaluated[nothing].figures.items() if name != chosen},
     )
 
 
-class _Seen(NamedTuple):
-    """What came of pruning some units.
+class _Evaluation(NamedTuple):
+    """The network evaluated without some units.
 
     Attributes:
       figures: what `evaluate` returned, by name.
@@ -167,24 +176,32 @@ class _Seen(NamedTuple):
     figures: dict[str, float]
     kept: dict[str, int]
 
-
-def _left(seen: _Seen, pools: Sequence[str]) -> tuple[int, ...]:
-    return tuple(seen.kept[pool] for pool in pools)
+    def num_left(self, pools: Sequence[str]) -> tuple[int, ...]:
+        """Return how many units of each of some pools are left."""
+        return tuple(self.kept[pool] for pool in pools)
 
 
 def _notes(
-    ranked: Ranked, pools: Sequence[str], level: float, kept: Mapping[str, int], same_as: float | None
+    ranked: RankedUnits, pools: Sequence[str], level: float, kept: Mapping[str, int], same_as: float | None
 ) -> tuple[str, ...]:
-    """What is to be said of a point; `same_as` is the lower level at which as much was removed."""
+    """Return what a reader of a point should know.
+
+    Args:
+      ranked: the units.
+      pools: those that were pruned.
+      level: the sparsity asked for.
+      kept: by pool, how many units are left.
+      same_as: the lower level at which as much was removed, if there is one.
+    """
     notes = []
     if same_as is not None:
         notes.append(f"the same as at {100 * same_as:g}%" if same_as else "nothing was removed")
-    targets = _targets(ranked, pools, level)
+    targets, min_kept = _targets(ranked, pools, level), ranked.min_kept
     if any(
-        targets[pool] > ranked.sizes[pool] - min(ranked.least[pool], ranked.alive[pool]) for pool in pools
+        targets[pool] > ranked.sizes[pool] - min(min_kept[pool], ranked.num_alive[pool]) for pool in pools
     ):
-        notes.append(f"floor={max(ranked.least[pool] for pool in pools)} kept units that were to go")
-    if any(ranked.alive[pool] and not kept[pool] for pool in pools):
+        notes.append(f"floor={max(min_kept[pool] for pool in pools)} kept units that were to go")
+    if any(ranked.num_alive[pool] and not kept[pool] for pool in pools):
         notes.append("nothing is left (layer collapse)")
     return tuple(notes)
 
@@ -206,7 +223,7 @@ def _checked_at_once(at_once: Any, jit: bool) -> int:
 
 
 def _checked_sets(together: Any) -> dict[str, tuple[str, ...]]:
-    """By name, the patterns of what is pruned together."""
+    """Return, by the name of a set, the patterns of what is pruned together."""
     if not isinstance(together, Mapping) and together is not None:
         raise TypeError(f"together must be a dict of patterns by name, got {shown(together)}.")
     sets = {}
@@ -221,7 +238,7 @@ def _checked_sets(together: Any) -> dict[str, tuple[str, ...]]:
 def _sets(
     together: Mapping[str, str | Sequence[str]] | None, pools: tuple[str, ...], families: Mapping[str, Family]
 ) -> dict:
-    """By name, what is pruned together: the sets first, then each pool that is in none."""
+    """Return, by name, the pools that are pruned together: the sets first, then each other pool alone."""
     sets: dict[str, tuple[str, ...]] = {}
     taken: dict[str, str] = {}
     for name, patterns in _checked_sets(together).items():
@@ -249,48 +266,44 @@ def _sets(
     return sets | {pool: (pool,) for pool in alone}
 
 
-def _targets(ranked: Ranked, pools: Sequence[str], level: float) -> dict[str, int]:
-    """How many of a pool's units should be gone in all."""
+def _targets(ranked: RankedUnits, pools: Sequence[str], level: float) -> dict[str, int]:
+    """Return how many units of each pool should be removed, those pruned before included."""
     return target_counts(level, {pool: ranked.sizes[pool] for pool in pools}, ranked.structure, "layerwise")
 
 
-def _counts(ranked: Ranked, pools: Sequence[str], level: float) -> Counts:
-    return ranked.to_go(_targets(ranked, pools, level))
-
-
-def _looped(
+def _evaluate_each(
     evaluate: Callable[..., Any],
     inputs: tuple[Any, ...],
-    ranked: Ranked,
-    rows: Sequence[Counts],
+    ranked: RankedUnits,
+    all_counts: Sequence[Counts],
     metric: str | None,
-) -> Iterator[_Seen]:
-    """The network pruned of each row's units, evaluated one after the other."""
-    for counts in rows:
+) -> Iterator[_Evaluation]:
+    """Evaluate the network without so many units, for several such counts one after the other."""
+    for counts in all_counts:
         params, left = ranked.pruned(counts)
-        yield _Seen(_floats(_named(evaluate(params, *inputs), metric)), left)
+        yield _Evaluation(_floats(_by_name(evaluate(params, *inputs), metric)), left)
 
 
-def _swept(
+def _evaluate_compiled(
     evaluate: Callable[..., Any],
     inputs: tuple[Any, ...],
-    ranked: Ranked,
-    rows: Sequence[Counts],
-    in_a_call: int,
+    ranked: RankedUnits,
+    all_counts: Sequence[Counts],
+    per_call: int,
     at_once: int,
     metric: str | None,
-) -> Iterator[_Seen]:
-    """The network pruned of each row's units, evaluated in a loop of one program."""
+) -> Iterator[_Evaluation]:
+    """Evaluate the network without so many units, for several such counts in a loop of one program."""
     sweep, structure = _sweep_of(evaluate), ranked.structure
-    at_once = min(at_once, len(rows))
-    rounds = -(-in_a_call // at_once)
+    at_once = min(at_once, len(all_counts))
+    rounds = -(-per_call // at_once)
     static = (pooling(structure), ranked.chosen, structure.spans_leaves, at_once, metric)
-    for start in range(0, len(rows), rounds * at_once):
-        some = rows[start : start + rounds * at_once]
-        counts = np.zeros((rounds * at_once, len(rows[0])), np.int32)
+    for start in range(0, len(all_counts), rounds * at_once):
+        some = all_counts[start : start + rounds * at_once]
+        counts = np.zeros((rounds * at_once, len(all_counts[0])), np.int32)
         counts[: len(some)] = some
         due = np.int32(-(-len(some) // at_once))
-        with _said_if_not_traceable():
+        with _explained_if_not_traceable():
             outputs = sweep(
                 ranked.params,
                 ranked.inputs(),
@@ -299,25 +312,26 @@ def _swept(
                 inputs,
                 *static,
             )
-        # From rounds x rows of each to rows.
+        # From (rounds, at_once) to one axis.
         figures, left = jax.tree.map(np.concatenate, jax.device_get(outputs))
         for index, row in enumerate(some):
-            own = {name: values[index] for name, values in figures.items()}
-            yield _Seen(_floats(own), ranked.left(row, None if left is None else left[index]))
+            of_row = {name: values[index] for name, values in figures.items()}
+            yield _Evaluation(_floats(of_row), ranked.num_left(row, None if left is None else left[index]))
 
 
 _SWEEPS: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""What is compiled of each `evaluate`, as long as that is there: another seed needs no compiling."""
+"""The compiled sweep of each `evaluate`, as long as that exists: another seed needs no compiling."""
 
 
 def _sweep_of(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """`sweep(params, ranked, counts, due, inputs, *static)`: figures, and units left, of rows of counts.
+    """Return `sweep(params, ranked, counts, due, inputs, *static)`, which gives figures and units left.
 
-    Counts are rounds x rows x pools, of which `due` rounds are evaluated; so are the results.
+    Counts have the shape (rounds, at_once, pools), and the first `due` rounds are evaluated; the results have
+    the first two of these axes.
     """
     try:
         found, alive = _SWEEPS.get(evaluate), weakref.ref(evaluate)
-    except TypeError:  # it cannot be hashed, or not be referred to
+    except TypeError:  # no hash, or no weak references
         found, alive = None, lambda: evaluate
     if found is not None:
         return found
@@ -328,7 +342,7 @@ def _sweep_of(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
         def one(row):
             pruned, left = pruned_params(params, scores, masks, ranks, row, pool_units, chosen, count_left)
-            return _named(function(pruned, *inputs), metric), left
+            return _by_name(function(pruned, *inputs), metric), left
 
         def several(rows):
             # A batch of one is not vectorised: XLA runs a batch of one convolution slower than one.
@@ -350,7 +364,7 @@ def _sweep_of(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _said_if_not_traceable() -> Iterator[None]:
+def _explained_if_not_traceable() -> Iterator[None]:
     try:
         yield
     except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
@@ -360,12 +374,12 @@ def _said_if_not_traceable() -> Iterator[None]:
         ) from error
 
 
-def _named(figures: Any, metric: str | None) -> dict[str, Any]:
-    """What `evaluate` returned, by name, checked.
+def _by_name(figures: Any, metric: str | None) -> dict[str, Any]:
+    """Return what `evaluate` returned, by name, checked.
 
     Raises:
-      ValueError: a dict in which there is no `metric`.
-      TypeError: something else than real scalars.
+      ValueError: a dict without `metric`.
+      TypeError: something other than real scalars.
     """
     if not isinstance(figures, Mapping):
         figures = {metric or "metric": figures}

@@ -1,4 +1,4 @@
-"""Budget search: how much to prune for so many MACs or params, or for no less than an accuracy."""
+"""Budget search: the sparsity that meets a number of MACs or params, or that an accuracy allows."""
 
 import numbers
 import warnings
@@ -8,14 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune.pruning.once import check_choices, equal_families, kept_in_each
-from jaxprune.pruning.targets import by_layer, competing_pools, competing_sizes, taken_apart, target_counts
+from jaxprune.pruning.once import check_choices
+from jaxprune.pruning.targets import (
+    by_layer,
+    competing_pools,
+    competing_sizes,
+    equal_families,
+    kept_in_each,
+    taken_apart,
+    target_counts,
+)
 from jaxprune.scores import magnitude
-from jaxprune.sizing.ranking import Counts, Ranked, rank
+from jaxprune.sizing.ranking import Counts, RankedUnits, rank_units
 from jaxprune.structures import Structure
 from jaxprune.tree.checks import check_function, check_number
-from jaxprune.tree.paths import kernels
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
 Measure = Callable[[Masks], Any]
@@ -27,9 +35,9 @@ class Budget(NamedTuple):
 
     Attributes:
       masks: the masks.
-      sparsity: what `prune_once` makes them from, given the scope and the rest.
-      value: their measure.
-      removed: by path or group, how many units went.
+      sparsity: the sparsity for which `prune_once` makes these masks, given the scope and the rest.
+      value: the measure of these masks.
+      removed: by path or group, how many units were removed.
       tried: sparsities and measures, in the order in which they were tried.
     """
 
@@ -58,28 +66,28 @@ def budget(
     key: jax.Array | None = None,
     **extra: Any,
 ) -> Budget:
-    """The sparsity that meets a budget, found by bisection on exact counts.
+    """Find the sparsity that meets a budget, by bisection on exact counts.
 
-    `at_most` is for a cost, MACs or params: as little is pruned as brings it down to that.
-    `at_least` is for a quality, accuracy or a negative loss: as much is pruned as leaves it there.
-    The sparsities tried are the multiples of 1 / (units in all), so that with `scope="global"`
-    every number of units is within reach; with other scopes a step of it may be one unit more in
-    several leaves or groups, or in none.
+    `at_most` is for a cost, MACs or params: the least pruning that brings it down to the budget.
+    `at_least` is for a quality, accuracy or a negative loss: the most pruning that keeps it there.
+    The sparsities tried are the multiples of 1 / (number of units), so that with `scope="global"`
+    every number of units can be reached; with other scopes a step may remove one unit more from
+    several leaves or groups, or from none.
 
     A cost only falls as more is pruned, so no sparsity below the one returned meets the budget. An
-    accuracy goes up and down: the sparsity returned was measured and meets the budget, and a step
-    more was measured and does not, but beyond it there may be others that do.
+    accuracy goes up and down: the sparsity returned was measured and meets the budget, and the next
+    step was measured and does not, but higher sparsities may.
 
     Args:
-      measure: `measure(masks) -> number`, called outside `jit` some log2(units) times.
+      measure: `measure(masks) -> number`, called outside `jit` about log2(units) times.
         `jaxprune.metrics.nonzeros` counts the params that are left. For an accuracy:
         `lambda masks: accuracy(jaxprune.apply_masks(params, masks))`.
       params: a pytree of arrays.
-      at_most: the most that the measure may be. Either this or `at_least`.
-      at_least: the least that it may be.
+      at_most: the highest measure allowed. Pass either this or `at_least`.
+      at_least: the lowest measure allowed.
       scores: as for `prune_once`.
-      scope: as for `prune_once`. With `"layerwise"` all leaves, or groups, have one sparsity.
-      distribution: from a sparsity to targets by path or group, in place of one for all:
+      scope: as for `prune_once`. With `"layerwise"` all leaves, or groups, have the same sparsity.
+      distribution: a function from a sparsity to targets by path or group, for targets that differ:
         `functools.partial(jaxprune.distributions.erk, params)`. No target may fall as the sparsity
         rises. It needs `scope="layerwise"`.
       structure: as for `prune_once`.
@@ -95,12 +103,12 @@ def budget(
       A `Budget`.
 
     Raises:
-      ValueError: not exactly one bound; a budget that cannot be met, and what comes closest; and as
+      ValueError: not exactly one bound; a budget that cannot be met, with what comes closest; and as
         `prune_once`.
-      TypeError: a measure that is no real number; and as `prune_once`.
+      TypeError: a measure that is not a real number; and as `prune_once`.
 
     Warns:
-      UserWarning: nothing was removed: the budget is met as it is, or a step more would break it.
+      UserWarning: nothing was removed: the budget is met without, or the first step would break it.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -124,145 +132,145 @@ def budget(
     check_choices(scope, "total", floor)
     if distribution is not None and scope != "layerwise":
         raise ValueError(f"a distribution has a target for each path: pass scope='layerwise', got {scope!r}.")
-    ranked = rank(params, scores, structure, where, masks, floor, stacked, grads, key, extra, budget)
-    line = _Line(ranked, scope, distribution)
-    found: dict[Counts, tuple[Masks, Any]] = {}
+    ranked = rank_units(params, scores, structure, where, masks, floor, stacked, grads, key, extra, budget)
+    ladder = _SparsityLadder(ranked, scope, distribution)
+    measured: dict[Counts, tuple[Masks, Any]] = {}
     tried: list[tuple[float, float]] = []
 
     def value(step: int) -> Any:
-        counts = line.counts(step)
-        if counts not in found:
+        counts = ladder.counts(step)
+        if counts not in measured:
             pruned = ranked.masks_of(counts)
-            found[counts] = pruned, _number(measure(pruned))
-            tried.append((line.sparsity(step), found[counts][1]))
-        return found[counts][1]
+            measured[counts] = pruned, _number(measure(pruned))
+            tried.append((ladder.sparsity(step), measured[counts][1]))
+        return measured[counts][1]
 
-    if at_least is None:
-        last = _least_step(line, value, bound)
-    else:
-        last = _most_steps(line, value, bound)
-    counts = line.counts(last)
+    find = _lowest_within_cost if at_least is None else _highest_with_quality
+    step = find(ladder, value, bound)
+    counts = ladder.counts(step)
     removed = dict(zip(ranked.sizes, counts, strict=True))
-    return Budget(found[counts][0], line.sparsity(last), found[counts][1], removed, tuple(tried))
+    return Budget(measured[counts][0], ladder.sparsity(step), measured[counts][1], removed, tuple(tried))
 
 
-def _least_step(line: "_Line", value: Callable[[int], Any], bound: float) -> int:
-    """The least step at which a cost is within the bound."""
+def _lowest_within_cost(ladder: "_SparsityLadder", value: Callable[[int], Any], bound: float) -> int:
+    """Return the lowest step at which a cost is within the bound."""
     if value(0) <= bound:
         _warn(f"at_most={bound:g} is met as it is, with {value(0):,}, so nothing was removed.")
         return 0
-    if not value(line.last) <= bound:
+    if not value(ladder.last) <= bound:
         raise ValueError(
-            f"at_most={bound:g} cannot be met: with everything pruned but floor={line.floor} units of each "
-            f"leaf or group the measure is {value(line.last):,}, and {value(0):,} with nothing pruned."
+            f"at_most={bound:g} cannot be met: with everything pruned but floor={ladder.floor} units of each "
+            f"leaf or group the measure is {value(ladder.last):,}, and {value(0):,} with nothing pruned."
         )
-    return _bisect(0, line.last, lambda step: value(step) <= bound)[1]
+    return _bisect(0, ladder.last, lambda step: value(step) <= bound)[1]
 
 
-def _most_steps(line: "_Line", value: Callable[[int], Any], bound: float) -> int:
-    """A step at which a quality is within the bound, and the next is not."""
+def _highest_with_quality(ladder: "_SparsityLadder", value: Callable[[int], Any], bound: float) -> int:
+    """Return a step at which a quality is within the bound, and at whose next it is not."""
     if not value(0) >= bound:
         raise ValueError(
             f"at_least={bound:g} cannot be met: with nothing pruned the measure is {value(0):,}, and with "
-            f"everything but floor={line.floor} units of each leaf or group {value(line.last):,}."
+            f"everything but floor={ladder.floor} units of each leaf or group {value(ladder.last):,}."
         )
-    if value(line.last) >= bound:
-        return line.last
-    last, broken = _bisect(0, line.last, lambda step: not value(step) >= bound)
-    if not any(line.counts(last)):
-        more = sum(line.counts(broken))
+    if value(ladder.last) >= bound:
+        return ladder.last
+    step, broken = _bisect(0, ladder.last, lambda step: not value(step) >= bound)
+    if not any(ladder.counts(step)):
+        more = sum(ladder.counts(broken))
         _warn(
             f"at_least={bound:g}: nothing was removed, because with {more} units less the measure is "
             f"{value(broken):,}."
         )
-    return last
+    return step
 
 
 def _bisect(low: int, high: int, true: Callable[[int], bool]) -> tuple[int, int]:
-    """Neighbours, the first false and the second true, between one that is false and one that is true."""
+    """Return neighbouring steps, the first false and the second true, between a false and a true one."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if true(middle) else (middle, high)
     return low, high
 
 
-class _Line:
-    """How many units go from each pool as the sparsity rises in steps.
+class _SparsityLadder:
+    """How many units are removed from each pool as the sparsity rises in steps.
 
     Attributes:
       last: the last step.
       floor: how many units of each pool stay at least.
     """
 
-    def __init__(self, ranked: Ranked, scope: str, distribution: Callable[[float], PerPath] | None):
+    def __init__(
+        self, ranked: RankedUnits, scope: str, distribution: Callable[[float], PerPath] | None
+    ) -> None:
         self._ranked, self._scope, self._distribution = ranked, scope, distribution
         self._competing = competing_pools(ranked.sizes, ranked.structure, scope)
         self._sizes = competing_sizes(ranked.sizes, self._competing)
-        self._units = sum(ranked.sizes.values())
+        self._num_units = sum(ranked.sizes.values())
         self._orders: dict[str, np.ndarray] = {}
         self._equal = equal_families(ranked.families, scope)
-        self.floor = max(ranked.least.values())
-        # A sparsity is below 1, but all groups of n:m are pruned at one of 1 - n/m.
-        self.last = self._units - (ranked.structure.max_sparsity == 1)
+        self.floor = max(ranked.min_kept.values())
+        # A sparsity is below 1, but all groups of n:m are pruned at a sparsity of 1 - n/m.
+        self.last = self._num_units - (ranked.structure.max_sparsity == 1)
 
     def sparsity(self, step: int) -> float:
-        """The sparsity asked for."""
-        return self._ranked.structure.max_sparsity * step / max(self._units, 1)
+        """Return the sparsity of a step."""
+        return self._ranked.structure.max_sparsity * step / max(self._num_units, 1)
 
     def counts(self, step: int) -> Counts:
-        """How many units go from each pool."""
+        """Return how many units a step removes from each pool."""
         sparsity: Any = self.sparsity(step)
         if self._distribution is not None:
             sparsity = taken_apart(self._distribution(sparsity), "sparsity")
             sparsity = by_layer(sparsity, self._ranked.families, "sparsity")
         targets = target_counts(sparsity, self._sizes, self._ranked.structure, self._scope)
-        by_pool: dict[str, int] = {}
+        removed: dict[str, int] = {}
         for name, pools in self._competing.items():
-            by_pool |= self._shared(name, pools, targets[name])
+            removed |= self._by_pool(name, pools, targets[name])
         for family in self._equal.values():
-            by_pool |= self._equally_many(family, by_pool)
-        return self._ranked.to_go(by_pool)
+            removed |= self._equally_many(family, removed)
+        return self._ranked.counts(removed)
 
-    def _equally_many(self, family: Family, by_pool: Mapping[str, int]) -> dict[str, int]:
-        """How many units of a stack's layers should be gone, so that each keeps as many as the others."""
+    def _equally_many(self, family: Family, removed: Mapping[str, int]) -> dict[str, int]:
+        """Return how many units of a stack's layers to remove, so that each keeps as many as the others."""
         ranked, names = self._ranked, family.names
-        going = dict(zip(ranked.sizes, ranked.to_go(by_pool), strict=True))
-        alive = np.array([ranked.alive[name] for name in names])
-        kept = np.array([ranked.alive[name] - going[name] for name in names])
-        least = max(ranked.least[name] for name in names)
-        number = int(kept_in_each(kept, alive, least, family.multiple_of))
-        return {name: ranked.sizes[name] - min(number, ranked.alive[name]) for name in names}
+        more = dict(zip(ranked.sizes, ranked.counts(removed), strict=True))
+        alive = np.array([ranked.num_alive[name] for name in names])
+        kept = np.array([ranked.num_alive[name] - more[name] for name in names])
+        min_kept = max(ranked.min_kept[name] for name in names)
+        number = int(kept_in_each(kept, alive, min_kept, family.multiple_of))
+        return {name: ranked.sizes[name] - min(number, ranked.num_alive[name]) for name in names}
 
-    def _shared(self, name: str, pools: tuple[str, ...], target: int) -> dict[str, int]:
-        """How many units of each pool should be gone, of a target for all of them."""
+    def _by_pool(self, name: str, pools: tuple[str, ...], target: int) -> dict[str, int]:
+        """Return how many units to remove from each of the pools that compete for a target."""
         ranked = self._ranked
-        gone = {pool: ranked.sizes[pool] - ranked.alive[pool] for pool in pools}
+        removed = {pool: ranked.sizes[pool] - ranked.num_alive[pool] for pool in pools}
         if len(pools) == 1:
             return {pools[0]: target}
         if name not in self._orders:
-            self._orders[name] = _order(ranked, pools)
-        lowest = self._orders[name][: max(0, target - sum(gone.values()))]
+            self._orders[name] = _pools_in_order(ranked, pools)
+        lowest = self._orders[name][: max(0, target - sum(removed.values()))]
         more = np.bincount(lowest, minlength=len(pools)).tolist()
-        return {pool: gone[pool] + more[index] for index, pool in enumerate(pools)}
+        return {pool: removed[pool] + more[index] for index, pool in enumerate(pools)}
 
 
-def _order(ranked: Ranked, pools: tuple[str, ...]) -> np.ndarray:
-    """Of units of several pools, from the lowest that can go, the indices of their pools.
+def _pools_in_order(ranked: RankedUnits, pools: tuple[str, ...]) -> np.ndarray:
+    """Return the index of its pool for each unit that can be removed, from the lowest unit up.
 
-    The units that the floor keeps are those that rank highest in their pools; they are not in it.
+    The units that the floor keeps are the highest of their pools, and are left out.
     """
     parts = []
     for pool in pools:
-        in_order = np.empty_like(ranked.units[pool].ravel())
-        in_order[np.ravel(ranked.ranks[pool])] = ranked.units[pool].ravel()
-        parts.append(in_order[: ranked.most(pool)])
+        in_order = np.empty_like(ranked.unit_scores[pool].ravel())
+        in_order[np.ravel(ranked.ranks[pool])] = ranked.unit_scores[pool].ravel()
+        parts.append(in_order[: ranked.max_removable(pool)])
     owner = np.repeat(np.arange(len(pools), dtype=np.int32), [len(part) for part in parts])
-    # Of equal scores the earlier pool goes first, and within it the earlier unit.
+    # A stable sort: among equal scores the earlier pool comes first, and within it the earlier unit.
     return owner[np.argsort(np.concatenate(parts), kind="stable")]
 
 
 def _number(value: Any) -> Any:
-    """A measure as a Python number."""
+    """Return a measure as a Python number."""
     if hasattr(value, "item") and getattr(value, "size", 0) == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

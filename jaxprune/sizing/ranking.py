@@ -1,9 +1,8 @@
-"""Units ranked once, and pruned at any counts: what trying out many sparsities is made of.
+"""Units ranked once and pruned at any counts, so that many sparsities can be tried out.
 
-Removing k units of a pool, then more, removes a superset, so one ranking gives the masks for every
-k: the units of a rank below k go. The ranking is made on the host, where sorting is several times
-faster than in XLA on a CPU and compiles nothing; masks are made on the device by one program,
-whatever the counts.
+The k lowest units of a pool are among its k + 1 lowest. So one ranking gives the masks for every k: the units
+of a rank below k are removed. The ranking is made on the host, where sorting is several times faster than in
+XLA on a CPU and compiles nothing; one program on the device makes the masks, whatever the counts.
 """
 
 import contextlib
@@ -21,27 +20,27 @@ from jaxprune.pruning.once import (
     check_choices,
     checked_structure,
     default_where,
-    families_in,
     kept_entries,
     pool,
-    with_stacks,
 )
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
 from jaxprune.structures import Structure, Units, elements
+from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
-from jaxprune.tree.paths import array_leaves, is_array, is_concrete, selected
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.where import selected_among
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
-# One for all calls: what is compiled for a structure is found again by its function.
-ELEMENTS = elements()
+# One for all calls, because a compiled program is found again by the structure's function.
+_ELEMENTS = elements()
 
 Counts = tuple[int, ...]
-"""How many units go from each pool, in the order of the pools."""
+"""How many units are removed from each pool, in the order of the pools."""
 
 
-class Ranked(NamedTuple):
+class RankedUnits(NamedTuple):
     """The units of a model by pool, ranked. Dicts are in the order of the pools.
 
     Counts are tuples in that order. JAX sorts the keys of a dict that passes through `jit`, but keeps the
@@ -52,12 +51,12 @@ class Ranked(NamedTuple):
       masks: the masks to start from.
       structure: what pools entries into units.
       chosen: the leaves that take part.
-      scores: the scores of these.
-      units: by pool, the units' scores.
-      ranks: by pool, int32: how many units go before each; those pruned before come last.
-      sizes: by pool, how many units there are, those pruned before included.
-      alive: by pool, how many are left.
-      least: by pool, how many stay at least.
+      scores: the scores of these leaves.
+      unit_scores: by pool, the scores of its units.
+      ranks: by pool, int32: how many units are removed before each unit; those pruned before come last.
+      sizes: by pool, how many units it has, those pruned before included.
+      num_alive: by pool, how many units are left.
+      min_kept: by pool, how many units stay at least.
       families: by name, the pools that are the layers of a stack.
     """
 
@@ -66,49 +65,52 @@ class Ranked(NamedTuple):
     structure: Structure
     chosen: tuple[str, ...]
     scores: dict[str, jax.Array]
-    units: dict[str, np.ndarray]
+    unit_scores: dict[str, np.ndarray]
     ranks: OrderedDict[str, jax.Array]
     sizes: dict[str, int]
-    alive: dict[str, int]
-    least: dict[str, int]
+    num_alive: dict[str, int]
+    min_kept: dict[str, int]
     families: dict[str, Family]
 
-    def most(self, name: str) -> int:
-        """How many units can go from a pool."""
-        return max(0, self.alive[name] - self.least[name])
+    def max_removable(self, name: str) -> int:
+        """Return how many units of a pool can be removed."""
+        return max(0, self.num_alive[name] - self.min_kept[name])
 
-    def to_go(self, targets: Mapping[str, int]) -> Counts:
-        """How many units go, by how many of each pool should be gone in all; at most what can."""
+    def counts(self, targets: Mapping[str, int]) -> Counts:
+        """Return how many more units to remove, given how many of each pool should be removed in all.
+
+        No more are removed than can be.
+        """
 
         def more(name: str) -> int:
-            target = targets.get(name, 0) - (self.sizes[name] - self.alive[name])
-            return min(max(target, 0), self.most(name))
+            target = targets.get(name, 0) - (self.sizes[name] - self.num_alive[name])
+            return min(max(target, 0), self.max_removable(name))
 
         return tuple(more(name) for name in self.sizes)
 
     def masks_of(self, counts: Counts) -> Masks:
-        """The masks without so many units of each pool."""
+        """Return the masks without so many units of each pool."""
         kept = _kept(*self.inputs(), np.array(counts, np.int32), pooling(self.structure), self.chosen)
         return _with_leaves(self.masks, kept)
 
     def pruned(self, counts: Counts) -> tuple[Params, dict[str, int]]:
-        """The params without so many units of each pool, and how many of each are left."""
+        """Return the params without so many units of each pool, and how many of each are left."""
         static = (pooling(self.structure), self.chosen, self.structure.spans_leaves)
         params, left = _pruned(self.params, *self.inputs(), np.array(counts, np.int32), *static)
-        return params, self.left(counts, left)
+        return params, self.num_left(counts, left)
 
-    def left(self, counts: Counts, measured: Any) -> dict[str, int]:
-        """How many units of each pool are left, from what `pruned_params` says of them."""
+    def num_left(self, counts: Counts, measured: Any) -> dict[str, int]:
+        """Return how many units of each pool are left, as `pruned_params` measured them, if it did."""
         if measured is None:
-            measured = np.array(list(self.alive.values())) - counts
+            measured = np.array(list(self.num_alive.values())) - counts
         return dict(zip(self.sizes, np.asarray(measured).tolist(), strict=True))
 
     def inputs(self) -> tuple[Any, ...]:
-        """What `pruned_params` takes beside the params and counts, all arrays."""
+        """Return what `pruned_params` takes between the params and the counts, all arrays."""
         return self.scores, self.masks, self.ranks
 
 
-def rank(
+def rank_units(
     params: Params,
     scores: ScoreFn | Scores,
     structure: Structure | None,
@@ -120,11 +122,11 @@ def rank(
     key: Any,
     extra: Mapping[str, Any],
     caller: Callable[..., Any],
-) -> Ranked:
-    """Scores the params, pools the scores into units and ranks those of each pool.
+) -> RankedUnits:
+    """Score the params, pool the scores into units and rank the units of each pool.
 
     Args:
-      params: a pytree of arrays; see `prune_once` for it and for what follows.
+      params: a pytree of arrays, as for `prune_once`, like all arguments up to `extra`.
       scores: a function, or a tree of scores.
       structure: which entries go together.
       where: which leaves take part.
@@ -134,10 +136,7 @@ def rank(
       grads: for the score.
       key: for the score.
       extra: for the score.
-      caller: the function that asks, for the messages.
-
-    Returns:
-      A `Ranked`.
+      caller: the public function, for the messages.
 
     Raises:
       ValueError: as `prune_once`.
@@ -145,17 +144,17 @@ def rank(
     """
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
     floor = check_choices("layerwise", "total", floor)
-    structure = checked_structure(ELEMENTS if structure is None else structure)
+    structure = checked_structure(_ELEMENTS if structure is None else structure)
     where = default_where(where, structure, stacked)
-    chosen = tuple(selected(params, where))
+    by_path = array_leaves(params)
+    chosen = tuple(selected_among(by_path, where))
     if not is_concrete(params, masks):
         raise TypeError(
             f"{caller.__name__} counts and ranks on the host, so it cannot run under jit or vmap: give it "
             "values."
         )
-    whole = array_leaves(params)
-    structure = with_stacks(structure, stacked, whole, chosen)
-    shapes = {path: tuple(whole[path].shape) for path in structure.stacks or {} if path in whole}
+    structure = with_stacks(structure, stacked, by_path, chosen)
+    shapes = {path: tuple(by_path[path].shape) for path in structure.stacks or {} if path in by_path}
     scores = of_layers(scores, params, structure.stacks, stacked)
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
     if masks is not None:
@@ -171,31 +170,31 @@ def rank(
             "Check the params and gradients they come from; to spare a leaf use where=..."
         )
     units, alive = jax.device_get((units, alive))
-    living = {name: int(mask.sum()) for name, mask in alive.items()}
-    return Ranked(
+    num_alive = {name: int(mask.sum()) for name, mask in alive.items()}
+    return RankedUnits(
         params=params,
         masks=masks,
         structure=structure,
         chosen=chosen,
         scores=picked,
-        units=units,
+        unit_scores=units,
         ranks=OrderedDict((name, jax.device_put(_ranks(units[name], alive[name]))) for name in units),
         sizes={name: mask.size for name, mask in alive.items()},
-        alive=living,
-        least=floors(living, structure, floor),
-        families=families_in(structure, shapes, living),
+        num_alive=num_alive,
+        min_kept=floors(num_alive, structure, floor),
+        families=families_in(structure, shapes, num_alive),
     )
 
 
 def pooling(structure: Structure) -> tuple[Any, bool, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """What decides how units are pooled: a structure as far as it can be a static argument of `jit`."""
+    """Return what decides how units are pooled, as a static argument of `jit`."""
     return structure.pool, structure.spans_leaves, tuple(sorted((structure.stacks or {}).items()))
 
 
 def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) -> Scores:
-    """The scores as `prune_once` has them, of a function as one program if it can be traced."""
+    """Return the scores as `prune_once` computes them, by one program where the function can be traced."""
     if callable(scores) and not is_tree_of_scores(scores, params):
-        # What is no array is static.
+        # Inputs that are not arrays are static.
         static = [name for name, x in inputs.items() if not all(map(is_array, jax.tree.leaves(x)))]
         if all(isinstance(inputs[name], Hashable) for name in static):
             with contextlib.suppress(
@@ -206,7 +205,7 @@ def _scored(scores: ScoreFn | Scores, params: Params, inputs: dict[str, Any]) ->
 
 
 def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """Each unit's place in the order of removal; of equal scores the first goes first."""
+    """Return each unit's place in the order of removal; among equal scores the first unit comes first."""
     flat = scores.ravel()
     order = np.argsort(flat, kind="stable") if alive.all() else np.lexsort((flat, ~alive.ravel()))
     ranks = np.empty(flat.size, np.int32)
@@ -218,7 +217,7 @@ def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
 def _pooled(
     params: Params, scores: Any, masks: Masks | None, pool_units: Any, chosen: tuple[str, ...]
 ) -> Any:
-    """The masks, the units' scores and which are left in the order of the pools, and bad scores by leaf."""
+    """Return the masks, by pool the units' scores and which are left, by leaf how many are not finite."""
     masks = ones_masks(params) if masks is None else masks
     units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
     bad = {path: jnp.sum(~jnp.isfinite(scores[path]) & before[path]) for path in chosen}
@@ -230,7 +229,7 @@ def _pooled(
 def _kept(
     scores: Any, masks: Masks, ranks: Any, counts: jax.Array, pool_units: Any, chosen: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    """The masks of the leaves that units lie in, without so many units of each pool."""
+    """Return the masks of the leaves that units lie in, without so many units of each pool."""
     units, before = _units(scores, masks, pool_units, chosen), array_leaves(masks, "masks")
     keep = {name: ranks[name] >= counts[index] for index, name in enumerate(ranks)}
     return kept_entries(units, keep, before)
@@ -246,10 +245,10 @@ def pruned_params(
     chosen: tuple[str, ...],
     count_left: bool,
 ) -> tuple[Params, jax.Array | None]:
-    """The params without so many units of each pool, which may be traced; see `Ranked`.
+    """Return the params without so many units of each pool, and with `count_left` how many are left.
 
-    Also, int32, how many units of each pool are left, if `count_left` says so. A structure may
-    round counts of coupled channels; units in one leaf go as they are told, and need no counting.
+    The counts may be traced; see `RankedUnits` for the other arguments. Coupled channels need counting,
+    because their structure may round a count; units that lie in one leaf do not.
     """
     kept = _kept(scores, masks, ranks, counts, pool_units, chosen)
     leaves = array_leaves(params)
@@ -265,12 +264,12 @@ _pruned = partial(jax.jit, static_argnums=(5, 6, 7))(pruned_params)
 
 
 def _with_leaves(tree: Any, leaves: dict[str, Any]) -> Any:
-    """A tree with some leaves, by path, replaced."""
-    whole = array_leaves(tree) | leaves
-    return jax.tree.unflatten(jax.tree.structure(tree), list(whole.values()))
+    """Return a tree with some leaves, by path, replaced."""
+    flat = flatten(tree)
+    return flat.tree(flat.by_path | leaves)
 
 
 def _units(scores: Any, masks: Any, pool_units: Any, chosen: tuple[str, ...]) -> Units:
     function, spans_leaves, stacks = pool_units
     structure = Structure(function, spans_leaves=spans_leaves, stacks=dict(stacks))
-    return pool(scores, masks, list(chosen), structure)
+    return pool(scores, array_leaves(masks, "masks"), list(chosen), structure)

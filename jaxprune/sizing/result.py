@@ -1,15 +1,12 @@
-"""What a sensitivity analysis found: points, as a table, as CSV, as a plot."""
+"""The result of a sensitivity analysis: points, as a table, as CSV, as a plot."""
 
-import csv
-import io
 import math
-import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+from jaxprune.tree.tables import csv_table, shorten, text_lines, wrapped
 
 _WIDTH, _CELL = 80, 9
 
@@ -19,14 +16,14 @@ class Point(NamedTuple):
 
     Attributes:
       name: the path, the group's name, or the set's.
-      sparsity: the fraction of its units that was asked to go.
-      achieved: the fraction that is gone.
+      sparsity: the fraction of its units that was to be removed.
+      achieved: the fraction that is removed.
       kept: how many units are left.
-      size: of how many.
+      size: how many units there are.
       metric: what `evaluate` returned.
-      drop: by how much that is worse than the dense network's; negative where it is better.
-      notes: what is to be said of it: that nothing more was removed than before or than at a lower
-        level, that only the floor kept some, that nothing is left.
+      drop: by how much the metric is worse than the dense network's; negative where it is better.
+      notes: what to know about the point: that no more was removed than by the masks to start from or at a
+        lower level, that the floor kept units that were to go, that nothing is left.
       others: what else `evaluate` returned.
     """
 
@@ -43,15 +40,15 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Points by name, then level. Printing it gives a table of at most 80 columns.
+    """Points by name, then level. It prints as a table of at most 80 columns.
 
     Attributes:
       points: every tensor at every level.
-      dense: the metric of the network that nothing (more) was pruned of.
-      metric: its name.
-      maximize: whether more of it is better.
+      dense: the metric of the network before anything was pruned, or under the masks to start from.
+      metric: the name of the metric.
+      maximize: whether a higher metric is better.
       pools: by name, the paths or groups that were pruned together.
-      others: what else `evaluate` returned for that network.
+      others: what else `evaluate` returned for the network that `dense` is of.
     """
 
     points: tuple[Point, ...]
@@ -62,17 +59,17 @@ class Sensitivity:
     others: Mapping[str, float]
 
     def of(self, name: str) -> tuple[Point, ...]:
-        """The points of a name, from the lowest level up.
+        """Return the points of a name, from the lowest level up.
 
         Raises:
-          KeyError: there is no such name.
+          KeyError: no point has this name.
         """
         if name not in self.pools:
             raise KeyError(f"there is no {name!r}; the names are {', '.join(self.pools)}.")
         return tuple(point for point in self.points if point.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, strings and numbers, as for JSON."""
+        """Return everything as dicts, lists, strings and numbers, as for JSON."""
         return {
             "metric": self.metric,
             "maximize": self.maximize,
@@ -85,45 +82,26 @@ class Sensitivity:
         }
 
     def to_csv(self, path: str | Path | None = None) -> str:
-        """One line per point under a line of headings, as text; written to a file too if one is named."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        """Return a line of headings and a line per point as text; also write it to a file, given its path."""
         fields = ("name", "sparsity", "achieved", "kept", "size", self.metric, "drop", "notes")
-        writer.writerow([*fields, *self.others])
+        rows: list[list[Any]] = [[*fields, *self.others]]
         for point in self.points:
             *figures, notes, others = point
-            writer.writerow([*figures, "; ".join(notes), *(others[name] for name in self.others)])
+            rows.append([*figures, "; ".join(notes), *(others[name] for name in self.others)])
+        text = csv_table(*rows)
         if path is not None:
-            Path(path).write_text(text.getvalue(), encoding="utf-8")
-        return text.getvalue()
+            Path(path).write_text(text, encoding="utf-8")
+        return text
 
     def plot(self, path: str | Path) -> None:
-        """Draws the metric against the sparsity achieved, a line per name, into a PNG, PDF or SVG file.
+        """Write the picture that `jaxprune.plots.sensitivity` draws into a PNG, PDF or SVG file.
 
         Raises:
           ImportError: matplotlib is missing.
         """
-        try:
-            import matplotlib as mpl
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError(
-                "Sensitivity.plot draws with matplotlib: pip install 'jaxprune[experiments]'. Without it "
-                "there are to_csv() and to_dict()."
-            ) from None
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.subplots()
-        colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(self.pools)))
-        for index, name in enumerate(self.pools):
-            x, y = zip(*((point.achieved, point.metric) for point in self.of(name)), strict=True)
-            marker = "os^Dv<>P*X"[index % 10]
-            axes.plot(x, y, color=colours[index], marker=marker, markersize=4, label=name)
-        axes.axhline(self.dense, color="grey", linestyle="--", linewidth=1, label="nothing pruned")
-        axes.set_xlabel("sparsity of what is pruned, alone")
-        axes.set_ylabel(self.metric)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside right upper", fontsize="small", ncols=-(-len(self.pools) // 24))
-        figure.savefig(path, dpi=150)
+        from jaxprune import plots
+
+        plots.sensitivity(self).savefig(path, dpi=150)
 
     def __str__(self) -> str:
         return _table(self)
@@ -133,41 +111,33 @@ def _table(result: Sensitivity) -> str:
     levels = sorted({point.sparsity for point in result.points})
     values = [value for point in result.points if math.isfinite(value := point.metric)]
     form = _form([result.dense, *values])
-    names = {name: _shortened(name, _WIDTH - 3 * _CELL) for name in result.pools}
+    names = {name: shorten(name, _WIDTH - 3 * _CELL, mark="..") for name in result.pools}
     width = max(6, *map(len, names.values()))
     side_by_side = (_WIDTH - width) // _CELL
     lines = [f"{result.metric} with one pruned alone; with nothing pruned {form(result.dense)}"]
     for start in range(0, len(levels), side_by_side):
         some = levels[start : start + side_by_side]
-        lines.append(f"{'pruned':<{width}}" + "".join(f"{f'{100 * level:g}%':>{_CELL}}" for level in some))
+        rows = [("pruned", *(f"{100 * level:g}%" for level in some))]
         for name, shown in names.items():
             by_level = {point.sparsity: point.metric for point in result.of(name)}
-            lines.append(f"{shown:<{width}}" + "".join(f"{form(by_level[x]):>{_CELL}}" for x in some))
+            rows.append((shown, *(form(by_level[level]) for level in some)))
+        lines += text_lines(f"{{:<{width}}}" + f"{{:>{_CELL}}}" * len(some), *rows)
     return "\n".join([*lines, *_notes(result)])
 
 
 def _notes(result: Sensitivity) -> Iterator[str]:
-    """What is to be said, by name: at which levels."""
+    """Yield lines that say which note holds for which name at which levels."""
     for name in result.pools:
         points = result.of(name)
         for note in dict.fromkeys(note for point in points for note in point.notes):
             levels = ", ".join(f"{100 * point.sparsity:g}%" for point in points if note in point.notes)
-            yield from textwrap.wrap(
-                f"{name} at {levels}: {note}",
-                _WIDTH,
-                subsequent_indent="  ",
-                break_on_hyphens=False,
-            )
+            yield from wrapped(f"{name} at {levels}: {note}", _WIDTH, break_on_hyphens=False)
 
 
 def _form(values: list[float]) -> Callable[[float], str]:
-    """Numbers with as many decimals as leave room, all alike."""
+    """Return a function that formats all values with the same number of decimals, as many as fit."""
     largest = max(map(abs, values), default=0.0)
     if largest and not 1e-3 <= largest < 1e5:
         return lambda value: f"{value:.1e}"
     decimals = 4 - max(0, math.floor(math.log10(largest))) if largest else 4
     return lambda value: f"{value:.{decimals}f}"
-
-
-def _shortened(name: str, width: int) -> str:
-    return name if len(name) <= width else f"..{name[2 - width :]}"

@@ -1,4 +1,4 @@
-"""Which form a kernel is stored in: by rule, or by measuring."""
+"""Which form a kernel is stored in: measured where it runs, or by a rule of one machine."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,11 +13,24 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.forms import FORMS, stored_entries
 from jaxprune.sparse.layers import Layer, sparse
 
-# Measured by `python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded`, and
-# with `--structure blocks --ways blocks` (or units, compact), N of 512, 1024 and 2048, in float32, on two
-# cores of an AMD EPYC (Zen 5, AVX-512). For so many rows or fewer: the forms in the order they are tried,
-# each with the density (entries stored, of the dense kernel's) below which it beats the dense product, and
-# how many entries the kernel must have.
+__all__ = ["Chosen", "Kernel", "by_measure", "by_rule", "density", "fastest_set", "given"]
+
+# The rule: for so many rows of inputs or fewer, the forms in the order in which they are tried, each with the
+# density (entries stored, over those of the dense kernel) up to which it beats the dense product, and the
+# number of entries that a kernel must have. All of it is of one machine: two cores of an AMD EPYC (Zen 5,
+# AVX-512), in float32, by
+#
+#     python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded
+#
+# and the same with `--structure blocks --ways blocks` (or units, compact), for N of 512, 1024 and 2048.
+#
+# What of it holds elsewhere? "compact" and "blocks" are dense products of a part of the kernel, so their time
+# falls with the entries stored, and their limits leave room for the gathers: these carry over. "csr" and
+# "padded" read 8 bytes for each stored entry, an index and a value, where the dense product reads 4, so they
+# lose above a density of 1/2 even where reading the kernel is all the time. With more rows it is arithmetic
+# that counts: one multiply-add by index against 16 in a vector of AVX-512, and 1/16 is about the limit of
+# "csr". A CPU with shorter vectors has higher limits, a GPU far lower ones. So `sparsify` by default
+# measures, and the rule is for where nothing can be run.
 _BREAK_EVEN = (
     (4, (("blocks", 0.60, 2**18), ("padded", 0.12, 2**20), ("compact", 0.80, 2**16))),
     (32, (("blocks", 0.35, 2**18), ("csr", 0.06, 2**16), ("compact", 0.80, 2**16))),
@@ -31,21 +44,21 @@ _BREAK_EVEN = (
         ),
     ),
 )
-_ELSEWHERE = (("compact", 0.80, 2**16),)  # other platforms: what was not measured there is not trusted
+_ELSEWHERE = (("compact", 0.80, 2**16),)  # on a GPU or TPU, where the limits were not measured
 
-MARGIN = 1.05  # how many times faster something has to be to be chosen by measuring
-_CLEAR = 1.5  # and to be chosen whatever it does to its neighbours
+_MARGIN = 1.05  # how many times as fast as dense a form has to be, for measuring to choose it
+_CLEAR = 1.5  # the same, for one of the sets of kernels that are tried together
 
 
 class Kernel(NamedTuple):
     """A kernel that may be stored in another form.
 
     Attributes:
-      label: what it is called: its param's path, with a number if the param is several kernels.
+      label: its name: the path of its param, with a number if the param is several kernels.
       path: its param.
-      layer: its product, of those with the most rows.
-      array: its values, with zeros.
-      matrix: the same as (outputs, inputs).
+      layer: its product; if it has several, the one with the most rows.
+      array: its values, zeros included.
+      matrix: its values as a matrix of (outputs, inputs).
     """
 
     label: str
@@ -56,12 +69,12 @@ class Kernel(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What was chosen for a kernel.
+    """The choice for a kernel.
 
     Attributes:
-      form: the form's name, or "dense".
+      form: the name of the form, or "dense".
       arrays: the kernel in that form; None if dense.
-      gain: how many times faster than the dense product it was; None if not measured.
+      gain: how many times as fast as the dense product it was; None if it was not measured.
       why: the reason.
     """
 
@@ -72,12 +85,12 @@ class Chosen(NamedTuple):
 
 
 def density(kernel: Kernel) -> float:
-    """The fraction of the kernel's entries that are not zero."""
+    """Return the fraction of the kernel's entries that are not zero."""
     return np.count_nonzero(kernel.matrix) / max(kernel.matrix.size, 1)
 
 
 def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
-    """The form that the caller chose.
+    """Return the choice that the caller made for a kernel.
 
     Raises:
       ValueError: it does not suit the kernel.
@@ -95,7 +108,7 @@ def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
 
 
 def by_rule(kernel: Kernel) -> Chosen:
-    """The form that should be fastest, by figures measured once, on another machine."""
+    """Return the form that should be fastest, by the figures of the machine where the rule was measured."""
     size, rows = kernel.matrix.size, kernel.layer.rows
 
     def stored(form: str) -> tuple[Any, float]:
@@ -114,12 +127,12 @@ def by_rule(kernel: Kernel) -> Chosen:
 
 
 def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) -> Chosen:
-    """The form that is fastest here, each form and the dense product being timed in turn.
+    """Return the form that is fastest here, when each form and the dense product are timed in turn.
 
     Args:
       kernel: the kernel.
       rounds: how often each is timed.
-      known: what was measured before, by shape: kernels alike are measured once. It is added to.
+      known: the gains measured so far, by shape, so that kernels alike are measured once. It is added to.
     """
     packed, layer = _candidates(kernel), kernel.layer
     if not packed:
@@ -138,40 +151,41 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
     gains = known[key]
     best = max(gains, key=lambda name: gains[name])
     figures = ", ".join(f"{name} {gain:.2f} x" for name, gain in gains.items())
-    if gains[best] < MARGIN:
+    if gains[best] < _MARGIN:
         return Chosen("dense", None, gains[best], f"measured {figures}")
     return Chosen(best, packed[best], gains[best], f"measured {figures}")
 
 
 def _candidates(kernel: Kernel) -> dict[str, Any]:
-    """The forms that may be faster than a dense product, packed."""
+    """Return the forms that may be faster than a dense product, packed."""
     names = ["blocks", "compact"]
     if density(kernel) <= 0.5 and not (kernel.matrix.size and not kernel.matrix.any()):
         names.append("padded")
-        if jax.default_backend() == "cpu" and kernel.layer.rows > 2:  # of one row its sums are scalar
+        if jax.default_backend() == "cpu" and kernel.layer.rows > 2:  # for one row its sums are scalar
             names.append("csr")
     packed = {name: FORMS[name].pack(kernel.matrix) for name in names}
     return {name: arrays for name, arrays in packed.items() if not isinstance(arrays, str)}
 
 
-def together(
+def fastest_set(
     alone: Mapping[str, Chosen],
     ruled: Mapping[str, Chosen],
     time: Callable[[Mapping[str, Mapping[str, Chosen]]], Mapping[str, float]],
 ) -> tuple[dict[str, Chosen], float | None]:
-    """The kernels that make the whole call fastest, of a few sets of them; none if dense is.
+    """Return the set of choices that makes the whole call fastest, out of a few sets and the dense network.
 
-    A product that is faster alone may cost more than it gains, by turning what its neighbours read;
-    or less, where they agree. So the call is timed with all the kernels that gained alone, with those
-    that clearly did, and with what the rule says.
+    A product that is faster alone may cost more than it gains, because it transposes what its neighbours
+    read, or gain more, if they want it transposed as well. So the call is timed with all kernels that gained
+    alone, with those that gained clearly, and with the choices of the rule.
 
     Args:
-      alone: what measuring chose for each alone, by key.
-      ruled: what the rule did.
-      time: from sets, each from keys to what is chosen, to how many times faster than dense the call was.
+      alone: by key, the choice that measuring made for each kernel alone.
+      ruled: by key, the choice of the rule.
+      time: given sets by name (each from keys to choices), how many times as fast as dense the call is
+        with each.
 
     Returns:
-      What is chosen for each, and how many times faster the call is; None if nothing was timed.
+      The choice for each kernel, and how many times as fast as dense the call is; None if nothing was timed.
     """
     gained = {key: one for key, one in alone.items() if one.form != "dense"}
     sets = {
@@ -190,7 +204,7 @@ def together(
         return dict(alone), None
     gains = time(tried)
     best = max(gains, key=lambda name: gains[name])
-    winner = tried[best] if gains[best] >= MARGIN else {}
+    winner = tried[best] if gains[best] >= _MARGIN else {}
     result = {}
     for key, one in alone.items():
         if key in winner and winner[key].form == one.form:

@@ -1,19 +1,20 @@
-"""The forms a kernel can be stored in, each with the product it makes possible.
+"""The forms that a kernel can be stored in, each with its product.
 
-A kernel is a matrix of (outputs, inputs) here. A form packs it, in numpy, into a few arrays, and
-multiplies rows of inputs by these: (rows, inputs) -> (rows, outputs). Forms were kept that won somewhere
-in `python -m experiments.benchmarks.sparse_inference --layers 1`, with 2048 x 2048 kernels on a CPU:
+A kernel is a matrix of (outputs, inputs) here. A form packs it, in numpy, into a few arrays, and multiplies
+rows of inputs by these: (rows, inputs) -> (rows, outputs). Each form is the fastest one somewhere in
+`python -m experiments.benchmarks.sparse_inference --layers 1`, with 2048 x 2048 kernels on a CPU:
 
-- `csr` for 8 rows of inputs or more, and scattered entries of which few are left. XLA's product of
-  compressed rows on a CPU runs on one thread, over the rows of inputs as its innermost axis; so activations
-  are turned to (inputs, rows), and between two such kernels XLA leaves them so.
-- `padded` for one row or few, and for many at about 90 %: gathers and sums that XLA compiles, on all threads.
-- `blocks` where whole blocks are zero: products of blocks, as dense ones are; for one row from half the
-  blocks on.
-- `compact` where whole rows or columns are zero: one dense product of what is left.
+- `csr` for 8 rows of inputs or more, and few scattered entries. XLA's product of compressed rows on a CPU
+  runs on one thread, with the rows of inputs as its innermost axis; so activations are transposed to
+  (inputs, rows), and XLA leaves them transposed between two such kernels.
+- `padded` for one row or few, and for many rows at about 90 % sparsity: gathers and sums that XLA compiles,
+  on all threads.
+- `blocks` where whole blocks are zero: dense products of the other blocks; for one row, where at least half
+  of the blocks are zero.
+- `compact` where whole rows or columns are zero: one dense product of the others.
 
-N:M sparsity has as many entries in each row, so that `padded` stores it without padding. `BCOO` and
-sums over segments won nowhere.
+N:M sparsity has equally many entries in each row, so that `padded` stores it without padding. `BCOO` and
+segment sums were the fastest nowhere.
 """
 
 import math
@@ -24,20 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+__all__ = ["FORMS", "Form", "stored_entries"]
+
 _BLOCK_SIZES = (64, 32, 16)
-_WASTE = 2  # entries stored over those that are not zero, at most: rows are filled up to the longest
-_BLOCK_WASTE = 4  # the same of blocks: an entry of theirs costs far less
-_FEW_ROWS = 8  # below this many rows of inputs, loops run over the outputs, one entry of each at a time
-_TURN = 4  # entries of a row summed in a turn of the loop otherwise: sums are read and written less often
-_GROUP = 1024  # what a turn of a loop costs beside its rows, in rows
+_WASTE = 2  # the most entries stored for each nonzero, since rows are filled up to the longest
+_BLOCK_WASTE = 4  # the same for blocks, whose entries cost far less
+_FEW_ROWS = 8  # below this many rows of inputs, a step of the loop sums one entry of each output
+_TURN = 4  # otherwise it sums so many, so that the sums are read and written less often
+_GROUP = 1024  # the fixed cost of a step of the loop, in rows of the kernel
 
 
 class Form(NamedTuple):
     """A way to store a kernel.
 
     Attributes:
-      name: what `choose` and reports call it.
-      pack: from a matrix of (outputs, inputs) to arrays, or to a text that says why it does not suit.
+      name: its name in `choose` and in reports.
+      pack: from a matrix of (outputs, inputs) to arrays, or to a text that says why the form does not suit.
       product: `product(arrays, x, outputs, dtype, precision)`, from (rows, inputs) to (rows, outputs),
         summed in `dtype`.
     """
@@ -48,13 +51,13 @@ class Form(NamedTuple):
 
 
 def _take(array: Any, indices: Any, axis: int) -> Any:
-    """Slices of an array by indices that are known to be inside."""
+    """Return slices of an array by indices that are known to be inside."""
     where = (slice(None),) * axis + (indices,)
     return jnp.asarray(array).at[where].get(mode="promise_in_bounds")
 
 
 def _alike(x: Any, values: Any, dtype: Any) -> tuple[Any, Any]:
-    """Two operands of one dtype: that of the sums, if theirs differ."""
+    """Return two operands with one dtype: that of the sums, if theirs differ."""
     return (x, values) if x.dtype == values.dtype else (x.astype(dtype), values.astype(dtype))
 
 
@@ -70,7 +73,7 @@ def _csr_pack(matrix: np.ndarray) -> Any:
 
 
 def _csr_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
-    del precision  # it multiplies as the dtype says
+    del precision  # BCSR multiplies in the precision of the dtype
     from jax.experimental import sparse  # it takes as long to import as all of jaxprune
 
     if not arrays["values"].size or not x.shape[0]:
@@ -82,8 +85,8 @@ def _csr_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) 
 def _padded_pack(matrix: np.ndarray) -> Any:
     counts = np.count_nonzero(matrix, axis=1)
     order = np.argsort(counts, kind="stable")
-    # In order of their counts, rows that share a loop are about as long as each other. One loop is
-    # best for rows that are alike; the more they differ, the more loops pay.
+    # Sorted by their counts, rows that share a loop are about equally long. One loop is best for rows of the
+    # same length; the more they differ, the more loops pay.
     splits = [np.array_split(order, groups) for groups in (1, 2, 4, 8, 16)]
     splits[0] = [np.arange(len(matrix))]
     costs = [sum(counts[own].max(initial=0) * (len(own) + _GROUP) for own in split) for split in splits]
@@ -97,7 +100,7 @@ def _padded_pack(matrix: np.ndarray) -> Any:
 
 
 def _padded_group(matrix: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """The n-th entries of all rows side by side: (turns, entries in a turn, rows)."""
+    """Return the n-th entries of all rows side by side: (turns, entries in a turn, rows)."""
     rows, columns = np.nonzero(matrix)
     place = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
     shape = (-(-int(counts.max(initial=0)) // _TURN), _TURN, len(matrix))
@@ -116,9 +119,8 @@ def _padded_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
         return total + value.astype(dtype)[:, None] * _take(turned, index, 0), None
 
     def turn(total: Any, entries: Any) -> Any:
-        for entry in zip(
-            *map(tuple, entries), strict=True
-        ):  # one loop over the sums, and one reading and writing of them
+        # Unrolled: XLA fuses it into one loop over the sums, which reads and writes them once.
+        for entry in zip(*map(tuple, entries), strict=True):
             total, _ = one(total, entry)
         return total, None
 
@@ -154,13 +156,13 @@ def _blocks_pack(matrix: np.ndarray) -> Any:
 
 
 def _tiles(matrix: np.ndarray, size: int) -> np.ndarray:
-    """A matrix as (rows of blocks, blocks, rows of a block, columns of a block)."""
+    """Return a matrix as (rows of blocks, blocks, rows of a block, columns of a block)."""
     outputs, inputs = (n // size for n in matrix.shape)
     return matrix.reshape(outputs, size, inputs, size).swapaxes(1, 2)
 
 
 def _blocks_stored(tiles: np.ndarray) -> int:
-    """Entries stored: each row of blocks is filled up to the longest."""
+    """Return the number of entries stored: each row of blocks is filled up to the longest."""
     return len(tiles) * int(tiles.any(axis=(2, 3)).sum(1).max()) * tiles.shape[2] ** 2
 
 
@@ -187,7 +189,7 @@ def _compact_pack(matrix: np.ndarray) -> Any:
     rows, columns = (np.flatnonzero(np.any(matrix, axis)).astype(np.int32) for axis in (1, 0))
     if len(rows) * len(columns) > 0.95 * matrix.size:
         return "no whole rows or columns that are zero"
-    places = np.full(len(matrix), len(rows), np.int32)  # outputs that are zero read a zero put at the end
+    places = np.full(len(matrix), len(rows), np.int32)  # outputs that are zero read a zero behind the product
     places[rows] = np.arange(len(rows))
     return {
         "inputs": columns if len(columns) < matrix.shape[1] else None,
@@ -219,6 +221,6 @@ FORMS = {
 
 
 def stored_entries(arrays: Any) -> int:
-    """How many values of a kernel a form stores, padding included."""
+    """Return how many values of a kernel a form stores, padding included."""
     groups = arrays.get("groups", [arrays])
     return sum(math.prod(group["values"].shape) for group in groups)

@@ -1,4 +1,4 @@
-"""A product by a kernel as a product of matrices, whatever axes it sums over."""
+"""A product of a kernel and data as a product of matrices, whichever axes it sums over."""
 
 import math
 from collections.abc import Callable
@@ -10,25 +10,27 @@ import numpy as np
 from jax import lax
 
 from jaxprune.sparse.forms import Form
-from jaxprune.sparse.walk import Product
+from jaxprune.tracing.dataflow import Product
 from jaxprune.tracing.jaxprs import binder
+
+__all__ = ["Layer", "layer", "sparse"]
 
 
 class Layer(NamedTuple):
     """A product whose kernel can be stored in another form.
 
     Attributes:
-      key: the same for products by the same kernel over the same axes, in whatever trace.
-      outputs, inputs: the kernel as a matrix.
-      rows: how many rows of inputs meet it.
+      key: the same for products of the same kernel over the same axes, in whatever trace.
+      outputs, inputs: the shape of the kernel as a matrix.
+      rows: how many rows of inputs it multiplies.
       source: the line of the user's code.
-      other: shape and dtype of the other operand.
-      dtype: of the sums: float32 for narrower floats, as dense products have it.
+      other: shape and dtype of the other operand, the data.
+      dtype: of the sums: float32 for bfloat16 and float16, as in dense products.
       matrix: from the kernel's array to (outputs, inputs).
-      gather: from the other operand to (rows, inputs).
-      scatter: from (rows, outputs) to what the equation gives.
-      dense: the equation itself, of kernel and other operand.
-      precision: that of the equation.
+      gather: from the data to (rows, inputs).
+      scatter: from (rows, outputs) to the output of the equation.
+      dense: the equation itself, a function of the kernel and the data.
+      precision: the precision of the equation.
     """
 
     key: str
@@ -46,7 +48,7 @@ class Layer(NamedTuple):
 
 
 def layer(product: Product) -> Layer | str:
-    """A product as a layer, or why it has to stay dense."""
+    """Return a product as a layer, or the reason why it has to stay dense."""
     eqn = product.eqn
     kernel, other = (eqn.invars[n].aval for n in (product.side, 1 - product.side))
     if eqn.primitive.name == "ragged_dot_general":
@@ -83,7 +85,7 @@ def layer(product: Product) -> Layer | str:
 
 
 def _dot(product: Product) -> Any:
-    """Of `dot_general`: the kernel's axes, how to get to rows, and back."""
+    """Return the kernel's free and summed axes of a `dot_general`, and functions to rows and back."""
     eqn, side = product.eqn, product.side
     sums, batches = eqn.params["dimension_numbers"]
     if batches[0]:
@@ -107,7 +109,7 @@ def _dot(product: Product) -> Any:
 
 
 def _pointwise(product: Product) -> Any:
-    """Of a convolution by a kernel of one place, which is a product over channels."""
+    """Return the same for a convolution with a kernel of one place, which is a product over channels."""
     eqn, params = product.eqn, product.eqn.params
     if product.side == 0:
         return "it is the input of a convolution"
@@ -137,12 +139,12 @@ def _rest(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
 
 
 def sparse(layer: Layer, form: Form, arrays: Any, other: Any) -> Any:
-    """What a layer's equation gives, from the stored kernel."""
+    """Return the output of a layer's equation, computed from the stored kernel."""
     return layer.scatter(_rows(layer, form, arrays)(layer.gather(other)))
 
 
 def _rows(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
-    """The product of rows, which `vmap` gives more rows: these are what the forms are fast for."""
+    """Return the product as a function of rows. `vmap` gives it more rows, which the forms are fast for."""
 
     def product(arrays: Any, x: Any) -> Any:
         return form.product(arrays, x, layer.outputs, layer.dtype, layer.precision)

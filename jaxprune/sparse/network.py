@@ -8,20 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.counting.products import PRODUCTS
 from jaxprune.counting.timing import latency
-from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, given, together
+from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, fastest_set, given
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.sparse.walk import ConstValue, Product, Visitor
-from jaxprune.tracing.jaxprs import inner_jaxprs, split_static
+from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
+from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
-from jaxprune.tree.paths import array_leaves, is_concrete
 from jaxprune.typing import Masks, Params
+
+__all__ = ["Sparsified", "sparsify"]
 
 
 class Sparsified(NamedTuple):
@@ -31,7 +32,7 @@ class Sparsified(NamedTuple):
       apply: `apply(params, *inputs)`, compiled; any batch size, also under `jit` and, over the inputs,
         `vmap`. The forms are those chosen for the example inputs.
       params: the `SparseParams`.
-      report: what was chosen for each kernel, why, and its bytes; print it.
+      report: the form of each kernel, why, and its bytes; print it.
     """
 
     apply: Callable[..., Any]
@@ -40,7 +41,7 @@ class Sparsified(NamedTuple):
 
     @property
     def forms(self) -> dict[str, str]:
-        """By path, the form of each kernel; give it as `choose=` to have the same again."""
+        """By path, the form of each kernel; pass it as `choose=` to choose the same forms again."""
         return {row.path: row.form for row in self.report.rows}
 
 
@@ -53,47 +54,48 @@ def sparsify(
     rounds: int = 9,
     **keywords: Any,
 ) -> Sparsified:
-    """The masked network, for inference, with kernels stored so that their zeros cost nothing.
+    """Return the masked network, for inference, with kernels stored so that their zeros cost nothing.
 
-    The function is traced, and where a product has an operand made of a masked param alone (itself, or
-    transposed, reshaped, cast, masked again), it is replaced by one with that kernel in a sparse form:
+    The function is traced. A product with an operand that is made of a masked param alone (the param itself,
+    or transposed, reshaped, cast, masked again) is replaced by a product with that kernel in a sparse form:
 
     - "csr": compressed sparse rows, by `jax.experimental.sparse.BCSR`;
     - "padded": the n-th entries of all rows side by side, rows filled up to the longest; N:M sparsity
-      takes no filling;
-    - "blocks": blocks of 64, 32 or 16 x as many that are not zero, where others are zero as a whole;
+      needs no filling;
+    - "blocks": the square blocks of 64, 32 or 16 rows that are not all zero;
     - "compact": a dense kernel without the rows and columns that are zero;
-    - "dense": as it was, with its zeros.
+    - "dense": the masked kernel, zeros included.
 
-    Calls (`jit`, `remat`, custom derivatives) are gone into; convolutions of one place are products.
+    Calls (`jit`, `remat`, custom derivatives) are entered; convolutions of one place are products.
     Other convolutions, batched products and kernels inside `scan`, `while` and `cond` stay dense, and
     the report says so. Sums of bfloat16 and float16 are in float32.
 
-    Entries that are pruned are skipped: where the dense network multiplies a zero by infinity or NaN
-    it gives NaN, and this one does not. It is for inference, and has no derivative: to train,
-    keep the masked network.
+    Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
+    this one does not. It has no derivative: to train, keep the masked network.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays.
       masks: bool masks like `params`.
       *inputs: example inputs, of the batch size to be fast for. Bools and strings are static.
-      choose: "measure" times each kernel's forms against its dense product, here, on inputs of its
-        shape, then the whole call against the dense one, and keeps what is faster: nothing is made slower
-        by it. "rule" decides by density and shape, without running anything. A dict from paths to forms is
-        a choice of one's own; what it does not name stays dense. A param that is read along other axes
-        too is several kernels: "path" names all of them, and "path#2" the second.
-      rounds: how often "measure" times each contender.
+      choose: "measure", the default, times the forms of each kernel against its dense product, on the
+        machine it is called on and on inputs of the kernel's shape, then the whole call against the dense
+        one, and keeps only what is faster. "rule" decides by density and shape, without running anything: by
+        break-even densities measured on one CPU (AMD EPYC, Zen 5, float32), which another CPU need not share;
+        on other platforms it takes "compact" alone. A dict from paths to forms is your own choice; kernels
+        that it does not name stay dense. A param that is read along other axes too is several kernels:
+        "path" names all of them, and "path#2" the second.
+      rounds: how often "measure" times each form, and each call.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
-      A `Sparsified`. It warns (UserWarning) if there is no kernel that could be stored otherwise.
+      A `Sparsified`. It warns (UserWarning) if no kernel could be stored in a sparse form.
 
     Raises:
-      ValueError: masks that do not mirror `params`; a choice of forms that there are not, for kernels
-        that there are not, or that do not suit.
-      TypeError: arguments in another order, a keyword; params or masks are traced; inputs without values,
-        which cannot be measured with.
+      ValueError: masks that do not mirror `params`; `choose` names a form or a kernel that does not exist,
+        or a form that does not suit the kernel.
+      TypeError: arguments in another order, a keyword; params or masks are traced; "measure" with inputs
+        that have no values.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -111,8 +113,8 @@ def sparsify(
       (5, 8)
 
     References:
-      Gale et al. 2020, "Sparse GPU kernels for deep learning": sparse products beat dense ones from
-      some sparsity on, which depends on shape and machine. Here it is measured.
+      Gale et al. 2020, "Sparse GPU kernels for deep learning": sparse products beat dense ones above a
+      sparsity that depends on the shape and the machine. Here it is measured.
     """
     call = "sparsify(apply_fn, params, masks, *inputs)"
     check_call(call, apply_fn, (params, *inputs), keywords, ("choose", "rounds"))
@@ -144,7 +146,7 @@ def sparsify(
             return {name: times["dense"].median / times[name].median for name in sets}
 
         ruled = {key: by_rule(kernel) for key, kernel in kernels.items()}
-        chosen, gain = together(alone, ruled, time)
+        chosen, gain = fastest_set(alone, ruled, time)
     else:
         for key, kernel in kernels.items():
             chosen[key] = by_rule(kernel) if choose == "rule" else given(kernel, choose)
@@ -170,7 +172,7 @@ def sparsify(
 
 
 def _checked(params: Params, masks: Masks) -> tuple[dict[str, Any], dict[str, int], Params]:
-    """The masked params by path, how many entries of each are pruned where some are, and as a tree."""
+    """Return the masked params by path, the pruned entries of each that has some, and the masked params."""
     traced = TypeError(
         "sparsify looks at the values of params and masks, so they cannot be traced or abstract: "
         "call it outside jit, and pass the .params of what it returns through jit."
@@ -202,7 +204,7 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
 def _kernels(
     network: Network, inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """The kernels that may be stored otherwise, by key, and why other masked params stay dense."""
+    """Return the kernels that a sparse form may suit, by key, and why other masked params stay dense."""
     found: dict[str, tuple[str, Layer, ConstValue]] = {}
     reasons: dict[str, str] = {}
     leaves = network.leaves
@@ -238,11 +240,8 @@ def _kernels(
 
 
 def _has_product(eqn: Any) -> bool:
-    return any(
-        inner.primitive.name in PRODUCTS or _has_product(inner)
-        for jaxpr in inner_jaxprs(eqn)
-        for inner in jaxpr.eqns
-    )
+    bodies = (closed for inner in inner_jaxprs(eqn) for closed in nested_jaxprs(inner))
+    return any(inner.primitive.name in PRODUCTS for body in bodies for inner in body.jaxpr.eqns)
 
 
 def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], chosen: Chosen) -> Row:

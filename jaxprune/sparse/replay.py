@@ -1,4 +1,4 @@
-"""A network run on some of its kernels in other forms, by replaying what it was traced to."""
+"""A network with some of its kernels in other forms, run by replaying its jaxpr."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,17 +10,20 @@ from jax.core import Tracer
 from jaxprune.sparse.choice import Chosen, Kernel
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import layer, sparse
-from jaxprune.sparse.walk import Product, Visitor, materialised, param, walk
+from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products
 from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
 from jaxprune.tree.checks import check_function
-from jaxprune.tree.paths import is_array, leaf_paths
+from jaxprune.tree.leaves import is_array
+from jaxprune.tree.paths import leaf_paths
+
+__all__ = ["Network", "SparseParams"]
 
 
 class SparseParams(NamedTuple):
     """The params of a sparse network: a pytree, to be passed through `jit` as an argument.
 
     Attributes:
-      leaves: by path, the params that are still read as they were, masked.
+      leaves: by path, the masked params that the network still reads dense.
       kernels: by path, the arrays of the kernels stored in another form.
     """
 
@@ -37,9 +40,9 @@ class Network:
         self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
 
     def traced(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The function for inputs of some shapes: `run(leaves, arrays, visitor)`.
+        """Return the function for inputs of some shapes, as `run(leaves, arrays, visitor)`.
 
-        Without arrays it visits the equations, and gives nothing.
+        With `arrays=None` it only visits the equations, and returns None.
         """
         trees = []
 
@@ -59,7 +62,7 @@ class Network:
                 number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
                 return None if arrays is None else arrays[number]
 
-            outputs = walk(closed, [value(name) for name in order], visitor)
+            outputs = visit_products(closed, [value(name) for name in order], visitor)
             if arrays is None:
                 return None
             return trees[-1].unflatten([jnp.asarray(materialised(output)) for output in outputs])
@@ -70,7 +73,7 @@ class Network:
     def stored(
         self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], SparseParams]:
-        """The function of `SparseParams`, and these."""
+        """Return the function of `SparseParams`, and the `SparseParams`."""
         forms = {
             key: (kernels[key].label, FORMS[one.form])
             for key, one in chosen.items()
@@ -86,14 +89,14 @@ class Network:
             return traced(_Watched(params.leaves, read), arrays, _visitor(params.kernels, forms))
 
         jax.eval_shape(watched, everything, split_static(inputs)[0])
-        # What is stored in another form alone, and not read when it runs, is left out.
+        # A param with a kernel in another form is left out, unless something still reads it dense.
         whole = {path for path in self.leaves if path not in {kernels[key].path for key in forms}}
         leaves = {path: leaf for path, leaf in self.leaves.items() if path in read | whole}
         return apply, SparseParams(leaves, stored)
 
 
 class _Watched(dict):
-    """Leaves by path that note which are read."""
+    """Leaves by path; it notes which are read."""
 
     def __init__(self, leaves: Mapping[str, Any], read: set[str]):
         super().__init__(leaves)
@@ -105,7 +108,7 @@ class _Watched(dict):
 
 
 class _Left(dict):
-    """Leaves by path, without those that are stored in another form alone."""
+    """Leaves by path, without those stored in a sparse form alone."""
 
     def __missing__(self, path: str) -> Any:
         raise ValueError(
@@ -142,7 +145,9 @@ def _applied(network: Network, forms: Mapping[str, tuple[str, Any]]) -> Callable
             def run(params: SparseParams, arrays: Any) -> Any:
                 return traced(_Left(params.leaves), arrays, _visitor(params.kernels, forms))
 
-            if traced.traced:  # it closed over values of the trace it is in, and holds for this call
+            if (
+                traced.traced
+            ):  # it closes over values of the trace around it, so it is good for this call only
                 return run(params, arrays)
             names = [(number, name) for number, name in enumerate(leaf_paths(inputs)) if name in arrays]
             programs[key] = jax.jit(run), names

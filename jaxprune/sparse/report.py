@@ -1,7 +1,10 @@
-"""What became of each kernel, as a table."""
+"""How each kernel is stored, as a table."""
 
-import textwrap
 from typing import Any, NamedTuple
+
+from jaxprune.tree.tables import shorten, text_lines, wrapped
+
+__all__ = ["Row", "SparseReport"]
 
 
 class Row(NamedTuple):
@@ -14,7 +17,7 @@ class Row(NamedTuple):
       form: how it is stored: "dense", "csr", "padded", "blocks" or "compact".
       dense: bytes of the dense kernel.
       stored: bytes in this form, indices included.
-      gain: how many times faster than the dense product it was, alone; of the best form if it stays
+      gain: how many times as fast as the dense product it was, alone; that of the best form if it stays
         dense; None if it was not measured.
       why: why it has this form.
     """
@@ -34,10 +37,10 @@ class SparseReport(NamedTuple):
 
     Attributes:
       rows: a `Row` for each param that its mask prunes.
-      gain: how many times faster than dense the whole call was; None if it was not measured, 1.0 if it
-        was, and stays dense.
+      gain: how many times as fast as dense the whole call was; None if it was not measured, 1.0 if it was
+        measured and stays dense.
       rounds: how often each call was timed.
-      platform: where.
+      platform: the platform it was timed on.
     """
 
     rows: tuple[Row, ...]
@@ -46,33 +49,34 @@ class SparseReport(NamedTuple):
     platform: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain Python values, for JSON."""
+        """Return the report as plain Python values, for JSON."""
         return self._asdict() | {"rows": [row._asdict() for row in self.rows]}
 
     def __str__(self) -> str:
-        lines = [
-            f"{'kernel':<24}{'shape':<14}{'sparsity':>9} {'form':<8}{'stored':>9}{'of dense':>9}{'x':>6}"
-        ]
+        lines = text_lines(
+            "{:<24}{:<14}{:>9} {:<8}{:>9}{:>9}{:>6}",
+            ("kernel", "shape", "sparsity", "form", "stored", "of dense", "x"),
+            *(
+                (
+                    shorten(row.path, 23),
+                    shorten("x".join(map(str, row.shape)), 13),
+                    f"{row.sparsity:.2%}",
+                    row.form,
+                    _bytes(row.stored),
+                    f"{row.stored / row.dense:.0%}" if row.dense else "-",
+                    "-" if row.gain is None else f"{row.gain:.2f}",
+                )
+                for row in self.rows
+            ),
+        )
         for row in self.rows:
-            gain = "-" if row.gain is None else f"{row.gain:.2f}"
-            part = f"{row.stored / row.dense:.0%}" if row.dense else "-"
-            lines.append(
-                f"{_short(row.path, 23):<24}{_short('x'.join(map(str, row.shape)), 13):<14}"
-                f"{row.sparsity:>9.2%} {row.form:<8}{_bytes(row.stored):>9}{part:>9}{gain:>6}"
-            )
-        for row in self.rows:
-            text = f"{row.path}: {row.form}: {row.why}"
-            lines += textwrap.wrap(text, 78, subsequent_indent="  ")
+            lines += wrapped(f"{row.path}: {row.form}: {row.why}")
         stored, dense = (sum(getattr(row, name) for row in self.rows) for name in ("stored", "dense"))
         lines.append(f"stored: {_bytes(stored)} of {_bytes(dense)}")
         if self.gain is not None:
             what = f"{self.gain:.2f} x faster than dense" if self.gain != 1 else "dense, nothing is faster"
             lines.append(f"the whole call: {what} (medians of {self.rounds}, {self.platform})")
         return "\n".join(lines)
-
-
-def _short(text: str, width: int) -> str:
-    return text if len(text) <= width else "..." + text[-(width - 3) :]
 
 
 def _bytes(count: int) -> str:

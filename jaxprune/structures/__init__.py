@@ -1,4 +1,4 @@
-"""Structures: which entries go together. Entries are pooled into units, and units are pruned."""
+"""Structures: which entries are pruned together. Entries are pooled into units, and units are pruned."""
 
 from jaxprune.structures.base import Norm, Structure, Units
 from jaxprune.structures.coupled import channels

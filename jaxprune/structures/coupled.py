@@ -28,42 +28,44 @@ def channels(
     min_width: int | Mapping[str, int] = 1,
     multiple_of: int = 1,
 ) -> Structure:
-    """Coupled channels: a unit is all slices, of whatever leaves, that can only go together.
+    """Prune coupled channels: a unit is all slices, of any leaves, that can only go together.
 
     Each member of a group (an axis of a leaf) gives each unit one number, the norm of the scores
-    in the unit's slices of it; these are reduced to the unit's score, which is compared with those
-    of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
+    in the unit's slices of that leaf. `reduce` makes these numbers the unit's score, which is compared with
+    those of other groups after `normalize`. Pools are groups: a sparsity, a count or a floor is one of
     units, and a dict of targets goes by `Group.name`.
 
     Only the leaves that the pruner's `where` takes in give scores. By default these are the weights of
-    the network's products, whatever they are called: the matrices and filters that it multiplies data
-    by, and not what it looks up (embeddings, also where they are multiplied too), adds (biases,
+    the network's products, whatever their names: the matrices and filters that it multiplies data
+    by, and not what it looks up (embeddings, even if they are also multiplied), adds (biases,
     positions) or multiplies entry by entry (scales), nor adapters. Pruning a unit masks all its
-    slices, biases and norms included; a group of which `where` takes in nothing takes no part.
+    slices, biases and norms included. A group takes no part if `where` takes in none of its members.
     Members that the network divides by (`Member.divisor`) give scores like any other, but masks
-    leave them alive, since zero would make the network NaN. The other members tell whether a unit
+    leave them alive, because zero would make the network NaN. The other members tell whether a unit
     is pruned, and `compact` drops the divisors with it.
-    With `scope="isomorphic"` groups that have the same members, but for their sizes, are ranked
-    together, and each kind gives its share.
+    With `scope="isomorphic"` groups that have the same members, except for their sizes, compete,
+    and each kind gives its share.
 
-    Where leaves are stacked (`groups.stacks`), each layer has groups of its own, `"layers/up[2][1]"`, which
-    are pools like any other. As the layers of a scan must stay of one width, each keeps equally many units:
-    with `scope="layerwise"` if their targets are equal; with other scopes always, as many as is nearest to
-    what its layers would keep together, and each layer drops its own lowest. A target may name the stack,
+    Where leaves are stacked (`groups.stacks`), each layer has separate groups, `"layers/up[2][1]"`, which
+    are pools like any other. All layers of a scan need one width, so each keeps equally many units: with
+    `scope="layerwise"` if their targets are equal; with other scopes always, the number nearest to what
+    the layers would keep together, and each layer drops its lowest. A target may name the stack,
     `"layers/up[*][1]"`.
 
     Args:
       groups: from `channel_groups`.
       norm: the order of the norm within a slice, or a reduction such as `jnp.sum`.
       reduce: `reduce(array, axis=0)` of members x units, such as `jnp.mean`, `jnp.sum`, `jnp.max`.
-      normalize: of a group's scores an array that they are divided by, such as `jnp.mean` or
+      normalize: from a group's scores, an array that they are divided by, such as `jnp.mean` or
         `jnp.max`; nothing by default. It makes groups comparable under `scope="global"`.
       axis: only members on this axis of their leaf give scores: -1 for flax's outputs, so that a
         filter is ranked by its own weights and not by those that read it.
-      ignore: `ignore(path, member)`; groups with a member that matches stay whole.
-      min_width: how many units stay at least, in every group or by its name.
-      multiple_of: what stays of a group is rounded up to a multiple of so many units, those with
-        the highest scores; less is pruned than asked for, then.
+      ignore: `ignore(path, member)`; groups with a member that matches are not pruned. The same as
+        `groups.without(ignore)`, for recipes, which cannot write groups.
+      min_width: how many units stay at least, in every group or by its name: a floor that is part of the
+        structure, where the `floor` of a pruner is one number for all pools.
+      multiple_of: the number of units kept in a group is rounded up to a multiple of this, by keeping the
+        highest scores; less is then pruned than asked for.
 
     Returns:
       A `Structure`.
@@ -71,7 +73,8 @@ def channels(
     Raises:
       ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
         number below 1; on use, `where` takes in no member of any group.
-      TypeError: groups, a reduction, an `ignore` or an axis that is none.
+      TypeError: `groups` does not hold groups, `reduce` or `ignore` is not a function, `axis` is not an
+        integer.
 
     Warns:
       UserWarning: groups of which nothing is pruned, because no member that gives scores lies on the
@@ -105,7 +108,7 @@ def channels(
         group.name for group in chosen if not any(_is_on(m, len(m.shape), axis) for m in group.members)
     }
     if len(untouched) < len(chosen):
-        _warn_of_axis(sorted(untouched), axis)
+        _warn_about_axis(sorted(untouched), axis)
     filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
 
     layers = {m.path for group in chosen for m in group.members if leaf_of_layer(m.path) is not None}
@@ -124,11 +127,11 @@ def channels(
                 continue
             each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
             total = reduce(jnp.stack(each), axis=0)
-            # Masks leave divisors alive in pruned units too, so that only other members tell which are.
+            # Masks leave divisors alive in pruned units too, so only other members tell which are pruned.
             telling = [m for m in members if not m.divisor] or [
                 m for m in group.members if not m.divisor and m.path in masks
             ]
-            telling = telling or members  # of a part of the params without these, `under` has no group
+            telling = telling or members  # a part of the params may hold divisors alone
             living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in telling]
             alive[group.name] = jnp.any(jnp.stack(living), axis=0)
             if normalize is not None:
@@ -137,11 +140,11 @@ def channels(
             pooled[group.name] = total
         if not pooled:
             raise ValueError(_no_member(chosen, scores, axis))
-        # What `where` takes in is known only here. Each group is named once, not at every update.
+        # Only here is it known what `where` takes in. A warning names each group once, not at every update.
         more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
-        _warn_of_axis(sorted(more - untouched), axis)
+        _warn_about_axis(sorted(more - untouched), axis)
         untouched.update(more)
-        _warn_of_multiple([g for g in chosen if g.name in filled & pooled.keys()], multiple_of)
+        _warn_about_multiple([g for g in chosen if g.name in filled & pooled.keys()], multiple_of)
         filled.difference_update(pooled)
 
         def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -165,13 +168,13 @@ def channels(
 
 
 def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
-    """By name, the groups that are the same axis in each layer of a stack."""
+    """Return, by name, the groups that are the same axis in each layer of a stack."""
     by_stack: dict[str, list[tuple[tuple[int, ...], str]]] = {}
     for group in groups:
         if group.stack is not None:
             named = [m.path for m in group.members if leaf_of_layer(m.path) is not None]
             index = tuple(map(int, named[0].rpartition("[")[2].removesuffix("]").split(","))) if named else ()
-            # Several groups on one axis of a layer are told apart by a number, "layers/up[2][1]#1".
+            # A number tells several groups on one axis of a layer apart, "layers/up[2][1]#1".
             _, number, which = group.name.rpartition("]")[2].rpartition("#")
             by_stack.setdefault(group.stack + number + which, []).append((index, group.name))
     families = {}
@@ -185,7 +188,7 @@ def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
 
 
 def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) -> str:
-    """Why no member of a group gives scores."""
+    """Return the message that says why no member of a group gives scores."""
     paths = sorted({member.path for group in groups for member in group.members})
     taken = sorted(taken)
     if any(path in paths for path in taken):
@@ -196,7 +199,7 @@ def _no_member(groups: Iterable[Group], taken: Iterable[str], axis: int | None) 
 
 
 def _weights(groups: tuple[Group, ...]) -> dict[str, bool]:
-    """By path, whether a function uses a member as weights; empty where a group does not tell."""
+    """Return, by path, whether a function uses a member as weights; nothing if a group does not know."""
     if any(group.weights is None for group in groups):
         return {}
     weights = {path for group in groups for path in group.weights or ()}
@@ -204,7 +207,7 @@ def _weights(groups: tuple[Group, ...]) -> dict[str, bool]:
 
 
 def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tuple[Group, ...]:
-    """The removable groups that are not ignored."""
+    """Return the removable groups that are not ignored."""
     every = tuple(groups) if np.iterable(groups) else (groups,)
     if wrong := [each for each in every if not isinstance(each, Group)]:
         raise TypeError(
@@ -229,9 +232,9 @@ def _chosen(groups: ChannelGroups | Iterable[Group], ignore: Where | None) -> tu
 
 
 def _units_in(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many units a group has where its leaves have other shapes; None if they do not say.
+    """Return how many units a group has where its leaves have other shapes; None if it is not known.
 
-    A member that has its axis for itself says so: all its slices belong to the group's units.
+    It is known from a member whose whole axis belongs to the group: all its slices lie in units.
     """
     for member in group.members:
         units, slices = member.indices.shape
@@ -242,6 +245,7 @@ def _units_in(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int | None
 
 
 def _min_widths(min_width: int | Mapping[str, int], groups: tuple[Group, ...]) -> dict[str, int]:
+    """Return, by group, the widths above 1, which is what a pruner keeps by itself."""
     names = [group.name for group in groups]
     widths = min_width if isinstance(min_width, Mapping) else dict.fromkeys(names, min_width)
     if unknown := [name for name in widths if name not in names]:
@@ -259,8 +263,8 @@ def _is_on(member: Member, ndim: int, axis: int | None) -> bool:
     return -ndim <= axis < ndim and member.axis == axis % ndim
 
 
-def _warn_of_axis(groups: Sequence[str], axis: int | None) -> None:
-    """Warns of groups that get no scores, so that nothing of them is pruned."""
+def _warn_about_axis(groups: Sequence[str], axis: int | None) -> None:
+    """Warn about groups that get no scores, so that nothing of them is pruned."""
     if groups:
         warnings.warn(
             f"axis={axis}: {', '.join(groups)} has no member on that axis that gives scores, so nothing of "
@@ -269,8 +273,8 @@ def _warn_of_axis(groups: Sequence[str], axis: int | None) -> None:
         )
 
 
-def _warn_of_multiple(groups: Iterable[Group], multiple_of: int) -> None:
-    """Warns of groups that rounding up fills again, whatever was to go."""
+def _warn_about_multiple(groups: Iterable[Group], multiple_of: int) -> None:
+    """Warn about groups that rounding up fills again, whatever was to be removed."""
     if narrow := [f"{group.name} ({group.units} units)" for group in groups]:
         warnings.warn(
             f"multiple_of={multiple_of} is not below the width of {', '.join(narrow)}: what stays is rounded "
@@ -281,11 +285,11 @@ def _warn_of_multiple(groups: Iterable[Group], multiple_of: int) -> None:
 
 
 def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """One number for each unit, from the entries of a leaf in the unit's slices."""
+    """Reduce the entries of a leaf in each unit's slices to one number."""
     units, slices = member.indices.shape
     flat = member.indices.ravel()
-    whole = np.array_equal(flat, np.arange(leaf.shape[member.axis]))
-    picked = leaf if whole else jnp.take(leaf, flat, axis=member.axis)
+    in_order = np.array_equal(flat, np.arange(leaf.shape[member.axis]))
+    picked = leaf if in_order else jnp.take(leaf, flat, axis=member.axis)
     shape = (*leaf.shape[: member.axis], units, slices, *leaf.shape[member.axis + 1 :])
     picked = picked.reshape(shape)
     others = tuple(a for a in range(picked.ndim) if a != member.axis)
@@ -293,27 +297,27 @@ def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) 
 
 
 def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:
-    """The units to keep, filled up to a multiple with the best of the others that are alive."""
+    """Return the units to keep, filled up to a multiple with the highest of the others that are alive."""
     if multiple_of == 1:
         return keep
     stays = keep & alive
     wanted = -(-jnp.sum(stays, dtype=jnp.int32) // multiple_of) * multiple_of
-    # Those that stay rank first, then those alive by score; the dead never come back.
+    # Units that stay come first, then units alive by falling score, and last pruned ones, which never return.
     order = jnp.lexsort((-scores, ~stays, ~alive))
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
     return (keep | (rank < wanted)) & (alive | keep)
 
 
 def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The masks of all leaves that the units lie in."""
+    """Return the masks of all leaves that the units lie in."""
     masks: dict[str, jax.Array] = {}
     for group in groups:
         for path, axis, indices, shape, divisor in group.members:
-            # int32, because JAX remembers an int64 array as what it first was, with or without x64.
-            own = indices.astype(np.int32)
+            # int32, because JAX caches how it first converted an int64 array, with or without x64.
+            places = indices.astype(np.int32)
             along = jnp.ones(shape[axis], bool)
             if not divisor:
-                along = along.at[own].set(keep[group.name][:, None])
+                along = along.at[places].set(keep[group.name][:, None])
             others = [a for a in range(len(shape)) if a != axis]
             masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
     return masks

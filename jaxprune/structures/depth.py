@@ -21,7 +21,7 @@ def layers(
     *,
     stacked: Stacked | None = None,
 ) -> Structure:
-    """Whole residual blocks: a unit is all leaves of a block, or one layer of all stacked leaves.
+    """Prune whole residual blocks: a unit is all leaves of a block, or one layer of all stacked leaves.
 
     The score of a block is `reduce` over its leaves of `norm` over the entries of each,
 
@@ -30,9 +30,9 @@ def layers(
     by default, so that a large leaf counts no more than a small one, and already pruned entries count as
     0; `norm=jnp.sum, reduce=jnp.sum` is the sum of all scores, of `scores.taylor` say. Only the leaves
     that the pruner's `where` takes in give scores. Pruning a block masks all of its leaves, biases and
-    norms included, but for those that `residual_blocks` marks as divisors. A sparsity, a count and
-    `floor` are of blocks, one stays at least by default, and a dict of targets goes by pool: `"layers"`,
-    the keys of a dict of prefixes, or `"stacked"` beside a list called `"layers"`.
+    norms included, except for those that `residual_blocks` marks as divisors. A sparsity, a count and
+    `floor` count blocks, at least one block stays by default, and a dict of targets goes by pool:
+    `"layers"`, the keys of a dict of prefixes, or `"stacked"` beside a list called `"layers"`.
 
     Args:
       blocks: from `residual_blocks`, which proves that each is the identity when its leaves are zero; or,
@@ -49,7 +49,8 @@ def layers(
     Raises:
       ValueError: no blocks; on use, a prefix that no leaf has, or twice, or inside another, stacked leaves
         with different numbers of layers, a block of which `where` takes in no leaf.
-      TypeError: blocks, a reduction or a `stacked` that is none, `stacked` beside checked blocks.
+      TypeError: `blocks` holds neither blocks nor prefixes, `reduce` or `stacked` is not a function,
+        `stacked` is given beside checked blocks.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -61,7 +62,7 @@ def layers(
 
     References:
       Elhoushi et al., "LayerSkip", ACL 2024, and Men et al., "ShortGPT", arXiv:2403.03853, drop whole
-      layers; they rank them by what a layer changes of its input, which is a score and not a structure.
+      layers; they rank them by how much a layer changes its input, which is a score and not a structure.
     """
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
     in_leaf = reducer(norm)
@@ -72,7 +73,7 @@ def layers(
         check_blocks(prefixes, stacked)
 
     def found(leaves: Mapping[str, Any]) -> tuple[dict[str, list[Block]], Stacks]:
-        """The blocks of each pool among some leaves."""
+        """Find the blocks of each pool among some leaves, and the stacks."""
         if checked is None:
             given, stacks = find_blocks(leaves, prefixes, stacked)
         else:
@@ -119,14 +120,14 @@ def layers(
 
 
 class _Rows:
-    """The leaves of one block, or of all layers of a stack: of each, one row for each block."""
+    """The leaves of one block, or of all layers of a stack, with one row of each leaf for each block."""
 
     def __init__(self, block: Block, stacks: Stacks):
         self.block = block
         self.axes = {path: stacks[path] if block.index else () for path in block.paths}
 
     def count(self, leaves: Mapping[str, Any]) -> int:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         path = self.block.paths[0]
         size = 1
         for axis in self.axes[path]:
@@ -140,7 +141,7 @@ class _Rows:
         in_leaf: Callable[..., jax.Array],
         reduce: Callable[..., jax.Array],
     ) -> jax.Array:
-        """One score for each block."""
+        """Return one score for each block."""
         paths = [path for path in self.block.paths if path in scores]
         if not paths:
             raise ValueError(
@@ -151,7 +152,7 @@ class _Rows:
         return reduce(jnp.stack(each), axis=0)
 
     def alive(self, masks: Mapping[str, jax.Array], fixed: frozenset[str]) -> jax.Array:
-        """For each block, whether anything is left that pruning it would remove."""
+        """Return, for each block, whether anything is left that pruning it would remove."""
         paths = [path for path in self.block.paths if path not in fixed and path not in self.block.divisors]
         each = [self._by_block(path, masks[path], lambda x, axes: jnp.any(x, axis=axes)) for path in paths]
         return jnp.any(jnp.stack(each), axis=0) if each else jnp.ones(self.count(masks), bool)
@@ -159,7 +160,7 @@ class _Rows:
     def expand(
         self, keep: jax.Array, masks: Mapping[str, jax.Array], fixed: frozenset[str]
     ) -> dict[str, jax.Array]:
-        """The masks of the leaves, given which blocks stay."""
+        """Return the masks of the leaves, from which blocks stay."""
         entries = {}
         for path in self.block.paths:
             if path in fixed or path in self.block.divisors:
@@ -172,14 +173,14 @@ class _Rows:
         return entries
 
     def _by_block(self, path: str, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-        """One number for each block, from the entries of a leaf."""
+        """Reduce the entries of a leaf to one number for each block."""
         axes = self.axes[path]
         front = jnp.moveaxis(leaf, axes, range(len(axes)))
         return jnp.reshape(reduce(front, tuple(range(len(axes), leaf.ndim))), -1)
 
 
 def _check_paths(blocks: ResidualBlocks, leaves: Mapping[str, Any]) -> None:
-    """Checks that the params have the leaves of the blocks."""
+    """Check that the params have the leaves of the blocks."""
     if missing := [path for path in blocks.shapes if path not in leaves]:
         prefix = prefix_to(blocks.shapes, leaves)
         advice = (

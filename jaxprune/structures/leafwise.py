@@ -25,7 +25,7 @@ class _LeafUnits(NamedTuple):
 def _leafwise(
     pool_leaf: Callable[[str, jax.Array, jax.Array], _LeafUnits], name: str, max_sparsity: float = 1.0
 ) -> Structure:
-    """A structure whose units each lie in one leaf: `pool_leaf(path, scores, mask)`."""
+    """Return a structure whose units each lie in one leaf: `pool_leaf(path, scores, mask)`."""
 
     def pool(scores, masks):
         leaves = {path: pool_leaf(path, scores[path], masks[path]) for path in scores}
@@ -39,7 +39,7 @@ def _leafwise(
 
 
 def elements() -> Structure:
-    """Every entry is a unit of its own: unstructured pruning, the default.
+    """Prune single entries: unstructured pruning, the default.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -48,11 +48,11 @@ def elements() -> Structure:
       >>> masks["kernel"].tolist()
       [[True, False], [False, True]]
     """
-    return _leafwise(lambda path, scores, mask: _LeafUnits(scores, mask, lambda keep: keep), "elements()")
+    return Structure(lambda scores, masks: Units(scores, masks, dict), name="elements()", elementwise=True)
 
 
 def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
-    """Whole slices along an axis: neurons, filters, rows, columns, conv kernels.
+    """Prune whole slices along an axis: neurons, filters, rows, columns, conv kernels.
 
     The unit at index i is everything at index i of the axis. Its score is the norm of its
     scores, `(sum |s|^n)^(1/n)`; already pruned entries count as 0. With flax's layouts (dense:
@@ -98,10 +98,10 @@ def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
 
 
 def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm = 1) -> Structure:
-    """Rectangular blocks of entries, tiling the given axes from index 0.
+    """Prune rectangular blocks of entries, which tile the given axes from index 0.
 
     Where a block's side does not divide its axis, the blocks at the far edge are smaller. Other
-    axes are not tiled: each of their indices has blocks of its own.
+    axes are not tiled: each index of them has separate blocks.
 
     Args:
       shape: the sides of a block.
@@ -154,16 +154,16 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
 
 
 def nm(n: int, m: int, axis: int = -2) -> Structure:
-    """N:M sparsity: in every group of m neighbours along an axis, the n highest stay.
+    """Prune to N:M sparsity: in every group of m neighbours along an axis, the n highest stay.
 
     The unit is a group, and pruning it leaves its n highest entries. Its score is the sum of the
-    m - n lowest, what pruning it would cost. Sparsity counts entries, so `1 - n/m` prunes every
+    m - n lowest, which is what pruning it costs. A sparsity is one of entries, so `1 - n/m` prunes every
     group, and a schedule that rises to it turns one group after another from dense to n:m.
-    With `of="remaining"` it is a fraction of what the groups still dense can give. A count is
-    one of groups. Of equal scores in a group the one at the lower index goes.
+    With `of="remaining"` it is a fraction of what the groups that are still dense can give. A count is
+    one of groups. If scores in a group are equal, the entry at the lower index goes.
 
     Args:
-      n: how many stay in a group, 1 or more.
+      n: how many entries of a group stay, 1 or more.
       m: the size of a group, above n.
       axis: the axis of the groups: the *input* (reduction) axis, as sparse tensor cores need. By
         default -2, where flax's dense and conv kernels have it; -1 for equinox and torch layouts.
@@ -218,19 +218,20 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
 def _groups(
     scores: jax.Array, mask: jax.Array, n: int, m: int, axis: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What pruning each group of m entries along an axis would do.
+    """Find what pruning each group of m entries along an axis would remove.
 
     Returns:
-      The entries that would stay, the axis split in two: which group, and where within it; for each
-      group the sum of those that would go, and whether there are any, both with the axis shorter by m.
+      The entries that would stay, with the axis split in two: which group, and where within it; for each
+      group the sum of the entries that would go; and whether there are any.
     """
     grouped, inside = split(scores, {axis: m}), split(mask, {axis: m})
-    # How many of its group go before an entry: the pruned, the lower, the equal at a lower index.
-    # All m * m comparisons fuse into one pass; a sort would not. They are of bits, so that NaN
-    # ranks highest here too, and exactly n stay.
+    # `before` counts the entries of the group that go before an entry: the pruned, the lower, and the equal
+    # at a lower index. That orders the group strictly, so exactly the m - n first entries go, of which the
+    # pruned are the first of all. The m * m comparisons fuse into one pass, where a sort would not; they are
+    # of bits, so that NaN ranks highest here too.
     within = axis + 1
-    rank = ordered_bits(grouped)
-    mine, other = jnp.expand_dims(rank, within + 1), jnp.expand_dims(rank, within)
+    keys = ordered_bits(grouped)
+    mine, other = jnp.expand_dims(keys, within + 1), jnp.expand_dims(keys, within)
     index = lax.broadcasted_iota(jnp.int32, mine.shape, within)
     other_index = lax.broadcasted_iota(jnp.int32, other.shape, within + 1)
     lower = (other < mine) | ((other == mine) & (other_index < index))
@@ -241,7 +242,7 @@ def _groups(
 
 
 def _axes(path: str, leaf: jax.Array, axes: tuple[int, ...], name: str) -> tuple[int, ...]:
-    """The axes counted from 0, checked against a leaf."""
+    """Return the axes counted from 0, checked against a leaf."""
     if any(not -leaf.ndim <= a < leaf.ndim for a in axes):
         raise ValueError(
             f"{name} on params[{path!r}] of shape {tuple(leaf.shape)}: it has no axis among {axes}. "

@@ -1,1 +1,1 @@
-"""What is read off, or done to, a traced function."""
+"""Traced functions: walking their jaxprs, and what these show of values."""

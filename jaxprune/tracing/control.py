@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
+
+__all__ = ["update_if"]
 
 T = TypeVar("T")
 
 
 def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
-    """`update(state)` if due, else `state`; run only if some element of a `vmap` needs it.
+    """Return `update(state)` if due, else `state`; `update` runs only if some element of a `vmap` is due.
 
-    Where `due` has a value now, it is looked at, and `update` may warn and raise.
+    Where `due` has a value now (outside `jit`), a Python `if` decides, and `update` may warn and raise.
 
     Under `vmap` a `lax.cond` whose predicate is batched becomes a select, which runs both branches
-    at every step of a training loop. Here one predicate is made for the whole batch, whether any
-    of its elements is due, and those that are not are left as they were.
+    at every step of a training loop. Here the predicate is one for the whole batch, "is any element due",
+    and the elements that are not due keep their state.
 
     Args:
       due: bool scalar.
@@ -31,7 +33,7 @@ def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from jaxprune.control import update_if
+      >>> from jaxprune.tracing.control import update_if
       >>> x = jnp.array([[3.0, 1.0], [4.0, 2.0]])
       >>> jax.vmap(lambda due, row: update_if(due, jnp.sort, row))(jnp.array([True, False]), x).tolist()
       [[1.0, 3.0], [4.0, 2.0]]
@@ -47,12 +49,12 @@ def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
 
 @jax.custom_batching.custom_vmap
 def _somewhere(flag: jax.Array) -> jax.Array:
-    """The flag; under `vmap`, whether any of the batch's flags is set, as one unbatched scalar."""
+    """Return the flag; under `vmap`, whether any flag of the batch is set, as one unbatched scalar."""
     return flag
 
 
 @_somewhere.def_vmap
 def _somewhere_batched(axis_size: int, in_batched: list[bool], flag: jax.Array) -> tuple[jax.Array, bool]:
     del axis_size
-    # Once more, for a further vmap around this one.
+    # Called again, so that a further vmap around this one is reduced in the same way.
     return (_somewhere(jnp.any(flag)) if in_batched[0] else flag), False

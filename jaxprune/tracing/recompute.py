@@ -1,9 +1,9 @@
 """Scores that are computed again wherever they are read, rather than stored.
 
 A selection reads the scores of a leaf several times. Where they are a few operations on each entry
-of the params or the gradients, as |w| or |w g| are, computing them again costs less than writing
-them down: what is read has the same size, and nothing of the size of the params is added to the
-memory. Which these are is read off the jaxpr of the score.
+of the params or the gradients, as |w| or |w g| are, computing them again costs less than storing them:
+as many bytes are read either way, and no temporary of the size of the params is needed. The jaxpr of the
+score tells which leaves these are.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tracing.jaxprs import CALLS, Handle, binder, called_jaxpr, interpret, run_equations
+from jaxprune.tree.leaves import array_leaves
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import Jaxpr, JaxprEqn
+
+__all__ = ["Recomputation", "with_recipes"]
 
 _CHEAP = frozenset(
     (
@@ -29,13 +31,13 @@ _MOST_EQUATIONS = 12
 
 
 class Recomputation(NamedTuple):
-    """How an array is computed.
+    """How to compute an array again.
 
     Attributes:
-      compute: from the inputs, the array.
-      inputs: arrays, no more of its size than it is made of.
-      compute_slice: from the inputs and a function that takes a slice of an array of its shape, that slice
-        of the array, computed of slices of the inputs; None where it is not known how.
+      compute: from `inputs` to the array.
+      inputs: the arrays it is computed from.
+      compute_slice: `compute_slice(inputs, take)` returns `take(array)`, where `take` slices any array of
+        the same shape, from slices of the inputs; None if that cannot be done.
     """
 
     compute: Callable[[Any], jax.Array]
@@ -44,9 +46,9 @@ class Recomputation(NamedTuple):
 
 
 def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recomputation]]:
-    """The tree of arrays that a function gives, and by path the recipes of those cheap to compute again.
+    """Return the tree of arrays that a function returns, and by path the recipes of those cheap to recompute.
 
-    The function is traced once; what it is computed from, it closes over.
+    The function is traced once, and closes over the arrays that it computes from.
     """
     from jax.extend.core import Literal, jaxpr_as_fun
 
@@ -63,12 +65,12 @@ def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recomputat
             needed = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)] or [out]
             used = list(dict.fromkeys(v for v in needed if v in consts))
             sliced = _slice_runner(eqns, used, out) if all(map(_is_free_of_shardings, eqns)) else None
-            recipes[path] = Recomputation(_runner(eqns, used, out), [consts[v] for v in used], sliced)
+            recipes[path] = Recomputation(_runner(eqns, used, out, _bind), [consts[v] for v in used], sliced)
     return tree, recipes
 
 
 def _leading_to(out: Any, made_by: dict[Any, "JaxprEqn"]) -> list["JaxprEqn"] | None:
-    """The equations that an array comes from, in order; None if they are too many, or not cheap."""
+    """Return the equations that an array comes from, in order; None if they are too many, or not cheap."""
     eqns: dict[int, JaxprEqn] = {}
 
     def visit(var: Any) -> bool:
@@ -84,7 +86,7 @@ def _leading_to(out: Any, made_by: dict[Any, "JaxprEqn"]) -> list["JaxprEqn"] | 
 
 
 def _is_cheap(eqn: "JaxprEqn") -> bool:
-    """Whether an equation works on each entry by itself, and quickly."""
+    """Return whether an equation works on each entry by itself, and quickly."""
     if eqn.primitive.name in CALLS:
         inner: Jaxpr = called_jaxpr(eqn).jaxpr
         return len(inner.eqns) <= _MOST_EQUATIONS and all(map(_is_cheap, inner.eqns))
@@ -93,18 +95,17 @@ def _is_cheap(eqn: "JaxprEqn") -> bool:
     return eqn.primitive.name in _CHEAP and not eqn.effects and not spreads
 
 
-def _runner(eqns: list["JaxprEqn"], inputs: list[Any], out: Any) -> Callable[[Any], jax.Array]:
-    """The array that some equations make of arrays."""
+def _bind(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
+    return binder(eqn)(*args)
+
+
+def _runner(
+    eqns: list["JaxprEqn"], inputs: list[Any], out: Any, handle: Handle
+) -> Callable[[Any], jax.Array]:
+    """Return a function from the arrays that some equations read to the one array that they make."""
 
     def run(arrays: Any) -> jax.Array:
-        values = dict(zip(inputs, arrays, strict=True))
-
-        def read(var: Any) -> Any:
-            return var.val if hasattr(var, "val") else values[var]
-
-        for eqn in eqns:
-            values.update(zip(eqn.outvars, binder(eqn)(*map(read, eqn.invars)), strict=True))
-        return values[out]
+        return run_equations(eqns, dict(zip(inputs, arrays, strict=True)), [out], handle)[0]
 
     return run
 
@@ -112,46 +113,30 @@ def _runner(eqns: list["JaxprEqn"], inputs: list[Any], out: Any) -> Callable[[An
 def _slice_runner(
     eqns: list["JaxprEqn"], inputs: list[Any], out: Any
 ) -> Callable[[Any, Callable[[Any], Any]], jax.Array]:
-    """A slice of the array that some equations make of arrays, computed of slices of these.
+    """Return a function that computes a slice of the array that some equations make.
 
-    The equations work entry by entry, on scalars and on arrays of one shape.
+    The equations work entry by entry, on scalars and on arrays of one shape. So a slice of their result is
+    their result for slices, once `broadcast_in_dim` spreads scalars to the shape of a slice.
     """
 
     def run(arrays: Any, take: Callable[[Any], Any]) -> jax.Array:
-        whole = out.aval.shape
-        slices = [take(array) if array.shape == whole else array for array in arrays]
-        shape = jax.eval_shape(take, jax.ShapeDtypeStruct(whole, out.aval.dtype)).shape
-        (made,) = _run_on_slices(eqns, dict(zip(inputs, slices, strict=True)), [out], shape)
-        return made
+        shape = jax.eval_shape(take, jax.ShapeDtypeStruct(out.aval.shape, out.aval.dtype)).shape
+
+        def handle(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
+            if eqn.primitive.name in CALLS:
+                return interpret(called_jaxpr(eqn), args, handle)
+            if eqn.primitive.name == "broadcast_in_dim":
+                return [jnp.broadcast_to(args[0], shape if eqn.params["shape"] else ())]
+            return _bind(eqn, args)
+
+        slices = [take(array) if array.shape == out.aval.shape else array for array in arrays]
+        return _runner(eqns, inputs, out, handle)(slices)
 
     return run
 
 
-def _run_on_slices(
-    eqns: list["JaxprEqn"], values: dict[Any, Any], outs: list[Any], shape: tuple[int, ...]
-) -> list[Any]:
-    """The values of some variables, where arrays have another shape than when the equations were traced."""
-
-    def read(var: Any) -> Any:
-        return var.val if hasattr(var, "val") else values[var]
-
-    for eqn in eqns:
-        args = list(map(read, eqn.invars))
-        if eqn.primitive.name in CALLS:
-            inner = called_jaxpr(eqn)
-            known = dict(zip(inner.jaxpr.constvars, inner.consts, strict=True))
-            known |= dict(zip(inner.jaxpr.invars, args, strict=True))
-            made = _run_on_slices(inner.jaxpr.eqns, known, inner.jaxpr.outvars, shape)
-        elif eqn.primitive.name == "broadcast_in_dim":  # of a scalar
-            made = [jnp.broadcast_to(args[0], shape if eqn.params["shape"] else ())]
-        else:
-            made = binder(eqn)(*args)
-        values.update(zip(eqn.outvars, made, strict=True))
-    return list(map(read, outs))
-
-
 def _is_free_of_shardings(eqn: "JaxprEqn") -> bool:
-    """Whether an equation says nothing of where its arrays lie, as it does on explicit mesh axes."""
+    """Return whether an equation names no sharding, as equations on explicit mesh axes do."""
     if eqn.primitive.name in CALLS:
         return all(map(_is_free_of_shardings, called_jaxpr(eqn).jaxpr.eqns))
     return eqn.params.get("sharding") is None

@@ -2,12 +2,12 @@
 
 A level is one call of `train(params, masks) -> params`, whatever happens inside. `lottery_ticket`
 yields the levels one by one; `lottery_scan` is the same run as one `lax.scan`, to be jitted and
-vmapped over seeds. What a ticket is compared with takes two choices, its masks and its start:
+vmapped over seeds. A control that a ticket is compared with is a choice of masks and a choice of start:
 
 ```python
-masks = ticket.masks                                          # the ticket's own
+masks = ticket.masks                                          # the ticket's
 masks = jp.shuffled_masks(key, ticket.masks)                  # random, same sparsity in each layer
-masks = jp.shuffled_masks(key, ticket.masks, within=-1)       # and in each neuron or filter
+masks = jp.shuffled_masks(key, ticket.masks, within=-1)       # random, same in each neuron or filter
 masks = jp.prune_rounds(dense.trained, pruner, ticket.level)  # one-shot, same sparsity
 
 start = jp.rewind(params, masks)                              # the weights at the rewind point
@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune import metrics
-from jaxprune.training.optimizer import check_state_where, twins
+from jaxprune.counting import sizes
+from jaxprune.training.optimizer import check_state_where
 from jaxprune.tree.checks import as_integer, check_function, check_key, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
+from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.masks import (
     apply_masks,
     bool_masks,
@@ -40,15 +41,9 @@ from jaxprune.tree.masks import (
     restore_packed,
     unpack_masks,
 )
-from jaxprune.tree.paths import (
-    array_leaves,
-    check_mirrors,
-    check_where,
-    describe,
-    is_concrete,
-    kernels,
-    leaf_paths,
-)
+from jaxprune.tree.mirrors import check_mirrors, match_leaves_to_params
+from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Masks, Params, Pruner, PrunerState, Where
 
 TrainFn = Callable[[Params, Masks], Params]
@@ -59,8 +54,8 @@ class Ticket(NamedTuple):
     """A level of `lottery_ticket`.
 
     Attributes:
-      level: how many prunings lie behind it; 0 is the dense network.
-      params: what its training began from, exactly 0 where pruned.
+      level: how many times it was pruned; 0 is the dense network.
+      params: the params that its training began from, exactly 0 where pruned.
       trained: the params at the end of its training.
       pruner: the pruner's state at this level, with the masks.
       sparsity: the fraction achieved, of the prunable leaves and of the model; Python floats, or
@@ -71,7 +66,7 @@ class Ticket(NamedTuple):
     params: Params
     trained: Params
     pruner: PrunerState
-    sparsity: metrics.Sparsity
+    sparsity: sizes.Sparsity
 
     @property
     def masks(self) -> Masks:
@@ -91,10 +86,10 @@ def lottery_ticket(
     where: Where = kernels,
     **inputs: Any,
 ) -> Iterator[Ticket]:
-    """Iterative pruning: yields the dense network as level 0, then `levels` tickets.
+    """Prune iteratively: yield the dense network as level 0, then `levels` tickets.
 
-    Each level trains, and then the pruner scores the trained params and removes more. What the
-    next level starts from is one word:
+    Each level trains, and then the pruner scores the trained params and removes more. `rewind` says what
+    the next level starts from:
 
     - `"weights"`: `params` again (lottery tickets). Params at initialisation give the original
       experiment, params of a later step k give late rewinding; then `train` begins at step k.
@@ -111,9 +106,9 @@ def lottery_ticket(
       pruner: a `Pruner`, updated once per level, as from `pruner(magnitude, geometric(0.2))`.
       levels: how many times to prune, 0 or more.
       rewind: see above.
-      tune: what trains from level 1 on, for `rewind="nothing"`.
-      after: a ticket of an earlier run of the same arguments, to go on from (one restored from a
-        checkpoint, say): the levels after it are yielded, exactly as they would have been.
+      tune: the function that trains from level 1 on, for `rewind="nothing"`.
+      after: a ticket of an earlier run with the same arguments to resume from (one restored from a
+        checkpoint, say): the levels after it are yielded, exactly as that run would have yielded them.
       where: which leaves `Ticket.sparsity` counts as prunable.
       **inputs: passed on to the pruner's update (`key`, `batch`, ... for the score).
 
@@ -121,12 +116,12 @@ def lottery_ticket(
       An iterator of `Ticket`.
 
     Raises:
-      ValueError: `levels` negative, a word that is not allowed, `tune` missing or not used, or
-        trained params that are not 0 where they are pruned.
+      ValueError: `levels` is negative, `rewind` is another word, `tune` is missing or not used, or
+        trained params are not 0 where they are pruned.
       TypeError: `train` is not callable, or `pruner` is not a `Pruner`.
 
     Warns:
-      UserWarning: a level removed nothing, so that the next ones would be repetitions.
+      UserWarning: a level removed nothing, so the next levels would repeat it.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -157,7 +152,7 @@ def lottery_ticket(
             ticket = after
         for level in range(int(ticket.level) + 1, levels + 1):
             state = pruner.update(ticket.pruner, ticket.trained, **inputs)
-            if is_concrete(state.masks) and metrics.nonzeros(state.masks) == metrics.nonzeros(ticket.masks):
+            if is_concrete(state.masks) and sizes.nonzeros(state.masks) == sizes.nonzeros(ticket.masks):
                 warnings.warn(f"level {level} removed nothing: its masks are those before.", stacklevel=2)
             start = _start(params, ticket.trained, state.masks, rewind)
             ticket = _ticket(tune or train, level, start, state, where)
@@ -178,10 +173,10 @@ def lottery_scan(
     measure: Callable[[Ticket], Any] = lambda ticket: ticket,
     **inputs: Any,
 ) -> Any:
-    """The run of `lottery_ticket` as one `lax.scan`, which compiles a level once.
+    """Run `lottery_ticket` as one `lax.scan`, which compiles a level once.
 
-    It is a pure function, to be jitted as a whole and vmapped over seeds (the pruner is updated once
-    more after the last level, for nothing, which keeps the loop one loop):
+    It is a pure function, to be jitted as a whole and vmapped over seeds. The pruner is updated once
+    more after the last level, in vain, because every turn of a scan is alike.
 
     ```python
     def run(key):
@@ -192,7 +187,8 @@ def lottery_scan(
 
     Args:
       train, params, pruner, levels, rewind, tune, where, **inputs: as for `lottery_ticket`.
-      measure: what to keep of each ticket, in place of all its params: `lambda t: t.sparsity`.
+      measure: a function of a ticket that returns what to keep of it, such as `lambda t: t.sparsity`; by
+        default the whole ticket, with its params.
 
     Returns:
       `measure(ticket)` of levels 0 to `levels`, stacked along a leading axis.
@@ -231,12 +227,12 @@ def lottery_scan(
 
 
 def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any:
-    """A saved training state under masks: where to train on from.
+    """Return a saved training state under masks, to train on from.
 
     Everything in it that mirrors the params (the params themselves, an optimizer's moments) is 0
     where pruned, masks in it become these masks, and everything else (step counters, and so the
-    learning rate and the bias corrections that follow them) is as it was saved. What is rewound
-    is a matter of what is passed:
+    learning rate and the bias corrections that follow them) stays as saved. What is rewound
+    depends on what is passed:
 
     - weights: `rewind((params_k, opt_state_k), masks)`, both saved at step k;
     - learning rate alone: `rewind((params_now, opt_state_k), masks)`;
@@ -272,7 +268,7 @@ def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any
     given = restore_packed(saved, masks)
     saved = unpack_masks(given)
     leaves, treedef = jax.tree.flatten(saved)
-    indices = twins(saved, masks, state_where)
+    indices = match_leaves_to_params(saved, masks, state_where)
     mirrored = {index for index in indices if index is not None}
     missed = {
         path: mask
@@ -297,12 +293,12 @@ def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any
 
 
 def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> Masks:
-    """Random masks that keep as many entries of each leaf: the control of where connections are.
+    """Return random masks that keep as many entries of each leaf: a control for which entries are kept.
 
     Args:
       key: a PRNG key.
       masks: bool masks.
-      within: an axis at each index of which the entries are shuffled apart, so that the counts
+      within: an axis. The entries at each of its indices are shuffled among themselves, so that the counts
         there stay too: -1 keeps every neuron's or filter's number of inputs (in flax's layouts).
         Leaves without this axis are shuffled as a whole.
 
@@ -349,17 +345,18 @@ def shuffled_masks(key: jax.Array, masks: Masks, within: int | None = None) -> M
 def error_barrier(
     error: Callable[[Params], jax.Array], one: Params, other: Params, points: int = 11
 ) -> jax.Array:
-    """How much worse it gets on the straight line between two networks.
+    """Return how much the error rises on the straight line between two networks.
 
     `max over a in [0, 1] of error((1 - a) one + a other) - (error(one) + error(other)) / 2`
 
-    Two trainings from one point that differ in their data order and end without a barrier are
-    linearly connected: their point is stable, and tickets rewound to it are found to train well.
+    Two trainings from the same params that differ in their data order and end without a barrier are
+    linearly connected. Params from which they are, are called stable, and tickets rewound to stable params
+    are found to train well.
 
     Args:
       error: the error (or loss) of some params: a function that can be traced, to a scalar.
       one, other: two trained params of the same structure.
-      points: how many values of a, from 0 to 1, both among them; 2 or more.
+      points: how many values of a, from 0 to 1 inclusive; 2 or more.
 
     Returns:
       A scalar, 0 or more up to rounding: the ends are among the points.
@@ -386,10 +383,10 @@ def error_barrier(
     def at(a: jax.Array) -> jax.Array:
         def between(p, q):
             if not jnp.issubdtype(p.dtype, jnp.inexact):
-                return p  # a counter lies on no line
+                return p  # no line passes through counters
             # Half precision is mixed in float32.
-            wide = common_dtype(p.dtype, a.dtype)
-            mixed = (1 - a).astype(wide) * p.astype(wide) + a.astype(wide) * q.astype(wide)
+            dtype = common_dtype(p.dtype, a.dtype)
+            mixed = (1 - a).astype(dtype) * p.astype(dtype) + a.astype(dtype) * q.astype(dtype)
             return mixed.astype(p.dtype)
 
         leaves, treedef = jax.tree.flatten(one)
@@ -427,9 +424,9 @@ def _ticket(train: TrainFn, level: Any, start: Params, state: PrunerState, where
     check_mirrors(trained, state.masks, "what train returned")
     if is_concrete(trained, state.masks):
         check_pruned(trained, state.masks)
-    return Ticket(level, start, trained, state, metrics.sparsity(state.masks, where))
+    return Ticket(level, start, trained, state, sizes.sparsity(state.masks, where))
 
 
 def _start(params: Params, trained: Params, masks: Masks, rewind: str) -> Params:
-    """What the next level trains from."""
+    """Return the params that the next level trains from."""
     return apply_masks(params if rewind == "weights" else trained, masks)

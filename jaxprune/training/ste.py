@@ -13,11 +13,11 @@ from jaxprune.typing import Masks, Params
 
 
 def straight_through(params: Params, masks: Masks, decay: float | jax.Array = 0.0) -> Params:
-    """Masked params whose gradient is that of dense ones: pruned weights go on learning.
+    """Return masked params whose gradient is that of dense params: pruned weights go on learning.
 
-    Forward it is exactly `apply_masks(params, masks)`. Backward it passes the gradient g that
-    arrives at the masked params on to *all* entries, as if there were no mask, and adds a decay
-    that shrinks the pruned ones:
+    Forward it is exactly `apply_masks(params, masks)`. Backward it passes the gradient g of the
+    masked params on to *all* entries, as if there were no mask, and adds a decay that shrinks the
+    pruned entries:
 
         g + decay * where(mask, 0, p)
 
@@ -49,7 +49,7 @@ def straight_through(params: Params, masks: Masks, decay: float | jax.Array = 0.
 
     Movement pruning needs these gradients too: it scores by how a weight moves, pruned or not.
 
-    Each call adds the decay once, whatever the loss's scale: call it once per gradient, outside of
+    Each call adds the decay once, however the loss is scaled: call it once per gradient, outside of
     a loop over micro-batches. It has no forward-mode derivative (`jax.jvp`).
 
     Args:
@@ -63,7 +63,7 @@ def straight_through(params: Params, masks: Masks, decay: float | jax.Array = 0.
       A tree like `params`, of the same dtypes.
 
     Raises:
-      ValueError: the trees or shapes differ, or a decay that is no scalar, negative or not finite.
+      ValueError: the trees or shapes differ, or the decay is not a scalar, negative or not finite.
       TypeError: a mask is not bool.
 
     Example:
@@ -88,7 +88,7 @@ def straight_through(params: Params, masks: Masks, decay: float | jax.Array = 0.
 
 
 def _checked(decay: Any) -> jax.Array | None:
-    """The decay as a scalar, or None for a 0 that is known now."""
+    """Return the decay as a scalar, or None for a 0 that is known now."""
     value = scalar(decay, "decay")  # on the host: in a traced function even constants compare as tracers
     if value is not None and not (math.isfinite(value) and value >= 0):
         raise ValueError(f"decay must be 0 or a positive number, got {value}.")
@@ -119,9 +119,9 @@ def _backward(saved: Any, grads: list[jax.Array]) -> tuple[list[jax.Array], None
             return grad  # float0: integers have no gradient
         # In float32 at least, where a small decay does not vanish; conj is JAX's convention for
         # the gradient of |p|^2 / 2.
-        wide = common_dtype(leaf.dtype, jnp.float32)
-        pruned = jnp.where(mask, jnp.zeros((), wide), leaf.astype(wide).conj())
-        return (grad.astype(wide) + decay.astype(wide) * pruned).astype(leaf.dtype)
+        dtype = common_dtype(leaf.dtype, jnp.float32)
+        pruned = jnp.where(mask, jnp.zeros((), dtype), leaf.astype(dtype).conj())
+        return (grad.astype(dtype) + decay.astype(dtype) * pruned).astype(leaf.dtype)
 
     return [decayed(*each) for each in zip(grads, leaves, masks, strict=True)], None, None
 

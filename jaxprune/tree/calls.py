@@ -1,6 +1,5 @@
-"""Checks of calls that take a function of params and inputs: `channel_groups(apply_fn, params, *inputs)`."""
+"""Checks of calls that take a function and its arguments: `channel_groups(apply_fn, params, *inputs)`."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.tree.checks import shown
-from jaxprune.tree.paths import describe, is_array
+from jaxprune.tree.checks import closest, shown
+from jaxprune.tree.leaves import describe, is_array
 
 
 def check_call(
@@ -19,14 +18,14 @@ def check_call(
     keywords: Mapping[str, Any],
     options: Sequence[str] = (),
 ) -> None:
-    """Checks the function, its arguments and the keywords of a call before anything is traced.
+    """Check the function, its arguments and the keywords of a call before anything is traced.
 
     Args:
       call: how it is written, "channel_groups(apply_fn, params, *inputs)".
-      function: what was given first.
-      arguments: what the function is called with: params and inputs.
-      keywords: keywords that are none of the call's.
-      options: those that are.
+      function: the first argument.
+      arguments: those that the function is called with: params and inputs.
+      keywords: keywords that the call does not take.
+      options: the keywords that it takes.
 
     Raises:
       TypeError: a keyword for the function or a misspelled one, a function given second, arguments that the
@@ -35,8 +34,8 @@ def check_call(
     name, _, rest = call.partition("(")
     first = rest.partition(",")[0]
     for keyword in keywords:
-        if close := difflib.get_close_matches(keyword, options, 1):
-            raise TypeError(f"{name} has no argument {keyword!r}; did you mean {close[0]!r}?")
+        if close := closest(keyword, options):
+            raise TypeError(f"{name} has no argument {keyword!r}; did you mean {close!r}?")
         known = f" Its own are {', '.join(options)}." if options else ""
         value = keywords[keyword]
         written = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else "..."
@@ -64,7 +63,7 @@ def check_call(
 
 
 def check_masks_third(call: str, params: Any, masks: Any, inputs: Sequence[Any]) -> None:
-    """Checks that masks come after the params and before the inputs.
+    """Check that masks come after the params and before the inputs.
 
     Raises:
       TypeError: they do not.
@@ -85,7 +84,7 @@ def _counted(inputs: int) -> str:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether a value can be called and holds no arrays, as modules do."""
+    """Return whether a value can be called and, unlike a module, holds no arrays."""
     return callable(value) and not any(map(is_array, jax.tree.leaves(value)))
 
 

@@ -1,19 +1,23 @@
-"""Checks of arguments that are no trees of arrays: numbers, counts, functions, keys, states."""
+"""Checks of arguments other than trees of arrays: numbers, integers, functions, keys, states."""
 
 import contextlib
+import difflib
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jaxprune.tree.paths import describe, is_array, is_concrete, leaf_paths
+from jaxprune.tree.leaves import describe, is_array, is_concrete
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Pruner, PrunerState
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is one real number that is known now: Python's, or an array without axes.
+    """Return whether a value is one real number that is not traced: Python's, or an array without axes.
 
     Example:
       >>> import numpy as np
@@ -29,7 +33,7 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, cut where it is long; of a tree of arrays its shapes.
+    """Show a value in a message, cut if it is long; for a tree of arrays show their shapes.
 
     Example:
       >>> len(shown("x" * 1000))
@@ -45,8 +49,18 @@ def shown(value: Any) -> str:
     return repr(value)[:200]
 
 
+def closest(name: str, allowed: Iterable[str]) -> str | None:
+    """Return the allowed name that is most like a misspelt one, for "did you mean"; None if none is like it.
+
+    Example:
+      >>> closest("sparcity", ["score", "sparsity"]), closest("xyz", ["score"])
+      ('sparsity', None)
+    """
+    return next(iter(difflib.get_close_matches(name[:60], list(allowed), 1)), None)
+
+
 def name_of(function: Any) -> str:
-    """What a function is called in a message.
+    """Return the name of a function for a message.
 
     Example:
       >>> from functools import partial
@@ -63,10 +77,10 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def check_params(params: Any, call: str) -> None:
-    """Checks that params are not what follows them.
+    """Check that the first argument is not one of those that follow the params.
 
     Args:
-      params: what was passed.
+      params: the argument.
       call: how the function is called.
 
     Raises:
@@ -78,7 +92,7 @@ def check_params(params: Any, call: str) -> None:
 
 
 def check_number(value: Any, name: str, allowed: str) -> None:
-    """Checks that an argument is a number that is known now.
+    """Check that an argument is a number that is not traced.
 
     Raises:
       TypeError: it is something else.
@@ -88,11 +102,11 @@ def check_number(value: Any, name: str, allowed: str) -> None:
 
 
 def scalar(value: Any, name: str) -> float | None:
-    """The value of an argument that may be traced, and then None.
+    """Return the value of a number, or None if it is traced.
 
     Raises:
       ValueError: it has axes.
-      TypeError: it is no real number.
+      TypeError: it is not a real number.
     """
     if is_number(value):
         return float(value)
@@ -106,13 +120,13 @@ def scalar(value: Any, name: str) -> float | None:
 def as_integer(
     value: Any, name: str, *, at_least: int | None = None, below: int = 2**63, what: str = ""
 ) -> int:
-    """An argument as an integer: Python's, numpy's, or an array without axes that is known now.
+    """Return an argument as an integer: Python's, NumPy's, or an array without axes that is not traced.
 
     Args:
-      value: the argument; a bool is no integer.
-      name: of the argument, for the message.
-      at_least: the least that is allowed.
-      below: what it must be below.
+      value: the argument; a bool is refused.
+      name: the argument's name, for the message.
+      at_least: the smallest value that is allowed.
+      below: the bound that the value must be below.
       what: what it counts, for the message.
 
     Raises:
@@ -139,8 +153,13 @@ def as_integer(
     return number
 
 
+def is_traced_integer(value: Any) -> bool:
+    """Return whether a value is a traced integer without axes, which `as_integer` cannot read."""
+    return isinstance(value, Tracer) and value.shape == () and jnp.issubdtype(value.dtype, jnp.integer)
+
+
 def check_function(function: Any, name: str, what: str) -> None:
-    """Checks an argument that is a function.
+    """Check that an argument is a function.
 
     Raises:
       TypeError: it cannot be called.
@@ -151,10 +170,10 @@ def check_function(function: Any, name: str, what: str) -> None:
 
 
 def check_key(key: Any, name: str) -> None:
-    """Checks a PRNG key, typed or of the old kind.
+    """Check that an argument is a PRNG key, typed or of the old kind.
 
     Raises:
-      TypeError: it is none, or an array of several.
+      TypeError: it is something else, or an array of several keys.
     """
     if is_array(key):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -164,10 +183,10 @@ def check_key(key: Any, name: str) -> None:
 
 
 def check_state(state: Any) -> None:
-    """Checks what a pruner's update is given first.
+    """Check that the first argument of a pruner's update is its state.
 
     Raises:
-      TypeError: it is no state of a pruner.
+      TypeError: it is something else.
     """
     if not isinstance(state, PrunerState):
         raise TypeError(
@@ -177,7 +196,7 @@ def check_state(state: Any) -> None:
 
 
 def check_array(array: Any, name: str) -> None:
-    """Checks an argument that is one array of numbers.
+    """Check that an argument is one array of numbers.
 
     Raises:
       TypeError: it is something else.

@@ -1,12 +1,13 @@
-"""What a leaf's name says about whether it is a kernel, in the names of many libraries.
+"""Whether a leaf is a kernel, read off its name, in the names that many libraries use.
 
-Names are read as whole words: "normal_dense" does not speak of a norm, nor "embedding_net" of a table
-that is looked up. `paths.kernels` is the public function.
+Names are read as whole words: "normal_dense" does not mean a norm, nor "embedding_net" a table that is
+looked up. `where.kernels` is the public function.
 """
 
 import itertools
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 # Names are split at case changes, digits and punctuation.
 _WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+")
@@ -26,7 +27,7 @@ _VECTOR = _set(
     "bias biases scale scales offset offsets gamma gammas beta betas cls class classes latents log"
 )
 _ADAPTER = _set("lora dora loha lokr hada ia adapter adapters")
-# What a name's last word says: a layer that multiplies, or a part that holds layers of any kind.
+# The last word of a name can mean a layer that multiplies, or a part that holds layers of any kind.
 _LAYER = _set(
     "linear dense conv convolution proj projection fc einsum mlp ffn attn attention modulation mixer mixing "
     "out output predictor tagger classifier unembed"
@@ -36,7 +37,7 @@ _ROW_VECTOR_KERNEL = re.compile(r"^(w|weight)", re.IGNORECASE)
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name, in lower case and without numbers: of "LayerNorm_0" layer and norm."""
+    """Split a name into words, in lower case and without numbers: "LayerNorm_0" into layer and norm."""
     words = [word.lower() for word in _WORD.findall(name.replace("LoRA", "Lora").replace("DoRA", "Dora"))]
     return [compound[1] if (compound := _COMPOUND.search(word)) else word for word in words]
 
@@ -46,11 +47,11 @@ def _has(words: Sequence[str], known: frozenset[str]) -> bool:
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a path names a low-rank or bottleneck adapter.
+    """Return whether a path names a low-rank or bottleneck adapter.
 
-    One factor of an adapter starts at zero, so that any score of magnitudes would empty it, and
-    it could never be trained. A layer that only *has* an adapter ("lora_dense/kernel") is none, nor
-    is what fits inputs and outputs to a network ("input_adapter").
+    One factor of an adapter starts at zero, so that a score of magnitudes would empty it, and it could
+    never be trained. Not an adapter is a layer that only *has* one ("lora_dense/kernel"), nor a layer that
+    fits inputs or outputs to a network ("input_adapter").
     """
     *parents, name = map(_words, path.split("/"))
     if _has(name, _ADAPTER):
@@ -63,11 +64,11 @@ def is_adapter(path: str) -> bool:
 
 
 def _parent_says(name: str, child: str) -> bool | None:
-    """What the name of a module says about the leaves in it: kernels, no kernels, or nothing (None).
+    """Return whether a module's name says that the leaves in it are kernels; None if it says nothing.
 
     Args:
-      name: of the module.
-      child: of what comes next in the path.
+      name: the module's name.
+      child: the next name in the path.
     """
     words = _words(name)
     if not words or words[-1] in _PART:
@@ -84,8 +85,9 @@ def _parent_says(name: str, child: str) -> bool | None:
     return False if spoken and "wise" not in words else None
 
 
+@lru_cache(maxsize=4096)  # a pruner asks about the same leaves in every update
 def names_kernel(path: str, shape: Sequence[int]) -> bool:
-    """Whether a leaf of this path and shape is called as the weights of a layer are; see `paths.kernels`."""
+    """Return whether a leaf of this path and shape has a name that layers give to weights: see `kernels`."""
     *parents, name = path.split("/")
     # Boxes around an array (penzai's named arrays, nnx's raw values) have names of their own.
     while parents and name in ("data_array", "raw_value"):
@@ -109,8 +111,8 @@ def names_kernel(path: str, shape: Sequence[int]) -> bool:
     length = words[-1:] == ["g"] or name == "original0"  # the lengths that weight normalisation learns
     if _ROW_VECTOR_KERNEL.match(name) and not length:
         return True
-    # A nameless (1, d) is a bias row, a nameless (1, n, d) a positional table or a token, and what
-    # has one long axis among three or more a scale for each channel or head.
+    # Without a telling name, (1, d) is a row of biases, (1, n, d) a positional table or a token, and a leaf
+    # with one long axis among three or more is a scale for each channel or head.
     is_row = shape[0] == 1 and len(shape) <= 3
     is_vector = len(shape) > (1 if length else 2) and sum(n != 1 for n in shape) <= 1
     return not (is_row or is_vector)

@@ -1,4 +1,4 @@
-"""Masks: making, applying, combining and checking them."""
+"""Masks: made, applied, combined, packed and checked."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,21 +10,14 @@ from jax import lax
 
 from jaxprune.tree import sharding
 from jaxprune.tree.dtypes import can_be_zero, is_numeric
-from jaxprune.tree.paths import (
-    array_leaves,
-    check_mirrors,
-    describe,
-    is_array,
-    is_concrete,
-    keyed_leaves,
-    leaf_paths,
-    path_of,
-)
+from jaxprune.tree.leaves import Leaves, array_leaves, describe, flatten, is_array, is_concrete
+from jaxprune.tree.mirrors import mirrored
+from jaxprune.tree.paths import keyed_leaves, leaf_paths, path_of
 from jaxprune.typing import Masks, Params
 
 
 def ones_masks(params: Params) -> Masks:
-    """Masks that prune nothing.
+    """Return masks that prune nothing.
 
     Args:
       params: a pytree of arrays.
@@ -42,23 +35,27 @@ def ones_masks(params: Params) -> Masks:
       >>> jp.ones_masks({"bias": jnp.zeros(2)})["bias"].tolist()
       [True, True]
     """
-    for path, leaf in array_leaves(params).items():
+    leaves = flatten(params)
+    return leaves.tree(unpruned_masks(leaves))
+
+
+def unpruned_masks(leaves: Leaves) -> Masks:
+    """Return masks that prune nothing, by path; raise as `ones_masks`."""
+    masks = {}
+    for path, leaf in leaves.by_path.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 f"params[{path!r}] is a ShapeDtypeStruct, which has no values; for the masks' shapes call "
                 "jax.eval_shape(jaxprune.ones_masks, params)."
             )
-
-    def ones(leaf):
         # Under jit a plain `ones` does not depend on the param, and so would not be sharded like it.
         leaf = jnp.asarray(leaf)
-        return (leaf == leaf) | (leaf != leaf)
-
-    return jax.tree.map(ones, params)
+        masks[path] = (leaf == leaf) | (leaf != leaf)
+    return masks
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
-    """The params with pruned entries exactly 0: `where(mask, p, 0)`.
+    """Return the params with pruned entries exactly 0: `where(mask, p, 0)`.
 
     Unlike a product, this also removes NaN and inf, and never makes -0.0. Entries that are
     pruned get no gradient. A typed PRNG key among the leaves stays as it is.
@@ -87,7 +84,7 @@ def apply_masks(params: Params, masks: Masks) -> Params:
 
 
 def intersect(*masks: Masks) -> Masks:
-    """Masks that keep what all the given masks keep; packed masks come out as bool ones.
+    """Return the masks that keep what all given masks keep; packed masks become bool ones.
 
     Raises:
       ValueError: no masks, or masks of different structures or shapes.
@@ -108,34 +105,41 @@ def intersect(*masks: Masks) -> Masks:
 
 
 def like_params(masks: Masks, params: Params) -> Masks:
-    """The masks as bool arrays, checked, in the params' own containers.
+    """Return the masks as bool arrays, checked, in the containers of the params.
 
-    Every function that takes masks passes them through here, so packed ones are welcome everywhere.
+    Every function that takes masks passes them through here, so all of them accept packed masks.
     Containers may differ where paths do not: a list for a tuple, a dict for a FrozenDict, or nnx
     variables of another kind.
 
     Raises:
       ValueError: the paths or a shape differ.
-      TypeError: a mask is not bool, or these are the params and those the masks.
+      TypeError: a mask is not bool, or masks and params are swapped.
     """
+    by_path = masks_by_path(masks, params)
+    return jax.tree.unflatten(jax.tree.structure(params), list(by_path.values()))
+
+
+def masks_by_path(masks: Masks, params: Params, leaves: Leaves | None = None) -> dict[str, Any]:
+    """Return the masks as `like_params` does, by path; `leaves` are the params flattened, if they are."""
     masks = unpack_masks(masks, params)
     check_not_swapped(masks, params)
-    check_mirrors(masks, params, "masks")
-    by_path, leaves = _bool_leaves(masks), array_leaves(params)
-    for path, leaf in leaves.items():
+    leaves = leaves or flatten(params)
+    by_path = mirrored(masks, leaves, "masks")
+    _check_bool(by_path)
+    for path, leaf in leaves.by_path.items():
         if not can_be_zero(leaf) and is_concrete(by_path[path]) and not np.asarray(by_path[path]).all():
             raise ValueError(
                 f"masks[{path!r}] prunes entries of params[{path!r}], which is {describe(leaf)} and cannot "
                 "be 0. Make that mask all True."
             )
-    return jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaves])
+    return by_path
 
 
 def own_masks(masks: Masks, params: Params) -> Masks:
-    """A copy of the masks for a state, checked, in the params' own containers.
+    """Copy masks for a state, checked, into the containers of the params.
 
-    A train step may donate its state, and leaves the caller's masks alone. Made from the params, so
-    that under `jit` each mask is sharded like its param.
+    A train step may donate its state, and must not take the caller's masks with it. The copy is computed
+    from the params, so that under `jit` each mask is sharded like its param.
 
     Raises:
       ValueError: the paths or a shape differ.
@@ -166,7 +170,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def pack_masks(masks: Masks) -> Any:
-    """The masks with one bit per entry, along each leaf's last axis: an eighth of the memory.
+    """Pack masks into one bit per entry, along each leaf's last axis: an eighth of the memory.
 
     Every function of jaxprune that takes masks takes packed ones as well.
 
@@ -174,8 +178,8 @@ def pack_masks(masks: Masks) -> Any:
       masks: bool masks. A leaf that is packed already stays as it is.
 
     Returns:
-      A tree with a `PackedMask` in place of each leaf, sharded as the leaf is. `wrap_optax` keeps
-      such with `packed=True`.
+      A tree with a `PackedMask` in place of each leaf, sharded as the leaf is. With `packed=True`
+      `wrap_optax` keeps its masks packed.
 
     Raises:
       TypeError: a mask is not bool.
@@ -205,14 +209,14 @@ def _pack(mask: jax.Array) -> PackedMask:
 
 
 def unpack_masks(packed: Any, params: Params | None = None) -> Masks:
-    """The bool masks of packed ones; what is not packed stays as it is.
+    """Unpack packed masks into bool masks; other leaves stay unchanged.
 
     Under `jit` this fuses into what the masks are used for, which then reads one bit per entry.
 
     Args:
-      packed: masks, packed, bool, or some of each; or any tree that holds such, an optimizer's state.
+      packed: masks, packed, bool, or some of each; or any tree that holds masks, an optimizer's state say.
       params: the params. Only needed for packed masks that have lost their shapes: `nnx.Optimizer`
-        takes the states of optimizers apart, and puts nodes that hold the bits alone in their place.
+        replaces a `PackedMask` by a node that holds only its bits.
 
     Returns:
       The same tree with bool arrays in place of `PackedMask`s.
@@ -234,7 +238,7 @@ def unpack_masks(packed: Any, params: Params | None = None) -> Masks:
 
 
 def _unpack(mask: PackedMask) -> Any:
-    # The axes before the last are those of the bits, which may have more than the shape: under `vmap`.
+    # Under `vmap` the bits may have more leading axes than `shape`, so those are taken from the bits.
     size = mask.shape[-1] if mask.shape else 1
     if isinstance(mask.bits, jax.ShapeDtypeStruct):
         lead = mask.bits.shape[:-1]
@@ -246,7 +250,7 @@ def _unpack(mask: PackedMask) -> Any:
 
 
 def packed_like(masks: Any, like: Any) -> Any:
-    """A tree with bool masks, packed where another tree of the same leaves has packed ones."""
+    """Pack a tree of bool masks where another tree of the same leaves has packed ones."""
     packed = [_is_packed(node) for node in jax.tree.leaves(like, is_leaf=_is_packed)]
     if not any(packed):
         return masks
@@ -255,7 +259,7 @@ def packed_like(masks: Any, like: Any) -> Any:
 
 
 def packed_where(masks: Masks, like: Masks) -> Masks:
-    """The bool masks, packed at the paths where other masks are; containers may differ."""
+    """Pack bool masks at the paths where other masks are packed; containers may differ."""
     keyed = keyed_leaves(like, is_leaf=_is_packed_or_bare)
     packed = {path_of(keys) for keys, node in keyed if _is_packed_or_bare(node)}
     leaves = [_pack(x) if path in packed else x for path, x in array_leaves(masks, "masks").items()]
@@ -263,13 +267,13 @@ def packed_where(masks: Masks, like: Masks) -> Masks:
 
 
 def restore_packed(tree: Any, params: Params | None) -> Any:
-    """A tree whose packed masks have lost their shapes, with the shapes of the params again.
+    """Restore the packed masks of a tree that have lost their shapes, from the shapes of the params.
 
-    flax's `nnx.state` puts a mapping with the key "bits" in place of a `PackedMask`. The shape is that
-    of the param whose path is the longest ending of the mask's; other nodes stay as they are.
+    flax's `nnx.state` puts a mapping with the key "bits" in place of a `PackedMask`. Its shape is that
+    of the param whose path is the longest ending of the mask's path; other nodes stay unchanged.
 
     Raises:
-      ValueError: there are such masks, and no params.
+      ValueError: the tree has such masks, and `params` is None.
     """
     if not any(map(_is_bare, jax.tree.leaves(tree, is_leaf=_is_packed_or_bare))):
         return tree
@@ -307,7 +311,7 @@ def _is_packed(node: Any) -> bool:
 
 
 def _is_bare(node: Any) -> bool:
-    """Whether a node is what is left of a `PackedMask` in a state that was taken apart."""
+    """Return whether a node is the mapping that `nnx.state` makes of a `PackedMask`."""
     if not isinstance(node, Mapping) or list(node) != ["bits"]:
         return False
     return is_array(node["bits"]) and node["bits"].dtype == jnp.uint8
@@ -320,7 +324,7 @@ def _is_packed_or_bare(node: Any) -> bool:
 def check_not_swapped(
     masks: Any, params: Any, call: str = "apply_masks(params, masks), or check_masks(masks, params)"
 ) -> None:
-    """Checks that masks and params are not each in the place of the other.
+    """Check that masks and params are not swapped.
 
     Args:
       masks: what should be masks.
@@ -350,7 +354,7 @@ def check_not_swapped(
 
 
 def check_masks(masks: Masks, params: Params) -> None:
-    """Checks that masks mirror params: structure, shapes and bool dtype.
+    """Check that masks mirror params: structure, shapes and bool dtype.
 
     Args:
       masks: bool masks, packed or not.
@@ -368,7 +372,7 @@ def check_masks(masks: Masks, params: Params) -> None:
 
 
 def bool_masks(masks: Masks) -> Masks:
-    """The masks as bool arrays, where there are no params to compare them with.
+    """Return the masks as bool arrays, without params to compare them with.
 
     Raises:
       ValueError: an empty tree, or packed masks that have lost their shapes.
@@ -380,22 +384,26 @@ def bool_masks(masks: Masks) -> Masks:
 
 
 def _bool_leaves(masks: Masks) -> dict[str, Any]:
-    """The masks by path. Raises TypeError for one that is not bool."""
+    """Return the masks by path, checked to be bool."""
     leaves = array_leaves(masks, "masks")
-    for path, mask in leaves.items():
-        if mask.dtype != jnp.bool_:
-            raise TypeError(f"masks[{path!r}] is {describe(mask)}, but masks are bool. Pass mask != 0.")
+    _check_bool(leaves)
     return leaves
 
 
+def _check_bool(masks: Mapping[str, Any]) -> None:
+    for path, mask in masks.items():
+        if mask.dtype != jnp.bool_:
+            raise TypeError(f"masks[{path!r}] is {describe(mask)}, but masks are bool. Pass mask != 0.")
+
+
 def check_pruned(params: Params, masks: Masks) -> None:
-    """Checks that every pruned entry is exactly 0; call it outside `jit`.
+    """Check that every pruned entry is exactly 0; call it outside `jit`.
 
     Useful after training: an optax transform chained *after* `wrap_optax` or `keep_masked` can
     undo the zeros, and this finds it.
 
     Raises:
-      ValueError: naming the first leaf with entries that are pruned and yet not 0.
+      ValueError: naming the first leaf with pruned entries that are not 0.
       TypeError: params or masks without values: traced, or abstract.
 
     Example:

@@ -1,7 +1,7 @@
-"""Axes of sharded arrays, split into groups and joined again where every device has whole groups.
+"""Axes of sharded arrays, split into groups and joined again without moving data between devices.
 
-Nothing then moves between devices. Where mesh axes are explicit, shardings are part of types and JAX
-asks how a reshaped array is sharded; where they are automatic, XLA finds out.
+That takes whole groups on every device. On explicit mesh axes shardings are part of types, and a reshape has
+to say how its result is sharded; on automatic ones XLA finds out.
 """
 
 import math
@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.tree.paths import is_concrete
+from jaxprune.tree.leaves import is_concrete
 
 
 def check_whole(path: str, leaf: Any, sides: Mapping[int, int], name: str) -> None:
-    """Checks that no group of neighbours lies on several devices, as far as that is known.
+    """Check that no group of neighbours lies on several devices, as far as that is known.
 
-    It is of arrays with values, and of traced ones on explicit mesh axes. With automatic ones a
-    function that is traced knows nothing of shardings; XLA then moves what it has to.
+    It is known for arrays with values, and for traced ones on explicit mesh axes. On automatic ones a
+    traced function knows no shardings, and XLA moves what it has to.
 
     Args:
-      path, leaf: for messages, and its sharding.
+      path, leaf: the leaf that is split.
       sides: by axis, how many neighbours along it are a group.
-      name: of the structure.
+      name: the structure's, for the message.
 
     Raises:
       ValueError: a group has entries on several devices.
@@ -46,7 +46,7 @@ def check_whole(path: str, leaf: Any, sides: Mapping[int, int], name: str) -> No
 
 
 def split(array: jax.Array, sides: Mapping[int, int]) -> jax.Array:
-    """Makes two axes of some: which group, and where within it.
+    """Split axes in two: which group, and where within it.
 
     Args:
       array: of any shape.
@@ -64,14 +64,14 @@ def split(array: jax.Array, sides: Mapping[int, int]) -> jax.Array:
 
 
 def join(array: jax.Array, within: tuple[int, ...]) -> jax.Array:
-    """The inverse of `split`.
+    """Join axes again, the inverse of `split`.
 
     Args:
-      array: with two axes for each that was split.
+      array: an array with two axes for each that was split.
       within: the axes that say where in a group an entry is.
 
     Returns:
-      The array, each of these axes joined with the one before it.
+      The array, each of these axes joined with the axis before it.
     """
     shape, spec = [], []
     for axis, (size, names) in enumerate(zip(array.shape, _spec(array), strict=True)):
@@ -84,14 +84,14 @@ def join(array: jax.Array, within: tuple[int, ...]) -> jax.Array:
 
 
 def everywhere(array: jax.Array) -> jax.Array:
-    """The array whole on every device, of explicit mesh axes: for what is small and read by all."""
+    """Copy an array on explicit mesh axes to every device: a small one that all devices read."""
     if not any(_spec(array)):
         return array
     return jax.sharding.reshard(array, NamedSharding(_type(array).mesh, PartitionSpec()))
 
 
 def whole_along(array: Any, axes: Sequence[int]) -> Any:
-    """The array whole along some axes on every device, of explicit mesh axes: to take indices of them."""
+    """Undo the sharding of some axes, where mesh axes are explicit, so that they can be indexed."""
     spec = _spec(array)
     if not any(spec[axis] for axis in axes):
         return array
@@ -100,7 +100,7 @@ def whole_along(array: Any, axes: Sequence[int]) -> Any:
 
 
 def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array sharded as another of its shape, of explicit mesh axes."""
+    """Shard an array like another of its shape, where mesh axes are explicit."""
     spec = _spec(other)
     if not any(spec) or _spec(array) == spec:
         return array
@@ -108,12 +108,12 @@ def sharded_like(array: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _type(array: Any) -> Any:
-    """The sharding as the type has it: None but for explicit mesh axes."""
+    """Return the sharding that an array's type has: None except on explicit mesh axes."""
     return getattr(jax.typeof(array), "sharding", None)
 
 
 def _names(sharding: NamedSharding, axis: int) -> tuple[Any, ...]:
-    """The mesh axes that an axis is sharded over."""
+    """Return the mesh axes that an axis is sharded over."""
     names = sharding.spec[axis] if axis < len(sharding.spec) else None
     return () if names is None else names if isinstance(names, tuple) else (names,)
 

@@ -1,8 +1,8 @@
 """Stacked leaves: one array that holds the same param of many layers.
 
 `nn.scan`, `nnx.scan`, `vmap` and plain `lax.scan` over layers keep one array for all layers, with an
-axis (or several) that counts them: the *stack*. Everywhere else a layer is a leaf of its own, so here a
-stacked leaf is taken apart into such leaves, and put together again. The layer at index i of the leaf
+axis (or several) that counts them: the *stack*. The rest of the library has one leaf for each layer, so a
+stacked leaf is split into layers here, and joined again. The layer at index i of the leaf
 "layers/kernel" is called "layers/kernel[i]"; with two stack axes "layers/kernel[i,j]".
 """
 
@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.tree.checks import check_function, shown
+from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.kernel_names import names_kernel
-from jaxprune.tree.paths import describe, kernels
-from jaxprune.tree.sharding import whole_along
+from jaxprune.tree.leaves import describe
+from jaxprune.tree.sharding import sharded_like, whole_along
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Where
 
 Stacked = Callable[[str, Any], int | Sequence[int]]
@@ -28,7 +29,7 @@ Stacked = Callable[[str, Any], int | Sequence[int]]
 _INDEX = re.compile(r"\d+(,\d+)*\]")
 
 Stacks = Mapping[str, tuple[int, ...]]
-"""By path, the axes that count layers, from 0; leaves without a stack are not in it."""
+"""By path, the axes that count layers, numbered from 0; only stacked leaves are in it."""
 
 
 class Family(NamedTuple):
@@ -48,22 +49,22 @@ class Family(NamedTuple):
 
 
 def layer_name(path: str, index: Sequence[Any]) -> str:
-    """The name of one layer of a stacked leaf."""
+    """Return the name of one layer of a stacked leaf."""
     return f"{path}[{','.join(map(str, index))}]"
 
 
 def layer_indices(shape: Sequence[int], axes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The index of each layer of a leaf of a shape, in row-major order."""
+    """Return the index of each layer of a leaf, in row-major order."""
     return np.ndindex(*(shape[axis] for axis in axes))
 
 
 def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
-    """The shape of one layer."""
+    """Return the shape of one layer."""
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
 
 
 def check_stacked(stacked: Any) -> None:
-    """Checks that what says which leaves are stacked is a function.
+    """Check that `stacked=`, which says which leaves are stacked, is a function.
 
     Raises:
       TypeError: it is not.
@@ -74,7 +75,7 @@ def check_stacked(stacked: Any) -> None:
 
 
 def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The stack axes of leaves, as a user's function says them.
+    """Return the stack axes of leaves that a user's function returns for them.
 
     Raises:
       TypeError: `stacked` is not a function, or returns neither an integer nor a tuple of integers.
@@ -85,12 +86,15 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
     for path, leaf in leaves.items():
         said: Any = stacked(path, leaf)
         several = isinstance(said, (tuple, list))
-        if not (all(map(_is_integer, said)) if several else _is_integer(said)):
+        try:
+            wanted = (
+                [as_integer(axis, "axis") for axis in said] if several else range(as_integer(said, "axes"))
+            )
+        except TypeError:
             raise TypeError(
                 f"stacked({path!r}, leaf) returned {shown(said)}. It must return how many leading axes "
                 "of the leaf count layers (0 for none), or a tuple of the axes that do."
-            )
-        wanted = tuple(map(int, said)) if several else tuple(range(int(said)))
+            ) from None
         axes = tuple(axis + leaf.ndim if axis < 0 else axis for axis in wanted)
         inside = all(0 <= axis < leaf.ndim for axis in axes) and len(set(axes)) == len(axes)
         if not inside or (not several and said < 0):
@@ -103,9 +107,9 @@ def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[in
 
 
 def about_layers(where: Where, stacked: Stacked | None) -> Where:
-    """The predicate; the default, `kernels`, with a layer in place of a stacked leaf.
+    """Return the predicate; `kernels`, the default, asked about one layer of each stacked leaf.
 
-    Else a stack of biases would have two axes, as the kernel of one layer has.
+    A whole stack of biases has two axes, as the kernel of one layer has.
     """
     if where is not kernels or stacked is None:
         return where
@@ -124,10 +128,10 @@ def about_layers(where: Where, stacked: Stacked | None) -> Where:
 
 
 def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
-    """Checks that leaves have the stack axes that coupled channels were found with.
+    """Check that leaves have the stack axes that coupled channels were found with.
 
     Raises:
-      ValueError: a leaf that has not.
+      ValueError: a leaf lacks them.
     """
     for path in stacks.keys() & leaves.keys():
         if any(not 0 <= axis < leaves[path].ndim for axis in stacks[path]):
@@ -138,7 +142,7 @@ def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
 
 
 def leaf_of_layer(name: str) -> str | None:
-    """The path of the stacked leaf if a name is that of a layer; None if it is not."""
+    """Return the path of the stacked leaf from the name of a layer; None for another name."""
     path, bracket, index = name.rpartition("[")
     return path if bracket and _INDEX.fullmatch(index) else None
 
@@ -146,7 +150,7 @@ def leaf_of_layer(name: str) -> str | None:
 def families_of(
     stacks: Stacks, shapes: Mapping[str, Sequence[int]], pools: Collection[str]
 ) -> dict[str, Family]:
-    """By path, the layers of the stacked leaves, where these are pools."""
+    """Return, by path, the layers of the stacked leaves, where these are pools."""
     families = {}
     for path in stacks.keys() & shapes.keys():
         axes, shape = stacks[path], shapes[path]
@@ -157,7 +161,7 @@ def families_of(
 
 
 def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
-    """One layer of a stacked array."""
+    """Return one layer of a stacked array."""
     if isinstance(array, jax.Array):
         array = whole_along(array, axes)
     for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
@@ -169,7 +173,7 @@ def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
 
 
 def split_shapes(shapes: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[str, tuple[int, ...]]:
-    """Shapes by path, with the shape of each layer by name in place of a stacked one."""
+    """Replace the shape of each stacked leaf by those of its layers, by name."""
     split: dict[str, tuple[int, ...]] = {}
     for path, shape in shapes.items():
         axes = stacks.get(path, ())
@@ -182,7 +186,7 @@ def split_shapes(shapes: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[
 
 
 def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
-    """Arrays by path, with each stacked one taken apart into its layers by name."""
+    """Split each stacked array, of arrays by path, into its layers by name."""
     split: dict[str, Any] = {}
     for path, array in by_path.items():
         if path not in stacks:
@@ -197,16 +201,16 @@ def split_layers(by_path: Mapping[str, Any], stacks: Stacks) -> dict[str, Any]:
 def join_layers(
     by_name: Mapping[str, Any], stacks: Stacks, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """Arrays by path, with the layers of stacked ones put together again; layers of any shape.
+    """Join the layers of stacked arrays again; layers may have any shape.
 
     Args:
       by_name: arrays as `split_layers` names them.
       stacks: the stack axes by path.
-      shapes: the dense shapes of the stacked leaves by path, which say how many layers there are.
+      shapes: the dense shapes of the stacked leaves by path, which tell how many layers each has.
 
     Returns:
-      Arrays by path, in the order in which the first layer of each comes. A stacked leaf of which no
-      layer is given is left out.
+      Arrays by path, in the order of the first layer of each. A stacked leaf of which no layer is given
+      is left out.
     """
     joined: dict[str, Any] = {}
     of_layer = {
@@ -229,5 +233,21 @@ def join_layers(
     return joined
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+def join_masks(
+    by_name: Mapping[str, jax.Array], stacks: Stacks, leaves: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Join the masks of layers as `join_layers` does; a layer that has no mask is kept whole.
+
+    Args:
+      by_name: masks as `split_layers` names them. A stacked leaf of which no layer is given is left out.
+      stacks: the stack axes by path.
+      leaves: the stacked leaves by path, whose shapes and shardings the masks get.
+    """
+    complete, shapes = dict(by_name), {path: leaf.shape for path, leaf in leaves.items()}
+    for path, axes in stacks.items():
+        names = [layer_name(path, index) for index in layer_indices(shapes[path], axes)]
+        if any(name in by_name for name in names):
+            ones = jnp.ones(layer_shape(shapes[path], axes), bool)
+            complete |= {name: by_name.get(name, ones) for name in names}
+    joined = join_layers(complete, stacks, shapes)
+    return {path: sharded_like(x, leaves[path]) if path in leaves else x for path, x in joined.items()}

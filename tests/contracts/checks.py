@@ -1,4 +1,4 @@
-"""What every member of the table in `contracts` is checked for, off one compiled program."""
+"""The checks that every member of the table in `members` goes through, with one compiled program."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ def same(*trees):
 
 
 def by_path(tree):
-    """The leaves by their paths in a plain dict, whatever sort of tree it is."""
+    """Return the leaves of a tree of any sort by their paths in the plain dict."""
     return {role: np.asarray(leaf) for role, leaf in by_role(tree).items()}
 
 
@@ -34,7 +34,7 @@ def copy(tree):
 
 
 def avals(tree):
-    """Shapes and dtypes, and whether these may change: where they differ, jit traces again."""
+    """Return shapes, dtypes and weak types; where these differ, jit traces again."""
     return [
         (leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(jax.eval_shape(lambda: tree))
     ]
@@ -52,19 +52,19 @@ class Case:
         return self.member.make(problem, self.member.sparsity if sparsity is None else sparsity)
 
     def step(self, params, state, problem):
-        """A call, and the params that training would go on with."""
+        """Call the pruner once, and return the params that training would continue with, and the state."""
         params = jp.apply_masks(params, state.masks)
         pruner = self.pruner(problem)
         state = pruner.update(state, params, **self.given(pruner, problem))
         return jp.apply_masks(params, state.masks), state
 
     def given(self, pruner, problem):
-        """What the pruner's update reads of a problem."""
+        """Return the parts of a problem that the pruner's update reads."""
         read = self.member.given if pruner.takes is None else {"grads", "key", *pruner.takes}
         return {name: getattr(problem, name) for name in self.member.given if name in read}
 
     def jaxpr(self, now):
-        """Its program, whose inputs are in the order of leaves and not of the paths of activations."""
+        """Return the jaxpr of a step, with inputs in the order of leaves, not of the activations' paths."""
         paths, activations = now.activations.keys(), list(now.activations.values())
 
         def step(params, state, now, activations):
@@ -75,7 +75,7 @@ class Case:
         return jax.make_jaxpr(step)(now.params, self.pruner(now).init(now.params), now, activations)
 
     def text(self):
-        """Its program, without the numbers in it."""
+        """Return the text of the jaxpr, without the numbers in it."""
         return re.sub(r"0x[0-9a-f]+|\d+", "", str(self.jaxpr(self.problems()[0])))
 
     def counted(self, *given):
@@ -83,11 +83,11 @@ class Case:
         return self.step(*given)
 
     def problems(self, seed=0, dtype=jnp.float32):
-        """What each call is given: other params and gradients every time."""
+        """Return what each call is given: other params and gradients every time."""
         return [problem(10 * seed + call, self.member.widths, dtype) for call in range(CALLS)]
 
     def states(self, step, problems, init=lambda pruner: pruner.init):
-        """The state before the first call and after each."""
+        """Return the state before the first call and after each."""
         state = init(self.pruner(problems[0]))(problems[0].params)
         states = [copy(state)]
         for now in problems:
@@ -111,7 +111,7 @@ class Case:
         return pytest.warns(UserWarning, match=self.member.warns)
 
     def gone(self, masks):
-        """By pool, which units are gone; none is gone in part."""
+        """Return by pool which units are removed, and check that none is removed in part."""
         units, masks = self.member.units, by_path(masks)
         if callable(units):
             return units(masks)
@@ -145,7 +145,7 @@ def compiled_is_eager(case):
 
 
 def vmap_in_double_precision_is_the_loop_in_single(case):
-    """In one program, as compiling it takes half of the time of all checks."""
+    """Check both in one program, because compiling it takes half of the time of all checks."""
     if case.member.table_of:
         assert case.text() == Case(TABLE[case.member.table_of]).text()
         return
@@ -201,7 +201,7 @@ def masks_are_nested(case):
 
 
 def at_once(case, now, share):
-    """Masks made in one go, at a share of what the structure can remove."""
+    """Return masks made in one go, at a share of what the structure can remove."""
     units = case.member.units
     most = units.max_sparsity if isinstance(units, brute_force.Spec) else 1.0
     pruner = case.pruner(now, jp.schedules.constant(share * most))
@@ -223,7 +223,7 @@ def a_key_decides(case):
 
 
 def order_matters_not(case):
-    """Or it does, and the table says why."""
+    """Check that masks follow the entries into another order, unless the table says why they may not."""
     orders = "entries", "columns", "channels"
     blind = case.member.blind if case.member.blind in orders else "entries"
     shuffled = [in_another_order(now, blind) for now in case.problems()]
@@ -240,7 +240,7 @@ def order_matters_not(case):
 
 
 def in_another_order(now, what):
-    """A problem in another order, and the function that orders trees so."""
+    """Return a problem in another order, and the function that orders trees so."""
     rng = np.random.default_rng(5)
     channels = rng.permutation(8)
     entries = {path: rng.permutation(leaf.size) for path, leaf in by_path(now.params).items()}
@@ -315,7 +315,7 @@ def half_precision_is_promoted_nowhere(case):
 
 
 def check_types(case, now, state):
-    """A traced step gives params and state in the types that it takes them in."""
+    """Check that a traced step returns params and state in the types in which it takes them."""
     params, after = jax.eval_shape(Case(case.member).step, now.params, state, now)
     assert avals(params) == avals(now.params) and avals(after) == avals(state)
 
@@ -324,7 +324,7 @@ TRACED = ("a list of eleven layers or more", "a nested mixture")
 
 
 def every_sort_of_tree_is_pruned_alike(case):
-    """A tree that has a plain dict's leaves, in its order, has the same masks and the same program.
+    """Check that a tree with a plain dict's leaves, in its order, gets the same masks and the same program.
 
     Tracing takes longer than a step outside `jit`, so only some sorts are traced, of which one has most
     containers in it. Either is enough to see counts that go by the order of names.
@@ -349,14 +349,14 @@ def every_sort_of_tree_is_pruned_alike(case):
 
 
 def first_move(states):
-    """The first call that changes masks."""
+    """Return the number of the first call that changes masks."""
     leaves = [[np.asarray(mask) for mask in jax.tree.leaves(state.masks)] for state in states]
     pairs = enumerate(itertools.pairwise(leaves))
     return next(n for n, (old, new) in pairs if any((a != b).any() for a, b in zip(old, new, strict=True)))
 
 
 def like(params, state):
-    """The state of a pruner of plain dicts as one of the params' sort of tree, which has the same leaves."""
+    """Return the state of a pruner of plain dicts as a tree of the params' sort with the same leaves."""
     trees = {
         name: jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
         for name in ("masks", "scores")
@@ -366,7 +366,7 @@ def like(params, state):
 
 
 def printed(program):
-    """A program as text, and the constants that it closes over."""
+    """Return a program as text, and the constants that it closes over."""
     return re.sub(r"0x[0-9a-f]+", "", str(program)), program.consts
 
 

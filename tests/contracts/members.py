@@ -3,6 +3,9 @@
 Each member is a `Pruner` made for one small problem, with what is known of it beforehand: how many
 units it removes at each call, whether it draws numbers, what it is blind to. `test_contracts` puts
 all of them through the same checks, and fails when a public name is in no member's `covers`.
+
+A new member is entered here and nowhere else: `entry_points` and `pruner_kinds` take what they need
+from its signature and from this table.
 """
 
 import math
@@ -50,7 +53,7 @@ class Member(NamedTuple):
     """A pruner, and what is known of it.
 
     Attributes:
-      covers: the public names it stands for, as `test_contracts.public_names` has them.
+      covers: the public names it stands for, as `test_contracts.public_members` has them.
       make: `make(problem, sparsity) -> Pruner`.
       gone: by call, how many units are gone; or a function of the params and the masks before. Of
         pruners that rewire, how many always are.
@@ -138,7 +141,8 @@ def _of_channels(scope: str, gone: list[Gone], **options: Any) -> Member:
 
 def _of_schedule(name: str, sparsity: Any, gone: list[Gone], table_of: str = "", **options: Any) -> Member:
     make = lambda p, s: jp.pruner(jp.scores.magnitude, s, **options)  # noqa: E731
-    return Member((f"schedules.{name}",), make, gone, sparsity, table_of=table_of)
+    cover = "Schedule" if name == "Schedule" else f"schedules.{name}"
+    return Member((cover,), make, gone, sparsity, table_of=table_of)
 
 
 def _of_targets(

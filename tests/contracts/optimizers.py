@@ -178,7 +178,7 @@ for _name in [name for name in OPTIMIZERS if " " in name]:
 
 
 def exported() -> Iterator[str]:
-    """The names of what optax exports that makes a gradient transformation.
+    """Return the names of what optax exports that makes a gradient transformation.
 
     In `optax.contrib` these are all its functions, since some carry no annotation.
     """
@@ -195,7 +195,7 @@ def exported() -> Iterator[str]:
 
 
 def make_params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
-    """A network 6-8-4: 80 weights, 12 biases."""
+    """Return the params of a network 6-8-4: 80 weights, 12 biases."""
     rng = np.random.default_rng(seed)
 
     def draw(*shape):
@@ -215,7 +215,7 @@ def make_batch(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
 
 
 def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """The mean squared error of the network."""
+    """Return the mean squared error of the network."""
     x, y = batch
     hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
     out = hidden @ params["out"]["kernel"] + params["out"]["bias"]
@@ -223,7 +223,7 @@ def loss_fn(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def make_step(tx: Any, case: Case = OPTIMIZERS["adam"], loss_fn: Callable[..., Any] = loss_fn) -> Any:
-    """One step of training, `step(params, opt_state, batch) -> params, opt_state, loss`, to be jitted."""
+    """Return a training step, `step(params, opt_state, batch) -> params, opt_state, loss`, to be jitted."""
 
     def step(params, opt_state, batch):
         def objective(params):
@@ -253,12 +253,12 @@ def host(tree: Any) -> list[np.ndarray]:
 
 
 def networks(params: Any) -> list[Any]:
-    """The params, or both halves of a lookahead pair."""
+    """Return the params, or both halves of a lookahead pair, as a list."""
     return [params.fast, params.slow] if isinstance(params, optax.LookaheadParams) else [params]
 
 
 def assert_state_zero_where_pruned(state: Any, masks: Any) -> None:
-    """Checks the leaves that carry a param's path at the end of their own: moments, iterates, memories."""
+    """Check the leaves whose path ends in that of a param: moments, iterates, memories."""
     named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         for name, mask in named.items():
@@ -268,7 +268,7 @@ def assert_state_zero_where_pruned(state: Any, masks: Any) -> None:
 
 
 def assert_as_new_where_pruned(state: Any, new: Any, masks: Any) -> None:
-    """Checks the same leaves as above against a new optimizer's."""
+    """Check the same leaves against those of a new optimizer."""
     named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
     for (path, leaf), fresh in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
@@ -281,7 +281,7 @@ def assert_as_new_where_pruned(state: Any, new: Any, masks: Any) -> None:
 
 
 def print_sharded_counts(explicit: bool) -> None:
-    """Prunes params that lie on 8 devices; run in a process of its own that simulates them.
+    """Prune params that lie on 8 devices; call it in a new process that simulates them.
 
     Raises:
       AssertionError: a mask is not sharded like its param, or differs from those of one device.

@@ -1,4 +1,4 @@
-"""The problem that every member of the table of contracts is made for, and its counts worked out by hand."""
+"""The problem for which every member of the table is made, with its counts worked out by hand."""
 
 import itertools
 import math
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 def problem(
     seed: int, widths: tuple[int, ...] = FLAT, dtype: Any = jnp.float32, sort: str | None = None
 ) -> Problem:
-    """The same numbers in any dtype, and in a tree of any sort: see `support.trees`, None for plain dicts."""
+    """Return the same numbers in any dtype, in a tree of a sort of `support.trees` or in plain dicts."""
     rng = np.random.default_rng(seed)
     data = jnp.float64 if dtype == jnp.float64 else jnp.float32
     shapes = {}
@@ -92,7 +92,7 @@ def problem(
 
 
 def apply_fn(params: Any, x: jax.Array) -> jax.Array:
-    """A network computed in the precision of its inputs."""
+    """Return the network's outputs, computed in the precision of its inputs."""
     *hidden, last = [
         {name: leaf.astype(x.dtype) for name, leaf in layer.items()} for layer in plain(params).values()
     ]
@@ -103,14 +103,14 @@ def apply_fn(params: Any, x: jax.Array) -> jax.Array:
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:
-    """The mean squared error."""
+    """Return the mean squared error."""
     return jnp.mean((apply_fn(params, batch[0]) - batch[1]) ** 2)
 
 
 # --- how many units go
 
 Gone = Mapping[tuple[str, ...], int]
-"""By the pools that are ranked together, how many of their units are gone."""
+"""How many units are removed, by the pools that compete with each other."""
 
 ENTRIES = {"a/kernel": 32, "b/kernel": 24}
 COLUMNS = {"a/kernel": 8, "b/kernel": 3}
@@ -118,12 +118,12 @@ RAMP = (0.2, 0.4, 0.6, 0.6)
 
 
 def together(sizes: Mapping[str, int], sparsities: tuple[float, ...] = RAMP) -> list[Gone]:
-    """Of all pools in one ranking, by call."""
+    """Return the counts by call when all pools compete."""
     return [{tuple(sizes): half_even(s, sum(sizes.values()))} for s in sparsities]
 
 
 def apart(sizes: Mapping[str, int], *sparsities: Any) -> list[Gone]:
-    """Of each pool by itself, by call; a sparsity for all pools or one for each."""
+    """Return the counts by call when each pool is ranked alone, at one sparsity for all or one for each."""
     by_pool = [dict.fromkeys(sizes, s) if isinstance(s, float) else s for s in sparsities or RAMP]
     return [{(pool,): half_even(s[pool], sizes[pool]) for pool in sizes} for s in by_pool]
 
@@ -137,20 +137,20 @@ def of_what_remains(rate: float, size: int) -> list[Gone]:
 
 
 def erk_by_hand(sparsity: float) -> dict[str, float]:
-    """No leaf of the problem is asked for more than it has, so one equation gives all densities."""
+    """Return the ERK sparsities. No leaf is asked for more than it has, so one equation gives all."""
     eps = (1 - sparsity) * (32 + 24) / ((4 + 8) + (8 + 3))
     return {"a/kernel": 1 - eps * (4 + 8) / 32, "b/kernel": 1 - eps * (8 + 3) / 24}
 
 
 def below_a_deviation(params: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> Gone:
-    """What the masks before have removed, and what lies below half a standard deviation."""
+    """Count what the masks before have removed, and what lies below half a standard deviation."""
     masked = {path: np.where(masks[path], params[path].astype(np.float64), 0) for path in ENTRIES}
     return {(path,): int((np.abs(w) < 0.5 * w.std()).sum()) for path, w in masked.items()}
 
 
 @cache
 def analysed(treedef: Any) -> dict[str, float]:
-    """The targets that an analysis finds, by which a leaf may lose a tenth of all magnitude."""
+    """Return the targets of an analysis by which a leaf may lose a tenth of all magnitude."""
     params, levels = treedef.unflatten(jax.tree.leaves(problem(0).params)), (0.25, 0.5, 0.75)
     found = jp.sensitivity(size_of, params, levels=levels)
     return jp.distributions.from_sensitivity(found, tolerance=0.1 * float(size_of(params)))
@@ -162,7 +162,7 @@ def size_of(params: Any) -> jax.Array:
 
 
 def analysed_by_hand() -> dict[str, float]:
-    """The highest level whose entries, the smallest of their leaf, add up to no more than that."""
+    """Return for each leaf the highest level at which its smallest entries add up to no more than that."""
     sizes = {f"{n}/kernel": np.sort(np.abs(problem(0).params[n]["kernel"]).ravel()) for n in "ab"}
     allowed = 0.1 * sum(leaf.sum() for leaf in sizes.values())
 
@@ -176,7 +176,7 @@ def analysed_by_hand() -> dict[str, float]:
 
 
 def hidden_units(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the flat network: columns of one kernel and rows of the next; whole, or gone."""
+    """Return which hidden units of the flat network are removed: columns of a kernel, rows of the next."""
     rows, columns = masks["a/kernel"], masks["b/kernel"].T
     both = np.concatenate([rows, columns])
     assert (both.any(0) == both.all(0)).all()
@@ -184,7 +184,7 @@ def hidden_units(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def coupled_channels(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the deep network: an output of a layer, its bias and scale, and what reads it."""
+    """Return which channels of the deep network are removed: an output, its bias, scale and reader."""
     gone = {}
     for layer, reader in zip("abc", "bcd", strict=True):
         own = [masks[path] for path in (f"{layer}/bias", f"{layer}/scale") if path in masks]
@@ -199,7 +199,7 @@ CHANNELS = {"a/kernel[1]": 8, "b/kernel[1]": 8, "c/kernel[1]": 4}
 
 @cache
 def groups(treedef: Any) -> Any:
-    """The coupled channels of the deep network, in a tree of some structure."""
+    """Return the coupled channels of the deep network, for a tree of some structure."""
     params = treedef.unflatten(jax.tree.leaves(problem(0, DEEP).params))
     return jp.channel_groups(apply_fn, params, jnp.ones((2, 4)))
 
@@ -210,7 +210,7 @@ def channels(treedef: Any, **options: Any) -> jp.Structure:
 
 
 def whole_layers(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the deep network, layers, of which all leaves are gone or none."""
+    """Return which layers of the deep network are removed, each with all of its leaves or none."""
     gone = []
     for layer in "abcd":
         left = np.concatenate([mask.ravel() for path, mask in masks.items() if path.startswith(f"{layer}/")])
@@ -221,14 +221,14 @@ def whole_layers(masks: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 @cache
 def layers(treedef: Any) -> jp.Structure:
-    """The layers of the deep network as blocks, in a tree of some structure."""
+    """Return the layers of the deep network as blocks, for a tree of some structure."""
     params = treedef.unflatten(jax.tree.leaves(problem(0, DEEP).params))
     return jp.structures.layers([path_of(params, f"{name}/bias").rpartition("/")[0] for name in "abcd"])
 
 
 @cache
 def hidden(treedef: Any) -> jp.Structure:
-    """Of the flat network, hidden units: columns of one kernel and rows of the next."""
+    """Return a structure of the flat network's hidden units: columns of one kernel and rows of the next."""
     params = treedef.unflatten(jax.tree.leaves(problem(0).params))
     first, second = (path_of(params, role) for role in ENTRIES)
 

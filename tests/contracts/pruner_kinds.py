@@ -1,4 +1,7 @@
-"""Every kind of `Pruner`, on the network of `optimizers`, with the counts that each must reach."""
+"""Every kind of `Pruner`, on the network of `optimizers`, with the counts that each must reach.
+
+A function that returns a Pruner and has no kind here gets one from its entry in `members.TABLE`.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from tests.contracts import public
+from tests.contracts.members import TABLE, Member
+from tests.contracts.problem import problem
 
 History = dict[str, np.ndarray]
 """Masks by path, each with an axis of steps in front."""
@@ -58,7 +64,7 @@ def _hidden(history: History) -> list[np.ndarray]:
 
 
 def _pairs(history: History) -> list[np.ndarray]:
-    """Of 1:2 along the inputs: pairs that are still dense; of the others one entry stays."""
+    """Return which pairs of 1:2 are still dense, and check that the others keep one entry."""
     pools = []
     for path in KERNELS:
         steps, rows, columns = history[path].shape
@@ -99,7 +105,7 @@ def _apply(params: Any, x: jax.Array) -> jax.Array:
 
 
 def kinds(steps: int = 200) -> dict[str, Kind]:
-    """Every kind, whose masks come to rest halfway.
+    """Return every kind; its masks come to rest after half of the steps.
 
     Args:
       steps: how many there will be, 40 or more.
@@ -107,7 +113,7 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
     begin, end, every = steps // 20, steps // 2, max(1, steps // 28)
 
     def passed(calls: int) -> int:
-        """The last step of the schedule that was due, or -1."""
+        """Return the last step of the schedule that was due, or -1."""
         return end if calls >= end else begin + (calls - begin) // every * every if calls >= begin else -1
 
     def gradual(target: float, calls: int, size: int) -> int:
@@ -175,7 +181,7 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
     rewiring, nm = partial(jp.rewiring, grow=by_size), jp.structures.nm(1, 2)
     columns = jp.structures.slices(-1)
     all_entries, curve = partial(_together, _each), partial(gradual, 0.8)
-    return {
+    table = {
         "gradual": Kind("pruner", pruner(), all_entries, curve),
         "layerwise": Kind("pruner", pruner(scope="layerwise"), _each, curve),
         "some leaves": Kind("pruner", pruner(where=jp.matching("hidden/kernel")), _hidden, curve),
@@ -226,3 +232,28 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
         "rewiring slices": Kind("rewiring", moving(rewiring, columns, sparsity=0.5), _columns),
         "keep_masked": Kind("keep_masked", sparse, _each),
     }
+    made = {kind.by for kind in table.values()}
+    others = {
+        name: _of_member(member, by) for name, member in TABLE.items() if (by := _maker(member)) not in made
+    }
+    return table | others
+
+
+def _maker(member: Member) -> str:
+    """Return the public function, among those that a member covers, that returns its Pruner."""
+    return next((name for name in member.covers if name in public.makers()), "pruner")
+
+
+def _of_member(member: Member, by: str) -> Kind:
+    """Return the kind of a member whose maker has none above; only nesting or constant counts are checked."""
+
+    def make(params):
+        def half(leaf):  # two of every four along the inputs, as in the masks of the problem
+            rows = jnp.arange(leaf.shape[0]).reshape(-1, *[1] * (leaf.ndim - 1))
+            return jnp.broadcast_to((rows % 4 < 2) | (leaf.ndim == 1), leaf.shape)
+
+        given = problem(0)._replace(params=params, grads=params, masks=jax.tree.map(half, params))
+        return member.make(given, member.sparsity)
+
+    regrows = member.make(problem(0), member.sparsity).regrows
+    return Kind(by, make, lambda history: [], None if regrows else lambda calls, size: 0)

@@ -1,9 +1,9 @@
-"""Every member of the table in `contracts` through the same checks, on one device and on eight."""
+"""Put every member of the table through the same checks, on one device and on eight."""
 
 import functools
+import gc
 import traceback
 import warnings
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,46 +13,52 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.pruning.targets import SCOPES
-from tests.contracts import checks
+from tests.contracts import checks, entry_points, public
 from tests.contracts.checks import CHECKS, Case, same
+from tests.contracts.entry_points import LEFT_OUT, OTHERS, UNCHECKED, USES
 from tests.contracts.members import REFUSALS, TABLE, Member, once
 from tests.contracts.problem import ENTRIES, Problem, problem
-from tests.contracts.public import defined_in, makers
 from tests.support.devices import on_eight_devices
 
-NOT_MEMBERS = {
-    "structures.Norm": "a type",
-    "structures.Units": "a type, of which members are made",
-    "structures.Structure": "the table has it by its name jaxprune.Structure",
-    "schedules.check_sparsity": "checks an argument",
-}
+NOT_MEMBERS = {"schedules.check_sparsity": "checks an argument"}
 
 
-def public_names() -> Iterator[str]:
-    """Every public score, structure, scope, schedule and distribution, and what gives a Pruner."""
-    yield from (f"scores.{name}" for name in jp.scores.__all__)
-    yield from (f"structures.{name}" for name in jp.structures.__all__)
-    yield from (f"scope {name}" for name in SCOPES)
-    for module in (jp.schedules, jp.distributions):
-        short = module.__name__.rpartition(".")[2]
-        yield from (f"{short}.{name}" for name in defined_in(module))
-    yield "Structure"
-    yield "prune_once"
-    yield "prune_rounds"
-    yield from makers()
+def public_members() -> set[str]:
+    """Return every public score, structure, scope, schedule and distribution, and what gives a Pruner."""
+    rooms = ("scores.", "structures.", "schedules.", "distributions.")
+    found = {name for name in public.functions() if name.startswith(rooms)} | set(public.makers())
+    return (
+        found | {f"scope {name}" for name in SCOPES} | {"Schedule", "Structure", "prune_once", "prune_rounds"}
+    )
 
 
 def test_the_table_has_every_public_member():
-    public = set(public_names())
+    members = public_members()
     covered = {name for member in TABLE.values() for name in member.covers}
-    missing = sorted(public - covered - NOT_MEMBERS.keys())
+    missing = sorted(members - covered - NOT_MEMBERS.keys())
     assert not missing, (
-        f"{', '.join(missing)} is public and in no contract. Add a Member to TABLE in contracts/members.py "
-        "that covers it: how it is made, and how many units are gone after each call. If it is no score, "
-        "structure, scope, schedule, distribution or Pruner, name it in NOT_MEMBERS above and say what it is."
+        f"{', '.join(missing)} is public and in no contract. Add a Member to TABLE in "
+        "tests/contracts/members.py that covers it: how it is made, and how many units are gone after each "
+        "call. If it is no score, structure, scope, schedule, distribution or Pruner, name it in NOT_MEMBERS "
+        "above and say what it is."
     )
-    unknown = sorted((covered | NOT_MEMBERS.keys()) - public)
+    unknown = sorted((covered | NOT_MEMBERS.keys()) - members)
     assert not unknown, f"{', '.join(unknown)} is in tests/contracts/members.py, but not public any more."
+
+
+def test_every_argument_of_a_public_function_has_a_value_that_is_right():
+    functions = public.functions()
+    unknown = [
+        f"{name}({argument}=)"
+        for name in functions.keys() - LEFT_OUT.keys()
+        for argument in entry_points.unknown(name, functions[name])
+    ]
+    assert not unknown, (
+        f"no right value is known for {', '.join(sorted(unknown))}. Give one by the name of the argument in "
+        "GOOD of tests/contracts/entry_points.py, or in OTHERS there for that function alone."
+    )
+    listed = {*LEFT_OUT, *OTHERS, *USES, *UNCHECKED}
+    assert listed <= functions.keys(), f"{sorted(listed - functions.keys())} is not public any more."
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -77,7 +83,7 @@ PROGRAMS = [name for name, member in TABLE.items() if not member.table_of]
 
 
 def check_sharded_members():
-    """Runs the table on params that are sharded over rows and columns, and prints what was wrong."""
+    """Run the table on params that are sharded over rows and columns, and print what was wrong."""
     warnings.simplefilter("error")
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -115,8 +121,8 @@ def check_sharded_members():
 
     assert jax.device_count() == 8
     with jax.set_mesh(mesh):
-        checks = {name: functools.partial(check, Case(TABLE[name])) for name in PROGRAMS}
-        for name, run in (checks | {"keep_masked": check_fixed_masks}).items():
+        runs = {name: functools.partial(check, Case(TABLE[name])) for name in PROGRAMS}
+        for name, run in (runs | {"keep_masked": check_fixed_masks}).items():
             try:
                 run()
             except Exception:
@@ -137,7 +143,7 @@ def test_every_member_on_eight_devices():
 
 
 def below(params, masks):
-    """Counted by hand: what the masks before have removed, and what is small."""
+    """Count by hand what the masks before have removed, and what is small."""
     return {(path,): int((~masks[path] | (np.abs(params[path]) <= 0.25)).sum()) for path in ENTRIES}
 
 
@@ -165,7 +171,7 @@ def more_under_jit(params, masks, **_):
 
 
 def bounds_by_name(params, masks, **_):
-    """Of each leaf in the alphabetical order of paths, the bound that is for one in the order of leaves."""
+    """Prune by bounds that are in the order of leaves, but read in the alphabetical order of paths."""
     bounds = iter([0.25 if leaf.ndim == 2 else 0.0 for leaf in jax.tree.leaves(params)])
     bounds = dict(zip(sorted(jp.leaf_paths(params)), bounds, strict=True))
     leaves = zip(jp.leaf_paths(params), *map(jax.tree.leaves, (params, masks)), strict=True)
@@ -253,8 +259,12 @@ SAID = {
 def test_a_broken_contract_fails_its_check(name):
     check, member = BROKEN[name]
     error, says = SAID.get(name, (AssertionError, None))
-    with pytest.raises(error, match=says):
-        getattr(checks, check)(Case(member))
+    gc.freeze()  # where a tracer leaks, JAX searches all objects for what holds it: only the new ones here
+    try:
+        with pytest.raises(error, match=says):
+            getattr(checks, check)(Case(member))
+    finally:
+        gc.unfreeze()
 
 
 def test_a_sound_pruner_passes_all_checks():

@@ -167,8 +167,8 @@ def test_import_adds_little_to_importing_jax_and_optax():
     )
     # With compiled modules, as every run but the first has them.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    ratios = [float(subprocess.check_output([sys.executable, "-c", code], env=env)) for _ in range(4)]
-    assert min(ratios) < 1.2
+    # The least of a few, because the machine may be busy.
+    assert any(float(subprocess.check_output([sys.executable, "-c", code], env=env)) < 1.2 for _ in range(4))
 
 
 def test_every_public_name_exists_and_is_documented():

@@ -660,7 +660,7 @@ def of_compacted(small, params):
         "divisors": {path: list(axes) for path, axes in plan.divisors.items()},
         "stacks": {path: list(axes) for path, axes in plan.stacks.items()},
         "removed": list(plan.removed),
-        "stayed": [without_lines(str(stayed)) for stayed in small.stayed],
+        "stayed": [without_lines(str(stayed)) for stayed in small.not_removed],
         "file": members,
         "expanded": of_params(small.expand(small.params)),
         "shrunk": of_params(small.shrink(momentum)),

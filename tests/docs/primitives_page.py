@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 from jax.extend.core import Primitive
 
-from jaxprune.graph.engine import readers, tracing
-from jaxprune.graph.engine.rules import base
+from jaxprune.graph.engine import tracing
+from jaxprune.graph.engine.rules import base, per_reader
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "primitives.md"
 HEAD = """# Primitives
@@ -20,12 +20,12 @@ HEAD = """# Primitives
 What compaction does with each primitive of JAX. This page is made from the rules by
 `python -m tests.docs.primitives_page` (with jax {version}), and a test holds it against them.
 
-- **Exact**: what is proved needless along an axis can go, and nothing else stays for this primitive's sake.
-- **Conservative**: some axes stay whole that need not always. The sentence says which.
-- **Without a rule**: its inputs stay whole, and its outputs are cut afterwards. That is safe, and the table
-  of groups names the op and its line. [A rule of your own](../extend/rule.md) takes three functions.
+- **Exact**: what is proved unnecessary along an axis can be removed; nothing else is kept for this primitive.
+- **Conservative**: some axes are kept whole although that is not always necessary. The sentence says which.
+- **Without a rule**: its inputs are kept whole, and its outputs are cut afterwards. That is safe, and the
+  table of groups names the op and its line. [A rule of your own](../extend/rule.md) takes three functions.
 
-Whatever a rule does not prove stays. An axis whose size is symbolic, or that has one slice, always does.
+What is not proved unnecessary is kept. So is every axis whose size is symbolic, or that has one slice.
 """
 # Modules that have primitives and are not imported by `import jax`.
 _MODULES = (
@@ -53,7 +53,7 @@ def primitives() -> set[str]:
 
 def status(name: str) -> tuple[str, str]:
     """How a primitive is treated, and what about that is conservative."""
-    if name in tracing._INLINED:
+    if name in tracing.INLINED:
         return "exact", _INLINED
     if not base.has_rule(name):
         return "without a rule", ""
@@ -64,7 +64,7 @@ def status(name: str) -> tuple[str, str]:
 def page() -> str:
     """The page as Markdown."""
     parts = [HEAD.format(version=jax.__version__)]
-    found = {name: status(name) for name in primitives() - {readers.NAME}}
+    found = {name: status(name) for name in primitives() - {per_reader.NAME}}
     notes: dict[str, list[str]] = {}
     for name, (kind, note) in sorted(found.items()):
         if kind == "conservative":

@@ -14,12 +14,12 @@ from tests.soak.zoo_check import compare, difference, random_masks, tolerance
 from tests.support.devices import on_eight_devices
 from tests.zoo import ZOO
 
-# Nothing of these can go: what they do along the hidden axis needs all of it.
+# Nothing can be removed from these: what they do along the hidden axis needs all of it.
 REFUSED = {"hidden_cumsum", "hidden_sort"}
 
 
-# Every other model and what is refused: `python -m tests.soak.zoo_check` checks all, at 30 % and 70 %, in
-# both precisions.
+# Every other model, and the refused ones. `python -m tests.soak.zoo_check` checks all of them, at 30 % and
+# 70 %, in both precisions.
 @pytest.mark.parametrize("name", [name for n, name in enumerate(ZOO) if n % 2 == 0 or name in REFUSED])
 def test_a_model_of_the_zoo_is_equal_when_compacted(name):
     errors = compare(ZOO[name](), 0.5, jnp.float32, split="minor" if name == "shufflenet" else "major")
@@ -62,7 +62,7 @@ def compacted(name="lenet_linen", fraction=0.5, **kwargs):
     return case, masks, small
 
 
-# What goes, and what stays
+# Which slices are dropped, and which stay
 
 
 def test_widths_are_those_of_the_live_units():
@@ -72,7 +72,7 @@ def test_widths_are_those_of_the_live_units():
         for axis, kept in axes.items():
             alive = np.asarray(mask).any(axis=tuple(a for a in range(mask.ndim) if a != axis))
             np.testing.assert_array_equal(kept, np.flatnonzero(alive))
-    assert small.stayed == ()
+    assert small.not_removed == ()
 
 
 def test_units_that_unstructured_masks_leave_dead_go_both_ways():
@@ -81,7 +81,7 @@ def test_units_that_unstructured_masks_leave_dead_go_both_ways():
     masks["b"]["kernel"][2, :] = False  # nothing reads unit 2 of the first layer
     masks["c"]["kernel"][1, :] = False  # nor unit 1 of the second
     masks["b"]["kernel"][:, 4] = False  # unit 4 is fed by nothing, but its bias lives
-    masks["b"]["bias"][4] = False  # and now not
+    masks["b"]["bias"][4] = False  # until here
     small = jp.compact(mlp, params, masks, X)
     assert small.params["a"]["kernel"].shape == (5, 7)
     assert small.params["b"]["kernel"].shape == (7, 4)
@@ -98,15 +98,24 @@ def test_dead_units_cascade_through_layers():
     np.testing.assert_array_equal(small.keep["a/kernel"][1], np.arange(1, 8))
 
 
-def test_a_filter_whose_bias_lives_stays_and_is_said():
+def test_a_filter_with_a_live_bias_stays_and_is_reported():
     params = mlp_params()
     masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
     masks["a"]["kernel"][:, 3] = False
     small = jp.compact(mlp, params, masks, X)
     assert small.params["a"]["kernel"].shape == (5, 8)
-    (stayed,) = small.stayed
-    assert (stayed.path, stayed.axis, stayed.count) == ("a/kernel", 1, 1)
-    assert "dot_general at test_compaction.py" in stayed.why
+    (kept,) = small.not_removed
+    assert (kept.path, kept.axis, kept.count) == ("a/kernel", 1, 1)
+    assert "dot_general at test_compaction.py" in kept.why
+
+
+def test_a_compacted_network_cannot_be_changed():
+    small = compacted()[2]
+    with pytest.raises(AttributeError):
+        small.params = {}
+    for value in (small, small.report()):
+        with pytest.raises(AttributeError, match="'stayed'; it is called not_removed now"):
+            value.stayed  # noqa: B018
 
 
 def test_no_axis_is_emptied():
@@ -275,7 +284,7 @@ def test_static_inputs():
     np.testing.assert_array_equal(2 * once, twice)
 
 
-# Training goes on
+# Training continues
 
 
 class Net(nn.Module):
@@ -362,7 +371,7 @@ def test_states_of_optimizers_shrink_and_expand(tx):
     case, _masks, small = compacted()
     state, tiny = tx.init(case.params), tx.init(small.params)
     shrunk = small.shrink(state)
-    if isinstance(tiny, jp.WrapOptaxState):  # it remembers the dense shapes
+    if isinstance(tiny, jp.WrapOptaxState):  # it keeps the dense shapes
         assert dict(shrunk.pruner.dense.by_path)["Conv_0/kernel"] == case.params["Conv_0"]["kernel"].shape
         tiny = tiny._replace(pruner=tiny.pruner._replace(dense=shrunk.pruner.dense))
     assert jax.tree.structure(shrunk) == jax.tree.structure(tiny)
@@ -372,7 +381,7 @@ def test_states_of_optimizers_shrink_and_expand(tx):
     assert difference(small.shrink(again), shrunk) == 0
 
 
-def test_what_cannot_shrink_is_said():
+def test_a_state_that_cannot_shrink_is_refused():
     params = {"a": {"kernel": jnp.ones((200, 300))}, "b": {"kernel": jnp.ones((300, 200))}}
     masks = jp.ones_masks(params)
     masks["a"]["kernel"] = masks["a"]["kernel"].at[:, :100].set(False)
@@ -389,7 +398,7 @@ def test_what_cannot_shrink_is_said():
     assert small.shrink(optax.sgd(0.1).init(params)) == optax.sgd(0.1).init(small.params)
 
 
-def test_a_function_that_needs_what_is_gone_is_refused():
+def test_a_function_that_needs_dropped_slices_is_refused():
     params = mlp_params()
     masks = jp.ones_masks(params)
     masks["a"] = jax.tree.map(lambda m: m.at[..., 2].set(False), masks["a"])
@@ -479,7 +488,7 @@ def test_folding_needs_arrays():
         jax.eval_shape(lambda p: jp.compact(mlp, p, masks, X, fold_constants=True).params, params)
 
 
-# Saying what went wrong
+# Errors
 
 
 def test_bad_arguments():
@@ -513,7 +522,7 @@ def test_the_check_finds_a_rule_that_is_wrong():
     masks["a"] = masks["a"].at[:, 1].set(False)
     small = jp.compact(apply, params, masks, X)
     assert small.params["a"].shape == (5, 4)  # without a rule it stays whole
-    assert "jaxprune_test_shift at test_compaction.py" in small.stayed[0].why
+    assert "jaxprune_test_shift at test_compaction.py" in small.not_removed[0].why
 
     def says_zero(op, facts):
         facts.learn(op.outputs[0], facts.of(op.inputs[0]).zero)

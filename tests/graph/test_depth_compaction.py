@@ -108,7 +108,7 @@ def test_layers_leave_a_loop(name, layers):
     left = [n for n in range(4) if n not in layers]
     assert small.params["layers"]["up"].shape == (len(left), 6, 10)
     assert small.keep["layers/up"][0].tolist() == left
-    assert not small.stayed
+    assert not small.not_removed
 
 
 def test_a_shorter_loop_is_still_one_loop():

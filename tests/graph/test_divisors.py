@@ -21,7 +21,7 @@ def normal(seed, *shape):
 
 
 def layers(**more):
-    """Two layers with 6 hidden units, and more params."""
+    """Return params of two layers with 6 hidden units, and more params."""
     return {"a": normal(1, 8, 6), "b": normal(2, 6, 3), **more}
 
 
@@ -30,12 +30,12 @@ ONES = np.ones(6, np.float32)
 
 
 def hidden(scaled):
-    """A network of two layers, the first of which is `scaled(x @ a, params)`."""
+    """Return a network of two layers, the first of which is `scaled(x @ a, params)`."""
     return lambda p, x: jax.nn.relu(scaled(x @ p["a"], p)) @ p["b"]
 
 
 def weight(made):
-    """A network of two layers, the first of which has the kernel `made(params)`."""
+    """Return a network of two layers, the first of which has the kernel `made(params)`."""
     return lambda p, x: jax.nn.relu(x @ made(p)) @ p["b"]
 
 
@@ -180,7 +180,7 @@ CASES = {
         {"a": normal(1, 2, 8, 6) / 9, "s": np.stack([S, S]), "b": normal(2, 2, 6, 8), "o": normal(3, 8, 3)},
         {"s"},
     ),
-    # What two layers divide by is in no unit, so that masks leave it alone.
+    # A param that two layers divide by is in no unit, so masks leave it alone.
     "two readers": (two_readers, layers(s=S, c=normal(3, 8, 6), d=normal(4, 6, 3)), set()),
     "a where": (hidden(lambda h, p: jnp.where(p["s"] > 0, h / p["s"], 0)), layers(s=S), {"s"}),
     # A norm is finite at zero, but its derivative is not.
@@ -202,7 +202,7 @@ WITHOUT = {
         layers(s=S),
     ),
     "softmax": (attention(lambda x: x), HEADS),
-    # Minus infinity is meant: its exponential is zero.
+    # Minus infinity is intended here: its exponential is zero.
     "log of sums": (
         lambda p, x: jax.nn.logsumexp(jnp.log(jnp.abs(x @ p["a"]))[..., None] + p["b"], axis=1),
         layers(),
@@ -215,7 +215,7 @@ def everywhere(path, leaf):
 
 
 def halved(apply_fn, params, **options):
-    """Masks without half of the units of each group, and the groups."""
+    """Return masks without half of the units of each group, and the groups."""
     groups = jp.channel_groups(apply_fn, params, X)
     structure = jp.structures.channels(groups, **options)
     masks = jp.prune_once(
@@ -225,7 +225,7 @@ def halved(apply_fn, params, **options):
 
 
 def divisors(groups):
-    # Of a layer of a stack, such as "s[0]", the path of the stack.
+    # A layer of a stack, such as "s[0]", counts under the path of the stack.
     return {member.path.partition("[")[0] for group in groups for member in group.members if member.divisor}
 
 
@@ -403,11 +403,11 @@ def test_a_plan_remembers_its_divisors():
     plan = small.plan
     dense = plan.expand(small.params)
     kept, rows = plan.keep["v2"][1], plan.keep["v2"][0]
-    gone = np.setdiff1d(np.arange(5), kept)
-    # Copies of the columns that stay, in turn, and zeros where a row went as well.
+    dropped = np.setdiff1d(np.arange(5), kept)
+    # Copies of the kept columns, in turn, and zeros where the row was dropped as well.
     expected = np.zeros((6, 5), np.float32)
     expected[np.ix_(rows, kept)] = small.params["v2"]
-    expected[:, gone] = expected[:, kept[np.arange(len(gone)) % len(kept)]]
+    expected[:, dropped] = expected[:, kept[np.arange(len(dropped)) % len(kept)]]
     assert np.asarray(dense["v2"]).tolist() == expected.tolist()
     assert np.asarray(plan.expand(small.masks)["v1"]).all()
     lost = np.setdiff1d(np.arange(6), plan.keep["v1"][1])
@@ -540,7 +540,7 @@ def test_ops_that_are_not_tried_are_finite_at_zero():
 
 
 def test_expand_gives_a_unit_of_several_slices_different_ones():
-    # The spread of a head's slices is divided by, so that equal slices would make it 0.
+    # The network divides by the deviation over a head's slices, which would be 0 if they were equal.
     def normed(x):
         return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
 

@@ -1,4 +1,4 @@
-"""The axis graph against brute force: the same meaning, said again one slice at a time."""
+"""The axis graph against brute force: the same constraints, written out slice by slice."""
 
 from itertools import product as pairs
 
@@ -13,26 +13,27 @@ SETTINGS = settings(deadline=None, max_examples=300, derandomize=True)
 
 
 class Drawn:
-    """A graph, and the list of what it was told."""
+    """A graph, and the list of constraints that were added to it."""
 
     def __init__(self, sizes):
-        self.graph, self.sizes, self.told = AxisGraph(), list(sizes), []
+        self.graph, self.sizes, self.constraints = AxisGraph(), list(sizes), []
         for size in sizes:
             self.graph.node(size)
 
-    def tell(self, kind, *args):
+    def add(self, kind, *args):
+        """Add a constraint."""
         getattr(self.graph, kind)(*args)
-        self.told.append((kind, *args))
+        self.constraints.append((kind, *args))
 
     def pinned(self):
-        """The slices that no seed is needed for."""
-        told = {node for kind, node, *_ in self.told if kind == "pin"}
-        return {(n, i) for n, s in enumerate(self.sizes) if s <= 1 or n in told for i in range(s)}
+        """Return the slices that are kept without a seed, before anything follows from them."""
+        pinned = {node for kind, node, *_ in self.constraints if kind == "pin"}
+        return {(n, i) for n, s in enumerate(self.sizes) if s <= 1 or n in pinned for i in range(s)}
 
     def implications(self):
-        """Pairs of sets of slices: when all of the one are kept, all of the other are."""
+        """Return pairs of sets of slices: if all of the first set are kept, all of the second are."""
         result = []
-        for kind, *args in self.told:
+        for kind, *args in self.constraints:
             if kind == "same":
                 a, b = args
                 result += [({(a, i)}, {(b, i)}) for i in range(self.sizes[a])]
@@ -42,18 +43,18 @@ class Drawn:
                 for i, j in zip(ia.tolist(), ib.tolist(), strict=True):
                     result += [({(a, i)}, {(b, j)}), ({(b, j)}, {(a, i)})]
             elif kind == "cover":
-                whole, part = args
-                result += [({(part, i)}, {(whole, i)}) for i in range(self.sizes[part])]
+                superset, subset = args
+                result += [({(subset, i)}, {(superset, i)}) for i in range(self.sizes[subset])]
             elif kind == "product":
-                whole, factors = args
+                product, factors = args
                 places = pairs(*(range(self.sizes[f]) for f in factors))
                 for flat, place in enumerate(places):
                     parts = set(zip(factors, place, strict=True))
-                    result += [(parts, {(whole, flat)}), ({(whole, flat)}, parts)]
+                    result += [(parts, {(product, flat)}), ({(product, flat)}, parts)]
         return result
 
     def closure(self, kept):
-        """The least set that holds some slices and what follows from them."""
+        """Return the least set that contains some slices and what follows from them."""
         kept, changed = set(kept), True
         while changed:
             changed = False
@@ -64,12 +65,12 @@ class Drawn:
         return kept
 
     def solved(self, kept):
-        """A solution as a set of slices."""
+        """Return a solution as a set of slices."""
         result = set()
         for node, size in enumerate(self.sizes):
             state = kept.state(node)
             result |= {(node, i) for i in range(size) if state is True or state[i]}
-            # What `Solution` says in three ways is one thing.
+            # The three methods of `Solution` agree.
             assert kept.full(node) == (state is True)
             assert (kept.indices(node) is None) == (state is True)
             if state is not True:
@@ -87,19 +88,19 @@ def graphs(draw, products=True, covers=True):
         kind = draw(st.sampled_from(kinds))
         a, b = draw(nodes), draw(nodes)
         if kind in ("same", "cover") and drawn.sizes[a] == drawn.sizes[b]:
-            drawn.tell(kind, a, b)
+            drawn.add(kind, a, b)
         elif kind == "link":
             places = st.tuples(st.integers(0, drawn.sizes[a] - 1), st.integers(0, drawn.sizes[b] - 1))
             ia, ib = np.array(draw(st.lists(places, min_size=1, max_size=6))).T
-            drawn.tell("link", a, ia, b, ib)
+            drawn.add("link", a, ia, b, ib)
         elif kind == "product":
             factors = draw(st.lists(nodes, min_size=1, max_size=3))
             size = int(np.prod([drawn.sizes[f] for f in factors]))
             if size <= 36:
                 drawn.sizes.append(size)
-                drawn.tell("product", drawn.graph.node(size), factors)
+                drawn.add("product", drawn.graph.node(size), factors)
         elif kind == "pin" and draw(st.booleans()):
-            drawn.tell("pin", a, f"pin {len(drawn.told)}")
+            drawn.add("pin", a, f"pin {len(drawn.constraints)}")
     return drawn
 
 
@@ -164,7 +165,7 @@ def test_more_seeds_keep_a_superset(data):
 def test_a_reason_is_given_for_exactly_the_slices_that_always_stay(data):
     drawn = data.draw(graphs())
     always = drawn.closure(drawn.pinned())
-    reasons = {args[-1] for kind, *args in drawn.told if kind == "pin"} | {"it has one slice"}
+    reasons = {args[-1] for kind, *args in drawn.constraints if kind == "pin"} | {"it has one slice"}
     for node, size in enumerate(drawn.sizes):
         whys = [drawn.graph.why_pinned(node, i) for i in range(size)]
         assert [why is not None for why in whys] == [(node, i) in always for i in range(size)]
@@ -181,7 +182,7 @@ def test_units_are_the_connected_components(data):
         with pytest.raises(ValueError, match="pin all but one factor"):
             drawn.graph.units()
         always = drawn.graph.always_kept()
-        drawn.tell("pin", next(f for f in free[0].factors if not always.full(f)), "one factor")
+        drawn.add("pin", next(f for f in free[0].factors if not always.full(f)), "one factor")
     labels = drawn.graph.units()
     always = drawn.closure(drawn.pinned())
     everything = {(n, i) for n, size in enumerate(drawn.sizes) for i in range(size)}
@@ -204,23 +205,23 @@ def test_units_are_the_connected_components(data):
 
 @SETTINGS
 @given(st.data())
-def test_what_a_unit_takes_along_is_what_has_to_go_with_it(data):
-    """Keeping all but one unit is a solution: units can go one at a time."""
+def test_units_can_be_dropped_one_at_a_time(data):
+    """Keeping all slices but those of one unit is a solution."""
     drawn = data.draw(graphs(products=False, covers=False))
     labels = drawn.graph.units()
-    for gone in {label for vector in labels.values() for label in vector.tolist()} - {-1}:
-        seeds = [(root, vector != gone) for root, vector in labels.items()]
+    for dropped in {label for vector in labels.values() for label in vector.tolist()} - {-1}:
+        seeds = [(root, vector != dropped) for root, vector in labels.items()]
         kept = drawn.graph.solve(seeds, never_empty=False)
         for root, vector in labels.items():
             state = kept.state(root)
-            assert (vector != gone).tolist() == (
+            assert (vector != dropped).tolist() == (
                 np.ones(len(vector), bool) if state is True else state
             ).tolist()
 
 
 @SETTINGS
 @given(st.data())
-def test_a_copy_is_on_its_own(data):
+def test_a_copy_is_independent(data):
     drawn = data.draw(graphs())
     before = drawn.solved(drawn.graph.always_kept())
     other = drawn.graph.copy()
@@ -239,7 +240,7 @@ def test_a_copy_is_on_its_own(data):
     assert drawn.solved(another.always_kept()) == before
 
 
-def test_an_axis_that_is_pinned_through_a_product_says_why():
+def test_an_axis_pinned_through_a_product_has_the_reason_of_the_pin():
     graph = AxisGraph()
     rows, columns, flat = graph.node(2), graph.node(3), graph.node(6)
     graph.product(flat, [rows, columns])
@@ -247,7 +248,7 @@ def test_an_axis_that_is_pinned_through_a_product_says_why():
     assert graph.why_pinned(rows) == graph.why_pinned(columns) == "the output reads it"
 
 
-def test_a_constraint_told_after_a_solution_counts_in_the_next():
+def test_a_constraint_added_after_a_solution_counts_in_the_next():
     graph = AxisGraph()
     a, b, c = graph.node(3), graph.node(3), graph.node(3)
     one = np.array([False, True, False])
@@ -284,18 +285,18 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_a_cover_joins_no_units_and_may_be_tied():
     graph = AxisGraph()
-    whole, first, second = (graph.node(2) for _ in range(3))
-    graph.cover(whole, first, may_tie=True)
-    graph.cover(whole, second)
+    shared, first, second = (graph.node(2) for _ in range(3))
+    graph.cover(shared, first, may_tie=True)
+    graph.cover(shared, second)
     labels = graph.units()
     assert len({label for vector in labels.values() for label in vector.tolist()}) == 6
     assert graph.components()(first) == graph.components()(second)
-    assert graph.components(covers=False)(first) != graph.components(covers=False)(whole)
-    assert [(c.whole, c.part) for c in graph.covers()] == [(whole, first)]
-    graph.same(whole, first)
-    assert not graph.covers()
-    with pytest.raises(ValueError, match="size 3 cannot be part of one of size 2"):
-        graph.cover(whole, graph.node(3))
+    assert graph.components(covers=False)(first) != graph.components(covers=False)(shared)
+    assert [(c.superset, c.subset) for c in graph.untied_covers()] == [(shared, first)]
+    graph.same(shared, first)
+    assert not graph.untied_covers()
+    with pytest.raises(ValueError, match="size 2 cannot cover one of size 3"):
+        graph.cover(shared, graph.node(3))
 
 
 def test_a_symbolic_size_is_pinned():
@@ -308,7 +309,7 @@ def test_a_symbolic_size_is_pinned():
     assert graph.solve([]).full(node)
 
 
-def test_an_axis_without_slices_is_whole():
+def test_an_axis_without_slices_is_full():
     graph = AxisGraph()
     node = graph.node(0)
     assert graph.solve([]).full(node)

@@ -1,4 +1,4 @@
-"""Experts: whole ones go where the routing allows it, and their hidden units always do."""
+"""Experts: some can be removed where the routing allows it, and their hidden units always can."""
 
 from functools import partial
 
@@ -39,7 +39,7 @@ def by_einsum(gates, p, x):
 
 
 def by_capacity(p, x):
-    """Experts with room for three tokens each, in their order; those that find none are passed by."""
+    """Experts with room for the first three tokens each; other tokens pass them by."""
     probabilities = jax.nn.softmax(x @ p["router"])
     chosen = jax.nn.one_hot(jnp.argmax(probabilities, -1), EXPERTS)
     place = jnp.cumsum(chosen, 0) * chosen - 1
@@ -81,14 +81,14 @@ ROUTED = {
     "switch": (partial(by_einsum, switch), TOGETHER),
     "above": (partial(by_einsum, above_the_second), TOGETHER),
     "capacity": (by_capacity, TOGETHER),
-    # The places that were chosen are numbers; the router keeps its columns for the choice.
+    # The chosen indices are read as numbers, so the router keeps its columns.
     "best_two": (partial(by_einsum, best_two), {"up", "down"}),
     "best_two_of_logits": (partial(by_einsum, best_two_of_logits), {"up", "down"}),
 }
 
 
 @pytest.mark.parametrize("name", ROUTED)
-def test_whole_experts_go(name):
+def test_experts_are_removed(name):
     function, members = ROUTED[name]
     rng = np.random.default_rng(0)
     p, x = draw(rng)
@@ -96,7 +96,7 @@ def test_whole_experts_go(name):
     found = {frozenset(m.path for m in g.members): g for g in groups if g.units == EXPERTS}
     assert list(found) == [members] and found[frozenset(members)].removable
     masks = {path: np.ones(leaf.shape, bool) for path, leaf in p.items()}
-    for path in TOGETHER:  # the router's columns too, of which the logits are 0 then, and may be chosen
+    for path in TOGETHER:  # the router's columns too: their logits are 0 then, and may be chosen
         np.moveaxis(masks[path], 1 if path == "router" else 0, 0)[[1, 3]] = False
     masked = {path: np.where(masks[path], leaf, 0) for path, leaf in p.items()}
     assert check_facts(function, masked, masks, [x], rng)
@@ -111,7 +111,7 @@ def test_whole_experts_go(name):
 
 
 def test_a_masked_column_may_still_be_chosen():
-    """Its logit is 0, above those that are negative: the small network passes such tokens by too."""
+    """Its logit is 0, above negative ones: both networks pass such tokens by."""
     p, x = draw(np.random.default_rng(1))
     function = partial(by_einsum, switch)
     x, p["router"] = jnp.abs(x), -jnp.abs(p["router"])
@@ -122,8 +122,8 @@ def test_a_masked_column_may_still_be_chosen():
     np.testing.assert_allclose(small.apply(small.params, x), x @ p["out"], atol=1e-12)
 
 
-def test_a_choice_among_those_left():
-    """A bias of the router, which is no part of an expert's unit, keeps tokens from what went."""
+def test_a_choice_among_the_experts_left():
+    """A bias of the router, which is not part of an expert's unit, keeps tokens from removed experts."""
     rng = np.random.default_rng(2)
     p, x = draw(rng, bias=(EXPERTS,))
 
@@ -178,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_where_experts_stay_the_op_is_named(name):
+def test_where_experts_cannot_be_removed_the_op_is_named(name):
     function, why, pinned = REFUSED[name]
     rng = np.random.default_rng(3)
     p, x = draw(rng)
@@ -188,7 +188,7 @@ def test_where_experts_stay_the_op_is_named(name):
     else:
         (reason,) = [g.why_not for g in groups if g.units == EXPERTS]
     assert why in reason
-    # Hidden units go all the same, one place of every expert at a time.
+    # Hidden units can be removed all the same, at the same index in every expert.
     (hidden,) = [g for g in groups.removable() if g.units == HIDDEN]
     assert {m.path for m in hidden.members} == {"up", "down"}
     masks = zero_units(rng, random_masks(rng, p, "none"), groups)
@@ -197,7 +197,7 @@ def test_where_experts_stay_the_op_is_named(name):
     assert small.params["up"].shape[0] == EXPERTS and small.params["up"].shape[2] < HIDDEN
 
 
-def test_the_classes_that_a_network_chooses_from_stay():
+def test_the_classes_that_a_network_chooses_from_are_kept():
     p = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 5))}
     for choose in (partial(jnp.argmax, axis=-1), lambda h: lax.top_k(h, 2), lambda h: jnp.argmin(h, -1)):
         groups = channel_groups(

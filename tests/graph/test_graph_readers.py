@@ -1,7 +1,7 @@
-"""What several layers read does not tie them: constants, masks of data, params that are shared.
+"""Values that several layers read do not tie the layers: constants, masks of data, shared params.
 
-A network that makes a table once for all of its layers is held against one that makes it again in
-each, which nothing can tie: the groups are the same, and so are the small networks under any masks.
+A network that makes a table once for all of its layers is compared with one that makes it again in each
+layer, where nothing can tie them: the groups are the same, and so are the small networks under any masks.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxprune.graph import channel_groups, compact
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.readers import NAME
+from jaxprune.graph.engine.rules.per_reader import NAME
 from tests.oracles.equivalence import Dense, check_facts, random_masks, removed, zero_units
 
 LAYERS, HEADS, WIDTH, LENGTH = 3, 3, 2, 4
@@ -27,7 +27,7 @@ def in_float64():
         yield
 
 
-def network(rng):
+def params_of(rng):
     def one(*shape):
         return jnp.asarray(rng.normal(size=shape))
 
@@ -36,7 +36,7 @@ def network(rng):
 
 
 def attend(meet, tables, p, x):
-    """Attention layers; `meet(scores, q, table)` is what each does with what `tables(layer)` gives."""
+    """Attention layers, each of which combines its scores with a table: `meet(scores, tables(layer))`."""
     for n in range(LAYERS):
         w, table = p[f"l{n}"], tables(n)
         q, k, v = ((x @ w[name]).reshape(*x.shape[:-1], HEADS, WIDTH) for name in "qkv")
@@ -63,13 +63,13 @@ def alibi(p):
 
 
 def random_table(p):
-    """A chain of ops that has no rule in it, and ends in a spread."""
+    """A chain of ops with one that has no rule, and a broadcast at the end."""
     table = jax.random.normal(jax.random.key(1), (HEADS, 1, LENGTH))
     return jnp.broadcast_to(jax.jit(jnp.tanh)(table), (HEADS, LENGTH, LENGTH))
 
 
 def large_table(p):
-    """One that is too large to be looked at: 2**21 entries, of which some are taken."""
+    """A table cut out of a constant that is too large to be evaluated: 2**21 entries a head."""
     large = jnp.asarray(np.sin(np.arange(HEADS * 2**21, dtype=np.float32))).reshape(HEADS, -1)
     return large[:, : LENGTH**2].reshape(HEADS, LENGTH, LENGTH).astype(float)
 
@@ -169,7 +169,7 @@ def summary(groups):
 def test_a_table_made_once_ties_no_layers(name):
     make, meet, shapes = CASES[name]
     rng = np.random.default_rng(0)
-    p = network(rng)
+    p = params_of(rng)
     x, *inputs = (jnp.asarray(rng.normal(size=s)) for s in ((2, LENGTH, FEATURES), *shapes))
     once, again = (partial(f, make, meet) for f in (made_once, made_again))
     groups = channel_groups(once, p, x, *inputs)
@@ -178,10 +178,10 @@ def test_a_table_made_once_ties_no_layers(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_layer_takes_its_part_of_a_table(name):
+def test_each_layer_reads_its_part_of_a_table(name):
     make, meet, shapes = CASES[name]
     rng = np.random.default_rng(1)
-    p = network(rng)
+    p = params_of(rng)
     inputs = [jnp.asarray(rng.normal(size=s)) for s in ((2, LENGTH, FEATURES), *shapes)]
     flat = {f"{layer}{n}": w for layer, ws in p.items() if layer != "head" for n, w in ws.items()}
     flat["head"] = p["head"]
@@ -219,10 +219,10 @@ SHARED = {
 }
 
 
-def without_heads(p, **gone):
+def without_heads(p, **removed):
     """Masks without some heads of some layers."""
     masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), p)
-    for layer, heads in gone.items():
+    for layer, heads in removed.items():
         for head in heads:
             part = slice(head * WIDTH, (head + 1) * WIDTH)
             for name in "qkv":
@@ -232,10 +232,10 @@ def without_heads(p, **gone):
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_a_shared_param_keeps_what_any_of_its_readers_does(name):
+def test_a_shared_param_keeps_what_any_of_its_readers_keeps(name):
     make, meet, more = SHARED[name]
     rng = np.random.default_rng(2)
-    p = network(rng) | {n: jnp.asarray(rng.normal(size=s)) for n, s in more.items()}
+    p = params_of(rng) | {n: jnp.asarray(rng.normal(size=s)) for n, s in more.items()}
     x = jnp.asarray(rng.normal(size=(2, LENGTH, FEATURES)))
     function = partial(made_once, make, meet)
     groups = channel_groups(function, p, x)
@@ -250,7 +250,7 @@ def test_a_shared_param_keeps_what_any_of_its_readers_does(name):
         assert [small.plan.small_shape(f"l{n}/q")[1] // WIDTH for n in range(LAYERS)] == [
             HEADS - (~masks[f"l{n}"]["o"].any(1)).sum() // WIDTH for n in range(LAYERS)
         ]
-        # It is the masked network, and the dense one of any small params.
+        # The small network equals the masked one, and the dense one for any small params.
         masked = jax.tree.map(jnp.where, masks, p, jax.tree.map(jnp.zeros_like, p))
         np.testing.assert_allclose(small.apply(small.params, x), function(masked, x), rtol=1e-11, atol=1e-11)
         moved = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape), small.params)
@@ -261,7 +261,7 @@ def test_a_shared_param_keeps_what_any_of_its_readers_does(name):
         assert jax.tree.map(jnp.shape, again.params) == jax.tree.map(jnp.shape, small.params)
 
 
-def test_what_ties_readers_anyway_stays_tied():
+def test_readers_that_other_constraints_tie_stay_tied():
     rng = np.random.default_rng(3)
     x = jnp.arange(4)
     p = {n: jnp.asarray(rng.normal(size=s)) for n, s in (("e", (9, 6)), ("a", (6, 5)), ("b", (5, 6)))}
@@ -289,7 +289,7 @@ def test_what_ties_readers_anyway_stays_tied():
 
 
 def test_a_scale_of_two_streams_is_in_no_unit_of_either():
-    """Each stream can do without the scale's slice: its own weights after it are zero."""
+    """Neither stream needs the scale's slice where its own weights after it are zero."""
     rng = np.random.default_rng(4)
     shapes = {"a": (3, 6), "c": (6, 2), "d": (3, 6), "e": (6, 2), "scale": (6,)}
     p = {n: jnp.asarray(rng.normal(size=s)) for n, s in shapes.items()}
@@ -314,7 +314,7 @@ def test_a_scale_whose_slice_has_to_be_zero_ties_its_readers():
     assert sorted(m.path for m in group.members) == ["a", "bias", "d"]
 
 
-def test_constants_that_are_given_back_stay_whole():
+def test_constants_that_are_outputs_are_kept_whole():
     table = jnp.arange(6.0)
 
     def function(p, x):
@@ -331,7 +331,7 @@ def test_constants_that_are_given_back_stay_whole():
 
 
 def test_equal_slices_are_found_through_a_reader():
-    """A mean over channels of a table that two layers read: those that go are counted, not summed."""
+    """In a mean over channels of a table that two layers read, dropped channels are counted, not summed."""
 
     def function(p, x):
         spread = jnp.sin(jnp.broadcast_to(x[:, :1], (4, 6)))
@@ -352,13 +352,13 @@ def test_a_value_with_one_reader_is_not_copied():
         return (x @ p["a"] + jnp.arange(6.0)) @ p["b"]
 
     p = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}
-    linked = TracedNetwork(function, p, (jnp.ones((1, 3)),))
-    assert all(op.name != NAME for op in linked.region.ops)
+    network = TracedNetwork(function, p, (jnp.ones((1, 3)),))
+    assert all(op.name != NAME for op in network.region.ops)
 
 
 @pytest.mark.parametrize("shared", ["constant", "param"])
-def test_layers_under_a_scan_cut_one_table_each_for_itself(shared):
-    """Heads of each layer of a stack, and the loop over the layers is still one."""
+def test_layers_under_a_scan_read_different_parts_of_one_table(shared):
+    """The layers of a stack keep different heads, and one loop still runs all of them."""
     rng = np.random.default_rng(7)
     p = {n: jnp.asarray(rng.normal(size=(LAYERS, FEATURES, FEATURES))) / 3 for n in "qkvo"}
     p["bias"] = jnp.asarray(rng.normal(size=(LENGTH, HEADS)))

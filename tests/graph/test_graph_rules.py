@@ -1,7 +1,7 @@
-"""Every rule against the function itself: claims are looked at, small networks are compared.
+"""Every rule against the function itself: facts are checked on values, small networks are compared.
 
-A case is a function of params and inputs that uses some primitives so that axes of params may go.
-The primitives are read off the traced program, so that a rule without a case is noticed.
+A case is a function of params and inputs that uses some primitives on axes of params that can be removed.
+The primitives of all cases are read off the traced programs, so that a rule without a case is noticed.
 """
 
 import zlib
@@ -35,11 +35,11 @@ class Case(NamedTuple):
 
     Attributes:
       function: the function.
-      shapes: the shapes of the params; they are drawn anew each time.
+      shapes: the shapes of the params.
       inputs: shapes of float inputs, or arrays.
       grads: whether gradients are compared too.
-      whole: the outputs of which no axis of a param can lose a slice, if each is alone.
-      nans: whether slices that are said to be zero may hold NaN, which the slices that stay hold too.
+      whole: the numbers of the outputs for which, taken alone, no axis of a param can lose a slice.
+      nans: whether slices that are claimed to be zero may hold NaN, which the kept slices hold too.
     """
 
     function: Any
@@ -61,7 +61,7 @@ def case(*inputs, grads=False, whole=(), nans=False, **shapes):
     return enter
 
 
-# Elementwise: of two values whose six channels are free. What is read of them is summed with p["b"].
+# Elementwise: ops on two values whose six channels are free; p["b"] sums over the channels of the result.
 
 SHAPES = {"a": (3, 6), "c": (6,), "d": (3, 6), "b": (6, 2)}
 
@@ -281,7 +281,7 @@ def a_pointwise_convolution_keeps_places_apart(p, x):
 
 
 def channels(p, x):
-    """Four rows of 5 x 6 channels, each of which may go."""
+    """Four rows of 5 x 6 channels, each of which can be removed."""
     return jnp.tensordot(x, p["a"], 1) + p["c"]
 
 
@@ -942,7 +942,7 @@ def ragged_products_with_rows_left_over(p, x, sizes):
 
 @case((6, 3), SIZES, whole=(), a=(3, 5), d=(3, 6), b=(5, 2), c=(6, 2))
 def ragged_sums(p, x, sizes):
-    """The kernels' gradient: summed row by row, for each group."""
+    """A sum over rows for each group, as in the gradient of the kernels."""
     numbers = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     each = lax.ragged_dot_general(jnp.tanh(x @ p["a"]), x @ p["d"], sizes, numbers)
     return jnp.einsum("gab,bc->gac", each, p["c"]).sum(2) @ p["b"]
@@ -983,7 +983,7 @@ def collectives_of_a_mapped_axis(p, x):
 
 
 def on_one_device(function, *, check=True):
-    """A function in a shard_map, whose inputs are not sharded; each device of one has all of them."""
+    """A function in a shard_map over one device, whose inputs are not sharded."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
     return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check)
 
@@ -1029,7 +1029,7 @@ def sharded_bodies(p, x):
     return run(P()) @ p["b"], run(P(None, "x")) @ p["b"]
 
 
-# Functions in a wrapping.
+# Wrapped functions.
 
 
 mapped = jax.custom_batching.custom_vmap(lambda x, c: jnp.sin(x) * c + x)
@@ -1043,12 +1043,12 @@ def wrapped_functions(p, x):
     return mapped(h, p["c"]) @ p["b"], norm(h, p["c"]) @ p["b"], mapped(norm(h, p["c"]), p["c"]).sum(1)
 
 
-# Several matrices at once.
+# Batches of matrices.
 
 
 @case((3, 4, 4), a=(3, 6), b=(6, 2))
 def many_matrices(p, x):
-    """As many as there are channels; of each some eigenvalue, or entry of a factor."""
+    """A matrix for each channel, of which an eigenvalue, or an entry of a factor, is read."""
     square = jnp.einsum("nij,nc->cij", x, p["a"])
     spread = jnp.eye(4) * 5.0 + jnp.sin(square)
     symmetric = spread @ jnp.swapaxes(spread, -1, -2)
@@ -1121,7 +1121,7 @@ def windows_of_ones_own(p, x):
 
 
 def test_axes_of_experts_and_groups_stay_whole():
-    """The sizes of groups count the experts, and places of rows tell which is whose."""
+    """The group sizes have an entry for each expert, and the position of a row decides its group."""
     params = {"a": jnp.ones((4, 3, 6)), "b": jnp.ones((4, 6, 2))}
 
     def function(p, x, sizes):
@@ -1176,9 +1176,9 @@ def operand(rng, given):
 
 
 def drawn(name):
-    """Params and inputs of a case, and the generator that drew them.
+    """Draw the params and inputs of a case, and return the generator with them.
 
-    Cases of like shapes draw alike, so that what cuts their params is compiled once.
+    Cases with equal shapes draw the same, so that cutting their params is compiled once.
     """
     found = CASES[name]
     rng = np.random.default_rng(zlib.crc32(str(found.shapes).encode()))
@@ -1187,7 +1187,7 @@ def drawn(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_claimed_of_values_is_so(name):
+def test_facts_are_true_of_values(name):
     rng, params, inputs = drawn(name)
     claims = 0
     for pattern in ("slices", "leaf"):
@@ -1198,7 +1198,7 @@ def test_what_is_claimed_of_values_is_so(name):
 
 
 def one_output(function, number):
-    """A function's output alone: what only others read is dead code."""
+    """Return a function of one output alone; ops that only the others read are dead code then."""
     return lambda params, *inputs: jax.tree.leaves(function(params, *inputs))[number]
 
 
@@ -1224,7 +1224,7 @@ def test_the_small_network_is_the_masked_one(name):
     assert left == list(found.whole), "nothing could be removed for these outputs"
 
 
-# The table: a rule is tried by some case, or said to be out of reach.
+# Every rule is tried by some case, or is listed here with why it is not.
 
 NOT_PUBLIC = {
     "take_layer": "made of stacks in vmapped programs, see test_stacked_networks",
@@ -1261,19 +1261,19 @@ def test_every_rule_has_a_case():
     assert own - tried <= NOT_PUBLIC.keys() | newer
 
 
-# What random cases found, each on its own.
+# Mistakes that random cases found.
 
 
-def masks_without(params, **gone):
-    """Masks without some slices of the last axis."""
+def masks_without(params, **removed):
+    """Return masks without some slices of the last axis."""
     masks = {path: np.ones(leaf.shape, bool) for path, leaf in params.items()}
-    for path, indices in gone.items():
+    for path, indices in removed.items():
         masks[path][..., indices] = False
     return masks
 
 
 def check_one(function, masks, *shapes, seed=0, weights=None):
-    """Compares a function of one output under some masks."""
+    """Compare a function of one output with its compacted form under some masks."""
     rng = np.random.default_rng(seed)
     params = {path: rng.normal(size=np.shape(mask)) for path, mask in masks.items()}
     inputs = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
@@ -1288,7 +1288,7 @@ def ones(**shapes):
 def test_zeros_have_either_sign():
     masks = masks_without(ones(a=(3, 4), b=(3, 4), c=(4, 2)), a=[1], b=[1])
 
-    def angle(p, x):  # of a product of zero and x, turned round
+    def angle(p, x):  # of a product of zero and x, negated
         return jnp.arctan2(x @ p["a"], -(x @ p["b"])) @ p["c"]
 
     def angle_to_mean(p, x):

@@ -183,16 +183,6 @@ def test_channel_shuffle_keeps_places_of_groups():
     assert all(g.removable and g.units > 1 for g in minor)
 
 
-def test_widths_of_an_embedding_that_lost_words_or_features():
-    shapes, path = {"embed/embedding": (5, 4)}, "embed/embedding"
-    for keep, widths in [
-        ({0: np.array([0, 2, 4])}, {"num_embeddings": 3}),
-        ({1: np.array([1, 2])}, {"features": 2}),
-        ({0: np.array([3]), 1: np.array([1, 2])}, {"num_embeddings": 1, "features": 2}),
-    ]:
-        assert jp.graph.linen_widths(jp.Plan(shapes, {path: keep})) == {"embed": widths}
-
-
 def test_a_function_knows_whether_it_closed_over_tracers():
     params, found = {"w": jnp.ones((3, 2))}, []
 

@@ -1,4 +1,4 @@
-"""What passes through a program unchanged, where params are zero: claims are checked by running it."""
+"""Values that pass through a program unchanged where params are zero: claims are checked by running it."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph import compact, residual_blocks
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import aliases, unchanged_outputs
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_region
 from tests.zoo import ZOO
 
 X = jax.random.normal(jax.random.key(0), (2, 3, 4))
@@ -136,12 +137,14 @@ CHANGES = {
 
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
-    linked = TracedNetwork(function, params, (x,), stacks={})
+    network = TracedNetwork(function, params, (x,), stacks={})
     facts = Facts()
     for path in zero:
-        facts.learn(linked.values[path], fill=0)
-    run(linked.region, facts, rule_for)
-    return {out: given - len(linked.values) for out, given in unchanged_outputs(linked.region, facts).items()}
+        facts.learn(network.values[path], fill=0)
+    learn_region(network.region, facts)
+    return {
+        out: given - len(network.values) for out, given in unchanged_outputs(network.region, facts).items()
+    }
 
 
 @pytest.mark.parametrize("case", PASSES)
@@ -168,13 +171,13 @@ def test_a_second_maximum_is_the_first(relu):
         first = relu(x)
         return jnp.sum(first - relu(block(params, first)))
 
-    linked = TracedNetwork(function, PARAMS, (X,))
+    network = TracedNetwork(function, PARAMS, (X,))
     facts = Facts()
     for path in ALL:
-        facts.learn(linked.values[path], fill=0)
-    run(linked.region, facts, rule_for)
-    (difference,) = [op for op in linked.region.ops if op.name == "sub"]
-    found = aliases(linked.region, facts)
+        facts.learn(network.values[path], fill=0)
+    learn_region(network.region, facts)
+    (difference,) = [op for op in network.region.ops if op.name == "sub"]
+    found = aliases(network.region, facts)
     first, second = (found.get(id(value), value) for value in difference.inputs)
     assert first is second
 
@@ -193,24 +196,41 @@ def test_half_precision_in_a_wider_stream():
 )
 def test_claims_about_a_network_hold_of_its_values(name):
     case = ZOO[name]()
-    linked = TracedNetwork(case.apply, case.params, case.inputs, case.state, stacks={})
+    network = TracedNetwork(case.apply, case.params, case.inputs, case.state, stacks={})
     rng = np.random.default_rng(0)
     claims = 0
     for share in (0.2, 0.5, 0.9):
-        zero = [path for path in linked.values if rng.random() < share]
+        zero = [path for path in network.values if rng.random() < share]
         facts = Facts()
         for path in zero:
-            facts.learn(linked.values[path], fill=0)
-        run(linked.region, facts, rule_for)
-        found = aliases(linked.region, facts)
-        pairs = [(v, found[id(v)]) for op in linked.region.ops for v in op.outputs if id(v) in found]
+            facts.learn(network.values[path], fill=0)
+        learn_region(network.region, facts)
+        found = aliases(network.region, facts)
+        pairs = [(v, found[id(v)]) for op in network.region.ops for v in op.outputs if id(v) in found]
         leaves = [
             jnp.zeros_like(leaf) if path in zero else leaf
-            for path, leaf in zip(linked.values, jax.tree.leaves(case.params), strict=True)
+            for path, leaf in zip(network.values, jax.tree.leaves(case.params), strict=True)
         ]
         wanted = [value for pair in pairs for value in pair]
-        values = linked.values_of(wanted, facts, [*leaves, *jax.tree.leaves(case.inputs)])
+        values = network.values_of(wanted, facts, [*leaves, *jax.tree.leaves(case.inputs)])
         for claimed, source in zip(values[::2], values[1::2], strict=True):
             np.testing.assert_array_equal(claimed, source)
         claims += len(pairs)
     assert claims > 0
+
+
+def test_the_two_proofs_answer_different_questions():
+    """A dead layer whose output the next bias replaces is needless, but it does not pass its input on."""
+    layer = {"w": jnp.ones((4, 4)), "b": jnp.ones(4)}
+    params = {"layers": [layer] * 3}
+
+    def function(params, x):
+        for p in params["layers"]:
+            x = jnp.tanh(x) @ p["w"] + jnp.broadcast_to(p["b"], x.shape)
+        return x
+
+    masks = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)
+    masks["layers"][0] = jax.tree.map(jnp.zeros_like, masks["layers"][0])
+    assert len(compact(function, params, masks, X).params["layers"]) == 2
+    with pytest.raises(ValueError, match="gives zeros, or another constant, and not the block's input"):
+        residual_blocks(function, params, X, prefixes=["layers/0"])

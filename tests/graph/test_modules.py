@@ -13,10 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.graph import Plan, channel_groups, compact
+from jaxprune.graph import Plan, channel_groups
 from jaxprune.graph.modules.nnx import compact_module
-from jaxprune.graph.modules.widths import linen_widths
-from jaxprune.tree.paths import array_leaves
+from jaxprune.tree.leaves import array_leaves
 from tests.zoo.common import attend, draw
 from tests.zoo.plain import LayerNormMLP
 from tests.zoo.sequence import LSTMNNX
@@ -531,7 +530,7 @@ def test_errors():
 
 
 def test_flax_is_imported_only_when_asked(monkeypatch):
-    code = "import sys, jaxprune.graph.modules, jaxprune.graph.widths; assert 'flax' not in sys.modules"
+    code = "import sys, jaxprune.graph.modules.widths; assert 'flax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     model, x = built(Noisy), normal(2, 3)
     monkeypatch.setitem(sys.modules, "flax", None)
@@ -539,118 +538,6 @@ def test_flax_is_imported_only_when_asked(monkeypatch):
         compact_module(model, {}, x)
 
 
-# --- linen
-
-
-class Plain(nn.Module):
-    widths: tuple = (6, 8, 12)
-    norm: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(self.widths[0], (3, 3))(x))
-        x = nn.relu(nn.Conv(self.widths[1], (3, 3))(x)).mean((1, 2))
-        x = nn.Dense(self.widths[2])(x)
-        return nn.Dense(5)(nn.LayerNorm()(x) if self.norm else nn.relu(x))
-
-
-def linen_half(model, *inputs, where=lambda path, axis: True):
-    variables = draw(np.random.default_rng(3), jax.eval_shape(model.init, jax.random.key(0), *inputs))
-    masks = {path: np.ones(leaf.shape, bool) for path, leaf in array_leaves(variables).items()}
-    for group in channel_groups(model.apply, variables, *inputs).removable():
-        if any(where(member.path, member.axis) for member in group.members):
-            for member in group.members:
-                np.moveaxis(masks[member.path], member.axis, 0)[member.indices[1::2].ravel()] = False
-    return compact(model.apply, variables, like(variables, masks), *inputs)
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_linen_widths_of_plain_layers(norm):
-    """With them a plain network is the same, and one with LayerNorm is not."""
-    x = normal(2, 6, 6, 3)
-    small = linen_half(Plain(norm=norm), x)
-    widths = linen_widths(small)
-    assert widths == {"Conv_0": {"features": 3}, "Conv_1": {"features": 4}, "Dense_0": {"features": 6}}
-    native = Plain(tuple(widths[name]["features"] for name in ("Conv_0", "Conv_1", "Dense_0")), norm)
-    gap = jnp.abs(jax.jit(native.apply)(small.params, x) - jax.jit(small.apply)(small.params, x)).max()
-    assert gap > 0.1 if norm else gap < 1e-5
-
-
-def test_linen_widths_of_attention_and_others():
-    class Net(nn.Module):
-        widths: dict
-
-        @nn.compact
-        def __call__(self, ids):
-            x = nn.Embed(7, **self.widths["embed"], name="embed")(ids)
-            x = nn.Dense(**self.widths["dense"], name="dense")(x)
-            x = nn.MultiHeadDotProductAttention(**self.widths["mix"], name="mix")(x)
-            x = nn.RNN(nn.OptimizedLSTMCell(**self.widths["cell"], name="cell"))(x)
-            return nn.DenseGeneral(5, name="out")(x)
-
-    dense = {
-        "embed": {"features": 6},
-        "dense": {"features": 8},
-        "mix": {"num_heads": 2, "qkv_features": 8, "out_features": 8},
-        "cell": {"features": 6},
-    }
-
-    def narrower(path, axis):  # but for the width of heads
-        return "mix/" not in path or (path.endswith("query/kernel") and axis == 1)
-
-    ids = jnp.array([[1, 2, 0, 6]])
-    small = linen_half(
-        Net(dense),
-        ids,
-        where=narrower,
-    )
-    widths = linen_widths(small)
-    assert widths == {
-        "embed": {"features": 3},
-        "dense": {"features": 4},
-        "mix": {"num_heads": 1, "qkv_features": 4, "out_features": 4},
-        "cell": {"features": 3},
-    }
-    close(jax.jit(Net(widths).apply)(small.params, ids), jax.jit(small.apply)(small.params, ids))
-    assert linen_widths(small.plan) == widths
-
-
-def kept(shapes, **keep):
-    return Plan(
-        {path: tuple(shape) for path, shape in shapes.items()},
-        {path.replace("__", "/"): {axis: np.arange(n)} for path, (axis, n) in keep.items()},
-    )
-
-
-def test_linen_widths_tell_heads_from_head_width():
-    shapes = {f"a/{name}/kernel": (6, 4, 8) for name in ("query", "key", "value")} | {
-        "a/out/kernel": (4, 8, 6)
-    }
-    heads = {f"a__{n}__kernel": (1, 3) for n in ("query", "key", "value")}
-    width = {f"a__{n}__kernel": (2, 5) for n in ("query", "key", "value")}
-    assert linen_widths(kept(shapes, **heads)) == {"a": {"num_heads": 3, "qkv_features": 24}}
-    assert linen_widths(kept(shapes, **width)) == {"a": {"qkv_features": 20}}
-    assert linen_widths(kept(shapes, a__out__kernel=(2, 4))) == {"a": {"out_features": 4}}
-    # The defaults of both come from the input.
-    assert linen_widths(kept(shapes, a__query__kernel=(0, 4))) == {
-        "a": {"qkv_features": 32, "out_features": 6}
-    }
-    del width["a__value__kernel"]
-    with pytest.raises(ValueError, match="a: its query keeps 4 heads of 5 features, its value 4 of 8"):
-        linen_widths(kept(shapes, **width))
-
-
-def test_linen_widths_of_other_layouts():
-    shapes = {
-        "g/kernel": (3, 4, 8),
-        "g/bias": (4, 8),
-        "s/kernel": (2, 4, 8),
-        "s/bias": (2, 8),
-        "kernel": (8, 2),
-    }
-    assert linen_widths(kept(shapes, g__kernel=(1, 2))) == {"g": {"features": (2, 8)}}
-    assert linen_widths(kept(shapes, s__kernel=(2, 5))) == {"s": {"features": 5}}
-    assert linen_widths(kept(shapes, s__kernel=(1, 3))) == {}
-    assert linen_widths(kept(shapes, kernel=(1, 1))) == {"": {"features": 1}}
-    with pytest.raises(TypeError, match="or its plan, got dict"):
-        linen_widths({})
+def test_linen_widths_says_what_to_write_instead():
+    with pytest.raises(AttributeError, match=r"widths of the small params.*compare it with small\.apply"):
+        jp.graph.linen_widths  # noqa: B018

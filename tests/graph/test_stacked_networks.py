@@ -1,4 +1,4 @@
-"""Stacked layers, compacted: as the list of the same layers, with leaves of their own."""
+"""Stacked layers are compacted like a list of the same layers, each of which has its own leaves."""
 
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ def normal(seed, *shape):
 
 
 def blocks(count=2, seed=0):
-    """The params of blocks with hidden units of their own."""
+    """Stacked params of blocks, each with its own hidden units."""
     return {
         "norm": 1 + 0.3 * normal(seed + 1, count, DATA),
         "up": normal(seed + 2, count, DATA, HIDDEN),
@@ -52,7 +52,7 @@ def block(w, h):
 
 
 def at(layers, *index):
-    """One layer of lists of layers."""
+    """Return one layer of a tree of lists of layers."""
     for number in index:
         layers = jax.tree.map(
             lambda leaf, n=number: leaf[n], layers, is_leaf=lambda leaf: isinstance(leaf, list)
@@ -61,7 +61,7 @@ def at(layers, *index):
 
 
 def one_by_one(run=block, count=2):
-    """A network of lists of layers."""
+    """Return a network whose params are lists of layers."""
 
     def net(p, x):
         h = x @ p["inner"]
@@ -73,7 +73,7 @@ def one_by_one(run=block, count=2):
 
 
 def scanned(run=block, prepare=lambda layers: layers, **options):
-    """A network of a stack."""
+    """Return a network that scans a stack of layers."""
 
     def net(p, x):
         body = lambda h, w: (run(w, h), None)  # noqa: E731
@@ -198,7 +198,7 @@ def test_ensembles_under_vmap(kind):
 
 
 def test_attention_heads_and_what_all_layers_read():
-    """ALiBi's slopes, a bias that all layers share, and a mask made of data, in a scan."""
+    """A scan over layers that read ALiBi's slopes, a shared bias, and a mask made of data."""
     heads, width = 2, 2
     layers = {"qkv": normal(1, 2, DATA, 3 * heads * width), "o": normal(2, 2, heads * width, DATA)}
     p = network(layers) | {"relative": normal(3, heads, 3, 3)}
@@ -259,7 +259,7 @@ def mlp(act):
 
 
 def step_of_a_gradient(w, h):
-    """Training at test time: a layer that takes a gradient."""
+    """A layer that is trained at test time: it takes a gradient."""
     return h - 0.1 * jax.grad(lambda h: jnp.sum(jnp.tanh(h @ w["up"] + w["bias"]) ** 2))(h) * w["norm"]
 
 
@@ -311,7 +311,7 @@ def test_what_layers_hold(name):
 
 
 def test_what_layers_take_besides_params():
-    """Keys of dropout, a number of each layer, and a layer's index, of which a cache is written."""
+    """Keys of dropout, a number for each layer, and the index of the layer, at which a cache is written."""
 
     def one(w, h, cache, key, gain, number):
         n = jnp.tanh(h @ w["up"] + w["bias"]) * gain
@@ -343,7 +343,7 @@ def test_what_layers_take_besides_params():
 
 @pytest.mark.parametrize("zeros", ["the same", "others", "none"])
 def test_constants_of_layers(zeros):
-    """A table with a row for each layer, some entries of which are zero, cut for each."""
+    """A table with a row for each layer, some entries of which are zero, is cut for each layer."""
     table = np.ones((2, HIDDEN)) + np.arange(2 * HIDDEN).reshape(2, HIDDEN) / 9
     if zeros != "none":
         table[0, :2], table[1, -2:] = 0, 0
@@ -393,7 +393,7 @@ def test_what_layers_give_is_read_by_other_layers():
 
 
 def test_params_that_are_stacked_and_read_otherwise():
-    """By a sum over all of a stack, whose layers may stay apart, and by a product that ties them."""
+    """A sum over all of a stack does not tie its layers; a product with the stack does."""
     penalty = lambda p, x: (scanned()(p, x), jnp.sum(p["layers"]["up"] ** 2))  # noqa: E731
     plain = lambda p, x: (one_by_one()(p, x), sum(jnp.sum(w**2) for w in p["layers"]["up"]))  # noqa: E731
     check(penalty, plain, network(), x())
@@ -404,7 +404,7 @@ def test_params_that_are_stacked_and_read_otherwise():
 
 
 def test_extrema_of_stacks_that_were_cut():
-    """Each layer keeps other rows, and makes up for its own zeros that went."""
+    """Each layer keeps different rows, and its extrema take its own dropped zeros into account."""
 
     def net(p, x):
         return scanned()(p, x) + jnp.max(p["layers"]["down"], 1).sum(0)[:2] + jnp.min(p["layers"]["bias"])
@@ -425,7 +425,7 @@ def test_extrema_of_stacks_that_were_cut():
 
 
 def masks_of(net, p, *inputs, share=0.5):
-    """Masks that take a share of each group of a stacked network's hidden units."""
+    """Masks that remove a fraction of each group of a stacked network's hidden units."""
     groups = jp.channel_groups(net, p, *inputs)
     structure = jp.structures.channels(groups)
     return jp.prune_once(p, jp.scores.magnitude, sparsity=share, structure=structure, scope="layerwise")
@@ -464,7 +464,7 @@ def test_unequal_masks_are_compacted_to_the_largest():
     assert np.array_equal(small.masks["layers"]["bias"].sum(1), [2, 5, 4])
     for axes in (small.keep["layers/bias"][1], small.keep["layers/down"][1]):
         assert np.array_equal(axes, keep)
-    told = {(s.path, s.axis): s for s in small.stayed}
+    told = {(s.path, s.axis): s for s in small.not_removed}
     assert told["layers/up[0]", 1].count == 3 and told["layers/up[2]", 1].count == 1
     assert ("layers/up[1]", 1) not in told
     assert "equally many slices, and layers/down[1] needs 5" in repr(told["layers/down[2]", 0])
@@ -496,7 +496,7 @@ def test_all_that_is_masked_goes():
 
 
 def test_a_block_beside_things_of_other_layouts():
-    """What goes as a whole is put back like the block that stays, not like the first thing in the dict."""
+    """A removed block is put back with the layout of a block that is kept, not of the first dict entry."""
     p = {
         "an_array": normal(1, DATA, DATA),
         "left": at(blocks(), 0),
@@ -533,7 +533,7 @@ def test_widths_are_rounded_up_in_all_layers(multiple):
 
 
 def test_constants_are_folded_into_each_layer():
-    """A unit without a kernel leaves tanh(bias), which goes into the next bias of its layer."""
+    """A unit without a kernel leaves tanh(bias), which is folded into the next bias of its layer."""
     layers = blocks() | {"after": normal(9, 2, DATA)}
     body = lambda w, h: h + (jnp.tanh(h @ w["up"] + w["bias"]) @ w["down"] + w["after"])  # noqa: E731
     p, net = network(layers), scanned(body)
@@ -552,7 +552,7 @@ def test_constants_are_folded_into_each_layer():
 
 
 def test_state_of_layers():
-    """BatchNorm in each layer of a stack: its statistics are outputs that get smaller."""
+    """BatchNorm in each layer of a stack: its statistics are outputs that become smaller."""
     layers = blocks() | {"mean": normal(5, 2, HIDDEN), "var": 1 + normal(6, 2, HIDDEN) ** 2}
 
     def one(w, h, train):
@@ -806,8 +806,8 @@ def test_layers_are_made_even_by_whole_heads():
     masks = {"qkv": jnp.asarray(qkv.reshape(3, 6, 36)), "out": jnp.asarray(out.reshape(3, 12, 6))}
     small = jp.compact(attention, p, masks, x)
     assert small.params["qkv"].shape == (3, 6, 27) and small.params["out"].shape == (3, 9, 6)
-    assert {stayed.path for stayed in small.stayed} == {"qkv[1]", "out[1]"}
-    assert all("out[0] needs 9" in s.why or "qkv[0] needs 27" in s.why for s in small.stayed)
+    assert {stayed.path for stayed in small.not_removed} == {"qkv[1]", "out[1]"}
+    assert all("out[0] needs 9" in s.why or "qkv[0] needs 27" in s.why for s in small.not_removed)
     np.testing.assert_allclose(
         small.apply(small.params, x), attention(jp.apply_masks(p, masks), x), rtol=1e-5, atol=1e-5
     )

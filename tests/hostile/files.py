@@ -1,4 +1,4 @@
-"""Hostile files: mutations of valid ones, of their bytes and, under right checksums, of what they say."""
+"""Hostile files: valid ones with other bytes, or with another header and checksums that fit it."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ VALUES = [-1, 0, 1, 2, 3, 7, 8, 63, 64, 2**31, 2**32, 2**62, 2**63, 2**64, 10**3
 
 
 def whole_file(file):
-    """Writes a small file with a leaf of every form, and returns its bytes."""
+    """Write a small file with a leaf of every form, and return its bytes."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((6, 5)).astype(np.float32)
     params = {
@@ -47,7 +47,7 @@ def whole_file(file):
 
 
 def outcome(file, data, watched):
-    """Loads a file that is perhaps refused: else it must hold exactly what the description says."""
+    """Load a file, which must be refused or hold exactly what the file format's description says."""
     file.write_bytes(data)
     # The limit, and the file some times over: as text, lists, bits and positions.
     with watched(LIMIT + 200 * len(data)):
@@ -67,7 +67,7 @@ def outcome(file, data, watched):
 
 
 def tried(file, load, **options):
-    """What a file holds; None where it is refused, by its name."""
+    """Return what a file holds, or None if it is refused with an error that names it."""
     said = ""
     try:
         return load(file, **options)
@@ -84,7 +84,7 @@ def at(tree, path):
 
 
 def repaired(header, rest):
-    """The header with each leaf's checksum made right again, as far as its sections can be told."""
+    """Return the header with the checksums of all leaves whose sections can be found made right."""
     for entry in header["leaves"]:
         try:
             length = plain.section_length(entry)
@@ -97,7 +97,7 @@ def repaired(header, rest):
 
 
 def mutated_bytes(rng, whole):
-    """The bytes cut short, with a piece gone, come, overwritten, written elsewhere, or zero."""
+    """Return the bytes cut short, or with a piece removed, inserted, overwritten, moved or zeroed."""
     data = bytearray(whole)
     a, b = sorted(rng.integers(0, len(data), 2).tolist())
     kind = rng.integers(6)
@@ -117,7 +117,7 @@ def mutated_bytes(rng, whole):
 
 
 def mutated_under_checksums(rng, header, rest):
-    """A file that says something else, or holds other bits, and whose checksums are right again."""
+    """Return a file with another header or other bits, and with checksums that are right."""
     changed, sections = copy.deepcopy(header), bytearray(rest)
     if rng.integers(2):
         entry = changed["leaves"][rng.integers(len(changed["leaves"]))]
@@ -141,7 +141,7 @@ def mutated_under_checksums(rng, header, rest):
 
 
 def tensors_file():
-    """A small safetensors file, put together by hand."""
+    """Return a small safetensors file, put together by hand."""
     tensors = {
         "a/kernel": ("F32", [2, 3], np.arange(6, dtype=np.float32).tobytes()),
         "b": ("BF16", [4], bytes(8)),
@@ -161,7 +161,7 @@ def join_tensors(header, body):
 
 
 def mutated_tensors(rng):
-    """The file with its bytes changed, or with a header that says something else."""
+    """Return the file with other bytes or another header."""
     header, body = tensors_file()
     if rng.integers(3) == 0:
         return mutated_bytes(rng, join_tensors(header, body))
@@ -198,7 +198,7 @@ def mutated_tensors(rng):
 
 
 def tensors_outcome(file, data, watched):
-    """Loads safetensors: as the header says, read here by hand, or refused by name."""
+    """Load safetensors, which must equal what is read here by hand, or be refused by name."""
     file.write_bytes(data)
     with watched(4 * LIMIT):
         got = tried(file, jp.io.load_safetensors)
@@ -221,14 +221,14 @@ def tensors_outcome(file, data, watched):
 
 
 def program_bytes():
-    """A small exported program."""
+    """Return a small exported program."""
     return jp.export.stablehlo(
         lambda params, x: jnp.tanh(x @ params["w"]), {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
     ).to_bytes()
 
 
 def program_outcome(file, data, whole, watched):
-    """Loads a program: none but the whole one is read, unless its checksum was made right again."""
+    """Load a program: only the unchanged one is read, unless the checksum was made right again."""
     file.write_bytes(data)
     with watched(16 * LIMIT):
         got = tried(file, jp.export.load)

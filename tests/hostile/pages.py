@@ -183,7 +183,7 @@ def lines():
 
 
 def prepare(folder):
-    """The masks beside the lines."""
+    """Return the masks beside the lines."""
     masks = folder / "masks"
     masks.mkdir(exist_ok=True)
     jp.io.save(masks / "one.jp", {"a": {f"<{TAG}>": np.eye(6, 5) > 0}, "b": np.ones((3, 3, 2, 2), bool)})
@@ -202,7 +202,7 @@ def value(rng):
 
 
 def mutated(rng, line):
-    """The line with fields removed, added, or of other values."""
+    """Return the line with fields removed, added, or of other values."""
     line = copy.deepcopy(line)
     for _ in range(rng.integers(0, 3)):
         kind, key = rng.integers(6), pick(rng, FIELDS)
@@ -223,7 +223,7 @@ def mutated(rng, line):
 
 
 def text_of(rng, line):
-    """The line as JSON, perhaps torn or changed once more."""
+    """Return the line as JSON, perhaps torn or changed once more."""
     text = json.dumps(line)
     kind = rng.integers(30)
     if kind == 0:
@@ -239,7 +239,7 @@ def text_of(rng, line):
 
 
 def case(number, folder, watched):
-    """A report of random results: a page that shows them as text, or a message."""
+    """Return a report of random results: a page that shows them as text, or a message."""
     rng = np.random.default_rng(number)
     every = [mutated(rng, line) if rng.integers(2) else line for line in lines()]
     if rng.integers(3) == 0:  # the same in all lines

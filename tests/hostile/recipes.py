@@ -31,106 +31,36 @@ VALID = [
     GOOD,
     *(text for text, *_ in UNFIT),
 ]
-KEYS = [
-    *(
-        "version",
-        "study",
-        "config",
-        "prune",
-        "distillation",
-        "stop",
-        "score",
-        "sparsity",
-        "structure",
-        "scope",
-    ),
-    *(
-        "where",
-        "of",
-        "every",
-        "floor",
-        "memory",
-        "seed",
-        "rewire",
-        "all_of",
-        "any_of",
-        "not",
-        "per_path",
-        "cubic",
-    ),
-    *(
-        "linear",
-        "geometric",
-        "one_shot",
-        "constant",
-        "erk",
-        "uniform",
-        "begin_step",
-        "end_step",
-        "step",
-        "rate",
-    ),
-    *(
-        "nm",
-        "blocks",
-        "slices",
-        "channels",
-        "n",
-        "m",
-        "axis",
-        "norm",
-        "normalize",
-        "multiple_of",
-        "rigl",
-        "set",
-    ),
-    *("fraction", "macs", "accuracy", "temperature", "alpha", "fisher", "chunk", "over_batches", "bn_scale"),
-    *(
-        "stop",
-        "initial_sparsity",
-        "elements",
-        "movement",
-        "synflow",
-        "grasp",
-        "lamp",
-        "obs",
-        "random",
-        "power",
-    ),
-    *("a/kernel", "b/kernel", "", "__class__", "__init__", "a.b", "<<", "? ", "kernel\x1b[2J", "\u202e", "é"),
-]
-WORDS = [
-    *KEYS,
-    "magnitude",
-    "kernels",
-    "*",
-    "*/kernel",
-    "[",
-    "[!a]",
-    "layerwise",
-    "global",
-    "isomorphic",
-    "remaining",
-]
+NAMES = """
+    version study config prune distillation stop score sparsity structure scope where of every floor memory
+    seed rewire all_of any_of not per_path cubic linear geometric one_shot constant erk uniform begin_step
+    end_step step rate nm blocks slices channels n m axis norm normalize multiple_of rigl set fraction macs
+    accuracy temperature alpha fisher chunk over_batches bn_scale stop initial_sparsity elements movement
+    synflow grasp lamp obs random power
+"""
+ODD_NAMES = (
+    "a/kernel",
+    "b/kernel",
+    "",
+    "__class__",
+    "__init__",
+    "a.b",
+    "<<",
+    "? ",
+    "kernel\x1b[2J",
+    "\u202e",
+    "é",
+)
+PATTERNS = "magnitude kernels * */kernel [ [!a] layerwise global isomorphic remaining"
+KEYS = [*NAMES.split(), *ODD_NAMES]
+WORDS = [*KEYS, *PATTERNS.split()]
 NUMBERS = [
     *(0, 1, -1, 2, 3, 4, 5, 8, 100, 2**31, 2**63, 2**64, 10**20, 10**299, 10**310, -(10**400)),
     *(0.0, -0.0, 0.5, 0.9, 1.0, 1.5, 1e-300, 5e-324, 1e308, float("inf"), float("-inf"), float("nan")),
 ]
 SCALARS = [
-    *NUMBERS,
-    *WORDS,
-    None,
-    True,
-    False,
-    "1e3",
-    "0x10",
-    ".inf",
-    ".nan",
-    "1_000",
-    "~",
-    "on",
-    "12:30",
-    "!!str x",
+    *(*NUMBERS, *WORDS, None, True, False),
+    *("1e3", "0x10", ".inf", ".nan", "1_000", "~", "on", "12:30", "!!str x"),
 ]
 
 
@@ -180,27 +110,9 @@ def odd_objects(rng, tree):
     loop.append({"prune": loop})
     odd = [
         *(10**5000, -(10**4400), b"bytes", {1, 2}, object(), len, jp.scores.magnitude, jp.recipes, int, ...),
-        *(
-            np.float32(0.5),
-            np.float64("nan"),
-            np.arange(3),
-            np.int64(3),
-            np.bool_(True),
-            jnp.ones(()),
-            jnp.ones(2),
-        ),
-        *(
-            "\ud800",
-            "\0",
-            "x" * 100_000,
-            1j,
-            loop,
-            {1: 2},
-            {None: 0.5},
-            {"a": {10**5000: 1}},
-            (1, 2),
-            range(3),
-        ),
+        *(np.float32(0.5), np.float64("nan"), np.arange(3), np.int64(3), np.bool_(True), jnp.ones(())),
+        *(jnp.ones(2), "\ud800", "\0", "x" * 100_000, 1j, loop, {1: 2}, {None: 0.5}, {"a": {10**5000: 1}}),
+        *((1, 2), range(3)),
     ]
     spoiled = copy.deepcopy(tree)
     at = spoiled
@@ -229,9 +141,9 @@ PIECES = [
         "*a",
         "!!python/object/apply:os.system ['true']",
         "!x ",
-        "#",
     ),
     *(
+        "#",
         "---\n",
         "...\n",
         "%YAML 1.1\n",
@@ -244,10 +156,10 @@ PIECES = [
         "<<: *a",
         ", ",
         "\t",
-        "\r",
-        "\0",
     ),
     *(
+        "\r",
+        "\0",
         "\x85",
         "\u2028",
         "\ufeff",
@@ -259,8 +171,8 @@ PIECES = [
         "0o7",
         "on",
         "null",
-        "prune:\n",
     ),
+    "prune:\n",
 ]
 
 

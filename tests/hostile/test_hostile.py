@@ -1,4 +1,4 @@
-"""Hostile input, as much as there is time for; `hostile.py` has more."""
+"""Hostile input: some of the cases of `python -m tests.soak.hostile`."""
 
 import contextlib
 import io
@@ -16,7 +16,6 @@ import jaxprune as jp
 from experiments import gradual
 from experiments.report import command
 from experiments.run import limits, saved_recipes, settings
-from tests.contracts import public
 from tests.contracts.entry_points import ARGUMENTS
 from tests.hostile import files, flags, pages, recipes, values
 from tests.hostile.watch import watched
@@ -31,34 +30,13 @@ def quiet():
         yield
 
 
-NOT_HERE = {
-    "compact_module": "of a flax module; `compact` does the work",
-    "export.load": "of files, see hostile/files",
-    "export.onnx": "as export.stablehlo, and takes long",
-    "graph.channel_groups": "channel_groups, by another name",
-    "graph.compact": "compact, by another name",
-    "graph.compact_module": "compact_module, by another name",
-    "graph.register_rule": "changes what is known of all functions",
-    "graph.residual_blocks": "residual_blocks, by another name",
-    "io.load_safetensors": "of files, see hostile/files",
-    "kernels": "a predicate, called with each leaf",
-    "leaf_paths": "takes anything",
-    "recipes.load": "of files, see hostile/recipes",
-    "schedules.check_sparsity": "what the schedules say of theirs",
-    "scores.over_batches": "its arguments are the user's own",
-    "selection.select": "of sources that scores are read from",
-    "selection.select_arrays": "as selection.lowest, of several groups",
-    "structures.elements": "has no arguments",
-}
-
-
 def ends(case, numbers):
-    """How the cases ended."""
+    """Return how each case ended."""
     return [case(number) for number in numbers]
 
 
 def test_random_recipes(tmp_path):
-    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(200))
+    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(100))
     assert set(found) == {"accepted", "refused", "does not fit"}
 
 
@@ -86,9 +64,9 @@ def test_recipes_made_to_do_harm(tmp_path, monkeypatch):
 
 def test_random_files(tmp_path):
     valid = files.Files(tmp_path)
-    found = ends(lambda n: valid.case(n, tmp_path, watched), range(600))
-    assert found.count("accepted") > 50
-    assert found.count("refused") > 200
+    found = ends(lambda n: valid.case(n, tmp_path, watched), range(200))
+    assert found.count("accepted") > 15
+    assert found.count("refused") > 65
 
 
 def test_metadata_that_are_null(tmp_path):
@@ -120,13 +98,12 @@ REFUSED = [
     (["--seeds", "1,2,1"], "argument --seeds: has 1 twice"),
     (["--seeds", "1,x"], "argument --seeds: must be a whole number, got 'x'"),
     (["--sparsities", "0.5,1.5"], "argument --sparsities: must be 0 or more and below 1, got 1.5"),
-    (["--tune-epochs", "20"], "argument --tune-epochs: must be 0 or more and at most 13 (--epochs), got 20"),
+    (["--tune-epochs", "20"], "argument --tune-epochs: must be at most 13 (--epochs), got 20"),
     (
         ["--batch-size", "9" * 30],
         "argument --batch-size: must be at most 2,147,483,647 and 1 or more and at most",
     ),
-    (["--epochs=--"], "argument --epochs: "),  # what follows depends on the version of Python
-    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--epochs=--"], "argument --epochs: must be a whole number, got '--'"),
     (["--out", "a\0b"], "argument --out: must be printable text, got 'a\\x00b'"),
     (["--out", __file__], "argument --out: is no folder"),
     (["--out", f"{__file__}/x"], "which is no folder"),
@@ -141,9 +118,18 @@ def test_flags_are_refused_in_one_sentence(argv, said, capsys):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(("argv", "said"), [(["--epoch", "3"], "--epoch, 3"), (["--epochs"], "'--epochs'")])
+def test_a_flag_that_is_unknown_or_lacks_its_value_is_named(argv, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        settings.parse(gradual.Config, argv)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_recipe_of_a_study_is_held_to_the_same(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text(saved_recipes.study_text("gradual", gradual.Config(epochs=0)))
+    text = saved_recipes.study_text("gradual", gradual.Config(epochs=11))
+    file.write_text(text.replace("epochs: 11", "epochs: 0"))
     with pytest.raises(SystemExit, match=r"recipe\.yaml:\d+: config\.epochs: must be 1 or more, got 0\."):
         settings.parse(gradual.Config, ["--recipe", str(file)])
     file.write_text(saved_recipes.study_text("gradual", gradual.Config(out="/dev/null")))
@@ -225,10 +211,6 @@ def test_values_that_are_right_and_values_that_are_not(name):
     for place in ARGUMENTS[name].good:
         for value in rng.sample(list(values.BAD), 2):
             values.attempt(name, {place: value}, watched)
-
-
-def test_every_public_function_is_given_hostile_values():
-    assert set(public.functions()) - ARGUMENTS.keys() == NOT_HERE.keys()
 
 
 def test_gradients_and_states_that_are_none():

@@ -25,7 +25,7 @@ def whole(tmp_path_factory):
 
 
 def refused(file, data, message=None, **options):
-    """Loads a file that has to be refused, by name, at no cost."""
+    """Load a file that must be refused with a short error that names it."""
     file.write_bytes(data)
     with pytest.raises(jp.io.FileError, match=message) as info:
         jp.io.load(file, **options)
@@ -43,11 +43,11 @@ def test_every_flipped_bit_is_found(tmp_path, whole):
         refused(file, data, mmap=False)
 
 
-def test_two_thousand_random_mutations_are_found(tmp_path, whole):
+def test_random_mutations_are_found(tmp_path, whole):
     file = tmp_path / "mutated"
     rng = np.random.default_rng(1)
     done = 0
-    while done < 2000:
+    while done < 500:
         data = mutated_bytes(rng, whole)
         if data == whole:
             continue
@@ -59,8 +59,8 @@ def test_mutations_under_right_checksums_are_refused_or_read_as_described(tmp_pa
     file = tmp_path / "hostile"
     rng = np.random.default_rng(2)
     header, rest = plain.split(whole)
-    outcomes = [outcome(file, mutated_under_checksums(rng, header, rest), watched) for _ in range(1500)]
-    assert 200 < outcomes.count("accepted") < 1200  # other values, mostly: which no checksum can tell
+    outcomes = [outcome(file, mutated_under_checksums(rng, header, rest), watched) for _ in range(500)]
+    assert 65 < outcomes.count("accepted") < 400  # other values, mostly: which no checksum can tell
 
 
 def leaf(**changes):
@@ -118,20 +118,20 @@ def test_what_a_header_may_not_say(tmp_path):
         (made(leaf(crc=crc, k=1), **rest), "a leaf has other keys"),
         (made(leaf(dtype=...), **rest), "a leaf has other keys"),
         (made([1, 2], **rest), "a leaf is malformed"),
-        (made(leaf(**sparse | {"kept": 3}), **rest), "what is kept does not fit"),
+        (made(leaf(**sparse | {"kept": 3}), **rest), "the kept entries do not fit"),
         (made(leaf(**sparse | {"kept": None}), **rest), "wrong numbers"),
-        (made(leaf(**sparse | {"k": 2**40}), **rest), "what is kept does not fit"),
-        (made(leaf(**sparse | {"unary": 2**40}), **rest), "what is kept does not fit"),
-        (made(leaf(**sparse | {"unary": 0}), **rest), "what is kept does not fit"),
-        (made(leaf(**sparse | {"kept": 0}), **rest), "what is kept does not fit"),
+        (made(leaf(**sparse | {"k": 2**40}), **rest), "the kept entries do not fit"),
+        (made(leaf(**sparse | {"unary": 2**40}), **rest), "the kept entries do not fit"),
+        (made(leaf(**sparse | {"unary": 0}), **rest), "the kept entries do not fit"),
+        (made(leaf(**sparse | {"kept": 0}), **rest), "the kept entries do not fit"),
         (plain.join({"leaves": []}, b""), "it has other parts"),
         (plain.join([], b""), "it has other parts"),
         (made(leaf(crc=crc), metadata=[], **rest), "wrong types"),
         (made(leaf(crc=crc), leaves={}, **rest), "wrong types"),
         (plain.join(b"[" * 100_000, b""), "header cannot be read"),
         (plain.join(b'{"metadata":{},"metadata":{},"hollow":[],"leaves":[]}', b""), "a key occurs twice"),
-        (plain.join(b'{"metadata":{"a":NaN},"hollow":[],"leaves":[]}', b""), "NaN is no JSON"),
-        (plain.join(b'{"metadata":{"a":1e999},"hollow":[],"leaves":[]}', b""), "1e999 is no JSON"),
+        (plain.join(b'{"metadata":{"a":NaN},"hollow":[],"leaves":[]}', b""), "NaN is not JSON"),
+        (plain.join(b'{"metadata":{"a":1e999},"hollow":[],"leaves":[]}', b""), "1e999 is not JSON"),
         (plain.join(b'{"metadata":{},"hollow":[],"leaves":[' + b"9" * 5000 + b"]}", b""), "cannot be read"),
         (plain.join(b'{"metadata":"\xff\xfe","hollow":[],"leaves":[]}', b""), "cannot be read"),
         (plain.join(b"", b""), "cannot be read"),

@@ -1,4 +1,4 @@
-"""Hostile values: every argument of the entry points, given what it should never be."""
+"""Hostile values: each argument of the public functions is replaced by values that it must not have."""
 
 import contextlib
 import traceback
@@ -16,7 +16,7 @@ HERE = jp.__path__[0]
 
 
 class Anything:
-    """An object that is nothing in particular."""
+    """An object of no useful type."""
 
     def __repr__(self):
         return "<anything>"
@@ -80,7 +80,7 @@ ENDLESS = {("rounds", repr(10**30)), ("levels", repr(10**30)), ("points", repr(1
 
 
 def case(number, watched):
-    """One or two arguments of an entry point replaced by what they should not be."""
+    """Call a function with one or two of its arguments replaced by wrong values."""
     rng = np.random.default_rng(number)
     names = list(ARGUMENTS)
     name = names[rng.integers(len(names))]
@@ -92,7 +92,7 @@ def case(number, watched):
 
 
 def attempt(name, bad, watched):
-    """Calls an entry point with some values from `BAD`: it takes them, or says in its own words that not."""
+    """Call a function with some values from `BAD`, which it accepts or refuses with its own message."""
     if ENDLESS & set(bad.items()):
         return "endless"
     entry = ARGUMENTS[name]

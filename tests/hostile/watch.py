@@ -1,4 +1,4 @@
-"""What hostile input must never do, watched while it is read: run code, write, take much memory or long."""
+"""Watch that hostile input never runs code, writes, or takes much memory or time."""
 
 import os
 import sys
@@ -36,9 +36,9 @@ def _hook(event, arguments):
 
 @contextmanager
 def watched(peak=None, writes=None):
-    """Fails if the block leads to a forbidden event, or takes more than `peak` bytes beside, or long.
+    """Raise AssertionError if the block does something forbidden, takes over `peak` bytes or too long.
 
-    It may write to the folder `writes`, if there is one.
+    Writing below the folder `writes` is allowed.
     """
     if not _state["hooked"]:
         sys.addaudithook(_hook)  # stays, and does nothing outside of such blocks

@@ -405,7 +405,7 @@ def test_a_killed_save_leaves_the_old_file(file):
     before = file.read_bytes()
     code = (
         "import os, signal, sys\n"
-        "from jaxprune.io.atomic import replacing\n"
+        "from jaxprune.files.atomic import replacing\n"
         "with replacing(sys.argv[1]) as new, new.open('wb') as out:\n"
         "    out.write(b'half'); out.flush()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

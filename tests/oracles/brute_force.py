@@ -1,4 +1,4 @@
-"""What jaxprune promises, said again in numpy and loops: slow, and meant to be plainly right.
+"""What jaxprune promises, in numpy and loops: slow, and simple enough to be obviously right.
 
 Nothing here imports jax or jaxprune. Trees are flat dicts of numpy arrays in leaf order.
 """
@@ -30,7 +30,7 @@ def half_even(fraction, size):
 
 
 def lowest(scores, alive, count):
-    """Bool arrays: the `count` lowest of those alive; of equal ones the first. NaN comes last."""
+    """Return bool arrays that mark the `count` lowest scores alive; the first of equal ones, and NaN last."""
     flat = np.concatenate([s.ravel() for s in scores])
     order = [i for i in np.argsort(flat, kind="stable") if np.concatenate([a.ravel() for a in alive])[i]]
     chosen = np.zeros(flat.size, bool)
@@ -40,7 +40,7 @@ def lowest(scores, alive, count):
 
 
 def units(shape, spec):
-    """The entries of each unit; units are in the order of their first entries."""
+    """Return the entries of each unit, with the units in the order of their first entries."""
     members = {}
     for index in np.ndindex(*shape):
         members.setdefault(_unit_of(index, spec), []).append(index)
@@ -73,7 +73,7 @@ def _norm(values, norm):
 
 
 def _look_at(members, scores, mask, spec):
-    """Of one unit: its score, whether it can be pruned, and the entries that then go."""
+    """Return a unit's score, whether it can be pruned, and the entries that pruning it removes."""
     left = [index for index in members if mask[index]]
     if spec.kind == "nm":
         ascending = sorted(left, key=lambda index: float(scores[index]))  # stable, like all sorts here
@@ -87,7 +87,7 @@ def _look_at(members, scores, mask, spec):
 
 
 def prune_once(scores, masks, spec, kind, value, of="total", scope="global", floor=1):
-    """The masks after pruning, and whether a warning is due.
+    """Return the masks after pruning, and whether a warning is due.
 
     Args:
       scores, masks: the leaves that take part.
@@ -155,7 +155,7 @@ def _torch_amount(amount, left):
 
 
 def torch_global_unstructured(tensors, amount, masks=None, importance_scores=None):
-    """One ranking of |score| over all tensors."""
+    """Prune the lowest |score| over all tensors together."""
     scores = tensors if importance_scores is None else importance_scores
     masks = [np.ones(t.shape, bool) for t in tensors] if masks is None else [m.copy() for m in masks]
     left = [
@@ -175,7 +175,7 @@ def torch_l1_unstructured(tensor, amount, mask=None, importance_scores=None):
 
 
 def torch_ln_structured(tensor, amount, n, dim, mask=None, importance_scores=None):
-    """Whole slices along `dim`, by the norm of what is left in them; the amount is of the slices left."""
+    """Prune slices along `dim` by the norm of what is left in them; the amount is of the slices left."""
     scores = tensor if importance_scores is None else importance_scores
     mask = np.ones(tensor.shape, bool) if mask is None else mask.copy()
     rows, kept = np.moveaxis(scores, dim, 0), np.moveaxis(mask, dim, 0)

@@ -1,4 +1,4 @@
-"""The oracles of compaction: what `Facts` claims is looked at, and the small network is compared.
+"""The oracles of compaction: every claim of `Facts` is checked on values, and the small network is compared.
 
 Everything is evaluated in float64, so that a difference is a mistake and not rounding.
 """
@@ -13,8 +13,8 @@ from jaxprune.graph import compact
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import scan_split
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.masks import apply_masks
-from jaxprune.tree.paths import array_leaves
 from jaxprune.tree.stacks import join_layers, split_layers
 
 TOLERANCE = 1e-12
@@ -32,7 +32,7 @@ def is_float(array):
 
 
 def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
-    """Equal to rounding, relative to the largest entry; exactly where they are no floats."""
+    """Check that arrays are equal up to rounding, relative to the largest entry; exactly if not floats."""
     for path, (a, b) in enumerate(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise Mismatch(f"{what} {path}: {a.dtype}{a.shape} and {b.dtype}{b.shape}")
@@ -50,60 +50,60 @@ def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
             raise Mismatch(f"{what} {path}:\n{a}\nis not\n{b}")
 
 
-# Facts: every value is computed, bodies included, and held against what is claimed of it.
+# Facts: every value is computed, in bodies too, and compared with what is claimed about it.
 
 
 def check_facts(function, params, masks, inputs, rng, nans=False):
-    """Looks at every slice that is claimed to be known, of every value.
+    """Check every claim of the facts about every value.
 
     Args:
       function, params, inputs: as for `TracedNetwork`; the params are masked.
       masks: their masks.
       rng: draws the tangents and cotangents that derivatives are tried on.
-      nans: whether what is said to be known may be NaN.
+      nans: whether entries with a known value may be NaN.
 
     Raises:
       Mismatch: a claim is wrong.
 
     Returns:
-      How many claims were looked at.
+      How many claims were checked.
     """
-    linked = TracedNetwork(function, params, inputs)
+    network = TracedNetwork(function, params, inputs)
     masks = {path: np.asarray(mask) for path, mask in array_leaves(masks).items()}
-    facts = linked.facts(zero_slices(split_layers(masks, linked.stacks)))
+    facts = network.facts(zero_slices(split_layers(masks, network.stacks)))
     seen = _Seen(facts, rng)
 
     def run(leaves):
-        seen.run(linked.region, leaves)
+        seen.run(network.region, leaves)
         return [array for _, _, array in seen.values]
 
     # Where a loop ends depends on values, so that it has to be run one op at a time.
-    evaluate = run if "while" in op_names(linked.region) else fast(run)
+    evaluate = run if "while" in op_names(network.region) else fast(run)
     arrays = evaluate([*jax.tree.leaves(params), *jax.tree.leaves(inputs)])
     pairs = zip(seen.values, arrays, strict=True)
     return sum(_check(facts.of(value), np.asarray(array), where, nans) for (value, where, _), array in pairs)
 
 
 def op_names(region):
-    """The names of the primitives in a region and its bodies."""
+    """Return the names of the primitives in a region and its bodies."""
     names = {op.name for op in region.ops}
     return names.union(*(op_names(inner) for op in region.ops for inner in op.regions.values()))
 
 
 def _check(known, array, where, nans):
-    """Raises `Mismatch` unless an array is what is known of it; how much that is."""
+    """Check the claims about an array, and return how many there are."""
     claims, wild = 0, np.isnan(array) & nans if is_float(array) else np.zeros(array.shape, bool)
     if known.fill is not None:
         claims += 1
         same = (array == known.fill) | ((known.fill != known.fill) & (array != array))
         if not (same | wild).all():
-            raise Mismatch(f"{where}: {array} is said to be {known.fill} everywhere")
+            raise Mismatch(f"{where}: {array} is claimed to be {known.fill} everywhere")
     for axis, zero in enumerate(known.zero):
         if zero is not None:
             claims += 1
             slices = np.compress(zero, np.where(wild, 0, array), axis)
             if (slices != 0).any():
-                raise Mismatch(f"{where}: slices {zero} of axis {axis} are said to be zero: {slices}")
+                raise Mismatch(f"{where}: slices {zero} of axis {axis} are claimed to be zero: {slices}")
     for axis, alike in enumerate(known.alike):
         if alike is not None and not wild.any():
             claims += 1
@@ -115,7 +115,7 @@ def _check(known, array, where, nans):
 
 
 class _Seen:
-    """An interpreter of regions that notes each value and what it is."""
+    """An interpreter of regions that records each value and its array."""
 
     def __init__(self, facts, rng):
         self.facts, self.rng, self.values = facts, rng, []
@@ -139,7 +139,7 @@ class _Seen:
 
         def write(values, arrays, where):
             for value, array in zip(values, arrays, strict=True):
-                if value.layers:  # what is known of a stack is known of its layers
+                if value.layers:  # facts about a stack are facts about its layers
                     write(value.layers, jnp.moveaxis(array, value.along, 0), where)
                 else:
                     env[id(value)] = self.note(value, array, where)
@@ -158,7 +158,7 @@ class _Seen:
             "while": self.loop,
             "custom_jvp_call": self.jvp,
             "custom_vjp_call": self.vjp,
-            "shard_map": lambda op, args: op.bind(*args),  # its body knows the mesh, and is not looked into
+            "shard_map": lambda op, args: op.bind(*args),  # its body needs the mesh, and is not interpreted
         }.get(op.name, self.body)(op, args)
 
     def body(self, op, args):
@@ -203,7 +203,7 @@ class _Seen:
         return self.rng.normal(size=np.shape(like)).astype(like.dtype)
 
     def tangent(self, value, array):
-        """A tangent of what is zero whatever the live params are is zero too."""
+        """Draw a tangent; it is zero where the value is zero whatever the live params are."""
         if value.layers:
             rows = zip(value.layers, jnp.moveaxis(array, value.along, 0), strict=True)
             return jnp.stack([self.tangent(layer, row) for layer, row in rows], value.along)
@@ -214,13 +214,13 @@ class _Seen:
         return tangent if self.facts.of(value).fill is None else 0 * tangent
 
 
-# Compaction: the masked network and the small one, and the small one with other numbers in it.
+# Compaction: the small network is compared with the masked one, and for other params with the dense one.
 
 
 def with_gradient(function, inputs, weights):
-    """A function of params: the outputs, and the gradient of a weighted sum of those that are floats.
+    """Return a function of params that gives outputs, and the gradient of a weighted sum of float outputs.
 
-    No weights, no gradient.
+    Without weights the gradient is zero.
     """
 
     def loss(params):
@@ -239,7 +239,7 @@ def with_gradient(function, inputs, weights):
 
 
 def fast(function):
-    """A function compiled with little effort, for it runs a few times only."""
+    """Return a function compiled with little optimization, because it runs only a few times."""
     compiled = []
 
     def call(*args):
@@ -251,9 +251,9 @@ def fast(function):
 
 
 class Dense:
-    """Some functions of the same params, to be compared with what becomes of them.
+    """Some functions of the same params, to be compared with their compacted forms.
 
-    They are compiled together, once, since compiling is what takes the time.
+    They are compiled together, once, because compiling takes most of the time.
     """
 
     def __init__(self, functions, params, inputs, weights):
@@ -265,13 +265,13 @@ class Dense:
         return [with_gradient(f, self.inputs, weights)(params) for f, weights, params in triples]
 
     def check(self, many_masks, rng, stacked=None):
-        """Compacts each function under masks of its own; `stacked` as for `compact`.
+        """Compact each function under its masks and compare; `stacked` as for `compact`.
 
         Raises:
-          Mismatch: unless each small network is the masked one, and the function itself for any params.
+          Mismatch: a small network differs from the masked one, or for other params from the function.
 
         Returns:
-          The `Compacted` of each.
+          The `Compacted` of each function.
         """
         pairs = list(zip(self.functions, many_masks, strict=True))
         options = {"stacked": stacked, "verify": False}
@@ -287,22 +287,22 @@ class Dense:
         try:
             _compare(smalls, self.run, fast(cut), points)
         except Mismatch:
-            # XLA compiled with little effort may compute what an extremum is compared with twice, to
-            # different bits, so that its gradient goes astray, of the dense function as of any.
+            # With little optimization, XLA may compute the operand of an extremum twice, to different bits,
+            # so that the gradient is wrong, that of the dense function too. Then compile normally.
             dense = jax.jit(lambda many: self.each(self.functions, many))
             _compare(smalls, dense, jax.jit(cut), points)
         return smalls
 
 
 def _compare(smalls, dense, cut, points):
-    """Holds the outputs and gradients of small functions against those of the dense ones."""
+    """Compare the outputs and gradients of small functions with those of the dense ones."""
     for what, dense_params, small_params in points:
         expected, got = dense(dense_params), cut(small_params)
         for n, small in enumerate(smalls):
             assert_close(got[n][0], expected[n][0], f"{what}: output {n}")
             grads, dense_grads = got[n][1], shrink(small, expected[n][1])
             if what == "masked":
-                # What is masked but stays may be zero for a reason that lies in what went.
+                # Masked entries are left out: a kept one may be zero because of slices that were dropped.
                 grads, dense_grads = (masked_only(small.masks, g) for g in (grads, dense_grads))
             assert_close(grads, dense_grads, f"{what}: gradient of output {n}", 1e-10, where_finite=True)
 
@@ -311,11 +311,11 @@ def _moved(rng, leaf):
     return np.asarray(leaf) + rng.normal(size=leaf.shape).astype(leaf.dtype)
 
 
-# A plan, said again in numpy.
+# What a plan does, in plain numpy.
 
 
 def blocks(small, path):
-    """For each layer of a param, where it lies in the dense array and in the small one."""
+    """Yield, for each layer of a param, its indices in the dense array and in the small one."""
     plan, shape = small.plan, small.plan.shapes[path]
     stack, keep = plan.stacks.get(path, ()), small.keep.get(path, {})
     left = [keep.get(axis, np.arange(shape[axis])) for axis in stack]
@@ -334,7 +334,7 @@ def blocks(small, path):
 
 
 def shrink(small, tree):
-    """What is left of dense leaves."""
+    """Return the small leaves of dense ones."""
     cut = {}
     for path, leaf in tree.items():
         leaf = np.asarray(leaf)
@@ -345,7 +345,7 @@ def shrink(small, tree):
 
 
 def expand(small, tree):
-    """Small leaves amid zeros."""
+    """Return dense leaves with the small ones in place and zeros elsewhere."""
     full = {}
     for path, leaf in tree.items():
         full[path] = np.zeros(small.plan.shapes[path], leaf.dtype)
@@ -359,7 +359,7 @@ def masked_only(masks, tree):
 
 
 def removed(small):
-    """Whether a slice went."""
+    """Whether any slice was removed."""
     return bool(small.keep)
 
 
@@ -367,7 +367,7 @@ def removed(small):
 
 
 def random_masks(rng, params, pattern):
-    """Masks: `slices` of some leaves, `ragged` entries and dead slices, `all`, `leaf` or `none`."""
+    """Return masks of a pattern: some `slices`, `ragged` entries and slices, `all`, one `leaf`, or `none`."""
     leaves, treedef = jax.tree.flatten(params)
     masks = [np.ones(np.shape(leaf), bool) for leaf in leaves]
     if pattern == "all":
@@ -385,14 +385,14 @@ def random_masks(rng, params, pattern):
 
 
 def zero_units(rng, masks, groups, share=0.5):
-    """Masks that take some units of every removable group."""
+    """Return masks that also remove some units of every removable group."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
     dense = {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(m) for p, m in leaves}
     arrays = split_layers(dense, groups.stacks)
     for group in groups.removable():
-        gone = rng.random(group.units) < share
-        gone[rng.integers(group.units)] = True
+        removed = rng.random(group.units) < share
+        removed[rng.integers(group.units)] = True
         for member in (member for member in group.members if not member.divisor):
-            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
+            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[removed].ravel()] = False
     joined = join_layers(arrays, groups.stacks, {path: mask.shape for path, mask in dense.items()})
     return treedef.unflatten([jnp.asarray(joined[path]) for path in dense])

@@ -1,4 +1,4 @@
-"""A small smooth problem, and its Hessian in numpy: for the tests of scores made from a loss."""
+"""A small smooth problem and its Hessian in numpy, for the tests of scores made from a loss."""
 
 from functools import cache
 
@@ -28,7 +28,7 @@ def problem(seed=0, examples=6, dtype=jnp.float32):
 
 
 def flatten(params):
-    """The kernels alone as one vector, and the params from such a vector; in plain indexing."""
+    """Return the kernels as one vector, and the function that makes params of it, by plain indexing."""
     flat = jnp.concatenate([params["in"]["kernel"].ravel(), params["out"]["kernel"].ravel()])
 
     def unflatten(v):
@@ -45,7 +45,7 @@ def kernel_entries(scores):
 
 
 def vector(scores):
-    """The scores of the kernels as one vector; the bias must have none."""
+    """Return the scores of the kernels as one vector; those of the bias must be NaN."""
     assert jax.tree.structure(scores) == jax.tree.structure(problem()[0])
     assert np.isnan(scores["in"]["bias"]).all() and scores["in"]["bias"].shape == (4,)
     return kernel_entries(scores)
@@ -53,7 +53,7 @@ def vector(scores):
 
 @cache
 def hessian_gradient_weights():
-    """Of the kernels of the problem, in double precision."""
+    """Return Hessian, gradient and weights of the problem's kernels in double precision."""
     params, batch = problem()
     w, unflatten = flatten(params)
     flat_loss = lambda v: loss_fn(unflatten(v), batch)  # noqa: E731
@@ -62,5 +62,5 @@ def hessian_gradient_weights():
 
 
 def run(score, params, **inputs):
-    """The scores, compiled: quicker here than one operation after another."""
+    """Return the scores, compiled, which is quicker here than one operation after another."""
     return jax.jit(lambda params, inputs: score(params, **inputs))(params, inputs)

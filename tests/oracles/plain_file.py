@@ -1,4 +1,4 @@
-"""The file format, read and put together in plain loops as its description says, without jaxprune."""
+"""Read and write the file format in plain loops as its description says, without jaxprune."""
 
 import json
 import struct
@@ -15,14 +15,14 @@ def dtype_of(name):
 
 
 def split(data):
-    """The header as a dict, and the bytes of the sections."""
+    """Return the header as a dict, and the bytes of the sections."""
     magic, version, _, header, length = struct.unpack("<8sIIQQ", data[:32])
     assert (magic, version, length) == (b"\x93JPRUNE\n", 1, len(data))
     return json.loads(data[32 : 32 + header]), data[32 + header :]
 
 
 def join(header, sections):
-    """A file of a header (a dict, or the bytes of JSON) and sections, with checksums that are right."""
+    """Return a file with a header (a dict, or the bytes of JSON), sections, and checksums that are right."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rest = struct.pack("<QQ", len(text), 32 + len(text) + len(sections))
@@ -31,7 +31,7 @@ def join(header, sections):
 
 
 def lengths(entry):
-    """Bytes of values, scales, unary parts and low bits."""
+    """Return how many bytes values, scales, unary parts and low bits take."""
     size = int(np.prod(entry["shape"], dtype=object))
     kept = entry.get("kept", size)
     if entry.get("int8"):
@@ -73,7 +73,7 @@ def positions(entry, unary, low):
 
 
 def read(data):
-    """By path as JSON text: the bytes of the leaf (narrow ones a byte each), and its mask or None."""
+    """Return by path, as JSON, the bytes of the leaf (a byte per sub-byte number), and its mask or None."""
     header, rest = split(data)
     out = {}
     for entry in header["leaves"]:

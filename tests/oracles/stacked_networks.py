@@ -1,4 +1,4 @@
-"""The oracle of stacked networks: the same layers one after the other, each with leaves of its own."""
+"""The oracle of stacked networks: the same layers in a list, each with its own leaves."""
 
 import re
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ def by_path(tree):
 
 
 def taken_apart(tree, stacks):
-    """A tree with lists of layers (of lists, along a second axis) in place of stacked leaves."""
+    """Return a tree with lists of layers (nested, for a second axis) in place of stacked leaves."""
 
     def layers(leaf, axes):
         if not axes:
@@ -33,12 +33,12 @@ def taken_apart(tree, stacks):
 
 
 def path_in_list(name):
-    """The path in the list of layers of what is "up[1]" or "up[1,0]" in the stack."""
+    """Return the path in lists of layers for a name such as "up[1]" or "up[1,0]" in a stack."""
     return re.sub(r"\[([\d,]+)\]$", lambda found: "/" + found[1].replace(",", "/"), name)
 
 
 def coupled(groups):
-    """What groups say, whatever their order: whether they are removable, and their units."""
+    """Return the contents of groups in a canonical order: whether they are removable, and their units."""
     return sorted(
         (
             group.removable,
@@ -49,18 +49,18 @@ def coupled(groups):
 
 
 def half(rng, groups, params):
-    """Masks that take half of the units of every removable group, as arrays by path."""
+    """Return masks that remove half of the units of every removable group, as arrays by path."""
     masks = {path: np.ones(np.shape(leaf), bool) for path, leaf in by_path(params).items()}
     for group in groups.removable():
-        gone = rng.choice(group.units, group.units // 2, replace=False)
+        removed = rng.choice(group.units, group.units // 2, replace=False)
         for member in group.members:
             if not member.divisor:
-                np.moveaxis(masks[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
+                np.moveaxis(masks[member.path], member.axis, 0)[member.indices[removed].ravel()] = False
     return masks
 
 
 def put_together(masks, params, stacks):
-    """Masks of lists of layers as masks of stacked leaves."""
+    """Return masks of lists of layers as masks of stacked leaves."""
     joined = []
     for path, leaf in by_path(params).items():
         mask = np.ones(np.shape(leaf), bool)
@@ -75,7 +75,7 @@ def put_together(masks, params, stacks):
 
 
 class Checked(NamedTuple):
-    """What was compared: the stacked network, and the list of layers."""
+    """What was compared: the stacked network and the list of layers."""
 
     groups: Any
     small: Any
@@ -96,7 +96,7 @@ def check(
     gradients=True,
     **options,
 ):
-    """Compacts a stacked network, and holds it against a list of layers and against itself.
+    """Compact a stacked network, and compare it with a list of layers and with the masked network.
 
     Args:
       stacked_net, params, inputs: the network.
@@ -105,7 +105,7 @@ def check(
       seed: of masks and of other small params.
       masks: masks of the list of layers by path; by default half of the units of each of its groups.
       alike: whether the list must keep the same slices, which it does where layers keep equally many.
-      tied: whether the groups must be others than those of the list, whose layers nothing ties.
+      tied: whether the groups must differ from those of the list, whose layers nothing ties.
       gradients: whether to compare gradients.
       **options: of `compact`.
 
@@ -137,7 +137,7 @@ def indices(keep):
 
 
 def _compare(function, small, listed, masked, inputs, rng, gradients):
-    """Outputs as of the masked network, for other small params as of the dense one, and gradients."""
+    """Compare outputs with the masked network; for other params, outputs and gradients with the dense one."""
     other = jax.tree.map(lambda v: v + 0.3 * rng.normal(size=v.shape).astype(v.dtype), small.params)
     weights = [
         jnp.asarray(rng.normal(size=o.shape))
@@ -165,7 +165,7 @@ def _compare(function, small, listed, masked, inputs, rng, gradients):
 
 
 def size(jaxpr):
-    """How many equations a jaxpr has, with those of its bodies, and how many of them are scans."""
+    """Return how many equations a jaxpr has, with those of its bodies, and how many of them are scans."""
     count = scans = 0
     for eqn in jaxpr.eqns:
         count, scans = count + 1, scans + (eqn.primitive.name == "scan")

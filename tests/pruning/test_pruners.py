@@ -116,7 +116,7 @@ def test_geometric_levels_and_of_remaining_agree_on_frankle_and_carbins_counts()
     assert [sum(kept(s.masks).values()) - 3 for s in total] == left[:3]
 
 
-def test_of_remaining_goes_on_to_the_floor_and_then_rests():
+def test_of_remaining_prunes_down_to_the_floor_and_then_rests():
     pruner = jp.pruner(jp.scores.magnitude, 0.5, of="remaining", floor=1)
     states = run(pruner, {"kernel": jnp.arange(1.0, 13.0).reshape(3, 4)}, 8)
     assert [sum(kept(s.masks).values()) for s in states] == [6, 3, 1, 1, 1, 1, 1, 1]
@@ -185,7 +185,7 @@ def test_no_selection_outside_the_branch_of_a_due_update():
     assert " sort[" not in str(jaxpr)
 
 
-def test_a_target_the_floor_does_not_allow_is_said():
+def test_a_target_that_the_floor_does_not_allow_is_warned_about():
     params = {"kernel": jnp.ones((2, 2))}
     pruner = jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.95, step=1))
     with pytest.warns(UserWarning, match=r"target is missed \(.* by 1 units\), because floor=1"):
@@ -442,6 +442,6 @@ def test_stop_is_met_to_the_unit_and_changes_nothing_before(scope, of, stop):
     assert int(nm.update(state, {"c": jnp.ones((8, 4))}).masks["c"].sum()) == 24
 
 
-def test_a_stop_that_is_no_sparsity_is_refused():
+def test_a_stop_that_is_not_a_sparsity_is_refused():
     with pytest.raises(ValueError, match=r"stop must be in \[0, 1\)"):
         jp.pruner(jp.scores.magnitude, 0.5, stop=1.0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune.pruning.once import kept_in_each
+from jaxprune.pruning.targets import kept_in_each
 from jaxprune.tree.stacks import join_layers, layer_indices, split_layers
 from tests.support.profile import examples
 

@@ -128,9 +128,9 @@ WRONG = [
     (more("where: !!python/name:os.system"), 5, "prune", "python/name:os.system"),
     (more("where: !!str kernels"), 5, "prune", "tags"),
     (GOOD + "---\n" + GOOD, 5, "", "a second document"),
-    (more("where: [a"), 6, "", "this is no YAML"),
-    (GOOD + "\twhere: a\n", 5, "", "this is no YAML"),
-    (GOOD + '  where: "\\xZZ"\n', 5, "", "this is no YAML"),
+    (more("where: [a"), 6, "", "this is not YAML"),
+    (GOOD + "\twhere: a\n", 5, "", "this is not YAML"),
+    (GOOD + '  where: "\\xZZ"\n', 5, "", "this is not YAML"),
     ("", None, "", "it is empty"),
     ("# nothing\n", None, "", "it is empty"),
 ]  # fmt: skip

@@ -458,7 +458,7 @@ def test_files(tmp_path):
     ):
         jp.recipes.load(path)
     path.write_bytes(b"prune: \xff\xfe")
-    with pytest.raises(jp.recipes.RecipeError, match="this is no text"):
+    with pytest.raises(jp.recipes.RecipeError, match="this is not text"):
         jp.recipes.load(path)
     with pytest.raises(FileNotFoundError):
         jp.recipes.load(tmp_path / "none.yaml")

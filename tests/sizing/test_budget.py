@@ -70,7 +70,7 @@ def same(one, other):
 )
 @settings(deadline=None, max_examples=12, derandomize=True)
 @pytest.mark.filterwarnings("ignore:at_")
-def test_it_is_the_best_of_all_steps(structure, scope, seed, few, floor, masked, share):
+def test_it_finds_the_best_of_all_steps(structure, scope, seed, few, floor, masked, share):
     rng, params = np.random.default_rng(seed), drawn(seed, few)
     before = jax.tree.map(lambda leaf: rng.random(leaf.shape) < (0.8 if masked else 2), params)
     weights = jax.tree.map(lambda leaf: rng.integers(1, 9, leaf.shape), params)
@@ -171,7 +171,7 @@ def test_a_distribution():
         jp.budget(jp.metrics.nonzeros, params, at_most=30, distribution=erk)
 
 
-def test_what_cannot_be_met_and_what_is_met_already():
+def test_budgets_that_cannot_be_met_or_are_met_already():
     params = drawn(4, few=False)
     count = jp.metrics.nonzeros
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Sensitivity analysis: what comes of it, against pruning and evaluating one thing at a time."""
+"""Sensitivity analysis, against pruning and evaluating one tensor at a time."""
 
 import contextlib
 import csv
@@ -78,14 +78,14 @@ def pruning(structure, floor):
 
 
 def units_left(mask, spec):
-    """By unit, whether anything of it is left."""
+    """Return, by unit, whether any of its entries is left."""
     return np.array([any(mask[index] for index in unit) for unit in brute_force.units(mask.shape, spec)])
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @given(seed=st.integers(0, 10**6), few=st.booleans(), floor=st.integers(0, 1), masked=st.booleans())
 @settings(deadline=None, max_examples=10, derandomize=True)
-def test_it_is_pruning_each_alone(structure, seed, few, floor, masked):
+def test_it_equals_pruning_each_tensor_alone(structure, seed, few, floor, masked):
     # Of few different weights many tie.
     params, spec = drawn(seed, *((-1, 2) if few else (-9, 10))), SPECS[structure]
     rng = np.random.default_rng(seed)
@@ -144,7 +144,7 @@ def test_a_handful_of_programs():
     assert (programs, len(traced)) == ([], times)
 
 
-def test_what_was_evaluated_is_not_kept():
+def test_the_evaluated_function_is_not_kept_alive():
     def evaluate(params):
         return params["a"]["kernel"].sum()
 
@@ -157,7 +157,7 @@ def test_what_was_evaluated_is_not_kept():
 
 @contextlib.contextmanager
 def compilations():
-    """The names of what is compiled meanwhile."""
+    """Collect the names of the programs that are compiled meanwhile."""
     names = []
 
     def listen(event, seconds, **about):
@@ -237,7 +237,7 @@ def test_sets_are_pruned_at_one_ratio():
     assert targets == dict.fromkeys(NAMES, 0.5)
 
 
-def test_names_of_groups_are_no_patterns():
+def test_names_of_groups_are_not_read_as_patterns():
     params = {name: jnp.ones(shape) for name, shape in GROUPED.items()}
     structure = jp.structures.channels(jp.channel_groups(coupled, params, X))
     found = jp.sensitivity(
@@ -357,7 +357,7 @@ def test_the_plot(result, tmp_path, monkeypatch):
     result.plot(tmp_path / "found.png")
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install 'jaxprune\[experiments\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'jaxprune\[plots\]'"):
         result.plot(tmp_path / "other.png")
 
 

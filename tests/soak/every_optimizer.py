@@ -16,6 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import count
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -342,6 +343,7 @@ def check_counts(pair: Pair, draws: Draws, history: Any) -> None:
         assert (sums == sums[0]).all(), "the number of kept entries changes"
     if not kind.regrows:
         assert not moves.any(), "masks that are kept move"
+    if not kind.regrows or not pools:  # a kind made from the table of members, whose cadence is not known
         return
     steps = len(moves)
     every, end = max(1, steps // 28), steps // 2
@@ -568,8 +570,8 @@ def left_out(name: str, kind: Kind) -> bool:
     return kind.reads_grads and name in PER_EXAMPLE
 
 
-def dealt(number: int = 0, steps: int = 200) -> dict[str, list[tuple[str, str]]]:
-    """Two kinds, each in one form, for every optimizer: one that shrinks, and one that moves or fixed masks.
+def dealt(number: int = 0, steps: int = 200) -> dict[str, tuple[str, str]]:
+    """Deal a kind, in one form, to every optimizer: of three in a row two get one that shrinks.
 
     Args:
       number: which of the deals; they come round after as many as there are kinds that shrink.
@@ -577,26 +579,27 @@ def dealt(number: int = 0, steps: int = 200) -> dict[str, list[tuple[str, str]]]
     """
     table, hands = kinds(steps), {}
     shrinking = [kind for kind, made in table.items() if made.removed is not None]
-    others = [kind for kind, made in table.items() if made.regrows], ["keep_masked"]
+    others = [kind for kind, made in table.items() if made.removed is None]  # that move, or stay
+    turns = [count(number), count(number)]
     for place, name in enumerate(OPTIMIZERS):
-        hands[name] = []
-        # Of three optimizers in a row one is dealt fixed masks, and the others go on with what moves.
-        turns = (shrinking, place), (others[(place + number) % 3 == 2], place + place // 3)
-        for group, turn in turns:
-            fit = [kind for kind in group if not left_out(name, table[kind])]
-            form = FORMS[0 if name in UNGUARDED else (place + place // 5 + number) % 2]
-            hands[name].append((fit[(turn + number) % len(fit)], form))
+        moves = (place + number) % 3 == 2
+        fit = [kind for kind in (shrinking, others)[moves] if not left_out(name, table[kind])]
+        kind = fit[next(turns[moves]) % len(fit)]
+        form = FORMS[0 if name in UNGUARDED else (place + place // 5 + number) % 2]
+        hands[name] = (kind, form)
     return hands
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--only", help="one optimizer, by the name in optimizers.OPTIMIZERS")
-    parser.add_argument("--kind", help="one kind of pruner, by the name in _pruner_kinds.kinds")
+    parser.add_argument("--kind", help="one kind of pruner, by the name in pruner_kinds.kinds")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--form", choices=FORMS, help="one place of the guard against NaN")
-    parser.add_argument("--deal", type=int, help="only as many pairs as a test has, of this number")
+    parser.add_argument(
+        "--deal", type=int, help="only the pairs that the tests have, in the deal of this number"
+    )
     args = parser.parse_args()
     table = kinds(args.steps)
     for chosen, known in ((args.only, OPTIMIZERS), (args.kind, table)):
@@ -606,7 +609,8 @@ def main() -> None:
         name: [(kind, form) for kind in table for form in FORMS[: 1 if name in UNGUARDED else 2]]
         for name in OPTIMIZERS
     }
-    hands = hands if args.deal is None else dealt(args.deal, args.steps)
+    if args.deal is not None:
+        hands = {name: [pair] for name, pair in dealt(args.deal, args.steps).items()}
     pairs, wrong, lost, start = 0, 0, 0, time.monotonic()
     for name in [args.only] if args.only else OPTIMIZERS:
         outcomes, failed, began = [], [], time.monotonic()

@@ -1,4 +1,4 @@
-"""A deal of the pairs of `every_optimizer.py`, which has all: each optimizer in some kinds of pruner."""
+"""Some of the pairs of `every_optimizer.py`, which runs all of them: each optimizer in one kind of pruner."""
 
 import pytest
 
@@ -18,15 +18,14 @@ def test_the_table_has_all_that_makes_a_pruner():
     assert {kind.by for kind in kinds().values()} == {*makers(), "keep_masked"}
 
 
-def test_every_kind_is_dealt_to_several_optimizers():
-    hands = [pair for hand in dealt().values() for pair in hand]
-    assert all(sum(kind == dealt for dealt, _ in hands) >= 3 for kind in kinds())
-    assert {form for _, form in hands} == {"inside", "around"}
+def test_every_kind_and_form_is_dealt():
+    assert {kind for kind, _ in dealt().values()} == kinds().keys()
+    assert {form for _, form in dealt().values()} == {"inside", "around"}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_is_zero_and_the_rest_trains_as_if_alone_through_bursts_and_restarts(name):
     place = list(OPTIMIZERS).index(name)
-    for kind, form in dealt()[name]:
-        # Orbax is slow, so that each kind goes through it only once or a few times.
-        run_pair(name, kind, form, orbax=place < (1 if kind == "keep_masked" else 16))
+    kind, form = dealt()[name]
+    # Orbax is slow, so the states of only some pairs go through it.
+    run_pair(name, kind, form, orbax=place < 24)

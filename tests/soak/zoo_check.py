@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.graph.compaction import with_state
-from jaxprune.tree.paths import array_leaves
+from jaxprune.graph.equivalence import with_state
+from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import join_layers, split_layers
 from tests.oracles.equivalence import QUICK
 from tests.zoo import ZOO, Case

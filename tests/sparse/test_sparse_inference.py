@@ -15,7 +15,7 @@ from jax import lax
 
 import jaxprune as jp
 from experiments.benchmarks import sparse_inference
-from jaxprune.sparse.choice import Chosen, together
+from jaxprune.sparse.choice import Chosen, fastest_set
 from jaxprune.sparse.forms import FORMS, stored_entries
 
 SCATTERED = ("csr", "padded")
@@ -340,7 +340,7 @@ def test_the_whole_call_decides():
             seen.update({name: {key: one.form for key, one in some.items()} for name, some in sets.items()})
             return {name: gains[name] for name in sets}
 
-        result, gain = together(alone, ruled, time)
+        result, gain = fastest_set(alone, ruled, time)
         assert seen == {
             "all": {"a": "csr", "b": "padded"},
             "clear": {"a": "csr"},
@@ -353,7 +353,9 @@ def test_the_whole_call_decides():
     assert decided(all=0.9, clear=1.4, rule=1.6) == ("cdp", 1.6)
     assert decided(all=0.9, clear=1.01, rule=1.0) == ("ddd", 1.0)
     nothing = {"a": chosen("dense", 0.5)}
-    assert together(nothing, {"a": chosen("dense")}, lambda sets: pytest.fail("nothing to time"))[1] is None
+    assert (
+        fastest_set(nothing, {"a": chosen("dense")}, lambda sets: pytest.fail("nothing to time"))[1] is None
+    )
 
 
 def test_measuring_and_the_rule_give_the_masked_network():

@@ -229,6 +229,22 @@ def test_a_unit_may_span_leaves():
         assert masks["out"].tolist() == [[True] * 4, [True] * 4, [False] * 4]
 
 
+@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_a_structure_of_single_entries_removes_the_same_however_scores_are_read(dtype, elementwise):
+    own = jp.Structure(lambda scores, masks: jp.Units(scores, masks, dict), elementwise=elementwise)
+    scores = {name: jnp.arange(12).reshape(3, 4) * 7 % 5 + start for start, name in enumerate("ab")}
+    scores = {name: leaf.astype(dtype) for name, leaf in scores.items()}
+    params = {name: jnp.ones((3, 4)) for name in scores}
+
+    def masks(scores, structure):
+        return jp.prune_once(params, scores, 0.4, structure=structure, where=everything)
+
+    expected = masks(scores, jp.structures.elements())
+    for found in (masks(scores, own), jax.jit(lambda scores: masks(scores, own))(scores)):
+        assert jax.tree.map(np.array_equal, found, expected) == {"a": True, "b": True}
+
+
 # Bad input
 
 

@@ -39,12 +39,12 @@ _SHIFTS = (-1e9, -86400.0, 0.0, 3600.0, 1e9)
 
 
 def flags(study: str, folder: Path) -> list[str]:
-    """The command line of a study's small run."""
+    """Return the command line of a study's small run."""
     return [*STUDIES[study].split(), *_SMALL, "--out", str(folder)]
 
 
 def kill_at(folder: Path, number: int, word: str = "") -> None:
-    """Kills this process at its n-th change of the files below a folder, just before it.
+    """Kill this process at its n-th change of the files below a folder, just before it.
 
     Args:
       folder: the folder.
@@ -72,13 +72,13 @@ def kill_at(folder: Path, number: int, word: str = "") -> None:
 
 
 def jumping_clock(seed: int) -> None:
-    """Makes this process's clock jump back and forth at every look, by seconds and by decades."""
+    """Make this process's clock jump back and forth at every look, by seconds and by decades."""
     rng, now = random.Random(seed), time.time
     time.time = lambda: now() + rng.choice(_SHIFTS)
 
 
 def study(name: str, folder: Path, log: Path, before: Callable[..., None] | None, args: tuple) -> None:
-    """Runs a study to its end, in a process of its own, with all that it says in a file."""
+    """Run a study to its end, in a process of its own, with all that it says in a file."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -102,21 +102,21 @@ class Runner:
         self._context.set_forkserver_preload([__name__, *(command_module(name).__name__ for name in STUDIES)])
 
     def start(self, target: Callable[..., None], *args: object):
-        """A process that calls a function of a module."""
+        """Return a process that calls a function of a module."""
         process = self._context.Process(target=target, args=args)
         process.start()
         return process
 
     def study(self, name: str, folder: Path, before: Callable[..., None] | None = None, *args: object):
-        """A study's small run; `before(*args)` is called in its process."""
+        """Return a study's small run; `before(*args)` is called in its process."""
         return self.start(study, name, folder, self.log(folder), before, args)
 
     def log(self, folder: Path) -> Path:
-        """What the last run with this folder has said."""
+        """Return what the last run with this folder has said."""
         return self.folder / f"{folder.name}.log"
 
     def finish(self, process, folder: Path, damaged: bool = False) -> None:
-        """Waits for a good end, for which no checkpoint was found damaged unless one may be."""
+        """Wait for a good end, for which no checkpoint was found damaged unless one may be."""
         process.join()
         said = self.log(folder).read_text()
         assert process.exitcode == 0, said[-3000:]
@@ -124,7 +124,7 @@ class Runner:
 
 
 def lines(folder: Path) -> list[dict]:
-    """The lines of a run that has ended, but for where they were written, and by which process."""
+    """Return the lines of a run that has ended, but for where they were written, and by which process."""
     out = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     for line in out:
         del line["command"]
@@ -133,27 +133,27 @@ def lines(folder: Path) -> list[dict]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """The files that belong to the lines of a run that has ended: masks, recipes, networks."""
+    """Return the files that belong to the lines of a run that has ended: masks, recipes, networks."""
     assert not (folder / UNFINISHED).exists()
     kept = [*folder.glob("masks/*"), *folder.glob("recipes/*"), *folder.glob("*.jaxprune")]
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(kept)}
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    """A run that was stopped, and has ended, must be as one that was not, to the bit."""
+    """Return a run that was stopped, and has ended, must be as one that was not, to the bit."""
     assert lines(folder) == lines(whole)
     assert files(folder) == files(whole)
     assert not list(folder.rglob("*tmp*"))
 
 
 def steps(folder: Path) -> list[Path]:
-    """The folders of the checkpoints, the last level of each chain last."""
+    """Return the folders of the checkpoints, the last level of each chain last."""
     found = [path for path in folder.glob("*/*/*") if path.name.isdigit()]
     return sorted(found, key=lambda path: (path.parent, int(path.name)))
 
 
 def damage(step: Path, rng: random.Random) -> str:
-    """Cuts, flips a bit of, empties or deletes one file of a checkpoint, one of the larger ones rather.
+    """Cut, flips a bit of, empties or deletes one file of a checkpoint, one of the larger ones rather.
 
     Returns:
       What was done.
@@ -173,5 +173,5 @@ def damage(step: Path, rng: random.Random) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Removes a folder, if it is there."""
+    """Remove a folder, if it is there."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from experiments.benchmarks import __main__ as benchmarks
 from experiments.benchmarks import files, graph, grouping, latency, lottery, memory, python_calls
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
-from experiments.benchmarks.parts.markdown import markdown, plain
+from experiments.show.tables import markdown, text
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -167,9 +167,9 @@ def test_the_argsort_route_keeps_the_largest():
 def test_tables_have_as_many_columns_as_their_header():
     rows = [("way", "a|b"), ("dense", "1.00")]
     assert markdown(rows).splitlines() == [r"| way | a\|b |", "|---|---:|", "| dense | 1.00 |"]
-    assert plain(rows).splitlines() == ["way     a|b", "dense  1.00"]
+    assert text(rows).splitlines() == ["way     a|b", "dense  1.00"]
     with pytest.raises(ValueError, match="zip"):
-        plain([*rows, ("short",)])
+        text([*rows, ("short",)])
 
 
 def _value(text: str) -> float:

@@ -56,10 +56,10 @@ def is_png(path):
 def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
     # The counts do not depend on the training, so none is done after pruning.
     out = tmp_path / "lenet"
-    flags = "--train-size 128 --test-size 50 --epochs 1 --tune-epochs 0 --seeds 0,1 --timing-runs 1"
+    flags = "--train-size 128 --test-size 50 --epochs 1 --tune-epochs 0 --seeds 0 --timing-runs 1"
     lenet.main([*flags.split(), "--out", str(out)])
     lines = read(out)
-    assert len(lines) == 2 * (1 + 3 * 7)
+    assert len(lines) == 1 + 3 * 7
     assert is_png(out / "accuracy.png")
     dense = lines[0]
     assert dense["method"] == "dense"
@@ -82,12 +82,13 @@ def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
             assert line["alive"] == alive
             assert 21840 / line["nonzero"] == pytest.approx(size, abs=5e-3)
             assert article_macs == pytest.approx(macs, abs=5e-3)
-            if params and line["seed"] == 0:
+            if params:
                 assert (line["compact_params"], line["compact_macs"]) == (params, compact_macs)
                 assert line["compact_accuracy"] == pytest.approx(line["accuracy"])
                 assert line["compact_difference"] < 1e-4
     table = capsys.readouterr().out
     assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
+    assert lenet.summarise(lines, "mnist").count("article") > 1  # a column beside the sentence about it
     assert "480,500" in table
     assert "932,500" in table
     assert "collapsed" in table
@@ -212,24 +213,20 @@ def test_late_rewinding_goes_back_to_an_epoch(tmp_path):
     assert [line["level"] for line in lines] == [0, 1]
     assert [len(line["held_out_losses"]) for line in lines] == [1, 1]  # the last of three epochs
     assert lines[0]["early_stop_epoch"] == 3
-    with pytest.raises(
-        ValueError, match=r"--rewind-epoch: must be 0 or more and below 3 \(--epochs\), got 3"
-    ):
+    with pytest.raises(ValueError, match=r"--rewind-epoch: must be below 3 \(--epochs\), got 3"):
         lottery_ticket.settings(lottery_ticket.Config(**small, epochs=3, rewind_epoch=3))
 
 
 def test_lottery_flags_that_cannot_be_met_are_refused():
     with pytest.raises(ValueError, match="--methods: must be one of ticket, reinit"):
         lottery_ticket.settings(lottery_ticket.Config(methods=("winning",)))
-    with pytest.raises(
-        ValueError, match=r"--branch-levels: must be 1 or more and at most 5 \(--levels\), got 7"
-    ):
+    with pytest.raises(ValueError, match=r"--branch-levels: must be at most 5 \(--levels\), got 7"):
         lottery_ticket.settings(lottery_ticket.Config(levels=5, branch_levels=(3, 7)))
 
 
 def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
     out = tmp_path / "dynamic"
-    flags = "--seeds 0,1 --epochs 15 --sparsities 0.9"
+    flags = "--seeds 0,1 --epochs 8 --sparsities 0.9"
     dynamic_sparse.main([*flags.split(), "--out", str(out)])
     lines = read(out)
     assert [line["method"] for line in lines[::2]] == ["dense", *dynamic_sparse.METHODS]
@@ -308,7 +305,7 @@ def test_connected_follows_paths():
 def test_seeds_spread_over_cores_are_the_seeds_one_by_one():
     code = """
 import jax, jax.numpy as jnp, numpy as np
-from experiments import _train
+from experiments.training import loops
 loops.use_cores((0, 1, 2, 3, 4))
 assert jax.device_count() == min(5, __import__("os").cpu_count()), jax.devices()
 keys = loops.seed_keys((0, 1, 2, 3, 4), purpose=0)
@@ -359,10 +356,12 @@ def test_tables_set_side_by_side_what_fits():
         for m in "abcdef"
         for level in (0, 1, 1)
     ]
-    text = tables.by_method(lines, {0: "dense", 1: "one"}, "level", list("abcdefg"), heading="level")
+    table = tables.by_method(lines, {0: "dense", 1: "one"}, "level", list("abcdefg"), heading="level")
+    text = table.splitlines()
     assert max(map(len, text)) <= 80
-    assert text[0].split() == ["level", "a", "b", "c", "d"]
-    assert text[2].split() == ["one", *["50.10", "+-", "0.00"] * 4]
+    assert text[0].split() == ["level", "a", "b", "c", "d", "e"]
+    assert text[2].split() == ["one", *["50.10", "+-", "0.00"] * 5]
+    assert text[4].split() == ["level", "f", "g"]
     assert text[-2].split()[-1] == "-"  # g has no lines
 
 
@@ -370,12 +369,6 @@ def test_studies_read_mnist_from_the_prepared_folder(tmp_path):
     if not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "mnist").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared MNIST")
     small = {"dataset": "mnist", "train_size": 600, "test_size": 100, "seeds": (0,), "out": str(tmp_path)}
-    config = lenet.Config(
-        **small, preset="sane", amounts=(0.5,), rounds=1, tune_epochs=1, epochs=12, timing_runs=0
-    )
-    lines = lenet.run(config)
-    assert lines[0]["accuracy"] > 0.3
-    assert "article" in lenet.summarise(lines, "mnist")
     lines = gradual.run(gradual.Config(**small, epochs=2, tune_epochs=1, end_epoch=1, sparsities=(0.5,)))
     assert lines[0]["accuracy"] > 0.6
     lines = lottery_ticket.run(

@@ -49,7 +49,7 @@ MASKS = {"kernel": np.arange(12).reshape(3, 4) % 3 == 0}
 
 def toy(folder, config=Config(), **options):
     """What a study does: something trained once, units of lines, masks, a network."""
-    with Results(folder, "toy", config, **{"go_on": True, **options}) as results:
+    with Results(folder, "toy", config, **{"resume": True, **options}) as results:
         dense = results.once("dense", lambda: {"w": np.arange(5.0) * config.lr})
         for unit in range(UNITS):
             if not results.done(unit=unit):
@@ -205,7 +205,7 @@ def test_a_lottery_run_stopped_in_every_way_ends_bit_identical(runner, whole, tm
     assert process.exitcode == 143
     said = runner.log(broken).read_text()
     assert "Stopped by SIGTERM. " in said
-    assert "The same command goes on from there." in said
+    assert "The same command resumes from there." in said
     assert "Traceback" not in said
     assert not list(broken.rglob("*tmp*"))
 
@@ -292,7 +292,7 @@ def test_lines_that_are_damaged_are_refused(tmp_path):
         toy_stopped(tmp_path)
     file = tmp_path / "unfinished" / "results.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"unit"', b"unit", 1))
-    with pytest.raises(SystemExit, match=r"results.jsonl cannot be gone on with .* or --fresh to start over"):
+    with pytest.raises(SystemExit, match=r"results.jsonl cannot be resumed from .* or --fresh to start over"):
         toy(tmp_path)
     assert len(toy(tmp_path, resume=False)) == 2 * UNITS
 

@@ -180,17 +180,31 @@ def test_a_switch_can_be_turned_off_again():
 
 
 @pytest.mark.parametrize("name", lenet.METHODS)
-def test_the_founding_studys_recipes_are_its_rounds(name):
-    method, key = lenet.METHODS[name], jax.random.key(1)
+def test_the_founding_studys_recipes_prune_a_fraction_of_what_remains(name):
+    score, structure, where, units = {
+        "random": (jp.scores.random, jp.structures.elements(), jp.kernels, np.size),
+        "l1": (jp.scores.magnitude, jp.structures.elements(), jp.kernels, np.size),
+        "structured": (
+            jp.scores.magnitude,
+            jp.structures.slices(axis=-1, norm=1),
+            jp.matching("conv1/kernel", "conv2/kernel", "fc1/kernel"),
+            lambda kernel: kernel.shape[-1],
+        ),
+    }[name]
+    key = jax.random.key(1)
     rng = np.random.default_rng(0)
     shapes = {"conv1": (2, 2, 5, 10), "conv2": (2, 2, 5, 10), "fc1": (20, 10), "fc2": (20, 10)}
     params = {layer: {"kernel": jnp.asarray(rng.normal(size=s), jnp.float32)} for layer, s in shapes.items()}
     pruner, masks = lenet.recipe(name, 0.3).pruner(params), jp.ones_masks(params)
-    state, left = pruner.init(params), method.sizes(params)
+    paths = zip(jp.leaf_paths(params), jax.tree.leaves(params), strict=True)
+    state, left = pruner.init(params), {path: units(leaf) for path, leaf in paths if where(path, leaf)}
     for _ in range(2):
         counts = {path: jp.selection.removed_count(0.3, n) for path, n in left.items()}
         left = {path: n - counts[path] for path, n in left.items()}
-        masks = method.prune(params, masks, key, counts)
+        masks = jp.prune_once(
+            params, score, count=counts, scope="layerwise", where=where,
+            structure=structure, masks=masks, floor=0, key=key,
+        )  # fmt: skip
         state = pruner.update(state, params, key=key)
         equal(state.masks, masks)
 

@@ -18,8 +18,9 @@ from hypothesis.extra import numpy as hnp
 from experiments.report import command, groups
 from experiments.report import masks as masks_of
 from experiments.report import read as reading
-from experiments.report.masks import blocks, filters, input_pixels
+from experiments.report.design import Axis, Design
 from experiments.run.results import Results, layers
+from jaxprune import plots
 from tests.support.browser import Browser, NoBrowser
 
 
@@ -95,10 +96,24 @@ def made(folder, *results, markdown=False):
     return (page, out.with_suffix(".md").read_text()) if markdown else page
 
 
+DESIGN = Design(
+    factors=("method",),
+    levels=("sparsity",),
+    figures=("accuracy", "params"),
+    percent=("sparsity", "accuracy"),
+    baseline={"method": "dense"},
+    axes=(Axis("compression (parameters)", "params", "dense / x"), Axis("sparsity", "sparsity", "x")),
+)
+
+
 def study(seeds=(0, 1, 2), methods=("small", "large"), levels=(0.5, 0.9), **config):
     """Lines as a study's, with figures drawn at random."""
     rng = np.random.default_rng(0)
-    common = {"study": "toy", "config": {"dataset": "digits", "seeds": list(seeds), "lr": 0.1, **config}}
+    common = {
+        "study": "toy",
+        "config": {"dataset": "digits", "seeds": list(seeds), "lr": 0.1, **config},
+        "design": DESIGN.as_json(),
+    }
     runs = [("dense", 0.0), *((method, level) for method in methods for level in levels)]
     return [
         {
@@ -180,7 +195,7 @@ def test_the_same_results_make_the_same_bytes(tmp_path):
 
 def parted(lines):
     read = [reading._line(reading.Path("x.jsonl"), 1, json.dumps(line).encode()) for line in lines]
-    return groups.parts(read)
+    return groups.parts(reading.Section("x", {}, read))
 
 
 ROLES = {
@@ -238,6 +253,32 @@ def test_factors_levels_and_figures_are_told_apart(name):
     assert [(part.factors, part.levels, part.figures) for part in parted(lines)] == expected
 
 
+def test_a_study_declares_the_roles_of_its_fields():
+    """What is declared holds, whatever the values look like: here they are whole, and differ by seed."""
+    design = Design(("figure", "method"), ("sparsity",), ("accuracy",), baseline={"method": "dense"})
+    lines = [
+        {"figure": "drop", "layer": "fc1", "sparsity": 1, "seed": s, "drop": s, "design": design.as_json()}
+        for s in (0, 1)
+    ] + [
+        {
+            "figure": "end",
+            "method": m,
+            "id": f"{m}{s}",
+            "sparsity": s,
+            "seed": s,
+            "loss": 3 * s,
+            "accuracy": 7,
+        }
+        for m in ("dense", "small")
+        for s in (0, 1)
+    ]
+    drop, end = parted(lines)
+    assert (drop.factors, drop.levels, drop.figures) == ([], [], ["drop"])
+    assert (end.factors, end.levels, end.figures) == (["method"], ["sparsity"], ["accuracy", "loss"])
+    assert end.remarks == ["id"]
+    assert [group.baseline for group in end.groups] == [True, True, False, False]
+
+
 def test_runs_whose_settings_differ_are_not_averaged(tmp_path):
     lines = [
         *study(seeds=(0, 1), lr=0.1, out="a", methods=("small",)),
@@ -263,6 +304,7 @@ def test_what_is_missing_or_not_finite_is_said(tmp_path):
     figures = {"a0": (0.5, 1), "a1": (0.7, float("nan")), "b0": (None, float("inf")), "b1": (0.1, 2)}
     lines = [
         {"method": key[0], "seed": int(key[1]), "accuracy": a, "loss": b, "note": "of noise"}
+        | {"design": DESIGN.as_json()}
         for key, (a, b) in figures.items()
     ]
     lines += [dict(lines[0]), {"method": "c", "seed": 0, "accuracy": float("nan"), "note": "of noise"}]
@@ -330,12 +372,12 @@ def test_blocks_average_every_entry_once(mask, most):
     matrix = mask.reshape(-1, mask.shape[-1])
     rows, columns = (np.array_split(np.arange(n), min(most, n)) for n in matrix.shape)
     expected = [[matrix[np.ix_(r, c)].mean() for c in columns] for r in rows]
-    np.testing.assert_allclose(blocks(mask, most), expected)
+    np.testing.assert_allclose(plots._blocks(mask, most), expected)
 
 
 def test_filters_stand_in_rows_of_inputs():
     mask = np.random.default_rng(0).random((3, 2, 4, 5)) < 0.5
-    image = filters(mask)
+    image = plots._filters(mask)
     assert image.shape == (4 * 4 - 1, 5 * 3 - 1)
     for i in range(4):
         for o in range(5):
@@ -346,8 +388,8 @@ def test_filters_stand_in_rows_of_inputs():
 def test_inputs_are_pixels_where_they_form_a_square():
     mask = np.random.default_rng(0).random((75, 7)) < 0.5
     expected = [[mask.reshape(5, 5, 3, 7)[i, j].mean() for j in range(5)] for i in range(5)]
-    np.testing.assert_allclose(input_pixels(mask), expected)
-    assert input_pixels(mask[:74]) is None
+    np.testing.assert_allclose(plots._input_pixels(mask), expected)
+    assert plots._input_pixels(mask[:74]) is None
 
 
 def failure(capsys, tmp_path, *arguments):
@@ -451,7 +493,7 @@ def test_any_lines_make_a_valid_page(tmp_path_factory, lines):
     page, _ = made(folder, file, markdown=True)
     # Every line is in one row.
     sections = reading.sections(reading.read([file])[0])
-    rows = [group for section in sections for part in groups.parts(section.lines) for group in part.groups]
+    rows = [group for section in sections for part in groups.parts(section) for group in part.groups]
     assert sorted(line.number for row in rows for line in row.lines) == list(range(1, len(lines) + 1))
     assert page.tags["script"] == 0
     assert all(link.startswith(("#", "data:")) for link in page.links)
@@ -487,16 +529,17 @@ def browser(tmp_path_factory):
 def test_a_browser_shows_it_whole_and_runs_nothing(browser, tmp_path):
     lines = study(methods=("small", "large", HOSTILE, '"><img src=x onerror="document.title=1">'))
     tree = {"fc1/kernel": np.random.default_rng(0).random((784, 30)) < 0.1}
-    with Results(tmp_path / HOSTILE.replace("/", "|"), HOSTILE, Config()) as results:
+    with Results(tmp_path / HOSTILE.replace("/", "|"), HOSTILE, Config(), design=DESIGN) as results:
         file = results.keep_masks("small", tree)
         for line in lines:
-            own = {k: v for k, v in line.items() if k not in ("study", "config", "versions", "command")}
+            own = {
+                k: v for k, v in line.items() if k not in ("study", "config", "versions", "command", "design")
+            }
             results.write(**own, layers=layers(tree), **({"masks": file} if line["sparsity"] == 0.9 else {}))
         results.write(method="javascript:alert(1)", seed=0, sparsity=0.5, accuracy=0.5, **{"long " * 40: 1.5})
     write(tmp_path / "other.jsonl", study(study=HOSTILE))
     made(tmp_path, tmp_path)
     for width in (390, 1280):
-        browser.events.clear()
         browser.open(tmp_path / "report.html", width, dark=width == 390)
         assert browser.run("document.title").startswith("Results of ")
         # Nothing is wider than the window but tables, which scroll in their boxes.
@@ -531,11 +574,10 @@ def test_a_browser_shows_it_whole_and_runs_nothing(browser, tmp_path):
         assert browser.run("document.querySelectorAll('style').length") == 1
         assert browser.run("[...document.querySelectorAll('*')].every(x => !x.onerror && !x.onload)")
         assert HOSTILE in browser.run("document.body.innerText")
-        requests = [p["request"]["url"] for m, p in browser.events if m == "Network.requestWillBeSent"]
+        requests = browser.requests()
         assert requests[0] == (tmp_path / "report.html").as_uri()
         assert all(url.startswith("data:") for url in requests[1:])
-        complaints = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
-        assert [event for event in browser.events if event[0] in complaints] == []
+        assert browser.complaints() == []
 
 
 def test_a_copy_of_results_is_noticed(tmp_path):

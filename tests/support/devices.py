@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def on_eight_devices(code: str) -> str:
-    """What some code prints, in a process of its own: the number of devices is fixed when JAX starts.
+    """Return what some code prints, in a process of its own: the number of devices is fixed when JAX starts.
 
     Raises:
       AssertionError: it failed, or printed that something did; warnings are errors.

@@ -21,7 +21,7 @@ _BRANCHES = re.compile(
 
 
 def moved(text):
-    """Each collective as (kind, entries of its result), of a tuple the largest."""
+    """Return each collective as (kind, entries of its result), of a tuple the largest."""
     found = []
     for match in _COLLECTIVE.finditer(text):
         sizes = [math.prod(int(n) for n in dims.split(",") if n) for dims in _SHAPE.findall(match[1])]
@@ -30,14 +30,14 @@ def moved(text):
 
 
 def check_small(text, most):
-    """Raises AssertionError if a collective's result has more entries than `most`, or anything is sorted."""
+    """Raise AssertionError if a collective's result has more entries than `most`, or anything is sorted."""
     large = [(kind, size) for kind, size in moved(text) if size > most]
     assert not large, f"moves more than {most} entries: {large}"
     assert not re.search(r"\bsort\(", text), "sorts"
 
 
 def branches(text):
-    """The part of a program that runs on a condition: all computations that its branches reach."""
+    """Return the part of a program that runs on a condition: all computations that its branches reach."""
     computations, name = {}, None
     for line in text.splitlines():
         if head := _HEAD.match(line):

@@ -1,4 +1,4 @@
-"""How many examples hypothesis draws: as many as a test says, or in `golden.py` as many as are asked for."""
+"""How many examples hypothesis draws: as the test says, or as `tests.soak.golden --examples` asks."""
 
 import os
 
@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, settings
 
 
 def examples(number, share=1):
-    """Settings for a property.
+    """Return the settings of a property.
 
     Args:
       number: of examples; the same ones in every run.

@@ -11,7 +11,7 @@ if tuple(map(int, re.findall(r"\d+", version("jaxlib"))[:2])) < (0, 11):
 
 
 def compile_quickly() -> None:
-    """Sets them, before JAX starts, unless XLA_FLAGS of one's own are there.
+    """Set them, before JAX starts, unless XLA_FLAGS of one's own are there.
 
     Compiling takes a quarter of the time. The passes that rewrite and fuse operations, which are those that
     could break a zero, are left alone.

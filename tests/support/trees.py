@@ -23,13 +23,13 @@ Build = Callable[[Sequence[dict[str, Any]]], Any]
 
 
 def _renamed(layer: dict[str, Any]) -> dict[str, Any]:
-    """A layer under names whose alphabetical order is not that of its leaves."""
+    """Return a layer under names whose alphabetical order is not that of its leaves."""
     names = {"bias": "offset", "kernel": "kernel", "scale": "gamma"}
     return {names[name]: leaf for name, leaf in layer.items()}
 
 
 def _scattered(layers: Sequence[Any], nothing: Callable[[], Any]) -> list[Any]:
-    """The layers at indices of one digit and of two, so that "10" sorts before "2"."""
+    """Return the layers at indices of one digit and of two, so that "10" sorts before "2"."""
     places = {2: (2, 10), 3: (2, 9, 10), 4: (2, 9, 10, 11)}[len(layers)]
     return [layers[places.index(n)] if n in places else nothing() for n in range(places[-1] + 1)]
 
@@ -131,7 +131,7 @@ SORTS: dict[str, Build] = {
 
 
 def _names(number: int) -> dict[str, Any]:
-    """The plain dict with so many leaves, each leaf its path."""
+    """Return the plain dict with so many leaves, each leaf its path."""
     layers = {
         5: {"a": ("bias", "kernel", "scale"), "b": ("bias", "kernel")},
         10: {
@@ -157,23 +157,23 @@ def _numbered(names: dict[str, Any]) -> list[dict[str, int]]:
 
 
 def of_sort(sort: str | None, tree: Any) -> Any:
-    """A plain dict's leaves in a tree of a sort; for None, the dict itself."""
+    """Return a plain dict's leaves in a tree of a sort; for None, the dict itself."""
     leaves = jax.tree.leaves(tree)
     return tree if sort is None else _structure(sort, len(leaves)).unflatten(leaves)
 
 
 def plain(tree: Any) -> dict[str, Any]:
-    """The plain dict that a tree of any sort, or a list of its leaves, was made from."""
+    """Return the plain dict that a tree of any sort, or a list of its leaves, was made from."""
     leaves = jax.tree.leaves(tree)
     return jax.tree.structure(_names(len(leaves))).unflatten(leaves)
 
 
 def by_role(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of any sort, by their paths in the plain dict."""
+    """Return the leaves of a tree of any sort, by their paths in the plain dict."""
     leaves = jax.tree.leaves(tree)
     return dict(zip(jax.tree.leaves(_names(len(leaves))), leaves, strict=True))
 
 
 def path_of(tree: Any, role: str) -> str:
-    """The path in a tree of any sort of the leaf that has a path in the plain dict."""
+    """Return the path in a tree of any sort of the leaf that has a path in the plain dict."""
     return dict(zip(by_role(tree), jp.leaf_paths(tree), strict=True))[role]

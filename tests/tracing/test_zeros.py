@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+import jaxprune as jp
 from jaxprune.tracing.zeros import zero_where
-from jaxprune.training.optimizer import twins
+from jaxprune.tree.mirrors import match_leaves_to_params
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
 
@@ -48,7 +49,7 @@ def test_rules():
 def test_of_optimizers(optimizer, zeros):
     """What is said to be 0 is; and of those in daily use, it is said."""
     given = (PARAMS, optimizer.init(PARAMS), PARAMS)
-    indices = twins(given, PARAMS)
+    indices = match_leaves_to_params(given, PARAMS)
     keep = [np.array([[1, 0, 1], [0, 1, 1]]), np.array([[0, 1, 1], [1, 0, 1]])]
     rng = np.random.default_rng(0)
     leaves, treedef = jax.tree.flatten(given)
@@ -64,8 +65,19 @@ def test_of_optimizers(optimizer, zeros):
     found = of(update, [frozenset() if i is None else frozenset({i}) for i in indices], *given)
     after = update(*given)
     said = []
-    for leaf, where, i in zip(jax.tree.leaves(after), found, twins(after, PARAMS), strict=True):
+    for leaf, where, i in zip(
+        jax.tree.leaves(after), found, match_leaves_to_params(after, PARAMS), strict=True
+    ):
         if i is not None:
             said.append(where is None or i in where)
             assert not said[-1] or not np.asarray(leaf)[keep[i] == 0].any()
     assert said and all(said) == zeros
+
+
+def test_an_optimizer_that_holds_its_learning_rate_as_an_array():
+    # A JAX array that is a constant of the jaxpr has a value, but operations on it are traced.
+    pruner = jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.5, step=3))
+    for rate in (0.1, jnp.asarray(0.1)):
+        tx = jp.wrap_optax(optax.sgd(rate), pruner)
+        updates, _ = jax.jit(tx.update)(PARAMS, tx.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(updates["a"], -0.1)

@@ -1,4 +1,4 @@
-"""Lottery tickets: against a loop written out by hand, under jit and vmap, and what is refused."""
+"""Lottery tickets, against a loop written out by hand, under jit and vmap; and what is refused."""
 
 import itertools
 import operator
@@ -149,7 +149,7 @@ def test_a_level_is_traced_once_and_what_is_measured_is_stacked():
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
-def test_a_run_goes_on_after_any_ticket(stop):
+def test_a_run_resumes_after_any_ticket(stop):
     whole = list(jp.lottery_ticket(TRAIN, init(jax.random.key(0)), PRUNER, 4))
     # As a checkpoint gives it back: the level and the sparsity are arrays.
     saved = jax.tree.map(np.asarray, whole[stop])
@@ -229,9 +229,9 @@ def test_rewind_puts_the_new_masks_into_a_saved_state():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 7), st.floats(0, 1))
-def test_shuffled_masks_keep_their_counts(seed, rows, columns, density):
-    rng = np.random.default_rng(seed)
+@given(st.integers(0, 2**31), st.sampled_from([(1, 7), (9, 1), (8, 5)]), st.floats(0, 1))
+def test_shuffled_masks_keep_their_counts(seed, shape, density):
+    rng, (rows, columns) = np.random.default_rng(seed), shape
     masks = {"kernel": jnp.asarray(rng.random((rows, columns)) < density), "bias": jnp.ones(columns, bool)}
     key = jax.random.key(seed)
     whole, within = jp.shuffled_masks(key, masks), jp.shuffled_masks(key, masks, within=-1)
@@ -386,7 +386,7 @@ def test_training_that_returns_another_tree_is_named():
         next(jp.lottery_ticket(lambda p, m: {"a": p["a"]}, params, PRUNER, 3))
 
 
-def test_a_level_that_removes_nothing_is_said():
+def test_a_level_that_removes_nothing_is_warned_about():
     params = init(jax.random.key(0))
     pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.5, stop=0.6))
     tickets = jp.lottery_ticket(TRAIN, params, pruner, 4)

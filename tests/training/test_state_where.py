@@ -123,7 +123,7 @@ def test_regrown_entries_leave_preconditioners_alone():
     np.testing.assert_array_equal(lefts[1], lefts[0])  # no step is taken where masks move
 
 
-def test_rewind_and_compaction_leave_out_what_is_no_mirror():
+def test_rewind_and_compaction_leave_out_leaves_that_mirror_no_param():
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 2))}
     state = ShampooState(params, {"left": {"a": jnp.full((4, 4), 2.0)}})
     masks = jp.ones_masks(params)

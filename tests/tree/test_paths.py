@@ -9,7 +9,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 import jaxprune as jp
-from jaxprune.tree.paths import match_leaves_to_params
+from jaxprune.tree.mirrors import match_leaves_to_params
 
 
 class Vit(nn.Module):

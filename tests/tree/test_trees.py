@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune.graph.compaction import bind
+from jaxprune.graph.binding import bind
 from tests.contracts.checks import printed, same
 from tests.contracts.problem import (
     DEEP,

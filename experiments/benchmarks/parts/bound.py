@@ -23,7 +23,7 @@ class Parts:
     def __init__(
         self, data: Mapping[str, Any], params: Mapping[str, Any], batch_size: int, steps: int, lr: float
     ):
-        """Takes the fields of a `loops.Split` and the params of one seed, in numpy."""
+        """Take the fields of a `loops.Split` and the params of one seed, in numpy."""
         # Before JAX counts the cores, so that it makes no threads for others.
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -34,7 +34,7 @@ class Parts:
         self.masks = jp.ones_masks(self.params)
 
     def measure(self, repeats: int) -> dict[str, list[float]]:
-        """Fractions of the full step, one per round."""
+        """Return fractions of the full step, one per round."""
         adam = optax.adam(self.lr)
         masked = jp.keep_masked(adam, self.masks)
         programs = {
@@ -77,7 +77,7 @@ class Parts:
         }
 
     def epoch(self, tx: optax.GradientTransformation) -> Callable[[], Any]:
-        """The step of the studies, with some optimizer."""
+        """Return the step of the studies, with some optimizer."""
 
         @jax.jit
         def run(params, opt_state, split):
@@ -87,7 +87,7 @@ class Parts:
         return lambda: jax.block_until_ready(run(self.params, opt_state, self.split))
 
     def updates(self, tx: optax.GradientTransformation) -> Callable[[], Any]:
-        """The optimizer alone."""
+        """Return the optimizer alone."""
 
         def step(carry, _):
             params, opt_state, grads = carry
@@ -99,7 +99,7 @@ class Parts:
         return self.scanned(step, (self.params, tx.init(self.params), jax.tree.map(jnp.sin, self.params)))
 
     def gather(self) -> Callable[[], Any]:
-        """Batches picked in a random order."""
+        """Return batches picked in a random order."""
         shape = (self.steps, self.batch_size)
         order = jax.random.permutation(self.key, len(self.split.y)).reshape(shape)
 
@@ -111,7 +111,7 @@ class Parts:
         return lambda: jax.block_until_ready(run(self.split, order))
 
     def matmuls(self) -> Callable[[], Any]:
-        """The products of forward and backward pass, of what they have in a step."""
+        """Return the products of forward and backward pass, of what they have in a step."""
         kernels = [self.params[name]["kernel"] for name in sorted(self.params)]
         rows = self.batch_size
         ins = [jax.random.normal(self.key, (rows, kernel.shape[0])) for kernel in kernels]
@@ -128,7 +128,7 @@ class Parts:
         return self.scanned(step, (kernels, ins, outs, (*made, [jnp.zeros_like(x) for x in ins[1:]])))
 
     def axpy(self) -> Callable[[], Any]:
-        """The loop y += a x."""
+        """Return the loop y += a x."""
         x = jnp.ones(vector(self.params))
 
         def step(carry, _):
@@ -138,33 +138,33 @@ class Parts:
         return self.scanned(step, (x, jnp.zeros_like(x)))
 
     def square(self) -> Callable[[], Any]:
-        """A product of large square matrices."""
+        """Return a product of large square matrices."""
         x = jnp.eye(_SIDE)
         return self.scanned(lambda y, _: (y @ x, None), jax.random.normal(self.key, x.shape))
 
     def scanned(self, step: Callable, carry: Any) -> Callable[[], Any]:
-        """As many steps as a level has, compiled."""
+        """Compile as many steps as a level has."""
         run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=self.steps)[0])
         return lambda: jax.block_until_ready(run(carry))
 
 
 def size(params: Any) -> int:
-    """The number of params."""
+    """Return the number of params."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def adam_bytes(params: Any) -> int:
-    """What a masked Adam step must read (p, g, m, v: 4 bytes each, mask: 1) and write (p, m, v)."""
+    """Return what a masked Adam step must read (p, g, m, v: 4 bytes each, mask: 1) and write (p, m, v)."""
     return size(params) * (4 * 4 + 1 + 3 * 4)
 
 
 def vector(params: Any) -> int:
-    """The length of two float32 vectors that take as much memory as p, g, m, v and masks."""
+    """Return the length of two float32 vectors that take as much memory as p, g, m, v and masks."""
     return size(params) * (4 * 4 + 1) // 8
 
 
 def flops(params: Any, batch_size: int) -> int:
-    """2 mnk for each product of a step of a perceptron; images have no gradient."""
+    """Return the floating-point operations of a perceptron's step: 2 mnk for each product."""
     kernels = [params[name]["kernel"].size for name in sorted(params)]
     return 2 * batch_size * (2 * sum(kernels) + sum(kernels[1:]))
 

@@ -28,7 +28,7 @@ class JaxRuns:
         batch_size: int,
         lr: float,
     ):
-        """Places the data and the initial params.
+        """Place the data and the initial params.
 
         Args:
           way: "spread" (over the devices), "vmap", or "alone" (one by one).
@@ -66,11 +66,11 @@ class JaxRuns:
         self.compiled = run
 
     def devices(self) -> int:
-        """How many devices JAX sees."""
+        """Return how many devices JAX sees."""
         return jax.device_count()
 
     def run(self) -> Any:
-        """The runs of all seeds, to their end."""
+        """Return the runs of all seeds, to their end."""
         if self.way != "alone":
             return jax.block_until_ready(self.compiled(self.params, self.keys, self.split))
         each = []
@@ -80,7 +80,7 @@ class JaxRuns:
         return each
 
     def outcome(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Masks by kernel, and trained params: (seeds, levels + 1, ...). Compiles the run."""
+        """Return masks by kernel, and trained params: (seeds, levels + 1, ...). Compiles the run."""
         got = self.run()
         if self.way == "alone":
             got = jax.tree.map(lambda *seeds: np.stack(seeds), *got)
@@ -88,37 +88,37 @@ class JaxRuns:
         return {f"{name}/kernel": np.asarray(mask) for name, mask in masks.items()}, by_path(params)
 
     def measure(self) -> float:
-        """Seconds that the runs of all seeds take."""
+        """Return the seconds that the runs of all seeds take."""
         began = time.perf_counter()
         self.run()
         return time.perf_counter() - began
 
 
 def on_device(data: Mapping[str, Any]) -> loops.Split:
-    """The images, where JAX has them."""
+    """Return the images, where JAX has them."""
     return loops.Split(jnp.asarray(data["x"]), jnp.asarray(data["y"]), data["mean"], data["std"])
 
 
 def train_keys(seeds: tuple[int, ...]) -> jax.Array:
-    """Keys of the training, one per seed."""
+    """Return keys of the training, one per seed."""
     return loops.seed_keys(seeds, purpose=1)
 
 
 def initial(data: Mapping[str, Any], seeds: tuple[int, ...]) -> Any:
-    """Initial params in numpy, with a leading seed axis."""
+    """Return the initial params in numpy, with a leading seed axis."""
     keys = loops.seed_keys(seeds, purpose=0)
     made = jax.jit(lambda keys, split: loops.init(MLP(), split, keys))(keys, on_device(data))
     return jax.tree.map(np.asarray, made)
 
 
 def batches(seeds: tuple[int, ...], steps: int, batch_size: int) -> np.ndarray:
-    """The images of each step in the order that `loops.epoch` draws: (seeds, steps, batch)."""
+    """Return the images of each step in the order that `loops.epoch` draws: (seeds, steps, batch)."""
     order = jax.jit(lambda key: jax.random.permutation(jax.random.split(key)[0], steps * batch_size))
     return np.stack([order(key) for key in train_keys(seeds)]).reshape(len(seeds), steps, batch_size)
 
 
 def by_path(params: Any) -> dict[str, np.ndarray]:
-    """The leaves as numpy arrays, by "fc1/kernel" and so on."""
+    """Return the leaves as numpy arrays, by "fc1/kernel" and so on."""
     return {
         f"{layer}/{name}": np.asarray(leaf) for layer, own in params.items() for name, leaf in own.items()
     }

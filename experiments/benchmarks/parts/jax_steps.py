@@ -19,7 +19,7 @@ SPARSITY = 0.9
 
 
 def network(params: Any, x: jax.Array) -> jax.Array:
-    """A perceptron with relu between its layers: (batch, in) -> (batch, out)."""
+    """Return a perceptron with relu between its layers: (batch, in) -> (batch, out)."""
     for number in range(len(params)):
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
@@ -27,7 +27,7 @@ def network(params: Any, x: jax.Array) -> jax.Array:
 
 
 def init(key: jax.Array, widths: tuple[int, ...]) -> Any:
-    """Its params, with He's initialisation."""
+    """Return its params, with He's initialisation."""
     keys = jax.random.split(key, len(widths) - 1)
     return {
         f"layer{number}": {
@@ -39,12 +39,12 @@ def init(key: jax.Array, widths: tuple[int, ...]) -> Any:
 
 
 def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(network(params, x), y).mean()
 
 
 def train_step(tx: optax.GradientTransformation) -> Step:
-    """`step(params, opt_state, x, y)` with any optimizer."""
+    """Return `step(params, opt_state, x, y)` with any optimizer."""
 
     def step(params: Any, opt_state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
         grads = jax.grad(loss)(params, x, y)
@@ -66,7 +66,7 @@ class ArgsortState(NamedTuple):
 
 
 def argsort_masks(params: Any, sparsity: jax.Array) -> Any:
-    """Global masks as jaxpruner makes them: one vector of all magnitudes, argsorted, and scattered to."""
+    """Return global masks made as jaxpruner makes them: by an argsort of one vector of all magnitudes."""
     kernels = {name: layer["kernel"] for name, layer in params.items()}
     scores = jnp.concatenate([jnp.abs(kernel).ravel() for kernel in kernels.values()])
     kept = jnp.round((1 - sparsity) * scores.size).astype(jnp.int32)
@@ -78,7 +78,7 @@ def argsort_masks(params: Any, sparsity: jax.Array) -> Any:
 
 
 def argsort_step(tx: optax.GradientTransformation, schedule: Callable[[Any], Any]) -> tuple[Callable, Step]:
-    """`init(params)` and a step that multiplies by masks, updated under `lax.cond` by an argsort."""
+    """Return `init(params)` and a step that multiplies by masks, updated under `lax.cond` by an argsort."""
 
     def begin(params: Any) -> ArgsortState:
         masks = {name: jnp.ones(layer["kernel"].shape, jnp.uint8) for name, layer in params.items()}
@@ -111,7 +111,7 @@ class Contender:
     """A compiled step with its own params and state, which it overwrites."""
 
     def __init__(self, begin: Callable, step: Step, params: Any, x: Any, y: Any, seeds: int):
-        """Compiles the step; `seeds` runs side by side by vmap, or one for 0."""
+        """Compile the step; `seeds` runs side by side by vmap, or one for 0."""
         self.traces = 0
 
         def counted(*arguments: Any) -> tuple[Any, Any]:
@@ -128,7 +128,7 @@ class Contender:
         self.traces = 0
 
     def steps(self, count: int) -> float:
-        """Seconds per step, of so many in a row; nothing goes to the host or comes from it."""
+        """Return the seconds per step, of so many in a row; nothing goes to the host or comes from it."""
         with jax.transfer_guard("disallow"):
             began = time.perf_counter()
             for _ in range(count):
@@ -137,20 +137,20 @@ class Contender:
             return (time.perf_counter() - began) / count
 
     def plain(self, count: int) -> float:
-        """Seconds per step in which no masks are updated."""
+        """Return the seconds per step in which no masks are updated."""
         if count >= EVERY:
             raise ValueError(f"of {count} steps in a row one would update masks; at most {EVERY - 1}.")
         self._set_clock(self.updated * EVERY)
         return self.steps(count)
 
     def update(self) -> float:
-        """Seconds of a step in which masks are updated, as the schedule goes on."""
+        """Return the seconds of a step in which masks are updated, as the schedule goes on."""
         self.updated += 1
         self._set_clock(self.updated * EVERY - 1)
         return self.steps(1)
 
     def _set_clock(self, number: int) -> None:
-        """Makes the next step number + 1, for whoever updates masks."""
+        """Make the next step number + 1, for whoever updates masks."""
         params, opt_state = self.state
         clock = optax.tree.get(opt_state, "step", None)
         if clock is not None:
@@ -158,7 +158,7 @@ class Contender:
         jax.block_until_ready(self.state)
 
     def facts(self) -> dict[str, Any]:
-        """What needs no clock: of the compiled program, how often it was traced, zeros at the end."""
+        """Return what needs no clock: of the compiled program, how often it was traced, zeros at the end."""
         header = self.text.partition("\n")[0]
         kernels = [layer["kernel"] for layer in self.state[0].values()]
         return {
@@ -175,7 +175,7 @@ class JaxSteps:
     """All contenders in JAX on one network, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, seeds: int, ways: tuple[str, ...], updates: int):
-        """Makes and compiles them.
+        """Make and compiles them.
 
         Args:
           widths: of the network, from its inputs to its outputs.
@@ -210,13 +210,13 @@ class JaxSteps:
             self.contenders[way] = Contender(begin, step, params, x, y, seeds)
 
     def plain(self, way: str, count: int) -> float:
-        """Seconds of a step in which no masks are updated."""
+        """Return the seconds of a step in which no masks are updated."""
         return self.contenders[way].plain(count)
 
     def update(self, way: str) -> float:
-        """Seconds of a step in which masks are updated."""
+        """Return the seconds of a step in which masks are updated."""
         return self.contenders[way].update()
 
     def facts(self, way: str) -> dict[str, Any]:
-        """What needs no clock: of the compiled program, how often it was traced, zeros at the end."""
+        """Return what needs no clock: of the compiled program, how often it was traced, zeros at the end."""
         return self.contenders[way].facts()

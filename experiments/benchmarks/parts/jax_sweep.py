@@ -12,7 +12,7 @@ from experiments.benchmarks.parts.jax_steps import init, network
 
 
 def correct(params: Any, data: Any) -> jax.Array:
-    """The share of rows whose largest logit is the label's."""
+    """Return the share of rows whose largest logit is the label's."""
     x, y = data
     return jnp.mean(network(params, x).argmax(-1) == y)
 
@@ -21,7 +21,7 @@ class JaxSweep:
     """A perceptron, its copies of several seeds and data, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, seeds: int, levels: tuple[float, ...]):
-        """Makes them and compiles nothing yet."""
+        """Make them and compiles nothing yet."""
         self.levels = levels
         x = jax.random.normal(jax.random.key(1), (batch, widths[0]))
         self.data = x, jax.random.randint(jax.random.key(2), (batch,), 0, widths[-1])
@@ -45,22 +45,22 @@ class JaxSweep:
         self.evaluate = jax.jit(correct)
 
     def measure(self, way: str) -> float:
-        """Seconds of a sweep."""
+        """Return the seconds of a sweep."""
         began = time.perf_counter()
         self.figures(way)
         return time.perf_counter() - began
 
     def figures(self, way: str) -> list[list[float]]:
-        """Accuracies: of each tensor by level, or of each seed by level."""
+        """Return accuracies: of each tensor by level, or of each seed by level."""
         return getattr(self, way)()
 
     def tensors(self) -> list[list[float]]:
-        """One tensor at a time, from one ranking: jp.sensitivity."""
+        """Return one tensor at a time, from one ranking: jp.sensitivity."""
         found = jp.sensitivity(correct, self.each[0], self.data, levels=self.levels)
         return [[point.metric for point in found.of(name)] for name in self.kernels]
 
     def tensors_one_by_one(self) -> list[list[float]]:
-        """One tensor at a time, each level pruned and evaluated by itself."""
+        """Return one tensor at a time, each level pruned and evaluated by itself."""
 
         def accuracy(name: str, level: float) -> float:
             params = self.each[0]
@@ -70,9 +70,9 @@ class JaxSweep:
         return [[accuracy(name, level) for level in self.levels] for name in self.kernels]
 
     def seeds(self) -> list[list[float]]:
-        """All seeds and levels of global sparsity in one program: vmap over seeds, a loop over levels."""
+        """Sweep all seeds and levels of global sparsity in one program: a vmap and a loop over levels."""
         return self.curves(self.params, self.counts, self.data).tolist()
 
     def seeds_one_by_one(self) -> list[list[float]]:
-        """Each seed and level a call of one compiled program."""
+        """Return each seed and level a call of one compiled program."""
         return [[float(self.point(one, count, self.data)) for count in self.counts] for one in self.each]

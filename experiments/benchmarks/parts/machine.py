@@ -9,7 +9,7 @@ import jax
 
 
 def machine() -> str:
-    """The processor, its cores that this process may use, the device and the versions.
+    """Return the processor, its cores that this process may use, the device and the versions.
 
     Example:
       >>> from experiments.benchmarks.parts.machine import machine
@@ -25,7 +25,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it in a file, other systems through Python."""
+    """Return the processor's name; Linux tells it in a file, other systems through Python."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

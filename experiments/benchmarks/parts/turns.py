@@ -27,7 +27,7 @@ class Worker:
     """
 
     def __init__(self, target: str, **settings: Any):
-        """Starts the process and makes the object.
+        """Start the process and makes the object.
 
         Args:
           target: "module:Class".
@@ -46,19 +46,19 @@ class Worker:
         self._owed = True
 
     def ask(self, method: str, *args: Any) -> None:
-        """Calls a method without waiting for its result, which `answer` then gives."""
+        """Call a method without waiting for its result, which `answer` then gives."""
         if self._owed:
             self.answer()
         self._pipe.send((method, args))
         self._owed = True
 
     def __call__(self, method: str, *args: Any) -> Any:
-        """The method's result."""
+        """Return the method's result."""
         self.ask(method, *args)
         return self.answer()
 
     def answer(self) -> Any:
-        """The result of what was asked for last. Raises RuntimeError, with the worker's traceback."""
+        """Return the result of what was asked for last. Raises RuntimeError, with the worker's traceback."""
         self._owed = False
         try:
             done, result = self._pipe.recv()
@@ -78,7 +78,7 @@ class Worker:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process runs: makes the object, then calls its methods until the pipe closes."""
+    """Return what a worker process runs: makes the object, then calls its methods until the pipe closes."""
     with Connection(descriptor) as pipe:
         made: Any = None
         while True:

@@ -17,7 +17,7 @@ class Peer:
     """
 
     def __init__(self, library: str, kernels: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray):
-        """Takes kernels of (inputs, outputs), biases and the input.
+        """Take kernels of (inputs, outputs), biases and the input.
 
         Args:
           library: "scipy" or "torch".
@@ -29,11 +29,11 @@ class Peer:
         self.run()
 
     def output(self) -> np.ndarray:
-        """What the network gives."""
+        """Return what the network gives."""
         return np.asarray(self.run())
 
     def measure(self) -> float:
-        """Seconds of a call, over as many in a row as take about two milliseconds."""
+        """Return the seconds of a call, over as many in a row as take about two milliseconds."""
         start = time.perf_counter()
         self.run()
         repeats = max(1, math.ceil(2e-3 / max(time.perf_counter() - start, 1e-9)))

@@ -10,7 +10,7 @@ class TorchChannels:
     """The dense network and a pruned copy, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, share: float):
-        """Makes both; half of each group of coupled channels goes, by L2 norms."""
+        """Make both; half of each group of coupled channels goes, by L2 norms."""
         self.torch: Any = importlib.import_module("torch")
         tp: Any = importlib.import_module("torch_pruning")
         self.torch.manual_seed(0)
@@ -21,7 +21,7 @@ class TorchChannels:
         self.macs = [count(model, self.x[:1])[0] for model in (self.dense, self.small)]
 
     def measure(self, rounds: int) -> dict[str, Any]:
-        """MACs' ratio, speed-ups by round, and the time to prune in dense forward passes."""
+        """Return the ratio of MACs, speed-ups by round, and the time to prune in dense forward passes."""
         times: dict[str, list[float]] = {"dense": [], "small": []}
         with self.torch.no_grad():
             for number in range(-2, rounds):
@@ -51,7 +51,7 @@ class TorchChannels:
         return time.perf_counter() - began
 
     def _resnet20(self, widths: tuple[int, ...]) -> Any:
-        """As `experiments.networks.large.ResNet(20)`, with projections."""
+        """Return the network of `experiments.networks.large.ResNet(20)`, with projections."""
         nn = self.torch.nn
 
         def conv(m: int, n: int, side: int, stride: int) -> Any:

@@ -24,7 +24,7 @@ class TorchLoop:
         levels: int,
         lr: float,
     ):
-        """Takes the data and what each seed begins from.
+        """Take the data and what each seed begins from.
 
         Args:
           images: float32 (n, pixels), normalised.
@@ -44,15 +44,15 @@ class TorchLoop:
         self.rates, self.levels, self.lr = rates, levels, lr
 
     def version(self) -> str:
-        """PyTorch's version."""
+        """Return PyTorch's version."""
         return self.torch.__version__
 
     def trial(self, threads: int, adam: dict[str, bool], steps: int) -> float:
-        """Seconds that a few steps of the dense network and of a pruned one take."""
+        """Return the seconds that a few steps of the dense network and of a pruned one take."""
         return self._timed(threads, adam, lambda: self._seed(0, adam, min(self.levels, 1), steps))
 
     def measure(self, threads: int, adam: dict[str, bool]) -> float:
-        """Seconds that the runs of all seeds take, one after another."""
+        """Return the seconds that the runs of all seeds take, one after another."""
 
         def run():
             for seed in range(len(self.weights)):
@@ -61,7 +61,7 @@ class TorchLoop:
         return self._timed(threads, adam, run)
 
     def outcome(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Masks by kernel, and trained params: (seeds, levels + 1, ...), in JAX's layout."""
+        """Return masks by kernel, and trained params: (seeds, levels + 1, ...), in JAX's layout."""
         seeds = [self._seed(seed, {}, self.levels, None) for seed in range(len(self.weights))]
         masks, params = (
             {
@@ -80,7 +80,7 @@ class TorchLoop:
         return time.perf_counter() - began
 
     def _seed(self, seed: int, adam: dict[str, bool], levels: int, steps: int | None) -> list[tuple]:
-        """The run of one seed; what each level's masks and trained params were."""
+        """Return the run of one seed; what each level's masks and trained params were."""
         torch, nn, start = self.torch, self.torch.nn, self.weights[seed]
         layers = {name.split("/")[0]: rate for name, rate in self.rates.items()}
         modules = []

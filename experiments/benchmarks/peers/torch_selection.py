@@ -11,7 +11,7 @@ class TorchSelection:
     """The same kernels, in a worker process."""
 
     def __init__(self, shapes: list[tuple[int, ...]], seed: int, sparsity: float):
-        """Makes the kernels."""
+        """Make the kernels."""
         self.torch: Any = importlib.import_module("torch")
         self.prune = importlib.import_module("torch.nn.utils.prune")
         rng = np.random.default_rng(seed)
@@ -20,7 +20,7 @@ class TorchSelection:
         self.sparsity = sparsity
 
     def seconds(self, way: str) -> float:
-        """Seconds that masks take: by `global_unstructured`, or a threshold by `topk`."""
+        """Return the seconds that masks take: by `global_unstructured`, or a threshold by `topk`."""
         layers = []
         for kernel in self.kernels:
             layer = self.torch.nn.Module()

@@ -10,7 +10,7 @@ class TorchSteps:
     """Two copies of a perceptron, one of them pruned, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, sparsity: float):
-        """Makes them; Adam is the fused one, which is the quickest on a CPU."""
+        """Make them; Adam is the fused one, which is the quickest on a CPU."""
         torch: Any = importlib.import_module("torch")
         self.torch, self.prune = torch, importlib.import_module("torch.nn.utils.prune")
         torch.set_flush_denormal(True)
@@ -28,14 +28,14 @@ class TorchSteps:
             self.adams[way] = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def plain(self, way: str, count: int) -> float:
-        """Seconds of a step; what is pruned is multiplied by its masks in each forward pass."""
+        """Return the seconds of a step; what is pruned is multiplied by its masks in each forward pass."""
         began = time.perf_counter()
         for _ in range(count):
             self._step(way)
         return (time.perf_counter() - began) / count
 
     def update(self, way: str) -> float:
-        """Seconds of a step in which a little more is pruned, globally."""
+        """Return the seconds of a step in which a little more is pruned, globally."""
         began = time.perf_counter()
         self._remove(self.models[way], 0.01)
         self._step(way)

@@ -158,7 +158,7 @@ def _mlp(rng: np.random.Generator) -> Case:
 
 
 def _recurrent(rng: np.random.Generator) -> Case:
-    """A GRU under `lax.scan`, as equinox' documentation has it."""
+    """Return a GRU under `lax.scan`, as equinox' documentation has it."""
     eqx = module("equinox")
     keys = jax.random.split(_KEY(0), 3)
     model = (

@@ -232,7 +232,7 @@ def _build(rng: np.random.Generator, name: str) -> Case:
 
 
 def _shape(name: str) -> dict[str, Any]:
-    """What some classes need to make their params, whose default is a full-size input."""
+    """Return what some classes need to make their params, whose default is a full-size input."""
     if "Wav2Vec2" in name:
         return {"input_shape": (1, 800)}
     if "BigBird" in name:
@@ -299,7 +299,7 @@ def _two(rng: np.random.Generator, kind: str) -> Case:
 
 @contextmanager
 def old_clip() -> Iterator[None]:
-    """Lets `jnp.clip` take `a_min` and `a_max`, which transformers' T5 uses and JAX has renamed."""
+    """Let `jnp.clip` take `a_min` and `a_max`, which transformers' T5 uses and JAX has renamed."""
     clip = jnp.clip
 
     @wraps(clip)

@@ -18,7 +18,7 @@ def keras_case(
     lists: bool = False,
     whole_numbers: bool = False,
 ) -> Case:
-    """A built Keras model; all its floating variables are params, by path unless as two lists.
+    """Return a built Keras model; all its floating variables are params, by path unless as two lists.
 
     Args:
       rng: of the values.

@@ -356,7 +356,7 @@ _PLAIN: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def _inputs(rng: np.random.Generator, model: Any) -> Any:
-    """Inputs for a functional model, by the names and shapes of what it takes."""
+    """Return inputs for a functional model, by the names and shapes of what it takes."""
 
     def one(name: str, spec: Any) -> jax.Array:
         name = f"{name} {spec.name}"

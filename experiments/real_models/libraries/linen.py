@@ -64,7 +64,7 @@ def _controlnet(rng: np.random.Generator) -> Case:
 
 @contextmanager
 def old_reshape() -> Iterator[None]:
-    """Lets `jnp.reshape` take `newshape`, which flaxmodels uses and JAX has renamed."""
+    """Let `jnp.reshape` take `newshape`, which flaxmodels uses and JAX has renamed."""
     reshape = jnp.reshape
 
     @wraps(reshape)
@@ -259,7 +259,7 @@ def _netket(rng: np.random.Generator, kind: str) -> Case:
 
 
 def _e3nn(rng: np.random.Generator) -> Case:
-    """Equivariant layers between scalars, vectors and the harmonics of a direction."""
+    """Build equivariant layers between scalars, vectors and the harmonics of a direction."""
     e3nn, nn = module("e3nn_jax"), module("flax.linen")
 
     class Net(nn.Module):

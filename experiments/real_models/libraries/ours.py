@@ -96,7 +96,7 @@ def _nnx_stack(rng: np.random.Generator) -> Case:
 
 
 def _llama(rng: np.random.Generator, stacked: str) -> Case:
-    """A decoder of plain arrays with grouped queries, whose blocks are scanned, indexed or listed."""
+    """Return a decoder of plain arrays with grouped queries, whose blocks are scanned, indexed or listed."""
     d, size, shared = _WIDTH, 8, 2
     block = {
         "norm1": (d,),
@@ -154,7 +154,7 @@ def _llama(rng: np.random.Generator, stacked: str) -> Case:
 
 
 def _experts(rng: np.random.Generator, how: str) -> Case:
-    """Two of four experts for each token: all are computed and weighted, or tokens are sorted by them."""
+    """Build two of four experts for each token, by weighting all or by sorting the tokens."""
     d, count, chosen = _WIDTH, 4, 2
     shapes = {
         "embed": (_VOCABULARY, d),
@@ -198,7 +198,7 @@ def _experts(rng: np.random.Generator, how: str) -> Case:
 
 
 def _linear_recurrence(rng: np.random.Generator, how: str) -> Case:
-    """A diagonal linear recurrence between two layers: by an associative scan, a scan, or an FFT."""
+    """Return a diagonal linear recurrence between two layers: by an associative scan, a scan, or an FFT."""
     d, state = 12, 20
     shapes = {
         "first": (6, d),

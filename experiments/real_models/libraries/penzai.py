@@ -15,7 +15,7 @@ _VOCABULARY, _TIME = 64, 8
 
 
 def _case(rng: np.random.Generator, model: Any, call: Callable[..., Any], *inputs: jax.Array) -> Case:
-    """A model as a function of its parameters, by their labels."""
+    """Return a model as a function of its parameters, by their labels."""
     pz = module("penzai.pz")
     unbound, frozen = pz.unbind_params(model, freeze=True)
     tree = jax.tree.structure(frozen)

@@ -1,16 +1,36 @@
-"""The axis graph: which slices of which axes have to stay. Plain numpy, free of jax.
+"""The axis graph: which slices of which axes have to be kept. Plain numpy, free of jax.
 
-A node is one axis of one value. Constraints say how the kept slices of nodes hang together:
+A node is one axis of one value. Constraints relate the kept slices of nodes:
 
-- `same(a, b)`: slice i of one stays exactly if slice i of the other does;
-- `link(a, ia, b, ib)`: slice `ia[n]` of a stays exactly if slice `ib[n]` of b does;
-- `product(m, factors)`: m is the row-major product of the factors, and slice (i, j, ...) of it
-  stays exactly if slice i of the first, j of the second, ... all do;
-- `cover(a, b)`: slice i of a stays if slice i of b does, but it may stay without;
-- `pin(a, why)`: all slices stay.
+- `same(a, b)`: slice i of a is kept exactly if slice i of b is;
+- `link(a, ia, b, ib)`: slice `ia[n]` of a is kept exactly if slice `ib[n]` of b is;
+- `product(flat, factors)`: `flat` is the row-major product of the factors, and its slice (i, j, ...) is
+  kept exactly if slice i of the first factor, slice j of the second, ... are all kept;
+- `cover(superset, subset)`: slice i of `superset` is kept if slice i of `subset` is, but not only then;
+- `pin(a, why)`: all slices of a are kept.
 
-`AxisGraph.solve` takes seeds, slices that have to stay, and returns the least set of slices that
-holds them and obeys all constraints. More seeds are therefore always safe.
+`AxisGraph.solve` takes seeds, slices that have to be kept, and returns the least set of slices that
+contains them and satisfies all constraints.
+
+Why there is a least set, and why the order in which it is computed does not matter
+-----------------------------------------------------------------------------------
+Write a[i] for "slice i of node a is kept". Every constraint is a set of implications whose premises and
+conclusions are such statements, none of them negated (Horn clauses):
+
+    same, link       a[i] -> b[j]              b[j] -> a[i]
+    product          f[i] and g[j] -> m[i, j]  m[i, j] -> f[i]   m[i, j] -> g[j]
+    cover            b[i] -> a[i]
+    pin, seed        -> a[i]
+
+Call a set of slices closed if it satisfies all of them. The intersection of two closed sets is closed: if
+the premises of a clause lie in both sets, its conclusion lies in both. So the intersection of all closed
+sets is itself closed, and no closed set is smaller: it is the solution, and the only one.
+
+`_propagate` finds it. It starts with the pins and the seeds and adds a conclusion only when its premises are
+there, so by induction every slice that it adds lies in every closed set. It ends, since slices are only ever
+added, and when it ends nothing is left to add: the set is closed. A closed set that lies in all closed sets
+is the least one, in whatever order the clauses were applied. For the same reason more pins or seeds can only
+enlarge the solution, so it is always safe to add some.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,11 +42,11 @@ Vector = np.ndarray
 """A bool vector with one entry for each slice of an axis."""
 
 State = Vector | Literal[True]
-"""Which slices of an axis stay: a `Vector` with a False in it, or True for all of them."""
+"""Which slices of an axis are kept: a `Vector` with a False in it, or True for all of them."""
 
 
 class Link(NamedTuple):
-    """Slice `ia[n]` of node a stays exactly if slice `ib[n]` of node b does."""
+    """Slice `ia[n]` of node a is kept exactly if slice `ib[n]` of node b is."""
 
     a: int
     ia: np.ndarray
@@ -35,17 +55,17 @@ class Link(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Node `whole` is the row-major product of the nodes `factors`."""
+    """Node `flat` is the row-major product of the nodes `factors`."""
 
-    whole: int
+    flat: int
     factors: tuple[int, ...]
 
 
 class Cover(NamedTuple):
-    """Slice i of node `whole` stays if slice i of node `part` does."""
+    """Slice i of node `superset` is kept if slice i of node `subset` is."""
 
-    whole: int
-    part: int
+    superset: int
+    subset: int
     may_tie: bool
 
 
@@ -53,37 +73,37 @@ Constraint = Link | Product | Cover
 
 
 class Solution:
-    """A solution: for every node of the graph it came from, the slices that stay."""
+    """For every node of a graph, the slices that are kept."""
 
     def __init__(self, find: Callable[[int], int], states: dict[int, State]):
         self._find, self._states = find, states
 
     def state(self, node: int) -> State:
-        """True where all slices of the node stay, else which of them."""
+        """Return True if all slices of the node are kept, else a vector of those that are."""
         return self._states[self._find(node)]
 
     def full(self, node: int) -> bool:
-        """Whether all slices of the node stay."""
+        """Whether all slices of the node are kept."""
         return self.state(node) is True
 
     def indices(self, node: int) -> np.ndarray | None:
-        """The slices that stay, in order; None for all of them."""
+        """Return the kept slices, in order; None for all of them."""
         state = self.state(node)
         return None if state is True else np.flatnonzero(state)
 
 
 class AxisGraph:
-    """Nodes and constraints; grown by the calls below, then solved as often as one likes.
+    """Nodes and constraints: add them by the methods below, and solve as often as needed.
 
-    A size may be anything that is not an `int` (a symbolic dimension): such a node is pinned.
+    A size need not be an `int`; a node whose size is not (a symbolic dimension) is pinned.
 
     Example:
       >>> import numpy as np
-      >>> from jaxprune.graph.axes import AxisGraph
+      >>> from jaxprune.graph.engine.axes import AxisGraph
       >>> graph = AxisGraph()
       >>> heads, width, flat = graph.node(2), graph.node(3), graph.node(6)
       >>> graph.product(flat, [heads, width])
-      >>> graph.pin(width, "all of it is read")
+      >>> graph.pin(width, "an output reads all of it")
       >>> seed = np.array([False, False, False, False, True, False])
       >>> graph.solve([(flat, seed)]).state(flat).tolist()
       [False, False, False, True, True, True]
@@ -100,7 +120,7 @@ class AxisGraph:
         self._pinned: dict[int, State] | None = None
 
     def copy(self) -> "AxisGraph":
-        """A graph of its own with the same nodes and constraints, to pin more in."""
+        """Return a graph with the same nodes and constraints, to which more can be added."""
         other = AxisGraph()
         other.sizes, other._parent = list(self.sizes), list(self._parent)
         other._links, other._products = list(self._links), list(self._products)
@@ -109,7 +129,7 @@ class AxisGraph:
         return other
 
     def node(self, size: Any) -> int:
-        """A new node. Nodes of size 1, and of a size that is no integer, are pinned."""
+        """Add a node. A node of size 1, or whose size is not an integer, is pinned."""
         index = len(self.sizes)
         self.sizes.append(size)
         self._parent.append(index)
@@ -120,7 +140,7 @@ class AxisGraph:
         return index
 
     def find(self, node: int) -> int:
-        """The node that stands for all that are `same` as this one."""
+        """Return the root of a node: the node that stands for all that are the `same`."""
         root = node
         while self._parent[root] != root:
             root = self._parent[root]
@@ -129,10 +149,10 @@ class AxisGraph:
         return root
 
     def same(self, a: int, b: int) -> None:
-        """Two nodes keep the same slices.
+        """Make two nodes keep the same slices.
 
         Raises:
-          ValueError: they have different sizes.
+          ValueError: the nodes have different sizes.
         """
         ra, rb = self.find(a), self.find(b)
         if ra == rb:
@@ -143,59 +163,59 @@ class AxisGraph:
         self._parent[high] = low
         if high in self._pins:
             self._pins.setdefault(low, self._pins.pop(high))
-        self._forget()
+        self._invalidate()
 
     def link(self, a: int, ia: np.ndarray, b: int, ib: np.ndarray) -> None:
-        """Slice `ia[n]` of a stays exactly if slice `ib[n]` of b does."""
+        """Keep slice `ia[n]` of a exactly if slice `ib[n]` of b is kept."""
         self._links.append(Link(a, np.asarray(ia), b, np.asarray(ib)))
-        self._forget()
+        self._invalidate()
 
-    def product(self, whole: int, factors: Sequence[int]) -> None:
-        """A node is the row-major product of others.
+    def product(self, flat: int, factors: Sequence[int]) -> None:
+        """Make a node the row-major product of others.
 
         Raises:
-          ValueError: the sizes do not multiply.
+          ValueError: the sizes of the factors do not multiply to the size of the node.
         """
         if len(factors) == 1:
-            return self.same(whole, factors[0])
-        if self.sizes[whole] != np.prod([self.sizes[factor] for factor in factors], dtype=np.int64):
+            return self.same(flat, factors[0])
+        if self.sizes[flat] != np.prod([self.sizes[factor] for factor in factors], dtype=np.int64):
             sizes = [self.sizes[factor] for factor in factors]
-            raise ValueError(f"an axis of size {self.sizes[whole]} is not the product of {sizes}.")
-        self._products.append(Product(whole, tuple(factors)))
-        self._forget()
+            raise ValueError(f"an axis of size {self.sizes[flat]} is not the product of {sizes}.")
+        self._products.append(Product(flat, tuple(factors)))
+        self._invalidate()
         return None
 
-    def cover(self, whole: int, part: int, may_tie: bool = False) -> None:
-        """Slice i of `whole` stays if slice i of `part` does: several parts may differ.
+    def cover(self, superset: int, subset: int, may_tie: bool = False) -> None:
+        """Keep slice i of `superset` if slice i of `subset` is kept; a superset may have several subsets.
 
         Args:
-          whole, part: the nodes.
-          may_tie: whether the two may be made the same where that serves better; see `covers`.
+          superset, subset: the nodes.
+          may_tie: whether the two may be made the same where that serves better; see `readers.tie_readers`.
 
         Raises:
-          ValueError: they have different sizes.
+          ValueError: the nodes have different sizes.
         """
-        if self.sizes[whole] != self.sizes[part]:
-            sizes = self.sizes[whole], self.sizes[part]
-            raise ValueError(f"an axis of size {sizes[1]} cannot be part of one of size {sizes[0]}.")
-        self._covers.append(Cover(whole, part, may_tie))
-        self._forget()
+        if self.sizes[superset] != self.sizes[subset]:
+            sizes = self.sizes[superset], self.sizes[subset]
+            raise ValueError(f"an axis of size {sizes[0]} cannot cover one of size {sizes[1]}.")
+        self._covers.append(Cover(superset, subset, may_tie))
+        self._invalidate()
 
-    def covers(self) -> list[Cover]:
-        """The covers that may be tied, and are not."""
-        return [c for c in self._covers if c.may_tie and self.find(c.whole) != self.find(c.part)]
+    def untied_covers(self) -> list[Cover]:
+        """Return the covers whose nodes may be tied, and are not yet."""
+        return [c for c in self._covers if c.may_tie and self.find(c.superset) != self.find(c.subset)]
 
     def pin(self, node: int, why: Any) -> None:
-        """All slices of a node stay; `why` is kept for `why_pinned`."""
+        """Keep all slices of a node; `why_pinned` returns `why`."""
         self._pins.setdefault(self.find(node), why)
-        self._forget()
+        self._invalidate()
 
     def why_pinned(self, node: int, index: int | None = None) -> Any:
-        """Why a slice of a node stays whatever the seeds are, or None if it need not.
+        """Return why a slice of a node is kept whatever the seeds are; None if it need not be.
 
         Args:
           node: the node.
-          index: the slice; None asks whether any slice has to stay.
+          index: the slice; None asks about any slice of the node.
         """
         state = self._pinned_states()[self.find(node)]
         if index is not None and state is not True and not state[index]:
@@ -203,34 +223,31 @@ class AxisGraph:
         return self._why.get(self.find(node))
 
     def always_kept(self) -> Solution:
-        """What stays whatever the seeds are."""
+        """Return the solution without seeds: what is kept whatever the seeds are."""
         return Solution(self.find, self._pinned_states())
 
     def solve(self, seeds: Iterable[tuple[int, State]], never_empty: bool = True) -> Solution:
-        """The least set of slices that holds the pins and the seeds and obeys all constraints.
+        """Return the least set of slices that contains pins and seeds and satisfies all constraints.
 
         Args:
-          seeds: nodes and which of their slices have to stay.
-          never_empty: an axis of which nothing would stay keeps its first slice.
-
-        Returns:
-          The solution.
+          seeds: nodes, each with those of its slices that have to be kept.
+          never_empty: whether an axis that would lose all of its slices keeps the first.
         """
         states: dict[int, State] = {
             root: True if s is True else s.copy() for root, s in self._pinned_states().items()
         }
         work = [root for node, state in seeds if self._add(states, root := self.find(node), state)]
-        self._close(states, work)
+        self._propagate(states, work)
         if never_empty:
             for root in list(states):
                 state = states[root]
                 if state is not True and not state.any():
                     state[0] = True
-                    self._close(states, [root])
+                    self._propagate(states, [root])
         return Solution(self.find, states)
 
     def free_products(self) -> list[Product]:
-        """The products of which two or more factors could lose slices."""
+        """Return the products of which two or more factors could lose slices."""
         states = self._pinned_states()
 
         def free(node: int) -> bool:
@@ -239,7 +256,7 @@ class AxisGraph:
         return [p for p in self._products if sum(map(free, p.factors)) > 1]
 
     def components(self, covers: bool = True) -> Callable[[int], int]:
-        """A function that numbers nodes: two have the same number if constraints join them.
+        """Return a function that numbers nodes: two have the same number if constraints join them.
 
         Args:
           covers: whether a cover joins its nodes.
@@ -250,22 +267,27 @@ class AxisGraph:
             joined.same(link.a, link.b)
         for product in self._products:
             for factor in product.factors:
-                joined.same(product.whole, factor)
+                joined.same(product.flat, factor)
         for cover in self._covers if covers else ():
-            joined.same(cover.whole, cover.part)
+            joined.same(cover.superset, cover.subset)
         return joined.find
 
     def units(self) -> dict[int, np.ndarray]:
-        """Which slices can only go together.
+        """Return which slices can only be removed together.
 
         Returns:
-          For each root node that can lose slices a vector of labels: slices of one label, of
-          whatever node, form a unit; -1 marks slices that always stay. A cover joins none: pin its
-          `whole`, which goes with no unit alone.
+          For each root that can lose slices, a vector of labels: slices with the same label, of whatever
+          nodes, form a unit; -1 marks slices that are always kept. A cover joins no units: pin its
+          `superset`, which belongs to no unit.
 
         Raises:
           ValueError: there are `free_products`, which make the answer ambiguous.
         """
+        # With one free factor f (the others are pinned, so that their slices can be left out of the
+        # premises) a product says f[i] <-> m[i, j] for all j. Then, but for covers, every clause is an
+        # equivalence of two slices, and what can only be removed together are the connected components of
+        # these equivalences. Each slice starts with a label of its own, and the lowest label spreads along
+        # equivalences until nothing changes.
         if ambiguous := self.free_products():
             raise ValueError(f"pin all but one factor of each product first; there are {len(ambiguous)}.")
         states = self._pinned_states()
@@ -278,14 +300,14 @@ class AxisGraph:
         while work:
             root = work.pop()
             for constraint in self._touching_root(root):
-                for other in self._lower_labels(constraint, labels):
+                for other in self._spread_labels(constraint, labels):
                     if other not in work:
                         work.append(other)
         return labels
 
     # Everything below works on roots and on the states of one solution.
 
-    def _forget(self) -> None:
+    def _invalidate(self) -> None:
         self._touching = self._pinned = None
 
     def _touching_root(self, root: int) -> list[Constraint]:
@@ -295,10 +317,10 @@ class AxisGraph:
                 for node in {self.find(link.a), self.find(link.b)}:
                     self._touching.setdefault(node, []).append(link)
             for product in self._products:
-                for node in {self.find(n) for n in (product.whole, *product.factors)}:
+                for node in {self.find(n) for n in (product.flat, *product.factors)}:
                     self._touching.setdefault(node, []).append(product)
             for cover in self._covers:
-                self._touching.setdefault(self.find(cover.part), []).append(cover)
+                self._touching.setdefault(self.find(cover.subset), []).append(cover)
         return self._touching.get(root, [])
 
     def _pinned_states(self) -> dict[int, State]:
@@ -308,12 +330,12 @@ class AxisGraph:
             states: dict[int, State] = {
                 root: True if root in self._pins else np.zeros(self.sizes[root], bool) for root in roots
             }
-            self._close(states, list(self._pins), self._why)
+            self._propagate(states, list(self._pins), self._why)
             self._pinned = states
         return self._pinned
 
     def _add(self, states: dict[int, State], root: int, more: State) -> bool:
-        """Adds slices to those kept of a root; whether any was new."""
+        """Add slices to those kept of a root; return whether any was new."""
         state = states[root]
         if state is True:
             return False
@@ -325,50 +347,58 @@ class AxisGraph:
         states[root] = state | more
         return True
 
-    def _close(self, states: dict[int, State], work: list[int], why: dict[int, Any] | None = None) -> None:
-        """Keeps what the constraints ask for, starting from the roots that changed."""
+    def _propagate(
+        self, states: dict[int, State], work: list[int], why: dict[int, Any] | None = None
+    ) -> None:
+        """Add what follows from the constraints, starting at the roots that changed.
+
+        Only constraints that touch a changed root can have new consequences, so no others are looked at.
+        """
         while work:
             root = work.pop()
             for constraint in self._touching_root(root):
-                for other, state in self._asked(constraint, root, states):
+                for other, state in self._implied(constraint, root, states):
                     if self._add(states, other, state):
                         work.append(other)
                         if why is not None:
                             why.setdefault(other, why.get(root))
 
-    def _asked(self, constraint: Constraint, root: int, states: dict[int, State]) -> list[tuple[int, State]]:
-        """What a constraint asks of the other nodes, given what is kept of one root."""
+    def _implied(
+        self, constraint: Constraint, root: int, states: dict[int, State]
+    ) -> list[tuple[int, State]]:
+        """Return the slices of other nodes that a constraint asks for, given what is kept of one root."""
+        implied: list[tuple[int, State]] = []
         if isinstance(constraint, Cover):
-            return [(self.find(constraint.whole), states[root])]
+            return [(self.find(constraint.superset), states[root])]
         if isinstance(constraint, Link):
-            asked = []
             for here, i, there, j in (constraint, Link(*constraint[2:], *constraint[:2])):
                 here, there = self.find(here), self.find(there)
                 if here == root and states[there] is not True:
                     state, more = states[here], np.zeros(self.sizes[there], bool)
                     more[j[np.ones(len(i), bool) if state is True else state[i]]] = True
-                    asked.append((there, more))
-            return asked
-        whole, factors = self.find(constraint.whole), [self.find(f) for f in constraint.factors]
-        asked = []
-        if whole == root and not all(states[f] is True for f in factors):
-            state = states[whole]
+                    implied.append((there, more))
+            return implied
+        flat, factors = self.find(constraint.flat), [self.find(f) for f in constraint.factors]
+        if flat == root and not all(states[f] is True for f in factors):
+            state = states[flat]
             if state is True:
-                asked += [(f, True) for f in factors]
+                implied.extend((f, True) for f in factors)
             else:
+                # Slice i of a factor has to be kept if any slice (..., i, ...) of the product is.
                 grid = state.reshape([self.sizes[f] for f in factors])
-                axes = range(len(factors))
-                asked += [(f, grid.any(axis=tuple(a for a in axes if a != n))) for n, f in enumerate(factors)]
-        if root in factors and states[whole] is not True:
+                for n, factor in enumerate(factors):
+                    others = tuple(a for a in range(len(factors)) if a != n)
+                    implied.append((factor, np.asarray(grid.any(axis=others))))
+        if root in factors and states[flat] is not True:
             if all(states[f] is True for f in factors):
-                asked.append((whole, True))
+                implied.append((flat, True))
             else:
                 vectors = [np.ones(self.sizes[f], bool) if (s := states[f]) is True else s for f in factors]
-                asked.append((whole, outer_and(vectors)))
-        return asked
+                implied.append((flat, outer_and(vectors)))
+        return implied
 
-    def _lower_labels(self, constraint: Constraint, labels: dict[int, np.ndarray]) -> list[int]:
-        """Gives what a constraint joins the lowest of its labels; the roots that changed."""
+    def _spread_labels(self, constraint: Constraint, labels: dict[int, np.ndarray]) -> list[int]:
+        """Give the slices that a constraint joins their lowest label; return the roots that changed."""
         if isinstance(constraint, Cover):
             return []
         if isinstance(constraint, Link):
@@ -383,17 +413,17 @@ class AxisGraph:
             np.minimum.at(labels[b], ib, lowest)
             pairs = zip((a, b), before, strict=True)
             return [root for root, old in pairs if not np.array_equal(old, labels[root])]
-        whole, factors = self.find(constraint.whole), [self.find(f) for f in constraint.factors]
+        flat, factors = self.find(constraint.flat), [self.find(f) for f in constraint.factors]
         free_factors = [n for n, f in enumerate(factors) if f in labels]
-        if whole not in labels or not free_factors:
+        if flat not in labels or not free_factors:
             return []
         (n,) = free_factors
         factor, sizes = factors[n], [self.sizes[f] for f in factors]
         others = tuple(a for a in range(len(factors)) if a != n)
-        lowest = np.minimum(labels[factor], labels[whole].reshape(sizes).min(axis=others))
+        lowest = np.minimum(labels[factor], labels[flat].reshape(sizes).min(axis=others))
         spread = np.broadcast_to(np.expand_dims(lowest, others), sizes).ravel()
         changed = []
-        for root, new in ((factor, lowest), (whole, spread)):
+        for root, new in ((factor, lowest), (flat, spread)):
             if not np.array_equal(labels[root], new):
                 labels[root] = new.copy()
                 changed.append(root)
@@ -401,7 +431,7 @@ class AxisGraph:
 
 
 def outer_and(vectors: Sequence[Vector]) -> Vector:
-    """The row-major outer product of bool vectors."""
+    """Return the row-major outer product of bool vectors."""
     result = np.ones(1, bool)
     for vector in vectors:
         result = (result[:, None] & vector[None, :]).ravel()

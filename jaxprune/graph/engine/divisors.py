@@ -1,8 +1,16 @@
 """Divisors: slices of params that must not be zero, because the function divides by them.
 
-Masks set the slices of a pruned unit to zero. Where the function divides by one (a learned scale, the
-norm of a weight, a variance), zero makes it 0 / 0. Such slices keep their values: if the rest of the
-unit is zero, what they hold does not matter.
+Masks set the slices of a pruned unit to zero. Where the function divides by one of them (a learned scale, the
+norm of a weight, a variance), that gives 0 / 0.
+
+Why masks leave such slices alive, and `compact` drops them all the same
+-------------------------------------------------------------------------
+Take a unit u of y = sum over u of ((x @ w[:, u]) / s[u]) * v[u]. The masks remove w[:, u] and v[u]. If they
+removed s[u] as well, the masked network would compute 0 / 0 * 0 = NaN, in a sum with all other units. With
+s[u] alive it computes 0 / s[u] * 0 = 0, whatever s[u] != 0 is. So the unit contributes nothing, and s[u] is
+never needed: `compact` drops w[:, u], v[u] and s[u] together. Its proof counts the zeros of w and v, but not
+those of s (`solving` calls `without`), so it holds for any s[u] != 0, and `Plan.expand` puts copies of kept
+slices there.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +27,12 @@ ParamAxis = tuple[str, int]
 
 
 class Divisors(NamedTuple):
-    """What must not be zero.
+    """The slices that must not be zero.
 
     Attributes:
-      axes: axes of params whose slices must keep their values, for the function to be finite.
-      reason: an op that is not finite where these slices are zero; None where there is none.
-      unresolved: an op that is not finite whatever keeps its value; None where there is none.
+      axes: axes of params whose slices must keep their values for the function to be finite.
+      reason: an op that is not finite where these slices are zero; None if there is none.
+      unresolved: an op that is not finite whatever slices keep their values; None if there is none.
     """
 
     axes: frozenset[ParamAxis]
@@ -33,7 +41,7 @@ class Divisors(NamedTuple):
 
 
 def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:
-    """The zero slices of params, but for those along some axes."""
+    """Return the zero slices of params, without those along some axes."""
     return {
         path: [None if (path, axis) in axes else zero for axis, zero in enumerate(marks)]
         for path, marks in zeros.items()
@@ -41,18 +49,20 @@ def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vec
 
 
 def find_divisors(
-    linked: TracedNetwork, zeros: ZeroSlices, derivatives: bool, facts: Facts | None = None
+    network: TracedNetwork, zeros: ZeroSlices, derivatives: bool, facts: Facts | None = None
 ) -> Divisors:
-    """The axes of params whose slices must not be zero, among those that are to be.
+    """Return the axes of params whose slices must not be zero, among those that are to be zero.
 
     An operand may be zero because of one param (the norm of a weight), because of several at once
     (the norm of `x @ w + b`, which is zero if both are), or because of any of several (a product of
-    two scales). In the first two cases each param without which the operand would not be zero is a
-    divisor: all of them, and not one that would do, since a bias may happen to be zero. In the third
-    there is no such param, and each that makes the operand zero by itself is a divisor.
+    two scales). In the first two cases each param without whose zeros the operand would not be zero is a
+    divisor: all of them, not just one that would suffice, since a bias may happen to be zero. In the third
+    case there is no such param, and each that makes the operand zero by itself is a divisor.
+
+    Sparing one divisor may reveal another op that divides by zero, so this is repeated until none is left.
 
     Args:
-      linked: the function.
+      network: the function.
       zeros: the slices of params that are to be zero.
       derivatives: whether the derivative has to be finite as well.
       facts: what follows from `zeros`, if that is known already.
@@ -61,15 +71,15 @@ def find_divisors(
     reason = None
     before: set[int] | None = None
     while True:
-        facts = linked.facts(without(zeros, axes)) if facts is None else facts
-        found = [s for s in singularities(linked.region, facts) if derivatives or s.in_value]
-        if found and before is None:  # an op may be singular without our zeros, the log of a constant say
-            before = {id(s.op) for s in singularities(linked.region, linked.facts({}))}
+        facts = network.facts(without(zeros, axes)) if facts is None else facts
+        found = [s for s in singularities(network.region, facts) if derivatives or s.in_value]
+        if found and before is None:  # an op may be singular without these zeros: the log of a constant
+            before = {id(s.op) for s in singularities(network.region, network.facts({}))}
         found = [s for s in found if before is None or id(s.op) not in before]
         if not found:
             return Divisors(axes, reason)
         more: set[ParamAxis] = set()
-        for cause in _Causes.by_component(linked, facts, without(zeros, axes), found):
+        for cause in _Causes.by_component(network, facts, without(zeros, axes), found):
             more |= cause.find()
         reason = found[0].op if reason is None else reason
         if not more:
@@ -78,49 +88,48 @@ def find_divisors(
 
 
 class _Causes:
-    """Which zeros of params some singular ops are due to.
+    """Finds the zeros of params that make some ops singular, by trying these again with fewer zeros.
 
-    The ops are tried again under fewer zeros. Only the ops that these zeros pass through take
-    part, which makes a trial cheap: from the singular ops back, through values with zero slices on
-    axes that constraints join to the singular ones.
+    A trial evaluates only the ops that the zeros pass through, which makes it cheap. They are found from the
+    singular ops back, through values with zero slices on axes that constraints join to the singular ones.
     """
 
-    def __init__(self, linked: TracedNetwork, zeros: ZeroSlices, found: Sequence[Singularity]):
-        self.linked, self.zeros, self.found = linked, zeros, list(found)
+    def __init__(self, network: TracedNetwork, zeros: ZeroSlices, found: Sequence[Singularity]):
+        self.network, self.zeros, self.found = network, zeros, list(found)
         self.ops: list[Op] = []
         self.candidates: list[ParamAxis] = []
 
     @classmethod
     def by_component(
-        cls, linked: TracedNetwork, facts: Facts, zeros: ZeroSlices, found: Sequence[Singularity]
+        cls, network: TracedNetwork, facts: Facts, zeros: ZeroSlices, found: Sequence[Singularity]
     ) -> list["_Causes"]:
-        """The causes of singular ops, apart for those whose axes no constraint joins."""
-        number = linked.graph.components()
+        """Return one instance for each set of singular ops whose axes constraints join."""
+        number = network.graph.components()
         parts: list[tuple[set[int], list[Singularity]]] = []
         for singularity in found:
-            own, ops = {number(node) for node in singularity.nodes}, [singularity]
-            joined = [part for part in parts if part[0] & own]
+            components, ops = {number(node) for node in singularity.nodes}, [singularity]
+            joined = [part for part in parts if part[0] & components]
             for part in joined:
                 parts.remove(part)
-                own, ops = own | part[0], part[1] + ops
-            parts.append((own, ops))
+                components, ops = components | part[0], part[1] + ops
+            parts.append((components, ops))
         causes = []
-        for own, ops in parts:
-            cause = cls(linked, zeros, ops)
-            cause._trace_back(facts, own, number)
+        for components, ops in parts:
+            cause = cls(network, zeros, ops)
+            cause._trace_back(facts, components, number)
             causes.append(cause)
         return causes
 
     def _trace_back(self, facts: Facts, components: set[int], number: Callable[[int], int]) -> None:
-        """Finds the ops that the zeros pass through, and the axes of params that they start at."""
+        """Find the ops that the zeros pass through, and the axes of params that they start at."""
         read = {id(s.caller) for s in self.found}
         values: set[int] = set()
-        for op in reversed(self.linked.region.ops):
+        for op in reversed(self.network.region.ops):
             if id(op) not in read and not any(id(output) in values for output in op.outputs):
                 continue
             self.ops.append(op)
             for output in op.outputs:
-                if is_zero(facts.of(output).fill):  # a sum whose addends are all zero: follow these
+                if is_zero(facts.of(output).fill):  # a sum whose addends are all zero: follow the addends
                     components |= {
                         number(node)
                         for value in op.inputs
@@ -141,28 +150,28 @@ class _Causes:
             for path, marks in self.zeros.items()
             for axis, zero in enumerate(marks)
             if zero is not None
-            and id(self.linked.values[path]) in values
-            and number(self.linked.values[path].axes[axis]) in components
+            and id(self.network.values[path]) in values
+            and number(self.network.values[path].axes[axis]) in components
         ]
 
     def _extents(self, spared: frozenset[ParamAxis]) -> dict[int, float]:
-        """How much of each op is singular if some axes of params have no zero slices."""
-        facts = self.linked.facts(without(self.zeros, spared), self.ops)
-        found = singularities(self.linked.region_of(self.ops), facts)
+        """Return how much of each op is singular if some axes of params are spared: have no zero slices."""
+        facts = self.network.facts(without(self.zeros, spared), self.ops)
+        found = singularities(self.network.region_of(self.ops), facts)
         return {id(singularity.op): singularity.extent for singularity in found}
 
     def find(self) -> set[ParamAxis]:
-        """The axes of params that must not be zero."""
-        among, result = frozenset(self.candidates), set[ParamAxis]()
-        if len(among) == 1:
-            return set(among)
+        """Return the axes of params that must not be zero."""
+        candidates, result = frozenset(self.candidates), set[ParamAxis]()
+        if len(candidates) == 1:
+            return set(candidates)
         spared = {one: self._extents(frozenset({one})) for one in self.candidates}
         alone: dict[ParamAxis, dict[int, float]] | None = None
         for singularity in self.found:
             op = id(singularity.op)
             causes = {one for one in self.candidates if spared[one].get(op, 0) < singularity.extent}
             if not causes:
-                alone = alone or {one: self._extents(among - {one}) for one in self.candidates}
+                alone = alone or {one: self._extents(candidates - {one}) for one in self.candidates}
                 causes = {one for one in self.candidates if op in alone[one]}
             result |= causes
         return result

@@ -1,16 +1,16 @@
-"""What is known of values before anything is cut: which slices are zero, and which are all alike.
+"""What is known of values before anything is removed: which slices are zero, and which are alike.
 
-One forward pass over a region. For a value and one of its axes,
+An abstract interpretation, forward over a region (`rules.learn_region`). For a value and one of its axes,
 
 - `zero` marks slices that are zero whatever the inputs and the live params are;
 - `alike` marks slices that all equal each other (the slices of `x - mean` where x is zero, say),
   so that one of them, times their number, stands for all in a sum.
 
-What is not marked is simply not known. Rules derive the facts of an op's outputs from its inputs,
-and say with `need` which slices a reduction cannot do without.
+A slice that is not marked may be anything. Rules derive the facts of an op's outputs from those of its
+inputs, and state with `need` which slices a reduction has to read.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.engine.axes import State, Vector
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Value
 
 _MAX_LOOKED_AT = 2**14
 
@@ -31,10 +31,10 @@ class ValueFacts:
     """What is known of one value.
 
     Attributes:
-      zero: for each axis, which slices are zero; None if none is.
-      fill: the number that all entries equal, if there is one.
-      alike: for each axis, slices that equal each other by what made them; None for those of
-        `zero`, which do so trivially.
+      zero: for each axis, which slices are zero; None if none is known to be.
+      fill: the number that all entries equal; None if they are not known to.
+      alike: for each axis, slices that equal each other because of how they are computed; None where
+        these are no more than those of `zero`.
     """
 
     zero: tuple[Vector | None, ...]
@@ -50,13 +50,13 @@ class Facts:
         self._needs: dict[Any, tuple[Op, int, State]] = {}
 
     def copy(self) -> "Facts":
-        """Facts of their own that start from these."""
+        """Return independent facts that start from these."""
         other = Facts()
         other._known, other._needs = dict(self._known), dict(self._needs)
         return other
 
     def of(self, value: Value) -> ValueFacts:
-        """What is known of a value."""
+        """Return what is known of a value."""
         known = self._known.get(id(value))
         if known is None:
             known = _of_constant(value)
@@ -64,11 +64,11 @@ class Facts:
         return known
 
     def zero(self, value: Value, axis: int) -> Vector | None:
-        """Which slices along an axis are zero; None if none is known to be."""
+        """Return which slices along an axis are zero; None if none is known to be."""
         return self.of(value).zero[axis]
 
     def alike(self, value: Value, axis: int) -> Vector | None:
-        """Slices along an axis that equal each other, those that are zero or others."""
+        """Return slices along an axis that equal each other: zero ones, unless more are known to be."""
         known = self.of(value)
         return known.alike[axis] if known.alike[axis] is not None else known.zero[axis]
 
@@ -83,7 +83,7 @@ class Facts:
         fill: Any = None,
         alike: Sequence[Vector | None] | None = None,
     ) -> None:
-        """Sets what is known of a value."""
+        """Set what is known of a value."""
         rank = len(value.shape)
         zero = [None] * rank if zero is None else [v if v is not None and v.any() else None for v in zero]
         if fill is None and any(v is not None and v.all() for v in zero):
@@ -94,20 +94,21 @@ class Facts:
         else:
             alike = [None] * rank if alike is None else list(alike)
             for axis, (marked, z) in enumerate(zip(alike, zero, strict=True)):
-                # Zeros have a representative that costs nothing; another has to mark more.
+                # Zero slices are alike anyway, and their representative costs nothing, so that another
+                # class of alike slices is worth noting only if it contains them and more.
                 if marked is not None and (not marked.any() or (z is not None and not _more(marked, z))):
                     alike[axis] = None
             known = ValueFacts(tuple(zero), None, tuple(alike))
         self._known[id(value)] = known
 
     def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None, node: int | None = None):
-        """Says that an op has to read the slices of a value that are not marked `dispensable`.
+        """Require the slices of a value that are not marked `dispensable`, for an op that reads them.
 
         Args:
           op: the op.
           value: one of its inputs.
           axis: the axis.
-          dispensable: slices that do not matter; None for none.
+          dispensable: slices whose removal does not change the op's output; None if all of them matter.
           node: the node that these are slices of, if it is not that of the axis.
         """
         node = value.axes[axis] if node is None else node
@@ -115,42 +116,12 @@ class Facts:
         self._needs[id(op), id(value), axis, node] = (op, node, state)
 
     def readers(self) -> list[tuple[Op, int, State]]:
-        """The ops that have needs, each with a node and those of its slices that have to stay."""
+        """Return the requirements: ops, each with a node and those of its slices that have to be kept."""
         return list(self._needs.values())
 
 
-def run(region: Region, facts: Facts, rule_for: Callable[[str], Any]) -> None:
-    """Learns the facts of all values of a region, whose inputs are known."""
-    for op in region.ops:
-        rule_for(op.name).flow(op, facts)
-
-
-def run_changed(
-    region: Region, facts: Facts, before: Facts, changed: Iterable[Value], rule_for: Callable[[str], Any]
-) -> list[Op]:
-    """Learns what follows from new facts of some values, of the ops that these reach.
-
-    Args:
-      region: the ops.
-      facts: a copy of `before`, in which more was learnt of some values.
-      before: the facts of all values of the region without that.
-      changed: these values.
-      rule_for: the rule of an op by its name.
-
-    Returns:
-      The ops whose inputs have other facts than before, in order.
-    """
-    reached, ops = set(map(id, changed)), list[Op]()
-    for op in region.ops:
-        if any(id(value) in reached for value in op.inputs):
-            rule_for(op.name).flow(op, facts)
-            ops.append(op)
-            reached.update(id(v) for v in op.outputs if not _alike_known(facts.of(v), before.of(v)))
-    return ops
-
-
-def _alike_known(a: ValueFacts, b: ValueFacts) -> bool:
-    """Whether the same is known of a value; for numbers that all entries equal this says no."""
+def surely_equal(a: ValueFacts, b: ValueFacts) -> bool:
+    """Whether two facts are the same; False also where a number fills the value, which is not compared."""
     if a is b:
         return True
     if a.fill is not None or b.fill is not None:
@@ -160,24 +131,24 @@ def _alike_known(a: ValueFacts, b: ValueFacts) -> bool:
 
 
 def is_zero(fill: Any) -> bool:
-    """Whether a known number is zero (False, of bools)."""
+    """Whether a fill is known and is zero (False, for bools)."""
     return fill is not None and not isinstance(fill, str) and bool(fill == 0)
 
 
 def both(a: Vector | None, b: Vector | None) -> Vector | None:
-    """What two marks share."""
+    """Return the slices that both vectors mark; None stands for a vector without marks."""
     return None if a is None or b is None else a & b
 
 
 def either(a: Vector | None, b: Vector | None) -> Vector | None:
-    """What one of two marks has."""
+    """Return the slices that either vector marks; None stands for a vector without marks."""
     if a is None or b is None:
         return b if a is None else a
     return a | b
 
 
 def all_of(marks: Iterable[Vector | None]) -> Vector | None:
-    """What all marks share; None for no marks."""
+    """Return the slices that all vectors mark; None for no vectors."""
     result: Vector | None = None
     for first, mark in enumerate(marks):
         result = mark if not first else both(result, mark)
@@ -185,16 +156,16 @@ def all_of(marks: Iterable[Vector | None]) -> Vector | None:
 
 
 def evaluate(op: Op, scalars: Sequence[Any]) -> Any:
-    """What an elementwise op makes of known numbers, or None if it cannot be said.
+    """Return what an elementwise op gives for known numbers, or None if that is not determined.
 
-    The sign of a zero is not known (0 * x has that of x), so it must not matter.
+    The sign of a zero is not known (0 * x has that of x), so the result must not depend on it.
     """
     first, *rest = evaluate_signed(op, scalars)
     return first if all(np.array_equal(first, other, equal_nan=_has_nan(first)) for other in rest) else None
 
 
 def evaluate_signed(op: Op, scalars: Sequence[Any]) -> list[Any]:
-    """What an elementwise op makes of known numbers, for every choice of the signs of zeros."""
+    """Return what an elementwise op gives for known numbers, for every choice of the signs of zeros."""
     signs = [_signs(s, v.dtype) for s, v in zip(scalars, op.inputs, strict=True)]
     return [_evaluate_once(op, signed) for signed in product(*signs)]
 
@@ -227,7 +198,7 @@ def _evaluate_once(op: Op, scalars: Sequence[Any]) -> Any:
 
 
 _EVALUATED: dict[Any, Any] = {}
-"""What ops made of numbers: the same few are asked for again and again, and each takes a compilation."""
+"""Results of ops on numbers: the same few are needed again and again, and each takes a compilation."""
 
 
 def _evaluate(op: Op, scalars: Sequence[Any]) -> Any:
@@ -246,7 +217,7 @@ def _trues(size: Any) -> Vector | None:
 
 
 def _of_constant(value: Value) -> ValueFacts:
-    """What is known of a value that no op made: of a small constant, whether it is all one number."""
+    """Return the facts of a value that no op makes: for a small constant, whether one number fills it."""
     rank = len(value.shape)
     blank = ValueFacts((None,) * rank, None, (None,) * rank)
     array = value.constant

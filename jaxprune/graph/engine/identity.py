@@ -1,8 +1,8 @@
-"""What passes through a part of a program unchanged, given what is zero there.
+"""Values that equal earlier values of a program, given what is zero there.
 
-`x + f(x)` is `x` where `f(x)` is zero. `aliases` finds such values: it maps each value that provably
-equals an earlier one to that one. On it rests the proof that a residual block is the identity when its
-params are zero, for a block among the ops of a region and for the body of a loop alike.
+`x + f(x)` is `x` where `f(x)` is zero. `aliases` maps each value that provably equals an earlier one to that
+one. Both proofs that a residual block is the identity when its params are zero rest on it: that of `passage`,
+for `residual_blocks`, and that of `shortening`, for `compact`.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.graph.engine.facts import Facts, is_zero
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Region, Value, is_differentiable
+from jaxprune.graph.engine.rules.calls import CHECKPOINTS
 from jaxprune.tracing.jaxprs import scan_split
 
 # Ops that return their inputs, one by one. `stop_gradient` does not: dropping it would change gradients.
@@ -23,26 +24,25 @@ _COPIES = frozenset(
 )
 # Ops that keep the entries and their row-major order, where the number of entries stays the same.
 _RESHAPES = frozenset(("reshape", "squeeze", "expand_dims", "broadcast_in_dim"))
-CHECKPOINTS = frozenset(("remat", "remat2", "checkpoint"))
 
 Aliases = dict[int, Value]
 """By the id of a value, the earliest value that it equals; values that equal no other are not in it."""
 
 
 def aliases(region: Region, facts: Facts) -> Aliases:
-    """The values of a region that equal earlier ones, entry by entry and with the same derivative.
+    """Return the values of a region that equal earlier ones, entry by entry and with the same derivative.
 
-    An op passes a value on if it adds or subtracts what is zero, multiplies or divides by what is one,
-    selects by what is known, copies, or undoes an earlier cast, reshape or transpose; a call or a loop
-    does if its body does. A sum with zero counts as equal although it turns -0.0 into 0.0.
+    An op passes a value on if it adds or subtracts zero, multiplies or divides by one, selects by a known
+    condition, copies, or undoes an earlier cast, reshape or transpose; a call or a loop does if its body
+    does. A sum with zero counts as equal although it turns -0.0 into 0.0.
 
     Args:
       region: the ops. The inputs of the body of a loop stand for those of every round.
-      facts: the facts of its values, and of those of all bodies in it.
+      facts: the facts of its values, and of the values of all bodies in it.
 
     Returns:
-      By the id of a value, the value that it equals. That one is in no key: it was made by an op that
-      changes something, or it is an input or a constant.
+      By the id of a value, the earliest value that it equals: an input, a constant, or the output of an op
+      that changes its inputs. So no value of the dict is also among its keys.
     """
     found: Aliases = {}
     for op in region.ops:
@@ -53,7 +53,7 @@ def aliases(region: Region, facts: Facts) -> Aliases:
 
 
 def unchanged_outputs(region: Region, facts: Facts) -> dict[int, int]:
-    """By the number of an output of a region, that of the input that it equals."""
+    """Return, by the number of an output of a region, the number of the input that it equals."""
     found = aliases(region, facts)
     number = {id(value): place for place, value in enumerate(region.inputs)}
     roots = [found.get(id(output), output) for output in region.outputs]
@@ -61,9 +61,9 @@ def unchanged_outputs(region: Region, facts: Facts) -> dict[int, int]:
 
 
 def inlined(region: Region) -> Region:
-    """A region with the bodies of its checkpoints in it, as if they were calls.
+    """Return a region with the bodies of its checkpoints inlined.
 
-    An op named "inline" that returns its inputs stands where values go into a body, and where they come out.
+    An op named "inline", which returns its inputs, stands where values enter a body, and where they leave it.
     """
     ops: list[Op] = []
     for op in region.ops:
@@ -78,7 +78,7 @@ def inlined(region: Region) -> Region:
 
 
 def _passed(op: Op, found: Aliases, facts: Facts) -> list[Value | None]:
-    """For each output of an op the value that it equals, or None."""
+    """Return for each output of an op the value that it equals, or None."""
     inputs = [found.get(id(value), value) for value in op.inputs]
     if op.name in _COPIES:
         return list(inputs)
@@ -91,7 +91,7 @@ def _passed(op: Op, found: Aliases, facts: Facts) -> list[Value | None]:
 
 
 def _passed_by_one(op: Op, inputs: Sequence[Value], found: Aliases, facts: Facts) -> Value | None:
-    """The value that the output of an op without bodies equals."""
+    """Return the value that the output of an op without bodies equals, or None."""
     fills = [facts.of(value).fill for value in op.inputs]
     name = op.name
     if name in ("add", "add_any", "sub") and is_zero(fills[1]):
@@ -116,7 +116,7 @@ def _passed_by_one(op: Op, inputs: Sequence[Value], found: Aliases, facts: Facts
 
 
 def _undone(op: Op, given: Value, found: Aliases) -> Value | None:
-    """The value that a cast, a reshape or a transpose leads back to."""
+    """Return the value that a cast, a reshape or a transpose restores, or None."""
     (output,), maker = op.outputs, given.op
     if op.name == "transpose" and _in_order(op.params["permutation"]):
         return given
@@ -130,13 +130,13 @@ def _undone(op: Op, given: Value, found: Aliases) -> Value | None:
     if op.name == maker.name == "transpose":
         inner, outer = maker.params["permutation"], op.params["permutation"]
         return before if _in_order([inner[axis] for axis in outer]) else None
-    if op.name == maker.name == "convert_element_type" and _holds(given.dtype, before.dtype):
+    if op.name == maker.name == "convert_element_type" and _represents(given.dtype, before.dtype):
         return before
     return None
 
 
 def _is_reshape(op: Op) -> bool:
-    """Whether an op keeps its entries in their order."""
+    """Whether an op keeps all entries, in row-major order."""
     if op.name not in _RESHAPES:
         return False
     if op.name != "broadcast_in_dim":
@@ -147,11 +147,11 @@ def _is_reshape(op: Op) -> bool:
     return sizes == [size for size in op.outputs[0].shape if size != 1]
 
 
-def _holds(wide: Any, narrow: Any) -> bool:
-    """Whether a cast to the wide dtype and back changes no value."""
-    if not (jnp.issubdtype(wide, jnp.floating) and jnp.issubdtype(narrow, jnp.floating)):
+def _represents(larger: Any, smaller: Any) -> bool:
+    """Whether a cast to the larger dtype and back changes no value of the smaller."""
+    if not (jnp.issubdtype(larger, jnp.floating) and jnp.issubdtype(smaller, jnp.floating)):
         return False
-    a, b = jnp.finfo(wide), jnp.finfo(narrow)
+    a, b = jnp.finfo(larger), jnp.finfo(smaller)
     return a.nmant >= b.nmant and a.maxexp >= b.maxexp and a.minexp <= b.minexp
 
 
@@ -164,7 +164,7 @@ def _is_one(fill: Any) -> bool:
 
 
 def _maximum(op: Op | None, facts: Facts) -> tuple[Value, Any] | None:
-    """The input and the number that an op takes the maximum of (`jax.nn.relu` does), if it does that."""
+    """Return the value and the number that an op takes the maximum of, as `jax.nn.relu` does; else None."""
     if op is None or len(op.outputs) != 1:
         return None
     if op.name == "custom_jvp_call" and len(op.inputs) == 1:
@@ -180,7 +180,7 @@ def _maximum(op: Op | None, facts: Facts) -> tuple[Value, Any] | None:
 
 
 def _passed_by_maximum(op: Op, found: Aliases, facts: Facts) -> Value | None:
-    """The input of a second maximum with the same number: a second `jax.nn.relu`, say."""
+    """Return the input of a second maximum with the same number, such as a second `jax.nn.relu`."""
     outer = _maximum(op, facts)
     if outer is None:
         return None
@@ -190,7 +190,7 @@ def _passed_by_maximum(op: Op, found: Aliases, facts: Facts) -> Value | None:
 
 
 def _passed_by_body(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value | None]:
-    """The values that the outputs of a call, of branches or of a loop equal."""
+    """Return the values that the outputs of a call, of branches or of a loop equal."""
     nothing: list[Value | None] = [None] * len(op.outputs)
     if op.name in CHECKPOINTS:
         kept = unchanged_outputs(op.regions["body"], facts)
@@ -215,21 +215,22 @@ def _passed_by_body(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value
         source = kept.get(place)
         if source is None:
             return None
-        # What is carried has to stay at its place; what is stacked, to come from a stack.
-        stays = source == first + place if place < carried else source >= first + carried
-        return given[source] if stays else None
+        # A carry has to be returned at its own place, or rounds would exchange values; a stacked output has
+        # to be slices of a stacked input.
+        same = source == first + place if place < carried else source >= first + carried
+        return given[source] if same else None
 
     return [passed(place) for place in range(len(op.outputs))]
 
 
 def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value | None]:
-    """The values that a function with a derivative of its own passes on, if its derivative does so too."""
+    """Return the values that a function with a custom derivative passes on, if the derivative does too."""
     body = op.regions["body"]
     kept = unchanged_outputs(body, facts)
     if not kept:
         return [None] * len(op.outputs)
-    moving = [n for n, value in enumerate(op.inputs) if _moves(value)]
-    out_moving = [n for n, value in enumerate(op.outputs) if _moves(value)]
+    moving = [n for n, value in enumerate(op.inputs) if is_differentiable(value)]
+    out_moving = [n for n, value in enumerate(op.outputs) if is_differentiable(value)]
     if op.name == "custom_jvp_call":
         derivative = unchanged_outputs(op.regions["jvp"], facts)
 
@@ -246,8 +247,3 @@ def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Val
         inputs[kept[n]] if n in kept and (n not in out_moving or follows(n, kept[n])) else None
         for n in range(len(op.outputs))
     ]
-
-
-def _moves(value: Value) -> bool:
-    """Whether a value has a tangent."""
-    return jnp.issubdtype(value.dtype, jnp.inexact)

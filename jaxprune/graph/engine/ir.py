@@ -1,8 +1,12 @@
-"""The small program that the rest of the package works on; `tracing` makes it from a function.
+"""The intermediate representation that the engine works on; `tracing` makes it from a function.
 
-A `Region` is a list of `Op`s from inputs to outputs; every value is made once and knows what made
-it. Calls (`jit`) are inlined. What has bodies of its own, a scan say, is one op with a region for
-each body. Each axis of each value has a node in the program's `AxisGraph`.
+A `Region` is a list of `Op`s from inputs to outputs; every value is made once and knows the op that made
+it. Calls (`jit`) are inlined. A primitive with bodies, such as a scan, is one op with a region for each
+body. Each axis of each value has a node in the program's `AxisGraph`.
+
+A *stack* is a value one axis of which counts layers, such as the stacked params of a scan. Its layers are
+values with nodes of their own, so that each can lose different slices. A scan over layers stands in a region
+round by round, and its ops name the `LayerLoop` that they were.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -19,6 +23,20 @@ from jaxprune.graph.engine.axes import AxisGraph
 _MAX_CONCRETE = 2**20
 
 
+class Part(NamedTuple):
+    """Where a slice lies in the stack that it is a slice of.
+
+    Attributes:
+      stack: the stack.
+      axis: the axis of the stack that the slice is taken along.
+      index: the index on that axis.
+    """
+
+    stack: "Value"
+    axis: int
+    index: int
+
+
 @dataclass(eq=False)
 class Value:
     """One array of a program.
@@ -27,13 +45,13 @@ class Value:
       shape: the dense shape.
       dtype: the dtype.
       axes: the node of each axis.
-      op: what makes it; None for an input or a constant.
+      op: the op that makes it; None for an input or a constant.
       constant: its array, for a constant.
-      layers: for a stack, its slices along `along`, each with nodes of its own; those of the stack itself
-        say nothing. They are nested where several axes count layers.
+      layers: for a stack, its slices along `along`; the nodes in `axes` of the stack itself are not used.
+        Layers are stacks themselves where several axes count layers.
       along: the axis that counts layers.
-      source: for a stack, the value without layers that it is.
-      part: for a slice of a stack, the stack, the axis and the index.
+      source: for a stack that was taken apart into layers, the value without layers that it was.
+      part: for a slice of a stack, where it lies in the stack.
       sharding: how it is sharded over explicit axes of a mesh; None where it is not.
     """
 
@@ -45,18 +63,18 @@ class Value:
     layers: tuple["Value", ...] = ()
     along: int = 0
     source: "Value | None" = None
-    part: "tuple[Value, int, int] | None" = None
+    part: Part | None = None
     sharding: Any = None
 
 
 @dataclass(eq=False)
 class Region:
-    """A straight list of ops.
+    """A list of ops without branches.
 
     Attributes:
       inputs: the values passed in.
       outputs: the values passed out; inputs and constants may be among them.
-      ops: what is done, in order.
+      ops: the ops, in the order in which they are applied.
     """
 
     inputs: list[Value]
@@ -72,12 +90,14 @@ class Op:
       name: the primitive's name.
       params: its parameters.
       inputs, outputs: its values.
-      bind: applies the primitive as it was to new inputs, giving a list of outputs.
+      bind: applies the primitive as traced to new inputs and returns a list of outputs.
       source: the line of the user's code it comes from, as "file:line"; see `jaxprs.place`.
+      has_effects: whether it has effects besides its outputs, so that it stays even if nobody reads these.
       regions: its bodies by name, as the rules of calls expect them.
-      memo: what a rule found out and will want again.
-      rolls: the loops that it is one round of, from the outermost, each with the number of the round.
-      lazy: whether it is applied only if its output is read: what an op on a stack is in one layer.
+      memo: what a rule computed once and needs again.
+      rounds: the loops over layers that it stands in, outermost first, each with the number of the round.
+      lazy: whether it is applied only when its output is read: true of what an op on a stack does in one
+        layer, since the op itself may be applied to all layers at once.
     """
 
     name: str
@@ -86,9 +106,10 @@ class Op:
     outputs: list[Value]
     bind: Callable[..., list[Any]]
     source: str
+    has_effects: bool = False
     regions: dict[str, Region] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
-    rolls: tuple[tuple["Roll", int], ...] = ()
+    rounds: tuple[tuple["LayerLoop", int], ...] = ()
     lazy: bool = False
 
     def __str__(self) -> str:
@@ -102,40 +123,40 @@ class Round:
     """One round of a loop over layers.
 
     Attributes:
-      taken: what is carried in.
-      given: what is carried out.
-      made: the slices of the outputs that are stacked.
+      carry_in: the values carried into the round.
+      carry_out: the values carried out of it.
+      slices_out: the round's slices of the outputs that are stacked.
     """
 
-    taken: list[Value]
-    given: list[Value]
-    made: list[Value]
+    carry_in: list[Value]
+    carry_out: list[Value]
+    slices_out: list[Value]
 
 
 @dataclass(eq=False)
-class Roll:
-    """A loop over layers (a scan), each round of which stands in the program by itself.
+class LayerLoop:
+    """A loop over layers (a scan) whose rounds stand in the program one after the other.
 
-    So each layer has constraints of its own. Where the layers keep equal numbers of slices, replaying
-    makes one loop of them again.
+    So each layer has constraints of its own. Where all layers keep the same number of slices, replaying
+    makes one loop of the rounds again.
 
     Attributes:
-      rounds: by the number of the layer.
+      rounds: the rounds, by the number of the layer.
       reverse: whether the last layer comes first.
       unroll: how many rounds XLA is to do at once.
-      outputs: the stacks made of `made`.
-      bind: applies the loop as it was to new inputs.
-      inputs: its inputs, as they were.
-      results: all its outputs, as they were.
+      stacks: the stacks made of the `slices_out` of all rounds.
+      bind: applies the loop as traced to new inputs.
+      inputs: the inputs of the loop as traced.
+      outputs: all outputs of the loop as traced.
     """
 
     rounds: list[Round]
     reverse: bool
     unroll: Any
-    outputs: list[Value]
+    stacks: list[Value]
     bind: Callable[..., list[Any]]
     inputs: list[Value]
-    results: list[Value]
+    outputs: list[Value]
 
 
 class Program(NamedTuple):
@@ -146,14 +167,19 @@ class Program(NamedTuple):
       region: the function; its inputs are the leaves of the arguments, in order.
       out_tree: the structure of its output.
       stacks: by the number of an input, the axes that count layers.
-      made: the values that have layers.
+      stacked: all values that have layers.
     """
 
     graph: AxisGraph
     region: Region
     out_tree: Any
     stacks: dict[int, tuple[int, ...]]
-    made: list[Value]
+    stacked: list[Value]
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal; symbolic ones may be compared only with themselves."""
+    return a is b or bool(a == b)
 
 
 def is_differentiable(value: Any) -> bool:
@@ -162,7 +188,7 @@ def is_differentiable(value: Any) -> bool:
 
 
 def read_by(region: Region) -> set[int]:
-    """The ids of the values that a region's ops and outputs read, and of the layers of stacks among them."""
+    """Return the ids of the values that a region's ops and outputs read, and of their layers."""
     read: set[int] = set()
     for value in (*region.outputs, *(value for op in region.ops for value in op.inputs)):
         read.update(map(id, with_layers(value)))
@@ -170,22 +196,22 @@ def read_by(region: Region) -> set[int]:
 
 
 def with_layers(value: Value) -> Iterator[Value]:
-    """A value, its layers, and theirs."""
+    """Yield a value, its layers, and the layers of these."""
     yield value
     for layer in value.layers:
         yield from with_layers(layer)
 
 
-def is_gone(value: Value, gone: Collection[int]) -> bool:
-    """Whether a layer of a stack went, by the ids of those that did, or was made of one."""
-    if id(value) in gone:
+def is_removed(value: Value, removed: Collection[int]) -> bool:
+    """Whether a layer of a stack is among those removed, given by their ids, or is made of one."""
+    if id(value) in removed:
         return True
     op = value.op
-    return op is not None and op.lazy and any(is_gone(given, gone) for given in op.inputs)
+    return op is not None and op.lazy and any(is_removed(given, removed) for given in op.inputs)
 
 
 def flat_layers(value: Value) -> Iterator[Value]:
-    """The values without layers that a value consists of, in row-major order; itself if it has none."""
+    """Yield the values without layers that a value consists of, in row-major order."""
     if not value.layers:
         yield value
     for layer in value.layers:
@@ -193,7 +219,7 @@ def flat_layers(value: Value) -> Iterator[Value]:
 
 
 def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
-    """Whether something holds of a constant that a region reads."""
+    """Whether a predicate holds for any constant that a region or one of its bodies reads."""
     read = [*region.outputs, *(value for op in region.ops for value in op.inputs)]
     if any(value.constant is not None and holds(value.constant) for value in read):
         return True
@@ -201,7 +227,10 @@ def any_constant(region: Region, holds: Callable[[Any], bool]) -> bool:
 
 
 def concrete(value: Value) -> np.ndarray | None:
-    """The array a value is in every call, if that follows from constants alone; no keys of random numbers."""
+    """Return the array that a value is in every call, if it is computed from constants alone.
+
+    None if it is not, if it is large, or if it holds keys of random numbers.
+    """
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return None
     if value.constant is not None:

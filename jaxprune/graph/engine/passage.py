@@ -1,28 +1,33 @@
-"""Whether a network passes a residual block's input on when the block's params are zero.
+"""Proves that a network passes a residual block's input on when the block's params are zero.
 
-A block is given by its params alone: which ops are the block is read off the program. Values that
-depend on the params are followed from op to op until they end, in one of two ways:
+A block is given by its params alone; which ops form the block follows from the program. Values that depend on
+the params are followed from op to op until they end, in one of two ways:
 
 - an op passes another value on (`identity.aliases`): `x + f(x)` is `x` where `f(x)` is zero. If that value
-  is what the block read, the block's input goes on and nothing of the block does: a *pass*;
+  is one that the block read, the block's input goes on and nothing else of the block does: a *pass*;
 - nothing reads them.
 
-A block whose values all end so is the identity. Others reach an output of the network: a layer without
-a residual path gives zeros to the next, a norm of the block's own after the sum gives zeros as well, and
-a gate scales what should pass.
+A block all of whose values end is the identity. Those of others reach an output of the network: a layer
+without a residual path gives zeros to the next layer, a norm that belongs to the block and follows its sum
+gives zeros as well, and a gate scales what should pass.
+
+There is a second proof, in `shortening`, for `compact`. It asks less: whether a program reads some params at
+all once they are zero. It can remove several blocks at once, and single rounds of unrolled loops. This one
+proves one block at a time, requires that the block's *input* passes on, names the op to blame, and checks a
+layer of a loop in the body of the loop. The top of `shortening` says why neither can stand in for the other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined, unchanged_outputs
 from jaxprune.graph.engine.ir import Op, Region, Value
-from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules import learn_region
 from jaxprune.tracing.jaxprs import scan_split
 
-# Ops that lay out entries of one input and combine none.
+# Ops that rearrange entries of one input and do not combine them.
 _LAYOUT = frozenset(
     (
         *("slice", "dynamic_slice", "gather", "split", "unstack", "squeeze", "reshape", "expand_dims"),
@@ -40,11 +45,11 @@ class _Mark:
     """A value that depends on the params of the block.
 
     Attributes:
-      bare: no data of the network has met these params on the way.
-      read: the values that do not depend on the block which have been combined into it.
-      met: those of `read` that params of the block were combined with: the inputs of the block.
-      part: it holds entries of the block beside those of other blocks, laid out only.
-      zero: those of the block are zero.
+      bare: it was made from params and constants alone, not from data of the network.
+      read: the values independent of the block that it was made from.
+      met: those of `read` that params of the block were combined with directly: the inputs of the block.
+      part: it holds entries of the block beside those of other blocks, only rearranged.
+      zero: the entries of the block in it are zero.
     """
 
     bare: bool = True
@@ -55,12 +60,12 @@ class _Mark:
 
 
 class Pass(NamedTuple):
-    """An op that gives an input of the block where the rest of it is zero.
+    """An op whose output equals an input of the block, because the rest of the block is zero.
 
     Attributes:
       op: the op.
-      output: what it gives.
-      source: the value that it equals.
+      output: its output.
+      source: the value that the output equals.
     """
 
     op: Op
@@ -69,10 +74,10 @@ class Pass(NamedTuple):
 
 
 class Roots(NamedTuple):
-    """What a program is made from, for each of its values.
+    """What the values of a region depend on.
 
     Attributes:
-      constant: the ids of the values that follow from constants alone.
+      constant: the ids of the values that are made from constants alone.
       data: the ids of those that depend on the inputs of the network.
       param: the ids of those that depend on its params.
     """
@@ -83,7 +88,7 @@ class Roots(NamedTuple):
 
 
 def roots_of(region: Region, params: Iterable[Value], data: Iterable[Value]) -> Roots:
-    """What the values of a region are made from, given which of its inputs are params and which are data."""
+    """Return what the values of a region depend on, given which inputs are params and which are data."""
     of_params, of_data = set(map(id, params)), set(map(id, data))
     given, constant = set(map(id, region.inputs)), set[int]()
 
@@ -108,20 +113,20 @@ class Passage:
     """Follows the params of one block through a program in which they are zero.
 
     Attributes:
-      passes: the ops that pass on what the block read, in order.
+      passes: the ops that pass on an input of the block, in order.
       readers: the ops that read its params, in order.
-      changed: the ops that make something else than constants of values of the block and others, with
-        these others, in order.
-      in_loops: the ops that change what a loop over layers carries.
+      changed: the ops whose outputs depend on the block and are neither constant nor passed on, in order,
+        each with those of its inputs that are data independent of the block.
+      in_loops: the ops that change the carry of a loop over layers.
     """
 
     def __init__(self, facts: Facts, others: Facts | None = None):
-        """Starts with what is known of the program.
+        """Starts with the facts of the program.
 
         Args:
-          facts: of all values, where the params of the block are zero.
-          others: of all values, where those of all other blocks are zero instead; for params that hold
-            several blocks.
+          facts: the facts of all values if the params of the block are zero.
+          others: the facts if those of all other blocks are zero instead; for params that hold several
+            blocks.
         """
         self.facts, self.others = facts, others
         self.passes: list[Pass] = []
@@ -130,12 +135,12 @@ class Passage:
         self.in_loops: list[Op] = []
 
     def follow(self, region: Region, marked: Mapping[int, _Mark], roots: Roots) -> dict[int, _Mark]:
-        """Follows the values of the block through a region.
+        """Follow the values of the block through a region.
 
         Args:
-          region: the ops, with the bodies of checkpoints among them.
+          region: the ops, with checkpoints `inlined`.
           marked: by id, those of its inputs that depend on the block.
-          roots: what its values are made from.
+          roots: what its values depend on.
 
         Returns:
           By id, all of its values that depend on the block.
@@ -147,12 +152,12 @@ class Passage:
         return level.marks
 
     def reason(self, outputs: Sequence[_Mark], found: Aliases) -> str:
-        """Why the block is not the identity, where some outputs of the network depend on it."""
+        """Return why the block is not the identity, given the marks of outputs that depend on it."""
         if self.in_loops:
             return f"what {self.in_loops[0]} gives is not what the layer was given"
         inputs = {key: value for mark in outputs for key, value in mark.met.items()}
         for op, independent in self.changed:
-            # What scales or gates an input of the block, rather than a later layer fed with its zeros.
+            # An op that scales or gates an input of the block, not a later layer that is fed its zeros.
             if any(made_from(each, value, found) for each in inputs.values() for value in independent):
                 return f"{op} changes the block's input, or mixes it with what the block gives"
         if not self.readers:
@@ -161,7 +166,7 @@ class Passage:
 
 
 class _Level:
-    """One region that a `Passage` runs through."""
+    """One region that a `Passage` follows a block through."""
 
     def __init__(self, passage: Passage, region: Region, marks: dict[int, _Mark], roots: Roots):
         self.passage, self.region, self.marks, self.roots = passage, region, marks, roots
@@ -169,7 +174,7 @@ class _Level:
         self.found: Aliases = aliases(region, passage.facts)
 
     def step(self, op: Op) -> None:
-        """Marks the outputs of an op that reads marked values."""
+        """Mark the outputs of an op that reads marked values."""
         given = [self.marks[id(value)] for value in op.inputs if id(value) in self.marks]
         if op.name == "inline":
             for value, output in zip(op.inputs, op.outputs, strict=True):
@@ -207,7 +212,7 @@ class _Level:
         self.passage.changed.append((op, independent))
 
     def _merged(self, op: Op, given: Sequence[_Mark]) -> _Mark:
-        """The mark of what an op makes of marked values and others."""
+        """Return the mark of what an op makes from marked values and others."""
         others = {
             id(value): value
             for value in op.inputs
@@ -221,10 +226,10 @@ class _Level:
         return _Mark(bare, read, met)
 
     def _passes(self, root: Value, mark: _Mark) -> bool:
-        """Whether a value that goes on is an input of the block, so that nothing is lost with the rest.
+        """Whether a value that is passed on is an input of the block, so that no other input is lost.
 
-        A layer without a residual path, whose zeros the next layer adds a bias to, passes that bias on and
-        loses its input.
+        In a layer without a residual path the input is lost: the next layer adds a bias to the zeros of this
+        one, and passes the bias on.
         """
         if not mark.met:
             return True
@@ -234,7 +239,7 @@ class _Level:
         return any(made_from(value, root, self.found) for value in mark.met.values())
 
     def _lay_out(self, op: Op, mark: _Mark) -> None:
-        """An op on params that hold several blocks: some of what it gives may be of this block alone."""
+        """Mark the outputs of an op on params of several blocks; some may belong to this block alone."""
         others = self.passage.others
         assert others is not None
         for output in op.outputs:
@@ -244,7 +249,7 @@ class _Level:
                 self.marks[id(output)] = mark
 
     def _scan_of_layers(self, op: Op) -> None:
-        """A loop over layers, one of which is the block: its body has to give back what it carries."""
+        """Follow a loop over layers, one of which is the block: its body has to return its carry."""
         body = op.regions["body"]
         consts, carried = scan_split(op.params)
         mine = [n for n, value in enumerate(op.inputs) if id(value) in self.marks]
@@ -258,7 +263,7 @@ class _Level:
                 facts.learn(inner, fill=0)
             elif place < consts:
                 facts.learn(inner, self.facts.of(value).zero, self.facts.of(value).fill)
-        run(body, facts, rule_for)
+        learn_region(body, facts)
         body = inlined(body)
         found, kept = aliases(body, facts), unchanged_outputs(body, facts)
         reached = {id(body.inputs[n]) for n in mine}
@@ -277,7 +282,7 @@ class _Level:
                 self.passage.passes.append(Pass(op, output, op.inputs[consts + place]))
 
     def _marked_by_bodies(self, op: Op) -> set[int]:
-        """By number, the outputs of an op that depend on the block: all of them, unless bodies tell."""
+        """Return the numbers of the outputs that depend on the block: all, unless its bodies show less."""
         every = set(range(len(op.outputs)))
         if op.name == "cond" and id(op.inputs[0]) not in self.marks:
             branches = op.regions.values()
@@ -287,7 +292,11 @@ class _Level:
         return every
 
     def _run_body(self, body: Region, inputs: Sequence[Value], first: int = 0, carried: int = 0) -> set[int]:
-        """The numbers of the outputs of a body that depend on the block, as some of its inputs do."""
+        """Return the numbers of the outputs of a body that depend on the block, as some of its inputs do.
+
+        What is carried into a round depends on the block if it does so when carried out: repeated until no
+        more of the carry depends on it.
+        """
         pairs = list(zip(inputs, body.inputs, strict=True))
         body = inlined(body)
         marks = {id(inner): self.marks[id(outer)] for outer, inner in pairs if id(outer) in self.marks}
@@ -311,7 +320,7 @@ class _Level:
 
 
 def made_from(value: Value, source: Value, found: Aliases) -> bool:
-    """Whether a value is another one or made from it, where values are taken for those that they equal."""
+    """Whether a value is another one or is made from it, following aliases."""
     seen, left = set[int](), [value]
     while left:
         value = left.pop()
@@ -327,7 +336,7 @@ def made_from(value: Value, source: Value, found: Aliases) -> bool:
 
 
 def _innermost(value: Value, body: Region) -> Op:
-    """The op of a body, or of a checkpoint in it, that makes a value."""
+    """Return the op of a body, or of a checkpoint in it, that makes a value."""
     for op in body.ops:
         if any(output is value for output in op.outputs):
             return op
@@ -335,5 +344,10 @@ def _innermost(value: Value, body: Region) -> Op:
 
 
 def mark_of(part: bool, zero: bool) -> _Mark:
-    """The mark of a param: of the block alone or of several blocks; whether the block's entries are zero."""
+    """Return the mark of a param.
+
+    Args:
+      part: whether it holds other blocks too.
+      zero: whether the entries of the block are zero.
+    """
     return _Mark(part=part, zero=zero)

@@ -1,4 +1,15 @@
-"""What an op on stacked arrays is in each layer: the same op without the axis that counts layers."""
+"""What an op on stacked arrays does in each layer: the same, without the axis that counts layers.
+
+Let X be a stack whose axis a counts layers, and X[l] its layer l. An op F can be peeled if there are an axis
+b of its output and parameters p' with
+
+    F(X; p)[l along b] = F(X[l]; p')   for all l:
+
+it commutes with taking a layer. Then each layer can have nodes of its own on both sides. Layers must not be
+mixed, so F must not reduce, split, cut or move entries along a. p' is p without axis a: axes are renumbered,
+and entries that belong to a are left out. Operands without layers are read by all layers alike. For a product
+a is a batch axis of both operands, or a free axis of one of them, where the other operand is shared.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,7 +22,7 @@ class Peeled(NamedTuple):
     """An op in one layer.
 
     Attributes:
-      in_axes: for each input the axis that counts layers, None for one that all layers read.
+      in_axes: for each input the axis that counts layers; None for an input that all layers read.
       out_axis: the axis of the output that counts layers.
       params: the op's parameters in one layer.
     """
@@ -24,7 +35,7 @@ class Peeled(NamedTuple):
 def peel(
     name: str, params: dict[str, Any], shapes: Sequence[tuple[Any, ...]], along: Sequence[int | None]
 ) -> Peeled | None:
-    """An op in one layer, or None if it mixes layers or nothing is known of it.
+    """Return an op in one layer, or None if the op mixes layers or is not known here.
 
     Args:
       name: the primitive.
@@ -61,7 +72,7 @@ def _without(values: Sequence[Any], axis: int) -> tuple[Any, ...]:
 
 
 def _less(axes: Sequence[int], axis: int) -> tuple[int, ...]:
-    """Axes counted without one that is not among them."""
+    """Return axes renumbered for an array that lacks one, which is not among them."""
     return tuple(each - (each > axis) for each in axes)
 
 
@@ -83,11 +94,11 @@ def _broadcast(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
 
 
 def _squeeze(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
-    gone = params["dimensions"]
-    if axis in gone:
+    squeezed = params["dimensions"]
+    if axis in squeezed:
         return None
-    left = [each for each in range(rank) if each not in gone]
-    return Peeled((axis,), left.index(axis), {"dimensions": _less(gone, axis)})
+    left = [each for each in range(rank) if each not in squeezed]
+    return Peeled((axis,), left.index(axis), {"dimensions": _less(squeezed, axis)})
 
 
 def _reduce(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
@@ -99,7 +110,7 @@ def _reduce(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
 
 
 def _reshape(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
-    """A reshape that leaves the axis one of its own: as many entries lie before it, and after."""
+    """Peel a reshape that keeps the axis: one with the same size and as many entries before it."""
     new = params["new_sizes"]
     if params.get("dimensions") is not None or params.get("sharding") is not None:
         return None
@@ -110,7 +121,7 @@ def _reshape(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peele
 
 
 def _slice(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
-    """A slice of every layer; one that takes some of the layers is another matter."""
+    """Peel a slice within layers; `layerwise` handles slices that take some of the layers."""
     strides = params["strides"]
     if params["start_indices"][axis] != 0 or params["limit_indices"][axis] != shape[axis]:
         return None
@@ -121,7 +132,7 @@ def _slice(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled 
 
 
 def _along_another(name: str) -> Callable[[dict[str, Any], int, int], Peeled | None]:
-    """An op that runs along one axis, which it has under a name."""
+    """Return how to peel an op that runs along one other axis, the parameter of a given name."""
 
     def peeled(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
         del rank
@@ -146,7 +157,7 @@ _PEEL: dict[str, Callable[[dict[str, Any], int, int], Peeled | None]] = {
 
 
 def _dot(params: dict[str, Any], ranks: Sequence[int], along: Sequence[int | None]) -> Peeled | None:
-    """A product whose layers are along a batch axis, or along a free axis of one operand."""
+    """Peel a product whose layers are along a batch axis, or along a free axis of one operand."""
     sums, batches = params["dimension_numbers"]
     if params.get("out_sharding") is not None:
         return None

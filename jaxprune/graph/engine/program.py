@@ -1,4 +1,4 @@
-"""A function of params with the constraints of all its axes, and the solutions of these."""
+"""A traced function of params with the constraints of all its axes; the engine's entrance."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -10,15 +10,17 @@ from jax.core import Tracer
 
 from jaxprune.graph.engine import ir, tracing
 from jaxprune.graph.engine.axes import Solution, State, Vector
-from jaxprune.graph.engine.facts import Facts, run
+from jaxprune.graph.engine.facts import Facts
+from jaxprune.graph.engine.liveness import aligned
 from jaxprune.graph.engine.readers import separate
 from jaxprune.graph.engine.replay import Replay
-from jaxprune.graph.engine.rules import link_region, rule_for
+from jaxprune.graph.engine.rules import learn_region, link_region
 from jaxprune.graph.engine.rules.calls import tie
 from jaxprune.graph.engine.rules.choices import pin_choices
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.checks import check_function
-from jaxprune.tree.paths import array_leaves, describe, leaf_paths
+from jaxprune.tree.leaves import array_leaves, describe
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacks, layer_indices, layer_name
 from jaxprune.typing import Params
 
@@ -27,20 +29,23 @@ ZeroSlices = Mapping[str, Sequence[Vector | None]]
 
 
 class TracedNetwork:
-    """A function of params and inputs, traced, with the constraints of all its axes.
+    """A traced function of params and inputs, with the constraints of all its axes.
 
-    The inputs of the function stay whole, and so do its outputs, but for those that `state` names.
+    The inputs of the function are pinned, and so are its outputs, except those that `state` names.
 
     Attributes:
       leaves: the params by path, as `jax.ShapeDtypeStruct`.
       stacks: by path, the axes of params that count layers.
       graph: the axes of all values.
-      values: the param values by path; those of a stack by the names of its layers, such as "up[0]".
-      paths: of each of `values`, the param's path and the index of the layer.
-      families: values that are the same one in different layers.
-      made: the stacks among all values; `stacked` has their layers.
-      removed: the names of params that were taken out whole, see `shortening`; `gone` has their ids.
       region: the function.
+      out_tree: the structure of its output.
+      values: the param values by path; those of a stack by the names of its layers, such as "up[0]".
+      paths: for each of `values`, the param's path and the index of the layer.
+      stacked: all values that have layers.
+      layers_of_stacks: the layers of each of these, as traced.
+      families: lists of values that are the same one in different layers.
+      removed: the names of params (or layers of stacks) that were removed with their block, see `shortening`.
+      removed_ids: the ids of their values.
     """
 
     def __init__(
@@ -51,7 +56,7 @@ class TracedNetwork:
         state: Callable[[Any], Any] | None = None,
         stacks: Stacks | None = None,
     ):
-        """Traces the function.
+        """Traces the function and links the rules of its ops.
 
         Args:
           function: a function of params and inputs.
@@ -82,7 +87,7 @@ class TracedNetwork:
                 f"the function fails without inputs ({error}). Pass example inputs, arrays or "
                 "jax.ShapeDtypeStruct, after the params (or the masks)."
             ) from error
-        self.graph, self.region, self.out_tree, found, made = program
+        self.graph, self.region, self.out_tree, found, self.stacked = program
         count = len(self.leaves)
         self.stacks: Stacks = {path: found[n] for n, path in enumerate(self.leaves) if found.get(n)}
         self.values: dict[str, ir.Value] = {}
@@ -92,25 +97,24 @@ class TracedNetwork:
         separate(self.region, self.graph, list(self.values.values()))
         link_region(self.region, self.graph)
         pin_choices(self.region, self.graph)
-        self.made = made
-        self.stacked = [list(ir.flat_layers(value)) for value in made]
-        self.families: list[Sequence[ir.Value]] = [*self.stacked, *tracing.aligned(self.region)]
+        self.layers_of_stacks = [list(ir.flat_layers(value)) for value in self.stacked]
+        self.families: list[Sequence[ir.Value]] = [*self.layers_of_stacks, *aligned(self.region)]
         self.removed: frozenset[str] = frozenset()
-        self.gone: set[int] = set()
+        self.removed_ids: set[int] = set()
         self._tie_outputs(state)
         for value, name in zip(self.region.inputs[count:], leaf_paths(arrays), strict=True):
             for node in value.axes:
                 self.graph.pin(node, f"it meets an axis of the input [{name}]")
 
     def _name(self, path: str, value: ir.Value) -> None:
-        """Names a param's value, or its layers."""
+        """Enter a param's value, or its layers, under its names."""
         indices = list(layer_indices(value.shape, self.stacks.get(path, ())))
         for index, layer in zip(indices, ir.flat_layers(value), strict=True):
             name = layer_name(path, index) if value.layers else path
             self.values[name], self.paths[name] = layer, (path, index)
 
     def _tie_outputs(self, state: Callable[[Any], Any] | None) -> None:
-        """Ties the outputs that are new values of params to these, and pins the others."""
+        """Tie the outputs that are new values of params to these, and pin the others."""
         outputs = self.region.outputs
         tree = jax.tree.unflatten(self.out_tree, range(len(outputs)))
         new = [] if state is None else state(tree)
@@ -136,7 +140,7 @@ class TracedNetwork:
                     self.graph.pin(node, f"it meets an axis of the output{f' [{name}]' if name else ''}")
 
     def pin_unread(self) -> None:
-        """Keeps params that the function never reads as they are: they may be another function's."""
+        """Pin the params that the function never reads: another function may need them."""
         read = ir.read_by(self.region)
         for value in self.values.values():
             if id(value) not in read:
@@ -144,53 +148,53 @@ class TracedNetwork:
                     self.graph.pin(node, "the function never reads it")
 
     def facts(self, zeros: ZeroSlices, ops: Sequence[ir.Op] | None = None) -> Facts:
-        """What follows from slices of params being zero, for the values of some ops or of all."""
+        """Return what follows from slices of params being zero, for the values of some ops or of all."""
         facts = Facts()
         for path, marks in zeros.items():
             facts.learn(self.values[path], marks)
         region = self.region if ops is None else self.region_of(ops)
-        run(region, facts, rule_for)
+        learn_region(region, facts)
         return facts
 
     def region_of(self, ops: Sequence[ir.Op]) -> ir.Region:
-        """A part of the function: some of its ops, in their order."""
+        """Return a part of the function: some of its ops, in their order."""
         return ir.Region(self.region.inputs, [], list(ops))
 
     def solve(
         self, facts: Facts, seeds: Sequence[tuple[int, State]] = (), never_empty: bool = True
     ) -> Solution:
-        """The fewest slices that the function can do with."""
+        """Return the least set of slices that the function needs, given facts and seeds."""
         needed: list[tuple[int, State]] = [(node, state) for _, node, state in facts.readers()]
         return self.graph.solve([*needed, *seeds], never_empty)
 
     def dropped(self, kept: Solution) -> dict[str, list[Vector | None]]:
-        """The slices of each param that go."""
+        """Return the slices of each param that a solution drops."""
 
-        def gone(node: int) -> Vector | None:
+        def dropped(node: int) -> Vector | None:
             state = kept.state(node)
             return None if state is True else ~state
 
-        return {path: [gone(node) for node in value.axes] for path, value in self.values.items()}
+        return {path: [dropped(node) for node in value.axes] for path, value in self.values.items()}
 
     def seeds(self, dropped: ZeroSlices) -> list[tuple[int, State]]:
-        """Seeds that keep what is not among some slices of the params."""
+        """Return seeds that keep all slices of params except the dropped ones."""
         return [
-            (node, True if gone is None else ~gone)
+            (node, True if mark is None else ~mark)
             for path, marks in dropped.items()
-            for node, gone in zip(self.values[path].axes, marks, strict=True)
+            for node, mark in zip(self.values[path].axes, marks, strict=True)
         ]
 
     def closes_over_tracers(self) -> bool:
-        """Whether the function closed over arrays that are traced, so that it holds for one call."""
+        """Whether the function closes over traced arrays, so that the program is valid for one call only."""
         return ir.any_constant(self.region, lambda constant: isinstance(constant, Tracer))
 
     def values_of(self, wanted: Sequence[ir.Value], facts: Facts, leaves: Sequence[Any]) -> list[Any]:
-        """Some values of the dense function, from its params and inputs."""
+        """Return some values of the dense function, computed from its params and inputs."""
         everything = Solution(self.graph.find, defaultdict(lambda: True))
         region = ir.Region(self.region.inputs, list(wanted), self.region.ops)
-        return Replay(everything, facts, loops=False).run(region, leaves)
+        return Replay(everything, facts, as_loops=False).run(region, leaves)
 
     def replay(self, kept: Solution, facts: Facts, leaves: Sequence[Any]) -> Any:
-        """The function's output from small params and inputs."""
-        outputs = Replay(kept, facts, gone=self.gone).run(self.region, leaves)
+        """Return the function's output, computed from small params and inputs."""
+        outputs = Replay(kept, facts, removed=self.removed_ids).run(self.region, leaves)
         return jax.tree.unflatten(self.out_tree, [jnp.asarray(o) for o in outputs])

@@ -1,348 +1,171 @@
-"""A node for each reader: what several layers read must not tie the layers.
+"""Gives each reader of a shared value nodes of its own, so that the value does not tie the readers.
 
-A table made once of constants (slopes of heads, rotations of positions), or a mask of data that was
-spread along a new axis, tells nothing of which slices a reader needs: it can be made whole and cut
-for each. So each reader gets nodes of its own along such axes. A param that several layers read, such
-as a relative bias, can be cut for each too, as long as it keeps what any of them does: its axis
-*covers* theirs.
+A table made once of constants (slopes of heads, rotations of positions), or a mask of data that was spread
+along a new axis, does not determine which slices a reader needs: it can be made whole and cut for each
+reader. A param that several layers read, such as a relative bias, can be cut for each as well, as long as it
+keeps what any of them keeps. The constraints that express this are in `rules.per_reader`.
 
-`separate` goes through a program before its rules do. Where a value has several readers and came
-along some axis from constants or from params alone, each reader is given a copy: a constant, or an op
-that spreads what it reads, is simply made again; for other values an op `per_reader` stands between.
-Params that cannot lose slices for each reader apart are tied again by `tie_readers`.
+`separate` goes through a program before its rules are linked. Where a value has several readers and an axis
+that was made along constants or params alone, each reader is given a copy: a constant, or an op that only
+spreads its input, is repeated; for other values an op `per_reader` is inserted. Params whose readers cannot
+lose slices independently are tied again by `tie_readers`.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
-from enum import IntEnum
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Region, Value
-from jaxprune.graph.engine.rules import elementwise, rule_for
-from jaxprune.graph.engine.rules.base import Frame, Rule, pin_inputs, register_rule
-from jaxprune.graph.engine.rules.elementwise import matching_axes
-from jaxprune.graph.engine.rules.shapes import segments
-from jaxprune.graph.engine.rules.slices import take_dense
-from jaxprune.tracing.jaxprs import scan_split
+from jaxprune.graph.engine.origins import Origins
+from jaxprune.graph.engine.rules import per_reader
+from jaxprune.graph.engine.rules.per_reader import Origin
 
 if TYPE_CHECKING:
     from jaxprune.graph.engine.program import TracedNetwork
 
-NAME = "per_reader"
-
-
-class Origin(IntEnum):
-    """What an axis of a value was made along; of several origins the last counts."""
-
-    CONSTANT = 0  # nothing but constants, or nothing at all: it was spread along it
-    PARAM = 1  # params, entry by entry
-    OTHER = 2  # inputs of the function, what layers give
-
-
-# Ops of values of one rank, whose axes do not mix.
-_ALONG = frozenset(
-    (
-        *("slice", "dynamic_slice", "dynamic_update_slice", "rev", "pad", "concatenate", "split", "tile"),
-        *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "optimization_barrier"),
-        *("sharding_constraint", "device_put", "reshard", "pvary"),
-    )
-)
-_REDUCTIONS = frozenset(
-    (
-        *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
-        *("reduce_xor", "argmax", "argmin"),
-    )
-)
 _LAYERS = frozenset(("take_layer", "join_layers"))
-_MADE_AGAIN = frozenset(("broadcast_in_dim", "iota"))
-_ONCE = frozenset(
-    ("remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "composite", "custom_vmap_call")
-)
+_REPEATED = frozenset(("broadcast_in_dim", "iota"))
 
 
 def separate(region: Region, graph: AxisGraph, params: Sequence[Value]) -> None:
-    """Gives each reader of a value nodes of its own along axes that came from constants or params.
+    """Give each reader of a value nodes of its own along axes that were made along constants or params.
 
     Args:
       region: a program, which is changed in place; its rules have not been linked yet.
       graph: its axes.
       params: those of its inputs that are params.
     """
-    origins = _Origins(params)
-    origins.run(region)
-    _give_copies(region, graph, origins, True)
+    _Separator(region, graph, Origins(region, params), outermost=True).run()
 
 
-class _Origins:
-    """What the axes of all values of a program were made along."""
+class _Reading(NamedTuple):
+    """One place where a value is read.
 
-    def __init__(self, params: Sequence[Value]):
-        self._of: dict[int, tuple[Origin, ...]] = {}
-        self._constant: set[int] = set()
-        self._free_of_params: set[int] = set()
-        for value in params:
-            self._of[id(value)] = (Origin.PARAM,) * len(value.shape)
-        self._params = set(map(id, params))
-        self.summed: set[int] = set()
-
-    def sums(self, value: Value, reader: Op | None) -> bool:
-        """Whether a reader, or what reads its output in turn, multiplies a param with others in sums.
-
-        Then the param is the weights of a layer, or an embedding: its slices go with that layer's. A
-        bias or a scale only meets what layers give entry by entry.
-        """
-        if reader is None or rule_for(reader.name) is elementwise:
-            return reader is not None and id(reader.outputs[0]) in self.summed
-        if reader.regions:
-            given = [
-                inner
-                for name, region in reader.regions.items()
-                for outer, inner, _ in _given(reader, name, region)
-                if outer is value
-            ]
-            return not given or any(id(inner) in self.summed for inner in given)
-        outputs = [output for output in reader.outputs if Origin.PARAM in self.of(output)]
-        return not outputs or any(id(output) in self.summed for output in outputs)
-
-    def of(self, value: Value) -> tuple[Origin, ...]:
-        if value.constant is not None:
-            return (Origin.CONSTANT,) * len(value.shape)
-        return self._of.get(id(value), (Origin.OTHER,) * len(value.shape))
-
-    def _is_constant(self, value: Value) -> bool:
-        return value.constant is not None or id(value) in self._constant
-
-    def run(self, region: Region) -> None:
-        # The inputs of the function but for its params, and what bodies are given that is no param.
-        for value in region.inputs:
-            if id(value) not in self._params:
-                self._free_of_params.add(id(value))
-        self._run(region)
-
-    def _run(self, region: Region) -> None:
-        # What a loop over layers carries is the same in all rounds, though the first is given a constant.
-        rolls = {id(roll): roll for op in region.ops for roll, _ in op.rolls}.values()
-        carried = {id(value) for roll in rolls for one in roll.rounds for value in one.taken}
-        for op in region.ops:
-            if any(id(output) in carried for output in op.outputs):
-                continue
-            pure = not getattr(op.bind, "has_effects", False)
-            if op.regions:
-                self._call(op)
-            if pure and all(map(self._is_constant, op.inputs)):
-                self._constant.update(map(id, op.outputs))
-                for output in op.outputs:
-                    self._of[id(output)] = (Origin.CONSTANT,) * len(output.shape)
-            elif not op.regions:
-                for output in op.outputs:
-                    self._of[id(output)] = tuple(self._axes(op, output))
-            if all(v.constant is not None or id(v) in self._free_of_params for v in op.inputs):
-                self._free_of_params.update(map(id, op.outputs))
-
-    def _axes(self, op: Op, output: Value) -> Sequence[Origin]:
-        """The origins of an op's output."""
-        rank, of = len(output.shape), self.of
-        if rule_for(op.name) is elementwise:
-            axes = [Origin.CONSTANT] * rank
-            for value in op.inputs:
-                for axis in matching_axes(value, output):
-                    axes[axis] = max(axes[axis], of(value)[axis])
-            return axes
-        if op.name == "broadcast_in_dim":
-            axes = [Origin.CONSTANT] * rank
-            for axis, place in enumerate(op.params["broadcast_dimensions"]):
-                if op.inputs[0].shape[axis] is output.shape[place] or (
-                    op.inputs[0].shape[axis] == output.shape[place]
-                ):
-                    axes[place] = of(op.inputs[0])[axis]
-            return axes
-        if op.name == "transpose":
-            return [of(op.inputs[0])[axis] for axis in op.params["permutation"]]
-        if op.name == "squeeze" or op.name in _REDUCTIONS:
-            gone = op.params["dimensions" if op.name == "squeeze" else "axes"]
-            return [origin for axis, origin in enumerate(of(op.inputs[0])) if axis not in gone]
-        if op.name in _ALONG:
-            same = [value for value in op.inputs if len(value.shape) == rank]
-            return [max(of(value)[axis] for value in same) for axis in range(rank)]
-        if op.name == "reshape":
-            axes = [Origin.CONSTANT] * rank
-            for segment in segments(op.inputs[0].shape, output.shape):
-                for place, _ in segment.after:
-                    axes[place] = max(
-                        [of(op.inputs[0])[axis] for axis, _ in segment.before], default=axes[place]
-                    )
-            return axes
-        if op.name == "dot_general":
-            return self._product(op)
-        if op.name == "gather":
-            return self._gather(op, output)
-        # Of what has no rule the inputs are whole, and what it gives may be cut for each reader.
-        free = all(v.constant is not None or id(v) in self._free_of_params for v in op.inputs)
-        return [Origin.CONSTANT if free and rule_for(op.name).link is pin_inputs else Origin.OTHER] * rank
-
-    def _product(self, op: Op) -> list[Origin]:
-        (left, right), (sums, batch) = op.inputs, op.params["dimension_numbers"]
-        axes = [
-            max(self.of(left)[a], self.of(right)[b], key=int) for a, b in zip(batch[0], batch[1], strict=True)
-        ]
-        for value, summed, batched in ((left, sums[0], batch[0]), (right, sums[1], batch[1])):
-            free = [a for a in range(len(value.shape)) if a not in (*summed, *batched)]
-            # What a layer gives is no longer the params' own.
-            axes += [Origin.CONSTANT if self.of(value)[a] is Origin.CONSTANT else Origin.OTHER for a in free]
-        return axes
-
-    def _gather(self, op: Op, output: Value) -> list[Origin]:
-        """Windows of the operand: of a param only where constants say which."""
-        numbers, (operand, indices) = op.params["dimension_numbers"], op.inputs
-        gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        windows = [axis for axis in range(len(operand.shape)) if axis not in gone]
-        places = [axis for axis in range(len(output.shape)) if axis not in numbers.offset_dims]
-        axes = [Origin.OTHER] * len(output.shape)
-        for axis, place in zip(windows, numbers.offset_dims, strict=True):
-            origin = self.of(operand)[axis]
-            if origin is Origin.CONSTANT or self._is_constant(indices):
-                axes[place] = origin
-        if not numbers.operand_batching_dims:
-            for axis, place in enumerate(places):
-                axes[place] = self.of(indices)[axis]
-        return axes
-
-    def _call(self, op: Op) -> None:
-        """An op with bodies: what they are given, and what those that run once give back."""
-        for name, region in op.regions.items():
-            for outer, inner, skip in _given(op, name, region):
-                self._of[id(inner)] = self.of(outer)[skip:]
-                if self._is_constant(outer):
-                    self._constant.add(id(inner))
-                if outer.constant is not None or id(outer) in self._free_of_params:
-                    self._free_of_params.add(id(inner))
-            self._run(region)
-        bodies = [op.regions["body"]] if op.name in _ONCE else []
-        bodies = list(op.regions.values()) if op.name == "cond" else bodies
-        for place, output in enumerate(op.outputs):
-            if bodies:
-                columns = zip(*(self.of(body.outputs[place]) for body in bodies), strict=True)
-                self._of[id(output)] = tuple(max(column) for column in columns)
-
-
-def _given(op: Op, name: str, region: Region) -> list[tuple[Value, Value, int]]:
-    """The inputs of a body that are inputs of its op, and how many first axes they lack."""
-    outer, inner, skip = list(op.inputs), list(region.inputs), [0] * len(op.inputs)
-    if op.name == "cond":
-        outer, skip = outer[1:], skip[1:]
-    elif op.name == "scan":
-        consts, carried = scan_split(op.params)
-        outer, inner = (
-            [*values[:consts], *values[consts + carried :]] for values in (op.inputs, region.inputs)
-        )
-        skip = [0] * consts + [1] * (len(outer) - consts)
-    elif op.name == "while":
-        first, second = op.params["cond_nconsts"], op.params["body_nconsts"]
-        outer = outer[:first] if name == "condition" else outer[first : first + second]
-    elif op.name not in _ONCE:
-        return []
-    return list(zip(outer, inner, skip, strict=False))
-
-
-def _give_copies(region: Region, graph: AxisGraph, origins: _Origins, outermost: bool) -> None:
-    """Puts copies in the places where a value is read, from the last value to the first.
-
-    In the outermost region constants are made whole. In a body they are as large as what its op is
-    given, which other bodies of the op read too.
+    Attributes:
+      holder: the inputs of the reader, or the outputs of the region.
+      place: the index of the value there.
+      reader: the op that reads it; None for an output of the region.
     """
-    reads: dict[int, list[tuple[list[Value], int, Op | None]]] = defaultdict(list)
-    constants: dict[int, Value] = {}
 
-    def note(op: Op) -> None:
+    holder: list[Value]
+    place: int
+    reader: Op | None
+
+
+class _Separator:
+    """Puts copies of values in the places where a region reads them.
+
+    In the outermost region values made of constants are made whole. In a body they are as large as the inputs
+    of its op, which other bodies of the op read too.
+    """
+
+    def __init__(self, region: Region, graph: AxisGraph, origins: Origins, outermost: bool):
+        self.region, self.graph, self.origins, self.outermost = region, graph, origins, outermost
+        self.readings: dict[int, list[_Reading]] = defaultdict(list)
+        self.constants: dict[int, Value] = {}
+        self.before: dict[int, list[Op]] = defaultdict(list)  # by the id of a reader, the ops of its copies
+
+    def run(self) -> None:
+        """Put in the copies, from the last value to the first, and the ops that make them."""
+        for op in self.region.ops:
+            for inner in op.regions.values():
+                _Separator(inner, self.graph, self.origins, outermost=False).run()
+            self._enter(op)
+        for place, value in enumerate(self.region.outputs):
+            self.readings[id(value)].append(_Reading(self.region.outputs, place, None))
+        for op in reversed(self.region.ops):
+            for output in op.outputs:
+                self._separate(output)
+        for value in (*self.region.inputs, *self.constants.values()):
+            self._separate(value)
+        ops: list[Op] = []
+        for op in self.region.ops:
+            self._append(op, ops)
+        for copied in self.before[id(None)]:
+            self._append(copied, ops)
+        self.region.ops[:] = ops
+
+    def _enter(self, op: Op) -> None:
+        """Enter the places where an op reads values."""
         for place, value in enumerate(op.inputs):
-            reads[id(value)].append((op.inputs, place, op))
+            self.readings[id(value)].append(_Reading(op.inputs, place, op))
             if value.constant is not None:
-                constants[id(value)] = value
+                self.constants[id(value)] = value
 
-    for op in region.ops:
-        for inner in op.regions.values():
-            _give_copies(inner, graph, origins, False)
-        note(op)
-    for place, value in enumerate(region.outputs):
-        reads[id(value)].append((region.outputs, place, None))
+    def _append(self, op: Op, ops: list[Op]) -> None:
+        """Append an op after those that make the copies that it reads."""
+        for copied in self.before[id(op)]:
+            self._append(copied, ops)
+        ops.append(op)
 
-    before: dict[int, list[Op]] = defaultdict(list)
-
-    def give(value: Value) -> None:
-        """Makes the copies of a value, to stand before their readers."""
-        places, of = reads[id(value)], origins.of(value)
+    def _separate(self, value: Value) -> None:
+        """Give the readers of a value copies of it, if it has axes along which they need not agree."""
+        readings = self.readings[id(value)]
+        readers = [reading.reader for reading in readings]
         if (
             value.layers
             or value.part is not None
-            or any(r is not None and r.name in _LAYERS for *_, r in places)
+            or any(r is not None and r.name in _LAYERS for r in readers)
         ):
             return
-        if Origin.PARAM in of and any(origins.sums(value, reader) for _, _, reader in places):
-            origins.summed.add(id(value))
+        of = self.origins.of(value)
+        if Origin.PARAM in of and self.origins.are_weights(value, readers):
             of = tuple(Origin.OTHER if origin is Origin.PARAM else origin for origin in of)
-        # Readers of different slices do not share any: each takes those of its own units with it.
+        # Readers of disjoint slices share none: each slice already goes with the units of its reader.
         of = tuple(
-            Origin.OTHER if origin is Origin.PARAM and _are_disjoint(places, axis) else origin
+            Origin.OTHER if origin is Origin.PARAM and _are_disjoint(readers, axis) else origin
             for axis, origin in enumerate(of)
         )
-        apart = [of[a] for a, n in enumerate(value.shape) if isinstance(n, int) and n > 1]
-        if len(places) < 2 or all(origin is Origin.OTHER for origin in apart):
+        apart = [of[axis] for axis, size in enumerate(value.shape) if isinstance(size, int) and size > 1]
+        if len(readings) < 2 or all(origin is Origin.OTHER for origin in apart):
             return
-        again = value.op is not None and value.op.name in _MADE_AGAIN and Origin.PARAM not in apart
-        for number, (holder, place, reader) in enumerate(places):
-            in_loop = reader is not None and bool(reader.rolls)
+        repeated = value.op if value.op is not None and value.op.name in _REPEATED else None
+        if Origin.PARAM in apart:
+            repeated = None
+        for number, (holder, place, reader) in enumerate(readings):
             if reader is not None and reader.memo.get("carried"):
-                continue  # what a loop carries has the same slices in all rounds
-            if number == 0 and (again or value.constant is not None) and not in_loop:
-                continue  # one reader takes the value itself; the rounds of a loop are to be alike
-            axes = tuple(map(graph.node, value.shape))
-            copy = Value(value.shape, value.dtype, axes, sharding=value.sharding)
-            holder[place] = copy
-            if value.constant is not None:
-                copy.constant = value.constant
-                continue
-            if again:
-                op = value.op
-                assert op is not None
-                copy.op = Op(op.name, op.params, list(op.inputs), [copy], op.bind, op.source)
-            else:
-                source = (reader or value.op or _NOWHERE).source
-                params = {"origins": of, "whole": outermost}
-                copy.op = Op(NAME, params, [value], [copy], _itself, source)
-            origins._of[id(copy)] = of
-            if reader is not None:
-                # In the same round of a loop as its reader, where it can be cut for that round.
-                copy.op.rolls, copy.op.lazy = reader.rolls, reader.lazy
-            before[id(reader)].append(copy.op)
-            if again:
-                note(copy.op)
+                continue  # the carry of a loop has the same slices in all rounds
+            in_loop = reader is not None and bool(reader.rounds)
+            if number == 0 and (repeated is not None or value.constant is not None) and not in_loop:
+                continue  # the first reader takes the value itself, unless all rounds of a loop must be alike
+            holder[place] = self._copy(value, of, reader, repeated)
 
-    for op in reversed(region.ops):
-        for output in op.outputs:
-            give(output)
-    for value in (*region.inputs, *constants.values()):
-        give(value)
-    ops: list[Op] = []
+    def _copy(self, value: Value, of: tuple[Origin, ...], reader: Op | None, repeated: Op | None) -> Value:
+        """Return a copy of a value for a reader, whose op goes before the reader.
 
-    def put(op: Op) -> None:
-        for copy in before[id(op)]:
-            put(copy)
-        ops.append(op)
-
-    for op in region.ops:
-        put(op)
-    for copy in before[id(None)]:
-        put(copy)
-    region.ops[:] = ops
+        Args:
+          value: the value.
+          of: the origins of its axes, which decide how the copy is linked to it.
+          reader: the reader; None for an output of the region.
+          repeated: the op that makes the value, to be repeated for the copy; None to insert a `per_reader`.
+        """
+        axes = tuple(map(self.graph.node, value.shape))
+        copied = Value(value.shape, value.dtype, axes, constant=value.constant, sharding=value.sharding)
+        if value.constant is not None:
+            return copied
+        if repeated is not None:
+            op = replace(repeated, inputs=list(repeated.inputs), outputs=[copied], regions={}, memo={})
+        else:
+            source = (reader or value.op or _NOWHERE).source
+            params = {"origins": of, "pin_constants": self.outermost}
+            op = Op(per_reader.NAME, params, [value], [copied], _itself, source)
+        # In the same round of a loop as its reader, where it can be cut for that round.
+        op.rounds, op.lazy = (reader.rounds, reader.lazy) if reader is not None else ((), False)
+        copied.op = op
+        self.origins.enter(copied, of)
+        self.before[id(reader)].append(op)
+        if repeated is not None:
+            self._enter(op)
+        return copied
 
 
-def _are_disjoint(places: Sequence[tuple[list[Value], int, Op | None]], axis: int) -> bool:
-    """Whether all readers of a value take a part of it, and none the same slice along an axis as another."""
+def _are_disjoint(readers: Sequence[Op | None], axis: int) -> bool:
+    """Whether all readers of a value are slices of it that do not overlap along an axis."""
     ends = []
-    for *_, reader in places:
+    for reader in readers:
         if reader is None or reader.name != "slice":
             return False
         ends.append((reader.params["start_indices"][axis], reader.params["limit_indices"][axis]))
@@ -354,87 +177,48 @@ def _itself(*args: Any) -> list[Any]:
     return list(args)
 
 
-_itself.has_effects = False  # type: ignore[attr-defined]
-_NOWHERE = Op(NAME, {}, [], [], _itself, "an output")
+_NOWHERE = Op(per_reader.NAME, {}, [], [], _itself, "an output")
 
 
-# The rule of the op that stands between a value and one of its readers.
-
-
-def _link(op: Op, graph: AxisGraph) -> None:
-    (value,), (copy,) = op.inputs, op.outputs
-    for origin, a, b in zip(op.params["origins"], value.axes, copy.axes, strict=True):
-        if origin is Origin.OTHER:
-            graph.same(a, b)
-        elif origin is Origin.PARAM:
-            graph.cover(a, b, may_tie=True)
-        elif op.params["whole"]:
-            graph.pin(a, "it is made of constants, once for all that read it")
-        else:
-            graph.cover(a, b)
-
-
-def _flow(op: Op, facts: Facts) -> None:
-    known = facts.of(op.inputs[0])
-    facts.learn(op.outputs[0], known.zero, known.fill, known.alike)
-
-
-def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    return [part_of(op, args[0], frame)]
-
-
-def part_of(op: Op, array: Any, frame: Frame, besides: int | None = None) -> Any:
-    """What a reader takes of an array, along all axes but one."""
-    (value,), (copy,) = op.inputs, op.outputs
-    for axis in range(len(value.shape)):
-        kept = frame.indices(copy, axis)
-        if kept is not None and axis != besides:
-            array = take_dense(frame, array, axis, kept, frame.indices(value, axis))
-    return array
-
-
-register_rule(NAME, rule=Rule(_link, _flow, _emit))
-
-
-# Params again: which of them their readers can lose slices of one by one.
-
-
-def tie_readers(linked: "TracedNetwork", graph: AxisGraph) -> None:
-    """Ties the readers of a param that could not lose slices apart from each other, or from it.
+def tie_readers(network: "TracedNetwork", graph: AxisGraph) -> None:
+    """Tie a param to its readers where these could not lose slices independently, of each other or of it.
 
     That is so where constraints join the readers anyway (a tied embedding, by the residual stream), and
-    where a reader's axis has slices of no other param (a layer that is applied twice).
+    where a reader's axis has slices of no other param (a layer that is applied twice), so that its units
+    would hold no param at all.
     """
-    while covers := graph.covers():
+    while covers := graph.untied_covers():
         number, always = graph.components(covers=False), graph.always_kept()
-        have_params = {number(node) for value in linked.values.values() for node in value.axes}
-        by_whole: dict[int, list[int]] = defaultdict(list)
+        have_params = {number(node) for value in network.values.values() for node in value.axes}
+        readers_of: dict[int, list[int]] = defaultdict(list)
         for cover in covers:
-            by_whole[graph.find(cover.whole)].append(cover.part)
+            readers_of[graph.find(cover.superset)].append(cover.subset)
         tied = False
-        for whole, parts in by_whole.items():
-            free = [part for part in parts if not always.full(part)]
-            one = len({number(part) for part in parts}) == 1
-            if one or not free or any(number(part) not in have_params for part in free):
+        for param, readers in readers_of.items():
+            free = [reader for reader in readers if not always.full(reader)]
+            one = len({number(reader) for reader in readers}) == 1
+            if one or not free or any(number(reader) not in have_params for reader in free):
                 tied = True
-                for part in parts:
-                    graph.same(whole, part)
+                for reader in readers:
+                    graph.same(param, reader)
         if not tied:
             return
 
 
 def tie_where(graph: AxisGraph, nodes: Sequence[int]) -> bool:
-    """Ties the readers of params that some nodes are joined to; whether there were any."""
+    """Tie the params that readers joined to some nodes read; return whether there were any."""
     number = graph.components(covers=False)
     wanted = {number(node) for node in nodes}
-    wholes = {graph.find(c.whole) for c in graph.covers() if number(c.part) in wanted}
-    for cover in graph.covers():
-        if graph.find(cover.whole) in wholes:
-            graph.same(cover.whole, cover.part)
-    return bool(wholes)
+    params = {graph.find(c.superset) for c in graph.untied_covers() if number(c.subset) in wanted}
+    for cover in graph.untied_covers():
+        if graph.find(cover.superset) in params:
+            graph.same(cover.superset, cover.subset)
+    return bool(params)
 
 
 def pin_shared(graph: AxisGraph) -> None:
-    """Keeps what covers several readers out of their units."""
-    for cover in graph.covers():
-        graph.pin(cover.whole, "several layers read it, each its own slices: it keeps what any of them does")
+    """Keep params that several layers read out of the units of these layers."""
+    for cover in graph.untied_covers():
+        graph.pin(
+            cover.superset, "several layers read it, each its own slices: it keeps what any of them does"
+        )

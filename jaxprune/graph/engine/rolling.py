@@ -1,193 +1,165 @@
-"""One loop for all layers: which indices differ from layer to layer, and whether nothing else does.
+"""One loop again from the rounds of a loop over layers, where these differ only in which slices they take.
 
-The rounds of a loop over layers keep different slices, but equally many. Replayed one by one they apply
-the same ops to arrays of the same shapes, and take slices at other places. So each round is traced twice:
-first to note at which places it takes slices, in order; then with the places that differ as an input of
-the round. If all rounds are the same program then, one loop does them all, with a table of the places.
+Let round r of the dense loop be f(carry, x_r), with x_r the slices of the stacks for layer r. Replayed, it is
+f_r: f with every value cut to the slices that layer r keeps. If all layers keep equally many slices along
+every axis, the f_r apply the same ops to arrays of the same shapes; they differ only in the constant index
+vectors p_r1, p_r2, ... at which they take slices. So f_r(carry, x_r) = g(carry, x_r, p_r), with one g, and
+
+    scan(f_r over r) = scan(g, over (x_r, p_r)),   p stacked to a table with a row for each layer.
+
+To find g, each round is traced twice: first noting its index vectors in order; then with those vectors that
+differ between rounds as inputs (the others stay constants). If the jaxprs of all rounds are equal then, that
+jaxpr is g. If they are not, or if shapes or numbers of vectors differ, `LayersDifferError` is raised and the
+rounds are replayed one after the other.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax import lax
 
-from jaxprune.graph.engine.rules.slices import take
+from jaxprune.graph.engine import placing
+from jaxprune.graph.engine.ir import LayerLoop, Op, Value
+from jaxprune.graph.engine.positions import LayersDifferError, Positions, tables
+from jaxprune.graph.engine.rules.slices import take_slices
+from jaxprune.graph.engine.same_program import are_same_program
 
-if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
-    from jax.extend.core import ClosedJaxpr, Jaxpr
-
-
-_DERIVATIVES = frozenset(("jvp_jaxpr_fun", "fwd_jaxpr_thunk", "bwd", "out_trees"))
-
-
-class LayersDifferError(Exception):
-    """The layers of a stack differ in more than which slices they keep."""
+if TYPE_CHECKING:
+    from jaxprune.graph.engine.replay import Replay
 
 
-class NotMadeError(LayersDifferError):
-    """A value is read that no op has made: the loop as it was reads what nothing needs any more."""
+def run_rounds_as_loop(replay: "Replay", loop: LayerLoop, ops: Sequence[Op], level: int) -> dict[int, Any]:
+    """Return the outputs of a loop over layers, run as one loop, by the ids of their values.
 
-
-class Positions:
-    """The places at which one round of a loop takes slices.
-
-    Attributes:
-      noted: the places of this round, in order.
-      fixed: those that must be the same in all rounds.
-    """
-
-    def __init__(self) -> None:
-        self.noted: list[np.ndarray] = []
-        self.fixed: list[np.ndarray] = []
-        self._is_fixed = False
-        self._rows: list[Any] | None = None
-        self._differs: list[bool] = []
-        self._next = self._next_row = 0
-
-    def start(self, differs: Sequence[bool] | None, rows: Sequence[Any]) -> "Positions":
-        """Notes places anew; or, if it is known which differ, gives these from rows of a table."""
-        if differs is None:
-            self.noted, self.fixed, self._rows = [], [], None
-        else:
-            self._rows, self._differs = list(rows), list(differs)
-        self._next = self._next_row = 0
-        return self
-
-    @property
-    def is_noting(self) -> bool:
-        """Whether places are noted."""
-        return self._rows is None
-
-    @contextmanager
-    def same_in_all(self) -> Iterator[None]:
-        """Inside, places have to be the same in all rounds."""
-        before, self._is_fixed = self._is_fixed, True
-        try:
-            yield
-        finally:
-            self._is_fixed = before
-
-    def hoisted(self, array: np.ndarray) -> Any:
-        """An array of places, as the round is to use it."""
-        if self._is_fixed:
-            if self.is_noting:
-                self.fixed.append(array)
-            return array
-        if self._rows is None:
-            self.noted.append(array)
-            return array
-        if self._next >= len(self._differs):
-            raise LayersDifferError
-        differs = self._differs[self._next]
-        self._next += 1
-        self._next_row += differs
-        return self._rows[self._next_row - 1] if differs else array
-
-    def take(self, array: Any, axis: int, positions: np.ndarray) -> Any:
-        """Slices of an array at known places."""
-        found = self.hoisted(np.asarray(positions))
-        if isinstance(found, np.ndarray):
-            return take(array, axis, found)
-        return jnp.take(array, found, axis=axis, mode="clip")
-
-
-def tables(rounds: Sequence[Positions]) -> tuple[list[bool], list[np.ndarray]]:
-    """Which of the places noted differ between rounds, and for these a table with a row for each round.
+    Args:
+      replay: the run that the loop stands in.
+      loop: the loop.
+      ops: the ops of those of its rounds that are left.
+      level: how many other loops it lies in.
 
     Raises:
-      LayersDifferError: the rounds take different numbers of slices, or differ where they may not.
+      LayersDifferError: the rounds differ in more than which slices they take.
     """
-    first = rounds[0]
-    for other in rounds[1:]:
-        if len(other.noted) != len(first.noted) or len(other.fixed) != len(first.fixed):
-            raise LayersDifferError
-        if not all(map(np.array_equal, other.fixed, first.fixed)):
-            raise LayersDifferError
-    differs, found = [], []
-    for places in zip(*(one.noted for one in rounds), strict=True):
-        if len({array.shape for array in places}) > 1:
-            raise LayersDifferError
-        differs.append(any(not np.array_equal(array, places[0]) for array in places))
-        if differs[-1]:
-            found.append(np.stack(places).astype(np.int32))
-    return differs, found
+    numbers = sorted({op.rounds[level][1] for op in ops})
+    count, place = len(numbers), {number: n for n, number in enumerate(numbers)}
+    # The ops of each round, without the copies of this loop's carry: its values are the carry of the scan.
+    ops_of: list[list[Op]] = [[] for _ in numbers]
+    for op in ops:
+        if not op.memo.get("carried") or len(op.rounds) > level + 1:
+            ops_of[place[op.rounds[level][1]]].append(op)
+    made_here = {id(output) for op in ops for output in op.outputs}
+    # Values from outside: constants of the scan where all rounds read the same one, else slices of a stack.
+    columns = _read_from_outside(ops_of, made_here)
+    sliced = [values for values in columns if any(value is not values[0] for value in values)]
+    for values in columns:
+        if all(value is values[0] for value in values):
+            replay.read(values[0])
+    xs = [_read_as_stack(replay, values) for values in sliced]
+
+    def is_made(value: Value) -> bool:
+        """Whether a value is made at all: one that nobody reads has lost its op."""
+        inside = value.op is not None and any(loop is other for other, _ in value.op.rounds)
+        return id(value) in made_here or not inside
+
+    rounds = [loop.rounds[number] for number in numbers]
+    carried = [n for n, value in enumerate(rounds[0].carry_out) if is_made(value)]
+    stacked = [n for n, value in enumerate(rounds[0].slices_out) if is_made(value)]
+    first, last = (rounds[-1], rounds[0]) if loop.reverse else (rounds[0], rounds[-1])
+    initial = [replay.read(_copied(first.carry_in[n])) for n in carried]
+
+    def one_round(number: int, positions: Positions, differs: Sequence[bool] | None) -> Any:
+        """Return a round as a function of its carry, its slices, and the positions that differ."""
+
+        def step(carry: Sequence[Any], slices: Sequence[Any], rows: Sequence[Any]) -> Any:
+            this, arrays = rounds[number], dict(replay.arrays)
+            arrays.update((id(this.carry_in[n]), array) for n, array in zip(carried, carry, strict=True))
+            arrays.update((id(v[number]), array) for v, array in zip(sliced, slices, strict=True))
+            inner = replay.with_arrays(arrays, positions.start(differs, rows))
+            inner.apply_all(ops_of[number], level + 1)
+            given = [inner.read(this.carry_out[n]) for n in carried]
+            return given, [inner.read(this.slices_out[n]) for n in stacked]
+
+        return step
+
+    # Trace each round to note where it takes slices, then again with those positions that differ as inputs.
+    slices = [jax.eval_shape(lambda x: x[0], x) for x in xs]
+    noted = [Positions() for _ in range(count)]
+    for number, positions in enumerate(noted):
+        jax.eval_shape(one_round(number, positions, None), initial, slices, [])
+    differs, found = tables(noted)
+    # In a round of an outer loop, these tables may in turn differ between the rounds of that loop.
+    outer = replay.positions
+    hoisted = found if outer is None else [outer.hoisted(table) for table in found]
+    rows = [jax.ShapeDtypeStruct(table.shape[1:], table.dtype) for table in found]
+    steps = [one_round(number, positions, differs) for number, positions in enumerate(noted)]
+    if not are_same_program([jax.make_jaxpr(step)(initial, slices, rows) for step in steps]):
+        raise LayersDifferError
+    carry, stacks = lax.scan(
+        lambda carry, x: steps[0](carry, *x),
+        initial,
+        (xs, [jnp.asarray(table) for table in hoisted]),
+        length=count,
+        reverse=loop.reverse,
+        unroll=loop.unroll,
+    )
+    outputs = dict(zip((id(last.carry_out[n]) for n in carried), carry, strict=True))
+    return outputs | dict(zip((id(loop.stacks[n]) for n in stacked), stacks, strict=True))
 
 
-def check_alike(rounds: "Sequence[ClosedJaxpr]") -> None:
-    """Checks that the rounds of a loop are one program.
+def _copied(value: Value) -> Value:
+    """Return the value that a loop copies into a round."""
+    assert value.op is not None
+    return value.op.inputs[0]
+
+
+def _read_from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[tuple[Value, ...]]:
+    """Return what the rounds of a loop read that none of them makes: for each, the values of all rounds.
 
     Raises:
-      LayersDifferError: they are not.
+      LayersDifferError: the rounds do not have the same ops.
     """
-    first = rounds[0]
-    for other in rounds[1:]:
-        if not _equal_consts(first.consts, other.consts) or not _equal_jaxprs(first.jaxpr, other.jaxpr):
-            raise LayersDifferError
+    if any([op.name for op in ops] != [op.name for op in rounds[0]] for ops in rounds):
+        raise LayersDifferError
+    columns: dict[tuple[int, ...], tuple[Value, ...]] = {}
+    for ops in zip(*rounds, strict=True):
+        for values in zip(*(op.inputs for op in ops), strict=True):
+            inside = [id(value) in made_here or value.constant is not None for value in values]
+            if any(inside) and not all(inside):
+                raise LayersDifferError
+            if not any(inside):
+                values = _stacks_of(values)
+                columns[tuple(map(id, values))] = values
+    return list(columns.values())
 
 
-def _equal_consts(first: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(first) == len(other) and all(map(_equal_arrays, first, other))
+def _stacks_of(values: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Return the stacks that the rounds read slices of, if each reads a stack of its own.
 
-
-def _equal_arrays(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Tracer) or isinstance(b, Tracer):
-        return False
-    if any(jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended) for x in (a, b)):
-        return False  # keys of random numbers
-    a, b = np.asarray(a), np.asarray(b)
-    return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=np.issubdtype(a.dtype, np.inexact))
-
-
-def _equal_jaxprs(a: "Jaxpr", b: "Jaxpr") -> bool:
-    same: dict[Any, Any] = {}
-
-    def matched(x: Any, y: Any) -> bool:
-        if hasattr(x, "val") or hasattr(y, "val"):
-            return hasattr(x, "val") and hasattr(y, "val") and _equal_arrays(x.val, y.val)
-        return same.get(x) is y
-
-    def bound(xs: Sequence[Any], ys: Sequence[Any]) -> bool:
-        if len(xs) != len(ys):
-            return False
-        same.update(zip(xs, ys, strict=True))
-        return all(
-            (x.aval.shape, x.aval.dtype) == (y.aval.shape, y.aval.dtype) for x, y in zip(xs, ys, strict=True)
-        )
-
-    if not bound([*a.invars, *a.constvars], [*b.invars, *b.constvars]) or len(a.eqns) != len(b.eqns):
-        return False
-    for x, y in zip(a.eqns, b.eqns, strict=True):
-        if x.primitive is not y.primitive or len(x.invars) != len(y.invars):
-            return False
-        if not all(map(matched, x.invars, y.invars)) or not _equal_params(x.params, y.params):
-            return False
-        if not bound(x.outvars, y.outvars):
-            return False
-    return len(a.outvars) == len(b.outvars) and all(map(matched, a.outvars, b.outvars))
-
-
-def _equal_params(a: Any, b: Any) -> bool:
-    """Whether the parameters of two ops are equal.
-
-    Functions that take derivatives are: they come from one line of the function, and take slices at the
-    same places, see `Positions.fixed`.
+    An inner loop over the same layers needs all of such a stack.
     """
-    if isinstance(a, dict):
-        keys = a.keys() - _DERIVATIVES
-        return keys == b.keys() - _DERIVATIVES and all(_equal_params(a[key], b[key]) for key in keys)
-    if isinstance(a, (tuple, list)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal_params, a, b))
-    if hasattr(a, "consts"):  # a closed jaxpr
-        closed = hasattr(b, "consts") and _equal_consts(a.consts, b.consts)
-        return closed and _equal_jaxprs(a.jaxpr, b.jaxpr)
-    if hasattr(a, "eqns"):
-        return hasattr(b, "eqns") and _equal_jaxprs(a, b)
-    if isinstance(a, (np.ndarray, jax.Array)):
-        return isinstance(b, (np.ndarray, jax.Array)) and _equal_arrays(a, b)
-    return type(a) is type(b) and (callable(a) or bool(a == b))
+    while parts := [value.part for value in values if value.part is not None]:
+        if len(parts) < len(values) or all(part.stack is parts[0].stack for part in parts):
+            break
+        if any((part.axis, part.index) != (parts[0].axis, parts[0].index) for part in parts):
+            break
+        values = tuple(part.stack for part in parts)
+    return values
+
+
+def _read_as_stack(replay: "Replay", values: Sequence[Value]) -> Any:
+    """Return the arrays of values, one for each layer, along a new first axis."""
+    parts = [value.part for value in values if value.part is not None]
+    if len(parts) == len(values) and all(part.stack is parts[0].stack for part in parts):
+        stack, axis, _ = parts[0]
+        indices = [replay.row(stack, p.index) if axis == stack.along else p.index for p in parts]
+        array = replay.read(stack)
+        if indices != list(range(array.shape[axis])):
+            array = take_slices(placing.gather(array, (axis,)), axis, np.array(indices))
+        return array if axis == 0 else jnp.moveaxis(array, axis, 0)
+    arrays = [replay.read(value) for value in values]
+    if any(array.shape != arrays[0].shape for array in arrays):
+        raise LayersDifferError
+    return jnp.stack(arrays)

@@ -1,7 +1,23 @@
-"""Whole layers that a function can do without: residual blocks that are the identity where they are zero.
+"""Removes residual blocks whose params are all zero from a program.
 
-Where all params of a block are zero, `x + f(x)` is `x`. So what reads the sum can read `x`, and nothing
-reads the block any more. A layer of a stack then leaves the loop; a block of a list, or a dict, leaves it.
+Where all params of a block are zero, `x + f(x)` is `x`. So what reads the sum can read `x` instead, and
+nothing reads the block any more. A layer of a stack then leaves its loop; a block of a list or a dict leaves
+the list or dict.
+
+Two proofs
+----------
+`residual_blocks` (graph/residual.py, by `passage`) also proves blocks to be the identity, and both proofs
+rest on `identity.aliases`. They answer different questions, and neither can stand in for the other:
+
+- Here the question is whether a program needs some params at all *if all of them are zero at once*. Several
+  blocks are removed together, in a program whose loops over layers are unrolled, so that single rounds can
+  leave. Whatever nothing reads any more may go, a dead branch as well as a residual block: the compacted
+  program stays equal to the masked one in either case. The answer for one set of params is yes or no, with no
+  reason but the params that are still read.
+- `passage` asks, for one block at a time and with all other params alive, whether the *input of the block
+  passes on*. It refuses a layer without a residual path even where nothing reads its params any more (the
+  next layer's bias would replace its input), names the op and the line to blame, and needs no unrolling: one
+  layer of a loop is checked in the body of the loop, so it also holds for loops too long to unroll.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -10,20 +26,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.graph.engine.identity import aliases
-from jaxprune.graph.engine.ir import Op, Region, Roll, Value, is_gone, with_layers
+from jaxprune.graph.engine.ir import LayerLoop, Op, Region, Value, is_removed, with_layers
+from jaxprune.graph.engine.liveness import aligned, prune_dead
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.tracing import aligned, prune_dead
 
 _Round = tuple[int, int]
 """The id of a loop, and the number of one of its rounds."""
 
 
 class Removed(NamedTuple):
-    """Params (or layers of stacked ones) that go as whole blocks, by name.
+    """Params (or layers of stacked ones) that are removed with their block, by name.
 
     Attributes:
       names: all of them.
-      alive: those that need not be zero: what the block divides by.
+      alive: those that need not be zero, because the block divides by them.
     """
 
     names: frozenset[str]
@@ -33,117 +49,118 @@ class Removed(NamedTuple):
 NOTHING = Removed(frozenset(), frozenset())
 
 
-def removable(linked: TracedNetwork, masks: Mapping[str, np.ndarray], blocks: Collection[str]) -> Removed:
-    """What can go as whole blocks.
+def removable(network: TracedNetwork, masks: Mapping[str, np.ndarray], blocks: Collection[str]) -> Removed:
+    """Return the params of blocks that are masked and that the function does not need if they are zero.
+
+    Blocks are tried all together. If the function still reads some of them, these are kept, and the others
+    are tried again: what is read in place of a block may be the output of another.
 
     Args:
-      linked: the function.
+      network: the function.
       masks: masks by name.
-      blocks: the paths of the blocks in lists and dicts that could leave them.
+      blocks: the paths of the blocks in lists and dicts that could be removed from these.
     """
     dead = frozenset(name for name, mask in masks.items() if not mask.any())
-    going: list[frozenset[str]] = []
-    for family in [*_layers(linked), *_listed(linked, blocks)]:
+    candidates: list[frozenset[str]] = []
+    for family in [*_layers(network), *_listed(network, blocks)]:
         mostly_dead = [names for names in family if len(names & dead) * 2 >= len(names) > 0]
-        # One of them stays: a loop of no rounds and an empty list tell nothing of what they held.
-        going += mostly_dead[: len(family) - 1]
-    while going:
-        names = frozenset[str]().union(*going)
+        # At least one stays: a loop without rounds, or an empty list, does not tell what it contained.
+        candidates += mostly_dead[: len(family) - 1]
+    while candidates:
+        names = frozenset[str]().union(*candidates)
         removed = Removed(names, names - dead)
-        left = _still_read(linked, removed, *_bypasses(linked, removed))
+        left = _still_read(network, removed, *_bypasses(network, removed))
         if not left:
             return removed
-        going = [each for each in going if not each & left]
+        candidates = [each for each in candidates if not each & left]
     return NOTHING
 
 
-def remove(linked: TracedNetwork, removed: Removed) -> None:
-    """Takes what reads some params out of a function, in place, and the params out of its loops.
+def remove(network: TracedNetwork, removed: Removed) -> None:
+    """Remove some params from a function and from its loops, in place, with all ops that read them.
 
     Raises:
       ValueError: the function needs one of them.
     """
     if not removed.names:
         return
-    found, rounds = _bypasses(linked, removed)
-    if left := _still_read(linked, removed, found, rounds):
+    found, rounds = _bypasses(network, removed)
+    if left := _still_read(network, removed, found, rounds):
         raise ValueError(
             f"the plan takes out {', '.join(sorted(left))}, but this function is not the identity there when "
             "it is zero, so it needs it."
         )
-    region, gone = linked.region, {id(linked.values[name]) for name in removed.names}
+    region, ids = network.region, {id(network.values[name]) for name in removed.names}
     for op in region.ops:
         op.inputs[:] = [_resolved(value, found) for value in op.inputs]
     region.outputs[:] = [_resolved(value, found) for value in region.outputs]
-    for roll in _loops(region):
-        for one in roll.rounds:
-            one.given[:] = [_resolved(value, found) for value in one.given]
-            one.made[:] = [_resolved(value, found) for value in one.made]
-    for stack in linked.made:
+    for loop in _loops(region):
+        for one in loop.rounds:
+            one.carry_out[:] = [_resolved(value, found) for value in one.carry_out]
+            one.slices_out[:] = [_resolved(value, found) for value in one.slices_out]
+    for stack in network.stacked:
         layers = tuple(_resolved(layer, found) for layer in stack.layers)
         if any(new is not old for new, old in zip(layers, stack.layers, strict=True)):
-            # What made all layers at once would read what went.
+            # The op that made all layers at once would read what was removed.
             stack.layers, stack.op = layers, None
-    linked.region = prune_dead(Region(region.inputs, region.outputs, region.ops), rounds)
-    linked.removed = removed.names
-    linked.gone.update(gone)
-    families = [[v for v in values if not is_gone(v, gone)] for values in linked.stacked]
-    linked.families = [*(values for values in families if values), *aligned(linked.region)]
+    network.region = prune_dead(Region(region.inputs, region.outputs, region.ops), rounds)
+    network.removed = removed.names
+    network.removed_ids.update(ids)
+    families = [[v for v in values if not is_removed(v, ids)] for values in network.layers_of_stacks]
+    network.families = [*(values for values in families if values), *aligned(network.region)]
 
 
-def _layers(linked: TracedNetwork) -> Iterator[list[frozenset[str]]]:
-    """The layers of stacks that loops run along: for each, the params of all stacks that belong together."""
-    name_of = {id(value): name for name, value in linked.values.items()}
-    together: list[set[str]] = []
-    for roll in _loops(linked.region):
+def _layers(network: TracedNetwork) -> Iterator[list[frozenset[str]]]:
+    """Yield, for stacks that belong to the same layers, the names of the params of each layer."""
+    name_of = {id(value): name for name, value in network.values.items()}
+    sets: list[set[str]] = []
+    for loop in _loops(network.region):
         paths = set[str]()
-        for op in linked.region.ops:
-            if any(other is roll for other, _ in op.rolls):
+        for op in network.region.ops:
+            if any(other is loop for other, _ in op.rounds):
                 names = (name for value in op.inputs for name in _made_of(value, name_of))
-                paths |= {linked.paths[name][0] for name in names}
-        paths = {path for path in paths if len(linked.stacks.get(path, ())) == 1}
-        for other in [each for each in together if each & paths]:
-            together.remove(other)
+                paths |= {network.paths[name][0] for name in names}
+        paths = {path for path in paths if len(network.stacks.get(path, ())) == 1}
+        for other in [each for each in sets if each & paths]:
+            sets.remove(other)
             paths |= other
         if paths:
-            together.append(paths)
-    # Layers that are read by index: those of stacks of one length may belong together.
-    rest = {
-        p: axes for p, axes in linked.stacks.items() if len(axes) == 1 and not any(p in t for t in together)
-    }
-    lengths = {path: linked.leaves[path].shape[axes[0]] for path, axes in rest.items()}
-    together += [{p for p in rest if lengths[p] == length} for length in sorted(set(lengths.values()))]
-    for paths in together:
+            sets.append(paths)
+    # Stacks whose layers are read by index, not by a loop: those of the same length may belong together.
+    rest = {p: axes for p, axes in network.stacks.items() if len(axes) == 1 and not any(p in s for s in sets)}
+    lengths = {path: network.leaves[path].shape[axes[0]] for path, axes in rest.items()}
+    sets += [{p for p in rest if lengths[p] == length} for length in sorted(set(lengths.values()))]
+    for paths in sets:
         by_index: dict[tuple[int, ...], set[str]] = {}
-        for name, (path, index) in linked.paths.items():
+        for name, (path, index) in network.paths.items():
             if path in paths:
                 by_index.setdefault(index, set()).add(name)
         yield list(map(frozenset, by_index.values()))
 
 
 def _made_of(value: Value, name_of: Mapping[int, str]) -> Iterator[str]:
-    """The names of the params that a value is, or was made of layer by layer."""
+    """Yield the names of the params that a value is, or is made of layer by layer."""
     if id(value) in name_of:
         yield name_of[id(value)]
     elif value.op is not None and value.op.lazy:
-        for given in value.op.inputs:
-            yield from _made_of(given, name_of)
+        for operand in value.op.inputs:
+            yield from _made_of(operand, name_of)
 
 
-def _listed(linked: TracedNetwork, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
-    """The blocks of each list or dict that are laid out alike."""
+def _listed(network: TracedNetwork, blocks: Collection[str]) -> Iterator[list[frozenset[str]]]:
+    """Yield, for blocks of a list or dict that have the same layout, the params of each block."""
     families: dict[Any, list[frozenset[str]]] = {}
     for block in blocks:
-        names = frozenset(name for name, (path, _) in linked.paths.items() if path.startswith(f"{block}/"))
-        paths = sorted({linked.paths[name][0] for name in names})
-        layout = tuple((path.removeprefix(block), tuple(linked.leaves[path].shape)) for path in paths)
+        names = frozenset(name for name, (path, _) in network.paths.items() if path.startswith(f"{block}/"))
+        paths = sorted({network.paths[name][0] for name in names})
+        layout = tuple((path.removeprefix(block), tuple(network.leaves[path].shape)) for path in paths)
         families.setdefault((block.rpartition("/")[0], layout), []).append(names)
     yield from families.values()
 
 
-def _loops(region: Region) -> list[Roll]:
-    """The outermost loops over layers of a region."""
-    return list({id(op.rolls[0][0]): op.rolls[0][0] for op in region.ops if op.rolls}.values())
+def _loops(region: Region) -> list[LayerLoop]:
+    """Return the outermost loops over layers of a region."""
+    return list({id(op.rounds[0][0]): op.rounds[0][0] for op in region.ops if op.rounds}.values())
 
 
 def _resolved(value: Value, found: Mapping[int, Value]) -> Value:
@@ -152,69 +169,73 @@ def _resolved(value: Value, found: Mapping[int, Value]) -> Value:
     return value
 
 
-def _bypasses(linked: TracedNetwork, removed: Removed) -> tuple[dict[int, Value], set[_Round]]:
-    """What can be read in place of what depends on some params, if these are zero.
+def _bypasses(network: TracedNetwork, removed: Removed) -> tuple[dict[int, Value], set[_Round]]:
+    """Find what can be read in place of values that depend on some params, if these are zero.
+
+    A value depends on the params if it is made from them and does not equal, given that they are zero, a
+    value that is not.
 
     Returns:
       By the id of a value, another that it equals; and the rounds of loops that read the params.
     """
-    gone = {id(linked.values[name]) for name in removed.names}
+    ids = {id(network.values[name]) for name in removed.names}
     zero = removed.names - removed.alive
-    ops = linked.region.ops
-    rounds = {(id(roll), n) for op in ops if _reads(op, gone) for roll, n in op.rolls[:1]}
+    ops = network.region.ops
+    rounds = {(id(loop), n) for op in ops if _reads(op, ids) for loop, n in op.rounds[:1]}
     zeros = {
         path: [
             np.ones(size, bool) if path in zero and isinstance(size, (int, np.integer)) else None
             for size in value.shape
         ]
-        for path, value in linked.values.items()
+        for path, value in network.values.items()
     }
-    facts = linked.facts(zeros)
-    # What a loop carries into a round stands for itself: only within one round it may equal another value.
-    equal = aliases(Region(linked.region.inputs, [], [op for op in ops if not op.memo.get("carried")]), facts)
+    facts = network.facts(zeros)
+    # The copy that carries a value into a round is no alias of it, so that values are replaced only within a
+    # round: all rounds have to stay alike. A round that leaves its loop is the exception, see below.
+    without_carries = [op for op in ops if not op.memo.get("carried")]
+    equal = aliases(Region(network.region.inputs, [], without_carries), facts)
     found: dict[int, Value] = {}
-    tainted = set(gone)
+    dependent = set(ids)
     for op in ops:
         inputs = [_resolved(value, found) for value in op.inputs]
-        depends = any(id(each) in tainted for value in inputs for each in with_layers(value))
-        leaves = bool(op.rolls) and (id(op.rolls[0][0]), op.rolls[0][1]) in rounds
+        depends = any(id(each) in dependent for value in inputs for each in with_layers(value))
+        leaves = bool(op.rounds) and (id(op.rounds[0][0]), op.rounds[0][1]) in rounds
         for output in op.outputs:
             other = equal.get(id(output))
             if op.memo.get("carried") and leaves:
                 found[id(output)] = inputs[0]
-            elif depends and other is not None and id(root := _resolved(other, found)) not in tainted:
+            elif depends and other is not None and id(root := _resolved(other, found)) not in dependent:
                 found[id(output)] = root
             elif depends:
-                tainted.update(map(id, with_layers(output)))
+                dependent.update(map(id, with_layers(output)))
     return found, rounds
 
 
 def _reads(op: Op, ids: Collection[int]) -> bool:
-    """Whether an op reads some layers, or what was made of them outside of loops."""
-    return any(is_gone(each, ids) for value in op.inputs for each in with_layers(value))
+    """Whether an op reads some layers, or values made of them outside of loops."""
+    return any(is_removed(each, ids) for value in op.inputs for each in with_layers(value))
 
 
 def _still_read(
-    linked: TracedNetwork, removed: Removed, found: Mapping[int, Value], rounds: Collection[_Round]
+    network: TracedNetwork, removed: Removed, found: Mapping[int, Value], rounds: Collection[_Round]
 ) -> frozenset[str]:
-    """The params among some that the function needs even if they are zero, given their `_bypasses`."""
-    name_of = {id(linked.values[name]): name for name in removed.names}
+    """Return the params among some that the function needs even if they are zero, given their `_bypasses`."""
+    name_of = {id(network.values[name]): name for name in removed.names}
     read: set[int] = set()
 
     def note(value: Value) -> None:
         read.update(id(each) for each in with_layers(_resolved(value, found)))
 
-    for output in linked.region.outputs:
+    for output in network.region.outputs:
         note(output)
     left = set[str]()
-    for op in reversed(linked.region.ops):
-        if not (op.bind.has_effects or any(id(v) in read for out in op.outputs for v in with_layers(out))):  # type: ignore[attr-defined]
+    for op in reversed(network.region.ops):
+        if not (op.has_effects or any(id(v) in read for out in op.outputs for v in with_layers(out))):
             continue
         for value in op.inputs:
             note(value)
-        if op.rolls and (id(op.rolls[0][0]), op.rolls[0][1]) in rounds:
-            # The round does something else that is needed: all of its params stay.
-            roll, number = op.rolls[0]
-            of_round = [o for o in linked.region.ops if o.rolls[:1] == ((roll, number),)]
+        if op.rounds and (id(op.rounds[0][0]), op.rounds[0][1]) in rounds:
+            # The round also does something that is needed, so it cannot leave its loop: all its params stay.
+            of_round = [o for o in network.region.ops if o.rounds[:1] == op.rounds[:1]]
             left |= {name for o in of_round for v in o.inputs for name in _made_of(v, name_of)}
     return frozenset(left | {name for key, name in name_of.items() if key in read})

@@ -1,9 +1,8 @@
 """Ops that are not finite where an operand is zero: a division by zero, the logarithm of zero.
 
-No list of names says which ops these are. An elementwise op is tried on the numbers that its
-operands are known to be, zero among them, and on 1 and -1 for those that are not known: if all
-that comes out is NaN or infinite, the op is singular there. The derivative is tried as well: a
-square root of zero is finite, but training through it is not.
+They are not listed by name. An elementwise op is evaluated on the numbers that its operands are known to be,
+zero among them, and on 1 and -1 in place of unknown operands: if every result is NaN or infinite, the op is
+singular there. Its derivative is evaluated as well: a square root of zero is finite, its derivative is not.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,10 @@ _DEFINED_AT_ZERO = frozenset((
     "stop_gradient", "sub", "tan", "tanh",
 ))
 # fmt: on
-"""Ops that need not be tried, because they and their derivatives are finite at zero: it saves time."""
+"""Ops that are not evaluated, to save time, because they and their derivatives are finite at zero."""
 
 _ZERO_MATTERS = {"div": 1, "rem": 1, "pow": 0}
-"""The operand that has to be zero for an op to be singular, again to save time."""
+"""The operand that has to be zero for an op to be singular; also to save time."""
 
 _SAME = ("copy", "per_reader")
 """Ops that return their input."""
@@ -43,10 +42,10 @@ class Singularity(NamedTuple):
 
     Attributes:
       op: the op.
-      caller: the op of the outermost region that it is a part of; itself if it is no part of any.
+      caller: the op of the outermost region in whose bodies it lies; itself if it lies in none.
       nodes: the nodes of the axes along which its operands have zero slices.
-      extent: how many slices of its output are concerned, infinitely many if all entries are.
-      in_value: whether what it computes reaches an output; otherwise only a derivative is not finite.
+      extent: how many slices of its output are not finite; infinity if all entries are not.
+      in_value: whether these reach an output of the function; otherwise only a derivative is not finite.
     """
 
     op: Op
@@ -57,7 +56,7 @@ class Singularity(NamedTuple):
 
 
 def singularities(region: Region, facts: Facts) -> list[Singularity]:
-    """The ops of a region, and of the bodies of its ops, that are singular given what is known."""
+    """Return the ops of a region, and of the bodies of its ops, that are singular given some facts."""
     return list(_find(region, facts, None, True))
 
 
@@ -85,11 +84,11 @@ def _find(region: Region, facts: Facts, caller: Op | None, forward: bool) -> Ite
 
 
 def _cases(op: Op, facts: Facts) -> Iterator[tuple[int | None, Vector, tuple[Any, ...]]]:
-    """What an op's operands are where at least one of them is zero.
+    """Yield what an op's operands are where at least one of them is zero.
 
     Yields:
-      An axis of the output (None for all of it), its slices, and for each operand the number that
-      it is there; None where that is not known.
+      An axis of the output (None for all entries), slices of it, and for each operand the number that it is
+      there; None for an operand that is not known.
     """
     (output,) = op.outputs
     known = [facts.of(value) for value in op.inputs]
@@ -115,7 +114,7 @@ def _cases(op: Op, facts: Facts) -> Iterator[tuple[int | None, Vector, tuple[Any
 
 
 def _is_singular(op: Op, numbers: Sequence[Any]) -> bool:
-    """Whether an op gives NaN or infinity, whatever the numbers that are not known."""
+    """Whether an op gives NaN or infinity whatever its unknown operands are."""
     unknown = [
         (number,) if number is not None else ((-1,) if _is_negated(value) else (1, -1))
         for number, value in zip(numbers, op.inputs, strict=True)
@@ -125,14 +124,14 @@ def _is_singular(op: Op, numbers: Sequence[Any]) -> bool:
 
 
 def _is_negated(value: Value) -> bool:
-    """Whether a value is another one times -1, as the exponent of a negative power is."""
+    """Whether a value is the negative of another, as the exponent of a negative power is."""
     while value.op is not None and value.op.name in ("broadcast_in_dim", "convert_element_type", "reshape"):
         value = value.op.inputs[0]
     return value.op is not None and value.op.name == "neg"
 
 
 def _has_singular_derivative(op: Op, numbers: Sequence[Any]) -> bool:
-    """Whether an op's derivative by an operand that is zero is NaN or infinite."""
+    """Whether an op's derivative with respect to its zero operands is NaN or infinite."""
     given = [1 if number is None else number for number in numbers]
     key = (
         op.name,
@@ -145,7 +144,7 @@ def _has_singular_derivative(op: Op, numbers: Sequence[Any]) -> bool:
 
 
 _DERIVATIVES: dict[Any, bool] = {}
-"""Whether derivatives are singular; each takes a compilation to find out."""
+"""Whether derivatives are singular: cached, because each evaluation takes a compilation."""
 
 
 def _derive(op: Op, numbers: Sequence[Any]) -> bool:
@@ -165,7 +164,7 @@ def _derive(op: Op, numbers: Sequence[Any]) -> bool:
             zeros = tuple(jnp.zeros((), op.inputs[n].dtype) for n in moving)
             _, tangent = jax.jvp(of_moving, zeros, tuple(map(jnp.ones_like, zeros)))
             return not bool(jnp.isfinite(tangent))
-    except NotImplementedError:  # an op of the user's own without a derivative
+    except NotImplementedError:  # a user's primitive without a derivative
         return False
 
 
@@ -179,11 +178,11 @@ def _zero_nodes(op: Op, facts: Facts) -> tuple[int, ...]:
 
 
 def _reaches_an_output(op: Op, where: Sequence[Vector | None], region: Region, facts: Facts) -> bool:
-    """Whether what a singular op gives makes an output NaN or infinite.
+    """Whether the output of a singular op makes an output of the region NaN or infinite.
 
-    It does not if `jnp.where(norm > 0, x / norm, 0)` or `jnp.nan_to_num` replace it, which select by
-    a condition that can be worked out, nor if it is a log of zero whose exponential is taken, be it
-    after subtracting a maximum.
+    It does not if it is replaced by `jnp.where(norm > 0, x / norm, 0)` or `jnp.nan_to_num`, whose condition
+    follows from the facts, nor if it is a log of zero whose exponential is taken, as in a softmax, where a
+    maximum is subtracted first.
     """
     spoilt: dict[int, list[Vector | None]] = {id(op.outputs[0]): list(where)}
     if all(marks is None for marks in where):
@@ -203,7 +202,7 @@ def _reaches_an_output(op: Op, where: Sequence[Vector | None], region: Region, f
 def _spoilt_output(
     op: Op, spoilt: dict[int, list[Vector | None]], facts: Facts
 ) -> list[Vector | None] | None:
-    """By axis, the slices of an op's output that may not be finite; None where that is not known."""
+    """Return, by axis, the slices of an op's output that may not be finite; None if that is not known."""
     value, output = op.inputs[0], op.outputs[0]
     left: list[Vector | None] = [None] * len(output.shape)
     if rule_for(op.name) is elementwise:
@@ -242,7 +241,7 @@ def _spoilt_output(
 def _still_spoilt(
     op: Op, spoilt: dict[int, list[Vector | None]], axis: int, marks: Vector, facts: Facts
 ) -> Vector | None:
-    """The slices of an elementwise op's output that may not be finite; a selection drops some."""
+    """Return the slices of an elementwise op's output that may not be finite; a selection has fewer."""
     marks = marks.copy()
     for index in np.flatnonzero(marks):
         if op.name == "select_n" and (which := _number(op.inputs[0], axis, int(index), facts)) is not None:
@@ -255,7 +254,7 @@ def _still_spoilt(
 
 
 def _number(value: Value, axis: int | None, index: int, facts: Facts) -> Any:
-    """The number that all entries of a slice are, perhaps NaN; None where that is not known."""
+    """Return the number that all entries of a slice are, possibly NaN; None if that is not known."""
     known, op = facts.of(value), value.op
     if known.fill is not None:
         return known.fill
@@ -274,16 +273,16 @@ def _number(value: Value, axis: int | None, index: int, facts: Facts) -> Any:
             along = axis is not None and axis in matching_axes(operand, value)
             numbers.append(_number(operand, axis if along else None, index, facts))
         number = _of_numbers(op, numbers)
-    # The zeros of a quotient are those of its numerator, but 0 / 0 is NaN, as found just now.
+    # Facts take the zeros of a quotient from its numerator, but 0 / 0 is NaN: a number found above counts.
     return 0 if number is None and zero is not None and zero[index] else number
 
 
 def _of_numbers(op: Op, numbers: Sequence[Any]) -> Any:
-    """What an op makes of numbers, if it is the same for all that those not known may be."""
+    """Return what an op gives for numbers, if it is the same whatever the unknown ones are; None if not."""
     if all(number is not None for number in numbers):
         return evaluate(op, numbers)
-    # Minus infinity less a finite number is minus infinity. Nothing else is tried, because two
-    # numbers that give the same do not show that all do, unless it is an infinity or NaN.
+    # Minus infinity less any finite number is minus infinity. Only such cases are decided by probes: two
+    # probes with the same finite result would not show that all numbers give that result.
     if not any(number is not None and not np.isfinite(number) for number in numbers):
         return None
     first, second = (evaluate(op, [probe if n is None else n for n in numbers]) for probe in (1, -1))

@@ -1,4 +1,4 @@
-"""The fewest slices that a function can do with, given which slices of its params are zero."""
+"""The fewest slices that a function needs, given which slices of its params are zero."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,60 +10,69 @@ from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 
 
 def solve_to_fixpoint(
-    linked: TracedNetwork,
+    network: TracedNetwork,
     zeros_given: Callable[[ZeroSlices], ZeroSlices],
     seeds: Sequence[tuple[int, State]] = (),
 ) -> tuple[Solution, frozenset[ParamAxis]]:
-    """The fewest slices to keep, such that only dropped slices have to be zero for it.
+    """Return the fewest slices to keep such that only the dropped slices have to be zero for it.
 
-    First a dropped slice counts as zero, for there is nothing of it left, and what it made
-    needless is dropped too, until nothing changes. Then only the slices of params that are
-    dropped count as zero, and what was justified by other zeros is kept, until nothing changes:
-    a kept slice may be trained, so that it happened to be zero must not matter.
+    Let needed(Z) be the slices that the function needs if the slices Z of its params are zero, and let M be
+    the slices that masks make zero. There are two fixpoints.
 
-    The function of the dense params has to be defined where the dropped slices have the values
-    that `Plan.expand` gives them. Where it divides by a dropped slice, that value must not be
-    zero, so the drop has to be justified without counting that slice as zero.
+    Growing: D := D + complement of needed(M + D), starting from D empty. A dropped slice counts as zero even
+    if its mask does not say so, because nothing of it is left. So a dead unit also takes with it the weights
+    that only it fed, and those that only fed it.
+
+    Shrinking: D := complement of needed(D). Now only dropped slices count as zero. A slice of M that is kept
+    may be trained, and a bias may happen to be zero today: neither may justify a drop. D shrinks until the
+    zeros of D alone justify dropping D. Then small(s) = dense(expand(s)) for *every* s, since the proof used
+    nothing about kept slices.
+
+    Both end, because D only grows, then only shrinks.
+
+    Divisors: the dense function must be finite where the dropped slices have the values that `Plan.expand`
+    gives them. Where it divides by a dropped slice, that value must not be zero, so the drop has to be
+    justified without counting that slice among the zeros; see `divisors`.
 
     Args:
-      linked: the function.
-      zeros_given: the slices of params that are zero, given that some are dropped.
-      seeds: what has to stay.
+      network: the function.
+      zeros_given: returns the slices of params that are zero, given those that are dropped.
+      seeds: slices that have to be kept.
 
     Returns:
       The solution, and the axes of params whose dropped slices must not be zero.
     """
-    dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in linked.values.items()}
+    dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in network.values.items()}
     while True:
-        kept = linked.solve(linked.facts(zeros_given(dropped)), seeds)
-        more = _joined(dropped, linked.dropped(kept))
+        kept = network.solve(network.facts(zeros_given(dropped)), seeds)
+        more = _joined(dropped, network.dropped(kept))
         if _equal(more, dropped):
             break
         dropped = more
-    kept, dropped = _settle(linked, dropped, seeds)
+    kept, dropped = _settle(network, dropped, seeds)
     divisors: frozenset[ParamAxis] = frozenset()
     for derivatives in (True, False):
-        divisors = find_divisors(linked, dropped, derivatives).axes
+        divisors = find_divisors(network, dropped, derivatives).axes
         if not divisors:
             return kept, divisors
-        justified, fewer = _settle(linked, dropped, seeds, divisors)
-        # An infinite derivative alone is no reason to keep more.
+        justified, fewer = _settle(network, dropped, seeds, divisors)
+        # If only the derivative is infinite, that does not justify keeping more slices.
         if not derivatives or _equal(fewer, dropped):
             return justified, divisors
     raise AssertionError
 
 
 def _settle(
-    linked: TracedNetwork,
+    network: TracedNetwork,
     dropped: ZeroSlices,
     seeds: Sequence[tuple[int, State]],
     divisors: frozenset[ParamAxis] = frozenset(),
 ) -> tuple[Solution, ZeroSlices]:
-    """The slices to keep if of those dropped only the ones that stay dropped, but for divisors, are zero."""
+    """Shrink the dropped slices until their zeros, without those of divisors, justify dropping them."""
     while True:
-        facts = linked.facts(without(dropped, divisors))
-        kept = linked.solve(facts, [*linked.seeds(dropped), *seeds])
-        fewer = linked.dropped(kept)
+        facts = network.facts(without(dropped, divisors))
+        kept = network.solve(facts, [*network.seeds(dropped), *seeds])
+        fewer = network.dropped(kept)
         if _equal(fewer, dropped):
             return kept, dropped
         dropped = fewer
@@ -90,7 +99,7 @@ def _marks(marks: Vector | None, like: Vector | None) -> Vector:
 
 
 def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = None) -> ZeroSlices:
-    """The slices of each param of which the masks keep nothing but what is dropped."""
+    """Return the slices of each param that are zero: masked, or dropped, in every entry."""
 
     def zero(mask: np.ndarray, axis: int) -> np.ndarray | None:
         alive = np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
@@ -98,8 +107,8 @@ def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = No
 
     zeros = {}
     for path, mask in masks.items():
-        for axis, gone in enumerate(() if dropped is None else dropped[path]):
-            if gone is not None:
-                mask = mask & ~np.expand_dims(gone, [a for a in range(mask.ndim) if a != axis])
+        for axis, marks in enumerate(() if dropped is None else dropped[path]):
+            if marks is not None:
+                mask = mask & ~np.expand_dims(marks, [a for a in range(mask.ndim) if a != axis])
         zeros[path] = [zero(mask, axis) for axis in range(mask.ndim)]
     return zeros

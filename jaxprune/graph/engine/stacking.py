@@ -1,7 +1,7 @@
-"""Which axes of a function's inputs count layers, read off its jaxpr.
+"""Finds the axes of a function's inputs that count layers, from its jaxpr.
 
 A scan over layers takes a slice of every stacked param in each round. The axis that it runs along is
-followed back to the input, through casts, transposes and other ops that leave it an axis of its own.
+followed back to the input, through casts, transposes and other ops that do not mix it with other axes.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ Stacks = dict[int, tuple[int, ...]]
 """By the number of an input, the axes that count layers."""
 
 _Axes = tuple[int | None, ...]
-"""For each axis of a value, which axis of the input it is; None if it is none of its."""
+"""For each axis of a value, which axis of the input it is; None if it is not one of them."""
 _Origins = dict[int, _Axes]
-"""By the number of an input, how a value lies in it."""
+"""By the number of each input that a value is made of, which axes of that input its axes are."""
 
 
 def find_stacks(jaxpr: "Jaxpr", count: int) -> Stacks:
-    """The axes that count layers, by the number of the input; of inputs beyond `count` none is looked for.
+    """Return, by the number of an input among the first `count`, the axes that count layers.
 
-    The outermost scan's axis comes first. Only inputs count of which a layer has two axes or more, or
-    that are stacked by a scan that also stacks such an input.
+    The outermost scan's axis comes first. An input counts only if its layers have two axes or more, or if
+    the same scan also takes slices of such an input: a scan over vectors alone runs over time.
     """
     found: Stacks = {}
     inputs: list[_Origins] = [
@@ -48,13 +48,13 @@ def find_stacks(jaxpr: "Jaxpr", count: int) -> Stacks:
 
 
 def _walk(jaxpr: "Jaxpr", inputs: Sequence[_Origins], above: Stacks, found: Stacks) -> list[_Origins]:
-    """Follows inputs through a jaxpr.
+    """Follow inputs through a jaxpr.
 
     Args:
       jaxpr: the jaxpr.
       inputs: where its inputs come from.
-      above: by input, the axes that scans around it run along.
-      found: by input, the axes found; added to.
+      above: by input, the axes that the scans around the jaxpr run along.
+      found: by input, the axes found so far; more are added.
 
     Returns:
       Where its outputs come from.
@@ -114,12 +114,12 @@ def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stac
 
 
 def _indexed_axis(body: "Jaxpr", var: Any, length: int) -> int | None:
-    """The axis along which a loop's body takes one slice of an input in each round."""
+    """Return the axis along which a loop's body takes one slice of an input in each round, or None."""
     for eqn in body.eqns:
         if eqn.primitive.name == "dynamic_slice" and eqn.invars[0] is var:
             sizes = eqn.params["slice_sizes"]
-            for axis, (size, whole) in enumerate(zip(sizes, _shape(var), strict=True)):
-                if size == 1 and whole == length and not hasattr(eqn.invars[1 + axis], "val"):
+            for axis, (size, count) in enumerate(zip(sizes, _shape(var), strict=True)):
+                if size == 1 and count == length and not hasattr(eqn.invars[1 + axis], "val"):
                     return axis
     return None
 
@@ -129,7 +129,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
 
 
 def _moved(eqn: "JaxprEqn", given: Sequence[_Origins]) -> _Origins:
-    """Where the output of an op comes from, if it is made of inputs alone."""
+    """Return where the output of an op comes from, if it is made of inputs of the function alone."""
     name, params, shape = eqn.primitive.name, eqn.params, _shape(eqn.outvars[0])
     value = given[0]
     if name in _SAME_SHAPE:

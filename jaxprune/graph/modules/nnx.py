@@ -1,6 +1,7 @@
-"""Smaller flax networks of the user's own classes, where they compute what the function form does."""
+"""`compact_module`: a smaller flax nnx module of the same classes, if it computes what `compact` does."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -8,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxprune.graph.compaction import Compacted, bind, compact
-from jaxprune.graph.equivalence import compare, new_numbers, ops_of
+from jaxprune.graph.compaction import Compacted, compact
+from jaxprune.graph.equivalence import compare, new_numbers, of_arrays, ops_of
 from jaxprune.graph.modules.widths import Changes, UnfitError, fix_widths, width_dependent_layers
 from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
+from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import check_masks, like_params, unpack_masks
-from jaxprune.tree.paths import array_leaves, is_concrete, leaf_paths
+from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params
 
 
@@ -22,10 +24,9 @@ class CompactedModule(NamedTuple):
     """What `compact_module` returns.
 
     Attributes:
-      module: a smaller module of the model's class, a copy; None where there is none that computes
-        the same.
-      small: the function form, `small.apply(small.params, *inputs)`, which there always is.
-      why: why there is no module, or why it is no smaller; None where all is well.
+      module: a smaller copy of the model; None if no module of its classes computes the same.
+      small: the function form, `small.apply(small.params, *inputs)`, which always exists.
+      why: why there is no module, or why it is no smaller; None if there is a smaller module.
     """
 
     module: Any
@@ -42,9 +43,9 @@ def compact_module(
     multiple_of: int = 1,
     fold_constants: bool = False,
 ) -> CompactedModule:
-    """A smaller flax nnx module, of the same classes, that computes what the masked one does.
+    """Return a smaller flax nnx module, of the same classes, that computes what the masked one does.
 
-    `compact` finds the small variables. A copy of the model gets them, and flax's own layers in it
+    `compact` finds the small variables. A copy of the model gets them, and flax's own layers in it get
     the widths to match (`in_features`, `num_heads`, `feature_group_count` and so on). Python code
     may do anything with a width, so nothing is taken on trust: the copy has to compute with the
     same numbers as the masked model (a LayerNorm that now divides by 4 where it divided by 8 does
@@ -52,13 +53,11 @@ def compact_module(
     params and with others. Where it does not, `module` is None and `why` says what was found.
 
     Args:
-      model: an `nnx.Module` with its arrays, best in evaluation mode (`model.eval()`); it stays as
-        it is.
+      model: an `nnx.Module` with its arrays, best in evaluation mode (`model.eval()`). It is not changed.
       masks: bool masks like `nnx.state(model, nnx.Param)`, or like all of `nnx.state(model)`; or a
         `Plan`, as loaded from a file, for all variables but those of random numbers.
       *inputs: example inputs of `model(*inputs)`. Bools and strings among them are static.
-      fix: `fix(module)` puts right, on the small copy, what only you know of: attributes of your
-        own classes that hold a width.
+      fix: `fix(module)` sets, on the small copy, attributes of your own classes that hold a width.
       other_modes: also compares after `model.train()`, with dropout left off, and `model.eval()`:
         outputs, and updated statistics.
       multiple_of: as for `compact`.
@@ -106,8 +105,8 @@ def compact_module(
     graph, random, _ = _split(nnx, model)
     module = nnx.merge(graph, _fresh(random), _fresh(small.params))
     if not small.plan.keep:
-        stayed = f" ({small.stayed[0]})" if small.stayed else ""
-        return CompactedModule(module, small, f"Nothing was removed: no slice could go{stayed}.")
+        example = f" ({small.not_removed[0]})" if small.not_removed else ""
+        return CompactedModule(module, small, f"Nothing was removed: no slice could go{example}.")
     changes: Changes = {}
     try:
         changes = fix_widths(nnx, module, small.plan)
@@ -145,18 +144,21 @@ def _nnx() -> Any:
 
 
 def _split(nnx: Any, model: Any) -> tuple[Any, Any, Params]:
-    """The graph of a module, its random state, and all its other arrays."""
+    """Return the graph of a module, its random state, and all its other arrays."""
     graph, random, params = nnx.split(model, nnx.RngState, ...)
     return graph, random, jax.tree.map(jnp.asarray, params)
 
 
 def _fresh(tree: Any) -> Any:
-    """The same arrays in other variables: merging shares the variables that it is given."""
+    """Return the same arrays in new variables, because merging shares the variables that it is given."""
     return jax.tree.map(lambda leaf: leaf, tree)
 
 
 def _functions(nnx: Any, model: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The module's output, and its output with the new values of what is not a Param by path."""
+    """Return the module's call as a function of its arrays, without and with its new state.
+
+    The second function returns the output, and by path the new values of what is not a Param.
+    """
     graph, random, params = _split(nnx, model)
     known = set(leaf_paths(params))
 
@@ -180,16 +182,15 @@ def _second(output: Any) -> Any:
 def _compact(
     nnx: Any, model: Any, masks: Masks | Plan, inputs: Sequence[Any], multiple_of: int, fold_constants: bool
 ) -> Compacted:
-    """The function form of a module: of all variables but the random state."""
+    """Return the function form of a module, a function of all variables but the random state."""
     evaluate, step = _functions(nnx, model)
     params = _split(nnx, model)[2]
-    arrays, rebuild = split_static(inputs)
-    traced = jax.make_jaxpr(lambda params, arrays: step(params, *rebuild(arrays)))(params, arrays).jaxpr
+    traced = jax.make_jaxpr(of_arrays(step, inputs))(params, split_static(inputs)[0]).jaxpr
     read = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
     unread = {path for path, v in zip(leaf_paths(params), traced.invars, strict=False) if v not in read}
 
     def function(params: Params, *inputs: Any) -> Any:
-        # What no op reads (a head that only training uses) would lose all it can; as outputs it stays.
+        # What no op reads (a head that only training uses) would lose all it can; as an output it stays.
         output, state = step(params, *inputs)
         whole = [leaf for path, leaf in array_leaves(params).items() if path in unread]
         return (output, whole), {path: leaf for path, leaf in state.items() if path not in unread}
@@ -200,13 +201,12 @@ def _compact(
         given = _full_masks(nnx, model, params, masks)
     options = {"multiple_of": multiple_of, "fold_constants": fold_constants}
     small = compact(function, params, given, *inputs, state=_second, **options)
-    # The plan knows of the state that training updates; the function is the module's call.
-    small.function, small.apply = evaluate, small.bind(evaluate)
-    return small
+    # The plan was made for the state that training updates as well; the function is the module's call.
+    return replace(small, function=evaluate, apply=small.bind(evaluate))
 
 
 def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
-    """Masks of all params, from masks of the Params, or of all variables."""
+    """Return masks of all arrays, from masks of the Params or of all variables."""
     masks = unpack_masks(masks, params)
     given = array_leaves(masks, "masks")
     trainable = nnx.state(model, nnx.Param)
@@ -222,7 +222,7 @@ def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
 
 
 def _modes(nnx: Any, model: Any, module: Any) -> dict[str, tuple[Any, Any]]:
-    """The two networks as they are, and in other modes in which the model is another one."""
+    """Return the two networks as they are, and in each mode that makes the model another network."""
 
     def training(model: Any) -> Any:
         copy = nnx.clone(model)
@@ -246,7 +246,7 @@ def _modes(nnx: Any, model: Any, module: Any) -> dict[str, tuple[Any, Any]]:
 def _disagreement(
     nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any], other_modes: bool
 ) -> str | None:
-    """What shows that a small module computes something else than the function form; None for nothing."""
+    """Return how a small module turns out to differ from the function form; None if it agrees."""
     modes = _modes(nnx, model, module) if other_modes else {"": (model, module)}
     compared = False
     for name, (dense, native) in modes.items():
@@ -260,28 +260,21 @@ def _disagreement(
 
 
 def _runs(nnx: Any, model: Any, inputs: Sequence[Any]) -> bool:
-    """Whether a model takes the inputs in its mode: training may want more, or keys."""
-    arrays, rebuild = split_static(inputs)
-    evaluate = _functions(nnx, model)[0]
+    """Whether a model takes the inputs in its mode: in training mode it may need more, or keys."""
+    evaluate = of_arrays(_functions(nnx, model)[0], inputs)
     try:
-        jax.eval_shape(
-            lambda params, arrays: evaluate(params, *rebuild(arrays)), _split(nnx, model)[2], arrays
-        )
+        jax.eval_shape(evaluate, _split(nnx, model)[2], split_static(inputs)[0])
     except Exception:
         return False
     return True
 
 
 def _compare(nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequence[Any]) -> str | bool:
-    """How a small module differs, in words; else whether its outputs could be compared."""
-    arrays, rebuild = split_static(inputs)
-
-    def of_arrays(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda params, arrays: function(params, *rebuild(arrays))
-
+    """Return how a small module differs, in words; or whether its outputs could be compared."""
+    arrays, _ = split_static(inputs)
     step = _functions(nnx, model)[1]
-    native = of_arrays(_functions(nnx, module)[1])
-    dense = ops_of(of_arrays(step), _split(nnx, model)[2], arrays)
+    native = of_arrays(_functions(nnx, module)[1], inputs)
+    dense = ops_of(of_arrays(step, inputs), _split(nnx, model)[2], arrays)
     copy = "a copy with the small arrays"
     try:
         small.plan.check(_split(nnx, module)[2], "its variables")
@@ -292,13 +285,13 @@ def _compare(nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequen
         return f"{copy} computes with numbers that the dense one does not: {', '.join(numbers[:3])}"
     if dense.draws:
         return False  # noise of another shape is other noise
-    bound = bind(step, small.plan, state=_second)
+    bound = of_arrays(small.bind(step, state=_second), inputs)
     try:
-        jax.eval_shape(of_arrays(bound), small.params, arrays)
+        jax.eval_shape(bound, small.params, arrays)
     except ValueError as error:
         return f"the plan does not fit: {_short(error)}"
     signed = set(leaf_paths(nnx.state(module, nnx.Param)))
-    wrong = compare(of_arrays(bound), native, small.params, arrays, signed.__contains__, dense.eps)
+    wrong = compare(bound, native, small.params, arrays, signed.__contains__, dense.eps)
     return True if wrong is None else f"{copy} {wrong}"
 
 

@@ -1,4 +1,4 @@
-"""The rules, a file for each class of primitive. To add one, see `base.Rule` and `register_rule`."""
+"""The rules, one file for each class of primitives. To add one, see `base.Rule` and `register_rule`."""
 
 from jaxprune.graph.engine.rules import (
     calls,
@@ -9,14 +9,23 @@ from jaxprune.graph.engine.rules import (
     layers,
     linalg,
     others,
+    per_reader,
     ragged,
     reductions,
     shapes,
     slices,
     wrappers,
 )
-from jaxprune.graph.engine.rules.base import Frame, Rule, has_rule, register_rule, rule_for
-from jaxprune.graph.engine.rules.calls import link_region
+from jaxprune.graph.engine.rules.base import (
+    Frame,
+    Rule,
+    has_rule,
+    learn_changes,
+    learn_region,
+    link_region,
+    register_rule,
+    rule_for,
+)
 from jaxprune.graph.engine.rules.elementwise import elementwise
 
 __all__ = [
@@ -30,9 +39,12 @@ __all__ = [
     "has_rule",
     "indexing",
     "layers",
+    "learn_changes",
+    "learn_region",
     "linalg",
     "link_region",
     "others",
+    "per_reader",
     "ragged",
     "reductions",
     "register_rule",

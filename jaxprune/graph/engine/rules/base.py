@@ -1,62 +1,65 @@
-"""What a rule is, and the table of rules.
+"""What a rule is, the table of rules, and the rules of all ops of a region applied in turn.
 
-A rule tells three things about a primitive:
+A rule states three things about a primitive:
 
-- `link(op, graph)`: which axes of its inputs and outputs hang together;
+- `link(op, graph)`: which axes of its inputs and outputs have to keep slices together;
 - `flow(op, facts)`: which slices of its outputs are zero, given those of its inputs, and which
-  slices of its inputs it cannot do without;
+  slices of its inputs it has to read;
 - `emit(op, args, frame)`: how to apply it to inputs that have lost slices.
 
-A primitive without a rule is safe: its inputs stay whole, and its outputs are cut afterwards.
+A primitive without a rule is safe: its inputs are pinned, and its outputs are cut afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts
+from jaxprune.graph.engine.facts import Facts, surely_equal
 from jaxprune.graph.engine.ir import Op, Region, Value
 
 
 class Frame(Protocol):
-    """What `emit` can ask while a region is replayed."""
+    """What an `emit` can use while a region is replayed."""
 
     facts: Facts
 
     def shape(self, value: Value) -> tuple[Any, ...]:
-        """The shape of a value without the slices that go."""
+        """Return the shape of a value without the dropped slices."""
         ...
 
     def indices(self, value: Value, axis: int) -> Any:
-        """Which slices of an axis stay, as an index vector; None for all of them."""
+        """Return the kept slices of an axis as a vector of indices; None for all of them."""
         ...
 
     def node_size(self, node: int, dense: Any) -> Any:
-        """How many slices of a node stay, of so many in the dense program."""
+        """Return how many slices of a node are kept; `dense` if all of them are."""
         ...
 
     def take(self, array: Any, axis: int, positions: Any) -> Any:
-        """Slices of an array at known positions.
+        """Return the slices of an array at known positions.
 
-        Positions that depend on which slices stay have to be taken this way: those of the layers of a
-        stack may differ, and one program does them all.
+        Positions that depend on which slices are kept have to be taken this way: they may differ between
+        the layers of a stack, and one loop runs all layers.
         """
         ...
 
     def representative(self, value: Value, axis: int) -> Any:
-        """One of the slices that are alike along an axis, which then has size 1."""
+        """Return one of the slices that are alike along an axis, as an axis of size 1."""
         ...
 
     def run(self, region: Region, args: list[Any]) -> list[Any]:
-        """Replays a region of the op on inputs that have lost slices."""
+        """Replay a region of the op on inputs that have lost slices."""
         ...
 
     def same_in_all_layers(self) -> Any:
-        """A context for functions that must not close over arrays: one with a derivative of its own."""
+        """Return a context in which all layers of a loop have to take slices at the same positions.
+
+        For functions that must not close over arrays, such as those with custom derivatives.
+        """
         ...
 
     def foresee(self, region: Region, args: list[Any]) -> None:
-        """Says that a region will be replayed on such inputs later, when a derivative is taken."""
+        """Announce that a region will be replayed on such inputs later, when a derivative is taken."""
         ...
 
 
@@ -65,11 +68,11 @@ class Rule(NamedTuple):
 
     Attributes:
       link: adds the op's constraints to the graph.
-      flow: learns the facts of the op's outputs, and states its needs.
+      flow: learns the facts of the op's outputs, and states which slices of its inputs it needs.
       emit: applies the op to cut inputs. It returns a list of outputs; an axis that still has
         its dense size is cut by the caller.
-      conservative: what stays whole though it need not always, for the table of primitives; empty for
-        a rule that keeps no more than what is needed.
+      conservative: a sentence that says which axes the rule keeps whole although that is not always
+        necessary, for the table of primitives; empty for a rule that keeps no more than it must.
     """
 
     link: Callable[[Op, AxisGraph], None]
@@ -78,43 +81,43 @@ class Rule(NamedTuple):
     conservative: str = ""
 
 
-def unknown(op: Op, facts: Facts) -> None:
-    """A `flow`: nothing is known of the outputs."""
+def learn_nothing(op: Op, facts: Facts) -> None:
+    """A `flow` that learns nothing about the outputs."""
     for output in op.outputs:
         facts.learn(output)
 
 
-def as_it_was(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    """An `emit`: the primitive with its own parameters, which name no sizes."""
+def emit_unchanged(op: Op, args: list[Any], frame: Frame) -> list[Any]:
+    """An `emit` that applies the primitive with unchanged parameters, because they name no sizes."""
     del frame
     return op.bind(*args)
 
 
 def pin_inputs(op: Op, graph: AxisGraph) -> None:
-    """A `link`: the inputs stay whole; outputs are free, since they can be cut afterwards."""
+    """A `link` that pins the inputs. Outputs are free, since they can be cut afterwards."""
     for value in op.inputs:
         for node in value.axes:
             graph.pin(node, f"{op} has no rule")
 
 
 _RULES: dict[str, Rule] = {}
-_WITHOUT_RULE = Rule(pin_inputs, unknown, as_it_was)
+_WITHOUT_RULE = Rule(pin_inputs, learn_nothing, emit_unchanged)
 
 
 def register_rule(*names: str, rule: Rule) -> None:
-    """Registers a rule for primitives, in place of any there was.
+    """Register a rule for primitives, in place of an earlier rule.
 
     Args:
       *names: names of primitives, as jaxprs print them.
       rule: the rule.
 
     Raises:
-      ValueError: no name.
-      TypeError: a name that is no string, or a rule that is no `Rule`.
+      ValueError: no name is given.
+      TypeError: a name is not a string, or `rule` is not a `Rule`.
 
     Example:
-      An elementwise primitive of one's own needs one line, `flow` included: whether zeros stay
-      zero is found by trying it on 0.
+      An elementwise primitive takes one line, `flow` included: whether it maps zero to zero is found by
+      trying it on 0.
 
       >>> import jaxprune as jp
       >>> jp.graph.register_rule("my_activation", rule=jp.graph.elementwise)
@@ -130,10 +133,45 @@ def register_rule(*names: str, rule: Rule) -> None:
 
 
 def rule_for(name: str) -> Rule:
-    """The rule of a primitive, or the safe one for what has none."""
+    """Return the rule of a primitive; the safe one for a primitive that has none."""
     return _RULES.get(name, _WITHOUT_RULE)
 
 
 def has_rule(name: str) -> bool:
-    """Whether a primitive has a rule of its own."""
+    """Whether a rule is registered for a primitive."""
     return name in _RULES
+
+
+def link_region(region: Region, graph: AxisGraph) -> None:
+    """Add the constraints of all ops of a region, bodies first."""
+    for op in region.ops:
+        for inner in op.regions.values():
+            link_region(inner, graph)
+        rule_for(op.name).link(op, graph)
+
+
+def learn_region(region: Region, facts: Facts) -> None:
+    """Learn the facts of all values of a region, given those of its inputs."""
+    for op in region.ops:
+        rule_for(op.name).flow(op, facts)
+
+
+def learn_changes(region: Region, facts: Facts, before: Facts, changed: Iterable[Value]) -> list[Op]:
+    """Learn what follows from new facts about some values, looking only at ops that these reach.
+
+    Args:
+      region: the ops.
+      facts: a copy of `before`, with the new facts.
+      before: the facts of all values of the region without the new ones.
+      changed: the values with new facts.
+
+    Returns:
+      The ops whose inputs have other facts than before, in order.
+    """
+    reached, ops = set(map(id, changed)), list[Op]()
+    for op in region.ops:
+        if any(id(value) in reached for value in op.inputs):
+            rule_for(op.name).flow(op, facts)
+            ops.append(op)
+            reached.update(id(v) for v in op.outputs if not surely_equal(facts.of(v), before.of(v)))
+    return ops

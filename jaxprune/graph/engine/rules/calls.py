@@ -1,6 +1,6 @@
-"""Primitives with bodies: loops, branches, checkpoints, functions with derivatives of their own.
+"""Primitives with bodies: loops, branches, checkpoints, functions with custom derivatives.
 
-A body's inputs and outputs are tied to those of the op; its facts are learnt in it.
+The inputs and outputs of a body are tied to those of the op, and its facts are learned inside it.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,16 @@ import numpy as np
 from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts, ValueFacts, both, run
+from jaxprune.graph.engine.facts import Facts, ValueFacts, both
 from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers, is_differentiable
-from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule, rule_for
+from jaxprune.graph.engine.rules.base import Frame, Rule, learn_region, register_rule
 from jaxprune.tracing.jaxprs import scan_split
+
+CHECKPOINTS = ("remat", "remat2", "checkpoint")
 
 
 def tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip: int = 0) -> None:
-    """Ties arrays to arrays that lack their first `skip` axes, layer by layer where they have layers."""
+    """Tie values to others that lack their first `skip` axes, layer by layer where they have layers."""
     for value, other in zip(values, others, strict=True):
         if other.layers and not value.layers:
             value, other = other, value
@@ -34,20 +36,16 @@ def tie(graph: AxisGraph, values: Sequence[Value], others: Sequence[Value], skip
             graph.same(a, b)
 
 
-def link_region(region: Region, graph: AxisGraph) -> None:
-    """Adds the constraints of all ops of a region."""
-    for op in region.ops:
-        for inner in op.regions.values():
-            link_region(inner, graph)
-        rule_for(op.name).link(op, graph)
+def _copy_facts(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> None:
+    """Learn of `others` what is known of `values`.
 
-
-def _pass(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> None:
-    """Tells values what is known of others. What made them is out of reach, so `alike` is not."""
+    `alike` is left out: a representative is rebuilt from the ops that made a value, which lie in another
+    region.
+    """
     for value, other in zip(values, others, strict=True):
         if value.layers and other.layers:
-            _pass(facts, value.layers, other.layers)
-        elif value.layers or other.layers:  # nothing is told of a layer by the whole
+            _copy_facts(facts, value.layers, other.layers)
+        elif value.layers or other.layers:  # facts of a dense value are not passed on to its layers
             for each in flat_layers(other):
                 facts.learn(each)
         else:
@@ -55,27 +53,22 @@ def _pass(facts: Facts, values: Sequence[Value], others: Sequence[Value]) -> Non
             facts.learn(other, known.zero, known.fill)
 
 
-def run_region(region: Region, facts: Facts) -> None:
-    """Learns the facts of a body, whose inputs are known."""
-    run(region, facts, rule_for)
-
-
 # Checkpointed code.
 
 
 def link_body(op: Op, graph: AxisGraph) -> None:
-    """A `link`: the inputs and outputs of the op are those of its body."""
+    """A `link` that ties the inputs and outputs of the op to those of its body."""
     body = op.regions["body"]
     tie(graph, op.inputs, body.inputs)
     tie(graph, op.outputs, body.outputs)
 
 
 def flow_body(op: Op, facts: Facts) -> None:
-    """A `flow`: what is known of the outputs is what is known of the body's."""
+    """A `flow` that learns of the outputs what is known of the body's."""
     body = op.regions["body"]
-    _pass(facts, op.inputs, body.inputs)
-    run_region(body, facts)
-    _pass(facts, body.outputs, op.outputs)
+    _copy_facts(facts, op.inputs, body.inputs)
+    learn_region(body, facts)
+    _copy_facts(facts, body.outputs, op.outputs)
 
 
 def _emit_checkpoint(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -86,10 +79,10 @@ def _emit_checkpoint(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return again(*args)
 
 
-register_rule("remat", "remat2", "checkpoint", rule=Rule(link_body, flow_body, _emit_checkpoint))
+register_rule(*CHECKPOINTS, rule=Rule(link_body, flow_body, _emit_checkpoint))
 
 
-# Functions with a derivative of their own: it is a second body, under the same constraints.
+# Functions with custom derivatives: the derivative is a second body, under the same constraints.
 
 
 def _link_jvp(op: Op, graph: AxisGraph) -> None:
@@ -105,12 +98,12 @@ def _flow_jvp(op: Op, facts: Facts) -> None:
     jvp = op.regions["jvp"]
     # A slice that is zero whatever the live params are does not move.
     moving = [value for value in op.inputs if is_differentiable(value)]
-    _pass(facts, op.inputs, jvp.inputs[: len(op.inputs)])
-    for whole, whole_tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
-        for value, tangent in zip(flat_layers(whole), flat_layers(whole_tangent), strict=True):
+    _copy_facts(facts, op.inputs, jvp.inputs[: len(op.inputs)])
+    for primal, its_tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
+        for value, tangent in zip(flat_layers(primal), flat_layers(its_tangent), strict=True):
             known = facts.of(value)
             facts.learn(tangent, known.zero, 0 if known.fill is not None else None)
-    run_region(jvp, facts)
+    learn_region(jvp, facts)
 
 
 def _emit_jvp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -149,11 +142,11 @@ def _link_vjp(op: Op, graph: AxisGraph) -> None:
 def _flow_vjp(op: Op, facts: Facts) -> None:
     flow_body(op, facts)
     vjp = op.regions["vjp"]
-    _pass(facts, op.inputs, vjp.inputs[: len(op.inputs)])
+    _copy_facts(facts, op.inputs, vjp.inputs[: len(op.inputs)])
     for cotangent in vjp.inputs[len(op.inputs) :]:
         for each in flat_layers(cotangent):
             facts.learn(each)
-    run_region(vjp, facts)
+    learn_region(vjp, facts)
 
 
 def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -183,7 +176,7 @@ def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 register_rule("custom_vjp_call", rule=Rule(_link_vjp, _flow_vjp, _emit_vjp))
 
 
-# Branches: a slice is zero if it is in all of them.
+# Branches: a slice of an output is zero if it is zero in all branches.
 
 
 def _link_cond(op: Op, graph: AxisGraph) -> None:
@@ -195,15 +188,15 @@ def _link_cond(op: Op, graph: AxisGraph) -> None:
 def _flow_cond(op: Op, facts: Facts) -> None:
     branches = list(op.regions.values())
     for branch in branches:
-        _pass(facts, op.inputs[1:], branch.inputs)
-        run_region(branch, facts)
+        _copy_facts(facts, op.inputs[1:], branch.inputs)
+        learn_region(branch, facts)
     for place, output in enumerate(op.outputs):
         known = _shared([facts.of(branch.outputs[place]) for branch in branches])
         facts.learn(output, known.zero, known.fill)
 
 
 def _shared(known: Sequence[ValueFacts]) -> ValueFacts:
-    """What holds in all of several cases."""
+    """Return the facts that hold in all of several cases."""
     first, *rest = known
     zero = list(first.zero)
     for other in rest:
@@ -222,7 +215,7 @@ def _emit_cond(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 register_rule("cond", rule=Rule(_link_cond, _flow_cond, _emit_cond))
 
 
-# Loops: what is carried round has the same slices each time.
+# Loops: the carry has the same slices in every round.
 
 
 def _link_scan(op: Op, graph: AxisGraph) -> None:
@@ -240,22 +233,26 @@ def _link_scan(op: Op, graph: AxisGraph) -> None:
 def _flow_scan(op: Op, facts: Facts) -> None:
     body = op.regions["body"]
     consts, carried = scan_split(op.params)
-    _pass(facts, op.inputs[:consts], body.inputs[:consts])
+    _copy_facts(facts, op.inputs[:consts], body.inputs[:consts])
     for value, inner in zip(op.inputs[consts + carried :], body.inputs[consts + carried :], strict=True):
         known = facts.of(value)
         facts.learn(inner, known.zero[1:], known.fill)
     _flow_round(op.inputs[consts : consts + carried], body, consts, carried, facts)
-    _pass(facts, body.inputs[consts : consts + carried], op.outputs[:carried])
+    _copy_facts(facts, body.inputs[consts : consts + carried], op.outputs[:carried])
     for inner, value in zip(body.outputs[carried:], op.outputs[carried:], strict=True):
         known = facts.of(inner)
         facts.learn(value, [None, *known.zero], known.fill)
 
 
 def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: int, facts: Facts) -> None:
-    """Learns the facts of a loop's body: those of the carry that hold in every round."""
-    _pass(facts, initial, body.inputs[consts : consts + carried])
+    """Learn the facts of a loop's body that hold in every round.
+
+    The fixpoint starts at the facts of the initial carry, and drops what a round does not preserve. Facts
+    are only ever dropped, so it ends; when it ends, what holds before a round also holds after it.
+    """
+    _copy_facts(facts, initial, body.inputs[consts : consts + carried])
     while True:
-        run_region(body, facts)
+        learn_region(body, facts)
         changed = False
         for before, after in zip(body.inputs[consts : consts + carried], body.outputs[:carried], strict=True):
             known = _shared([facts.of(before), facts.of(after)])
@@ -297,13 +294,13 @@ register_rule(
         _link_scan,
         _flow_scan,
         _emit_scan,
-        conservative="the axis that it runs along stays whole; layers of stacked params are apart",
+        conservative="the axis that it runs along is kept whole; layers of stacked params lose slices apart",
     ),
 )
 
 
 def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
-    """The constants of the condition, those of the body, and the carry."""
+    """Return the constants of the condition, those of the body, and the carry."""
     condition, body = op.params["cond_nconsts"], op.params["body_nconsts"]
     return op.inputs[:condition], op.inputs[condition : condition + body], op.inputs[condition + body :]
 
@@ -320,12 +317,12 @@ def _link_while(op: Op, graph: AxisGraph) -> None:
 def _flow_while(op: Op, facts: Facts) -> None:
     of_condition, of_body, carry = _while_parts(op)
     condition, body = op.regions["condition"], op.regions["body"]
-    _pass(facts, of_body, body.inputs[: len(of_body)])
+    _copy_facts(facts, of_body, body.inputs[: len(of_body)])
     _flow_round(carry, body, len(of_body), len(carry), facts)
-    _pass(facts, of_condition, condition.inputs[: len(of_condition)])
-    _pass(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
-    run_region(condition, facts)
-    _pass(facts, body.inputs[len(of_body) :], op.outputs)
+    _copy_facts(facts, of_condition, condition.inputs[: len(of_condition)])
+    _copy_facts(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
+    learn_region(condition, facts)
+    _copy_facts(facts, body.inputs[len(of_body) :], op.outputs)
 
 
 def _emit_while(op: Op, args: list[Any], frame: Frame) -> list[Any]:

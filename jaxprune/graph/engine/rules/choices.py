@@ -1,12 +1,12 @@
-"""Choosing the largest: `argmax`, `argmin`, `top_k`, by which tokens are routed to experts.
+"""Choosing the largest: `argmax`, `argmin`, `top_k`, which route tokens to experts.
 
-What is chosen from has to be whole, for a masked slice is a number like any other: the logit of an
-expert whose router column is masked is 0, and may be the largest. But slices that are alike, as all of
-those are, can be put back for the choice. So experts can go with their weights, and the choice stays
-what it was: where it falls on one that went, that adds nothing, as its zeros did.
+A choice needs all of its axis, because a masked slice is a number like any other: the logit of an expert
+whose router column is masked is 0, and may be the largest. But slices that are alike, as those of all masked
+experts are, can be put back for the choice. So experts can be dropped with their weights, and the choice is
+the same as before: where it falls on a dropped expert, that adds nothing, as its zeros did.
 
-Only an axis that a product sums over elsewhere, as it sums over experts, is set free like this. The
-classes that a network chooses from are read by no product, and stay.
+This is done only for an axis that a product sums over elsewhere, as it sums over experts. The classes that a
+network chooses from are read by no product, and are pinned.
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ _NAMES = ("argmax", "argmin", "top_k")
 
 
 def _axis(op: Op) -> int:
-    """The axis that is chosen along."""
+    """Return the axis that is chosen along."""
     if op.name == "top_k":
         return op.params.get("axis", -1) % len(op.inputs[0].shape)
     return op.params["axes"][0]
 
 
 def _left(op: Op) -> list[tuple[int, int]]:
-    """The other axes, as pairs: in the input and in the outputs."""
+    """Return the other axes, as pairs: in the input and in the outputs."""
     left = [axis for axis in range(len(op.inputs[0].shape)) if axis != _axis(op)]
     return [(axis, axis if op.name == "top_k" else place) for place, axis in enumerate(left)]
 
@@ -45,7 +45,7 @@ def _link(op: Op, graph: AxisGraph) -> None:
 
 
 def pin_choices(region: Region, graph: AxisGraph) -> None:
-    """Keeps whole what is chosen from, but for axes that a product sums over; to be called last."""
+    """Pin the axes that are chosen along, except those that a product sums over; to be called last."""
     summed = {
         graph.find(value.axes[axis])
         for op in _ops(region)
@@ -82,13 +82,13 @@ def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     kept = frame.indices(value, along)
     if kept is None:
         return op.bind(array)
-    # Those that went are put back, as the one that stands for them, in the places that they had.
+    # The dropped slices are put back, by their representative, in the places that they had.
     source = np.full(value.shape[along], len(kept))
     source[kept] = np.arange(len(kept))
-    other = jnp.asarray(frame.representative(value, along), array.dtype)
+    dropped = jnp.asarray(frame.representative(value, along), array.dtype)
     shape = list(array.shape)
     shape[along] = 1
-    both = jnp.concatenate([array, jnp.broadcast_to(other, shape)], axis=along)
+    both = jnp.concatenate([array, jnp.broadcast_to(dropped, shape)], axis=along)
     return op.bind(frame.take(both, along, source))
 
 
@@ -98,7 +98,7 @@ register_rule(
         _link,
         _flow,
         _emit,
-        conservative="the axis that is chosen along stays whole, but for slices that are alike and summed "
+        conservative="the axis that is chosen along is kept whole, except slices that are alike and summed "
         "over by a product elsewhere, as experts are",
     ),
 )

@@ -1,19 +1,18 @@
 """Sums and gathers over devices, or over an axis that `vmap` mapped.
 
-What `vmap` makes of `psum` names axes of its input by number: it is then a reduction like any other.
-Inside of `shard_map` axes have names, and each device adds up entries at the same places.
+Under `vmap`, `psum` names axes of its input by number: it is then a reduction like any other. Inside
+`shard_map` axes have names, and each device sums entries at the same positions.
 """
-
-from typing import Any
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
+from jaxprune.graph.engine.rules.elementwise import link_each
 
 
 def _reduced(op: Op) -> tuple[int, ...]:
-    """The axes of the inputs that are reduced."""
+    """Return the axes of the inputs that are reduced."""
     return tuple(axis for axis in op.params["axes"] if isinstance(axis, int))
 
 
@@ -39,23 +38,20 @@ def _flow_reduction(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("psum", "psum_invariant", rule=Rule(_link_reduction, _flow_reduction, as_it_was))
+register_rule("psum", "psum_invariant", rule=Rule(_link_reduction, _flow_reduction, emit_unchanged))
 register_rule(
     "pmax",
     "pmin",
     rule=Rule(
-        _link_reduction, _flow_reduction, as_it_was, conservative="a reduced axis of the input stays whole"
+        _link_reduction,
+        _flow_reduction,
+        emit_unchanged,
+        conservative="a reduced axis of the input is kept whole",
     ),
 )
 
 
-# Index by index, on each device for itself or from one device to another.
-
-
-def _link_each(op: Op, graph: AxisGraph) -> None:
-    for value, output in zip(op.inputs, op.outputs, strict=True):
-        for a, b in zip(value.axes, output.axes, strict=True):
-            graph.same(a, b)
+# Entry by entry, on each device or from one device to another.
 
 
 def _flow_each(op: Op, facts: Facts) -> None:
@@ -63,14 +59,14 @@ def _flow_each(op: Op, facts: Facts) -> None:
         facts.learn(output, facts.of(value).zero, fill=0 if facts.all_zero(value) else None)
 
 
-register_rule("ppermute", "pbroadcast", "pvary", rule=Rule(_link_each, _flow_each, as_it_was))
+register_rule("ppermute", "pbroadcast", "pvary", rule=Rule(link_each, _flow_each, emit_unchanged))
 
 
-# Gathers and scatters along an axis, which stays whole. A new axis may come, or one may go.
+# Gathers and scatters along an axis, which is pinned. An axis may be added, or removed.
 
 
 def _touched(op: Op) -> tuple[set[int], set[int]]:
-    """The axes of the input and those of the output that are gathered or scattered along."""
+    """Return the axes of the input and those of the output that are gathered or scattered along."""
     params = op.params
     if op.name == "all_to_all":
         split, joined = params["split_axis"], params["concat_axis"]
@@ -82,7 +78,7 @@ def _touched(op: Op) -> tuple[set[int], set[int]]:
 
 
 def _pairs(op: Op) -> list[tuple[int, int]]:
-    """The axes that are left alone: of the input, and of the output."""
+    """Return the axes that are left alone, as pairs: in the input and in the output."""
     value, output = op.inputs[0], op.outputs[0]
     before, after = _touched(op)
     old = [axis for axis in range(len(value.shape)) if axis not in before]
@@ -107,22 +103,13 @@ def _flow_along(op: Op, facts: Facts) -> None:
     facts.learn(output, zeros, fill=0 if facts.all_zero(value) else None)
 
 
-_ALONG = "the axis that is gathered, scattered or exchanged stays whole"
+_ALONG = "the axis that is gathered, scattered or exchanged is kept whole"
 register_rule(
     "all_gather",
     "reduce_scatter",
     "all_to_all",
-    rule=Rule(_link_along, _flow_along, as_it_was, conservative=_ALONG),
+    rule=Rule(_link_along, _flow_along, emit_unchanged, conservative=_ALONG),
 )
 
 
-def _flow_index(op: Op, facts: Facts) -> None:
-    facts.learn(op.outputs[0])
-
-
-def _emit_index(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    del frame
-    return op.bind(*args)
-
-
-register_rule("axis_index", rule=Rule(lambda op, graph: None, _flow_index, _emit_index))
+register_rule("axis_index", rule=Rule(lambda op, graph: None, learn_nothing, emit_unchanged))

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: the summed axis loses a slice where either side is zero."""
+"""Matrix products and convolutions: a slice of the summed axis can be dropped where either side is zero."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from jax import lax
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
 
-def _free(value: Value, *taken: tuple[int, ...]) -> list[int]:
-    used = {axis for axes in taken for axis in axes}
+def _free(value: Value, *others: tuple[int, ...]) -> list[int]:
+    used = {axis for axes in others for axis in axes}
     return [axis for axis in range(len(value.shape)) if axis not in used]
 
 
@@ -51,15 +51,15 @@ def _flow_dot(op: Op, facts: Facts) -> None:
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("dot_general", rule=Rule(_link_dot, _flow_dot, as_it_was))
+register_rule("dot_general", rule=Rule(_link_dot, _flow_dot, emit_unchanged))
 
 
-# A convolution in `groups` groups sees its input channels as groups x depth and its output
-# channels as groups x filters; the kernel has axes depth and groups x filters.
+# For a convolution in `groups` groups, the input channels are groups x depth and the output channels are
+# groups x filters; the kernel has axes depth and groups x filters.
 
 
 def _is_pointwise(op: Op, spatial: int) -> bool:
-    """Whether a convolution maps each place of a spatial axis to the same place of the output."""
+    """Whether a convolution maps each position on a spatial axis to the same position of the output."""
     params = op.params
     kernel = op.inputs[1].shape[params["dimension_numbers"].rhs_spec[2 + spatial]]
     return (
@@ -97,15 +97,15 @@ def _link_conv(op: Op, graph: AxisGraph) -> None:
     _product(graph, filters, [group, per_group])
 
 
-def _product(graph: AxisGraph, whole: int, factors: list[int]) -> None:
-    """A product whose factors of size 1 count for nothing."""
+def _product(graph: AxisGraph, flat: int, factors: list[int]) -> None:
+    """Add a product without its factors of size 1, which are pinned."""
     larger = [factor for factor in factors if graph.sizes[factor] != 1]
     if larger:
-        graph.product(whole, larger)
+        graph.product(flat, larger)
 
 
 def _group_nodes(op: Op, graph: AxisGraph) -> tuple[int, int]:
-    """The node of a convolution's groups, which replaying asks for, and that of the filters in each."""
+    """Make the node of a convolution's groups, which `_emit_conv` needs, and that of the filters in each."""
     groups = op.params["feature_group_count"]
     filters = op.inputs[1].shape[op.params["dimension_numbers"].rhs_spec[0]]
     op.memo["groups"] = graph.node(groups)
@@ -135,8 +135,8 @@ def _flow_conv(op: Op, facts: Facts) -> None:
         dead = np.zeros((groups, depth), bool)
         if of_image is not None:
             dead |= of_image.reshape(groups, depth)
-        # A depth goes in all groups or none. Where a whole group goes its outputs go too, so
-        # the groups themselves are needed by no sum.
+        # A slice of the depth is dropped from all groups or from none. A group is dropped together with its
+        # outputs, so no sum needs the groups themselves.
         everywhere = either(np.asarray(dead.all(axis=0)), of_kernel)
         if depth > 1:
             facts.need(op, kernel, kernel_axes[1], everywhere)
@@ -174,6 +174,7 @@ register_rule(
         _link_conv,
         _flow_conv,
         _emit_conv,
-        conservative="axes that the window slides along stay whole, and channels and images in batch groups",
+        conservative="axes that the window slides along are kept whole, and in batch groups channels and "
+        "images too",
     ),
 )

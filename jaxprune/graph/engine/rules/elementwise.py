@@ -1,4 +1,4 @@
-"""Elementwise primitives: index by index, so all axes agree and any slice can go."""
+"""Elementwise primitives: all operands have the axes of the output, and any slice can be dropped."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, ValueFacts, all_of, both, either, evaluate
-from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, Value, same_size
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 
 # fmt: off
 _NAMES = (
@@ -25,14 +25,10 @@ _NAMES = (
 
 
 def matching_axes(value: Value, like: Value) -> list[int]:
-    """The axes of an operand that run along those of the output, and are not broadcast."""
+    """Return the axes of an operand that are those of the output, without axes that are broadcast."""
     if len(value.shape) != len(like.shape):
         return []
-    return [axis for axis, size in enumerate(value.shape) if _equal(size, like.shape[axis])]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or bool(a == b)
+    return [axis for axis, size in enumerate(value.shape) if same_size(size, like.shape[axis])]
 
 
 def _link(op: Op, graph: AxisGraph) -> None:
@@ -58,10 +54,10 @@ def _flow(op: Op, facts: Facts) -> None:
         if op.name == "div":
             return marks[0]
         if op.name == "select_n":
-            # A condition on sizes alone, such as that of `jnp.var`, is known.
+            # The condition may be known: that of `jnp.var` depends on sizes alone.
             if fills[0] is not None:
                 return marks[1 + int(fills[0])]
-            # Where it is False, as "is this NaN?" is for zeros, the first case is taken.
+            # Where it is False, as "is this NaN?" is for zeros, the first case is selected.
             return either(all_of(marks[1:]), both(marks[0], marks[1]))
         if not zero_to_zero:
             return None
@@ -87,7 +83,7 @@ def _flow(op: Op, facts: Facts) -> None:
 
 
 def _zeros_give_zero(op: Op, facts: Facts) -> bool:
-    """Whether the op gives 0 where its inputs are 0, or the number they are known to be."""
+    """Whether the op gives 0 where its inputs are 0, or the numbers that they are known to be."""
     known = [facts.of(value) for value in op.inputs]
     if not all(k.fill is not None or any(z is not None for z in k.zero) for k in known):
         return False
@@ -96,22 +92,23 @@ def _zeros_give_zero(op: Op, facts: Facts) -> bool:
 
 
 def _reads_sign(op: Op) -> tuple[int, ...]:
-    """The operands of which the sign of a zero matters: 1 / -0 is not 1 / 0."""
+    """Return the operands for which the sign of a zero matters: 1 / -0 is not 1 / 0."""
     if op.name == "integer_pow":
         return (0,) if op.params["y"] < 0 else ()
     return {"atan2": (0, 1), "div": (1,), "pow": (0,), "rsqrt": (0,)}.get(op.name, ())
 
 
 def _are_zeros(known: ValueFacts, axis: int) -> bool:
-    """Whether the slices that are alike along an axis are so for being zero, of whatever sign."""
+    """Whether slices along an axis are alike only in that they are zero, of either sign."""
     return known.zero[axis] is not None and (known.fill is not None or known.alike[axis] is None)
 
 
-elementwise = Rule(_link, _flow, as_it_was)
+elementwise = Rule(_link, _flow, emit_unchanged)
 register_rule(*_NAMES, rule=elementwise)
 
 
-def _link_each(op: Op, graph: AxisGraph) -> None:
+def link_each(op: Op, graph: AxisGraph) -> None:
+    """A `link` that ties each output to the input at its place."""
     for value, output in zip(op.inputs, op.outputs, strict=True):
         for a, b in zip(value.axes, output.axes, strict=True):
             graph.same(a, b)
@@ -124,18 +121,18 @@ def _flow_each(op: Op, facts: Facts) -> None:
 
 
 def _emit_unconstrained(op: Op, args: list[Any], frame: Any) -> list[Any]:
-    """Where an array lies is a hint, and one that its new size may not allow.
+    """Drop a hint of where an array lies, which its new size may not allow.
 
-    On a mesh with explicit axes it is part of the type of the output, and restored there.
+    On a mesh with explicit axes the sharding is part of the type of the output, and replaying restores it.
     """
     del op, frame
     return args
 
 
-register_rule("optimization_barrier", rule=Rule(_link_each, _flow_each, as_it_was))
+register_rule("optimization_barrier", rule=Rule(link_each, _flow_each, emit_unchanged))
 register_rule(
     "sharding_constraint",
     "device_put",
     "reshard",
-    rule=Rule(_link_each, _flow_each, _emit_unconstrained),
+    rule=Rule(link_each, _flow_each, _emit_unconstrained),
 )

@@ -1,4 +1,4 @@
-"""Indexing at places known only at run time: an axis that is indexed stays whole, others are free."""
+"""Indexing by numbers known only at run time: an axis that is indexed is pinned, all others are free."""
 
 from typing import Any
 
@@ -8,23 +8,19 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, both
-from jaxprune.graph.engine.ir import Op, concrete
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, concrete, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 from jaxprune.graph.engine.rules.slices import take_dense
 
-_PICKED = "an axis stays whole where slices are picked by numbers that are known only at run time"
-_WRITTEN = "an axis stays whole where only some of its slices are written"
+_PICKED = "an axis is kept whole where slices are picked by numbers that are known only at run time"
+_WRITTEN = "an axis is kept whole where only some of its slices are written"
 
 
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or bool(a == b)
-
-
-# Gather. Each axis of the output comes from the indices, or is a window into one of the operand.
+# Gather. Each axis of the output is one of the indices, or a window into one of the operand.
 
 
 def _windows(op: Op) -> dict[int, int]:
-    """The axes of the operand that appear in the output, and which of its axes they are."""
+    """Return the axes of the operand that appear in the output, each with its axis of the output."""
     numbers, rank = op.params["dimension_numbers"], len(op.inputs[0].shape)
     left = [
         a for a in range(rank) if a not in {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
@@ -33,24 +29,24 @@ def _windows(op: Op) -> dict[int, int]:
 
 
 def _index_axes(op: Op) -> dict[int, int]:
-    """The axes of the indices, without the last, and which of the output they are."""
+    """Return the axes of the indices, except the last, each with its axis of the output."""
     offset = op.params["dimension_numbers"].offset_dims
     places = [axis for axis in range(len(op.outputs[0].shape)) if axis not in offset]
     return dict(enumerate(places))
 
 
 def _known_take(op: Op) -> tuple[int, int, np.ndarray] | None:
-    """Whether the indices are constants along one axis of the operand.
+    """Return what a gather takes if its indices are constants along one axis of the operand.
 
     Returns:
-      The axis, its place in the output, and the indices; None if they are not.
+      The axis, its place in the output, and the indices; None for any other gather.
     """
     numbers = op.params["dimension_numbers"]
     if len(numbers.start_index_map) != 1 or numbers.start_index_map != numbers.collapsed_slice_dims:
         return None
     if numbers.operand_batching_dims or len(op.inputs[1].shape) != 2:
         return None
-    if any(not _equal(op.params["slice_sizes"][axis], op.inputs[0].shape[axis]) for axis in _windows(op)):
+    if any(not same_size(op.params["slice_sizes"][axis], op.inputs[0].shape[axis]) for axis in _windows(op)):
         return None
     if "known take" not in op.memo:
         found, axis = concrete(op.inputs[1]), numbers.start_index_map[0]
@@ -65,7 +61,7 @@ def _link_gather(op: Op, graph: AxisGraph) -> None:
     numbers, sizes, known = op.params["dimension_numbers"], op.params["slice_sizes"], _known_take(op)
     windows = _windows(op)
     for axis, node in enumerate(operand.axes):
-        if axis in windows and _equal(sizes[axis], operand.shape[axis]):
+        if axis in windows and same_size(sizes[axis], operand.shape[axis]):
             graph.same(node, output.axes[windows[axis]])
         elif known is not None and axis == known[0]:
             graph.link(node, known[2], output.axes[known[1]], np.arange(len(known[2])))
@@ -87,7 +83,7 @@ def _flow_gather(op: Op, facts: Facts) -> None:
     if _fills_with_number(op) and _known_take(op) is None:
         return facts.learn(output)
     for axis, place in _windows(op).items():
-        if _equal(op.params["slice_sizes"][axis], operand.shape[axis]):
+        if same_size(op.params["slice_sizes"][axis], operand.shape[axis]):
             zeros[place] = facts.zero(operand, axis)
     if (known := _known_take(op)) is not None:
         zero = facts.zero(operand, known[0])
@@ -97,9 +93,9 @@ def _flow_gather(op: Op, facts: Facts) -> None:
 
 
 def _fills_with_number(op: Op) -> bool:
-    """Whether indices out of bounds read a number, which would not be zero.
+    """Whether indices out of bounds read a number other than zero.
 
-    NaN is none: it is read in all slices, and those that stay tell as much.
+    A NaN fill does not count: every slice reads it, so the remaining slices still contain it.
     """
     if lax.GatherScatterMode.from_any(op.params["mode"]) != lax.GatherScatterMode.FILL_OR_DROP:
         return False
@@ -122,7 +118,7 @@ def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:
         ]
     sizes = list(op.params["slice_sizes"])
     for axis in _windows(op):
-        if _equal(sizes[axis], operand.shape[axis]):
+        if same_size(sizes[axis], operand.shape[axis]):
             sizes[axis] = frame.shape(operand)[axis]
     return [
         lax.gather(
@@ -149,7 +145,7 @@ register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, cons
 def _link_dynamic_slice(op: Op, graph: AxisGraph) -> None:
     operand, (output,) = op.inputs[0], op.outputs
     for axis, (a, b) in enumerate(zip(operand.axes, output.axes, strict=True)):
-        if _equal(operand.shape[axis], output.shape[axis]):
+        if same_size(operand.shape[axis], output.shape[axis]):
             graph.same(a, b)
         else:
             graph.pin(a, f"{op} takes part of it")
@@ -159,7 +155,7 @@ def _link_dynamic_slice(op: Op, graph: AxisGraph) -> None:
 def _flow_dynamic_slice(op: Op, facts: Facts) -> None:
     operand, (output,) = op.inputs[0], op.outputs
     zeros = [
-        facts.zero(operand, axis) if _equal(operand.shape[axis], output.shape[axis]) else None
+        facts.zero(operand, axis) if same_size(operand.shape[axis], output.shape[axis]) else None
         for axis in range(len(output.shape))
     ]
     facts.learn(output, zeros, facts.of(operand).fill)
@@ -179,7 +175,7 @@ def _link_update(op: Op, graph: AxisGraph) -> None:
     (operand, update), (output,) = op.inputs[:2], op.outputs
     for axis, (a, u, b) in enumerate(zip(operand.axes, update.axes, output.axes, strict=True)):
         graph.same(a, b)
-        if _equal(operand.shape[axis], update.shape[axis]):
+        if same_size(operand.shape[axis], update.shape[axis]):
             graph.same(a, u)
         else:
             graph.pin(a, f"{op} writes part of it")
@@ -189,30 +185,32 @@ def _link_update(op: Op, graph: AxisGraph) -> None:
 def _flow_update(op: Op, facts: Facts) -> None:
     (operand, update), (output,) = op.inputs[:2], op.outputs
     axes = range(len(output.shape))
-    whole = [_equal(operand.shape[axis], update.shape[axis]) for axis in axes]
+    written = [same_size(operand.shape[axis], update.shape[axis]) for axis in axes]  # along all of the axis
     zeros = [
-        both(facts.zero(operand, axis), facts.zero(update, axis)) if whole[axis] else None for axis in axes
+        both(facts.zero(operand, axis), facts.zero(update, axis)) if written[axis] else None for axis in axes
     ]
-    if all(whole):  # nothing of the operand is left, since starts are clamped to what there is
+    if all(written):  # nothing of the operand is left, since starts are clamped so that the update fits
         zeros = [facts.zero(update, axis) for axis in axes]
-    nothing = (all(whole) or facts.all_zero(operand)) and facts.all_zero(update)
+    nothing = (all(written) or facts.all_zero(operand)) and facts.all_zero(update)
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
-register_rule("dynamic_update_slice", rule=Rule(_link_update, _flow_update, as_it_was, conservative=_WRITTEN))
+register_rule(
+    "dynamic_update_slice", rule=Rule(_link_update, _flow_update, emit_unchanged, conservative=_WRITTEN)
+)
 
 
-# Scatter: windows as long as the operand's axis are free, what is indexed stays whole.
+# Scatter: an axis along which windows are as long as the operand is free, one that is indexed is pinned.
 
 
 def _scatter_windows(op: Op) -> dict[int, int]:
-    """The axes of the operand that updates write whole, and which of theirs they are."""
+    """Return the axes of the operand that updates write in full, each with its axis of the updates."""
     operand, _, updates = op.inputs
     numbers = op.params["dimension_numbers"]
-    gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    left = [axis for axis in range(len(operand.shape)) if axis not in gone]
+    missing = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    left = [axis for axis in range(len(operand.shape)) if axis not in missing]
     pairs = zip(left, numbers.update_window_dims, strict=True)
-    return {axis: place for axis, place in pairs if _equal(operand.shape[axis], updates.shape[place])}
+    return {axis: place for axis, place in pairs if same_size(operand.shape[axis], updates.shape[place])}
 
 
 def _link_scatter(op: Op, graph: AxisGraph) -> None:
@@ -256,5 +254,5 @@ register_rule(
     "scatter_mul",
     "scatter_min",
     "scatter_max",
-    rule=Rule(_link_scatter, _flow_scatter, as_it_was, conservative=_WRITTEN),
+    rule=Rule(_link_scatter, _flow_scatter, emit_unchanged, conservative=_WRITTEN),
 )

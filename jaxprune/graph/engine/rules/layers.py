@@ -1,9 +1,9 @@
-"""Stacks taken apart into layers, and put together: what the axis counts stays whole."""
+"""Stacks taken apart into layers, and put together again: the axis that counts layers is pinned."""
 
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 from jaxprune.graph.engine.rules.slices import stack
 
 
@@ -22,5 +22,5 @@ def _flow_take(op: Op, facts: Facts) -> None:
     facts.learn(op.outputs[0], [z for axis, z in enumerate(known.zero) if axis != along], fill)
 
 
-register_rule("take_layer", rule=Rule(_link_take, _flow_take, as_it_was))
+register_rule("take_layer", rule=Rule(_link_take, _flow_take, emit_unchanged))
 register_rule("join_layers", rule=stack)

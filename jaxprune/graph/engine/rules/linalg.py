@@ -1,9 +1,9 @@
-"""Factorisations and solvers: matrices stay whole, the axes along which there are several are free."""
+"""Factorisations and solvers: the axes of the matrices are pinned, batch axes are free."""
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule, unknown
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
 
 # How many last axes of the first input belong to one problem.
 _TRAILING = {
@@ -14,12 +14,12 @@ _TRAILING = {
 
 
 def _batch(op: Op) -> int:
-    """How many axes count the problems: the first of every value."""
+    """Return the number of batch axes: the first axes of every value."""
     return len(op.inputs[0].shape) - _TRAILING[op.name]
 
 
 def _columns(op: Op) -> int | None:
-    """The axis of the right-hand sides of a triangular system, each of which is solved for itself."""
+    """Return the axis of a triangular system that counts right-hand sides, which are solved separately."""
     if op.name != "triangular_solve":
         return None
     return len(op.inputs[1].shape) - (1 if op.params["left_side"] else 2)
@@ -41,7 +41,7 @@ def _link(op: Op, graph: AxisGraph) -> None:
 def _flow(op: Op, facts: Facts) -> None:
     columns = _columns(op)
     if columns is None:
-        return unknown(op, facts)
+        return learn_nothing(op, facts)
     sides, (output,) = op.inputs[1], op.outputs
     zeros: list[Vector | None] = [None] * len(output.shape)
     for axis in (*range(_batch(op)), columns):
@@ -49,4 +49,4 @@ def _flow(op: Op, facts: Facts) -> None:
     return facts.learn(output, zeros, fill=0 if facts.all_zero(sides) else None)
 
 
-register_rule(*_TRAILING, rule=Rule(_link, _flow, as_it_was, conservative="the matrices stay whole"))
+register_rule(*_TRAILING, rule=Rule(_link, _flow, emit_unchanged, conservative="the matrices are kept whole"))

@@ -1,11 +1,11 @@
-"""Primitives of no other class: bits, keys, generic reductions and windows."""
+"""All other primitives: bits, random keys, generic reductions and windows."""
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, is_zero
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, pin_inputs, register_rule, unknown
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, pin_inputs, register_rule
 
-# An array seen as another type: with a narrower one there is an axis more, of the parts of each entry.
+# An array reinterpreted as another type: with a smaller type it has one more axis, of the parts of an entry.
 
 
 def _link_cast(op: Op, graph: AxisGraph) -> None:
@@ -22,20 +22,30 @@ register_rule(
     "random_wrap",
     "random_unwrap",
     "random_clone",
-    rule=Rule(_link_cast, unknown, as_it_was, conservative="the axis of the parts of an entry stays whole"),
+    rule=Rule(
+        _link_cast,
+        learn_nothing,
+        emit_unchanged,
+        conservative="the axis of the parts of an entry is kept whole",
+    ),
 )
 
 
-# Random numbers are drawn whole and cut afterwards: those that stay are the same as before.
+# Random numbers are drawn as in the dense program and cut afterwards, so that the kept ones are the same.
 
 register_rule(
     *("random_bits", "random_gamma", "random_seed", "random_split", "random_fold_in"),
     "rng_bit_generator",
-    rule=Rule(pin_inputs, unknown, as_it_was, conservative="drawn whole, and cut: the bits stay the same"),
+    rule=Rule(
+        pin_inputs,
+        learn_nothing,
+        emit_unchanged,
+        conservative="drawn whole, then cut, so that the kept bits are the same",
+    ),
 )
 
 
-# `lax.reduce` with a computation that jax has no primitive for, or over several arrays at once.
+# `lax.reduce` with a computation that JAX has no primitive for, or over several arrays at once.
 
 
 def _operands(op: Op) -> list[Value]:
@@ -70,7 +80,7 @@ def _link_reduce(op: Op, graph: AxisGraph) -> None:
 
 def _flow_reduce(op: Op, facts: Facts) -> None:
     if not _is_sum(op):
-        return unknown(op, facts)
+        return learn_nothing(op, facts)
     (value, start), (output,) = op.inputs, op.outputs
     for axis in op.params["dimensions"]:
         facts.need(op, value, axis, facts.zero(value, axis))
@@ -84,12 +94,15 @@ def _flow_reduce(op: Op, facts: Facts) -> None:
 register_rule(
     "reduce",
     rule=Rule(
-        _link_reduce, _flow_reduce, as_it_was, conservative="but for a sum, the reduced axes stay whole"
+        _link_reduce,
+        _flow_reduce,
+        emit_unchanged,
+        conservative="except for a sum, the reduced axes are kept whole",
     ),
 )
 
 
-# Windows with a computation of one's own: axes that the window does not run along are free.
+# Windows with a custom computation: axes that the window does not slide along are free.
 
 
 def _still(op: Op, axis: int) -> bool:
@@ -112,7 +125,12 @@ def _link_window(op: Op, graph: AxisGraph) -> None:
 
 register_rule(
     "reduce_window",
-    rule=Rule(_link_window, unknown, as_it_was, conservative="axes that the window slides along stay whole"),
+    rule=Rule(
+        _link_window,
+        learn_nothing,
+        emit_unchanged,
+        conservative="axes that the window slides along are kept whole",
+    ),
 )
 
 
@@ -137,6 +155,9 @@ def _flow_approximate(op: Op, facts: Facts) -> None:
 register_rule(
     "approx_top_k",
     rule=Rule(
-        _link_approximate, _flow_approximate, as_it_was, conservative="the axis that is searched stays whole"
+        _link_approximate,
+        _flow_approximate,
+        emit_unchanged,
+        conservative="the axis that is searched is kept whole",
     ),
 )

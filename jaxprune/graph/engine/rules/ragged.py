@@ -1,17 +1,17 @@
-"""Ragged products, of experts: rows of one side in groups, each with a matrix of its own.
+"""Ragged products, as of experts: the rows of the left side in groups, each multiplied by its own matrix.
 
-Which group a row belongs to follows from its place, so rows and groups stay whole. All other axes are
-those of a matrix product: the hidden units of experts can go, one place of all experts at a time.
+The group of a row follows from its position, so the axes of rows and of groups are pinned. All other axes are
+those of a matrix product: hidden units of experts can be dropped, at the same index in all experts.
 """
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 
 
 def _numbers(op: Op) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int, list[int]]:
-    """The pairs of summed axes and of batch axes, the ragged axis on the left, the groups on the right."""
+    """Return the pairs of summed and of batch axes, the ragged axis of the left, the groups of the right."""
     numbers = op.params["ragged_dot_dimension_numbers"]
     (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
     sums = list(zip(left_sum, right_sum, strict=True))
@@ -19,8 +19,8 @@ def _numbers(op: Op) -> tuple[list[tuple[int, int]], list[tuple[int, int]], int,
     return sums, batch, numbers.lhs_ragged_dimensions[0], list(numbers.rhs_group_dimensions)
 
 
-def _given(op: Op) -> tuple[list[tuple[int | None, int | None]], int]:
-    """The axes of the output, each as axes of the left and of the right, and how many stand before."""
+def _output_axes(op: Op) -> tuple[list[tuple[int | None, int | None]], int]:
+    """Return the axes of the output, as axes of the left and of the right, and how many precede them."""
     left, right = op.inputs[:2]
     sums, batch, ragged, groups = _numbers(op)
     summed, others = zip(*sums, strict=True) if sums else ((), ())
@@ -32,7 +32,7 @@ def _given(op: Op) -> tuple[list[tuple[int | None, int | None]], int]:
 
 
 def _sized(op: Op) -> list[int]:
-    """The axes of the left that sizes may be given along."""
+    """Return the axes of the left along which group sizes may differ."""
     sums, batch, ragged, _ = _numbers(op)
     summed, of_batch = [a for a, _ in sums], [a for a, _ in batch]
     if ragged in of_batch:
@@ -45,9 +45,9 @@ def _sized(op: Op) -> list[int]:
 def _link(op: Op, graph: AxisGraph) -> None:
     (left, right, sizes), (output,) = op.inputs, op.outputs
     sums, _, ragged, groups = _numbers(op)
-    axes, before = _given(op)
+    axes, before = _output_axes(op)
     why = f"{op} tells groups apart by their places in it"
-    # Sizes may be given for each entry of other axes of the left, which then stay whole.
+    # Group sizes may differ along other axes of the left, which are then pinned as well.
     pinned = _sized(op) if len(sizes.shape) > 1 else [ragged]
     for node in (*(left.axes[a] for a in pinned), *(right.axes[g] for g in groups), *sizes.axes):
         graph.pin(node, why)
@@ -64,7 +64,7 @@ def _link(op: Op, graph: AxisGraph) -> None:
 def _flow(op: Op, facts: Facts) -> None:
     (left, right), (output,) = op.inputs[:2], op.outputs
     sums, _, ragged, _ = _numbers(op)
-    axes, before = _given(op)
+    axes, before = _output_axes(op)
     nothing = facts.all_zero(left) or facts.all_zero(right)
     for a, b in sums:
         zero = either(facts.zero(left, a), facts.zero(right, b))
@@ -81,5 +81,7 @@ def _flow(op: Op, facts: Facts) -> None:
 register_rule(
     "ragged_dot",
     "ragged_dot_general",
-    rule=Rule(_link, _flow, as_it_was, conservative="rows in groups, and the groups (experts), stay whole"),
+    rule=Rule(
+        _link, _flow, emit_unchanged, conservative="rows in groups, and the groups (experts), are kept whole"
+    ),
 )

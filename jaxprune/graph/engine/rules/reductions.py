@@ -1,7 +1,9 @@
 """Reductions, cumulative and windowed ops, sorting.
 
-A sum can do without slices that are zero. Slices that are alike are summed as one times their
-number, and a maximum needs one of them: so a norm over channels of which some are gone is exact.
+A sum does not need slices that are zero. If m slices of its operand are alike, with value c, and are dropped,
+the sum adds m * c for them; a maximum is taken over the kept slices and copies of c. So a norm over channels
+is exact after some of these were dropped: in a two-pass variance the dropped channels of x - mean are not
+zero, but they are all -mean.
 """
 
 from typing import Any
@@ -12,14 +14,14 @@ import numpy as np
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
-_REDUCED = "the reduced axes stay whole"
+_REDUCED = "the reduced axes are kept whole"
 _EXTREMA = ("reduce_max", "reduce_min", "reduce_or", "reduce_and")
 
 
 def _left(op: Op) -> list[tuple[int, int]]:
-    """The axes that are not reduced, as pairs: in the input and in the output."""
+    """Return the axes that are not reduced, as pairs: in the input and in the output."""
     left = [axis for axis in range(len(op.inputs[0].shape)) if axis not in op.params["axes"]]
     return [(axis, place) for place, axis in enumerate(left)]
 
@@ -36,9 +38,10 @@ def _flow_left(op: Op, facts: Facts, empty: bool = False) -> None:
 
 
 def _alike_axis(op: Op, facts: Facts, besides_zero: bool) -> int | None:
-    """The one reduced axis of which alike slices may be counted: the last that has several.
+    """Return the one reduced axis along which alike slices may be dropped: the last that has any.
 
-    One is enough, and with two a slice of one would be cut across the other.
+    It is only one, because slices that are dropped along two axes would have entries in common, and those
+    would be counted twice.
     """
     (value,) = op.inputs
     marks = (
@@ -69,14 +72,14 @@ def _emit_sum(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 
 
 def _left_out(value: Value, axis: int, frame: Frame) -> int:
-    """How many slices go that are not zero."""
+    """Return how many slices are dropped that are not zero."""
     kept = frame.indices(value, axis)
     if kept is None:
         return 0
-    gone = np.ones(value.shape[axis], bool)
-    gone[kept] = False
+    dropped = np.ones(value.shape[axis], bool)
+    dropped[kept] = False
     zero = frame.facts.zero(value, axis)
-    return int(gone.sum() if zero is None else (gone & ~zero).sum())
+    return int(dropped.sum() if zero is None else (dropped & ~zero).sum())
 
 
 def _flow_extremum(op: Op, facts: Facts) -> None:
@@ -91,7 +94,7 @@ def _emit_extremum(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     kept = None if axis is None else frame.indices(value, axis)
     if axis is None or kept is None:
         return op.bind(*args)
-    # As many copies as slices went: where several are largest, the derivative is shared by all.
+    # As many copies as slices were dropped: where several are largest, the derivative is shared by all.
     shape = list(args[0].shape)
     shape[axis] = value.shape[axis] - len(kept)
     others = jnp.broadcast_to(frame.representative(value, axis), shape)
@@ -102,7 +105,7 @@ register_rule("reduce_sum", rule=Rule(_link_left, _flow_sum, _emit_sum))
 register_rule(*_EXTREMA, rule=Rule(_link_left, _flow_extremum, _emit_extremum))
 
 
-def _link_whole_axes(op: Op, graph: AxisGraph) -> None:
+def _link_pinned(op: Op, graph: AxisGraph) -> None:
     for axis in op.params["axes"]:
         graph.pin(op.inputs[0].axes[axis], f"{op} reads all of it")
     _link_left(op, graph)
@@ -113,15 +116,15 @@ def _flow_product(op: Op, facts: Facts) -> None:
     _flow_left(op, facts, empty=any(facts.zero(value, axis) is not None for axis in op.params["axes"]))
 
 
-register_rule("reduce_prod", rule=Rule(_link_whole_axes, _flow_product, as_it_was, conservative=_REDUCED))
-register_rule("reduce_xor", rule=Rule(_link_whole_axes, _flow_left, as_it_was, conservative=_REDUCED))
+register_rule("reduce_prod", rule=Rule(_link_pinned, _flow_product, emit_unchanged, conservative=_REDUCED))
+register_rule("reduce_xor", rule=Rule(_link_pinned, _flow_left, emit_unchanged, conservative=_REDUCED))
 
 
-# Ops that move or mix entries along some axes, and treat each slice along the others alike.
+# Ops that move or mix entries along some axes, and do the same to each slice along the others.
 
 
 def _along(axes_of: Any, keeps_zero: bool = True) -> Rule:
-    """A rule for ops whose every value has the same axes, of which `axes_of(op)` stay whole."""
+    """Return a rule for ops all of whose values have the same axes, of which `axes_of(op)` are pinned."""
 
     def link(op: Op, graph: AxisGraph) -> None:
         first = op.inputs[0]
@@ -145,7 +148,7 @@ def _along(axes_of: Any, keeps_zero: bool = True) -> Rule:
         for output in op.outputs[len(op.inputs) :]:
             facts.learn(output)
 
-    return Rule(link, flow, as_it_was, conservative="the axis that it runs along stays whole")
+    return Rule(link, flow, emit_unchanged, conservative="the axis that it runs along is kept whole")
 
 
 def _axis(op: Op) -> tuple[int, ...]:
@@ -165,10 +168,10 @@ def _fft_axes(op: Op) -> tuple[int, ...]:
 register_rule("fft", rule=_along(_fft_axes))
 
 
-# Windows: an axis that the window does not run along is an axis like any other.
+# Windows: an axis that the window does not slide along is free.
 
 
-_WINDOW = "axes that the window slides along stay whole"
+_WINDOW = "axes that the window slides along are kept whole"
 
 
 def _window(op: Op, axis: int) -> tuple[Any, ...]:
@@ -198,7 +201,7 @@ def _link_window(op: Op, graph: AxisGraph) -> None:
 def _flow_window(op: Op, facts: Facts) -> None:
     value, (output,) = op.inputs[0], op.outputs
     zeros: list[Vector | None] = [None] * len(output.shape)
-    # Padding is 0 to a sum. To a maximum it is -inf, which a window wholly inside it gives.
+    # Padding counts as 0 in a sum. In a maximum it is -inf, which is what a window of padding alone gives.
     sums = op.name == "reduce_window_sum"
     if sums or all(windows_hold_an_entry(op, axis) for axis in range(len(output.shape))):
         zeros = [
@@ -209,7 +212,7 @@ def _flow_window(op: Op, facts: Facts) -> None:
 
 
 def windows_hold_an_entry(op: Op, axis: int) -> bool:
-    """Whether every window is sure to hold an entry that is not padding."""
+    """Whether every window certainly contains an entry that is not padding."""
     window, _, padding, base, dilation = _window(op, axis)
     return dilation == 1 and base == 1 and min(padding) >= 0 and max(padding) < window
 
@@ -218,12 +221,12 @@ register_rule(
     "reduce_window_sum",
     "reduce_window_max",
     "reduce_window_min",
-    rule=Rule(_link_window, _flow_window, as_it_was, conservative=_WINDOW),
+    rule=Rule(_link_window, _flow_window, emit_unchanged, conservative=_WINDOW),
 )
 
 
 def _link_scatter_windows(op: Op, graph: AxisGraph) -> None:
-    """`select_and_scatter_add(source, operand)` and `select_and_gather_add(tangents, operand)`."""
+    """Link `select_and_scatter_add(source, operand)` or `select_and_gather_add(tangents, operand)`."""
     arrays = (*op.inputs, *op.outputs)
     for axis in range(len(op.inputs[0].shape)):
         params = op.params
@@ -248,5 +251,5 @@ def _flow_scatter_windows(op: Op, facts: Facts) -> None:
 register_rule(
     "select_and_scatter_add",
     "select_and_gather_add",
-    rule=Rule(_link_scatter_windows, _flow_scatter_windows, as_it_was, conservative=_WINDOW),
+    rule=Rule(_link_scatter_windows, _flow_scatter_windows, emit_unchanged, conservative=_WINDOW),
 )

@@ -10,8 +10,8 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
-from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 
 
 def is_static(size: Any) -> bool:
@@ -19,11 +19,14 @@ def is_static(size: Any) -> bool:
     return isinstance(size, (int, np.integer))
 
 
-# One input, one output, and for each axis of the output the axis of the input it is, or None.
-
-
 def _renamed(axes_of: Any, emit: Any) -> Rule:
-    """A rule for ops that rename axes and make new ones, along which all slices are alike."""
+    """Return a rule for ops that rename axes and make new ones, along which all slices are alike.
+
+    Args:
+      axes_of: `axes_of(op)` returns, for each axis of the output, which axis of the input it is; None for a
+        new one.
+      emit: the `emit` of the rule.
+    """
 
     def link(op: Op, graph: AxisGraph) -> None:
         for node, axis in zip(op.outputs[0].axes, axes_of(op), strict=True):
@@ -46,8 +49,7 @@ def _broadcast_axes(op: Op) -> list[int | None]:
     (value,), (output,) = op.inputs[:1], op.outputs
     axes: list[int | None] = [None] * len(output.shape)
     for axis, place in enumerate(op.params["broadcast_dimensions"]):
-        size = output.shape[place]
-        if value.shape[axis] is size or value.shape[axis] == size:
+        if same_size(value.shape[axis], output.shape[place]):
             axes[place] = axis
     return axes
 
@@ -58,15 +60,15 @@ def _emit_broadcast(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 
 
 register_rule("broadcast_in_dim", rule=_renamed(_broadcast_axes, _emit_broadcast))
-register_rule("transpose", rule=_renamed(lambda op: list(op.params["permutation"]), as_it_was))
+register_rule("transpose", rule=_renamed(lambda op: list(op.params["permutation"]), emit_unchanged))
 
 
 def _squeezed_axes(op: Op) -> list[int | None]:
-    gone = op.params["dimensions"]
-    return [axis for axis in range(len(op.inputs[0].shape)) if axis not in gone]
+    squeezed = op.params["dimensions"]
+    return [axis for axis in range(len(op.inputs[0].shape)) if axis not in squeezed]
 
 
-register_rule("squeeze", rule=_renamed(_squeezed_axes, as_it_was))
+register_rule("squeeze", rule=_renamed(_squeezed_axes, emit_unchanged))
 register_rule(
     "iota",
     rule=Rule(
@@ -78,20 +80,22 @@ register_rule(
                 for axis, size in enumerate(op.outputs[0].shape)
             ],
         ),
-        as_it_was,
+        emit_unchanged,
     ),
 )
 
 
-# Reshape: both shapes are products of common factors, as far as they have any.
+# Reshape: both shapes are row-major products of common factors, where they have such factors. A factor is a
+# node; an axis before or after the reshape is the product of some of them. So (2, 12) to (2, 3, 4) has the
+# factors 2, 3, 4: the 12 is the product 3 x 4, and what it can lose are slices of the 3 or of the 4.
 
 
 class Segment(NamedTuple):
-    """Some axes before a reshape and those after it that hold the same entries.
+    """Some axes before a reshape, and the axes after it that hold the same entries.
 
     Attributes:
-      sizes: the common factors, major first; None where the two have none, such as 2 x 3 and 3 x 2.
-      before, after: each axis with the indices of the factors it is the product of.
+      sizes: the common factors, major first; None where there are none, as between 2 x 3 and 3 x 2.
+      before, after: each axis with the indices of the factors that it is the product of.
     """
 
     sizes: tuple[int, ...] | None
@@ -100,10 +104,10 @@ class Segment(NamedTuple):
 
 
 def segments(old: Sequence[Any], new: Sequence[Any]) -> list[Segment]:
-    """The axes of a reshape in segments, without those of size 1.
+    """Split the axes of a reshape into segments, without axes of size 1.
 
     Example:
-      >>> from jaxprune.graph.rules.shapes import segments
+      >>> from jaxprune.graph.engine.rules.shapes import segments
       >>> for segment in segments((2, 12, 5), (2, 3, 4, 5)):
       ...     print(segment.sizes, segment.before, segment.after)
       (2,) [(0, (0,))] [(0, (0,))]
@@ -129,7 +133,7 @@ def segments(old: Sequence[Any], new: Sequence[Any]) -> list[Segment]:
 
 
 def _next_segment(old: Sequence[int], new: Sequence[int], before: list[int], after: list[int]) -> Segment:
-    """Takes from both lists the fewest axes with equal products."""
+    """Take the fewest axes with equal products from both lists."""
     ins, outs = [before.pop(0)] if before else [], [after.pop(0)] if after else []
     while (a := math.prod(old[i] for i in ins)) != (b := math.prod(new[i] for i in outs)):
         if (a < b and before) or not after:
@@ -139,7 +143,7 @@ def _next_segment(old: Sequence[int], new: Sequence[int], before: list[int], aft
     cuts = sorted({*_bounds([old[i] for i in ins]), *_bounds([new[i] for i in outs])})
     if cuts[0] == 0 or any(high % low for low, high in pairwise(cuts)):
         return Segment(None, [(a, ()) for a in ins], [(a, ()) for a in outs])
-    # Cut points count from the minor end; factors are numbered from the major one.
+    # Cuts are counted from the minor end; factors are numbered from the major end.
     number = len(cuts) - 1
     sizes = tuple(cuts[n + 1] // cuts[n] for n in reversed(range(number)))
 
@@ -154,7 +158,7 @@ def _next_segment(old: Sequence[int], new: Sequence[int], before: list[int], aft
 
 
 def _bounds(sizes: Sequence[int]) -> list[int]:
-    """The products of the last 0, 1, 2, ... sizes."""
+    """Return the products of the last 0, 1, 2, ... sizes."""
     bounds = [1]
     for size in reversed(sizes):
         bounds.append(bounds[-1] * size)
@@ -162,7 +166,7 @@ def _bounds(sizes: Sequence[int]) -> list[int]:
 
 
 def _reshaped_segments(op: Op) -> list[Segment]:
-    """The segments of a reshape, by the axes of its operand; `dimensions` may permute these first."""
+    """Return the segments of a reshape, by the axes of its operand; `dimensions` may permute these first."""
     value, output = op.inputs[0], op.outputs[0]
     order = op.params["dimensions"]
     if order is None:
@@ -202,9 +206,9 @@ def _flow_reshape(op: Op, facts: Facts) -> None:
 
 
 def _reshaped(zero: Vector, old: Sequence[int], new: Sequence[int], sizes: Sequence[int]) -> Vector:
-    """Marks of an axis with factors `old` for one with factors `new`.
+    """Return the marks of an axis with factors `new`, given those of an axis with factors `old`.
 
-    A slice of the new axis is zero if the old axis is, at all places that the slice meets.
+    A slice of the new axis is zero if all slices of the old axis are that it has entries in.
     """
     grid = zero.reshape([size if f in old else 1 for f, size in enumerate(sizes)])
     grid = grid.all(axis=tuple(f for f in old if f not in new), keepdims=True)
@@ -221,6 +225,6 @@ register_rule(
         _link_reshape,
         _flow_reshape,
         _emit_reshape,
-        conservative="axes stay whole that are mixed with others they share no factor with (2 x 3 to 3 x 2)",
+        conservative="axes mixed with others without a common factor are kept whole (2 x 3 to 3 x 2)",
     ),
 )

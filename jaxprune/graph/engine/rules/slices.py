@@ -1,4 +1,4 @@
-"""Primitives whose output slices are slices of the input, or new: slice, split, join, pad, ..."""
+"""Primitives whose output slices are slices of the input, or new ones: slice, split, concatenate, pad, ..."""
 
 from typing import Any
 
@@ -8,13 +8,13 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, all_of, is_zero
-from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Frame, Rule, as_it_was, register_rule
+from jaxprune.graph.engine.ir import Op, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
 from jaxprune.graph.engine.rules.shapes import is_static
 
 
-def take(array: Any, axis: int, positions: np.ndarray) -> Any:
-    """Slices of an array at known positions."""
+def take_slices(array: Any, axis: int, positions: np.ndarray) -> Any:
+    """Return the slices of an array at known positions, without copying where they are all, or contiguous."""
     size = array.shape[axis]
     if np.array_equal(positions, np.arange(size)):
         return array
@@ -26,7 +26,7 @@ def take(array: Any, axis: int, positions: np.ndarray) -> Any:
 
 
 def take_dense(frame: Frame, array: Any, axis: int, dense: np.ndarray, kept: np.ndarray | None) -> Any:
-    """Slices at known dense positions of an array that has only the `kept` ones."""
+    """Return the slices at known dense positions of an array that has only the `kept` ones."""
     return frame.take(array, axis, dense if kept is None else np.searchsorted(kept, dense))
 
 
@@ -37,10 +37,10 @@ def _slice_indices(op: Op, axis: int) -> np.ndarray:
 
 
 def _sliced_axes(op: Op) -> list[int]:
-    """The axes that a slice shortens."""
+    """Return the axes that a slice shortens."""
     value, output = op.inputs[0], op.outputs[0]
     pairs = enumerate(zip(value.shape, output.shape, strict=True))
-    return [axis for axis, (old, new) in pairs if not (old is new or old == new)]
+    return [axis for axis, (old, new) in pairs if not same_size(old, new)]
 
 
 def _link_slice(op: Op, graph: AxisGraph) -> None:
@@ -150,18 +150,18 @@ def _flow_concatenate(op: Op, facts: Facts) -> None:
     return None
 
 
-register_rule("concatenate", rule=Rule(_link_concatenate, _flow_concatenate, as_it_was))
+register_rule("concatenate", rule=Rule(_link_concatenate, _flow_concatenate, emit_unchanged))
 
 
-_STACKED = "the axis that is made, or taken apart, stays whole"
+_STACKED = "the axis that is made, or taken apart, is kept whole"
 
 
 def _link_stack(op: Op, graph: AxisGraph) -> None:
-    """`stack`, and `unstack` the other way round: the axis made or taken apart stays whole."""
+    """Link a `stack` or, the other way round, an `unstack`: the axis of the parts is pinned."""
     along = op.params["axis"]
-    whole, parts = (op.inputs[0], op.outputs) if op.name == "unstack" else (op.outputs[0], op.inputs)
-    rest = [node for axis, node in enumerate(whole.axes) if axis != along]
-    graph.pin(whole.axes[along], f"{op} runs along it")
+    stacked, parts = (op.inputs[0], op.outputs) if op.name == "unstack" else (op.outputs[0], op.inputs)
+    rest = [node for axis, node in enumerate(stacked.axes) if axis != along]
+    graph.pin(stacked.axes[along], f"{op} runs along it")
     for part in parts:
         for a, b in zip(part.axes, rest, strict=True):
             graph.same(a, b)
@@ -183,13 +183,18 @@ def _flow_unstack(op: Op, facts: Facts) -> None:
         facts.learn(output, zeros, fill)
 
 
-stack = Rule(_link_stack, _flow_stack, as_it_was, conservative=_STACKED)
+stack = Rule(_link_stack, _flow_stack, emit_unchanged, conservative=_STACKED)
 register_rule("stack", rule=stack)
-register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, as_it_was, conservative=_STACKED))
+register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, emit_unchanged, conservative=_STACKED))
 
 
 def _reordered(source: Any) -> Rule:
-    """A rule for ops that repeat or reorder slices: `source(op, axis)` tells which, or None."""
+    """Return a rule for ops that repeat or reorder slices.
+
+    Args:
+      source: `source(op, axis)` returns, for each slice of the output, which slice of the input it is; None
+        for an axis that is left as it is.
+    """
 
     def link(op: Op, graph: AxisGraph) -> None:
         value, output = op.inputs[0], op.outputs[0]
@@ -207,7 +212,7 @@ def _reordered(source: Any) -> Rule:
             zeros.append(zero if zero is None or dense is None else zero[dense])
         facts.learn(op.outputs[0], zeros, known.fill)
 
-    return Rule(link, flow, as_it_was)
+    return Rule(link, flow, emit_unchanged)
 
 
 def _reversed(op: Op, axis: int) -> np.ndarray | None:
@@ -225,7 +230,7 @@ register_rule("tile", rule=_reordered(_tiled))
 
 
 def _padded(op: Op, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Where the input's slices go: their indices before and after, without those cut off."""
+    """Return the indices of the input's slices before and after padding, without those cut off."""
     low, high, interior = op.params["padding_config"][axis]
     if not (low or high or interior):
         return None
@@ -281,10 +286,12 @@ def _emit_pad(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     for axis, (before, after) in cut.items():
         places = _padded(op, axis)
         assert places is not None
+        # Where slice n of the small array goes: the kept ones to their places, padding (the last slice,
+        # number len(kept)) to all others.
         kept = np.arange(value.shape[axis]) if before is None else before
         source = np.full(output.shape[axis], len(kept))
-        stays = np.isin(places[0], kept)
-        source[places[1][stays]] = np.searchsorted(kept, places[0][stays])
+        is_kept = np.isin(places[0], kept)
+        source[places[1][is_kept]] = np.searchsorted(kept, places[0][is_kept])
         array = frame.take(array, axis, source if after is None else source[after])
     return [array]
 

@@ -1,7 +1,7 @@
-"""Functions in a wrapping: composites, functions with a batching rule of their own, `shard_map`.
+"""Wrapped functions: composites, functions with a custom batching rule, `shard_map`.
 
-Their bodies are regions. Where nothing was cut the primitive is applied as it was, with its wrapping;
-where something was, the body is run on what is left, which has lost its name or its batching rule.
+Their bodies are regions. Where no slice was dropped the primitive is applied as traced, with its wrapping;
+otherwise the body is replayed without it: a composite loses its name, a function its batching rule.
 """
 
 from typing import Any
@@ -11,28 +11,24 @@ import jax
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule
-from jaxprune.graph.engine.rules.calls import flow_body, link_body, run_region
+from jaxprune.graph.engine.rules.base import Frame, Rule, learn_region, register_rule
+from jaxprune.graph.engine.rules.calls import flow_body, link_body
+
+WRAPPERS = ("composite", "custom_vmap_call")
 
 
 def _emit_body(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     return frame.run(op.regions["body"], args)
 
 
-register_rule("composite", "custom_vmap_call", rule=Rule(link_body, flow_body, _emit_body))
+register_rule(*WRAPPERS, rule=Rule(link_body, flow_body, _emit_body))
 
 
-# shard_map: a device sees its part of an axis that is sharded, which stays whole, and all of the others.
-
-
-def _whole_axes(value: Value, inner: Value) -> list[int]:
-    """The axes of which each device sees all."""
-    pairs = enumerate(zip(value.shape, inner.shape, strict=True))
-    return [axis for axis, (size, part) in pairs if size is part or size == part]
+# shard_map: an axis that is sharded is pinned, because each device sees a part of it; all others are free.
 
 
 def _sides(op: Op) -> list[tuple[Value, Value, Any]]:
-    """Each value outside, its like in the body, and how it is sharded."""
+    """Return each value outside with its counterpart in the body and how it is sharded."""
     body, params = op.regions["body"], op.params
     inputs = zip(op.inputs, body.inputs, params["in_specs"], strict=True)
     return [*inputs, *zip(op.outputs, body.outputs, params["out_specs"], strict=True)]
@@ -58,11 +54,11 @@ def _flow_shard_map(op: Op, facts: Facts) -> None:
         known = facts.of(value)
         zeros = [None if _is_sharded(spec, axis) else zero for axis, zero in enumerate(known.zero)]
         facts.learn(inner, zeros, known.fill)
-    run_region(body, facts)
+    learn_region(body, facts)
     for value, inner, spec in _sides(op)[len(op.inputs) :]:
         known = facts.of(inner)
         zeros = [None if _is_sharded(spec, axis) else zero for axis, zero in enumerate(known.zero)]
-        # Each device may have a number of its own, unless it is zero on all.
+        # Devices may have different numbers, so of a fill only zero holds on all of them.
         facts.learn(value, zeros, 0 if facts.all_zero(inner) else None)
 
 
@@ -87,6 +83,6 @@ def _emit_shard_map(op: Op, args: list[Any], frame: Frame) -> list[Any]:
 register_rule(
     "shard_map",
     rule=Rule(
-        _link_shard_map, _flow_shard_map, _emit_shard_map, conservative="an axis that it shards stays whole"
+        _link_shard_map, _flow_shard_map, _emit_shard_map, conservative="an axis that it shards is kept whole"
     ),
 )

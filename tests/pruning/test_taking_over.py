@@ -1,4 +1,4 @@
-"""A state, or masks, that go on under another pruner: it reaches what is asked for now, to the unit."""
+"""A pruner takes over a state, or masks: it reaches what its own schedule asks for, to the unit."""
 
 import warnings
 
@@ -20,7 +20,7 @@ PARAMS = {
 SIZES = {f"{name}/kernel": int(np.prod(shape)) for name, shape in SHAPES.items()}
 
 
-def gone(masks):
+def num_removed(masks):
     """By leaf, how many entries are removed."""
     return {
         path: int((~np.asarray(mask)).sum())
@@ -29,7 +29,7 @@ def gone(masks):
 
 
 class Oracle:
-    """What should be gone after each call, by the schedules alone; pools are leaves, or all together."""
+    """What should be removed after each call, by the schedules alone; each leaf is a pool."""
 
     def __init__(self, sizes, removed=None):
         self.sizes, self.step = dict(sizes), 0
@@ -107,7 +107,7 @@ def check_parts(parts, jitted):
             update = jax.jit(pruner.update) if jitted else pruner.update
             for call in range(calls):
                 state = update(state, PARAMS)
-                assert gone(state.masks) == oracle.call(schedule, every, of, first=call == 0)
+                assert num_removed(state.masks) == oracle.call(schedule, every, of, first=call == 0)
         oracle.new = False
 
 
@@ -117,13 +117,13 @@ def test_masks_to_start_from(of, jitted):
     masks = jp.prune_once(PARAMS, jp.scores.random, 0.4, key=jax.random.key(5), scope="layerwise")
     schedule = jp.schedules.constant(0.5) if of == "remaining" else jp.schedules.linear(0.8, end_step=6)
     pruner = jp.pruner(jp.scores.magnitude, schedule, of=of, every=2, scope="layerwise", masks=masks)
-    oracle = Oracle(SIZES, gone(masks))
+    oracle = Oracle(SIZES, num_removed(masks))
     state = pruner.init(PARAMS)
     jax.tree.map(np.testing.assert_array_equal, state.masks, masks)
     update = jax.jit(pruner.update) if jitted else pruner.update
     for _ in range(7):
         state = update(state, PARAMS)
-        assert gone(state.masks) == oracle.call(schedule, 2, of)
+        assert num_removed(state.masks) == oracle.call(schedule, 2, of)
         jax.tree.map(lambda new, old: np.testing.assert_array_less(new, old + 0.5), state.masks, masks)
 
 
@@ -131,7 +131,7 @@ def test_the_callers_masks_outlive_a_donated_state():
     masks = jp.prune_once(PARAMS, jp.scores.magnitude, 0.4)
     pruner = jp.pruner(jp.scores.magnitude, 0.5, masks=masks)
     jax.jit(pruner.update, donate_argnums=0)(pruner.init(PARAMS), PARAMS)
-    assert sum(gone(masks).values()) == round(0.4 * sum(SIZES.values()))
+    assert sum(num_removed(masks).values()) == round(0.4 * sum(SIZES.values()))
 
 
 def test_masks_that_do_not_fit_are_refused():
@@ -147,11 +147,11 @@ def test_a_finer_scope_takes_over_from_a_coarser():
     state = first.update(first.init(PARAMS), PARAMS)
     second = jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.7, step=1), scope="layerwise")
     for update in (second.update, jax.jit(second.update)):
-        assert gone(update(state, PARAMS).masks) == {path: round(0.7 * n) for path, n in SIZES.items()}
+        assert num_removed(update(state, PARAMS).masks) == {path: round(0.7 * n) for path, n in SIZES.items()}
 
 
 def test_other_units_take_over_from_entries():
-    # Rows that lost every entry count as gone; the second pruner counts rows.
+    # Rows that lost every entry count as removed; the second pruner counts rows.
     first = jp.pruner(jp.scores.magnitude, 0.3)
     state = first.update(first.init(PARAMS), PARAMS)
     rows = jp.structures.slices(axis=0)
@@ -177,13 +177,13 @@ def test_other_leaves_of_the_same_sizes_take_over(jitted):
     ramp = jp.schedules.linear(0.5, end_step=4)
     first, second = (jp.pruner(jp.scores.magnitude, ramp, where=jp.matching(f"{name}/*")) for name in "ab")
     state = run(first, first.init(params), 5)
-    assert gone(run(second, state, 1).masks) == {"a/kernel": 18, "b/kernel": 18}
+    assert num_removed(run(second, state, 1).masks) == {"a/kernel": 18, "b/kernel": 18}
     first, second = (
         jp.pruner(jp.scores.magnitude, 0.5, of="remaining", every=2, where=jp.matching(f"{name}/*"))
         for name in "ab"
     )
     state = run(second, run(first, first.init(params), 4), 2)
-    assert gone(state.masks) == {"a/kernel": 27, "b/kernel": 18}
+    assert num_removed(state.masks) == {"a/kernel": 27, "b/kernel": 18}
 
 
 def test_other_groups_of_the_same_sizes_take_over():
@@ -200,13 +200,15 @@ def test_other_groups_of_the_same_sizes_take_over():
 def test_rigl_takes_over_and_hands_on():
     first = jp.pruner(jp.scores.magnitude, 0.5, scope="layerwise")
     state = first.update(first.init(PARAMS), PARAMS)
-    count = gone(state.masks)
+    count = num_removed(state.masks)
     moving = jp.rigl(state.masks, every=2, end_step=10, fraction=0.5)
     for _ in range(4):
         state = jax.jit(moving.update)(state, PARAMS, jax.tree.map(jnp.cos, PARAMS))
-    assert gone(state.masks) == count and int(state.row) == 2
+    assert num_removed(state.masks) == count and int(state.row) == 2
     last = jp.pruner(jp.scores.magnitude, 0.8, scope="layerwise")
-    assert gone(jax.jit(last.update)(state, PARAMS).masks) == {p: round(0.8 * n) for p, n in SIZES.items()}
+    assert num_removed(jax.jit(last.update)(state, PARAMS).masks) == {
+        p: round(0.8 * n) for p, n in SIZES.items()
+    }
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -218,10 +220,12 @@ def test_a_recipe_of_several_sections_takes_over_and_hands_on(jitted):
     first = jp.pruner(jp.scores.magnitude, 0.2, scope="layerwise")
     state = run(first, first.init(PARAMS))
     state = run(jp.recipes.parse({"prune": sections}).pruner(PARAMS), state)
-    assert gone(state.masks) == {"a/kernel": round(0.6 * 33), "b/kernel": 14} and state.row.shape == (2,)
+    assert num_removed(state.masks) == {"a/kernel": round(0.6 * 33), "b/kernel": 14} and state.row.shape == (
+        2,
+    )
     last = jp.pruner(jp.scores.magnitude, 0.7, scope="layerwise")
     state = run(last, state)
-    assert gone(state.masks) == {p: round(0.7 * n) for p, n in SIZES.items()} and state.row.shape == ()
+    assert num_removed(state.masks) == {p: round(0.7 * n) for p, n in SIZES.items()} and state.row.shape == ()
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.0, 0.5), (0.5, 0.0), (1.0, 0.9)])
@@ -231,13 +235,13 @@ def test_another_memory(first, second):
     after = jp.pruner(jp.scores.magnitude, 0.6, memory=second)
     for update in (after.update, jax.jit(after.update)):
         now = update(state, PARAMS)
-        assert sum(gone(now.masks).values()) == round(0.6 * sum(SIZES.values()))
+        assert sum(num_removed(now.masks).values()) == round(0.6 * sum(SIZES.values()))
         assert bool(jax.tree.leaves(now.scores)) == (second > 0)
 
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
 @pytest.mark.parametrize("jitted", [False, True])
-def test_a_stop_is_met_exactly_by_a_state_that_goes_on(scope, jitted):
+def test_a_stop_is_met_exactly_by_a_state_that_was_taken_over(scope, jitted):
     first = jp.pruner(jp.scores.random, 0.25, seed=3)
     state = first.update(first.init(PARAMS), PARAMS)
     pruner = jp.pruner(jp.scores.magnitude, 0.3, of="remaining", scope=scope, stop=0.7)
@@ -245,7 +249,7 @@ def test_a_stop_is_met_exactly_by_a_state_that_goes_on(scope, jitted):
     counts = []
     for _ in range(6):
         state = update(state, PARAMS)
-        counts.append(sum(gone(state.masks).values()))
+        counts.append(sum(num_removed(state.masks).values()))
     size = sum(SIZES.values())
     assert counts[-1] == round(0.7 * size) and counts[0] == pytest.approx(17 + 0.3 * (size - 17), abs=1)
 
@@ -274,7 +278,7 @@ def trained(tx, params, state, steps):
     return params, state
 
 
-def test_the_inner_optimizers_state_goes_on_under_a_pruner():
+def test_the_inner_optimizers_state_continues_under_a_pruner():
     masks = jp.prune_once(PARAMS, jp.scores.magnitude, 0.5)
     fixed = jp.keep_masked(optax.adam(1e-2), masks)
     params, state = trained(fixed, PARAMS, fixed.init(PARAMS), 3)
@@ -282,12 +286,12 @@ def test_the_inner_optimizers_state_goes_on_under_a_pruner():
     tx = jp.wrap_optax(optax.adam(1e-2), pruner, inner_state=state.inner)
     start = tx.init(params)
     jax.tree.map(np.testing.assert_array_equal, start.inner, state.inner)
-    # Until the pruner acts, it is the run that would have gone on.
+    # Until the pruner acts, the run is the same as under `keep_masked`.
     kept = trained(fixed, params, state, 3)
-    gone_on = trained(tx, params, start, 3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept[0], gone_on[0])
-    params, end = trained(tx, *gone_on, 1)
-    assert sum(gone(end.pruner.masks).values()) == round(0.75 * sum(SIZES.values()))
+    continued = trained(tx, params, start, 3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), kept[0], continued[0])
+    params, end = trained(tx, *continued, 1)
+    assert sum(num_removed(end.pruner.masks).values()) == round(0.75 * sum(SIZES.values()))
     jp.check_pruned(params, end.pruner.masks)
 
 

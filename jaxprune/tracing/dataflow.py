@@ -1,0 +1,244 @@
+"""What a value of a jaxpr is made of: params and constants alone, or data.
+
+A product of a kernel with data is one whose first operand comes from params alone (a param itself, or a param
+transposed, cast, masked) and whose second depends on the inputs. Three parts of the library look for such
+products and share this module: `metrics.macs` to name the param of each product and to count what masks leave
+of it, `sparsify` to replace the product, and statistics of the data that a layer reads.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
+
+if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
+    from jax.extend.core import ClosedJaxpr, JaxprEqn
+
+__all__ = [
+    "PRODUCTS",
+    "ConstValue",
+    "Product",
+    "Visitor",
+    "const_outputs",
+    "constant",
+    "literal",
+    "materialised",
+    "param",
+    "passed_on",
+    "visit_products",
+    "visit_scan",
+]
+
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+"""The primitives that multiply matrices; their first two inputs are the operands."""
+
+
+class ConstValue:
+    """A value made of params and constants alone, computed when it is asked for.
+
+    Attributes:
+      paths: the params it is made of.
+      versions: returns the array; several arrays if the params come in several versions (dense and masked);
+        None if it cannot be computed.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str],
+        versions: Callable[[], tuple[Any, ...]] | None,
+        described: Callable[[], tuple[Any, ...]] = tuple,
+    ):
+        self.paths, self.versions, self._described = tuple(paths), versions, described
+
+    def value(self) -> Any:
+        """Return the array, in the first version."""
+        assert self.versions is not None
+        return self.versions()[0]
+
+    @cached_property
+    def key(self) -> str:
+        """The same text for values that are computed in the same way, in whatever trace."""
+        return hashlib.sha256(repr(self._described()).encode()).hexdigest()
+
+
+def param(path: str, value: Callable[[], Any]) -> ConstValue:
+    """Return the `ConstValue` of a param."""
+    return ConstValue((path,), lambda: (value(),), lambda: ("param", path))
+
+
+def constant(value: Any) -> ConstValue:
+    """Return the `ConstValue` of an array that a jaxpr holds."""
+
+    def described() -> tuple[Any, ...]:
+        array = np.asarray(value)
+        return "constant", array.shape, array.dtype.name, hashlib.sha256(array.tobytes()).hexdigest()
+
+    return ConstValue((), lambda: (value,), described)
+
+
+def literal(it: Any) -> ConstValue:
+    """Return the `ConstValue` of a literal."""
+
+    def described() -> tuple[Any, ...]:
+        value = np.asarray(it.val)
+        return "literal", value.dtype.name, value.tolist(), getattr(it.aval, "weak_type", False)
+
+    return ConstValue((), lambda: (it.val,), described)
+
+
+def _constant_or_data(value: Any) -> Any:
+    """Return an array that a jaxpr holds as a `ConstValue`, or unchanged if it is traced: it may be data."""
+    if isinstance(value, Tracer) or not hasattr(value, "dtype"):
+        return value
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):  # a random key, which numpy cannot hold
+        return value
+    return constant(value)
+
+
+def const_outputs(eqn: "JaxprEqn", args: Sequence[ConstValue]) -> list[ConstValue]:
+    """Return the outputs of an equation of const values, computed at most once.
+
+    Where an input has one version, it stands for all; where all have one, so have the outputs.
+    """
+    bind, sources = binder(eqn), [arg.versions for arg in args]
+
+    @cache
+    def computed() -> list[list[Any]]:
+        given = [versions() for versions in sources if versions is not None]
+        several = max(map(len, given), default=1)
+        return [bind(*(arrays[v if len(arrays) > 1 else 0] for arrays in given)) for v in range(several)]
+
+    def described() -> tuple[Any, ...]:
+        return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args]
+
+    paths = dict.fromkeys(path for arg in args for path in arg.paths)
+
+    def output(number: int) -> ConstValue:
+        versions = None if None in sources else lambda: tuple(made[number] for made in computed())
+        return ConstValue(paths, versions, lambda: (*described(), number))
+
+    return [output(number) for number in range(len(eqn.outvars))]
+
+
+def materialised(value: ConstValue | Any) -> Any:
+    """Return the array of a value, const or not."""
+    return value.value() if isinstance(value, ConstValue) else value
+
+
+class Product(NamedTuple):
+    """An equation that multiplies a kernel, which is a `ConstValue`, by data.
+
+    Attributes:
+      eqn: the equation, a JaxprEqn.
+      side: which of its two operands is the kernel.
+      kernel: the kernel.
+      source: the line of the user's code that it comes from.
+    """
+
+    eqn: Any
+    side: int
+    kernel: ConstValue
+    source: str
+
+
+class Visitor(NamedTuple):
+    """What to do with the equations that depend on data, in the order in which they run.
+
+    Attributes:
+      product: `product(found, data)` returns the outputs of a `Product`, or None to leave it to `other`.
+      other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
+        It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
+        `switch_with` and `visit_products`.
+    """
+
+    product: Callable[[Product, Any], list[Any] | None]
+    other: Callable[["JaxprEqn", list[Any]], list[Any]]
+
+
+def visit_products(
+    closed: "ClosedJaxpr",
+    inputs: Sequence[Any],
+    visitor: Visitor,
+    called_at: str = "",
+) -> list[Any]:
+    """Run a jaxpr by a visitor, and return its outputs.
+
+    Calls are entered. An equation whose inputs are all const is not run: its outputs are const too.
+
+    Args:
+      closed: the jaxpr.
+      inputs: for each input a `ConstValue`, or data.
+      visitor: what to do with equations that depend on data.
+      called_at: the place of the call whose jaxpr this is.
+    """
+
+    def handle(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
+        name, source = eqn.primitive.name, place(eqn, called_at)
+        const = [isinstance(arg, ConstValue) for arg in args]
+        if name in CALLS:
+            return visit_products(called_jaxpr(eqn), args, visitor, source)
+        if all(const) and not eqn.effects:
+            return const_outputs(eqn, args)
+        outputs = None
+        if name in PRODUCTS and const[:2].count(True) == 1:
+            side = const.index(True)
+            outputs = visitor.product(Product(eqn, side, args[side], source), args[1 - side])
+        return visitor.other(eqn, args) if outputs is None else outputs
+
+    return interpret(closed, inputs, handle, _constant_or_data, literal)
+
+
+def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
+    """Return which carried values the body of a loop passes on unchanged, so that all rounds have the first.
+
+    Args:
+      body: a jaxpr from constants, carry and perhaps slices to the carry and perhaps more.
+      consts: how many of its inputs are constants.
+      carried: how many are the carry.
+    """
+    given, outputs = body.jaxpr.invars[consts : consts + carried], body.jaxpr.outvars[:carried]
+    return [before is after for before, after in zip(given, outputs, strict=True)]
+
+
+def visit_scan(
+    eqn: "JaxprEqn",
+    args: Sequence[Any],
+    visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
+) -> tuple[list[Any], Any]:
+    """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
+
+    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and
+    a carry that the body passes on; any other carry holds data from the second step on.
+
+    Args:
+      eqn: an equation of `scan`.
+      args: its inputs, const values or data.
+      visit: `visit(body, inputs)` returns the outputs of the body, as `visit_products` does, and any tree of
+        arrays besides.
+
+    Returns:
+      The scan's outputs, and the trees of all steps, stacked along a new first axis.
+    """
+    closed = eqn.params["jaxpr"]
+    consts, carried = scan_split(eqn.params)
+    same = [True] * consts + passed_on(closed, consts, carried) + [True] * (len(args) - consts - carried)
+
+    def inside(number: int, value: Any) -> Any:
+        arg = args[number]
+        if not isinstance(arg, ConstValue) or not same[number]:
+            return value
+        sliced = number >= consts + carried
+        return ConstValue(arg.paths, lambda: (value,), lambda: ("scan", sliced, arg.key))
+
+    def body(values: list[Any]) -> tuple[list[Any], Any]:
+        outputs, extra = visit(closed, [inside(number, value) for number, value in enumerate(values)])
+        return list(map(materialised, outputs)), extra
+
+    return scan_with(eqn, list(map(materialised, args)), body)
