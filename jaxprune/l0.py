@@ -296,12 +296,7 @@ def _check_gates(gates: Any, what: str) -> None:
 
 
 def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
-    """Check that gates fit the params, and return the params by path.
-
-    Raises:
-      ValueError: there are no gates, a path is not in params, or a gate's shape does not fit its leaf.
-      TypeError: the gates are not a dict of floating-point arrays.
-    """
+    """Check that gates fit the params, and return the params by path."""
     leaves = array_leaves(params)
     _check_gates(gates, what)
     for path, gate in gates.items():

@@ -32,8 +32,7 @@ def seal(data: bytes) -> bytes:
 def unseal(data: bytearray) -> bytearray:
     """Check the data, and return them without the checksum, which is cut off the array in place.
 
-    Raises:
-      FileError: without the file's name: there is no checksum, or it is wrong.
+    A `FileError` does not name the file; neither do those of `jaxprune.io.format`.
     """
     start = max(0, len(data) - _SEAL.size)
     magic, length, crc = _SEAL.unpack(data[start:].rjust(_SEAL.size, b"\0"))

@@ -57,17 +57,7 @@ def planes(values: np.ndarray, bits: int) -> bytes:
 
 
 def from_planes(data: np.ndarray, bits: int, count: int, dtype: type = np.uint8) -> np.ndarray:
-    """Return the integers that `planes` coded.
-
-    Args:
-      data: uint8, `bits` times the bytes that `count` bits take.
-      bits: the number of bits of each integer.
-      count: how many integers there are.
-      dtype: of the integers.
-
-    Raises:
-      ValueError: a bit after the last one is set.
-    """
+    """Return the integers that `planes` coded."""
     values = np.zeros(count, dtype)
     for bit, plane in enumerate(data.reshape(bits, -(-count // 8))):
         ones = np.unpackbits(plane, bitorder="little")
@@ -79,9 +69,6 @@ def from_planes(data: np.ndarray, bits: int, count: int, dtype: type = np.uint8)
 
 def encode(keep: np.ndarray) -> Pattern:
     """Code the positions of the True entries with the k that takes the fewest bytes.
-
-    Args:
-      keep: flat bool array.
 
     Example:
       >>> import numpy as np
@@ -137,11 +124,7 @@ def fits(kept: int, k: int, unary: int, size: int) -> bool:
 
 
 def decode(pattern: Pattern, size: int) -> np.ndarray:
-    """Return the positions of the kept entries in ascending order, for a pattern that `fits`.
-
-    Raises:
-      ValueError: the bits do not mark `kept` entries, or mark one past `size`.
-    """
+    """Return the kept positions, ascending, for a pattern that `fits`; wrong bits raise ValueError."""
     ones = np.unpackbits(np.frombuffer(pattern.unary, np.uint8), bitorder="little").view(bool)
     ends = np.flatnonzero(ones)
     if len(ends) != pattern.kept:

@@ -185,11 +185,7 @@ def write_entry(entry: Entry) -> dict[str, Any]:
 
 
 def write_head(entries: Sequence[Entry], hollow: Mapping[trees.Path, str], metadata: Any) -> bytes:
-    """Return the bytes of a file before its sections.
-
-    Raises:
-      ValueError: `read_head` would refuse them.
-    """
+    """Return the bytes of a file before its sections; refuse what `read_head` would refuse."""
     nodes = [[write_entry(Entry(path, "bool", ()))["path"], kind] for path, kind in hollow.items()]
     parts = {"metadata": metadata, "hollow": nodes, "leaves": [write_entry(entry) for entry in entries]}
     text = to_json(parts).encode("ascii")
@@ -207,11 +203,7 @@ def write_head(entries: Sequence[Entry], hollow: Mapping[trees.Path, str], metad
 
 
 def read_head(data: memoryview) -> Header:
-    """Read and check everything but the sections; allocate no more than the file's bytes account for.
-
-    Raises:
-      FileError: without the file's name.
-    """
+    """Read and check all but the sections; allocate no more than the bytes of the file account for."""
     if len(data) < _PREAMBLE.size or bytes(data[:8]) != MAGIC:
         raise FileError(f"not a file of jaxprune ({len(data)} bytes)")
     _, version, crc, header, length = _PREAMBLE.unpack(data[: _PREAMBLE.size])

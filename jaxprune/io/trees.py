@@ -47,12 +47,7 @@ def plain(path: Path) -> Path:
 
 
 def flatten(tree: Any, what: str) -> Flat:
-    """Return the leaves of a tree and its hollow nodes, by path.
-
-    Raises:
-      ValueError: two leaves have the same path, or one lies deeper than `DEEPEST`.
-      TypeError: a key is neither a string nor an integer.
-    """
+    """Return the leaves of a tree and its hollow nodes, by path."""
     leaves: dict[Path, Any] = {}
     hollow: dict[Path, str] = {}
     for keys, leaf in keyed_leaves(tree, is_leaf=_is_hollow):
@@ -100,11 +95,7 @@ def _kind(node: Any) -> str:
 
 
 def build(leaves: Mapping[Path, Any], hollow: Mapping[Path, str]) -> Any:
-    """Return nested dicts, with lists where all steps are positions in a sequence.
-
-    Raises:
-      ValueError: two paths are the same, or one is the beginning of another.
-    """
+    """Return nested dicts, with lists where all steps are positions; paths that clash raise ValueError."""
     ends = {path: _End(leaf) for path, leaf in leaves.items()}
     ends |= {path: _End(HOLLOW[kind]()) for path, kind in hollow.items() if path not in ends}
     if len(ends) < len(leaves) + len(hollow):
@@ -139,18 +130,10 @@ def _nested(node: Any) -> Any:
 
 
 def match(tree: Any, leaves: Mapping[Path, Any], what: str) -> list[tuple[Path, Any, Any]]:
-    """Return the leaves of a tree, each with the value of the same path; containers may be of another kind.
+    """Return the path, the leaf and the value of the same path for each leaf of a tree, in leaf order.
 
-    Args:
-      tree: any pytree.
-      leaves: the values, by path.
-      what: the name of the tree.
-
-    Returns:
-      For each leaf of the tree, in leaf order, its path, the leaf, and the value.
-
-    Raises:
-      ValueError: some paths are in one of the two only; the message names them.
+    Containers of the tree called `what` may be of another kind, such as a tuple in place of a list. Paths in
+    one of the two alone raise ValueError.
     """
     own = {plain(path): (path, leaf) for path, leaf in flatten(tree, what).leaves.items()}
     others = {plain(path): leaf for path, leaf in leaves.items()}

@@ -138,17 +138,10 @@ class _Watcher:
         called_at: str = "",
         steps: tuple[int, ...] = (),
     ) -> tuple[list[tuple[Any, bool]], list[Any]]:
-        """Run a jaxpr on pairs of an array and whether it depends on data.
+        """Run a jaxpr on pairs of an array and whether it depends on data; return such pairs, and the counts.
 
-        Args:
-          closed: the jaxpr.
-          inputs: its inputs.
-          called: the name of the call whose jaxpr this is.
-          called_at: the place of that call.
-          steps: the lengths of the scans it is in.
-
-        Returns:
-          The outputs, as pairs, and the counts of zeros.
+        `called` and `called_at` are the name and the place of the call whose jaxpr this is, `steps` the
+        lengths of the scans that it is in.
         """
         counts: list[Any] = []
 

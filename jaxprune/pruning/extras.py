@@ -10,13 +10,10 @@ _NOT_EXTRA = ("params", "grads", "key")
 
 
 def named_by(*scores: Any) -> frozenset[str] | None:
-    """Return the names of the extra arguments that some scores read.
+    """Return the names of the extra arguments that some scores read; None if a signature cannot be read.
 
     A score reads what its signature names, and what the score that it wraps names (`functools.wraps`,
     `functools.partial`, `jax.jit`). A bare `**_` names nothing.
-
-    Returns:
-      The names; None where a signature cannot be read, so that any name may be one.
 
     Example:
       >>> def score(params, *, batch, **_): ...
@@ -53,14 +50,8 @@ def check_extra(
 ) -> None:
     """Check that a score reads every extra argument, so that a misspelled option is not swallowed.
 
-    Args:
-      scores: a score function, a tuple of them, or None where the scores are a tree of values.
-      extra: the extra arguments.
-      caller: the function that was called, or its name.
-      others: further arguments that the caller takes, for suggestions, beside those of its signature.
-
-    Raises:
-      TypeError: naming the argument that nothing reads, and the one that may have been meant.
+    `scores` is a score, a tuple of them, or None for a tree of values. `others` names arguments that the
+    caller takes beside those of its signature; the message suggests the one that may have been meant.
     """
     if not extra:
         return

@@ -332,12 +332,7 @@ def prune_rounds(params: Params, pruner: Pruner, rounds: int | jax.Array, **inpu
 def _remembered(
     state: PrunerState, scores: Scores, memory: float, chosen: list[str]
 ) -> tuple[PrunerState, jax.Array]:
-    """Return the state with the scores of a call added, and whether they are finite; if not, none are added.
-
-    Raises:
-      ValueError: they are not, and have values that can be read.
-      TypeError: as `checked_scores`.
-    """
+    """Return the state with the scores of a call added, if they are finite, and whether they are."""
     masks = unpack_masks(state.masks)
     finite = all_finite(scores, masks, chosen)
     if is_concrete(finite):

@@ -22,18 +22,7 @@ from jaxprune.typing import Masks, Params, Pruner, ScoreFn, Scores
 def evaluate(
     scores: ScoreFn | Scores, params: Params, leaves: Leaves | None = None, /, **inputs: Any
 ) -> Scores:
-    """Return the scores as a tree like `params`: a score function's, or the tree as given.
-
-    Args:
-      scores: a function, or a tree of scores.
-      params: the params.
-      leaves: the params flattened, where the caller has done that.
-      **inputs: passed on to the function.
-
-    Raises:
-      ValueError: the tree or a shape differs from `params`.
-      TypeError: a function that cannot be called as a score; inputs beside a tree of scores.
-    """
+    """Return the scores as a tree like `params`: a score function's, or the tree as given."""
     check_score_is_no_name(scores)
     if callable(scores) and not is_tree_of_scores(scores, params):
         _check_takes(scores, params, inputs)
@@ -58,11 +47,8 @@ def of_layers(
 ) -> ScoreFn | Scores:
     """Return the scores; bind `stacked` to a score function that takes it.
 
-    Args:
-      scores: a function, or a tree of scores.
-      params: the params.
-      stacks: the stacks of the leaves that take part, or all stacks that the structure knows.
-      stacked: the user's function for other leaves; it need not fit those that take no part.
+    `stacks` are those of the leaves that take part, or all that the structure knows. `stacked`, the user's
+    function, is asked for other leaves; it need not fit those that take no part.
     """
     if not stacks or is_tree_of_scores(scores, params) or "stacked" not in (named_by(scores) or ()):
         return scores
@@ -98,11 +84,7 @@ def _call_score(score: ScoreFn, params: Params, inputs: dict[str, Any]) -> Score
 
 
 def check_score_is_no_name(scores: Any) -> None:
-    """Check that a score is not given by its name.
-
-    Raises:
-      TypeError: it is a string, or a pruner; the message names the function that was probably meant.
-    """
+    """Check that a score is not given by its name."""
     if isinstance(scores, Pruner):
         raise TypeError(
             "a pruner is no score: call pruner.update(pruner.init(params), params) for its masks."

@@ -124,12 +124,7 @@ class ScheduledTarget(NamedTuple):
 
 
 def schedules_by_path(sparsity: Any) -> dict[str, Schedule]:
-    """Return the schedules by path: one for all under the path "", those of an array by `LayerOf`.
-
-    Raises:
-      ValueError: an empty dict, or schedules that do not begin and end together.
-      TypeError: a function that does not know where it begins and ends.
-    """
+    """Return the schedules by path: one for all under the path "", those of an array by `LayerOf`."""
 
     def schedule(value: Any) -> Schedule:
         if isinstance(value, Schedule):
@@ -306,13 +301,7 @@ class ScheduleTable(NamedTuple):
     def counts(
         self, position: Position, alive: Mapping[str, jax.Array], competing: Competing
     ) -> dict[str, Count]:
-        """Return how many units should be removed, by set of competing pools, those removed before included.
-
-        Args:
-          position: where the state is.
-          alive: by pool, which units are left.
-          competing: by name, the pools that compete.
-        """
+        """Return how many units should be removed, those removed before included, by set of pools."""
         row = jnp.minimum(position.reached, self.last)
         # In two halves, because a count may be more than an int32 holds.
         counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(self.removed))

@@ -69,18 +69,7 @@ class LayerOf(NamedTuple):
 def target_of(
     what: str, value: Any, units: Units, structure: Structure, scope: str, of: str, floor: int
 ) -> Target:
-    """Count the units that a sparsity, a count or a threshold removes.
-
-    Args:
-      what: the name of the argument: "sparsity", "count" or "threshold".
-      value: its value: a number, or numbers by path.
-      units: the pooled scores.
-      structure: what pooled them.
-      scope, of, floor: as for `prune_once`.
-
-    Raises:
-      ValueError, TypeError: as `prune_once`, for its target and its scope.
-    """
+    """Count the units that a sparsity, a count or a threshold removes."""
     # A threshold is the same for all, so every pool has a count of its own.
     competing = competing_pools(units.scores, structure, "layerwise" if what == "threshold" else scope)
     value = by_layer(taken_apart(value, what), units.families, what)
@@ -100,11 +89,7 @@ def target_of(
 
 
 def competing_pools(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
-    """Return the sets of pools that compete under a scope, by name.
-
-    Raises:
-      ValueError: `scope="isomorphic"` for a structure whose pools have no kinds.
-    """
+    """Return the sets of pools that compete under a scope, by name."""
     names = tuple(pools)
     if scope == "global":
         return {_ALL: names}
@@ -180,12 +165,7 @@ def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: int) -> Any:
 def target_counts(
     sparsity: float | PerPath, sizes: Mapping[str, int], structure: Structure, scope: str
 ) -> dict[str, int]:
-    """Count the units that a sparsity removes from sets of competing pools of the given sizes.
-
-    Raises:
-      ValueError: a sparsity outside [0, 1) or above what the structure can remove, an unknown
-        path, or a sparsity per path with `scope="global"`.
-    """
+    """Count the units that a sparsity removes from sets of competing pools of the given sizes."""
 
     def count(value: Any, size: int, what: str) -> int:
         value = check_sparsity(value, what)
@@ -209,9 +189,6 @@ def taken_apart(targets: Any, what: str) -> Any:
     """Take each array in a dict of targets by path apart, into targets by `LayerOf`.
 
     Targets that are not a dict are returned unchanged.
-
-    Raises:
-      TypeError: a list that holds something other than numbers.
     """
     if not isinstance(targets, Mapping):
         return targets
@@ -241,9 +218,6 @@ def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
     """Replace the targets of stacks, as `taken_apart` returns them, by a target for each layer.
 
     A target that names a layer comes before that of its stack.
-
-    Raises:
-      ValueError: an array whose shape is not the stack's, or for a path that is not a stack.
     """
     if not isinstance(targets, Mapping) or not (families or any(isinstance(k, LayerOf) for k in targets)):
         return targets
@@ -274,11 +248,7 @@ def by_layer(targets: Any, families: Mapping[str, Family], what: str) -> Any:
 def per_pool(
     value: Any, pools: Mapping[str, Any], what: str, default: Any, scope: str = "layerwise"
 ) -> dict[str, Any]:
-    """Return a value for each pool, or set of competing pools, from one value or from a dict by path.
-
-    Raises:
-      ValueError: a path that takes no part, an empty dict, or any dict with `scope="global"`.
-    """
+    """Return a value for each pool, or set of competing pools, from one value or from a dict by path."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(pools, value)
     if scope == "global":
@@ -301,11 +271,7 @@ def pool_sizes(units: Units) -> dict[str, int]:
 def sparsity_counts(
     sparsity: Any, units: Units, structure: Structure, competing: Competing, scope: str, of: str
 ) -> Counts:
-    """Count the units that a sparsity removes: of the total, pruned ones included, or of what remains.
-
-    Raises:
-      TypeError: `of="remaining"` under masks that are traced.
-    """
+    """Count the units that a sparsity removes: of the total, pruned ones included, or of what remains."""
     if of == "total":
         sizes = competing_sizes(pool_sizes(units), competing)
         return target_counts(sparsity, sizes, structure, scope)
@@ -325,12 +291,7 @@ def alive_counts(units: Units) -> dict[str, int]:
 
 
 def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:
-    """Check counts, and return them by set of competing pools.
-
-    Raises:
-      ValueError: a count out of range, an unknown path, a dict with `scope="global"`.
-      TypeError: a count that is not an integer.
-    """
+    """Check counts, and return them by set of competing pools."""
     sizes = competing_sizes(pool_sizes(units), competing)
     counts = per_pool(count, sizes, "count", 0, scope)
     for name, number in counts.items():
@@ -348,11 +309,7 @@ def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -
 
 
 def threshold_counts(threshold: Any, units: Units) -> Counts:
-    """Count the units of each pool that score below a threshold.
-
-    Raises:
-      ValueError: a threshold that is NaN, or an unknown path.
-    """
+    """Count the units of each pool that score below a threshold."""
     bounds = per_pool(threshold, units.scores, "threshold", -jnp.inf)
     for name, bound in bounds.items():
         value = scalar(bound, "threshold")

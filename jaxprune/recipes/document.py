@@ -161,16 +161,7 @@ def from_python(value: Any, name: str) -> Node:
 
 
 def from_yaml(text: str, name: str) -> Node:
-    """Return the tree of a YAML text.
-
-    Args:
-      text: one document.
-      name: of the file, for messages.
-
-    Raises:
-      RecipeError: it is not YAML, or has something that a recipe may not have.
-      ImportError: PyYAML is not installed.
-    """
+    """Return the tree of a YAML text."""
     yaml = _import_yaml()
     if len(text) > MAX_CHARACTERS:
         raise RecipeError(
@@ -245,11 +236,7 @@ def from_yaml(text: str, name: str) -> Node:
 
 
 def to_yaml(data: Any) -> str:
-    """Return plain data as YAML, which `from_yaml` reads back as the same data.
-
-    Raises:
-      ImportError: PyYAML is not installed.
-    """
+    """Return plain data as YAML, which `from_yaml` reads back as the same data."""
     yaml = _import_yaml()
 
     class Dumper(yaml.SafeDumper):

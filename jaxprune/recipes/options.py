@@ -64,13 +64,9 @@ class Call(NamedTuple):
         return set(self.inputs).union(*inner)
 
     def make(self, given: Mapping[str, Any]) -> Any:
-        """Call the function with its options and the inputs it takes.
+        """Call the function with its options and with the inputs it takes, `given` by name.
 
-        Args:
-          given: inputs by name; `where` and `stacked` go to functions that take them, unless written.
-
-        Raises:
-          RecipeError: an input is missing, or the function refuses its arguments.
+        `where` and `stacked` are passed to functions that take them, unless the recipe says otherwise.
         """
         if missing := [name for name in self.inputs if given.get(name) is None]:
             calls = ", ".join(f"{name}=..." for name in missing)
@@ -103,13 +99,8 @@ def named(
 ) -> Call:
     """Return a function by name, with options: `name`, `{name: {option: value}}` or `{name: value}`.
 
-    In the last form the value is that of the first option.
-
-    Args:
-      node: the text or mapping that is written.
-      functions: the functions that it may name.
-      what: their kind, in the plural, for messages.
-      hidden: parameters that cannot be written, because the caller gives them.
+    In the last form the value is that of the first option. Parameters that are `hidden` cannot be written,
+    because the caller gives them. `what` is the kind of functions, in the plural, for messages.
     """
     if isinstance(node.value, dict):
         if len(node.value) != 1:
@@ -138,11 +129,7 @@ def named(
 
 
 def read(node: Node, hint: Any) -> Any:
-    """Return the value of a node as a type, with the alternatives of a union tried by their shape.
-
-    Raises:
-      RecipeError: it is of another type.
-    """
+    """Return the value of a node as a type, with the alternatives of a union tried by their shape."""
     kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
     if node.value is None and type(None) in kinds:
         return None
@@ -199,11 +186,7 @@ def read_stacked(node: Node) -> Stacked:
 
 
 def check_patterns(node: Node, leaves: Iterable[str]) -> None:
-    """Check that every pattern of a predicate matches a leaf.
-
-    Raises:
-      RecipeError: a pattern matches nothing, even if others beside it do.
-    """
+    """Check that every pattern of a predicate matches a leaf."""
     if isinstance(node.value, (list, dict)):
         for inner in node.value if isinstance(node.value, list) else node.value.values():
             check_patterns(inner, leaves)

@@ -207,12 +207,7 @@ def _parse(source: Any, name: str, scores: Mapping[str, ScoreFn] | None = None) 
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file, of which no more is read than a recipe may have.
-
-    Raises:
-      RecipeError: it is not UTF-8, or too long.
-      OSError: it cannot be read.
-    """
+    """Return the text of a file, of which no more is read than a recipe may have."""
     most = 4 * MAX_CHARACTERS  # bytes: a character of UTF-8 takes 4 at most
     try:
         with Path(path).open("rb") as file:

@@ -131,11 +131,7 @@ class Section(NamedTuple):
         return self.rewire is None and plain and self.options.get("of", "total") == "total"
 
     def pruner(self, params: Params, given: Mapping[str, Any], stop: float | None, key: Any) -> Pruner:
-        """Return the pruner of the section.
-
-        Raises:
-          RecipeError: it does not fit the params, or an input is missing.
-        """
+        """Return the pruner of the section."""
         stacked = self.options.get("stacked")
         given = {**given, "where": self.where} | ({} if stacked is None else {"stacked": stacked})
         attempt(self._at("where"), lambda: selected(params, self.where))

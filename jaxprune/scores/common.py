@@ -29,11 +29,7 @@ def map_leaves(score: Callable[..., jax.Array], params: Params, *others: Any) ->
 
 
 def map_layers(score: Callable[[jax.Array], jax.Array], params: Params, stacked: Stacked | None) -> Scores:
-    """Apply `map_leaves`, to each layer of a stacked leaf by itself.
-
-    Raises:
-      ValueError, TypeError: as `stacks_of`, if `stacked` does not fit the leaves.
-    """
+    """Apply `map_leaves`, to each layer of a stacked leaf by itself."""
     if stacked is None:
         return map_leaves(score, params)
     leaves = array_leaves(params)
@@ -106,12 +102,7 @@ class Objective(NamedTuple):
 
 
 def objective(name: str, loss_fn: LossFn, params: Params, batch: Any, where: Where) -> Objective:
-    """Return the loss as a function of the leaves that `where` selects.
-
-    Raises:
-      ValueError: `batch` is None, or `where` matches no leaf.
-      TypeError: a leaf is not real floating-point; on use, the loss is not a real scalar.
-    """
+    """Return the loss as a function of the leaves that `where` selects."""
     if batch is None:
         raise ValueError(f"{name} needs data: pass batch=..., as loss_fn(params, batch) takes it.")
     by_path = array_leaves(params)
@@ -165,11 +156,7 @@ def cut(vector: jax.Array, leaves: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def leading_size(tree: Any, what: str, of: str) -> int:
-    """Return the size of the leading axis that all leaves of some data share.
-
-    Raises:
-      ValueError: a leaf has no such axis, one of another size, or of size 0.
-    """
+    """Return the size of the leading axis that all leaves of some data share."""
     leaves = dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
     sizes = {leaf.shape[0] if is_array(leaf) and leaf.shape else 0 for leaf in leaves.values()}
     if len(sizes) == 1 and (size := sizes.pop()) > 0:

@@ -18,11 +18,7 @@ _AT_ONCE = 32
 
 
 def check_damping(damping: Any, name: str) -> None:
-    """Check what is to be added to the diagonal of a Hessian.
-
-    Raises:
-      ValueError: `damping` is not a finite number of 0 or more.
-    """
+    """Check what is to be added to the diagonal of a Hessian."""
     if not (isinstance(damping, (int, float)) and 0 <= damping < math.inf):
         raise ValueError(f"{name} needs damping to be a number of 0 or more, got {damping!r}.")
 
@@ -34,22 +30,11 @@ def inverse_hessian(
     damping: float,
     alive: jax.Array | None = None,
 ) -> jax.Array:
-    """Invert `H + damping * I`, where H is the Hessian of a loss.
+    """Invert `H + damping * I`, where H is the Hessian of `loss` at a vector of n weights.
 
-    Args:
-      name: for error messages.
-      loss: a function of a vector.
-      weights: the vector, of n entries, at which H is taken.
-      damping: what is added to the diagonal.
-      alive: bool vector of n. The rows and columns of entries that are not alive are replaced by those of
-        the identity, in H and so in the inverse.
-
-    Returns:
-      n x n, symmetric; under `jit` NaN if the matrix is not positive definite.
-
-    Raises:
-      ValueError: `weights` has more than `MAX_WEIGHTS` entries, or (not under `jit`) the matrix is not
-        positive definite.
+    For entries that are not `alive` the rows and columns of H, and so of the inverse, are those of the
+    identity. Returns n x n, symmetric; a matrix that is not positive definite raises ValueError, and gives
+    NaN under `jit`.
     """
     n = weights.size
     if n > MAX_WEIGHTS:

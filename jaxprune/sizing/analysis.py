@@ -186,12 +186,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """Return what a reader of a point should know.
 
-    Args:
-      ranked: the units.
-      pools: those that were pruned.
-      level: the sparsity asked for.
-      kept: by pool, how many units are left.
-      same_as: the lower level at which as much was removed, if there is one.
+    `kept` says how many units of each pool are left, `same_as` is a lower level that removed as much.
     """
     notes = []
     if same_as is not None:
@@ -375,12 +370,7 @@ def _explained_if_not_traceable() -> Iterator[None]:
 
 
 def _by_name(figures: Any, metric: str | None) -> dict[str, Any]:
-    """Return what `evaluate` returned, by name, checked.
-
-    Raises:
-      ValueError: a dict without `metric`.
-      TypeError: something other than real scalars.
-    """
+    """Return what `evaluate` returned, by name, checked."""
     if not isinstance(figures, Mapping):
         figures = {metric or "metric": figures}
     elif metric not in figures:

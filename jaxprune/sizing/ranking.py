@@ -125,22 +125,8 @@ def rank_units(
 ) -> RankedUnits:
     """Score the params, pool the scores into units and rank the units of each pool.
 
-    Args:
-      params: a pytree of arrays, as for `prune_once`, like all arguments up to `extra`.
-      scores: a function, or a tree of scores.
-      structure: which entries go together.
-      where: which leaves take part.
-      masks: masks to start from.
-      floor: how many units of each pool stay at least.
-      stacked: which axes of which leaves count layers.
-      grads: for the score.
-      key: for the score.
-      extra: for the score.
-      caller: the public function, for the messages.
-
-    Raises:
-      ValueError: as `prune_once`.
-      TypeError: as `prune_once`; params that are traced.
+    Arguments up to `extra` are those of `prune_once`, and so are the errors; params may not be traced.
+    `caller` is the public function, for messages.
     """
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
     floor = check_choices("layerwise", "total", floor)

@@ -90,11 +90,7 @@ def density(kernel: Kernel) -> float:
 
 
 def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
-    """Return the choice that the caller made for a kernel.
-
-    Raises:
-      ValueError: it does not suit the kernel.
-    """
+    """Return the choice that the caller made for a kernel."""
     form = forms.get(kernel.label, forms.get(kernel.path))
     if form is None or form == "dense":
         return Chosen("dense", None, None, "as chosen" if form else "choose does not name it")
@@ -129,10 +125,8 @@ def by_rule(kernel: Kernel) -> Chosen:
 def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) -> Chosen:
     """Return the form that is fastest here, when each form and the dense product are timed in turn.
 
-    Args:
-      kernel: the kernel.
-      rounds: how often each is timed.
-      known: the gains measured so far, by shape, so that kernels alike are measured once. It is added to.
+    `known` holds the gains measured so far, by shape, and gets those measured now: kernels alike are timed
+    once.
     """
     packed, layer = _candidates(kernel), kernel.layer
     if not packed:
@@ -172,7 +166,7 @@ def fastest_set(
     ruled: Mapping[str, Chosen],
     time: Callable[[Mapping[str, Mapping[str, Chosen]]], Mapping[str, float]],
 ) -> tuple[dict[str, Chosen], float | None]:
-    """Return the set of choices that makes the whole call fastest, out of a few sets and the dense network.
+    """Return the set of choices that makes the whole call fastest, and how many times as fast as dense it is.
 
     A product that is faster alone may cost more than it gains, because it transposes what its neighbours
     read, or gain more, if they want it transposed as well. So the call is timed with all kernels that gained
@@ -182,10 +176,7 @@ def fastest_set(
       alone: by key, the choice that measuring made for each kernel alone.
       ruled: by key, the choice of the rule.
       time: given sets by name (each from keys to choices), how many times as fast as dense the call is
-        with each.
-
-    Returns:
-      The choice for each kernel, and how many times as fast as dense the call is; None if nothing was timed.
+        with each. If there is nothing to time, the gain returned is None.
     """
     gained = {key: one for key, one in alone.items() if one.form != "dense"}
     sets = {

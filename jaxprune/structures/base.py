@@ -82,18 +82,7 @@ class Structure(NamedTuple):
 def with_stacks(
     structure: Structure, stacked: Stacked | None, leaves: Mapping[str, Any], chosen: Iterable[str]
 ) -> Structure:
-    """Return the structure with the stacks of these leaves: those that it knows, or those of `stacked`.
-
-    Args:
-      structure: a structure.
-      stacked: as for `prune_once`.
-      leaves: all leaves by path, params or masks.
-      chosen: the paths of the leaves that take part.
-
-    Raises:
-      ValueError: `stacked` contradicts the stacks that the structure knows.
-      TypeError: as `stacks_of`.
-    """
+    """Return the structure with the stacks of these leaves: those that it knows, or those of `stacked`."""
     if stacked is None:
         return structure
     asked = leaves if structure.spans_leaves else {path: leaves[path] for path in chosen}
@@ -116,13 +105,7 @@ def with_stacks(
 def families_in(
     structure: Structure, shapes: Mapping[str, tuple[int, ...]], pools: Collection[str]
 ) -> dict[str, Family]:
-    """Return, by name, the pools that are the layers of a stack: of a leaf, or of coupled channels.
-
-    Args:
-      structure: what pools.
-      shapes: the shapes of stacked leaves by path.
-      pools: the names of all pools.
-    """
+    """Return, by name, the pools that are the layers of a stack: of a leaf, or of coupled channels."""
     families = families_of(structure.stacks or {}, shapes, pools)
     for name, family in structure.families.items():
         if pooled := tuple(pool for pool in family.names if pool in pools):

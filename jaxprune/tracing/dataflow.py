@@ -168,15 +168,9 @@ def visit_products(
     visitor: Visitor,
     called_at: str = "",
 ) -> list[Any]:
-    """Run a jaxpr by a visitor, and return its outputs.
+    """Run a jaxpr by a visitor, on const values and data, and return its outputs; `called_at` is as for `place`.
 
     Calls are entered. An equation whose inputs are all const is not run: its outputs are const too.
-
-    Args:
-      closed: the jaxpr.
-      inputs: for each input a `ConstValue`, or data.
-      visitor: what to do with equations that depend on data.
-      called_at: the place of the call whose jaxpr this is.
     """
 
     def handle(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
@@ -198,10 +192,8 @@ def visit_products(
 def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
     """Return which carried values the body of a loop passes on unchanged, so that all rounds have the first.
 
-    Args:
-      body: a jaxpr from constants, carry and perhaps slices to the carry and perhaps more.
-      consts: how many of its inputs are constants.
-      carried: how many are the carry.
+    The inputs of the body are `consts` constants, then `carried` carried values; its outputs begin with the
+    carry.
     """
     given, outputs = body.jaxpr.invars[consts : consts + carried], body.jaxpr.outvars[:carried]
     return [before is after for before, after in zip(given, outputs, strict=True)]
@@ -214,17 +206,11 @@ def visit_scan(
 ) -> tuple[list[Any], Any]:
     """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
 
-    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and
-    a carry that the body passes on; any other carry holds data from the second step on.
+    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
+    carry that the body passes on; any other carry holds data from the second step on.
 
-    Args:
-      eqn: an equation of `scan`.
-      args: its inputs, const values or data.
-      visit: `visit(body, inputs)` returns the outputs of the body, as `visit_products` does, and any tree of
-        arrays besides.
-
-    Returns:
-      The scan's outputs, and the trees of all steps, stacked along a new first axis.
+    `visit(body, inputs)` returns the outputs of the body, as `visit_products` does, and any tree of arrays
+    besides. The trees of all steps are returned beside the scan's outputs, stacked along a new first axis.
     """
     closed = eqn.params["jaxpr"]
     consts, carried = scan_split(eqn.params)

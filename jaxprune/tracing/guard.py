@@ -24,12 +24,7 @@ __all__ = ["divides_by_zero", "guarded"]
 
 
 def divides_by_zero(closed: "ClosedJaxpr", inputs: Sequence[ZeroSet]) -> tuple[bool, list[ZeroSet]]:
-    """Return whether a jaxpr divides by 0 where params are pruned, and where its outputs are 0.
-
-    Args:
-      closed: a jaxpr.
-      inputs: for each of its inputs, where it is 0.
-    """
+    """Return whether a jaxpr divides by 0 where params are pruned, and where its outputs are 0."""
     found: list[bool] = []
 
     def notice(eqn: "JaxprEqn", zeros: list[ZeroSet]) -> None:
@@ -45,14 +40,7 @@ def guarded(
 ) -> tuple[list[Any], list[ZeroSet]]:
     """Run a jaxpr in which quotients by 0 where params are pruned become 0.
 
-    Args:
-      closed: a jaxpr.
-      inputs: for each of its inputs, where it is 0.
-      args: its inputs.
-      masks: by param, its mask.
-
-    Returns:
-      The outputs, and where they are 0.
+    `inputs` says where each of its `args` is 0; what is returned for the outputs says the same of them.
     """
 
     def handle(eqn: "JaxprEqn", pairs: list[Any]) -> Any:

@@ -205,16 +205,10 @@ def run_equations(
 def scan_with(
     eqn: "JaxprEqn", inputs: Sequence[Any], body: Callable[[list[Any]], tuple[Sequence[Any], Any]]
 ) -> tuple[list[Any], Any]:
-    """Run a scan with another body.
+    """Run a scan with another body, and stack what that returns besides along a new first axis.
 
-    Args:
-      eqn: an equation of `scan`.
-      inputs: its inputs, arrays.
-      body: from the inputs of one step (constants, carry, slices) to the outputs of the scan's own body, and
-        any tree of arrays besides. JAX may trace it twice.
-
-    Returns:
-      The scan's outputs, and the trees of all steps, stacked along a new first axis.
+    `body` goes from the inputs of one step (constants, carry, slices) to the outputs of the scan's own body,
+    and any tree of arrays besides. JAX may trace it twice.
     """
     consts, carried = scan_split(eqn.params)
 

@@ -224,11 +224,7 @@ def keep_masked(
 
 
 def check_state_where(state_where: Where | None) -> None:
-    """Check the predicate that says which leaves of a state may mirror a param.
-
-    Raises:
-      TypeError: it is not a function.
-    """
+    """Check the predicate that says which leaves of a state may mirror a param."""
     if state_where is not None:
         check_function(
             state_where,
@@ -265,12 +261,7 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _check_update(name: str, kind: type, updates: Any, state: Any, params: Any) -> None:
-    """Check what `update` is given: a state of the same transform, params, and gradients like them.
-
-    Raises:
-      TypeError: another state; a gradient that is not an array.
-      ValueError: no params, or gradients of another structure or other shapes.
-    """
+    """Check what `update` is given: a state of the same transform, params, and gradients like them."""
     call = "call tx.update(grads, opt_state, params)"
     if params is None:
         raise ValueError(f"{name} needs the params to prune them: {call}.")
@@ -326,10 +317,7 @@ def _zero_where_pruned(mask: jax.Array, leaf: Any) -> Any:
 def _zero_moments(state: Any, owners: list[int | None], masks: list[jax.Array]) -> Any:
     """Return an optimizer's state, 0 where params are pruned.
 
-    Args:
-      state: the state.
-      owners: for each of its leaves, the index of the param that it mirrors; None for a leaf to leave alone.
-      masks: by the index of a param.
+    `owners` has for each leaf of the state the index of the param that it mirrors, None to leave it alone.
     """
     leaves, treedef = jax.tree.flatten(state)
     pairs = zip(leaves, owners, strict=True)
@@ -393,15 +381,8 @@ def _guarded_update(
     is made once. Eagerly it would be made at every step, so it is made only for dtypes in which a small
     epsilon is 0; for others no zeros are known.
 
-    Args:
-      update: the optimizer's.
-      grads, state, params: 0 where pruned.
-      masks: by the index of a param.
-      state_where: which leaves of the state may mirror a param.
-
-    Returns:
-      The updates, the new state, and for each leaf of that the params with which it is known to be 0 where
-      they are pruned.
+    Gradients, state and params are 0 where pruned. The last value returned has for each leaf of the new state
+    the params with which it is known to be 0 where they are pruned.
     """
     given = (grads, state, params)
 

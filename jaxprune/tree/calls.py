@@ -18,19 +18,7 @@ def check_call(
     keywords: Mapping[str, Any],
     options: Sequence[str] = (),
 ) -> None:
-    """Check the function, its arguments and the keywords of a call before anything is traced.
-
-    Args:
-      call: how it is written, "channel_groups(apply_fn, params, *inputs)".
-      function: the first argument.
-      arguments: those that the function is called with: params and inputs.
-      keywords: keywords that the call does not take.
-      options: the keywords that it takes.
-
-    Raises:
-      TypeError: a keyword for the function or a misspelled one, a function given second, arguments that the
-        function cannot be called with.
-    """
+    """Check the function, its arguments and the keywords of a call before anything is traced."""
     name, _, rest = call.partition("(")
     first = rest.partition(",")[0]
     for keyword in keywords:
@@ -63,11 +51,7 @@ def check_call(
 
 
 def check_masks_third(call: str, params: Any, masks: Any, inputs: Sequence[Any]) -> None:
-    """Check that masks come after the params and before the inputs.
-
-    Raises:
-      TypeError: they do not.
-    """
+    """Check that masks come after the params and before the inputs."""
     name = call.partition("(")[0]
     if _are_masks(masks):
         return

@@ -77,37 +77,20 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def check_params(params: Any, call: str) -> None:
-    """Check that the first argument is not one of those that follow the params.
-
-    Args:
-      params: the argument.
-      call: how the function is called.
-
-    Raises:
-      TypeError: they are a function or a pruner.
-    """
+    """Check that the first argument is not one of those that follow the params."""
     if isinstance(params, Pruner) or (callable(params) and jax.tree_util.all_leaves([params])):
         name = getattr(params, "__name__", type(params).__name__)
         raise TypeError(f"params must be a pytree of arrays, got {name!r}: the order is {call}.")
 
 
 def check_number(value: Any, name: str, allowed: str) -> None:
-    """Check that an argument is a number that is not traced.
-
-    Raises:
-      TypeError: it is something else.
-    """
+    """Check that an argument is a number that is not traced."""
     if not is_number(value):
         raise TypeError(f"{name} must be a number {allowed}, got {shown(value)}.")
 
 
 def scalar(value: Any, name: str) -> float | None:
-    """Return the value of a number, or None if it is traced.
-
-    Raises:
-      ValueError: it has axes.
-      TypeError: it is not a real number.
-    """
+    """Return the value of a number, or None if it is traced."""
     if is_number(value):
         return float(value)
     if not is_array(value) or (is_concrete(value) and value.shape == ()):
@@ -122,16 +105,7 @@ def as_integer(
 ) -> int:
     """Return an argument as an integer: Python's, NumPy's, or an array without axes that is not traced.
 
-    Args:
-      value: the argument; a bool is refused.
-      name: the argument's name, for the message.
-      at_least: the smallest value that is allowed.
-      below: the bound that the value must be below.
-      what: what it counts, for the message.
-
-    Raises:
-      TypeError: it is not an integer.
-      ValueError: it is out of range.
+    A bool is refused, and so is a number that is not in `[at_least, below)`. `what` says what it counts.
 
     Example:
       >>> import numpy as np
@@ -159,22 +133,14 @@ def is_traced_integer(value: Any) -> bool:
 
 
 def check_function(function: Any, name: str, what: str) -> None:
-    """Check that an argument is a function.
-
-    Raises:
-      TypeError: it cannot be called.
-    """
+    """Check that an argument is a function."""
     if not callable(function):
         order = " The function comes first, the params after it." if _holds_arrays(function) else ""
         raise TypeError(f"{name} needs a function {what}, got {shown(function)}.{order}")
 
 
 def check_key(key: Any, name: str) -> None:
-    """Check that an argument is a PRNG key, typed or of the old kind.
-
-    Raises:
-      TypeError: it is something else, or an array of several keys.
-    """
+    """Check that an argument is a PRNG key, typed or of the old kind."""
     if is_array(key):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if (typed and key.shape == ()) or (key.dtype == jnp.uint32 and len(key.shape) == 1):
@@ -183,11 +149,7 @@ def check_key(key: Any, name: str) -> None:
 
 
 def check_state(state: Any) -> None:
-    """Check that the first argument of a pruner's update is its state.
-
-    Raises:
-      TypeError: it is something else.
-    """
+    """Check that the first argument of a pruner's update is its state."""
     if not isinstance(state, PrunerState):
         raise TypeError(
             f"pruner.update needs the state of pruner.init first, got a {type(state).__name__}: call "
@@ -196,11 +158,7 @@ def check_state(state: Any) -> None:
 
 
 def check_array(array: Any, name: str) -> None:
-    """Check that an argument is one array of numbers.
-
-    Raises:
-      TypeError: it is something else.
-    """
+    """Check that an argument is one array of numbers."""
     text = isinstance(array, (np.ndarray, np.generic)) and array.dtype.kind in "OSUMm"
     keys = is_array(array) and jnp.issubdtype(array.dtype, jax.dtypes.extended)
     if not is_array(array) or isinstance(array, jax.ShapeDtypeStruct) or text or keys:

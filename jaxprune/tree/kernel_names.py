@@ -64,12 +64,7 @@ def is_adapter(path: str) -> bool:
 
 
 def _parent_says(name: str, child: str) -> bool | None:
-    """Return whether a module's name says that the leaves in it are kernels; None if it says nothing.
-
-    Args:
-      name: the module's name.
-      child: the next name in the path.
-    """
+    """Return whether a module's name says that the leaves in it are kernels; None if it says nothing."""
     words = _words(name)
     if not words or words[-1] in _PART:
         return None

@@ -20,10 +20,6 @@ def mirrored(tree: Any, params: Leaves, what: str) -> dict[str, Any]:
     """Return the leaves of a tree by path, in the order of the params that it mirrors.
 
     Containers may differ where paths do not: a list for a tuple, a dict for a FrozenDict.
-
-    Raises:
-      ValueError: naming the paths that are missing or extra, or the leaf whose shape differs.
-      TypeError: a leaf is not an array.
     """
     expected = params.by_path
     leaves, treedef = jax.tree.flatten(tree)

@@ -18,16 +18,9 @@ from jaxprune.tree.leaves import is_concrete
 def check_whole(path: str, leaf: Any, sides: Mapping[int, int], name: str) -> None:
     """Check that no group of neighbours lies on several devices, as far as that is known.
 
-    It is known for arrays with values, and for traced ones on explicit mesh axes. On automatic ones a
-    traced function knows no shardings, and XLA moves what it has to.
-
-    Args:
-      path, leaf: the leaf that is split.
-      sides: by axis, how many neighbours along it are a group.
-      name: the structure's, for the message.
-
-    Raises:
-      ValueError: a group has entries on several devices.
+    It is known for arrays with values, and for traced ones on explicit mesh axes. On automatic ones a traced
+    function knows no shardings, and XLA moves what it has to. `sides` says by axis how many neighbours along
+    it are a group.
     """
     sharding = leaf.sharding if is_concrete(leaf) and isinstance(leaf, jax.Array) else _type(leaf)
     if not isinstance(sharding, NamedSharding):
@@ -46,15 +39,7 @@ def check_whole(path: str, leaf: Any, sides: Mapping[int, int], name: str) -> No
 
 
 def split(array: jax.Array, sides: Mapping[int, int]) -> jax.Array:
-    """Split axes in two: which group, and where within it.
-
-    Args:
-      array: of any shape.
-      sides: by axis, counted from 0, the size of a group, which divides it.
-
-    Returns:
-      The array with `(size // side, side)` in place of each such axis.
-    """
+    """Split axes in two, which group and where within it: `(size // side, side)` for each axis in `sides`."""
     shape, spec = [], []
     for axis, (size, names) in enumerate(zip(array.shape, _spec(array), strict=True)):
         side = sides.get(axis)
@@ -64,15 +49,7 @@ def split(array: jax.Array, sides: Mapping[int, int]) -> jax.Array:
 
 
 def join(array: jax.Array, within: tuple[int, ...]) -> jax.Array:
-    """Join axes again, the inverse of `split`.
-
-    Args:
-      array: an array with two axes for each that was split.
-      within: the axes that say where in a group an entry is.
-
-    Returns:
-      The array, each of these axes joined with the axis before it.
-    """
+    """Join axes again, the inverse of `split`: each axis `within` a group with the axis before it."""
     shape, spec = [], []
     for axis, (size, names) in enumerate(zip(array.shape, _spec(array), strict=True)):
         if axis in within:

@@ -64,23 +64,14 @@ def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_stacked(stacked: Any) -> None:
-    """Check that `stacked=`, which says which leaves are stacked, is a function.
-
-    Raises:
-      TypeError: it is not.
-    """
+    """Check that `stacked=`, which says which leaves are stacked, is a function."""
     check_function(
         stacked, "stacked=", "of (path, leaf) that returns a number of leading axes or a tuple of axes"
     )
 
 
 def stacks_of(stacked: Stacked, leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the stack axes of leaves that a user's function returns for them.
-
-    Raises:
-      TypeError: `stacked` is not a function, or returns neither an integer nor a tuple of integers.
-      ValueError: a leaf has no such axes, or one is named twice.
-    """
+    """Return the stack axes of leaves that a user's function returns for them."""
     check_stacked(stacked)
     stacks = {}
     for path, leaf in leaves.items():
@@ -128,11 +119,7 @@ def about_layers(where: Where, stacked: Stacked | None) -> Where:
 
 
 def check_stacks(stacks: Stacks, leaves: Mapping[str, Any]) -> None:
-    """Check that leaves have the stack axes that coupled channels were found with.
-
-    Raises:
-      ValueError: a leaf lacks them.
-    """
+    """Check that leaves have the stack axes that coupled channels were found with."""
     for path in stacks.keys() & leaves.keys():
         if any(not 0 <= axis < leaves[path].ndim for axis in stacks[path]):
             raise ValueError(
@@ -203,14 +190,9 @@ def join_layers(
 ) -> dict[str, Any]:
     """Join the layers of stacked arrays again; layers may have any shape.
 
-    Args:
-      by_name: arrays as `split_layers` names them.
-      stacks: the stack axes by path.
-      shapes: the dense shapes of the stacked leaves by path, which tell how many layers each has.
-
-    Returns:
-      Arrays by path, in the order of the first layer of each. A stacked leaf of which no layer is given
-      is left out.
+    `shapes` are the dense shapes of the stacked leaves, which tell how many layers each has. The arrays
+    returned are in the order of the first layer of each; a stacked leaf of which no layer is given is left
+    out.
     """
     joined: dict[str, Any] = {}
     of_layer = {
@@ -238,10 +220,7 @@ def join_masks(
 ) -> dict[str, jax.Array]:
     """Join the masks of layers as `join_layers` does; a layer that has no mask is kept whole.
 
-    Args:
-      by_name: masks as `split_layers` names them. A stacked leaf of which no layer is given is left out.
-      stacks: the stack axes by path.
-      leaves: the stacked leaves by path, whose shapes and shardings the masks get.
+    The masks get the shapes and shardings of the stacked `leaves`.
     """
     complete, shapes = dict(by_name), {path: leaf.shape for path, leaf in leaves.items()}
     for path, axes in stacks.items():

@@ -14,11 +14,7 @@ __all__ = ["csv_table", "markdown_table", "shape_text", "shorten", "text_lines",
 
 
 def text_lines(layout: str, *rows: Sequence[str]) -> list[str]:
-    r"""Return a line of text for each row.
-
-    Args:
-      layout: a template with a field for each cell.
-      *rows: the cells, headings first.
+    r"""Return a line of text for each row, headings first; the layout has a field for each cell.
 
     Example:
       >>> print("\n".join(text_lines("{:<8}{:>6}", ("leaf", "kept"), ("bias", "4"))))
@@ -41,11 +37,7 @@ def csv_table(*rows: Sequence[Any]) -> str:
 
 
 def markdown_table(right: int, *rows: Sequence[str]) -> str:
-    """Return rows as a Markdown table.
-
-    Args:
-      right: how many columns, the last ones, are aligned to the right.
-      *rows: the cells, headings first.
+    """Return rows as a Markdown table, headings first, with the last `right` columns aligned to the right.
 
     Example:
       >>> print(markdown_table(1, ("leaf", "kept"), ("bias", "4")), end="")

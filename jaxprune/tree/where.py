@@ -13,11 +13,7 @@ from jaxprune.typing import Params, Where
 
 
 def check_where(where: Any) -> None:
-    """Check the argument that says which leaves take part.
-
-    Raises:
-      TypeError: it is not a function.
-    """
+    """Check the argument that says which leaves take part."""
     if not callable(where):
         raise TypeError(
             f"where must be a function of (path, leaf), got {where!r}. For a pattern, pass "
@@ -31,12 +27,7 @@ def selected(params: Params, where: Where) -> list[str]:
 
 
 def selected_among(leaves: Mapping[str, Any], where: Where) -> list[str]:
-    """Return the paths of the leaves that take part, of params given by path.
-
-    Raises:
-      ValueError: `where` matches no leaf; the message lists all paths.
-      TypeError: `where` is not callable, or matches a leaf that is not floating-point or has no zero.
-    """
+    """Return the paths of the leaves that take part, of params given by path."""
     check_where(where)
     chosen = [path for path, leaf in leaves.items() if where(path, leaf)]
     if not chosen:
