@@ -30,8 +30,6 @@ from jaxprune.typing import Masks
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-__all__ = ["Macs", "Operation", "macs"]
-
 
 class Operation(NamedTuple):
     """One matrix product or convolution.

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MACS_OF", "Alive", "convolution", "dot", "ragged_dot"]
-
 Alive = Sequence[np.ndarray | None]
 
 

@@ -17,19 +17,6 @@ from jaxprune.tree.tables import text_lines
 from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Params, Progress, Pruner, Where
 
-__all__ = [
-    "Sparsity",
-    "alive_units",
-    "collapsed",
-    "compression",
-    "counted",
-    "density",
-    "nonzeros",
-    "ratio",
-    "sparsity",
-    "table",
-]
-
 
 class Sparsity(NamedTuple):
     """A fraction or a ratio, for the prunable leaves and for all; floats (arrays under `jit`).

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.checks import as_integer, check_function, shown
 
-__all__ = ["Latency", "latency"]
-
 
 class Latency(NamedTuple):
     """The times of a compiled call, in seconds.

@@ -8,8 +8,6 @@ import jax
 from jaxprune.tracing.jaxprs import abstract, split_static
 from jaxprune.tree.checks import check_function
 
-__all__ = ["Cost", "cost"]
-
 
 class Cost(NamedTuple):
     """XLA's own analysis of a compiled function; None where the platform gives no figure.

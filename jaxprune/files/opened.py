@@ -7,8 +7,6 @@ from typing import BinaryIO
 
 from jaxprune.tree.checks import shown
 
-__all__ = ["FileError", "open_file"]
-
 
 class FileError(ValueError):
     """A file that is damaged, not of this format, or not what was asked for; the message says which."""

@@ -13,8 +13,6 @@ import zlib
 
 from jaxprune.files.opened import FileError
 
-__all__ = ["seal", "unseal"]
-
 _MAGIC = b"\x93JPPROG\n"
 _SEAL = struct.Struct("<8sQI")
 

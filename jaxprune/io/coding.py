@@ -22,8 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Pattern", "decode", "encode", "fits", "from_planes", "planes"]
-
 
 class Pattern(NamedTuple):
     """The positions of the kept entries, coded.

@@ -39,24 +39,6 @@ from jaxprune.files.opened import FileError
 from jaxprune.io import trees
 from jaxprune.io.coding import fits
 
-__all__ = [
-    "ALIGN",
-    "BITS",
-    "DTYPES",
-    "LONGEST_HEADER",
-    "MAGIC",
-    "QUANTIZABLE",
-    "VERSION",
-    "Entry",
-    "Header",
-    "channels",
-    "padded",
-    "read_head",
-    "to_json",
-    "write_entry",
-    "write_head",
-]
-
 MAGIC = b"\x93JPRUNE\n"
 VERSION = 1
 ALIGN = 8

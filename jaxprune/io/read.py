@@ -17,8 +17,6 @@ from jaxprune.tree.checks import check_number
 from jaxprune.tree.leaves import describe, is_array
 from jaxprune.typing import Masks, Params
 
-__all__ = ["Saved", "load"]
-
 
 class Saved(NamedTuple):
     """The contents of a file.

@@ -18,8 +18,6 @@ from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import leaf_paths
 from jaxprune.typing import Masks, Params
 
-__all__ = ["load_safetensors", "save_safetensors"]
-
 # By the format's name of a dtype, that of numpy and JAX.
 _NAMES = {
     "BOOL": "bool", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",

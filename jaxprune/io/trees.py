@@ -13,8 +13,6 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jaxprune.tree.paths import keyed_leaves
 
-__all__ = ["DEEPEST", "HOLLOW", "Flat", "Path", "build", "flatten", "match", "plain", "show"]
-
 Path = tuple[Any, ...]
 
 HOLLOW = {"none": lambda: None, "dict": dict, "list": list, "tuple": tuple}

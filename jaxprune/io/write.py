@@ -21,8 +21,6 @@ from jaxprune.tree.masks import unpack_masks
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, Where
 
-__all__ = ["save"]
-
 _Section = list[Any]
 
 

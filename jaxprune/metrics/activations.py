@@ -24,8 +24,6 @@ from jaxprune.tree.tables import shape_text, text_lines
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-__all__ = ["Activation", "Activations", "activation_sparsity"]
-
 # They move entries and compute none, so their outputs are as sparse as their inputs.
 _MOVES = (
     *("reshape", "transpose", "broadcast_in_dim", "convert_element_type", "copy", "copy_p", "squeeze", "rev"),

@@ -10,8 +10,6 @@ from jaxprune.tree.masks import bool_masks, like_params
 from jaxprune.tree.where import check_where, kernels, selected
 from jaxprune.typing import Masks, Where
 
-__all__ = ["Overlap", "overlap"]
-
 
 class Overlap(NamedTuple):
     """How many entries two masks have in common.

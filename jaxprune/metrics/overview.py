@@ -19,8 +19,6 @@ from jaxprune.tree.tables import csv_table, markdown_table, shape_text, shorten,
 from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Masks, Params, Where
 
-__all__ = ["Row", "Summary", "summary"]
-
 
 class Row(NamedTuple):
     """A layer, by its param, or a total.

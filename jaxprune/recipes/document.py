@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, NoReturn
 
 from jaxprune.tree.checks import closest
 
-__all__ = ["MAX_CHARACTERS", "Node", "RecipeError", "from_python", "from_yaml", "to_yaml", "unknown"]
-
 MAX_CHARACTERS = 200_000
 _MAX_DEPTH = 30
 _MAX_NODES = 10_000

@@ -18,21 +18,6 @@ from jaxprune.tree.stacks import Stacked
 from jaxprune.tree.where import all_of, any_of, kernels, matching, not_
 from jaxprune.typing import ScoreFn, Where
 
-__all__ = [
-    "REDUCTIONS",
-    "Call",
-    "attempt",
-    "check_patterns",
-    "defined_in",
-    "inputs_of",
-    "named",
-    "public_scores",
-    "read",
-    "read_score",
-    "read_stacked",
-    "read_where",
-]
-
 REDUCTIONS = {function.__name__: function for function in (jnp.max, jnp.mean, jnp.min, jnp.prod, jnp.sum)}
 """The functions that a recipe may name where an option is a reduction."""
 

@@ -15,8 +15,6 @@ from jaxprune.schedules import check_sparsity
 from jaxprune.tree.leaves import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
 
-__all__ = ["VERSION", "Recipe", "Stop", "check_version", "load", "parse", "read_text"]
-
 VERSION = 1
 _KEYS = ("version", "study", "config", "prune", "distillation", "stop")
 

@@ -38,8 +38,6 @@ from jaxprune.tree.stacks import Stacked
 from jaxprune.tree.where import kernels, matching, selected
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
-__all__ = ["Section", "Targets", "combined", "inputs", "read_section"]
-
 # `score` stands for `scores`; `stop` belongs to the recipe as a whole.
 _PRUNER = {
     name: parameter.annotation

@@ -13,8 +13,6 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.forms import FORMS, stored_entries
 from jaxprune.sparse.layers import Layer, sparse
 
-__all__ = ["Chosen", "Kernel", "by_measure", "by_rule", "density", "fastest_set", "given"]
-
 # The rule: for so many rows of inputs or fewer, the forms in the order in which they are tried, each with the
 # density (entries stored, over those of the dense kernel) up to which it beats the dense product, and the
 # number of entries that a kernel must have. All of it is of one machine: two cores of an AMD EPYC (Zen 5,

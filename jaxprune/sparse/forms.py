@@ -25,8 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-__all__ = ["FORMS", "Form", "stored_entries"]
-
 _BLOCK_SIZES = (64, 32, 16)
 _WASTE = 2  # the most entries stored for each nonzero, since rows are filled up to the longest
 _BLOCK_WASTE = 4  # the same for blocks, whose entries cost far less

@@ -13,8 +13,6 @@ from jaxprune.sparse.forms import Form
 from jaxprune.tracing.dataflow import Product
 from jaxprune.tracing.jaxprs import binder
 
-__all__ = ["Layer", "layer", "sparse"]
-
 
 class Layer(NamedTuple):
     """A product whose kernel can be stored in another form.

@@ -22,8 +22,6 @@ from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
 from jaxprune.typing import Masks, Params
 
-__all__ = ["Sparsified", "sparsify"]
-
 
 class Sparsified(NamedTuple):
     """A network whose products skip zeros, as `sparsify` returns it.

@@ -16,8 +16,6 @@ from jaxprune.tree.checks import check_function
 from jaxprune.tree.leaves import is_array
 from jaxprune.tree.paths import leaf_paths
 
-__all__ = ["Network", "SparseParams"]
-
 
 class SparseParams(NamedTuple):
     """The params of a sparse network: a pytree, to be passed through `jit` as an argument.

@@ -4,8 +4,6 @@ from typing import Any, NamedTuple
 
 from jaxprune.tree.tables import shorten, text_lines, wrapped
 
-__all__ = ["Row", "SparseReport"]
-
 
 class Row(NamedTuple):
     """A kernel.

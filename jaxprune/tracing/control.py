@@ -9,8 +9,6 @@ from jax import lax
 
 from jaxprune.tree.leaves import is_concrete
 
-__all__ = ["update_if"]
-
 T = TypeVar("T")
 
 

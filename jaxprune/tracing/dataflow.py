@@ -21,21 +21,6 @@ from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, plac
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-__all__ = [
-    "PRODUCTS",
-    "ConstValue",
-    "Product",
-    "Visitor",
-    "const_outputs",
-    "constant",
-    "literal",
-    "materialised",
-    "param",
-    "passed_on",
-    "visit_products",
-    "visit_scan",
-]
-
 PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """The primitives that multiply matrices; their first two inputs are the operands."""
 
@@ -168,7 +153,7 @@ def visit_products(
     visitor: Visitor,
     called_at: str = "",
 ) -> list[Any]:
-    """Run a jaxpr by a visitor, on const values and data, and return its outputs; `called_at` is as for `place`.
+    """Run a jaxpr by a visitor, on const values and data, and return its outputs.
 
     Calls are entered. An equation whose inputs are all const is not run: its outputs are const too.
     """

@@ -20,8 +20,6 @@ from jaxprune.tracing.zeros import ZeroSet, infinite_where, of_equation, of_lite
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-__all__ = ["divides_by_zero", "guarded"]
-
 
 def divides_by_zero(closed: "ClosedJaxpr", inputs: Sequence[ZeroSet]) -> tuple[bool, list[ZeroSet]]:
     """Return whether a jaxpr divides by 0 where params are pruned, and where its outputs are 0."""

@@ -20,29 +20,6 @@ from jaxprune.tree.paths import leaf_paths
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-__all__ = [
-    "CALLS",
-    "Handle",
-    "abstract",
-    "binder",
-    "called_jaxpr",
-    "close",
-    "explicit_sharding",
-    "inner_jaxprs",
-    "interpret",
-    "is_library_call",
-    "nested_jaxprs",
-    "of_first",
-    "place",
-    "run_equations",
-    "scan_split",
-    "scan_with",
-    "split_static",
-    "struct_of",
-    "switch_with",
-    "trace",
-]
-
 # Primitives that call one jaxpr, once, on their inputs.
 CALLS = (
     *("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"),

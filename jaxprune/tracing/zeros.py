@@ -36,8 +36,6 @@ from jaxprune.tree.leaves import is_concrete
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-__all__ = ["Notice", "ZeroSet", "infinite_where", "of_equation", "of_literal", "zero_where"]
-
 _ZERO_TO_ZERO = frozenset(
     (
         *("abs", "neg", "sign", "square", "sqrt", "cbrt", "tanh", "sin", "tan", "asinh", "expm1", "log1p"),

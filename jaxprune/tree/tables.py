@@ -10,8 +10,6 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["csv_table", "markdown_table", "shape_text", "shorten", "text_lines", "wrapped"]
-
 
 def text_lines(layout: str, *rows: Sequence[str]) -> list[str]:
     r"""Return a line of text for each row, headings first; the layout has a field for each cell.
