@@ -57,17 +57,15 @@ def erk(
     size, `1 - sparsity`. A leaf whose density would exceed 1 is dense, and eps is solved again for the rest.
 
     Args:
-      params: a pytree of arrays (or of `jax.ShapeDtypeStruct`).
+      params, where, stacked: as for `uniform`.
       sparsity: the fraction removed from all leaves that take part, taken together, in [0, 1).
-      where: which leaves take part.
-      stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
       Sparsity by path; 0.0 for the leaves that stay dense. The layers of a stacked leaf have one shape and so
       one sparsity, the same as if each were a leaf.
 
     Raises:
-      ValueError: sparsity outside [0, 1), `where` matches nothing, or `stacked` does not fit a leaf.
+      ValueError: as `uniform`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -109,11 +107,9 @@ def sigma(
     """Return thresholds proportional to each leaf's standard deviation, `quality * std(w)`.
 
     Args:
-      params: a pytree of arrays.
+      params, where, stacked: as for `uniform`.
       quality: the factor, 0 or more. For normally distributed weights of mean 0 and the
         magnitude score, 1.0 removes 68 %, 0.5 removes 38 %.
-      where: which leaves take part.
-      stacked: which axes of which leaves count layers, as for `prune_once`.
 
     Returns:
       Threshold by path, for `prune_once(..., threshold=...)`. A stacked leaf has an array of its stack's

@@ -10,7 +10,8 @@ With u uniform in (0, 1), `beta = 2/3`, `gamma = -0.1` and `zeta = 1.1`:
     z = min(1, max(0, s * (zeta - gamma) + gamma))
     P(z != 0) = sigmoid(log_alpha - beta * log(-gamma / zeta))
 
-Gates are a dict of logits `log_alpha` by leaf path, trained beside the params:
+Gates are a dict of logits `log_alpha` by leaf path, trained beside the params. Gates that do not fit the
+params raise ValueError, and anything but a dict of floating-point arrays raises TypeError:
 
 ```python
 gates = jp.l0.init_gates(params, jax.random.key(0), axis=-2)       # one per input neuron
@@ -42,7 +43,7 @@ import jax.numpy as jnp
 
 from jaxprune.structures import slices
 from jaxprune.tree.checks import check_key, check_number
-from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
+from jaxprune.tree.leaves import array_leaves, describe, flatten, is_array, is_concrete
 from jaxprune.tree.masks import ones_masks
 from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, Where
@@ -113,14 +114,14 @@ def sample_gates(gates: Gates, key: jax.Array) -> Gates:
     Sample anew for each batch; or, to lower the variance, for each example, with `vmap` over keys.
 
     Args:
-      gates: logits from `init_gates`.
+      gates: logits, from `init_gates`.
       key: a PRNG key. Each leaf draws with the key folded with its index.
 
     Returns:
       A dict like `gates`, differentiable in the logits where a gate is neither 0 nor 1.
 
     Raises:
-      TypeError: the gates are not a dict of floating-point arrays, or `key` is not a PRNG key.
+      TypeError: `key` is not a PRNG key.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -151,9 +152,6 @@ def expected_gates(gates: Gates) -> Gates:
     Returns:
       A dict like `gates`, of z in [0, 1]; exactly 0 where `log_alpha <= -log(11)`, about -2.4.
 
-    Raises:
-      TypeError: the gates are not a dict of floating-point arrays.
-
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> jp.l0.expected_gates({"kernel": jnp.array([[-3.0], [0.0], [3.0]])})["kernel"].tolist()
@@ -174,10 +172,6 @@ def expected_l0(params: Params, gates: Gates) -> jax.Array:
 
     Returns:
       A float32 scalar, differentiable in the logits. Leaves without gates do not count.
-
-    Raises:
-      ValueError: the gates do not fit the params.
-      TypeError: the gates are not a dict of floating-point arrays.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -206,10 +200,6 @@ def apply_gates(params: Params, z: Gates) -> Params:
     Returns:
       A tree like `params`, of the same dtypes; leaves without gates are unchanged.
 
-    Raises:
-      ValueError: the gates do not fit the params.
-      TypeError: the gates are not a dict of floating-point arrays.
-
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> params = {"kernel": jnp.array([[2.0, 4.0], [jnp.nan, 6.0]])}
@@ -222,7 +212,7 @@ def apply_gates(params: Params, z: Gates) -> Params:
         where_open = jnp.where(gate != 0, leaf, jnp.zeros((), leaf.dtype))
         return where_open * gate.astype(leaf.dtype)
 
-    return _replaced(params, leaves, {path: gated(leaves[path], gate) for path, gate in z.items()})
+    return flatten(params).tree(leaves | {path: gated(leaves[path], gate) for path, gate in z.items()})
 
 
 def gate_masks(params: Params, gates: Gates) -> Masks:
@@ -237,10 +227,6 @@ def gate_masks(params: Params, gates: Gates) -> Masks:
 
     Returns:
       A tree like `params` of bool masks, all True for leaves without gates.
-
-    Raises:
-      ValueError: the gates do not fit the params.
-      TypeError: the gates are not a dict of floating-point arrays.
 
     Warns:
       UserWarning: all gates of a leaf are closed, which cuts the network there.
@@ -261,9 +247,9 @@ def gate_masks(params: Params, gates: Gates) -> Masks:
                 "weaker penalty, or leave the leaf out with where=... of init_gates.",
                 stacklevel=2,
             )
-    masks = ones_masks(params)
+    masks = flatten(ones_masks(params), "masks")
     kept = {path: jnp.broadcast_to(gate, leaves[path].shape) for path, gate in opened.items()}
-    return _replaced(masks, array_leaves(masks), kept)
+    return masks.tree(masks.by_path | kept)
 
 
 def _stretched(s: jax.Array) -> jax.Array:
@@ -311,8 +297,3 @@ def _gated(params: Params, gates: Any, what: str) -> dict[str, Any]:
                 f"shape {tuple(shape)}: each axis must have the leaf's size, or 1 where gates are shared."
             )
     return leaves
-
-
-def _replaced(tree: Any, leaves: dict[str, Any], new: dict[str, Any]) -> Any:
-    """Return a tree with the leaves at some paths replaced."""
-    return jax.tree.unflatten(jax.tree.structure(tree), list((leaves | new).values()))

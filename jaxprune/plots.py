@@ -1,12 +1,14 @@
 """Pictures of pruning: curves, masks, sensitivities, layers. Each function returns a matplotlib `Figure`.
 
-Matplotlib is imported when something is drawn (`pip install 'jaxprune[plots]'`). No window is opened, and
-pyplot is not touched: save the figure with `figure.savefig(path)`, or let a notebook show it.
+Matplotlib is imported when something is drawn; if it is missing, an ImportError says how to install it. No
+window is opened, and pyplot is not touched: save the figure with `figure.savefig(path)`, or let a notebook
+show it.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -47,12 +49,6 @@ def curves(lines: Mapping[str, Line], *, x: str, y: str, **options: Any) -> "Fig
       x, y: the labels of the axes.
       **options: of `panels`: `title`, `baseline`, `percent`, `log`, `connect`.
 
-    Returns:
-      The figure.
-
-    Raises:
-      ImportError: matplotlib is missing.
-
     Example:
       >>> import jaxprune as jp
       >>> accuracies = [[0.98, 0.97], [0.96, 0.97], [0.90, 0.92]]  # a row per sparsity, a column per seed
@@ -87,12 +83,6 @@ def panels(
       log: whether the horizontal axes are logarithmic, as compressions need.
       connect: whether to join the points of a line; if not, the spread is drawn as bars.
 
-    Returns:
-      The figure.
-
-    Raises:
-      ImportError: matplotlib is missing.
-
     Example:
       >>> import jaxprune as jp
       >>> lines = {"magnitude": ([2, 10], [0.97, 0.95]), "random": ([2, 10], [0.95, 0.80])}
@@ -100,15 +90,13 @@ def panels(
       >>> [axes.get_xlabel() for axes in figure.axes]
       ['compression', 'speed-up']
     """
-    mpl, figure_class = _matplotlib()
     names = [list(lines) for lines in panels.values()]
     shared = all(own == names[0] for own in names)
     labels = [*(names[0] if shared else ()), *(baseline or ())]
     columns = min(4, max(1, 80 * len(names) // (max(map(len, labels), default=0) + 7)), len(labels) or 1)
     height = 3.5 + 0.24 * math.ceil(len(labels) / columns) + (0.3 if title else 0)
     factor = 100 if percent else 1
-    with mpl.rc_context({"text.parse_math": False}):  # a name with "$" is text
-        figure = figure_class(figsize=(5.4 * max(1, len(names)), height), layout="constrained")
+    with _new_figure(5.4 * max(1, len(names)), height) as (mpl, figure):
         all_axes: Any = figure.subplots(1, max(1, len(names)), sharey=True, squeeze=False)[0]
         for axes, (label, lines) in zip(all_axes, panels.items(), strict=False):
             for index, (name, line) in enumerate(lines.items()):
@@ -139,12 +127,6 @@ def sensitivity(result: Sensitivity) -> "Figure":
     Args:
       result: of `jaxprune.sensitivity`.
 
-    Returns:
-      The figure.
-
-    Raises:
-      ImportError: matplotlib is missing.
-
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> params = {"a": jnp.arange(1.0, 5.0).reshape(2, 2), "b": jnp.ones((3, 2))}
@@ -154,9 +136,7 @@ def sensitivity(result: Sensitivity) -> "Figure":
       >>> [text.get_text() for text in figure.legends[0].get_texts()]
       ['a', 'b', 'nothing pruned']
     """
-    mpl, figure_class = _matplotlib()
-    with mpl.rc_context({"text.parse_math": False}):
-        figure = figure_class(figsize=(7.2, 4.4), layout="constrained")
+    with _new_figure(7.2, 4.4) as (mpl, figure):
         axes = figure.subplots()
         # Layers come in the order of the network, so their colours do too; there may be any number.
         colours = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(result.pools)))
@@ -180,22 +160,14 @@ def layers(sparsities: Mapping[str, Any], *, x: str = "removed, %") -> "Figure":
       sparsities: by path a fraction, or a bool mask.
       x: the label of the horizontal axis.
 
-    Returns:
-      The figure.
-
-    Raises:
-      ImportError: matplotlib is missing.
-
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
       >>> figure = jp.plots.layers({"conv/kernel": 0.25, "fc/kernel": jnp.array([True, False])})
       >>> [text.get_text() for text in figure.axes[0].texts]
       ['25.0', '50.0']
     """
-    mpl, figure_class = _matplotlib()
     values = [100 * (1 - np.mean(x) if np.asarray(x).dtype == bool else x) for x in sparsities.values()]
-    with mpl.rc_context({"text.parse_math": False}):
-        figure = figure_class(figsize=(5.4, 0.8 + 0.26 * max(2, len(values))), layout="constrained")
+    with _new_figure(5.4, 0.8 + 0.26 * max(2, len(values))) as (_, figure):
         axes = figure.subplots()
         bars = axes.barh(range(len(values)), values, color=STYLES[0][0], height=0.7)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize="small")
@@ -215,11 +187,7 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
       masks: a pytree of bool arrays; leaves of fewer than two axes are left out.
       columns: how many pictures stand side by side.
 
-    Returns:
-      The figure.
-
     Raises:
-      ImportError: matplotlib is missing.
       ValueError: no leaf has two or more axes.
 
     Example:
@@ -229,7 +197,6 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
       >>> figure.axes[0].get_title()
       'fc/kernel, 6 x 4\n25.00% kept'
     """
-    mpl, figure_class = _matplotlib()
     pictures = mask_images(masks)
     if not pictures:
         raise ValueError("masks: no leaf has two or more axes, so there is no kernel to draw.")
@@ -238,8 +205,7 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
     colours = mask_colours()
     shapes = [min(1.2, len(image) / image.shape[1]) for _, image in pictures]
     heights = [0.6 + 3.2 * max(shapes[row * columns : (row + 1) * columns]) for row in range(rows)]
-    with mpl.rc_context({"text.parse_math": False}):
-        figure = figure_class(figsize=(3.4 * columns, sum(heights)), layout="constrained")
+    with _new_figure(3.4 * columns, sum(heights)) as (_, figure):
         all_axes: Any = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
         for axes in all_axes:
             axes.set_axis_off()
@@ -294,28 +260,32 @@ def mask_images(masks: Any) -> list[tuple[str, np.ndarray]]:
 def mask_colours() -> Any:
     """Return the colour map of masks, a function that turns an image of `mask_images` into RGBA.
 
-    Raises:
-      ImportError: matplotlib is missing.
-
     Example:
       >>> import numpy as np, jaxprune as jp
       >>> jp.plots.mask_colours()(np.array([[0.0, 1.0]])).shape
       (1, 2, 4)
     """
-    mpl, _ = _matplotlib()
-    return mpl.colormaps["cividis"].with_extremes(bad=_GREY)
+    return _matplotlib().colormaps["cividis"].with_extremes(bad=_GREY)
 
 
-def _matplotlib() -> tuple[Any, Any]:
-    """Return matplotlib and its `Figure`, which needs neither pyplot nor a window."""
+def _matplotlib() -> Any:
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib
     except ImportError:
         raise ImportError(
             "pictures are drawn with matplotlib, which is not installed: pip install 'jaxprune[plots]'."
         ) from None
-    return mpl, Figure
+    return matplotlib
+
+
+@contextmanager
+def _new_figure(width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """Yield matplotlib and a figure, which needs neither pyplot nor a window; a "$" in a name is text."""
+    mpl = _matplotlib()
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"text.parse_math": False}):
+        yield mpl, Figure(figsize=(width, height), layout="constrained")
 
 
 def _line(mpl: Any, axes: Any, index: int, name: str, line: Line, factor: float, connect: bool) -> None:

@@ -143,8 +143,7 @@ def cubic(sparsity: float, *, begin_step: int = 0, end_step: int, initial_sparsi
     `s(t) = s_f + (s_i - s_f) (1 - (t - t0) / (t1 - t0))^3`
 
     Raises:
-      ValueError: a sparsity outside [0, 1), a target below the initial sparsity, or steps not
-        0 <= begin_step <= end_step.
+      ValueError: as `linear`.
 
     Example:
       >>> import jaxprune as jp

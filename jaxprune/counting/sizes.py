@@ -65,10 +65,7 @@ def sparsity(tree: Params | Masks, where: Where = kernels) -> Sparsity:
 
 
 def density(tree: Params | Masks, where: Where = kernels) -> Sparsity:
-    """Return the fraction of entries kept, `1 - sparsity`, of the prunable leaves and of the whole model.
-
-    Raises:
-      ValueError, TypeError: as `sparsity`.
+    """Return the fraction of entries kept, `1 - sparsity`; arguments and errors are those of `sparsity`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -86,16 +83,7 @@ def compression(tree: Params | Masks, where: Where = kernels) -> Sparsity:
     papers should quote; `prunable` leaves these out on both sides. At 90 % sparsity it is 10 for the prunable
     entries, and less for the model.
 
-    Args:
-      tree: masks, or params, or one array.
-      where: which leaves count as prunable.
-
-    Returns:
-      Two floats of 1 or more; infinity where nothing is left.
-
-    Raises:
-      ValueError: an empty tree, or a `where` that matches nothing.
-      TypeError: a leaf that is not an array, or has no values; a `where` that is not a function.
+    Arguments and errors are those of `sparsity`. A ratio is infinity where nothing is left.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -266,16 +254,7 @@ def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
     """Return the prunable leaves with no entry left: layer collapse, through which no signal passes.
 
-    Args:
-      tree: masks, or params.
-      where: which leaves count as prunable.
-
-    Returns:
-      Their paths.
-
-    Raises:
-      ValueError: an empty tree.
-      TypeError: a leaf that is not an array, or has no values; a `where` that is not a function.
+    Arguments and errors are those of `sparsity`; no leaf has to be prunable.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -29,10 +29,7 @@ class Latency(NamedTuple):
 
 
 def latency(
-    calls: Mapping[str, tuple[Any, ...]],
-    rounds: int = 20,
-    donate: Sequence[int] = (),
-    compiled: bool = True,
+    calls: Mapping[str, tuple[Any, ...]], rounds: int = 20, donate: Sequence[int] = (), compiled: bool = True
 ) -> dict[str, Latency]:
     """Measure compiled calls in turn, so that a slow moment of the machine slows all of them.
 

@@ -33,11 +33,7 @@ class Saved(NamedTuple):
 
 
 def load(
-    path: str | os.PathLike[str],
-    like: Any = None,
-    *,
-    mmap: bool = True,
-    max_bytes: int = 1 << 33,
+    path: str | os.PathLike[str], like: Any = None, *, mmap: bool = True, max_bytes: int = 1 << 33
 ) -> Saved:
     """Read a file that `save` wrote.
 

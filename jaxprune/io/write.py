@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -76,7 +75,7 @@ def save(
     if not flat.leaves:
         raise ValueError("params has no leaves: there is nothing to save.")
     keep = None if masks is None else _mirrored(unpack_masks(masks, params), flat.leaves)
-    quantized = _chooser(int8, flat.leaves)
+    quantized = _leaves_to_quantize(int8, flat.leaves)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or _through_json(metadata) != metadata:
         raise TypeError(
@@ -86,7 +85,7 @@ def save(
     entries, sections = [], []
     for where, leaf in flat.leaves.items():
         entry, section = _encode(
-            where, _array(leaf, where), None if keep is None else keep[where], quantized(where, leaf)
+            where, _array(leaf, where), None if keep is None else keep[where], where in quantized
         )
         entries.append(entry)
         sections.append(section)
@@ -134,10 +133,9 @@ def _mirrored(masks: Masks, leaves: dict[trees.Path, Any]) -> dict[trees.Path, n
     return out
 
 
-def _chooser(int8: bool | Where, leaves: dict[trees.Path, Any]) -> Callable[[trees.Path, Any], bool]:
-    """Return a function that says whether a leaf is quantized."""
+def _leaves_to_quantize(int8: bool | Where, leaves: dict[trees.Path, Any]) -> set[trees.Path]:
     if int8 is False:
-        return lambda where, leaf: False
+        return set()
 
     def quantizable(leaf: Any) -> bool:
         return is_array(leaf) and str(leaf.dtype) in QUANTIZABLE
@@ -161,7 +159,7 @@ def _chooser(int8: bool | Where, leaves: dict[trees.Path, Any]) -> Callable[[tre
             "int8 matches no leaf, so nothing would be quantized; the leaves are "
             f"{', '.join(map(trees.show, leaves))}. Pass for example int8=jaxprune.matching('*/kernel')."
         )
-    return lambda where, leaf: where in chosen
+    return chosen
 
 
 def _through_json(value: Any) -> Any:

@@ -104,11 +104,8 @@ def set_(
     paper keeps it constant and drops the smallest positive and the largest negative weights.
 
     Args:
-      masks: the masks to start from.
-      every: steps between two updates of the masks (an epoch in the paper).
-      end_step: no updates from this step on.
-      fraction: the fraction of the kept weights that an update at the start drops.
-      structure, where, stacked: as for `rigl`.
+      masks, every, end_step, fraction, structure, where, stacked: as for `rigl`; the paper updates the masks
+        after each epoch.
       seed: an integer or a PRNG key, where `update` is given no key. Under `vmap` pass a different key for
         each element, or all draw the same numbers.
 
@@ -116,8 +113,7 @@ def set_(
       A `Pruner` for `wrap_optax`.
 
     Raises:
-      ValueError: as `rigl`.
-      TypeError: as `rigl`.
+      ValueError, TypeError: as `rigl`.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -167,14 +163,9 @@ def rewiring(
     Under `jit` nothing can be raised: an update whose scores are not all finite is left out.
 
     Args:
-      masks: the masks to start from. A leaf of which they prune nothing stays dense.
       grow: the score by which units grow, of params masked by the masks now in force.
       drop: the score by which units are dropped.
-      every: steps between two updates of the masks.
-      end_step: no updates from this step on.
-      fraction: the fraction of the kept units that an update at the start drops; it falls to 0 by
-        `fraction / 2 (1 + cos(pi t / end_step))`.
-      structure, where, stacked: as for `rigl`.
+      masks, every, end_step, fraction, structure, where, stacked: as for `rigl`.
       seed: an integer or a PRNG key (which may be traced) for scores that need one, where `update`
         is given none.
 
@@ -182,10 +173,7 @@ def rewiring(
       A `Pruner`; the `row` of its state counts the updates of the masks.
 
     Raises:
-      ValueError: an argument out of range; masks that do not consist of the structure's units, or
-        that prune nothing.
-      TypeError: `masks` is not a tree of bool arrays, `fraction` is not a number, `structure` is not one of
-        `structures`, or `where` is not a function.
+      ValueError, TypeError: as `rigl`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -310,14 +298,14 @@ def _moved_by_layer(
     stacks: Mapping[str, tuple[int, ...]],
 ) -> Masks:
     """Return the masks after one move of each layer of the stacked leaves."""
-    leaves = array_leaves(masks, "masks")
+    leaves = flatten(masks, "masks")
     before, low, high = (
         split_layers({path: array_leaves(tree)[path] for path in chosen}, stacks)
         for tree in (masks, drop_scores, grow_scores)
     )
     moved = _moved(before, low, high, part, list(before), structure._replace(stacks=None))
-    after = leaves | join_layers(moved, stacks, {path: leaves[path].shape for path in stacks})
-    return jax.tree.unflatten(jax.tree.structure(masks), list(after.values()))
+    shapes = {path: leaves.by_path[path].shape for path in stacks}
+    return leaves.tree(leaves.by_path | join_layers(moved, stacks, shapes))
 
 
 def _without_lowest(units: Units, part: Any) -> dict[str, jax.Array]:

@@ -20,12 +20,7 @@ from jaxprune.pruning.once import (
     pool,
     remove,
 )
-from jaxprune.pruning.scoring import (
-    all_finite,
-    check_score_is_no_name,
-    of_layers,
-    score_and_recompute,
-)
+from jaxprune.pruning.scoring import all_finite, check_score_is_no_name, of_layers, score_and_recompute
 from jaxprune.pruning.table import (
     FROM_MASKS,
     NO_SCHEDULE,

@@ -9,7 +9,7 @@ from jax import lax
 from jaxprune.scores.common import LossFn, cut, end_to_end, objective
 from jaxprune.scores.curvature import check_damping, inverse_hessian
 from jaxprune.tree.checks import as_integer, check_function, is_traced_integer
-from jaxprune.tree.leaves import array_leaves, is_concrete
+from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Masks, Params, Where
@@ -75,9 +75,9 @@ def optimal_brain_surgeon(
     check_damping(damping, "optimal_brain_surgeon")
     masks = ones_masks(params) if masks is None else like_params(masks, params)
     goal = objective("optimal_brain_surgeon", loss_fn, apply_masks(params, masks), batch, where)
-    by_path = array_leaves(masks, "masks")
+    before = flatten(masks, "masks")
     chosen = selected(params, where)
-    alive = end_to_end([by_path[path] for path in chosen])
+    alive = end_to_end([before.by_path[path] for path in chosen])
     weights = end_to_end(goal.leaves)
     count = _checked_count(count, alive)
     inverse = inverse_hessian(
@@ -97,11 +97,8 @@ def optimal_brain_surgeon(
         return jnp.where(alive, moved, 0), downdated, alive
 
     weights, _, alive = lax.fori_loop(0, count, remove_one, (weights, inverse, alive))
-    after = by_path | dict(zip(chosen, cut(alive, goal.leaves), strict=True))
-    return (
-        goal.params(cut(weights, goal.leaves)),
-        jax.tree.unflatten(jax.tree.structure(masks), list(after.values())),
-    )
+    after = before.by_path | dict(zip(chosen, cut(alive, goal.leaves), strict=True))
+    return goal.params(cut(weights, goal.leaves)), before.tree(after)
 
 
 def _checked_count(count: Any, alive: jax.Array) -> Any:

@@ -114,22 +114,21 @@ def named(
 
 
 def read(node: Node, hint: Any) -> Any:
-    """Return the value of a node as a type, with the alternatives of a union tried by their shape."""
+    """Return the value of a node as a type; for a union, as the alternative that is written in this shape."""
     kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
     if node.value is None and type(None) in kinds:
         return None
-    of_kind = {"mapping": [], "list": [], "name": [], "scalar": []}
+    by_shape: dict[str, Any] = {}  # of alternatives of one shape the first
     for kind in kinds:
         if kind is not type(None):
-            of_kind[_shape(kind)].append(kind)
-    if isinstance(node.value, dict) and of_kind["mapping"]:
-        return _read_as(node, of_kind["mapping"][0])
-    if isinstance(node.value, list) and of_kind["list"]:
-        return _read_as(node, of_kind["list"][0])
-    if of_kind["name"] and (not of_kind["scalar"] or isinstance(_as_number(node), str)):
-        return _read_as(node, of_kind["name"][0])
-    ordered = of_kind["scalar"] + of_kind["name"] + of_kind["list"] + of_kind["mapping"]
-    return _read_as(node, ordered[0])
+            by_shape.setdefault(_shape(kind), kind)
+    if isinstance(node.value, (dict, list)):
+        written = "mapping" if isinstance(node.value, dict) else "list"
+    else:
+        written = "name" if isinstance(_as_number(node), str) else "scalar"
+    # If no alternative has the shape of what is written, reading it as another says what was expected.
+    shapes = (written, "scalar", "name", "list", "mapping")
+    return _read_as(node, next(by_shape[shape] for shape in shapes if shape in by_shape))
 
 
 def read_where(node: Node) -> Where:

@@ -186,8 +186,7 @@ class Section(NamedTuple):
         key = given["key"]
         own = jax.random.key(self.options.get("seed", 0)) if key is None else key
         masks = attempt(
-            self.node,
-            lambda: prune_once(params, score, targets, structure=structure, key=own, **options),
+            self.node, lambda: prune_once(params, score, targets, structure=structure, key=own, **options)
         )
         return self.rewire.make({**given, "masks": masks, "structure": structure})
 

@@ -54,11 +54,9 @@ def fpgm(params: Params, *, axis: int = -1, stacked: Stacked | None = None, **ex
     pruned already are 0 and stay among the F_j.
 
     Args:
-      params: a pytree of arrays.
       axis: the axis that indexes the filters.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
-        then scored as a separate leaf, and `axis` is an axis of one layer.
-      **extra: ignored.
+      stacked: as for `prune_once`, which passes it on: each layer is scored as a separate leaf, and `axis` is
+        an axis of one layer.
 
     Returns:
       Scores like `params`. In real floating-point leaves of two axes or more each entry has the score of
@@ -171,13 +169,11 @@ def apoz(
     exact zeros, such as ReLU; after others all channels score 1.
 
     Args:
-      params: a pytree of arrays.
       activations: by the path of a kernel, the outputs of its layer *after* the nonlinearity, of shape
         (..., channels); for a stacked kernel (stack..., ..., channels), as a scan returns them.
       axis: the axis of the kernels that indexes their channels.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
-        then scored as a separate leaf, and `axis` is an axis of one layer.
-      **extra: ignored.
+      stacked: as for `prune_once`, which passes it on: each layer is scored as a separate leaf, and `axis` is
+        an axis of one layer.
 
     Returns:
       Scores like `params`, in [0, 1]. In the kernels named each entry has the score of its channel; other
@@ -219,22 +215,14 @@ def mean_activation(
     of each by their L2 norm; here scores are not divided: use `scope="layerwise"`.
 
     Args:
-      params: a pytree of arrays.
-      activations: by the path of a kernel, the outputs of its layer *after* the nonlinearity, of shape
-        (..., channels); for a stacked kernel (stack..., ..., channels), as a scan returns them.
-      axis: the axis of the kernels that indexes their channels.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
-        then scored as a separate leaf, and `axis` is an axis of one layer.
-      **extra: ignored.
+      activations, axis, stacked: as for `apoz`.
 
     Returns:
       Scores like `params`, 0 or more. In the kernels named each entry has the score of its channel; other
       leaves have NaN.
 
     Raises:
-      TypeError: `activations` is not a dict.
-      ValueError: `activations` is missing, a path is not in params, or the last axis of activations is not
-        the channels.
+      TypeError, ValueError: as `apoz`.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.tree.dtypes import is_narrow, is_numeric, promote_to_float32
-from jaxprune.tree.leaves import array_leaves, describe, is_array
+from jaxprune.tree.leaves import array_leaves, describe, flatten, is_array
 from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked, join_layers, split_layers, stacks_of
 from jaxprune.tree.where import selected
@@ -32,11 +32,11 @@ def map_layers(score: Callable[[jax.Array], jax.Array], params: Params, stacked:
     """Apply `map_leaves`, to each layer of a stacked leaf by itself."""
     if stacked is None:
         return map_leaves(score, params)
-    leaves = array_leaves(params)
-    stacks = stacks_of(stacked, {path: leaf for path, leaf in leaves.items() if is_numeric(leaf)})
-    scored = map_leaves(score, split_layers(leaves, stacks))
-    joined = join_layers(scored, stacks, {path: leaves[path].shape for path in stacks})
-    return jax.tree.unflatten(jax.tree.structure(params), [joined[path] for path in leaves])
+    leaves = flatten(params)
+    by_path = leaves.by_path
+    stacks = stacks_of(stacked, {path: leaf for path, leaf in by_path.items() if is_numeric(leaf)})
+    scored = map_leaves(score, split_layers(by_path, stacks))
+    return leaves.tree(join_layers(scored, stacks, {path: by_path[path].shape for path in stacks}))
 
 
 def in_float32(function: Callable[..., Any], *trees: Any) -> tuple[Any, ...]:
@@ -76,11 +76,10 @@ def gradients(loss_fn: LossFn, params: Params, batch: Any) -> Any:
 
 def with_nan_elsewhere(by_path: dict[str, jax.Array], params: Params) -> Scores:
     """Return a tree like `params` of scores given by path, with NaN for the other leaves."""
-    leaves = [
-        by_path[path] if path in by_path else jnp.full(leaf.shape, jnp.nan, jnp.float32)
-        for path, leaf in array_leaves(params).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    leaves = flatten(params)
+    others = leaves.by_path.keys() - by_path.keys()
+    nan = {path: jnp.full(leaves.by_path[path].shape, jnp.nan, jnp.float32) for path in others}
+    return leaves.tree(by_path | nan)
 
 
 class Objective(NamedTuple):

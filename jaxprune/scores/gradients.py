@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxprune.scores.common import map_leaves
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.leaves import array_leaves, describe
+from jaxprune.tree.leaves import array_leaves, describe, flatten
 from jaxprune.tree.mirrors import check_mirrors
 from jaxprune.typing import Params, Scores
 
@@ -16,12 +16,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
     """The magnitude of each gradient, `|g|`.
 
     Args:
-      params: a pytree of arrays.
       grads: the gradients of the loss, like `params`.
-      **extra: ignored.
-
-    Returns:
-      Scores like `params`.
 
     Raises:
       ValueError: `grads` is None, or does not mirror `params`.
@@ -43,9 +38,7 @@ def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     """The size of the loss's change to first order if a weight is removed, `|w * g|`.
 
     Args:
-      params: a pytree of arrays.
       grads: the gradients of the loss at `params`, like `params`.
-      **extra: ignored.
 
     Returns:
       Scores like `params`; float32 also for half-precision params, in which products would vanish.
@@ -79,9 +72,7 @@ def signed_taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     entries use `taylor`: their sign says nothing about how much they matter.
 
     Args:
-      params: a pytree of real arrays.
       grads: the gradients of the loss at `params`, like `params`.
-      **extra: ignored.
 
     Returns:
       Scores like `params`; float32 also for half-precision params.
@@ -115,9 +106,7 @@ def snip(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     weight when they are added.
 
     Args:
-      params: a pytree of real arrays.
       grads: the gradients of the loss at `params`, like `params`; at initialisation, of one batch.
-      **extra: ignored.
 
     Returns:
       Scores like `params`, which sum to 1 over all leaves (0 if every gradient is 0); float32
@@ -151,9 +140,7 @@ def movement(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
     of one step. Movement pruning sums it over all steps: `jp.pruner(jp.scores.movement, ..., memory=1.0)`.
 
     Args:
-      params: a pytree of real arrays.
       grads: the gradients of the loss at `params`, like `params`.
-      **extra: ignored.
 
     Returns:
       Scores like `params`; float32 also for half-precision params.
@@ -194,13 +181,13 @@ def _needed(grads: Any, params: Params, name: str) -> Any:
         raise ValueError(
             f"scores.{name} needs gradients: pass grads=jax.grad(loss_fn)(params, batch), a tree like params."
         )
-    by_path, leaves = array_leaves(grads, "grads"), array_leaves(params)
-    for path, leaf in leaves.items():
+    by_path, leaves = array_leaves(grads, "grads"), flatten(params)
+    for path, leaf in leaves.by_path.items():
         if path not in by_path and not jnp.issubdtype(leaf.dtype, jnp.inexact):
             # A key or a count has no gradient; equinox leaves it out.
             by_path[path] = jnp.zeros(leaf.shape, jnp.float32)
-    if by_path.keys() != leaves.keys():
+    if by_path.keys() != leaves.by_path.keys():
         check_mirrors(grads, params, "grads")
-    grads = jax.tree.unflatten(jax.tree.structure(params), [by_path[path] for path in leaves])
+    grads = leaves.tree(by_path)
     check_mirrors(grads, params, "grads")
     return grads

@@ -12,7 +12,9 @@ Params and data in 16-bit and 8-bit floats are promoted to float32 if `loss_fn` 
 gradients vanish, and losses that are compared round to the same number.
 
 The loss is differentiated in the leaves that `where` of the factory selects. All other leaves are held fixed
-and score NaN, so `where` of `prune_once` must not select more.
+and score NaN, so `where` of `prune_once` must not select more. On use, every such score
+raises TypeError if the loss or a selected leaf is not real, and ValueError if `batch` is missing or `where`
+matches nothing.
 """
 
 from typing import Any
@@ -51,15 +53,10 @@ def grasp(loss_fn: LossFn, *, where: Where = kernels) -> ScoreFn:
     logits by 200 before the softmax: do that in `loss_fn`.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
       where: the leaves that g and H are taken of; in the paper the kernels alone, without biases.
 
     Returns:
       A score `score(params, *, batch, **extra)`, NaN for the leaves left out.
-
-    Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
-      ValueError: on use, `batch` is missing, or `where` matches nothing.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -101,9 +98,7 @@ def fisher(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> Score
       batch have a leading axis of examples.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
-      ValueError: `chunk` is below 1; on use, `batch` is missing, its leaves have no common leading axis, or
-        `where` matches nothing.
+      ValueError: `chunk` is below 1; on use, the leaves of `batch` have no common leading axis.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -157,7 +152,6 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
     minimum no curvature is negative, and elsewhere the formula does not hold.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
       samples: None for the exact diagonal, or how many random vectors estimate it.
       where: the leaves that are scored.
       chunk: how many products of the exact diagonal are computed at once.
@@ -167,9 +161,7 @@ def obd(loss_fn: LossFn, *, samples: int | None = None, where: Where = kernels, 
       `samples` it needs a key.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
-      ValueError: `samples` or `chunk` is below 1; on use, `batch` is missing, `key` is missing and `samples`
-        given, or `where` matches nothing.
+      ValueError: `samples` or `chunk` is below 1; on use, `samples` is given and `key` is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxprune as jp
@@ -216,7 +208,6 @@ def obs(loss_fn: LossFn, *, damping: float = 0.0, where: Where = kernels) -> Sco
     the masks to that function instead.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
       damping: what is added to the diagonal of H, 0 or more.
       where: the leaves that H is taken of, with at most 5,000 entries in all.
 
@@ -225,9 +216,8 @@ def obs(loss_fn: LossFn, *, damping: float = 0.0, where: Where = kernels) -> Sco
       if the Hessian is not positive definite.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
-      ValueError: `damping` is negative; on use, there are too many weights, `batch` is missing, `where`
-        matches nothing, or (not under `jit`) the Hessian is not positive definite.
+      ValueError: `damping` is negative; on use, there are too many weights, or (not under `jit`) the Hessian
+        is not positive definite.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -263,7 +253,6 @@ def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> 
     rounding error of a loss, about 1e-7 of it in float32.
 
     Args:
-      loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
       where: the leaves that are scored.
       chunk: how many losses are computed at once.
 
@@ -271,8 +260,7 @@ def brute_force(loss_fn: LossFn, *, where: Where = kernels, chunk: int = 32) -> 
       A score `score(params, *, batch, **extra)`, NaN for the leaves left out.
 
     Raises:
-      TypeError: `loss_fn` is not a function; on use, a leaf or the loss is not real.
-      ValueError: `chunk` is below 1; on use, `batch` is missing, or `where` matches nothing.
+      ValueError: `chunk` is below 1.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -311,7 +299,6 @@ def over_batches(score: ScoreFn, loss_fn: LossFn) -> ScoreFn:
 
     Args:
       score: any score. Under `jit`, gradients are not computed for a score that does not use them.
-      loss_fn: `loss_fn(params, batch) -> scalar`, the mean loss.
 
     Returns:
       A score `score(params, *, batches, key=None, **extra)`. The leaves of `batches` have a leading

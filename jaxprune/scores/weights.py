@@ -17,13 +17,6 @@ from jaxprune.typing import Params, Scores
 def magnitude(params: Params, **extra: Any) -> Scores:
     """The magnitude of each weight, `|w|`.
 
-    Args:
-      params: a pytree of arrays.
-      **extra: ignored.
-
-    Returns:
-      Scores like `params`.
-
     Raises:
       TypeError: a leaf is not an array.
 
@@ -47,10 +40,7 @@ def normalized_magnitude(params: Params, *, stacked: Stacked | None = None, **ex
     is all 0 scores 0.
 
     Args:
-      params: a pytree of arrays.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
-        then scored as a separate leaf.
-      **extra: ignored.
+      stacked: as for `prune_once`, which passes it on: each layer is scored as a separate leaf.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
@@ -88,10 +78,7 @@ def lamp(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Sco
     which are 0, score 0.
 
     Args:
-      params: a pytree of arrays.
-      stacked: which axes of which leaves count layers, as for `prune_once`, which passes it on. Each layer is
-        then scored as a separate leaf.
-      **extra: ignored.
+      stacked: as for `prune_once`, which passes it on: each layer is scored as a separate leaf.
 
     Returns:
       Scores like `params`, in [0, 1]; float32 also for half-precision params.
@@ -130,9 +117,7 @@ def random(params: Params, *, key: jax.Array | None = None, **extra: Any) -> Sco
     """A uniform random number in [0, 1) for each weight: the control of every experiment.
 
     Args:
-      params: a pytree of arrays.
       key: a PRNG key. Each leaf draws with the key folded with its index.
-      **extra: ignored.
 
     Returns:
       float32 scores like `params`.

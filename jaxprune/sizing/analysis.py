@@ -66,9 +66,8 @@ def sensitivity(
       data: what `evaluate` evaluates on, a pytree of arrays. An `evaluate` that closes over large
         arrays works too, but XLA then compiles them into the program, which takes long.
       levels: sparsities in (0, 1), rising.
-      scores: as for `prune_once`.
+      scores, where, grads, key, **extra: as for `prune_once`.
       structure: as for `prune_once`; `slices(axis=-1, norm=1)` prunes filters by their L1 norm.
-      where: which leaves take part.
       together: sets of tensors or groups to prune together, at equal levels (the stages of a network): by
         the set's name, their paths or names, or shell patterns. The name of a stacked leaf, or of a stack of
         groups, stands for all its layers.
@@ -83,9 +82,6 @@ def sensitivity(
       jit: whether `evaluate` is compiled. False for one that JAX cannot trace: a loop over files.
       stacked: as for `prune_once`: which axes of which leaves count layers. Each layer is then pruned as a
         tensor of its own.
-      grads: gradients like `params`, for scores that need them.
-      key: a PRNG key, for scores that need it.
-      **extra: passed on to the score, which must name them.
 
     Returns:
       A `Sensitivity`.
@@ -300,12 +296,7 @@ def _evaluate_compiled(
         due = np.int32(-(-len(some) // at_once))
         with _explained_if_not_traceable():
             outputs = sweep(
-                ranked.params,
-                ranked.inputs(),
-                counts.reshape(rounds, at_once, -1),
-                due,
-                inputs,
-                *static,
+                ranked.params, ranked.inputs(), counts.reshape(rounds, at_once, -1), due, inputs, *static
             )
         # From (rounds, at_once) to one axis.
         figures, left = jax.tree.map(np.concatenate, jax.device_get(outputs))

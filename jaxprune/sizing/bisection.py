@@ -85,19 +85,13 @@ def budget(
       params: a pytree of arrays.
       at_most: the highest measure allowed. Pass either this or `at_least`.
       at_least: the lowest measure allowed.
-      scores: as for `prune_once`.
+      scores, structure, where, stacked, grads, key, **extra: as for `prune_once`.
       scope: as for `prune_once`. With `"layerwise"` all leaves, or groups, have the same sparsity.
       distribution: a function from a sparsity to targets by path or group, for targets that differ:
         `functools.partial(jaxprune.distributions.erk, params)`. No target may fall as the sparsity
         rises. It needs `scope="layerwise"`.
-      structure: as for `prune_once`.
-      where: which leaves take part.
       masks: masks to start from.
       floor: how many units of each leaf or group stay at least.
-      stacked: as for `prune_once`: which axes of which leaves count layers.
-      grads: gradients like `params`, for scores that need them.
-      key: a PRNG key, for scores that need it.
-      **extra: passed on to the score, which must name them.
 
     Returns:
       A `Budget`.

@@ -16,13 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.pruning.extras import check_extra
-from jaxprune.pruning.once import (
-    check_choices,
-    checked_structure,
-    default_where,
-    kept_entries,
-    pool,
-)
+from jaxprune.pruning.once import check_choices, checked_structure, default_where, kept_entries, pool
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
 from jaxprune.structures import Structure, Units, elements

@@ -148,10 +148,7 @@ class Visitor(NamedTuple):
 
 
 def visit_products(
-    closed: "ClosedJaxpr",
-    inputs: Sequence[Any],
-    visitor: Visitor,
-    called_at: str = "",
+    closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_at: str = ""
 ) -> list[Any]:
     """Run a jaxpr by a visitor, on const values and data, and return its outputs.
 

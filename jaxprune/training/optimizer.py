@@ -368,12 +368,7 @@ def _masked_update(
 
 
 def _guarded_update(
-    update: _Update,
-    grads: Any,
-    state: Any,
-    params: Params,
-    masks: list[jax.Array],
-    state_where: Where | None,
+    update: _Update, grads: Any, state: Any, params: Params, masks: list[jax.Array], state_where: Where | None
 ) -> tuple[Any, Any, list[ZeroSet]]:
     """Run the wrapped optimizer's update so that no 0 / 0 where params are pruned reaches the rest.
 
