@@ -153,7 +153,7 @@ def stablehlo(
         jax.jit((lambda inputs: by_path(leaves, inputs)) if frozen else by_path), platforms=platforms
     )
     arguments = (specs,) if frozen else ({path: abstract(leaf) for path, leaf in leaves.items()}, specs)
-    return Program(_with_batch(batch, lambda: export(*arguments)))
+    return Program(_traced_with_batch(batch, lambda: export(*arguments)))
 
 
 def load(path: str | os.PathLike[str]) -> Program:
@@ -229,9 +229,9 @@ def onnx(
     def flat(*leaves: Any) -> list[Any]:
         return jax.tree.leaves(function(params, treedef.unflatten(leaves)))
 
-    closed = _with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
+    closed = _traced_with_batch(batch, lambda: jax.make_jaxpr(flat)(*leaves))
     try:
-        with _contained():
+        with _side_effects_undone():
             model = convert(lambda *given: _replay(closed, given), inputs=leaves)
         model = model.SerializeToString()
     except Exception as error:  # another package may raise anything
@@ -251,7 +251,7 @@ def onnx(
 
 def _packages() -> tuple[Callable[..., Any], Any]:
     try:
-        with _contained():
+        with _side_effects_undone():
             import onnxruntime
             from jax2onnx import to_onnx
     except ImportError as error:
@@ -260,7 +260,7 @@ def _packages() -> tuple[Callable[..., Any], Any]:
 
 
 @contextmanager
-def _contained() -> Iterator[None]:
+def _side_effects_undone() -> Iterator[None]:
     """Undo the side effects of jax2onnx on the process.
 
     It logs and warns about itself (deprecations of jax, plugins that do not load), and it replaces functions
@@ -333,7 +333,7 @@ def _specs(inputs: Any, batch: str | None) -> Any:
     )
 
 
-def _with_batch(batch: str | None, trace: Callable[[], Any]) -> Any:
+def _traced_with_batch(batch: str | None, trace: Callable[[], Any]) -> Any:
     try:
         return trace()
     except Exception as error:

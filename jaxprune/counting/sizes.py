@@ -197,8 +197,8 @@ def table(
         rows.append(row("  units", progress.kept, progress.size))
     target = asked
     if isinstance(asked, Pruner):
-        at_the_end = None if progress is None else progress.asked
-        target = None if progress is None or at_the_end is None else at_the_end / max(progress.size, 1)
+        known = progress is not None and progress.asked is not None
+        target = progress.asked / max(progress.size, 1) if known else None
     if target is not None:
         rows.append(("  (asked)", "", "", "", f"{target:.4f}"))
     rows.append(total("whole model", list(leaves)))

@@ -191,8 +191,10 @@ def summary(
     if masks is not None:
         under = macs(apply_fn, params, *inputs, masks=masks)
         notes += under.notes
-        small = _compacted(apply_fn, params, masks, inputs, notes) if compacted is True else compacted
-    small = small or None
+        if compacted is True:
+            small = _compacted(apply_fn, params, masks, inputs, notes)
+        elif compacted is not False:
+            small = compacted
     smaller = macs(small.apply, small.params, *inputs) if small is not None else None
     kept = _kept(leaves, masks, where)
     counts = [None if found is None else found.by_path() for found in (dense, under, smaller)]

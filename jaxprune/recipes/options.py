@@ -169,18 +169,20 @@ def read_stacked(node: Node) -> Stacked:
     return stacked
 
 
-def check_patterns(node: Node, leaves: Iterable[str]) -> None:
-    """Check that every pattern of a predicate matches a leaf."""
+def check_patterns(node: Node, leaves: Sequence[str]) -> None:
+    """Check that every pattern of a predicate matches a leaf, even if others beside it do."""
     if isinstance(node.value, (list, dict)):
         for inner in node.value if isinstance(node.value, list) else node.value.values():
             check_patterns(inner, leaves)
         return
-    pattern = node.text()
-    if pattern == kernels.__name__:
-        return
-    where, names = matching(pattern), list(leaves)
-    if not any(where(path, None) for path in names):
-        node.fail(f"{pattern!r} matches no leaf. The leaves are: {', '.join(names)}.")
+    if (pattern := node.text()) != kernels.__name__:
+        check_pattern(node, pattern, leaves)
+
+
+def check_pattern(node: Node, pattern: str, leaves: Sequence[str]) -> None:
+    """Check that a pattern matches a leaf."""
+    if not any(matching(pattern)(path, None) for path in leaves):
+        node.fail(f"{pattern!r} matches no leaf. The leaves are: {', '.join(leaves)}.")
 
 
 def read_score(node: Node, scores: Mapping[str, ScoreFn] | None = None) -> Call:

@@ -21,6 +21,7 @@ from jaxprune.recipes.document import Node, unknown
 from jaxprune.recipes.options import (
     Call,
     attempt,
+    check_pattern,
     check_patterns,
     defined_in,
     inputs_of,
@@ -35,7 +36,7 @@ from jaxprune.structures import Structure, elements
 from jaxprune.tree.masks import intersect
 from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked
-from jaxprune.tree.where import kernels, matching, selected
+from jaxprune.tree.where import kernels, selected
 from jaxprune.typing import Params, Progress, Pruner, PrunerState, ScoreFn, Where
 
 # `score` stands for `scores`; `stop` belongs to the recipe as a whole.
@@ -133,14 +134,11 @@ class Section(NamedTuple):
         stacked = self.options.get("stacked")
         given = {**given, "where": self.where} | ({} if stacked is None else {"stacked": stacked})
         attempt(self._at("where"), lambda: selected(params, self.where))
-        if isinstance(self.node.value, dict) and "where" in self.node.value:
+        if "where" in self.node.value:
             check_patterns(self._at("where"), leaf_paths(params))
         if stacked is not None:
             for pattern, node in self._at("stacked").mapping().items():
-                if not any(matching(pattern)(path, None) for path in leaf_paths(params)):
-                    node.fail(
-                        f"{pattern!r} matches no leaf. The leaves are: {', '.join(leaf_paths(params))}."
-                    )
+                check_pattern(node, pattern, leaf_paths(params))
         structure = self._structure(params, given)
         targets = attempt(self.targets.node, lambda: self.targets.of(params, self.where, stacked))
         score = self.score.make(given)
@@ -265,15 +263,15 @@ def _read_targets(node: Node) -> Targets:
 
 def _schedule(node: Node, name: str) -> Targets:
     inner = node.value[name]
-    leaves = inner.value.get("sparsity") if isinstance(inner.value, dict) else inner
-    if leaves is None or not isinstance(leaves.value, dict) or leaves is inner:
+    target = inner.value.get("sparsity") if isinstance(inner.value, dict) else None
+    if target is None or not isinstance(target.value, dict):
         schedule = named(node, _SCHEDULES, "schedules").make({})
         return Targets(lambda params, where, stacked=None: schedule, (schedule,), False, node)
     # Each leaf has the same schedule, with another target.
-    targets = _read_targets(leaves)
+    targets = _read_targets(target)
     if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
-        leaves.fail("expected a number, a distribution or per_path with numbers.")
-    plain = inner._replace(value={**inner.value, "sparsity": leaves._replace(value=0.0)})
+        target.fail("expected a number, a distribution or per_path with numbers.")
+    plain = inner._replace(value={**inner.value, "sparsity": target._replace(value=0.0)})
     first = named(node._replace(value={name: plain}), _SCHEDULES, "schedules")
 
     def to(sparsity: float) -> Schedule:

@@ -270,6 +270,7 @@ def rewind(saved: Any, masks: Masks, *, state_where: Where | None = None) -> Any
     leaves, treedef = jax.tree.flatten(saved)
     indices = match_leaves_to_params(saved, masks, state_where)
     mirrored = {index for index in indices if index is not None}
+    # Where something mirrors a mask, the masks that nothing mirrors may be those that prune nothing.
     missed = {
         path: mask
         for number, (path, mask) in enumerate(zip(leaf_paths(masks), kept, strict=True))

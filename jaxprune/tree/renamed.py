@@ -5,7 +5,11 @@ from typing import Any
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a `__getattr__` for a module that lost `names`; each name says what to write instead.
+    """Return a `__getattr__` for a module that lost names.
+
+    Args:
+      module: the module's full name.
+      names: by the name that is gone, what to write instead.
 
     Example:
       >>> import jaxprune as jp
