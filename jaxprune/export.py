@@ -121,9 +121,6 @@ def stablehlo(
         None for the sizes of the examples.
       platforms: where the program will run, as in `("cpu", "cuda", "tpu")`; by default where it is exported.
 
-    Returns:
-      A `Program`.
-
     Raises:
       ValueError: first axes of different sizes; or the function cannot be traced without knowing the
         size of the batch.

@@ -38,9 +38,6 @@ def quantize(array: Any) -> Quantized:
     Args:
       array: floating-point and finite. A value that is not finite spoils its whole channel: check first.
 
-    Returns:
-      A `Quantized`.
-
     Raises:
       TypeError: an array that is not floating-point.
 

@@ -38,9 +38,6 @@ def cost(function: Callable[..., Any], *arguments: Any) -> Cost:
       function: a function of pytrees of arrays.
       *arguments: arrays or `jax.ShapeDtypeStruct`; bools and strings are static.
 
-    Returns:
-      A `Cost`.
-
     Raises:
       TypeError: not a function.
 

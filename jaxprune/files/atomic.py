@@ -16,9 +16,6 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     block raises (a full disk, say). It gets the permissions of the file it replaces, or else those that the
     process gives to new files. A symbolic link stays, and the file it points to is replaced.
 
-    Yields:
-      The path of the new, empty file.
-
     Example:
       >>> import pathlib, tempfile
       >>> from jaxprune.files.atomic import replacing

@@ -54,9 +54,6 @@ def load(
       max_bytes: how much memory the decoded leaves may take together, by default 8 GiB. A few bytes can say
         that a billion entries are pruned, so a stranger's file could ask for any amount.
 
-    Returns:
-      A `Saved`.
-
     Raises:
       FileError: a ValueError: the file is damaged, not of this format, larger than `max_bytes`, does
         not match `like`, or is a pipe or a device; the message names the file and the leaf.

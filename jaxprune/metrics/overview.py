@@ -152,9 +152,6 @@ def summary(
       xla: also compile, and ask XLA for FLOPs and memory.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
-    Returns:
-      A `Summary`.
-
     Raises:
       ValueError: masks that do not mirror `params`.
       TypeError: `apply_fn` or `where` is not a function, `compacted` is neither a bool nor a `Compacted`, or

@@ -122,9 +122,6 @@ def pruner(
       stacked: as for `prune_once`: which axes of which leaves count layers, each of which is then pruned as a
         leaf of its own. In a dict of targets a stacked leaf may have an array of numbers.
 
-    Returns:
-      A `Pruner`.
-
     Raises:
       ValueError: an argument out of range; on `init`, what `where` does not match; on `update`,
         what `prune_once` raises.

@@ -349,11 +349,8 @@ def _removed_by_row(
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Return how many units of each set are removed by each row, and how many the last row asks for in vain.
 
-    Args:
-      target: what the pruner is asked for.
-      num_units: by set, how many units it has.
-      max_removable: by set, how many units the floor lets go.
-      max_removed: how many units are removed in all at most, or None.
+    `max_removable` is m, what the floor lets go of each set; `max_removed` is the most that `stop` allows in
+    all.
     """
     grid, columns = target.grid, len(max_removable)
     if grid.last is not None:

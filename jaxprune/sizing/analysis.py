@@ -83,9 +83,6 @@ def sensitivity(
       stacked: as for `prune_once`: which axes of which leaves count layers. Each layer is then pruned as a
         tensor of its own.
 
-    Returns:
-      A `Sensitivity`.
-
     Raises:
       ValueError: no levels, or levels out of range or not rising; sets that overlap or match
         nothing; and as `prune_once`.

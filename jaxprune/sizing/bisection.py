@@ -93,9 +93,6 @@ def budget(
       masks: masks to start from.
       floor: how many units of each leaf or group stay at least.
 
-    Returns:
-      A `Budget`.
-
     Raises:
       ValueError: not exactly one bound; a budget that cannot be met, with what comes closest; and as
         `prune_once`.

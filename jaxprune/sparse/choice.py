@@ -34,12 +34,7 @@ _BREAK_EVEN = (
     (32, (("blocks", 0.35, 2**18), ("csr", 0.06, 2**16), ("compact", 0.80, 2**16))),
     (
         math.inf,
-        (
-            ("blocks", 0.25, 2**20),
-            ("csr", 0.06, 2**16),
-            ("padded", 0.14, 2**20),
-            ("compact", 0.80, 2**16),
-        ),
+        (("blocks", 0.25, 2**20), ("csr", 0.06, 2**16), ("padded", 0.14, 2**20), ("compact", 0.80, 2**16)),
     ),
 )
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # on a GPU or TPU, where the limits were not measured

@@ -67,9 +67,6 @@ def channels(
       multiple_of: the number of units kept in a group is rounded up to a multiple of this, by keeping the
         highest scores; less is then pruned than asked for.
 
-    Returns:
-      A `Structure`.
-
     Raises:
       ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
         number below 1; on use, `where` takes in no member of any group.

@@ -43,9 +43,6 @@ def layers(
       stacked: `stacked(path, leaf)`, for layers stacked in one leaf: how many leading axes count layers
         (0 for none), or which axes do. All stacked leaves have the same number of layers.
 
-    Returns:
-      A `Structure`.
-
     Raises:
       ValueError: no blocks; on use, a prefix that no leaf has, or twice, or inside another, stacked leaves
         with different numbers of layers, a block of which `where` takes in no leaf.

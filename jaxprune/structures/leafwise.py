@@ -168,9 +168,6 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
       axis: the axis of the groups: the *input* (reduction) axis, as sparse tensor cores need. By
         default -2, where flax's dense and conv kernels have it; -1 for equinox and torch layouts.
 
-    Returns:
-      A `Structure`.
-
     Raises:
       ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide, or one that
         is known to be sharded through groups.

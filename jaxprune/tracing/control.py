@@ -21,14 +21,6 @@ def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
     at every step of a training loop. Here the predicate is one for the whole batch, "is any element due",
     and the elements that are not due keep their state.
 
-    Args:
-      due: bool scalar.
-      update: from a state to one of the same structure, shapes and dtypes.
-      state: a pytree of arrays.
-
-    Returns:
-      The new state.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxprune.tracing.control import update_if
