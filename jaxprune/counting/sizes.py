@@ -195,10 +195,9 @@ def table(
     rows.append(total("prunable", [path for path, leaf in leaves.items() if where(path, leaf)]))
     if progress is not None and progress.unit != "entries":
         rows.append(row("  units", progress.kept, progress.size))
-    target = asked
-    if isinstance(asked, Pruner):
-        known = progress is not None and progress.asked is not None
-        target = progress.asked / max(progress.size, 1) if known else None
+    target = None if isinstance(asked, Pruner) else asked
+    if isinstance(asked, Pruner) and progress is not None and progress.asked is not None:
+        target = progress.asked / max(progress.size, 1)
     if target is not None:
         rows.append(("  (asked)", "", "", "", f"{target:.4f}"))
     rows.append(total("whole model", list(leaves)))
@@ -211,10 +210,9 @@ def _progress(
 ) -> Progress | None:
     """Return how many units masks keep, if a pruner or a structure says what a unit is."""
     if isinstance(asked, Pruner):
-        if structure is not None:
-            raise TypeError("structure= is for a sparsity that was asked for; a pruner knows its own.")
-        if stacked is not None:
-            raise TypeError("stacked= is for a sparsity that was asked for; a pruner knows its own.")
+        for name, given in (("structure", structure), ("stacked", stacked)):
+            if given is not None:
+                raise TypeError(f"{name}= is for a sparsity that was asked for; a pruner knows its own.")
         return None if asked.progress is None else asked.progress(masks)
     if asked is not None:
         check_number(asked, "asked", "(the sparsity asked for) or the pruner that made the masks")
