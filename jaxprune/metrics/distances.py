@@ -70,6 +70,7 @@ def overlap(masks: Masks, others: Masks, where: Where = kernels) -> dict[str, Ov
         raise TypeError("overlap counts on the host: call it outside of jit, on masks that have values.")
     check_where(where)
     first, second = array_leaves(masks), array_leaves(others)
+    # If `where` matches nothing, `selected` raises; asked first, it would refuse leaves that are bool.
     paths = [path for path, leaf in first.items() if where(path, leaf)] or selected(masks, where)
     counts = {}
     for path in paths:

@@ -12,8 +12,10 @@ masks = jp.prune_once(params, distance_from_init, sparsity=0.9, init_params=para
 ```
 
 A criterion that needs the loss function, or the network, is made by a factory: `jp.scores.fisher(loss_fn)`
-is a score, and takes `batch=...` from `prune_once`. Entries that a criterion does not cover score NaN, which
-`prune_once` refuses to rank.
+is a score, and takes `batch=...` from `prune_once`; `loss_fn(params, batch)` returns the mean loss, a scalar.
+Such a score raises TypeError if the loss, or a leaf that `where` of the factory selects, is not real, and
+ValueError if `batch` is missing or `where` matches nothing. Entries that a criterion does not cover score
+NaN, which `prune_once` refuses to rank.
 """
 
 # From whole channels, for structures.slices

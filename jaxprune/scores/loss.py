@@ -12,9 +12,7 @@ Params and data in 16-bit and 8-bit floats are promoted to float32 if `loss_fn` 
 gradients vanish, and losses that are compared round to the same number.
 
 The loss is differentiated in the leaves that `where` of the factory selects. All other leaves are held fixed
-and score NaN, so `where` of `prune_once` must not select more. On use, every such score
-raises TypeError if the loss or a selected leaf is not real, and ValueError if `batch` is missing or `where`
-matches nothing.
+and score NaN, so `where` of `prune_once` must not select more.
 """
 
 from typing import Any
