@@ -276,7 +276,7 @@ def _prunable(tree: Any, leaves: dict[str, Any], where: Where) -> list[str]:
     check_where(where)
     if list(leaves) == [""]:
         return [""]
-    # A mask is bool, but takes part if its param does, since `where` sees shapes: `selected` is to raise only.
+    # A mask is bool, but takes part if its param does: `where` sees shapes. `selected` is here to raise.
     return [path for path, leaf in leaves.items() if where(path, leaf)] or selected(tree, where)
 
 
