@@ -114,7 +114,7 @@ def named(
 
 
 def read(node: Node, hint: Any) -> Any:
-    """Return the value of a node as a type; for a union, as the alternative that is written in this shape."""
+    """Return the value of a node as a type; for a union, as its alternative of the same `_shape`."""
     kinds = [kind for kind in _alternatives(hint) if _is_data(kind)]
     if node.value is None and type(None) in kinds:
         return None

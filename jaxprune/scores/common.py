@@ -77,7 +77,7 @@ def gradients(loss_fn: LossFn, params: Params, batch: Any) -> Any:
 def with_nan_elsewhere(by_path: dict[str, jax.Array], params: Params) -> Scores:
     """Return a tree like `params` of scores given by path, with NaN for the other leaves."""
     leaves = flatten(params)
-    others = leaves.by_path.keys() - by_path.keys()
+    others = [path for path in leaves.by_path if path not in by_path]
     nan = {path: jnp.full(leaves.by_path[path].shape, jnp.nan, jnp.float32) for path in others}
     return leaves.tree(by_path | nan)
 
