@@ -20,8 +20,8 @@ from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_ea
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
 from jaxprune.selection.lazy_scores import LazyScores, stored_scores
-from jaxprune.structures import Structure, Units, elements
-from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.structures import elements
+from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
