@@ -81,6 +81,11 @@ class Targets(NamedTuple):
     node: Node
 
     @property
+    def schedules(self) -> list[Schedule]:
+        """The schedules in it."""
+        return [each for each in self.each if isinstance(each, Schedule)]
+
+    @property
     def ends(self) -> list[float]:
         """The numbers, and the last sparsity of each schedule that has an end."""
         last = []
@@ -121,14 +126,13 @@ class Section(NamedTuple):
         """The step at which it ends; None if it counts levels."""
         if self.rewire is not None:
             return self.rewire.options.get("end_step")
-        ends = [each.end_step for each in self.targets.each if isinstance(each, Schedule)]
-        return ends[0] if ends else None
+        return next((schedule.end_step for schedule in self.targets.schedules), None)
 
     @property
     def once(self) -> bool:
         """Whether one update prunes everything: a plain number, or one by path, of the total."""
-        plain = not any(isinstance(each, Schedule) for each in self.targets.each)
-        return self.rewire is None and plain and self.options.get("of", "total") == "total"
+        total = self.options.get("of", "total") == "total"
+        return self.rewire is None and not self.targets.schedules and total
 
     def pruner(self, params: Params, given: Mapping[str, Any], stop: float | None, key: Any) -> Pruner:
         """Return the pruner of the section."""
@@ -224,7 +228,7 @@ def _check(section: Section, fields: Mapping[str, Node]) -> None:
     targets = section.targets
     if targets.by_path:
         attempt(targets.node, lambda: per_pool({"": 0}, {"": 0}, "sparsity", None, scope))
-    if section.rewire is not None and not all(isinstance(each, float) for each in targets.each):
+    if section.rewire is not None and targets.schedules:
         targets.node.fail("the masks that are rewired are made once: give a number, no schedule.")
     for sparsity in targets.ends:
         attempt(
@@ -270,7 +274,7 @@ def _schedule(node: Node, name: str) -> Targets:
         return Targets(lambda params, where, stacked=None: schedule, (schedule,), False, node)
     # Each leaf has the same schedule, with another target.
     targets = _read_targets(target)
-    if not targets.by_path or any(isinstance(each, Schedule) for each in targets.each):
+    if not targets.by_path or targets.schedules:
         target.fail("expected a number, a distribution or per_path with numbers.")
     plain = inner._replace(value={**inner.value, "sparsity": target._replace(value=0.0)})
     first = named(node._replace(value={name: plain}), _SCHEDULES, "schedules")

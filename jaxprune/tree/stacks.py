@@ -58,6 +58,11 @@ def layer_indices(shape: Sequence[int], axes: Sequence[int]) -> Iterator[tuple[i
     return np.ndindex(*(shape[axis] for axis in axes))
 
 
+def layer_names(path: str, shape: Sequence[int], axes: Sequence[int]) -> list[str]:
+    """Return the name of each layer of a leaf, in row-major order."""
+    return [layer_name(path, index) for index in layer_indices(shape, axes)]
+
+
 def layer_shape(shape: Sequence[int], axes: Sequence[int]) -> tuple[int, ...]:
     """Return the shape of one layer."""
     return tuple(size for axis, size in enumerate(shape) if axis not in axes)
@@ -141,9 +146,9 @@ def families_of(
     families = {}
     for path in stacks.keys() & shapes.keys():
         axes, shape = stacks[path], shapes[path]
-        names = tuple(layer_name(path, index) for index in layer_indices(shape, axes))
+        names = layer_names(path, shape, axes)
         if names and all(name in pools for name in names):
-            families[path] = Family(tuple(shape[axis] for axis in axes), names)
+            families[path] = Family(tuple(shape[axis] for axis in axes), tuple(names))
     return families
 
 
@@ -165,8 +170,7 @@ def split_shapes(shapes: Mapping[str, tuple[int, ...]], stacks: Stacks) -> dict[
     for path, shape in shapes.items():
         axes = stacks.get(path, ())
         if axes and max(axes) < len(shape):
-            names = [layer_name(path, index) for index in layer_indices(shape, axes)]
-            split |= dict.fromkeys(names, layer_shape(shape, axes))
+            split |= dict.fromkeys(layer_names(path, shape, axes), layer_shape(shape, axes))
         else:
             split[path] = shape
     return split
@@ -195,11 +199,8 @@ def join_layers(
     out.
     """
     joined: dict[str, Any] = {}
-    of_layer = {
-        layer_name(path, index): path
-        for path, axes in stacks.items()
-        for index in layer_indices(shapes[path], axes)
-    }
+    names = {path: layer_names(path, shapes[path], axes) for path, axes in stacks.items()}
+    of_layer = {name: path for path, layers in names.items() for name in layers}
     for name, array in by_name.items():
         path = of_layer.get(name)
         if path is None:
@@ -207,7 +208,7 @@ def join_layers(
         elif path not in joined:
             axes = stacks[path]
             counts = tuple(shapes[path][axis] for axis in axes)
-            layers = [by_name[layer_name(path, index)] for index in layer_indices(shapes[path], axes)]
+            layers = [by_name[layer] for layer in names[path]]
             module: Any = np if all(isinstance(layer, np.ndarray) for layer in layers) else jnp
             stack = module.stack(layers)
             stack = stack.reshape(counts + stack.shape[1:])
@@ -224,7 +225,7 @@ def join_masks(
     """
     complete, shapes = dict(by_name), {path: leaf.shape for path, leaf in leaves.items()}
     for path, axes in stacks.items():
-        names = [layer_name(path, index) for index in layer_indices(shapes[path], axes)]
+        names = layer_names(path, shapes[path], axes)
         if any(name in by_name for name in names):
             ones = jnp.ones(layer_shape(shapes[path], axes), bool)
             complete |= {name: by_name.get(name, ones) for name in names}
