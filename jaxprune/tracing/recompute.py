@@ -18,8 +18,6 @@ from jaxprune.tree.leaves import array_leaves
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import Jaxpr, JaxprEqn
 
-__all__ = ["Recomputation", "with_recipes"]
-
 _CHEAP = frozenset(
     (
         *("abs", "neg", "sign", "square", "integer_pow", "add", "sub", "mul", "div", "max", "min", "copy"),
