@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.serialization
 import flax.struct
@@ -456,19 +456,6 @@ def test_a_gradient_that_is_nan_at_zero_does_not_hold_up_pruning():
 # The survivors of the masked network train as if the rest had never been there
 
 
-class Flat(NamedTuple):
-    """The same network without its pruned weights: each leaf holds the kept entries only."""
-
-    masks: Any
-
-    def shrink(self, tree: Any) -> Any:
-        return jax.tree.map(lambda leaf, mask: leaf[..., mask], tree, self.masks)
-
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        dense = jax.tree.map(lambda leaf, mask: jnp.zeros(mask.shape).at[mask].set(leaf), params, self.masks)
-        return loss_fn(dense, batch)
-
-
 SAME_WITHOUT = {
     "sgd momentum": Case(lambda: optax.sgd(0.1, momentum=0.9)),
     "clip + adam": Case(lambda: optax.chain(optax.clip_by_global_norm(0.3), optax.adam(0.02))),
@@ -480,25 +467,27 @@ SAME_WITHOUT = {
 }
 
 
-def assert_same_survivors(params: Any, flat: Flat, without: Any) -> None:
-    for leaf, other in zip(host(flat.shrink(params)), host(without), strict=True):
-        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", SAME_WITHOUT)
 def test_keep_masked_trains_as_if_pruned_weights_did_not_exist(name):
-    case, batch = SAME_WITHOUT[name], make_batch()
-    flat = Flat(jax.tree.map(np.asarray, half_masks()))
-    params = jp.apply_masks(make_params(), flat.masks)
-    without = flat.shrink(params)
-    tx, plain = jp.keep_masked(case.make(), flat.masks), case.make()
+    case, batch, masks = SAME_WITHOUT[name], make_batch(), jax.tree.map(np.asarray, half_masks())
+
+    def shrink(tree):
+        return jax.tree.map(lambda leaf, mask: leaf[mask], tree, masks)
+
+    def loss(params, batch):
+        return loss_fn(jax.tree.map(lambda p, m: jnp.zeros(m.shape).at[m].set(p), params, masks), batch)
+
+    params = jp.apply_masks(make_params(), masks)
+    without = shrink(params)
+    tx, plain = jp.keep_masked(case.make(), masks), case.make()
     opt_state, plain_state = init(tx, params, case), init(plain, without, case)
-    step, plain_step = jax.jit(make_step(tx, case)), jax.jit(make_step(plain, case, flat.loss))
+    step, plain_step = jax.jit(make_step(tx, case)), jax.jit(make_step(plain, case, loss))
     for _ in range(12):
         params, opt_state, value = step(params, opt_state, batch)
         without, plain_state, plain_value = plain_step(without, plain_state, batch)
         np.testing.assert_allclose(value, plain_value, rtol=1e-3)
-    assert_same_survivors(params, flat, without)
+    for leaf, other in zip(host(shrink(params)), host(without), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6)
 
 
 # What optimizers keep in their states
@@ -589,7 +578,7 @@ def test_extra_arguments_reach_the_optimizer_and_the_score():
     assert_zero_where_pruned(optax.apply_updates(params, updates), opt_state.pruner.masks)
 
 
-# Containers of params
+# Other params than a dict
 
 
 class Mlp(nnx.Module):
@@ -602,9 +591,6 @@ class Mlp(nnx.Module):
 
     def __call__(self, x):
         return self.out(jnp.tanh(self.hidden(x)))
-
-
-# How to make the params, and how to read them as the dict of `make_params`.
 
 
 def test_a_bare_array():
@@ -662,25 +648,50 @@ def test_update_without_params_raises(make):
 
 
 def test_arguments_in_the_wrong_order_raise():
-    with pytest.raises(TypeError, match="a jaxprune Pruner, in this order, got Pruner and"):
-        jp.wrap_optax(gradual(), optax.adam(0.02))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="takes an optax optimizer first, got a dict"):
-        jp.keep_masked(half_masks(), optax.adam(0.02))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="takes an optax optimizer first, got Pruner"):
-        jp.keep_masked(gradual(), half_masks())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="got GradientTransformationExtraArgs and Schedule"):
-        jp.wrap_optax(optax.adam(0.02), jp.schedules.constant(0.5))  # type: ignore[arg-type]
+    call: Any
+    for call, arguments, message in (
+        (jp.wrap_optax, (gradual(), optax.adam(0.02)), "a jaxprune Pruner, in this order, got Pruner and"),
+        (jp.keep_masked, (half_masks(), optax.adam(0.02)), "takes an optax optimizer first, got a dict"),
+        (jp.keep_masked, (gradual(), half_masks()), "takes an optax optimizer first, got Pruner"),
+        (
+            jp.wrap_optax,
+            (optax.adam(0.02), jp.schedules.constant(0.5)),
+            "got GradientTransformationExtraArgs and Schedule",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call(*arguments)
 
 
-def test_masks_that_do_not_mirror_the_params_raise():
-    params, masks = make_params(), half_masks()
-    with pytest.raises(ValueError, match=r"Missing: out/bias, out/kernel\. Not in params: none"):
-        jp.keep_masked(optax.adam(0.02), {"hidden": masks["hidden"]}).init(params)
-    with pytest.raises(ValueError, match=r"Missing: none\. Not in params: head/kernel"):
-        jp.keep_masked(optax.adam(0.02), {**masks, "head": {"kernel": jnp.ones(2, bool)}}).init(params)
-    masks["out"]["kernel"] = masks["out"]["kernel"].T
-    with pytest.raises(ValueError, match=r"masks\['out/kernel'\] has shape \(4, 8\), but .*\(8, 4\)"):
-        jp.keep_masked(optax.adam(0.02), masks).init(params)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            lambda m: {"hidden": m["hidden"]},
+            ValueError,
+            r"Missing: out/bias, out/kernel\. Not in params: none",
+        ),
+        (
+            lambda m: m | {"head": {"kernel": jnp.ones(2, bool)}},
+            ValueError,
+            r"Missing: none\. Not in params: head/kernel",
+        ),
+        (
+            lambda m: m | {"out": m["out"] | {"kernel": m["out"]["kernel"].T}},
+            ValueError,
+            r"masks\['out/kernel'\] has shape \(4, 8\), but .*\(8, 4\)",
+        ),
+        (
+            lambda m: jax.tree.map(lambda mask: mask.astype(jnp.int32), m),
+            TypeError,
+            r"masks\['hidden/bias'\] is int32\[8\], but masks are bool",
+        ),
+    ],
+    ids=["missing", "unknown", "shape", "dtype"],
+)
+def test_masks_that_do_not_mirror_the_params_raise(change, error, message):
+    with pytest.raises(error, match=message):
+        jp.keep_masked(optax.adam(0.02), change(half_masks())).init(make_params())
 
 
 def test_a_state_of_other_params_raises():
@@ -689,12 +700,6 @@ def test_a_state_of_other_params_raises():
     other = {"hidden": make_params()["hidden"]}
     with pytest.raises(ValueError, match="Not in params: out/bias, out/kernel"):
         tx.update(other, opt_state, other)
-
-
-def test_masks_that_are_not_bool_raise():
-    masks = jax.tree.map(lambda mask: mask.astype(jnp.int32), half_masks())
-    with pytest.raises(TypeError, match=r"masks\['hidden/bias'\] is int32\[8\], but masks are bool"):
-        jp.keep_masked(optax.adam(0.02), masks).init(make_params())
 
 
 def test_an_empty_tree_raises_on_update():
