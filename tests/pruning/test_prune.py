@@ -251,54 +251,51 @@ def test_of_equal_scores_the_first_leaf_and_the_first_entry_go():
 
 # Floor
 
-
-def test_the_default_floor_never_empties_a_leaf_and_says_so_global():
-    scores = {"big": np.full((4, 4), 9, np.float32), "small": np.array([[0, 1], [2, 3]], np.float32)}
-    after, messages = prune(scores, count=6)
-    assert after["small"].tolist() == [[False, False], [False, True]]
-    assert (~after["big"]).sum() == 3
-    (message,) = messages
-    assert "floor=1 kept the last units of small" in message and "big" not in message
+BIG = np.full((4, 4), 9, np.float32)
+EMPTY = {"big": jnp.ones((4, 4), bool), "small": jnp.zeros((2, 2), bool)}
 
 
-def test_the_default_floor_never_empties_a_leaf_and_says_so_layerwise():
-    scores = {"big": np.full((4, 4), 9, np.float32), "small": np.ones((1, 2), np.float32)}
-    after, messages = prune(scores, sparsity=0.9, scope="layerwise")
-    assert after["small"].tolist() == [[False, True]]
-    (message,) = messages
-    assert message.startswith("small: 1 of the 2 units asked for were removed, because floor=1")
-
-
-def test_the_floor_speaks_for_a_leaf_it_kept_whole():
-    scores = {"big": np.full((4, 4), 9, np.float32), "single": np.zeros((1, 1), np.float32)}
-    after, messages = prune(scores, count=2)
-    assert after["single"].all() and (~after["big"]).sum() == 2
-    (message,) = messages
-    assert "floor=1 kept the last units of single" in message
-
-
-def test_the_floor_says_nothing_where_it_does_not_bite():
-    scores = {"big": np.ones((4, 4), np.float32), "small": np.array([[0, 9]], np.float32)}
-    for scope in ("global", "layerwise"):
-        assert prune(scores, sparsity=0.5, scope=scope)[1] == []
-
-
-def test_floor_0_empties_a_leaf_and_says_so_once():
-    scores = {"big": np.full((4, 4), 9, np.float32), "small": np.ones((2, 2), np.float32)}
-    after, (message,) = prune(scores, count=4, floor=0)
-    assert not after["small"].any() and after["big"].all()
-    assert message.startswith("layer collapse: small kept nothing")
-    assert prune(scores, count=2, masks=on_device(after), floor=0)[1] == []  # it was empty before
-    after, (message,) = prune(scores, sparsity=0.9, floor=0, scope="layerwise")
-    assert not after["small"].any() and message.startswith("layer collapse: small kept nothing")
-    assert prune(scores, count=3, floor=0)[1] == []
-
-
-def test_a_floor_of_three():
-    scores = {"big": np.full((4, 4), 9, np.float32), "small": np.ones((2, 2), np.float32)}
-    after, messages = prune(scores, count=5, floor=3)
-    assert after["small"].sum() == 3 and after["big"].sum() == 12
-    assert "floor=3 kept the last units of small" in messages[0]
+@pytest.mark.parametrize(
+    ("small", "options", "kept", "says"),
+    [
+        (
+            [[0, 1], [2, 3]],
+            {"count": 6},
+            (13, [[0, 0], [0, 1]]),
+            "^(?!.*big).*floor=1 kept the last units of small,",
+        ),
+        (
+            [[1, 1]],
+            {"sparsity": 0.9, "scope": "layerwise"},
+            (2, [[0, 1]]),
+            "^small: 1 of the 2 units asked for were removed, because floor=1",
+        ),
+        ([[0]], {"count": 2}, (14, [[1]]), "floor=1 kept the last units of small"),
+        ([[0, 9]], {"sparsity": 0.5, "scope": "layerwise"}, (8, [[0, 1]]), None),
+        ([[0, 9]], {"sparsity": 0.5}, (8, [[0, 1]]), None),
+        (np.ones((2, 2)), {"count": 4, "floor": 0}, (16, 0), "^layer collapse: small kept nothing"),
+        (np.ones((2, 2)), {"count": 2, "floor": 0, "masks": EMPTY}, (14, 0), None),  # it was empty before
+        (
+            np.ones((2, 2)),
+            {"sparsity": 0.9, "floor": 0, "scope": "layerwise"},
+            (2, 0),
+            "^layer collapse: small kept nothing",
+        ),
+        (np.ones((2, 2)), {"count": 3, "floor": 0}, (16, 1), None),
+        (np.ones((2, 2)), {"count": 5, "floor": 3}, (12, 3), "floor=3 kept the last units of small"),
+    ],
+)
+def test_a_floor_keeps_units_and_says_so(small, options, kept, says):
+    scores = {"big": BIG, "small": np.asarray(small, np.float32)}
+    after, messages = prune(scores, **options)
+    big, rest = kept
+    assert after["big"].sum() == big
+    if isinstance(rest, list):
+        assert after["small"].tolist() == np.array(rest, bool).tolist()
+    else:
+        assert after["small"].sum() == rest
+    assert len(messages) == bool(says)
+    assert not says or re.search(says, messages[0])
 
 
 def test_a_count_beyond_what_is_left_says_so():

@@ -82,17 +82,6 @@ def test_the_loss_rises_by_exactly_the_saliencies():
         before = after
 
 
-def test_removing_at_once_is_removing_one_at_a_time():
-    x, y = data(1)
-    start, batch = tree(refit(x, y, list(range(INPUTS)))[0]), arrays(x, y)
-    params, masks = start, None
-    for _ in range(4):
-        params, masks = optimal_brain_surgeon(regression, params, 1, batch, masks=masks)
-    at_once, masks_at_once = optimal_brain_surgeon(regression, start, 4, batch)
-    np.testing.assert_array_equal(masks["kernel"], masks_at_once["kernel"])
-    np.testing.assert_allclose(params["kernel"], at_once["kernel"], rtol=1e-3, atol=1e-4)
-
-
 def test_it_finds_cheaper_weights_than_magnitude():
     # Two inputs that are nearly one: each alone has a large weight, and either can go for free.
     x, _ = data(2)
