@@ -1,4 +1,3 @@
-import itertools
 import operator
 import warnings
 
@@ -67,37 +66,6 @@ def test_the_sparsity_after_t_calls_is_the_schedules_and_the_end_is_reached(begi
         expected = round(float(schedule(passed[-1])) * 100) if passed else 0
         assert 100 - sum(kept(state.masks).values()) + 3 == expected
     assert 103 - sum(kept(state.masks).values()) == round(target * 100)
-
-
-def test_a_cadence_longer_than_the_schedule_still_reaches_the_target():
-    schedule = jp.schedules.cubic(0.9, begin_step=1, end_step=9)
-    with pytest.warns(
-        UserWarning, match=r"cubic\(0.9, 1-9\), every=1000.*longer than the schedule.* 8 calls"
-    ):
-        pruner = jp.pruner(jp.scores.magnitude, sparsity=schedule, every=1000)
-    states = run(pruner, params_of(), 12)
-    assert [103 - sum(kept(s.masks).values()) for s in states] == [0] * 8 + [90] * 4
-
-
-def test_training_exactly_until_the_end_step_reaches_the_target():
-    schedule = jp.schedules.linear(0.5, begin_step=0, end_step=7)
-    assert sum(kept(run(jp.pruner(jp.scores.magnitude, schedule), params_of(), 7)[-1].masks).values()) == 53
-
-
-def test_initial_sparsity_is_pruned_at_the_begin_step():
-    schedule = jp.schedules.cubic(0.8, begin_step=3, end_step=9, initial_sparsity=0.4)
-    states = run(jp.pruner(jp.scores.magnitude, schedule, every=6), params_of(), 9)
-    assert [103 - sum(kept(s.masks).values()) for s in states] == [0, 0] + [40] * 6 + [80]
-
-
-def test_masks_only_grow_when_the_scores_change():
-    pruner = jp.pruner(jp.scores.random, jp.schedules.linear(0.9, end_step=10), seed=3)
-    states = run(pruner, params_of(), 10)
-    for before, after in itertools.pairwise(states):
-        assert all(
-            jax.tree.leaves(jax.tree.map(lambda b, a: bool((a <= b).all()), before.masks, after.masks))
-        )
-    assert sum(kept(states[-1].masks).values()) == 13
 
 
 def test_of_remaining_prunes_down_to_the_floor_and_then_rests():

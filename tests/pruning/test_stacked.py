@@ -375,8 +375,8 @@ def scan_params(seed, layers=3, width=16):
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 8)), jnp.float32)
 GROUPS = jp.channel_groups(scan_net, scan_params(0), X)
-STRUCTURE = jp.structures.channels(GROUPS)
-(STACK,) = STRUCTURE.families
+CHANNELS = jp.structures.channels(GROUPS)
+(STACK,) = CHANNELS.families
 
 
 def unit_scores(params):
@@ -400,7 +400,7 @@ def widths(masks):
 @given(st.integers(0, 10**6), st.sampled_from(["global", "isomorphic", "layerwise"]), st.floats(0.05, 0.9))
 def test_stacks_keep_equally_many_and_each_layer_its_best(seed, scope, sparsity):
     params = scan_params(seed)
-    masks = once(params, sparsity, structure=STRUCTURE, scope=scope)
+    masks = once(params, sparsity, structure=CHANNELS, scope=scope)
     stack, alone = unit_scores(params)
     if scope == "layerwise":
         kept, hidden = 16 - round(sparsity * 16), 10 - round(sparsity * 10)
@@ -426,7 +426,7 @@ def test_stacks_under_jit_and_what_compact_makes_of_them():
     params = scan_params(1)
 
     def prune(params):
-        return once(params, 0.4, structure=STRUCTURE)
+        return once(params, 0.4, structure=CHANNELS)
 
     masks = prune(params)
     for one, other in zip(jax.tree.leaves(masks), jax.tree.leaves(jax.jit(prune)(params)), strict=True):
@@ -441,7 +441,7 @@ def test_stacks_under_jit_and_what_compact_makes_of_them():
 def test_what_a_stack_keeps_beside_what_was_asked_for_is_said():
     params = scan_params(2)
     where = jp.matching("up", "down")
-    options = {"structure": STRUCTURE, "where": where}
+    options = {"structure": CHANNELS, "where": where}
     with pytest.warns(
         UserWarning, match=r"\[\*\].*: 33 units are kept where the target asks for 34, .* 3 layers: 11"
     ):
@@ -463,7 +463,7 @@ def test_a_threshold_keeps_equally_many_too():
     bound = float(np.quantile(stack, 0.4))
     above = (stack >= bound).sum(1)
     assert len(set(above)) > 1
-    options = {"structure": STRUCTURE, "threshold": bound, "where": jp.matching("up", "down")}
+    options = {"structure": CHANNELS, "threshold": bound, "where": jp.matching("up", "down")}
     equal = once(params, **options)
     own = once(params, scope="layerwise", **options)
     assert widths(equal)[0] == [max(round(above.sum() / 3), 1)] * 3
@@ -483,14 +483,14 @@ def test_floors_and_multiples_of_stacks():
             masks = once(params, sparsity, structure=structure)
             stack, _ = widths(masks)
             assert len(set(stack)) == 1 and stack[0] in allowed
-    named = jp.structures.channels(GROUPS, min_width={STRUCTURE.families[STACK].names[0]: 9})
+    named = jp.structures.channels(GROUPS, min_width={CHANNELS.families[STACK].names[0]: 9})
     assert widths(once(params, 0.9, structure=named))[0] == [9] * 3
 
 
 def test_targets_of_stacks_of_channels():
     params = scan_params(5)
-    names = STRUCTURE.families[STACK].names
-    options = {"structure": STRUCTURE, "scope": "layerwise"}
+    names = CHANNELS.families[STACK].names
+    options = {"structure": CHANNELS, "scope": "layerwise"}
     masks = once(params, {STACK: 0.5}, **options)
     assert widths(masks) == ([8] * 3, 10)
     masks = once(params, count={STACK: [1, 2, 3], names[1]: 4}, **options)
@@ -501,10 +501,10 @@ def test_targets_of_stacks_of_channels():
 
 def test_what_is_pruned_of_a_layer_never_comes_back():
     params = scan_params(6)
-    names = STRUCTURE.families[STACK].names
-    start = once(params, count={names[0]: 9}, structure=STRUCTURE, scope="layerwise")
+    names = CHANNELS.families[STACK].names
+    start = once(params, count={names[0]: 9}, structure=CHANNELS, scope="layerwise")
     with pytest.warns(UserWarning, match="equally many in each of its 3 layers: 7"):
-        masks = once(params, 0.25, structure=STRUCTURE, masks=start)
+        masks = once(params, 0.25, structure=CHANNELS, masks=start)
     assert widths(masks)[0] == [7] * 3
     assert all(not (new & ~old).any() for new, old in zip(*map(jax.tree.leaves, (masks, start)), strict=True))
 
@@ -549,7 +549,7 @@ def test_gradual_pruners_of_stacks_are_monotone_and_come_to_rest(of, multiple_of
 def test_a_state_goes_on_after_compaction(scope):
     params = scan_params(8)
     schedule = jp.schedules.linear(0.5, begin_step=1, end_step=5)
-    pruner = gradual(schedule, structure=STRUCTURE, scope=scope)
+    pruner = gradual(schedule, structure=CHANNELS, scope=scope)
     state = pruner.init(params)
     for _ in range(3):
         state = pruner.update(state, params)
@@ -565,7 +565,7 @@ def test_a_state_goes_on_after_compaction(scope):
 def test_elements_go_on_after_compaction():
     params = scan_params(9)
     stacked = lambda path, leaf: int(path in ("up", "down", "bias"))  # noqa: E731
-    masks = once(params, 0.5, structure=STRUCTURE, scope="layerwise")
+    masks = once(params, 0.5, structure=CHANNELS, scope="layerwise")
     pruner = gradual(jp.schedules.one_shot(0.75, 1), masks=masks, scope="layerwise", stacked=stacked)
     small = jp.compact(scan_net, params, masks, X)
     state = pruner.update(small.shrink(pruner.init(params)), small.params)
@@ -576,16 +576,16 @@ def test_elements_go_on_after_compaction():
 @quiet
 def test_budgets_of_stacks():
     params = scan_params(10)
-    found = jp.budget(jp.metrics.nonzeros, params, at_most=500, structure=STRUCTURE)
+    found = jp.budget(jp.metrics.nonzeros, params, at_most=500, structure=CHANNELS)
     (first, *others), _ = widths(found.masks)
     assert others == [first] * 2 and found.value <= 500
-    same = once(params, found.sparsity, structure=STRUCTURE)
+    same = once(params, found.sparsity, structure=CHANNELS)
     assert widths(same) == widths(found.masks)
     curves = jp.sensitivity(
         lambda p: jnp.sum(scan_net(p, X) ** 2),
         params,
         levels=(0.5,),
-        structure=STRUCTURE,
+        structure=CHANNELS,
         together={"all": STACK},
     )
     assert [point.kept for point in curves.of("all")] == [24]
@@ -594,7 +594,7 @@ def test_budgets_of_stacks():
 def test_stacks_that_are_known_and_said_must_agree():
     params = scan_params(11)
     layers = lambda path, leaf: int(path in GROUPS.stacks)  # noqa: E731
-    options = {"structure": STRUCTURE, "scope": "layerwise"}
+    options = {"structure": CHANNELS, "scope": "layerwise"}
     same = once(params, 0.5, stacked=layers, **options)
     assert widths(same) == widths(once(params, 0.5, **options))
     for wrong, message in (
@@ -623,7 +623,7 @@ def test_stacks_that_are_known_and_said_must_agree():
 def test_groups_of_other_params_are_told_by_the_stack():
     params = scan_params(12) | {"up": jnp.ones(())}
     with pytest.raises(ValueError, match=r"params\['up'\] has the shape \(\), but the groups have layers"):
-        once(params, 0.5, structure=STRUCTURE)
+        once(params, 0.5, structure=CHANNELS)
 
 
 def test_default_where_takes_a_stacked_leaf_as_its_layers():
@@ -817,40 +817,20 @@ def test_tables_name_layers():
 
 
 def test_a_recipe_says_which_leaves_are_stacked():
-    text = """
-    prune:
-      score: lamp
-      sparsity: {erk: 0.5}
-      scope: layerwise
-      stacked: {"body/*": [1]}
-    """
     case = Both((1,), (3, 1), (4, 6))
+    text = 'prune: {score: lamp, sparsity: {erk: 0.5}, scope: layerwise, stacked: {"body/*": [1]}}'
     pruner = jp.recipes.parse(text).pruner(case.params)
     masks = updated(pruner, case.params)
     targets = jp.distributions.erk(case.list, 0.5)
     case.check(masks, jp.prune_once(case.list, jp.scores.lamp, targets, scope="layerwise"))
     assert pruner.progress(masks).stacks == {"body/kernel": (1,)}
-    rewired = """
-    prune:
-      score: magnitude
-      sparsity: 0.5
-      scope: layerwise
-      stacked: {"body/*": [1]}
-      rewire: {set: {every: 1, end_step: 5}}
-    """
+    half = "prune: {score: magnitude, sparsity: 0.5, scope: layerwise, "
+    rewired = half + 'stacked: {"body/*": [1]}, rewire: {set: {every: 1, end_step: 5}}}'
     pruner = jp.recipes.parse(rewired).pruner(case.params)
     state = pruner.init(case.params)
     state = pruner.update(pruner.update(state, case.params), case.params)
     assert state.masks["body"]["kernel"].sum((0, 2)).tolist() == [12, 12, 12]
-    channels = """
-    prune:
-      score: magnitude
-      sparsity: 0.5
-      scope: layerwise
-      structure: channels
-      stacked: {"up": 1, "down": 1, "bias": 1}
-    """
-    params = scan_params(14)
+    params, channels = scan_params(14), half + "structure: channels, stacked: {up: 1, down: 1, bias: 1}}"
     pruner = jp.recipes.parse(channels).pruner(params, apply_fn=scan_net, x=X)
     assert widths(updated(pruner, params)) == ([8] * 3, 5)
     for bad, message in (

@@ -156,15 +156,6 @@ def test_lowest_is_nested(problem, data):
         assert not (small & ~large).any()
 
 
-@pytest.mark.parametrize("shapes", SHAPES, ids=len)
-def test_ties_go_by_place(shapes):
-    scores = [np.zeros(shape, np.float32) for shape in shapes]
-    size = sum(s.size for s in scores)
-    for count in range(size + 1):
-        got = chosen_by_jaxprune(scores, [np.ones(shape, bool) for shape in shapes], count)
-        assert np.concatenate([mask.ravel() for mask in got]).tolist() == [i < count for i in range(size)]
-
-
 @pytest.mark.parametrize(
     "dtype", ["float16", "bfloat16", "int8", "int32", "uint8", "uint32", "float64", "int64"]
 )

@@ -110,16 +110,27 @@ def train(
 # Every optimizer in half precision; `test_every_optimizer` has them in single precision
 
 
-@pytest.mark.parametrize("name", [name for name, case in OPTIMIZERS.items() if jnp.bfloat16 in case.dtypes])
-def test_wrap_optax_prunes_inside_every_optimizer_in_half_precision(name):
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        *((name, False) for name, case in OPTIMIZERS.items() if jnp.bfloat16 in case.dtypes),
+        *((name, True) for name in ("adam", "lamb", "lookahead", "contrib.schedule_free_sgd")),
+    ],
+)
+def test_every_optimizer_in_half_precision(name, keep):
     case = OPTIMIZERS[name]
-    tx = jp.wrap_optax(case.make(), gradual(where=jp.matching("hidden/kernel"), floor=0))
     initial, batch = params, batch = start(case, jnp.bfloat16)
+    if keep:  # the params are not masked yet: they become so with the first update
+        masks = jp.prune_once(networks(params)[0], jp.scores.magnitude, sparsity=0.8)
+        tx, kept_by_step = jp.keep_masked(case.make(), masks), (16,) * 3
+    else:
+        pruner = gradual(where=jp.matching("hidden/kernel"), floor=0)
+        tx, kept_by_step = jp.wrap_optax(case.make(), pruner), KEPT_OF_HIDDEN
     opt_state = init(tx, params, case)
     step, traces = counted(make_step(tx, case))
     step = jax.jit(step)
     masks = masks_of(opt_state)
-    for expected in KEPT_OF_HIDDEN:
+    for expected in kept_by_step:
         before = masks
         params, opt_state, loss = step(params, opt_state, batch)
         masks = masks_of(opt_state)
@@ -131,26 +142,6 @@ def test_wrap_optax_prunes_inside_every_optimizer_in_half_precision(name):
     assert_survivors_move(networks(params)[0], networks(initial)[0], masks)
     if name != "contrib.galore":  # its state is in a rotated basis
         assert_state_zero_where_pruned(opt_state.inner, masks)
-
-
-@pytest.mark.parametrize("name", ["adam", "lamb", "lookahead", "contrib.schedule_free_sgd"])
-def test_keep_masked_keeps_masks_in_half_precision(name):
-    case = OPTIMIZERS[name]
-    initial, batch = params, batch = start(case, jnp.bfloat16)
-    # The params are not masked yet: they become so with the first update.
-    masks = jp.prune_once(networks(params)[0], jp.scores.magnitude, sparsity=0.8)
-    tx = jp.keep_masked(case.make(), masks)
-    opt_state = init(tx, params, case)
-    step, traces = counted(make_step(tx, case))
-    step = jax.jit(step)
-    for _ in range(3):
-        params, opt_state, loss = step(params, opt_state, batch)
-        assert_zero_where_pruned(params, masks)
-        assert_finite(params, loss)
-    assert len(traces) == 1
-    assert_survivors_move(networks(params)[0], networks(initial)[0], masks)
-    assert all((new == old).all() for new, old in zip(host(opt_state.masks), host(masks), strict=True))
-    assert_state_zero_where_pruned(opt_state.inner, masks)
 
 
 @pytest.mark.parametrize("types", [("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "float16")])
@@ -261,6 +252,14 @@ def wrapped() -> Any:
     return jp.wrap_optax(optax.adam(0.02), gradual())
 
 
+def half_masks() -> Any:
+    return jp.prune_once(make_params(), jp.scores.magnitude, sparsity=0.5)
+
+
+def fixed() -> Any:
+    return jp.keep_masked(optax.adam(0.02), half_masks())
+
+
 # What is kept by step, where the pruner is not asked at every step.
 EVERY_OTHER = (80, *np.repeat(KEPT, 2))
 
@@ -344,25 +343,18 @@ def test_one_pruner_for_each_part_of_the_params():
     assert_zero_where_pruned(params["out"], found[1]["out"])
 
 
-@pytest.mark.parametrize("make", [wrapped, lambda: jp.keep_masked(optax.adam(0.02), half_masks())])
+@pytest.mark.parametrize("make", [wrapped, fixed])
 def test_a_transform_chained_after_breaks_the_zeros_and_check_pruned_finds_it(make):
-    tx = optax.chain(make(), optax.scale(0.5))
-    params, batch = make_params(), make_batch()
-    step, opt_state = jax.jit(make_step(tx)), tx.init(params)
-    for _ in range(4):
-        params, opt_state, _ = step(params, opt_state, batch)
+    tx, params = optax.chain(make(), optax.scale(0.5)), make_params()
+    params, opt_state = run_on(jax.jit(make_step(tx)), params, tx.init(params), 4)
     with pytest.raises(ValueError, match=r"'hidden/kernel'\] has \d+ pruned entries that are not 0"):
         jp.check_pruned(params, masks_of(opt_state))
-
-
-def half_masks() -> Any:
-    return jp.prune_once(make_params(), jp.scores.magnitude, sparsity=0.5)
 
 
 def test_map_params_finds_the_moments_and_the_masks():
     params = make_params()
     remembering = jp.wrap_optax(optax.adam(0.02), gradual(memory=0.5))
-    for tx in (wrapped(), remembering, jp.keep_masked(optax.adam(0.02), half_masks())):
+    for tx in (wrapped(), remembering, fixed()):
         opt_state = tx.init(params)
         marked = optax.tree.map_params(
             tx, lambda leaf: leaf.shape, opt_state, transform_non_params=lambda leaf: None
@@ -401,21 +393,18 @@ def careful() -> Any:
     return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.02)), 5)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_masks_wait_for_finite_scores(bad):
+@pytest.mark.parametrize(
+    ("bursts", "expected"),
+    [
+        # What was due at 4 is done at 5, and what was due at 6 and 7, at once, at 8.
+        *((dict.fromkeys((1, 4, 6, 7), bad), [*[80] * 4, *[30] * 3, *[16] * 3]) for bad in (np.nan, np.inf)),
+        ({4: 1e30, 6: 1e30}, [*KEPT]),  # huge, and finite
+    ],
+)
+def test_masks_wait_for_finite_scores(bursts, expected):
     tx = jp.wrap_optax(careful(), gradual(jp.scores.taylor))
-    bursts = {1: bad, 4: bad, 6: bad, 7: bad}
-    params, _, history = train_through_bursts(tx, bursts, 9)
-    # What was due at 4 is done at 5, and what was due at 6 and 7, at once, at 8.
-    assert history == [80, 80, 80, 80, 30, 30, 30, 16, 16]
-    assert_finite(params)
-
-
-def test_huge_but_finite_gradients_still_rank():
-    params, _, history = train_through_bursts(
-        jp.wrap_optax(careful(), gradual(jp.scores.taylor)), {4: 1e30, 6: 1e30}, 10
-    )
-    assert history == list(KEPT)
+    params, _, history = train_through_bursts(tx, bursts, len(KEPT))
+    assert history == expected
     assert_finite(params)
 
 
@@ -625,7 +614,7 @@ def test_nnx_optimizer():
 # Wrong use
 
 
-@pytest.mark.parametrize("make", [wrapped, lambda: jp.keep_masked(optax.adam(0.02), half_masks())])
+@pytest.mark.parametrize("make", [wrapped, fixed])
 def test_update_without_params_raises(make):
     tx, params = make(), make_params()
     with pytest.raises(ValueError, match=r"call tx\.update\(grads, opt_state, params\)"):
@@ -721,7 +710,7 @@ def test_a_restored_keep_masked_state_continues_bit_by_bit():
     assert_identical(got, run_on(step, *halfway, 3))
 
 
-@pytest.mark.parametrize("make", [wrapped, lambda: jp.keep_masked(optax.adam(0.02), half_masks())])
+@pytest.mark.parametrize("make", [wrapped, fixed])
 def test_params_and_state_may_be_donated(make):
     tx, params = make(), make_params()
     step = make_step(tx)
