@@ -1,5 +1,6 @@
 """prune_once: against the oracle, under jit and vmap, the published counts, and bad input."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -194,7 +195,7 @@ def test_other_norms_are_the_oracle_without_ties(spec, norm):
     scores = {path: rng.normal(size=shape).astype(np.float32) for path, shape in TREES["conv"].items()}
     before = {path: rng.random(shape) < 0.8 for path, shape in TREES["conv"].items()}
     for scope, sparsity in itertools.product(("global", "layerwise"), (0.3, 0.7)):
-        assert_oracle(scores, before, spec._replace(norm=norm), sparsity, scope=scope, floor=0)
+        assert_oracle(scores, before, dataclasses.replace(spec, norm=norm), sparsity, scope=scope, floor=0)
 
 
 @pytest.mark.parametrize("norm", [2, 3, 0.5])
