@@ -1,7 +1,5 @@
 """RigL, SET and rewiring: against loops in numpy, in every structure, inside optimizers."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,34 +212,6 @@ def test_training_by_hand_equals_the_wrapper():
     assert int(opt_state.pruner.row) == 6
     assert int(optax.tree.get(opt_state.inner, "count")) == 24  # no step in the 6 updates of masks
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (their_masks, masks)), strict=True))
-
-
-def test_many_seeds_in_one_program():
-    def run(key):
-        keys = jax.random.split(key)
-        params = jax.tree.map(lambda p: jax.random.normal(keys[0], p.shape), PARAMS)
-        masks = jp.prune_once(params, jp.scores.random, 0.6, key=keys[1], scope="layerwise")
-        params = jp.apply_masks(params, masks)
-        tx = jp.wrap_optax(optax.adam(0.05), jp.rigl(masks, every=3, end_step=30))
-
-        def step(carry, number):
-            params, opt_state = carry
-            grads = jax.tree.map(lambda p: jnp.cos(3 * p + number), params)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), None
-
-        (params, opt_state), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(12))
-        return params, opt_state.pruner.masks, masks
-
-    keys = jax.random.split(jax.random.key(0), 3)
-    together = jax.jit(jax.vmap(run))(keys)
-    for index, key in enumerate(keys):
-        params, masks, start = jax.tree.map(operator.itemgetter(index), together)
-        alone = jax.jit(run)(key)
-        jax.tree.map(np.testing.assert_array_equal, (masks, start), alone[1:])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, alone[0])
-        jp.check_pruned(params, masks)
-        assert (masks["a"]["kernel"] != start["a"]["kernel"]).any()
 
 
 def test_gradients_that_are_not_finite_move_nothing_under_jit_and_raise_outside():

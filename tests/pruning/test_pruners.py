@@ -1,4 +1,3 @@
-import itertools
 import operator
 import warnings
 
@@ -69,53 +68,6 @@ def test_the_sparsity_after_t_calls_is_the_schedules_and_the_end_is_reached(begi
     assert 103 - sum(kept(state.masks).values()) == round(target * 100)
 
 
-def test_a_cadence_longer_than_the_schedule_still_reaches_the_target():
-    schedule = jp.schedules.cubic(0.9, begin_step=1, end_step=9)
-    with pytest.warns(
-        UserWarning, match=r"cubic\(0.9, 1-9\), every=1000.*longer than the schedule.* 8 calls"
-    ):
-        pruner = jp.pruner(jp.scores.magnitude, sparsity=schedule, every=1000)
-    states = run(pruner, params_of(), 12)
-    assert [103 - sum(kept(s.masks).values()) for s in states] == [0] * 8 + [90] * 4
-
-
-def test_training_exactly_until_the_end_step_reaches_the_target():
-    schedule = jp.schedules.linear(0.5, begin_step=0, end_step=7)
-    assert sum(kept(run(jp.pruner(jp.scores.magnitude, schedule), params_of(), 7)[-1].masks).values()) == 53
-
-
-def test_initial_sparsity_is_pruned_at_the_begin_step():
-    schedule = jp.schedules.cubic(0.8, begin_step=3, end_step=9, initial_sparsity=0.4)
-    states = run(jp.pruner(jp.scores.magnitude, schedule, every=6), params_of(), 9)
-    assert [103 - sum(kept(s.masks).values()) for s in states] == [0, 0] + [40] * 6 + [80]
-
-
-def test_masks_only_grow_when_the_scores_change():
-    pruner = jp.pruner(jp.scores.random, jp.schedules.linear(0.9, end_step=10), seed=3)
-    states = run(pruner, params_of(), 10)
-    for before, after in itertools.pairwise(states):
-        assert all(
-            jax.tree.leaves(jax.tree.map(lambda b, a: bool((a <= b).all()), before.masks, after.masks))
-        )
-    assert sum(kept(states[-1].masks).values()) == 13
-
-
-def test_geometric_levels_and_of_remaining_agree_on_frankle_and_carbins_counts():
-    # 300-100 at 20 % a level, 10 % in the output layer: science of the paper's appendix.
-    shapes = {"fc1": (784, 300), "fc2": (300, 100), "fc3": (100, 10)}
-    params = params_of(shapes=shapes)
-    rate = {"fc1/kernel": 0.2, "fc2/kernel": 0.2, "fc3/kernel": 0.1}
-    pruner = jp.pruner(jp.scores.magnitude, sparsity=rate, of="remaining", scope="layerwise")
-    states = run(pruner, params, 19)
-    left = [sum(kept(s.masks).values()) - 3 for s in states]
-    assert [left[level - 1] for level in (1, 3, 6, 7, 9, 12, 15, 19)] == [
-        213060, 136511, 70051, 56094, 35981, 18506, 9537, 3958,
-    ]  # fmt: skip
-    geometric = {path: jp.schedules.geometric(r) for path, r in rate.items()}
-    total = run(jp.pruner(jp.scores.magnitude, geometric, scope="layerwise"), params, 3)
-    assert [sum(kept(s.masks).values()) - 3 for s in total] == left[:3]
-
-
 def test_of_remaining_prunes_down_to_the_floor_and_then_rests():
     pruner = jp.pruner(jp.scores.magnitude, 0.5, of="remaining", floor=1)
     states = run(pruner, {"kernel": jnp.arange(1.0, 13.0).reshape(3, 4)}, 8)
@@ -129,12 +81,6 @@ def test_levels_every_so_many_calls():
     assert [sum(kept(s.masks).values()) for s in states] == [16, 16, 8, 8, 8, 4, 4]
 
 
-def test_a_users_own_schedule():
-    own = jp.Schedule(lambda step: 0.1 * (step // 2), begin_step=0, end_step=6)
-    states = run(jp.pruner(jp.scores.magnitude, own), params_of(), 6)
-    assert [103 - sum(kept(s.masks).values()) for s in states] == [0, 10, 10, 20, 20, 30]
-
-
 def test_a_users_own_score_gets_what_update_is_given():
     def score(params, *, grads, key, target, **_):
         assert grads is None
@@ -145,17 +91,6 @@ def test_a_users_own_score_gets_what_update_is_given():
     pruner = jp.pruner(score, 0.25)
     state = pruner.update(pruner.init(params), params, target=3.0)
     assert state.masks["kernel"].tolist() == [[True, True], [False, True]]
-
-
-def test_nm_schedule_turns_groups_one_after_another():
-    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 6))}
-    pruner = jp.pruner(
-        jp.scores.magnitude, jp.schedules.linear(0.5, end_step=4), structure=jp.structures.nm(2, 4)
-    )
-    states = run(pruner, params, 4)
-    assert [sum(kept(s.masks).values()) for s in states] == [42, 36, 30, 24]
-    groups = states[-1].masks["kernel"].reshape(2, 4, 6).sum(1)
-    assert (groups == 2).all()
 
 
 def test_scores_that_are_not_finite_put_the_update_off_under_jit_and_raise_outside():

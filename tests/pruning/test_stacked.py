@@ -28,6 +28,7 @@ STRUCTURES = [
     jp.structures.nm(1, 2, axis=-2),
     jp.structures.nm(1, 2, axis=1),
 ]
+SCOPES = ["global", "layerwise"]
 
 
 class Both:
@@ -72,10 +73,30 @@ class Both:
             )
         np.testing.assert_array_equal(stacked["out"]["kernel"], listed["out"]["kernel"])
 
+    def alike(self, scores=jp.scores.magnitude, stack=None, listed=None, **options):
+        """Prune both, with options of one in `stack` and `listed`; check that they end alike."""
+        masks = (
+            jp.prune_once(self.params, scores, stacked=self.stacked, **options, **(stack or {})),
+            jp.prune_once(self.list, scores, **options, **(listed or {})),
+        )
+        self.check(*masks)
+        return masks
+
+
+def once(params, sparsity=None, **options):
+    return jp.prune_once(params, jp.scores.magnitude, sparsity, **options)
+
+
+def gradual(sparsity, **options):
+    return jp.pruner(jp.scores.magnitude, sparsity, **options)
+
 
 def updated(pruner, params):
     """The masks after one update."""
     return pruner.update(pruner.init(params), params).masks
+
+
+quiet = pytest.mark.filterwarnings("ignore")
 
 
 @st.composite
@@ -86,42 +107,28 @@ def both(draw):
     return Both(said, sizes, shape, draw(st.integers(0, 10**6)))
 
 
+@quiet
+@quiet
 @examples(60)
-@given(
-    both(),
-    st.sampled_from(range(len(STRUCTURES))),
-    st.sampled_from(["global", "layerwise"]),
-    st.floats(0, 0.99),
-    st.integers(0, 3),
-)
-def test_layers_of_a_stack_end_as_layers_of_a_list(case, number, scope, sparsity, floor):
-    structure = STRUCTURES[number]
-    options = {
-        "structure": structure,
-        "scope": scope,
-        "floor": floor,
-        "sparsity": sparsity * structure.max_sparsity,
-    }
-    once = functools.partial(jp.prune_once, scores=jp.scores.magnitude, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of floors, alike in both
-        case.check(once(case.params, stacked=case.stacked), once(case.list))
+@given(both(), st.sampled_from(STRUCTURES), st.sampled_from(SCOPES), st.floats(0, 0.99), st.integers(0, 3))
+def test_layers_of_a_stack_end_as_layers_of_a_list(case, structure, scope, sparsity, floor):
+    case.alike(structure=structure, scope=scope, floor=floor, sparsity=sparsity * structure.max_sparsity)
 
 
 @pytest.mark.parametrize("structure", [STRUCTURES[0], STRUCTURES[5]])
 @pytest.mark.parametrize("said", [1, (1,), (-1, 0)])
 def test_layers_of_a_stack_under_jit(said, structure):
-    case, scores = Both(said, (2, 3), (4, 6)), {"cheap": jp.scores.magnitude, "stored": jp.scores.lamp}
-    sparsity = 0.6 * structure.max_sparsity
-    for score in scores.values():
-        once = functools.partial(jp.prune_once, scores=score, sparsity=sparsity, structure=structure)
-        case.check(jax.jit(functools.partial(once, stacked=case.stacked))(case.params), once(case.list))
+    case = Both(said, (2, 3), (4, 6))
+    for score in (jp.scores.magnitude, jp.scores.lamp):  # read as they are ranked, and stored
+        options = {"scores": score, "sparsity": 0.6 * structure.max_sparsity, "structure": structure}
+        compiled = jax.jit(functools.partial(jp.prune_once, stacked=case.stacked, **options))
+        case.check(compiled(case.params), jp.prune_once(case.list, **options))
 
 
+@quiet
 @examples(25)
-@given(both(), st.sampled_from(range(len(STRUCTURES))), st.sampled_from(["sparsity", "count", "threshold"]))
-def test_a_target_for_each_layer(case, number, kind):
-    structure = STRUCTURES[number]
+@given(both(), st.sampled_from(STRUCTURES), st.sampled_from(["sparsity", "count", "threshold"]))
+def test_a_target_for_each_layer(case, structure, kind):
     rng = np.random.default_rng(len(case.indices))
     draw = {
         "sparsity": lambda: float(rng.uniform(0, 0.9)) * structure.max_sparsity,
@@ -129,30 +136,20 @@ def test_a_target_for_each_layer(case, number, kind):
         "threshold": lambda: float(rng.uniform(0, 3)),
     }[kind]
     array, listed = case.targets({index: draw() for index in case.indices}, draw())
-    once = functools.partial(
-        jp.prune_once, scores=jp.scores.magnitude, structure=structure, scope="layerwise", floor=0
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = once(case.params, **{kind: array}, stacked=case.stacked)
-        case.check(got, once(case.list, **{kind: listed}))
+    case.alike(stack={kind: array}, listed={kind: listed}, structure=structure, scope="layerwise", floor=0)
 
 
+@quiet
 @examples(25)
-@given(both(), st.sampled_from(range(len(STRUCTURES))), st.sampled_from(["global", "layerwise"]))
-def test_a_fraction_of_what_masks_have_left(case, number, scope):
-    structure = STRUCTURES[number]
+@given(both(), st.sampled_from(STRUCTURES), st.sampled_from(SCOPES))
+def test_a_fraction_of_what_masks_have_left(case, structure, scope):
     options = {"structure": structure, "scope": scope, "sparsity": 0.4 * structure.max_sparsity}
-    once = functools.partial(jp.prune_once, scores=jp.scores.magnitude, of="remaining", **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        first = [once(case.params, stacked=case.stacked), once(case.list)]
-        got = once(case.params, stacked=case.stacked, masks=first[0])
-        case.check(got, once(case.list, masks=first[1]))
+    stack, listed = case.alike(of="remaining", **options)
+    case.alike(of="remaining", stack={"masks": stack}, listed={"masks": listed}, **options)
 
 
 @pytest.mark.parametrize("of", ["total", "remaining"])
-@pytest.mark.parametrize("scope", ["global", "layerwise"])
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("said", "number"), [(1, 0), ((1,), 1), ((0, 2), 5), ((-1,), 3), (2, 0)])
 def test_gradual_pruners_of_a_stack_and_of_a_list(said, number, scope, of):
     case, structure = Both(said, (3, 2), (4, 6)), STRUCTURES[number]
@@ -160,8 +157,8 @@ def test_gradual_pruners_of_a_stack_and_of_a_list(said, number, scope, of):
     options = {"structure": structure, "scope": scope, "of": of, "floor": 0}
     options["memory"] = 0.5 if of == "total" else 0.0
     pruners = [
-        jp.pruner(jp.scores.magnitude, schedule, stacked=case.stacked, **options),
-        jp.pruner(jp.scores.magnitude, schedule, **options),
+        gradual(schedule, stacked=case.stacked, **options),
+        gradual(schedule, **options),
     ]
     trees = [case.params, case.list]
     states = [pruner.init(params) for pruner, params in zip(pruners, trees, strict=True)]
@@ -181,48 +178,33 @@ def test_gradual_pruners_of_a_stack_and_of_a_list(said, number, scope, of):
 
 def test_schedules_for_each_layer_and_a_layer_by_its_name():
     case = Both(1, (3, 1), (4, 6))
-    pruner = jp.pruner(
-        jp.scores.magnitude, {"body/kernel": [0.25, 0.5, 0.75]}, scope="layerwise", stacked=case.stacked
-    )
+    pruner = gradual({"body/kernel": [0.25, 0.5, 0.75]}, scope="layerwise", stacked=case.stacked)
     state = jax.jit(pruner.update)(pruner.init(case.params), case.params)
     assert state.masks["body"]["kernel"].sum((1, 2)).tolist() == [18, 12, 6]
     assert state.masks["out"]["kernel"].all()
     later = {"body/kernel": jp.schedules.one_shot(0.5, step=2), "body/kernel[1]": jp.schedules.one_shot(0, 2)}
-    pruner = jp.pruner(jp.scores.magnitude, later, scope="layerwise", stacked=case.stacked)
+    pruner = gradual(later, scope="layerwise", stacked=case.stacked)
     state = pruner.init(case.params)
     for kept in ([24, 24, 24], [12, 24, 12]):
         state = pruner.update(state, case.params)
         assert state.masks["body"]["kernel"].sum((1, 2)).tolist() == kept
-    once = jp.prune_once(
-        case.params,
-        jp.scores.magnitude,
-        count={"body/kernel[2]": 5, "body/kernel": 1},
-        scope="layerwise",
-        stacked=case.stacked,
-    )
-    assert once["body"]["kernel"].sum((1, 2)).tolist() == [23, 23, 19]
+    counts = {"body/kernel[2]": 5, "body/kernel": 1}
+    masks = once(case.params, count=counts, scope="layerwise", stacked=case.stacked)
+    assert masks["body"]["kernel"].sum((1, 2)).tolist() == [23, 23, 19]
 
 
 def test_traced_targets_for_each_layer():
     case = Both((1,), (3, 1), (4, 6))
 
     def prune(counts):
-        return jp.prune_once(
-            case.params,
-            jp.scores.magnitude,
-            count={"body/kernel": counts},
-            scope="layerwise",
-            stacked=case.stacked,
-        )
+        return once(case.params, count={"body/kernel": counts}, scope="layerwise", stacked=case.stacked)
 
     assert jax.jit(prune)(jnp.array([1, 2, 3]))["body"]["kernel"].sum((0, 2)).tolist() == [23, 22, 21]
 
 
 def test_ties_go_by_layer_then_by_row_major_index():
     params = {"kernel": jnp.ones((2, 3, 2))}  # the layers along axis 1
-    masks = jp.prune_once(
-        params, jp.scores.magnitude, count=5, floor=0, where=lambda *_: True, stacked=lambda path, leaf: (1,)
-    )
+    masks = once(params, count=5, floor=0, where=lambda *_: True, stacked=lambda path, leaf: (1,))
     assert np.moveaxis(np.asarray(masks["kernel"]), 1, 0).reshape(3, 4).tolist() == [
         [False, False, False, False],
         [False, True, True, True],
@@ -245,8 +227,8 @@ def test_ties_go_by_layer_then_by_row_major_index():
 def test_what_stacked_returns_is_checked(bad, error, message):
     params = {"kernel": jnp.ones((2, 3, 4))}
     for call in (
-        lambda: jp.prune_once(params, jp.scores.magnitude, 0.5, stacked=bad),
-        lambda: jp.pruner(jp.scores.magnitude, 0.5, stacked=bad).init(params),
+        lambda: once(params, 0.5, stacked=bad),
+        lambda: gradual(0.5, stacked=bad).init(params),
         lambda: jp.distributions.erk(params, 0.5, stacked=bad),
         lambda: jp.distributions.uniform(params, 0.5, stacked=bad),
         lambda: jp.scores.lamp(params, stacked=bad),
@@ -285,9 +267,9 @@ def test_targets_that_do_not_fit_a_stack(targets, error, message):
     params = {"kernel": jnp.ones((3, 2, 4)), "out": {"kernel": jnp.ones((2, 2))}}
     options = {"scope": "layerwise", "stacked": lambda path, leaf: int(path == "kernel")}
     with pytest.raises(error, match=message):
-        jp.prune_once(params, jp.scores.magnitude, targets, **options)
+        once(params, targets, **options)
     with pytest.raises(error, match=message):
-        updated(jp.pruner(jp.scores.magnitude, targets, **options), params)
+        updated(gradual(targets, **options), params)
 
 
 def test_where_is_asked_with_the_whole_leaf():
@@ -298,7 +280,7 @@ def test_where_is_asked_with_the_whole_leaf():
         return path == "body/kernel"
 
     case = Both((1,), (3, 1), (4, 6))
-    masks = jp.prune_once(case.params, jp.scores.magnitude, 0.5, where=where, stacked=case.stacked)
+    masks = once(case.params, 0.5, where=where, stacked=case.stacked)
     assert masks["out"]["kernel"].all()
     assert set(asked) == {("body/kernel", (4, 3, 6)), ("out/kernel", (4, 6))}
 
@@ -306,15 +288,15 @@ def test_where_is_asked_with_the_whole_leaf():
 def test_the_default_where_sees_one_layer():
     params = {"body": {"w": jnp.ones((3, 4, 5)), "g": jnp.ones((3, 5))}}
     stacked = lambda path, leaf: 1  # noqa: E731
-    masks = jp.prune_once(params, jp.scores.magnitude, 0.5, scope="layerwise", stacked=stacked)
+    masks = once(params, 0.5, scope="layerwise", stacked=stacked)
     assert masks["body"]["g"].all() and masks["body"]["w"].sum((1, 2)).tolist() == [10] * 3
     assert list(jp.distributions.erk(params, 0.5, stacked=stacked)) == ["body/w"]
-    pruner = jp.pruner(jp.scores.magnitude, 0.5, scope="layerwise", stacked=stacked)
+    pruner = gradual(0.5, scope="layerwise", stacked=stacked)
     assert updated(pruner, params)["body"]["g"].all() and pruner.progress(masks).size == 60
     table = jp.metrics.table(masks, asked=0.5, stacked=stacked)
     assert ["prunable", "30", "60", "0.5000"] in [line.split() for line in table.splitlines()]
     options = {"where": jp.matching("*"), "scope": "layerwise", "stacked": stacked}
-    both = jp.prune_once(params, jp.scores.magnitude, 0.4, **options)
+    both = once(params, 0.4, **options)
     assert both["body"]["g"].sum(1).tolist() == [3] * 3
 
 
@@ -322,11 +304,7 @@ def test_nothing_changes_where_no_leaf_is_stacked():
     params = Both(1, (3, 1), (4, 6)).params
 
     def program(**options):
-        return str(
-            jax.make_jaxpr(
-                lambda p: jp.prune_once(p, jp.scores.magnitude, 0.5, scope="layerwise", **options)
-            )(params)
-        )
+        return str(jax.make_jaxpr(lambda p: once(p, 0.5, scope="layerwise", **options))(params))
 
     assert program() == program(stacked=lambda path, leaf: 0) == program(stacked=lambda path, leaf: ())
 
@@ -335,7 +313,7 @@ def test_layers_are_not_copied_to_be_ranked():
     params = {"kernel": jax.ShapeDtypeStruct((8, 256, 256), jnp.float32)}
 
     def prune(params):
-        return jp.prune_once(params, jp.scores.magnitude, 0.5, stacked=lambda path, leaf: 1)
+        return once(params, 0.5, stacked=lambda path, leaf: 1)
 
     temporary = jax.jit(prune).lower(params).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 8 * 256 * 256 * 2  # masks, one byte an entry, but no scores of four
@@ -397,7 +375,8 @@ def scan_params(seed, layers=3, width=16):
 
 X = jnp.asarray(np.random.default_rng(5).normal(size=(4, 8)), jnp.float32)
 GROUPS = jp.channel_groups(scan_net, scan_params(0), X)
-(STACK,) = jp.structures.channels(GROUPS).families
+CHANNELS = jp.structures.channels(GROUPS)
+(STACK,) = CHANNELS.families
 
 
 def unit_scores(params):
@@ -416,14 +395,12 @@ def widths(masks):
     return up.sum(1).tolist(), int(np.asarray(masks["hidden"]).any(0).sum())
 
 
+@quiet
 @examples(20)
 @given(st.integers(0, 10**6), st.sampled_from(["global", "isomorphic", "layerwise"]), st.floats(0.05, 0.9))
 def test_stacks_keep_equally_many_and_each_layer_its_best(seed, scope, sparsity):
     params = scan_params(seed)
-    structure = jp.structures.channels(GROUPS)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        masks = jp.prune_once(params, jp.scores.magnitude, sparsity, structure=structure, scope=scope)
+    masks = once(params, sparsity, structure=CHANNELS, scope=scope)
     stack, alone = unit_scores(params)
     if scope == "layerwise":
         kept, hidden = 16 - round(sparsity * 16), 10 - round(sparsity * 10)
@@ -444,15 +421,14 @@ def test_stacks_keep_equally_many_and_each_layer_its_best(seed, scope, sparsity)
         np.testing.assert_array_equal(np.asarray(masks["up"][row]).any(0), expected)
 
 
+@quiet
 def test_stacks_under_jit_and_what_compact_makes_of_them():
-    params, structure = scan_params(1), jp.structures.channels(GROUPS)
+    params = scan_params(1)
 
     def prune(params):
-        return jp.prune_once(params, jp.scores.magnitude, 0.4, structure=structure)
+        return once(params, 0.4, structure=CHANNELS)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        masks = prune(params)
+    masks = prune(params)
     for one, other in zip(jax.tree.leaves(masks), jax.tree.leaves(jax.jit(prune)(params)), strict=True):
         np.testing.assert_array_equal(one, other)
     (kept, *_), hidden = widths(masks)
@@ -463,82 +439,72 @@ def test_stacks_under_jit_and_what_compact_makes_of_them():
 
 
 def test_what_a_stack_keeps_beside_what_was_asked_for_is_said():
-    params, structure = scan_params(2), jp.structures.channels(GROUPS)
+    params = scan_params(2)
     where = jp.matching("up", "down")
-    options = {"structure": structure, "where": where}
+    options = {"structure": CHANNELS, "where": where}
     with pytest.warns(
         UserWarning, match=r"\[\*\].*: 33 units are kept where the target asks for 34, .* 3 layers: 11"
     ):
-        jp.prune_once(params, jp.scores.magnitude, count=14, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jp.prune_once(params, jp.scores.magnitude, count=15, **options)
-        jp.prune_once(params, jp.scores.magnitude, count=5, scope="layerwise", **options)
-        pruner = jp.pruner(jp.scores.magnitude, 14 / 48, **options)
-        masks = updated(pruner, params)
+        once(params, count=14, **options)
+    once(params, count=15, **options)  # without a warning
+    once(params, count=5, scope="layerwise", **options)
+    pruner = gradual(14 / 48, **options)
+    masks = updated(pruner, params)
     assert pruner.progress(masks)[1:4] == (33, 48, 14)
     lines = [line.split() for line in jp.metrics.table(masks, asked=pruner).splitlines()]
     assert ["units", "33", "48", "0.3125"] in lines and ["(asked)", "0.2917"] in lines
     assert ["up[1]", "8x16", "88", "128", "0.3125"] in lines
 
 
+@quiet
 def test_a_threshold_keeps_equally_many_too():
-    params, structure = scan_params(3), jp.structures.channels(GROUPS)
+    params = scan_params(3)
     stack, _ = unit_scores(params)
     bound = float(np.quantile(stack, 0.4))
     above = (stack >= bound).sum(1)
     assert len(set(above)) > 1
-    options = {"structure": structure, "threshold": bound, "where": jp.matching("up", "down")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        equal = jp.prune_once(params, jp.scores.magnitude, **options)
-        own = jp.prune_once(params, jp.scores.magnitude, scope="layerwise", **options)
+    options = {"structure": CHANNELS, "threshold": bound, "where": jp.matching("up", "down")}
+    equal = once(params, **options)
+    own = once(params, scope="layerwise", **options)
     assert widths(equal)[0] == [max(round(above.sum() / 3), 1)] * 3
     assert widths(own)[0] == [max(n, 1) for n in above]
 
 
+@quiet
 def test_floors_and_multiples_of_stacks():
     params = scan_params(4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for options, allowed in (
-            ({"min_width": 7}, range(7, 17)),
-            ({"multiple_of": 4}, (4, 8, 12, 16)),
-            ({"min_width": 5, "multiple_of": 4}, (8, 12, 16)),
-        ):
-            structure = jp.structures.channels(GROUPS, **options)
-            for sparsity in (0.2, 0.5, 0.8, 0.95):
-                masks = jp.prune_once(params, jp.scores.magnitude, sparsity, structure=structure)
-                stack, _ = widths(masks)
-                assert len(set(stack)) == 1 and stack[0] in allowed
-    named = jp.structures.channels(
-        GROUPS, min_width={jp.structures.channels(GROUPS).families[STACK].names[0]: 9}
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert widths(jp.prune_once(params, jp.scores.magnitude, 0.9, structure=named))[0] == [9] * 3
+    for options, allowed in (
+        ({"min_width": 7}, range(7, 17)),
+        ({"multiple_of": 4}, (4, 8, 12, 16)),
+        ({"min_width": 5, "multiple_of": 4}, (8, 12, 16)),
+    ):
+        structure = jp.structures.channels(GROUPS, **options)
+        for sparsity in (0.2, 0.5, 0.8, 0.95):
+            masks = once(params, sparsity, structure=structure)
+            stack, _ = widths(masks)
+            assert len(set(stack)) == 1 and stack[0] in allowed
+    named = jp.structures.channels(GROUPS, min_width={CHANNELS.families[STACK].names[0]: 9})
+    assert widths(once(params, 0.9, structure=named))[0] == [9] * 3
 
 
 def test_targets_of_stacks_of_channels():
-    params, structure = scan_params(5), jp.structures.channels(GROUPS)
-    names = structure.families[STACK].names
-    options = {"structure": structure, "scope": "layerwise"}
-    masks = jp.prune_once(params, jp.scores.magnitude, {STACK: 0.5}, **options)
+    params = scan_params(5)
+    names = CHANNELS.families[STACK].names
+    options = {"structure": CHANNELS, "scope": "layerwise"}
+    masks = once(params, {STACK: 0.5}, **options)
     assert widths(masks) == ([8] * 3, 10)
-    masks = jp.prune_once(params, jp.scores.magnitude, count={STACK: [1, 2, 3], names[1]: 4}, **options)
+    masks = once(params, count={STACK: [1, 2, 3], names[1]: 4}, **options)
     assert widths(masks) == ([15, 12, 13], 10)
     with pytest.raises(ValueError, match=r"has shape \(2,\), but its stack has the shape \(3,\)"):
-        jp.prune_once(params, jp.scores.magnitude, {STACK: [0.5, 0.5]}, **options)
+        once(params, {STACK: [0.5, 0.5]}, **options)
 
 
 def test_what_is_pruned_of_a_layer_never_comes_back():
-    params, structure = scan_params(6), jp.structures.channels(GROUPS)
-    names = structure.families[STACK].names
-    start = jp.prune_once(
-        params, jp.scores.magnitude, count={names[0]: 9}, structure=structure, scope="layerwise"
-    )
+    params = scan_params(6)
+    names = CHANNELS.families[STACK].names
+    start = once(params, count={names[0]: 9}, structure=CHANNELS, scope="layerwise")
     with pytest.warns(UserWarning, match="equally many in each of its 3 layers: 7"):
-        masks = jp.prune_once(params, jp.scores.magnitude, 0.25, structure=structure, masks=start)
+        masks = once(params, 0.25, structure=CHANNELS, masks=start)
     assert widths(masks)[0] == [7] * 3
     assert all(not (new & ~old).any() for new, old in zip(*map(jax.tree.leaves, (masks, start)), strict=True))
 
@@ -548,8 +514,7 @@ def test_what_is_pruned_of_a_layer_never_comes_back():
 def test_gradual_pruners_of_stacks_are_monotone_and_come_to_rest(of, multiple_of):
     structure = jp.structures.channels(GROUPS, multiple_of=multiple_of)
     target = 0.6 if of == "total" else 0.2
-    pruner = jp.pruner(
-        jp.scores.magnitude,
+    pruner = gradual(
         jp.schedules.linear(target, begin_step=1, end_step=7) if of == "total" else target,
         structure=structure,
         of=of,
@@ -575,7 +540,7 @@ def test_gradual_pruners_of_stacks_are_monotone_and_come_to_rest(of, multiple_of
     if multiple_of == 1 and of == "total":
         assert asked == round(0.6 * 58) and abs(size - kept - asked) <= 2
     # Another pruner with the same target finds nothing left to do.
-    again = jp.pruner(jp.scores.magnitude, 0.6, structure=structure)
+    again = gradual(0.6, structure=structure)
     if of == "total" and multiple_of == 1:
         assert widths(again.update(state, params).masks) == ([seen[-1][0]] * 3, seen[-1][1])
 
@@ -584,13 +549,13 @@ def test_gradual_pruners_of_stacks_are_monotone_and_come_to_rest(of, multiple_of
 def test_a_state_goes_on_after_compaction(scope):
     params = scan_params(8)
     schedule = jp.schedules.linear(0.5, begin_step=1, end_step=5)
-    pruner = jp.pruner(jp.scores.magnitude, schedule, structure=jp.structures.channels(GROUPS), scope=scope)
+    pruner = gradual(schedule, structure=CHANNELS, scope=scope)
     state = pruner.init(params)
     for _ in range(3):
         state = pruner.update(state, params)
     small = jp.compact(scan_net, params, state.masks, X)
     groups = jp.channel_groups(small.apply, small.params, X)
-    on = jp.pruner(jp.scores.magnitude, schedule, structure=jp.structures.channels(groups), scope=scope)
+    on = gradual(schedule, structure=jp.structures.channels(groups), scope=scope)
     smaller, shrunk = small.params, small.shrink(state)
     for _ in range(3):
         state, shrunk = pruner.update(state, params), on.update(shrunk, smaller)
@@ -600,43 +565,38 @@ def test_a_state_goes_on_after_compaction(scope):
 def test_elements_go_on_after_compaction():
     params = scan_params(9)
     stacked = lambda path, leaf: int(path in ("up", "down", "bias"))  # noqa: E731
-    masks = jp.prune_once(
-        params, jp.scores.magnitude, 0.5, structure=jp.structures.channels(GROUPS), scope="layerwise"
-    )
-    pruner = jp.pruner(
-        jp.scores.magnitude, jp.schedules.one_shot(0.75, 1), masks=masks, scope="layerwise", stacked=stacked
-    )
+    masks = once(params, 0.5, structure=CHANNELS, scope="layerwise")
+    pruner = gradual(jp.schedules.one_shot(0.75, 1), masks=masks, scope="layerwise", stacked=stacked)
     small = jp.compact(scan_net, params, masks, X)
     state = pruner.update(small.shrink(pruner.init(params)), small.params)
     assert state.masks["up"].shape == (3, 8, 8)
     assert state.masks["up"].sum((1, 2)).tolist() == [32] * 3  # a quarter of the 8 x 16 that there were
 
 
+@quiet
 def test_budgets_of_stacks():
-    params, structure = scan_params(10), jp.structures.channels(GROUPS)
-    found = jp.budget(jp.metrics.nonzeros, params, at_most=500, structure=structure)
+    params = scan_params(10)
+    found = jp.budget(jp.metrics.nonzeros, params, at_most=500, structure=CHANNELS)
     (first, *others), _ = widths(found.masks)
     assert others == [first] * 2 and found.value <= 500
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        same = jp.prune_once(params, jp.scores.magnitude, found.sparsity, structure=structure)
+    same = once(params, found.sparsity, structure=CHANNELS)
     assert widths(same) == widths(found.masks)
     curves = jp.sensitivity(
         lambda p: jnp.sum(scan_net(p, X) ** 2),
         params,
         levels=(0.5,),
-        structure=structure,
+        structure=CHANNELS,
         together={"all": STACK},
     )
     assert [point.kept for point in curves.of("all")] == [24]
 
 
 def test_stacks_that_are_known_and_said_must_agree():
-    params, structure = scan_params(11), jp.structures.channels(GROUPS)
+    params = scan_params(11)
     layers = lambda path, leaf: int(path in GROUPS.stacks)  # noqa: E731
-    options = {"structure": structure, "scope": "layerwise"}
-    same = jp.prune_once(params, jp.scores.magnitude, 0.5, stacked=layers, **options)
-    assert widths(same) == widths(jp.prune_once(params, jp.scores.magnitude, 0.5, **options))
+    options = {"structure": CHANNELS, "scope": "layerwise"}
+    same = once(params, 0.5, stacked=layers, **options)
+    assert widths(same) == widths(once(params, 0.5, **options))
     for wrong, message in (
         (
             lambda path, leaf: 0,
@@ -648,25 +608,22 @@ def test_stacks_that_are_known_and_said_must_agree():
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            jp.prune_once(params, jp.scores.magnitude, 0.5, stacked=wrong, **options)
+            once(params, 0.5, stacked=wrong, **options)
         with pytest.raises(ValueError, match=message):
-            jp.pruner(jp.scores.magnitude, 0.5, stacked=wrong, **options).init(params)
+            gradual(0.5, stacked=wrong, **options).init(params)
     listed = jp.structures.channels(GROUPS.removable())  # groups alone do not know the stacks' axes
     with pytest.raises(
         ValueError, match=r"layers of leaves that are not known to be stacked. Pass channels\(...\) the Ch"
     ):
-        jp.prune_once(params, jp.scores.magnitude, 0.5, structure=listed)
-    masks = jp.prune_once(
-        params, jp.scores.magnitude, 0.5, structure=listed, scope="layerwise", stacked=layers
-    )
+        once(params, 0.5, structure=listed)
+    masks = once(params, 0.5, structure=listed, scope="layerwise", stacked=layers)
     assert widths(masks) == widths(same)
 
 
 def test_groups_of_other_params_are_told_by_the_stack():
-    structure = jp.structures.channels(GROUPS)
     params = scan_params(12) | {"up": jnp.ones(())}
     with pytest.raises(ValueError, match=r"params\['up'\] has the shape \(\), but the groups have layers"):
-        jp.prune_once(params, jp.scores.magnitude, 0.5, structure=structure)
+        once(params, 0.5, structure=CHANNELS)
 
 
 def test_default_where_takes_a_stacked_leaf_as_its_layers():
@@ -676,9 +633,7 @@ def test_default_where_takes_a_stacked_leaf_as_its_layers():
         return scan_net({name.replace("embedding", "up"): leaf for name, leaf in p.items()}, x)
 
     groups = jp.channel_groups(net, params, X)
-    masks = jp.prune_once(
-        params, jp.scores.magnitude, 0.5, structure=jp.structures.channels(groups), scope="layerwise"
-    )
+    masks = once(params, 0.5, structure=jp.structures.channels(groups), scope="layerwise")
     stack, _ = unit_scores({name.replace("embedding", "up"): leaf for name, leaf in params.items()})
     for row in range(3):  # an embedding by its name, a weight by its use
         expected = np.argsort(stack[row])[-8:]
@@ -693,11 +648,8 @@ def test_default_where_takes_a_stacked_leaf_as_its_layers():
 def test_scores_that_normalise_by_layer(score, said):
     case = Both(said, (2, 3), (4, 6))
     case.check(score(case.params, stacked=case.stacked), score(case.list))
-    case.check(
-        jp.prune_once(case.params, score, 0.6, stacked=case.stacked), jp.prune_once(case.list, score, 0.6)
-    )
-    masks = updated(jp.pruner(score, 0.6, stacked=case.stacked), case.params)
-    case.check(masks, jp.prune_once(case.list, score, 0.6))
+    _, masks = case.alike(score, sparsity=0.6)
+    case.check(updated(jp.pruner(score, 0.6, stacked=case.stacked), case.params), masks)
 
 
 def test_a_score_that_was_told_its_stacks_keeps_them():
@@ -777,29 +729,16 @@ def test_distributions_of_stacks_and_of_lists(said):
         flat = distribution(case.list, 0.8)
         assert stack["out/kernel"] == pytest.approx(flat["out/kernel"], rel=1e-12)
         assert all(stack["body/kernel"] == pytest.approx(flat[f"{n}/kernel"]) for n in case.names.values())
-        once = functools.partial(jp.prune_once, scores=jp.scores.magnitude, scope="layerwise")
-        case.check(once(case.params, sparsity=stack, stacked=case.stacked), once(case.list, sparsity=flat))
-        pruner = jp.pruner(jp.scores.magnitude, stack, scope="layerwise", stacked=case.stacked)
-        case.check(pruner.update(pruner.init(case.params), case.params).masks, once(case.list, sparsity=flat))
+        _, masks = case.alike(stack={"sparsity": stack}, listed={"sparsity": flat}, scope="layerwise")
+        pruner = gradual(stack, scope="layerwise", stacked=case.stacked)
+        case.check(updated(pruner, case.params), masks)
     stack, flat = (
         jp.distributions.sigma(case.params, 1.0, stacked=case.stacked),
         jp.distributions.sigma(case.list, 1.0),
     )
     for index, name in case.names.items():
         assert float(stack["body/kernel"][index]) == float(flat[f"{name}/kernel"])
-    once = functools.partial(jp.prune_once, scores=jp.scores.magnitude)
-    case.check(once(case.params, threshold=stack, stacked=case.stacked), once(case.list, threshold=flat))
-
-
-def test_erk_of_layers_by_hand():
-    shapes = {"a/kernel": (5, 30, 40), "b/kernel": (40, 10)}
-    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
-    got = jp.distributions.erk(leaves, 0.9, stacked=lambda path, leaf: int(path == "a/kernel"))
-    size = {"a/kernel": 1200, "b/kernel": 400}
-    raw = {"a/kernel": 70 / 1200, "b/kernel": 50 / 400}
-    eps = 0.1 * (5 * 1200 + 400) / (5 * 1200 * raw["a/kernel"] + 400 * raw["b/kernel"])
-    assert eps * raw["b/kernel"] < 1
-    assert got == pytest.approx({path: 1 - eps * raw[path] for path in size})
+    case.alike(stack={"threshold": stack}, listed={"threshold": flat})
 
 
 @pytest.mark.parametrize("structure", [None, jp.structures.nm(2, 4, axis=0), jp.structures.slices(axis=-1)])
@@ -811,16 +750,14 @@ def test_masks_of_layers_move_for_themselves(said, structure):
         case.list | {"out": {"kernel": jnp.ones((8, 4))}},
     )
     sparsity = 0.5 if structure is not None and structure.max_sparsity < 1 else 0.4
-    once = functools.partial(
-        jp.prune_once, scores=jp.scores.magnitude, sparsity=sparsity, structure=structure, scope="layerwise"
-    )
     options = {"every": 1, "end_step": 10, "fraction": 0.5, "structure": structure}
-    states, grads = [], lambda tree: jax.tree.map(lambda w: jnp.cos(7 * w), tree)
-    for params, stacked in ((case.params, case.stacked), (case.list, None)):
-        pruner = jp.rigl(once(params, stacked=stacked), stacked=stacked, **options)
-        state = pruner.init(params)
+    states = []
+    starts = case.alike(sparsity=sparsity, structure=structure, scope="layerwise")
+    for masks, params, stacked in zip(starts, (case.params, case.list), (case.stacked, None), strict=True):
+        pruner = jp.rigl(masks, stacked=stacked, **options)
+        state, grads = pruner.init(params), jax.tree.map(lambda w: jnp.cos(7 * w), params)
         for _ in range(3):
-            state = jax.jit(pruner.update)(state, params, grads(params))
+            state = jax.jit(pruner.update)(state, params, grads)
         states.append(state.masks)
     case.check(*states)
 
@@ -857,14 +794,14 @@ def test_budget_and_sensitivity_of_layers():
     )
     assert together.pools["body"] == tuple(f"body/kernel[{i}]" for i in range(3))
     targets = jp.distributions.from_sensitivity(found, tolerance=found.points[0].drop * 1.01)
-    masks = jp.prune_once(case.params, jp.scores.magnitude, targets, scope="layerwise", stacked=case.stacked)
+    masks = once(case.params, targets, scope="layerwise", stacked=case.stacked)
     assert masks["body"]["kernel"].sum((0, 2)).tolist()[0] == 18
 
 
 def test_tables_name_layers():
     case = Both((1,), (3, 1), (4, 6))
-    pruner = jp.pruner(jp.scores.magnitude, 0.5, scope="layerwise", stacked=case.stacked)
-    masks = pruner.update(pruner.init(case.params), case.params).masks
+    pruner = gradual(0.5, scope="layerwise", stacked=case.stacked)
+    masks = updated(pruner, case.params)
     for table in (
         jp.metrics.table(masks, asked=pruner),
         jp.metrics.table(masks, asked=0.5, stacked=case.stacked),
@@ -880,40 +817,20 @@ def test_tables_name_layers():
 
 
 def test_a_recipe_says_which_leaves_are_stacked():
-    text = """
-    prune:
-      score: lamp
-      sparsity: {erk: 0.5}
-      scope: layerwise
-      stacked: {"body/*": [1]}
-    """
     case = Both((1,), (3, 1), (4, 6))
+    text = 'prune: {score: lamp, sparsity: {erk: 0.5}, scope: layerwise, stacked: {"body/*": [1]}}'
     pruner = jp.recipes.parse(text).pruner(case.params)
-    masks = pruner.update(pruner.init(case.params), case.params).masks
+    masks = updated(pruner, case.params)
     targets = jp.distributions.erk(case.list, 0.5)
     case.check(masks, jp.prune_once(case.list, jp.scores.lamp, targets, scope="layerwise"))
     assert pruner.progress(masks).stacks == {"body/kernel": (1,)}
-    rewired = """
-    prune:
-      score: magnitude
-      sparsity: 0.5
-      scope: layerwise
-      stacked: {"body/*": [1]}
-      rewire: {set: {every: 1, end_step: 5}}
-    """
+    half = "prune: {score: magnitude, sparsity: 0.5, scope: layerwise, "
+    rewired = half + 'stacked: {"body/*": [1]}, rewire: {set: {every: 1, end_step: 5}}}'
     pruner = jp.recipes.parse(rewired).pruner(case.params)
     state = pruner.init(case.params)
     state = pruner.update(pruner.update(state, case.params), case.params)
     assert state.masks["body"]["kernel"].sum((0, 2)).tolist() == [12, 12, 12]
-    channels = """
-    prune:
-      score: magnitude
-      sparsity: 0.5
-      scope: layerwise
-      structure: channels
-      stacked: {"up": 1, "down": 1, "bias": 1}
-    """
-    params = scan_params(14)
+    params, channels = scan_params(14), half + "structure: channels, stacked: {up: 1, down: 1, bias: 1}}"
     pruner = jp.recipes.parse(channels).pruner(params, apply_fn=scan_net, x=X)
     assert widths(updated(pruner, params)) == ([8] * 3, 5)
     for bad, message in (

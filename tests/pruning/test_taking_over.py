@@ -28,6 +28,11 @@ def num_removed(masks):
     }
 
 
+@pytest.fixture(params=[lambda update: update, jax.jit], ids=["eager", "jit"])
+def compiled(request):
+    return request.param
+
+
 class Oracle:
     """What should be removed after each call, by the schedules alone; each leaf is a pool."""
 
@@ -84,16 +89,16 @@ part = st.tuples(schedules(), st.integers(1, 4), st.sampled_from(["total", "rema
 @given(st.lists(part, min_size=2, max_size=4))
 @settings(deadline=None, max_examples=15)
 def test_layers_under_one_schedule_after_another(parts):
-    check_parts(parts, jitted=False)
+    check_parts(parts, lambda update: update)
 
 
 @given(st.lists(part, min_size=2, max_size=2))
 @settings(deadline=None, max_examples=3)
 def test_layers_under_one_schedule_after_another_jitted(parts):
-    check_parts(parts, jitted=True)
+    check_parts(parts, jax.jit)
 
 
-def check_parts(parts, jitted):
+def check_parts(parts, compiled):
     oracle = Oracle(SIZES)
     state = None
     for schedule, every, of, calls in parts:
@@ -104,23 +109,22 @@ def check_parts(parts, jitted):
             warnings.filterwarnings("ignore", r".*units asked for were removed")
             pruner = jp.pruner(jp.scores.magnitude, schedule, every=every, of=of, scope="layerwise")
             state = pruner.init(PARAMS) if state is None else state
-            update = jax.jit(pruner.update) if jitted else pruner.update
+            update = compiled(pruner.update)
             for call in range(calls):
                 state = update(state, PARAMS)
                 assert num_removed(state.masks) == oracle.call(schedule, every, of, first=call == 0)
         oracle.new = False
 
 
-@pytest.mark.parametrize("jitted", [False, True])
 @pytest.mark.parametrize("of", ["total", "remaining"])
-def test_masks_to_start_from(of, jitted):
+def test_masks_to_start_from(of, compiled):
     masks = jp.prune_once(PARAMS, jp.scores.random, 0.4, key=jax.random.key(5), scope="layerwise")
     schedule = jp.schedules.constant(0.5) if of == "remaining" else jp.schedules.linear(0.8, end_step=6)
     pruner = jp.pruner(jp.scores.magnitude, schedule, of=of, every=2, scope="layerwise", masks=masks)
     oracle = Oracle(SIZES, num_removed(masks))
     state = pruner.init(PARAMS)
     jax.tree.map(np.testing.assert_array_equal, state.masks, masks)
-    update = jax.jit(pruner.update) if jitted else pruner.update
+    update = compiled(pruner.update)
     for _ in range(7):
         state = update(state, PARAMS)
         assert num_removed(state.masks) == oracle.call(schedule, 2, of)
@@ -164,12 +168,11 @@ def test_other_units_take_over_from_entries():
     assert empty == {"b/kernel": 4, "a/kernel": 2}
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-def test_other_leaves_of_the_same_sizes_take_over(jitted):
+def test_other_leaves_of_the_same_sizes_take_over(compiled):
     params = {name: {"kernel": jax.random.normal(jax.random.key(i), (6, 6))} for i, name in enumerate("ab")}
 
     def run(pruner, state, calls):
-        update = jax.jit(pruner.update) if jitted else pruner.update
+        update = compiled(pruner.update)
         for _ in range(calls):
             state = update(state, params)
         return state
@@ -211,10 +214,9 @@ def test_rigl_takes_over_and_hands_on():
     }
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-def test_a_recipe_of_several_sections_takes_over_and_hands_on(jitted):
+def test_a_recipe_of_several_sections_takes_over_and_hands_on(compiled):
     def run(pruner, state):
-        return (jax.jit(pruner.update) if jitted else pruner.update)(state, PARAMS)
+        return compiled(pruner.update)(state, PARAMS)
 
     sections = [{"score": "magnitude", "sparsity": s, "where": f"{n}/*"} for n, s in (("a", 0.6), ("b", 0.4))]
     first = jp.pruner(jp.scores.magnitude, 0.2, scope="layerwise")
@@ -240,12 +242,11 @@ def test_another_memory(first, second):
 
 
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
-@pytest.mark.parametrize("jitted", [False, True])
-def test_a_stop_is_met_exactly_by_a_state_that_was_taken_over(scope, jitted):
+def test_a_stop_is_met_exactly_by_a_state_that_was_taken_over(scope, compiled):
     first = jp.pruner(jp.scores.random, 0.25, seed=3)
     state = first.update(first.init(PARAMS), PARAMS)
     pruner = jp.pruner(jp.scores.magnitude, 0.3, of="remaining", scope=scope, stop=0.7)
-    update = jax.jit(pruner.update) if jitted else pruner.update
+    update = compiled(pruner.update)
     counts = []
     for _ in range(6):
         state = update(state, PARAMS)

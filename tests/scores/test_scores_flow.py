@@ -155,14 +155,3 @@ def test_synflow_of_half_precision_params():
     for layer, exact in zip(score(params), expected, strict=True):
         assert layer["kernel"].dtype == jnp.float32
         np.testing.assert_allclose(layer["kernel"], exact["kernel"], rtol=0.05)
-
-
-def test_jit_vmap_and_strict_promotion():
-    many = [bias_free([5, 7, 3], seed) for seed in range(3)]
-    with jax.numpy_dtype_promotion("strict"):
-        score = jp.scores.synflow(bias_free_net, jnp.ones((1, 5)))
-        together = jax.vmap(score)(jax.tree.map(lambda *leaves: jnp.stack(leaves), *many))
-        jitted = [jax.jit(score)(params) for params in many]
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)  # noqa: E731
-    jax.tree.map(close, jitted[0], score(many[0]))
-    jax.tree.map(lambda whole, *parts: close(whole, np.stack(parts)), together, *jitted)

@@ -1,6 +1,6 @@
 """Budget search, against trying every number of units."""
 
-from functools import lru_cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +11,9 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from tests.oracles import brute_force
+from tests.sizing.problem import STRUCTURES, drawn, network, pruning
 
-SHAPES = {"a": {"kernel": (4, 6), "bias": (6,)}, "head": {"kernel": (6, 3), "bias": (3,)}}
 SIZES = {"elements": {"a/kernel": 24, "head/kernel": 18}, "filters": {"a/kernel": 6, "head/kernel": 3}}
-STRUCTURES = {"elements": jp.structures.elements(), "filters": jp.structures.slices(axis=-1, norm=1)}
-
-
-def drawn(seed, few):
-    rng = np.random.default_rng(seed)
-    whole = partial(rng.integers, -1, 2) if few else partial(rng.integers, -9, 10)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(whole(size=shape), jnp.float32), SHAPES, is_leaf=lambda x: type(x) is tuple
-    )
-
-
-@lru_cache
-def pruning(structure, scope, floor):
-    """`masks(params, masks, count)` as `prune_once` makes them, compiled."""
-
-    @jax.jit
-    def prune(params, masks, count):
-        kwargs = {"structure": STRUCTURES[structure], "floor": floor, "masks": masks, "scope": scope}
-        return jp.prune_once(params, jp.scores.magnitude, count=count, **kwargs)
-
-    return prune
 
 
 def every_step(params, before, structure, scope, floor):
@@ -52,7 +31,7 @@ def every_step(params, before, structure, scope, floor):
             count = max(step - sum(gone.values()), 0)
         else:
             count = {n: max(brute_force.half_even(step / units, s) - gone[n], 0) for n, s in sizes.items()}
-        yield step / units, pruning(structure, scope, floor)(params, before, count)
+        yield step / units, pruning(structure, floor, scope)(params, before, count)
 
 
 def same(one, other):
@@ -101,7 +80,7 @@ def test_it_finds_the_best_of_all_steps(structure, scope, seed, few, floor, mask
     found = find(cost, params, at_least=most)
     assert (found.value, same(found.masks, masks)) == (value, True)
     again = dict.fromkeys(SIZES[structure], 0) | dict(found.removed)
-    assert same(pruning(structure, "layerwise", floor)(params, before, again), masks)
+    assert same(pruning(structure, floor)(params, before, again), masks)
 
     # Of one that goes up and down, a step that is above the floor, and the next is not.
     def quality(masks):
@@ -117,7 +96,7 @@ def test_it_finds_the_best_of_all_steps(structure, scope, seed, few, floor, mask
 
 
 def test_the_sparsity_found_is_prune_onces():
-    params = drawn(3, few=False)
+    params = drawn(3)
     for case in ({"scope": "layerwise"}, {"structure": jp.structures.nm(1, 2)}):
         found = jp.budget(jp.metrics.nonzeros, params, at_most=40, **case)
         masks = jp.prune_once(params, jp.scores.magnitude, sparsity=found.sparsity, **case)
@@ -131,14 +110,9 @@ def test_the_sparsity_found_is_prune_onces():
         jp.budget(jp.metrics.nonzeros, params, at_most=29, structure=jp.structures.nm(1, 2))
 
 
-def network(params, x):
-    hidden = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
-    return hidden @ params["head"]["kernel"] + params["head"]["bias"]
-
-
 @pytest.mark.parametrize("scope", ["global", "isomorphic"])
 def test_multiply_adds_of_the_compacted_network(scope):
-    params, x = drawn(5, few=False), jnp.ones((1, 4))
+    params, x = drawn(5), jnp.ones((1, 4))
     structure = jp.structures.channels(jp.channel_groups(network, params, x))
 
     def macs(masks):
@@ -154,7 +128,7 @@ def test_multiply_adds_of_the_compacted_network(scope):
 
 
 def test_a_distribution():
-    params = drawn(6, few=False)
+    params = drawn(6)
     erk = partial(jp.distributions.erk, params)
     found = jp.budget(jp.metrics.nonzeros, params, at_most=30, scope="layerwise", distribution=erk)
     targets = erk(found.sparsity)
@@ -172,7 +146,7 @@ def test_a_distribution():
 
 
 def test_budgets_that_cannot_be_met_or_are_met_already():
-    params = drawn(4, few=False)
+    params = drawn(4)
     count = jp.metrics.nonzeros
     with pytest.raises(
         ValueError, match=r"at_most=10 cannot be met: .*floor=1 .* measure is 11, and 51 with"
@@ -204,9 +178,9 @@ def test_budgets_that_cannot_be_met_or_are_met_already():
 )
 def test_errors(kwargs, error, match):
     with pytest.raises(error, match=match):
-        jp.budget(**{"measure": jp.metrics.nonzeros, "params": drawn(0, few=False)} | kwargs)
+        jp.budget(**{"measure": jp.metrics.nonzeros, "params": drawn(0)} | kwargs)
 
 
 def test_it_is_refused_under_jit():
     with pytest.raises(TypeError, match="budget counts and ranks on the host, so it cannot run under jit"):
-        jax.jit(lambda p: jp.budget(jp.metrics.nonzeros, p, at_most=30).masks)(drawn(0, few=False))
+        jax.jit(lambda p: jp.budget(jp.metrics.nonzeros, p, at_most=30).masks)(drawn(0))

@@ -9,7 +9,6 @@ import itertools
 import json
 import sys
 import weakref
-from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,9 @@ from hypothesis import strategies as st
 
 import jaxprune as jp
 from tests.oracles import brute_force
+from tests.sizing.problem import STRUCTURES, X, drawn, network, pruning
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
-SHAPES = {"a": {"kernel": (4, 6), "bias": (6,)}, "head": {"kernel": (6, 3), "bias": (3,)}}
-X = np.random.default_rng(7).integers(-3, 4, size=(5, 4)).astype(np.float32)
-
-
-def network(params, x=X):
-    hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
-    return hidden @ params["head"]["kernel"] + params["head"]["bias"]
 
 
 # Of whole numbers all sums are exact, whatever their order; and the figure shows every weight.
@@ -37,19 +30,6 @@ def evaluate(params):
     return jnp.sum(network(params) * jnp.array([1.0, 2.0, 5.0]))
 
 
-def drawn(seed, low=-9, high=10):
-    rng = np.random.default_rng(seed)
-    whole = partial(rng.integers, low, high)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(whole(size=shape), jnp.float32), SHAPES, is_leaf=lambda x: type(x) is tuple
-    )
-
-
-STRUCTURES = {
-    "elements": jp.structures.elements(),
-    "filters": jp.structures.slices(axis=-1, norm=1),
-    "blocks": jp.structures.blocks((2, 2), norm=1),
-}
 SPECS = {
     "elements": brute_force.Spec(),
     "filters": brute_force.Spec("slices", axes=(-1,), norm=1),
@@ -65,18 +45,6 @@ def prune_once(params, *args, **kwargs):
 NAMES = ("a/kernel", "head/kernel")
 
 
-@lru_cache
-def pruning(structure, floor):
-    """`masks(params, masks, counts)` as `prune_once` makes them, compiled."""
-
-    @jax.jit
-    def prune(params, masks, counts):
-        kwargs = {"structure": STRUCTURES[structure], "floor": floor, "masks": masks}
-        return jp.prune_once(params, jp.scores.magnitude, count=counts, scope="layerwise", **kwargs)
-
-    return prune
-
-
 def units_left(mask, spec):
     """Return, by unit, whether any of its entries is left."""
     return np.array([any(mask[index] for index in unit) for unit in brute_force.units(mask.shape, spec)])
@@ -86,8 +54,7 @@ def units_left(mask, spec):
 @given(seed=st.integers(0, 10**6), few=st.booleans(), floor=st.integers(0, 1), masked=st.booleans())
 @settings(deadline=None, max_examples=10, derandomize=True)
 def test_it_equals_pruning_each_tensor_alone(structure, seed, few, floor, masked):
-    # Of few different weights many tie.
-    params, spec = drawn(seed, *((-1, 2) if few else (-9, 10))), SPECS[structure]
+    params, spec = drawn(seed, few), SPECS[structure]
     rng = np.random.default_rng(seed)
     before = jax.tree.map(lambda leaf: rng.random(leaf.shape) < (0.7 if masked else 2), params)
     found = jp.sensitivity(

@@ -290,29 +290,33 @@ def test_the_error_barrier_is_the_worst_point_of_the_line():
         jp.error_barrier(lambda p: 0.0, one, {"a": one["a"]})
 
 
-def test_what_is_refused():
-    params = init(jax.random.key(0))
-    with pytest.raises(ValueError, match=r"levels must be an integer of 0 or more.*got -1"):
-        jp.lottery_ticket(TRAIN, params, PRUNER, -1)
-    with pytest.raises(
-        ValueError, match="rewind must be 'weights', 'learning_rate' or 'nothing', got 'init'"
-    ):
-        jp.lottery_ticket(TRAIN, params, PRUNER, 1, rewind="init")
-    with pytest.raises(ValueError, match=r"fine-tuning, and needs tune=.* it is missing"):
-        jp.lottery_ticket(TRAIN, params, PRUNER, 1, rewind="nothing")
-    with pytest.raises(ValueError, match="with rewind='weights' it would not be used"):
-        jp.lottery_scan(TRAIN, params, PRUNER, 1, tune=TRAIN)
-    with pytest.raises(TypeError, match="need a jaxprune Pruner, got float"):
-        jp.lottery_ticket(TRAIN, params, 0.2, 1)
-    with pytest.raises(TypeError, match="train must be a function"):
-        jp.lottery_ticket(params, TRAIN, PRUNER, 1)
-    with pytest.raises(
-        ValueError, match=r"nothing in the saved state mirrors these masks.*kernel bool\[6, 5\]"
-    ):
-        jp.rewind({"count": jnp.zeros(())}, jp.ones_masks(params))
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"levels": -1}, ValueError, r"levels must be an integer of 0 or more.*got -1"),
+        (
+            {"rewind": "init"},
+            ValueError,
+            "rewind must be 'weights', 'learning_rate' or 'nothing', got 'init'",
+        ),
+        ({"rewind": "nothing"}, ValueError, r"fine-tuning, and needs tune=.* it is missing"),
+        ({"tune": TRAIN}, ValueError, "with rewind='weights' it would not be used"),
+        ({"pruner": 0.2}, TypeError, "need a jaxprune Pruner, got float"),
+        ({"train": {}, "params": TRAIN}, TypeError, "train must be a function"),
+    ],
+)
+def test_what_is_refused(options, error, message):
+    given = {"train": TRAIN, "params": init(jax.random.key(0)), "pruner": PRUNER, "levels": 1} | options
+    for run in (jp.lottery_ticket, jp.lottery_scan):
+        with pytest.raises(error, match=message):
+            run(**given)
 
 
 def test_rewind_names_a_mask_without_a_counterpart():
+    with pytest.raises(
+        ValueError, match=r"nothing in the saved state mirrors these masks.*kernel bool\[6, 5\]"
+    ):
+        jp.rewind({"count": jnp.zeros(())}, jp.ones_masks(init(jax.random.key(0))))
     masks = {"a": jnp.zeros((3, 4), bool), "b": jnp.ones(2, bool)}
     saved = {"a": jnp.ones((4, 3)), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"what they prune would stay: a bool\[3, 4\]"):
@@ -421,13 +425,6 @@ def test_no_sort_in_a_training_step_under_vmap():
     # The bisection is the only loop besides the steps; it must not run at every one of them.
     assert "while" not in always
     assert "while" in rarely or "scan" in rarely
-    together = jax.jit(jax.vmap(run))(keys)
-    for index, key in enumerate(keys):
-        params, opt_state = run(key)
-        own = jax.tree.map(operator.itemgetter(index), together)
-        close(own[0], params)
-        masks = optax.tree.get(opt_state, "masks")
-        equal(optax.tree.get(own[1], "masks"), masks)
 
 
 def primitives(jaxpr, behind_condition):

@@ -1,13 +1,10 @@
 """Straight-through masks: the forward pass of `apply_masks`, the gradient of dense params."""
 
-import equinox as eqx
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -182,61 +179,6 @@ def test_masks_from_the_same_traced_function(decay):
     assert bool((dense["kernel"] != 0).all())
     expected = jax.tree.map(lambda g, m, p: g + decay * np.where(m, 0, p), dense, masks, params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
-
-
-# Every container of params
-
-
-class Linear(eqx.Module):
-    weight: jax.Array
-    bias: jax.Array
-    activation: object = eqx.field(default=jnp.tanh)
-
-
-def nnx_state():
-    return nnx.state(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.Param)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: jnp.arange(1.0, 5.0).reshape(2, 2),
-        lambda: (jnp.arange(1.0, 5.0).reshape(2, 2), [jnp.ones(3)]),
-        lambda: nn.Dense(3).init(jax.random.key(0), jnp.ones((1, 4)))["params"],
-        lambda: eqx.filter(Linear(jnp.ones((3, 4)), jnp.ones(3)), eqx.is_inexact_array),
-        nnx_state,
-    ],
-    ids=["array", "tuple", "linen", "equinox", "nnx State"],
-)
-def test_containers(make):
-    params = make()
-    masks = jp.prune_once(params, jp.scores.magnitude, 0.5)
-
-    @jax.jit
-    def loss(params):
-        masked = jp.straight_through(params, masks, 0.5)
-        assert jax.tree.structure(masked) == jax.tree.structure(params)
-        return sum(3 * jnp.sum(leaf) for leaf in jax.tree.leaves(masked))
-
-    value, grads = jax.value_and_grad(loss)(params)
-    expected = sum(3 * float(jnp.sum(leaf)) for leaf in jax.tree.leaves(jp.apply_masks(params, masks)))
-    assert float(value) == pytest.approx(expected, rel=1e-5)
-    assert jax.tree.structure(grads) == jax.tree.structure(params)
-    for g, m, p in zip(*map(jax.tree.leaves, (grads, masks, params)), strict=True):
-        np.testing.assert_allclose(g, 3 + 0.5 * np.where(m, 0, p), rtol=1e-6)
-
-
-def test_inside_an_nnx_loss():
-    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    x = jnp.ones((2, 4))
-    graph, params = nnx.split(model, nnx.Param)
-    masks = jp.prune_once(params, jp.scores.magnitude, 0.5)
-
-    def loss(params):
-        return jnp.sum(nnx.merge(graph, jp.straight_through(params, masks))(x))
-
-    grads = nnx.jit(jax.grad(loss))(params)
-    assert all(g.tolist() == np.full(g.shape, 2.0).tolist() for g in jax.tree.leaves(grads))
 
 
 # Errors

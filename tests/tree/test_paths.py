@@ -76,6 +76,24 @@ def test_equinox_modules():
         jp.prune_once(mlp, jp.scores.magnitude, sparsity=0.5)
 
 
+EMBEDDING_NETWORKS = [
+    "gpt_neox/embed_out/weight",
+    "bbox_embed/layers/0/weight",
+    "model/diffusion_model/time_embed/0/weight",
+    "unembed/W_U",
+    "position_predictor/weight",
+]
+EMBEDDINGS = [
+    "embeddings/0/weight",
+    "decoder/object_queries",
+    "rope/freqs",
+    "layer/ia3_l/weight",
+    "mlp/hada_w1_a",
+    "wte/weight",
+    "norm_out/weight",
+]
+
+
 @pytest.mark.parametrize(
     ("path", "shape", "takes_part"),
     [
@@ -106,6 +124,16 @@ def test_equinox_modules():
         ("cls_token", (2, 4), False),
         ("register_tokens", (4, 8), False),
         ("embed/embedding", (10, 4), False),
+        # Vectors with axes of size 1.
+        ("linear/weight_g", (9, 1), False),  # the lengths of weight normalisation
+        ("lstm/w_g", (9, 4), True),  # a gate
+        ("attention/temperature", (6, 1, 1), False),
+        ("something", (9, 1), True),
+        ("conv/original0", (9, 1, 1), False),
+        ("conv/original1", (9, 4, 3), True),
+        # Heads, queries, and networks that embed.
+        *((path, (64, 32), True) for path in EMBEDDING_NETWORKS),
+        *((path, (64, 32), False) for path in EMBEDDINGS),
     ],
 )
 def test_kernels_by_name(path, shape, takes_part):
@@ -210,21 +238,6 @@ def test_what_is_called_kernel_takes_part_wherever_it_is(parent):
     assert jp.kernels(f"{parent}/kernel", jax.ShapeDtypeStruct((9, 4), jnp.float32))
 
 
-@pytest.mark.parametrize(
-    ("path", "shape", "takes_part"),
-    [
-        ("linear/weight_g", (9, 1), False),  # the lengths of weight normalisation
-        ("lstm/w_g", (9, 4), True),  # a gate
-        ("attention/temperature", (6, 1, 1), False),
-        ("something", (9, 1), True),
-        ("conv/original0", (9, 1, 1), False),
-        ("conv/original1", (9, 4, 3), True),
-    ],
-)
-def test_vectors_with_axes_of_size_1(path, shape, takes_part):
-    assert jp.kernels(path, jax.ShapeDtypeStruct(shape, jnp.float32)) is takes_part
-
-
 def test_zero_initialised_adapters_keep_their_entries():
     model = nnx.LoRALinear(6, 5, lora_rank=2, rngs=nnx.Rngs(0))
     params = nnx.state(model, (nnx.Param, nnx.LoRAParam))
@@ -280,24 +293,3 @@ def test_mirrors_finds_the_longest_path_of_equal_shape():
     state = {"mu": params, "count": jnp.zeros((), int), "c": jnp.ones(4), "mask": {"a": jnp.ones(2, bool)}}
     found = dict(zip(jp.leaf_paths(state), match_leaves_to_params(state, params), strict=True))
     assert found == {"c": None, "count": None, "mask/a": 0, "mu/a": 0, "mu/b/a": 1, "mu/c": 2}
-
-
-@pytest.mark.parametrize(
-    ("path", "takes_part"),
-    [
-        ("gpt_neox/embed_out/weight", True),
-        ("bbox_embed/layers/0/weight", True),
-        ("model/diffusion_model/time_embed/0/weight", True),
-        ("embeddings/0/weight", False),
-        ("unembed/W_U", True),
-        ("position_predictor/weight", True),
-        ("decoder/object_queries", False),
-        ("rope/freqs", False),
-        ("layer/ia3_l/weight", False),
-        ("mlp/hada_w1_a", False),
-        ("wte/weight", False),
-        ("norm_out/weight", False),
-    ],
-)
-def test_names_of_heads_queries_and_networks_that_embed(path, takes_part):
-    assert jp.kernels(path, jnp.ones((64, 32))) == takes_part

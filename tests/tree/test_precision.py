@@ -88,59 +88,64 @@ def loss(params, x):
     return jnp.mean(network(params, x) ** 2)
 
 
+GIVEN = {"x": X, "grads": SMALL, "activations": {"a/kernel": normal(6, 9, 6)}}
+
+
+def of_grads(score):
+    return lambda params, given: score(params, grads=given["grads"])
+
+
 def of_loss(factory, **options):
-    return lambda params, x: factory(loss, **options)(params, batch=x, grads=None, key=jax.random.key(0))
+    return lambda params, given: factory(loss, **options)(params, batch=given["x"], key=jax.random.key(0))
 
 
-SCORES = {
-    "magnitude": lambda p, x: jp.scores.magnitude(p),
-    "normalized_magnitude": lambda p, x: jp.scores.normalized_magnitude(p),
-    "lamp": lambda p, x: jp.scores.lamp(p),
-    "fpgm": lambda p, x: jp.scores.fpgm(p),
-    "gradient_magnitude": lambda p, x: jp.scores.gradient_magnitude(p, grads=cast(SMALL, x.dtype)),
-    "taylor": lambda p, x: jp.scores.taylor(p, grads=cast(SMALL, x.dtype)),
-    "signed_taylor": lambda p, x: jp.scores.signed_taylor(p, grads=cast(SMALL, x.dtype)),
-    "snip": lambda p, x: jp.scores.snip(p, grads=cast(SMALL, x.dtype)),
-    "movement": lambda p, x: jp.scores.movement(p, grads=cast(SMALL, x.dtype)),
+OF_WEIGHTS = {
+    "magnitude": lambda params, _: jp.scores.magnitude(params),
+    "normalized_magnitude": lambda params, _: jp.scores.normalized_magnitude(params),
+    "lamp": lambda params, _: jp.scores.lamp(params),
+    "fpgm": lambda params, _: jp.scores.fpgm(params),
+    "bn_scale": lambda params, _: jp.scores.bn_scale({"a/kernel": "a/bias"})(params),
+    "mean_activation": lambda params, given: jp.scores.mean_activation(
+        params, activations=given["activations"]
+    ),
+}
+OF_GRADS = {
+    score.__name__: of_grads(score)
+    for score in (
+        *(jp.scores.gradient_magnitude, jp.scores.taylor, jp.scores.signed_taylor),
+        *(jp.scores.snip, jp.scores.movement),
+    )
+}
+OF_A_FUNCTION = {
     "grasp": of_loss(jp.scores.grasp),
     "fisher": of_loss(jp.scores.fisher),
     "obd": of_loss(jp.scores.obd),
     "obs": of_loss(jp.scores.obs, damping=1.0),
     "brute_force": of_loss(jp.scores.brute_force),
-    "over_batches": lambda p, x: jp.scores.over_batches(jp.scores.taylor, loss)(
-        p, batches=x[None], grads=None, key=None
+    "over_batches": lambda params, given: jp.scores.over_batches(jp.scores.taylor, loss)(
+        params, batches=given["x"][None]
     ),
-    "synflow": lambda p, x: jp.scores.synflow(network, x)(p, grads=None, key=None),
-    "bn_scale": lambda p, x: jp.scores.bn_scale({"a/kernel": "a/bias"})(p, grads=None, key=None),
-    "mean_activation": lambda p, x: jp.scores.mean_activation(
-        p, activations={"a/kernel": normal(6, 9, 6).astype(x.dtype)}
-    ),
+    "synflow": lambda params, given: jp.scores.synflow(network, given["x"])(params),
 }
+SCORES = OF_WEIGHTS | OF_GRADS | OF_A_FUNCTION
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, dtype) for name in SCORES for dtype in NARROW),
+        # A function of bfloat16 params is computed, and differentiated, in bfloat16.
+        *((name, jnp.bfloat16) for name in OF_WEIGHTS | OF_GRADS),
+    ],
+)
 def test_scores_of_narrow_floats_are_those_of_the_same_numbers_in_float32(name, dtype):
-    params, x = cast(PARAMS, dtype), X.astype(dtype)
-
-    def of(params, x):
-        return SCORES[name](params, x)
-
-    got = of(params, x)
-    # Gradients that a score is given are rounded before, in both.
-    expected = {
-        "gradient_magnitude": lambda p: jp.scores.gradient_magnitude(
-            p, grads=cast(cast(SMALL, dtype), jnp.float32)
-        ),
-        "taylor": lambda p: jp.scores.taylor(p, grads=cast(cast(SMALL, dtype), jnp.float32)),
-        "signed_taylor": lambda p: jp.scores.signed_taylor(p, grads=cast(cast(SMALL, dtype), jnp.float32)),
-        "snip": lambda p: jp.scores.snip(p, grads=cast(cast(SMALL, dtype), jnp.float32)),
-        "movement": lambda p: jp.scores.movement(p, grads=cast(cast(SMALL, dtype), jnp.float32)),
-        "mean_activation": lambda p: jp.scores.mean_activation(
-            p, activations={"a/kernel": normal(6, 9, 6).astype(dtype).astype(jnp.float32)}
-        ),
-    }.get(name, lambda p: of(p, x.astype(jnp.float32)))(cast(params, jnp.float32))
-    same(cast(got, jnp.float32), expected)
+    params, given = cast(PARAMS, dtype), cast(GIVEN, dtype)
+    wide = cast(given, jnp.float32)
+    expected = SCORES[name](cast(params, jnp.float32), wide)
+    # Gradients may be wider than the params.
+    for got in [SCORES[name](params, given), *([SCORES[name](params, wide)] if name in OF_GRADS else [])]:
+        exact = name in ("magnitude", "gradient_magnitude")  # in the dtype that they are given in
+        same(cast(got, jnp.float32) if exact else got, expected)
 
 
 def test_scores_of_wide_floats_are_what_they_were_to_the_bit():

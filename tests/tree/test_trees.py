@@ -8,7 +8,7 @@ import functools
 import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,14 +156,6 @@ def test_what_is_done_with_masks_is_the_same_in_every_sort_of_tree(name):
         same(jax.tree.leaves(USES[name](problem(1, widths, sort=sort))), expected)
 
 
-def test_counts_inside_an_optimizer_are_those_of_each_layer():
-    for sort in SORTS:
-        now = problem(2, sort=sort)
-        params, state = USES["wrap_optax"](now)
-        assert gone(state.pruner.masks) == {"a/kernel": 24, "b/kernel": 6}, sort
-        jp.check_pruned(params, state.pruner.masks)
-
-
 PROGRAMS = {
     "lottery_scan": lambda now: jp.lottery_scan(train, now.params, layerwise(now), levels=2),
     "prune_rounds": lambda now: jp.prune_rounds(now.params, layerwise(now), jnp.arange(3)[2]),
@@ -185,16 +177,6 @@ def test_the_program_is_the_same_in_every_sort_of_tree(name):
         text, consts = program(problem(1, sort=sort))
         assert text == expected[0], sort
         same(consts, expected[1])
-
-
-def test_lottery_scan_gives_each_layer_its_count():
-    now = problem(1, sort="a nested mixture")
-    run = jax.jit(lambda params: jp.lottery_scan(train, params, layerwise(now), levels=1))
-    tickets = run(now.params)
-    assert [gone(jax.tree.map(lambda m, level=level: m[level], tickets.masks)) for level in range(2)] == [
-        {"a/kernel": 0, "b/kernel": 0},
-        {"a/kernel": 24, "b/kernel": 6},
-    ]
 
 
 # --- against the oracle, with ties
@@ -285,47 +267,6 @@ def test_each_layer_gets_its_count_whatever_the_names(tree, sparsity, data):
     # Traced: what it counts is in the program's own order of leaves.
     traced = jax.eval_shape(lambda tree: pruner.update(pruner.init(tree), tree).masks, tree)
     assert jax.tree.structure(traced) == jax.tree.structure(tree)
-
-
-# --- networks that were given the counts of other layers
-
-
-def test_a_list_of_eleven_layers_is_pruned_layer_by_layer():
-    keys = jax.random.split(jax.random.key(0), 11)
-    params = [{"kernel": jax.random.normal(key, (2, 2 * n + 2))} for n, key in enumerate(keys)]
-    pruner = jp.pruner(jp.scores.magnitude, HALF, scope="layerwise")
-    masks = jax.jit(pruner.update)(pruner.init(params), params).masks
-    assert [int(mask["kernel"].sum()) for mask in masks] == [2 * n + 2 for n in range(11)]
-
-
-class Widening(NamedTuple):
-    first: Any
-    body: Any
-    out: Any
-
-
-def widening():
-    shapes = Widening((4, 8), (8, 32), (32, 2))
-    leaves = [jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate(shapes)]
-    return Widening(*leaves)
-
-
-def widened(params, x):
-    return jnp.tanh(jnp.tanh(x @ params.first) @ params.body) @ params.out
-
-
-def test_channels_of_fields_out_of_alphabetical_order_are_halved_each():
-    params = widening()
-    groups = jp.channel_groups(widened, params, jnp.ones((3, 4)))
-    pruner = jp.pruner(
-        jp.scores.magnitude,
-        HALF,
-        structure=jp.structures.channels(groups),
-        scope="layerwise",
-        where=lambda path, leaf: True,
-    )
-    masks = pruner.update(pruner.init(params), params).masks
-    assert (int(masks.first.any(0).sum()), int(masks.body.any(0).sum())) == (4, 16)
 
 
 # --- pools that a structure has in an order of its own
