@@ -2,7 +2,9 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -77,6 +79,22 @@ def _installed(package: str) -> bool:
 def module(name: str) -> Any:
     """Import a module of a library that is perhaps not installed."""
     return importlib.import_module(name)
+
+
+@contextmanager
+def old_names(function: str, **renamed: str) -> Iterator[None]:
+    """Let a function of `jax.numpy` take keywords by names that JAX has given up: old="new"."""
+    current = getattr(jnp, function)
+
+    @wraps(current)
+    def shimmed(*args: Any, **keywords: Any) -> Any:
+        return current(*args, **{renamed.get(name, name): value for name, value in keywords.items()})
+
+    setattr(jnp, function, shimmed)
+    try:
+        yield
+    finally:
+        setattr(jnp, function, current)
 
 
 # --- random numbers
