@@ -125,10 +125,7 @@ class Size(NamedTuple):
 
 
 def measure(masks: Any) -> Size:
-    """Count what masks leave of LeNet.
-
-    Args:
-      masks: masks of one network (no seed axis).
+    """Count what masks of one network, without a seed axis, leave of LeNet.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -268,16 +268,7 @@ def _note(title: str, ids: list[str]) -> str:
 def load_shakespeare(
     *, train: int | None = None, validation: int | None = None, data_dir: PathLike | None = None
 ) -> Text:
-    """Load Tiny Shakespeare, 1,003,854 and 55,770 characters; prepares it first if need be.
-
-    Args:
-        train: how many of the first training characters to give; default all.
-        validation: how many of the first validation characters; default all.
-        data_dir: as for `load`, as are the errors.
-
-    Returns:
-        The Text.
-    """
+    """Load Tiny Shakespeare, 1,003,854 and 55,770 characters, or the first so many of each; see `load`."""
     builder = _prepared_builder("tiny_shakespeare", data_dir)
     whole = _characters(builder, "train")
     vocabulary = np.unique(whole)

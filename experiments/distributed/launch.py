@@ -20,11 +20,7 @@ def free_address() -> str:
 
 
 def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
-    """Run commands side by side until all have ended; the first one alone prints.
-
-    Args:
-      commands: each with its arguments.
-      quiet: the first one prints its errors only.
+    """Run commands side by side until all have ended; the first one alone prints, its errors only if `quiet`.
 
     Raises:
       SystemExit: one has failed; the others are killed, and its last lines are in the message.

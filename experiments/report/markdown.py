@@ -11,15 +11,9 @@ from experiments.show.tables import WIDTH, pieces
 
 
 def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
-    """Return the text, and the files of its pictures.
+    """Return the text, in GitHub's Markdown, and its pictures by name.
 
-    Args:
-      title: of the document.
-      blocks: what it says.
-      folder: where the pictures are going to be, relative to the document.
-
-    Returns:
-      GitHub's Markdown; and the pictures by name, to be written to that folder.
+    The pictures are to be written to `folder`, which is relative to the document.
     """
     blocks = list(blocks)
     files: dict[str, bytes] = {}
