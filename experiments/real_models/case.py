@@ -176,8 +176,8 @@ def from_linen(
 ) -> Case:
     """Return a flax.linen model: of all its floating variables, or of its params where it has no others.
 
-    `call(variables, *inputs)` stands in for `model.apply`. `init` and `apply` take `args` and the keywords after
-    the inputs.
+    `call(variables, *inputs)` stands in for `model.apply`. `init` and `apply` take `args` and the
+    keywords after the inputs.
     """
 
     def init(key: jax.Array, *xs: Any) -> Any:

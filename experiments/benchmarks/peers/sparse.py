@@ -17,7 +17,7 @@ class Peer:
     """
 
     def __init__(self, library: str, kernels: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray):
-        """Take masked kernels of (inputs, outputs), biases, and x of (batch, inputs), for SciPy or PyTorch."""
+        """Take masked kernels of (inputs, outputs), biases, and x of (batch, inputs); "scipy" or "torch"."""
         self.run = (_scipy if library == "scipy" else _torch)(kernels, biases, x)
         self.run()
 
