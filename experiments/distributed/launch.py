@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -44,11 +43,6 @@ def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
                     _kill(processes)
         finally:
             _kill(processes)
-
-
-def module_command(module: str, flags: Sequence[str]) -> list[str]:
-    """Return a command that runs a module with this Python."""
-    return [sys.executable, "-m", module, *flags]
 
 
 def _kill(processes: Sequence[subprocess.Popen]) -> None:

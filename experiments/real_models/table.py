@@ -60,9 +60,7 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
                     int(row["groups"]),
                     int(row["removable"]),
                     float(row["share"]),
-                    figures[0],
-                    figures[1],
-                    figures[2],
+                    *figures,
                     row["measured_with"],
                     row["configuration"] == "same",
                 )
