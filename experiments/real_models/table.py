@@ -60,7 +60,9 @@ def read_baseline(path: Path) -> dict[str, list[Reached]]:
                     int(row["groups"]),
                     int(row["removable"]),
                     float(row["share"]),
-                    *figures,
+                    figures[0],
+                    figures[1],
+                    figures[2],
                     row["measured_with"],
                     row["configuration"] == "same",
                 )
