@@ -22,7 +22,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,24 +31,12 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.lenet import file_bytes
 from experiments.networks.small import LeNet
 from experiments.report.design import Design
-from experiments.run import stopping
+from experiments.run import stopping, study
 from experiments.run.results import Results
-from experiments.run.settings import (
-    BatchSize,
-    Count,
-    Folder,
-    Natural,
-    Positive,
-    Seeds,
-    Settings,
-    Share,
-    Sparsity,
-    parse,
-)
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Share, Sparsity, parse
 from experiments.show import tables
 from experiments.training import distill, loops
 
@@ -65,11 +53,9 @@ STEPS = {
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
-    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
     epochs: Count = 15  # of LeNet
     tune_epochs: Natural = 5  # after pruning; a smaller architecture trains for both
     sparsity: Sparsity = 0.9  # of the weights, where they are pruned one by one
@@ -78,8 +64,6 @@ class Config(Settings):
     lr: Positive = 1.2e-3  # learning rate of Adam
     batch_size: BatchSize = 64  # images per step, and in a call that is timed
     rounds: Count = 20  # times that each call is measured
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/deployment"  # folder for results.jsonl
 
 
@@ -198,10 +182,8 @@ DESIGN = Design(
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Run the study, writes its lines, and returns them."""
-    data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
-    train, test = loops.splits(data)
+    train, test = config.load(size=28)
     image, images = (test.batch(jnp.arange(size) % len(test.y))[0] for size in (1, config.batch_size))
-    lines: list[dict[str, Any]] = []
     total = 3 * config.epochs + 4 * config.tune_epochs
     with (
         Results(config.out, "deployment", config, design=DESIGN) as results,
@@ -215,8 +197,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 line = {"step": step, "seed": seed} | figures(network, index, image)
                 line |= {"speed_up": speed[step]} if index == 0 else {}
                 results.write(**line)
-                lines.append(line)
-    return lines
+    return results.lines
 
 
 def summarise(lines: Sequence[dict[str, Any]]) -> str:
@@ -235,9 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-        print(f"\nLeNet on {data}, {len(config.seeds)} seeds; bytes of the file and of the exported program")
-        device = jax.devices()[0].device_kind
+        seeds, device = len(config.seeds), jax.devices()[0].device_kind
+        print(f"\nLeNet on {config.data}, {seeds} seeds; bytes of the file and of the exported program")
         print(f"(float32); how many times as fast batches of {config.batch_size} are, {device}")
         print(summarise(lines))
     print(f"\nWrote results.jsonl to {config.out}")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,25 +36,13 @@ import numpy as np
 import optax
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.lenet import PRESETS as LENET
 from experiments.lenet import file_bytes, optimizers
 from experiments.networks.small import MLP, LeNet
 from experiments.report.design import COMPRESSION, SPARSITY, Axis, Design
 from experiments.run import stopping, study
 from experiments.run.limits import FlagError, OneOf
-from experiments.run.settings import (
-    BatchSize,
-    Count,
-    Folder,
-    Natural,
-    Positive,
-    Seeds,
-    Settings,
-    Share,
-    Sparsity,
-    parse,
-)
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Share, Sparsity, parse
 from experiments.show import figures, tables
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
@@ -86,12 +74,10 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     parts: tuple[Annotated[str, OneOf(PARTS)], ...] = PARTS  # which parts to run
-    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
     temperatures: tuple[Positive, ...] = (1.0, 2.0, 4.0, 8.0)  # of the part few
     temperature: Positive = 4.0  # of the other parts
     alpha: Share = 0.9  # the teacher's share of the loss; labels have the rest
@@ -107,8 +93,6 @@ class Config(Settings):
     student_batch_size: BatchSize | None = None  # images per step of every student
     lr: Positive = 1.2e-3  # learning rate of Adam, for LeNet-300-100
     batch_size: BatchSize = 60  # images per step, for LeNet-300-100
-    train_size: Count | None = None  # of all images, use this many only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/distillation"  # folder for results.jsonl and the plots
     fresh: bool = False  # start over instead of resuming a stopped run
 
@@ -162,12 +146,6 @@ class Study(study.Study):
         super().__init__(config, "distillation", DESIGN)
         self.sizes = settings(config)
 
-    def splits(self, size: int | None = None) -> tuple[loops.Split, loops.Split]:
-        """Return all training images, and the test images."""
-        config = self.config
-        data = datasets.load(config.dataset, size=size, train=config.train_size, test=config.test_size)
-        return loops.splits(data)
-
     def lines(
         self, accuracies: np.ndarray, own: Callable[[int], dict[str, Any]] | None = None, **same: Any
     ) -> list[dict[str, Any]]:
@@ -179,7 +157,7 @@ class Study(study.Study):
 
     def train_dense(self) -> None:
         """Train the dense networks on all images and on few, for the parts that start from them."""
-        train, test = self.splits()
+        train, test = self.config.load()
         if not 1 <= self.sizes.few <= len(train.y):
             raise FlagError(f"few must be 1 to {len(train.y)} images, got {self.sizes.few}.")
         few = train._replace(x=train.x[: self.sizes.few], y=train.y[: self.sizes.few])
@@ -209,7 +187,7 @@ class Study(study.Study):
 def student(of: Study) -> None:
     """Train the article's student with LeNet as its teacher."""
     sizes, config = of.sizes, of.config
-    train, test = of.splits(size=28)
+    train, test = config.load(size=28)
     im2col = jax.default_backend() == "cpu"
     lenet = dataclasses.replace(
         LENET["digits" if config.dataset == "digits" else "sane"], epochs=sizes.teacher_epochs
@@ -362,14 +340,14 @@ def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
     return "\n".join(text)
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> list[str]:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> list[str]:
     """Draw accuracy against compression, `pruning-all.png` and `pruning-few.png`, for the part pruning."""
     names = []
     for images in ("all", "few") if "pruning" in config.parts else ():
         group = [line for line in lines if (line["part"], line.get("images")) == ("pruning", images)]
         methods = list(dict.fromkeys(line["method"] for line in group))
         names.append(f"pruning-{images}.png")
-        title = f"LeNet-300-100, {data}, {group[0]['train_images']} images; "
+        title = f"LeNet-300-100, {config.data}, {group[0]['train_images']} images; "
         title += f"{group[0]['epochs']} epochs a level, {len(config.seeds)} seeds"
         panels = {"compression (weights)": figures.by_method(group, methods)}
         dense = figures.accuracies(lines, part="dense", images=images)
@@ -383,10 +361,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-        print(f"\n{data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
+        print(f"\n{config.data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
         print(summarise(lines, config))
-        print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config, data)])} to {config.out}")
+        print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config)])} to {config.out}")
 
 
 if __name__ == "__main__":

@@ -21,28 +21,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import optax
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.report.design import COMPRESSION, SPARSITY, Design
 from experiments.run import saved_recipes, stopping, study
 from experiments.run.limits import Range
-from experiments.run.results import layers
-from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
     # fractions removed, biases not counted
     sparsities: tuple[Annotated[float, Range(above=0, below=1)], ...] = (0.9, 0.95, 0.98, 0.99)
@@ -52,8 +49,6 @@ class Config(Settings):
     fraction: Annotated[float, Range(above=0, at_most=1)] = 0.3
     lr: Positive = 1.2e-3  # learning rate of Adam
     batch_size: BatchSize = 60  # images per step
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/dynamic_sparse"  # folder for results.jsonl and the plot
     fresh: bool = False  # start over instead of resuming a stopped run
 
@@ -115,8 +110,7 @@ class Study(study.Study):
 
     def __init__(self, config: Config):
         super().__init__(config, "dynamic_sparse", DESIGN)
-        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-        train, test = loops.splits(data)
+        train, test = config.load()
         self.train, self.held_out = loops.hold_out(train, 1 / 12)
         self.steps = epochs(config) * -(-len(self.train.y) // config.batch_size)
         self.model = MLP()
@@ -138,22 +132,19 @@ class Study(study.Study):
         fitted = fit(self.init, start, self.keys(1))
         accuracies = self.accuracy(fitted.params)
 
-        def of_seed(index: int) -> dict[str, Any]:
-            params, masks, before = study.at(index, (fitted.params, fitted.masks, start))
+        def of_seed(index: int, masks: Any) -> dict[str, Any]:
+            params, before = study.at(index, (fitted.params, start))
             jp.check_pruned(params, masks)
             pairs = zip(jax.tree.leaves(masks), jax.tree.leaves(before), strict=True)
-            line = {
+            return {
                 "achieved": jp.metrics.sparsity(masks).prunable,
                 "kept": {path: int(m.sum()) for path, m in _kernels(masks).items()},
                 "moved": sum(int((new & ~old).sum()) for new, old in pairs),
                 "accuracy": float(accuracies[index]),
-                "layers": layers(masks),
             }
-            if index == 0 and sparsity == max(self.config.sparsities, default=None):
-                line["masks"] = self.results.keep_masks(method, masks)
-            return line
 
-        self.add(of_seed, method=method, sparsity=sparsity)
+        last = sparsity == max(self.config.sparsities, default=None)
+        self.add_masked(fitted.masks, of_seed, last, method, sparsity=sparsity)
         self.bar.update()
 
 
@@ -197,10 +188,10 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*text, tables.by_method(lines, rows, "sparsity", METHODS, heading="sparsity")])
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
     panels = {"compression (weights)": figures.by_method(lines, METHODS)}
-    title = f"LeNet-300-100, {data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds"
+    title = f"LeNet-300-100, {config.data}; {epochs(config)} epochs in all, {len(config.seeds)} seeds"
     dense = figures.accuracies(lines, method="dense")
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
@@ -211,10 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-        print(f"\nLeNet-300-100 on {data}, {epochs(config)} epochs with every method")
+        print(f"\nLeNet-300-100 on {config.data}, {epochs(config)} epochs with every method")
         print(summarise(lines))
-        plot(lines, config, data)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

@@ -20,39 +20,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import optax
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.report.design import COMPRESSION, SPARSITY, Design
 from experiments.run import saved_recipes, stopping, study
 from experiments.run.limits import Items
-from experiments.run.results import layers
-from experiments.run.settings import (
-    BatchSize,
-    Count,
-    Folder,
-    Natural,
-    Positive,
-    Seeds,
-    Settings,
-    Sparsity,
-    parse,
-)
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Sparsity, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
-    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
     # fractions removed, biases not counted
     sparsities: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.8, 0.9, 0.95, 0.98)
     epochs: Count = 13  # the budget of every method
@@ -62,8 +48,6 @@ class Config(Settings):
     mask_updates: Count = 40  # how often gradual pruning updates the masks in between
     lr: Positive = 1.2e-3  # learning rate of Adam
     batch_size: BatchSize = 60  # images per step
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/gradual"  # folder for results.jsonl and the plot
     fresh: bool = False  # start over instead of resuming a stopped run
 
@@ -110,8 +94,7 @@ class Study(study.Study):
 
     def __init__(self, config: Config):
         super().__init__(config, "gradual", DESIGN)
-        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-        self.train, test = loops.splits(data)
+        self.train, test = config.load()
         self.model, self.adam = MLP(), optax.adam(config.lr)
         self.fit = loops.masked_fitter(self.model, self.adam, config.batch_size, self.train)
         self.accuracy = loops.evaluator(self.model, test)
@@ -157,22 +140,18 @@ class Study(study.Study):
         """Write the figures of a method, a line per seed."""
         accuracies = self.accuracy(params)
 
-        def of_seed(index: int) -> dict[str, Any]:
-            own, kept = study.at(index, (params, masks))
-            jp.check_pruned(own, kept)
+        def of_seed(index: int, kept: Any) -> dict[str, Any]:
+            jp.check_pruned(study.at(index, params), kept)
             achieved = jp.metrics.sparsity(kept)
-            line = {
+            return {
                 "achieved": achieved.prunable,
                 "achieved_model": achieved.model,
                 "kept": jp.metrics.nonzeros(kept),
                 "accuracy": float(accuracies[index]),
-                "layers": layers(kept),
             }
-            if index == 0 and sparsity == max(self.config.sparsities, default=None):
-                line["masks"] = self.results.keep_masks(method, kept)
-            return line
 
-        self.add(of_seed, method=method, sparsity=sparsity)
+        last = sparsity == max(self.config.sparsities, default=None)
+        self.add_masked(masks, of_seed, last, method, sparsity=sparsity)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -197,10 +176,10 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*text, table, *note])
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
     panels = {"compression (weights)": figures.by_method(lines, METHODS)}
-    title = f"LeNet-300-100, {data}; {config.epochs} epochs in all, {len(config.seeds)} seeds"
+    title = f"LeNet-300-100, {config.data}; {config.epochs} epochs in all, {len(config.seeds)} seeds"
     dense = figures.accuracies(lines, method="dense")
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
@@ -210,10 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-        print(f"\nLeNet-300-100 on {data}, {config.epochs} epochs with every method")
+        print(f"\nLeNet-300-100 on {config.data}, {config.epochs} epochs with every method")
         print(summarise(lines))
-        plot(lines, config, data)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

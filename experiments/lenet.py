@@ -23,13 +23,11 @@ import numpy as np
 import optax
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.networks.small import LeNet
 from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping, study
 from experiments.run.limits import Items
-from experiments.run.results import layers
-from experiments.run.settings import Count, Folder, Natural, Seeds, Settings, Sparsity, parse
+from experiments.run.settings import Count, Folder, Natural, Sparsity, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 from jaxprune import plots
@@ -59,20 +57,16 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     # training settings; by default digits for digits and article for mnist
     preset: Literal["article", "sane", "digits"] | None = None
-    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
     # fractions of the remaining pruned per round; '' for dense only
     amounts: Annotated[tuple[Sparsity, ...], Items(empty=True)] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
     rounds: Count = 3  # K, how often it prunes and fine-tunes
     tune_epochs: Natural = 4  # N, epochs of each fine-tuning
     epochs: Count | None = None  # epochs of dense training; by default the preset's
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     timing_runs: Natural = 5  # timed passes over the training images; 0 for none (the article: 20)
     out: Folder = "results/lenet"  # folder for results.jsonl and plots
     fresh: bool = False  # start over instead of resuming a stopped run
@@ -131,10 +125,7 @@ class Size(NamedTuple):
 
 
 def measure(masks: Any) -> Size:
-    """Count what masks leave of LeNet.
-
-    Args:
-      masks: masks of one network (no seed axis).
+    """Count what masks of one network, without a seed axis, leave of LeNet.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -253,8 +244,7 @@ class Study(study.Study):
         self.preset = config.preset or ("digits" if config.dataset == "digits" else "article")
         training = PRESETS[self.preset]
         self.training = training if config.epochs is None else replace(training, epochs=config.epochs)
-        data = datasets.load(config.dataset, size=28, train=config.train_size, test=config.test_size)
-        self.train, self.test = loops.splits(data)
+        self.train, self.test = config.load(size=28)
         self.model = LeNet(im2col=jax.default_backend() == "cpu")
         dense, tuned = optimizers(self.training, len(self.train.y))
         self.fit = loops.masked_fitter(self.model, dense, training.batch_size, self.train)
@@ -300,24 +290,20 @@ class Study(study.Study):
             compacted = without_dead_channels(first_params, first_masks, self.test)
         speed = self.speed(study.at(0, self.dense), first_params) if self.config.timing_runs else None
 
-        def of_seed(index: int) -> dict[str, Any]:
-            own, kept = study.at(index, (params, masks))
-            line = {
+        def of_seed(index: int, _: Any) -> dict[str, Any]:
+            return {
                 "preset": self.preset,
                 "training": asdict(self.training),
                 "accuracy": float(after[index]),
                 "accuracy_before_last_tuning": float(before[index]),
                 **size._asdict(),
                 **(compacted if index == 0 else {}),
-                "file_ratio": self.dense_bytes[index] / file_bytes(own),
+                "file_ratio": self.dense_bytes[index] / file_bytes(study.at(index, params)),
                 "masked_speed_up": speed,
-                "layers": layers(kept),
             }
-            if index == 0 and amount == max(self.config.amounts, default=None):
-                line["masks"] = self.results.keep_masks(method, first_masks)
-            return line
 
-        self.add(of_seed, method=method, amount=amount)
+        last = amount == max(self.config.amounts, default=None)
+        self.add_masked(masks, of_seed, last, method, amount=amount)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -374,7 +360,7 @@ def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
     return "\n".join([*text, tables.text(rows)])
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
     """Draw accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
     dense = [line for line in lines if line["method"] == "dense"]
     panels: dict[str, dict[str, plots.Line]] = {}
@@ -388,7 +374,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, note: str) -> None:
             if groups:
                 ratios = [dense[0][key] / group[0][key] for group in groups]
                 panels[label][title] = ratios, [[line["accuracy"] for line in group] for group in groups]
-    title = f"LeNet, {note}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds"
+    title = f"LeNet, {config.data}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds"
     own = [line["accuracy"] for line in dense]
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, own)
 
@@ -402,10 +388,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(Config, argv, __doc__)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        note = "MNIST" if config.dataset == "mnist" else "digits"
-        print(f"\nLeNet on {note}")
+        print(f"\nLeNet on {config.data}")
         print(summarise(lines, config.dataset))
-        plot(lines, config, note)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

@@ -37,14 +37,13 @@ import optax
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.report.design import Axis, Design
-from experiments.run import saved_recipes, stopping
+from experiments.run import saved_recipes, stopping, study
 from experiments.run.checkpoint import Checkpoints, forget
 from experiments.run.limits import Items, OneOf
 from experiments.run.results import Results, layers
-from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, Settings, parse
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Seeds, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 from jaxprune import plots
@@ -55,10 +54,9 @@ METHODS = (CHAINS[0], *BRANCHES, *CHAINS[1:])
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     # frankle: the paper's rates and initialisation, Adam 1.2e-3, batches of 60; article: 40 levels of a tenth
     # in all layers, Adam 1e-3, batches of 32, 10 epochs a level, ticket and tune only
     preset: Literal["frankle", "article"] = "frankle"
@@ -73,8 +71,6 @@ class Config(Settings):
     batch_size: BatchSize | None = None  # images per step
     tune_epochs: Natural | None = None  # epochs of fine-tuning at each level
     rewind_epoch: Natural = 0  # rewind to the weights after this epoch (late rewinding)
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/lottery_ticket"  # folder for results.jsonl, the plot and checkpoints
     fresh: bool = False  # start over instead of resuming a stopped run
 
@@ -162,8 +158,7 @@ class Study:
 
     def __init__(self, config: Config):
         self.config, self.settings = config, settings(config)
-        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-        train, test = loops.splits(data)
+        train, test = config.load()
         train, held_out = loops.hold_out(train, 1 / 12)
         model, adam = MLP(glorot=self.settings.glorot), optax.adam(self.settings.lr)
         batch_size = self.settings.batch_size
@@ -343,7 +338,7 @@ def summarise(lines: Sequence[dict[str, Any]], config: Config) -> str:
     return "\n".join([*text, tables.text(stopped)])
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
     curves: dict[str, plots.Line] = {}
     for method in METHODS:
@@ -354,7 +349,7 @@ def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
             curves[method] = compressions, [[line["accuracy"] for line in level] for level in levels]
     epochs = settings(config).epochs
     panels = {"compression (weights)": curves}
-    title = f"LeNet-300-100, {data}; {epochs} epochs a level, {len(config.seeds)} seeds"
+    title = f"LeNet-300-100, {config.data}; {epochs} epochs a level, {len(config.seeds)} seeds"
     dense = figures.accuracies(lines, level=0)
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
@@ -365,10 +360,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
-        print(f"\nLeNet-300-100 on {data}, {settings(config).epochs} epochs a level")
+        print(f"\nLeNet-300-100 on {config.data}, {settings(config).epochs} epochs a level")
         print(summarise(lines, config))
-        plot(lines, config, data)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

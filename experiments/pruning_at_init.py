@@ -32,22 +32,19 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
-from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.report.design import Axis, Design
 from experiments.run import saved_recipes, stopping, study
 from experiments.run.limits import Range
-from experiments.run.results import layers
-from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, Settings, parse
+from experiments.run.settings import BatchSize, Count, Folder, Positive, Seeds, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     network: Literal["lenet", "deep"] = "lenet"  # lenet is 300-100-10; deep is six times 100, then 10
     seeds: Seeds = (0, 1, 2, 3, 4)  # the runs that figures are averaged over
     # c: 1/c of the weights stays
@@ -57,8 +54,6 @@ class Config(Settings):
     rounds: Count = 100  # of synflow
     lr: Positive = 1.2e-3  # learning rate of Adam
     batch_size: BatchSize = 60  # images per step
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder = "results/pruning_at_init"  # folder for results.jsonl and the plot
     fresh: bool = False  # start over instead of resuming a stopped run
 
@@ -145,8 +140,7 @@ class Study(study.Study):
 
     def __init__(self, config: Config):
         super().__init__(config, "pruning_at_init", DESIGN)
-        data = datasets.load(config.dataset, train=config.train_size, test=config.test_size)
-        train, test = loops.splits(data)
+        train, test = config.load()
         train, held_out = loops.hold_out(train, 1 / 12)
         self.widths = NETWORKS[config.network]
         model, optimizer_of = MLP(self.widths), loops.fixed(optax.adam(config.lr))
@@ -162,20 +156,16 @@ class Study(study.Study):
         masks = masks_of(self.init, self.keys(2))
         accuracies = self.accuracy(self.fit(self.init, masks, self.keys(1)).params)
 
-        def of_seed(index: int) -> dict[str, Any]:
-            own = study.at(index, masks)
-            line = {
+        def of_seed(index: int, own: Any) -> dict[str, Any]:
+            return {
                 "density": 1 - jp.metrics.sparsity(own).prunable,
                 "collapsed": jp.metrics.collapsed(own),
                 "connected": bool(connected(self.widths, own, self.batch[0])),
                 "accuracy": float(accuracies[index]),
-                "layers": layers(own),
             }
-            if index == 0 and compression == max(self.config.compressions, default=None):
-                line["masks"] = self.results.keep_masks(method, own)
-            return line
 
-        self.add(of_seed, method=method, compression=compression)
+        last = compression == max(self.config.compressions, default=None)
+        self.add_masked(masks, of_seed, last, method, compression=compression)
         self.bar.update()
 
 
@@ -211,11 +201,13 @@ def summarise(lines: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*text, tables.text(counts)])
 
 
-def plot(lines: Sequence[dict[str, Any]], config: Config, data: str) -> None:
+def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
     """Draw accuracy against compression of the weights, as `accuracy.png`."""
     name = {"lenet": "LeNet-300-100", "deep": "MLP 100x6"}[config.network]
     panels = {"compression (weights)": figures.by_method(lines, METHODS, "compression")}
-    title = f"{name} pruned at initialisation, {data}; {epochs(config)} epochs, {len(config.seeds)} seeds"
+    title = (
+        f"{name} pruned at initialisation, {config.data}; {epochs(config)} epochs, {len(config.seeds)} seeds"
+    )
     dense = figures.accuracies(lines, method="dense")
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, dense)
 
@@ -226,11 +218,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        data = {"mnist": "MNIST", "digits": "digits"}[config.dataset]
         widths = "-".join(map(str, NETWORKS[config.network]))
-        print(f"\n{widths} on {data}, pruned at initialisation, then {epochs(config)} epochs")
+        print(f"\n{widths} on {config.data}, pruned at initialisation, then {epochs(config)} epochs")
         print(summarise(lines))
-        plot(lines, config, data)
+        plot(lines, config)
     print(f"\nWrote results.jsonl and accuracy.png to {config.out}")
 
 

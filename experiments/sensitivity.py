@@ -39,17 +39,7 @@ from experiments.report.design import COMPRESSION, Axis, Design
 from experiments.run import stopping, study
 from experiments.run.limits import OneOf, Range
 from experiments.run.results import layers
-from experiments.run.settings import (
-    BatchSize,
-    Count,
-    Folder,
-    Natural,
-    Positive,
-    Seeds,
-    Settings,
-    Sparsity,
-    parse,
-)
+from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Sparsity, parse
 from experiments.show import figures, tables
 from experiments.training import loops
 from jaxprune import plots
@@ -59,12 +49,10 @@ _LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(study.Settings):
     """Flags of the study."""
 
-    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
     network: Literal["lenet", "mlp"] = "lenet"  # LeNet, or the perceptron 300-100-10
-    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
     kinds: tuple[Annotated[str, OneOf(_KINDS)], ...] = _KINDS  # of pruning
     levels: tuple[Sparsity, ...] = _LEVELS  # sparsities tried
     # drops in accuracy allowed to each layer
@@ -75,8 +63,6 @@ class Config(Settings):
     batch_size: BatchSize = 60  # images per step
     # share of the training images that the analysis measures on
     held_out: Annotated[float, Range(above=0, below=1)] = 1 / 6
-    train_size: Count | None = None  # use this many training images only
-    test_size: Count | None = None  # use this many test images only
     out: Folder | None = None  # folder of the results (default: results/sensitivity/<network>)
     fresh: bool = False  # start over instead of resuming a stopped run
 

@@ -56,13 +56,12 @@ class ResNet50(nn.Module):
         return nn.Dense(1000)(x.mean(axis=(1, 2)))
 
 
-def decoder_params(layers: int, width: int, hidden: int, heads: int, vocabulary: int) -> Any:
+def decoder_params(layers: int, width: int, hidden: int, vocabulary: int) -> Any:
     """Return abstract bfloat16 params of a decoder with gated feed-forward layers."""
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
-    del heads
     layer = {
         "norm1": array(width),
         "norm2": array(width),
@@ -142,7 +141,7 @@ def size(tree: Any) -> int:
 
 def run_decoder(layers: int = 32, width: int = 4096, hidden: int = 11008, heads: int = 32) -> list[str]:
     """Return groups of a decoder from abstract params: lines of the table."""
-    params = decoder_params(layers, width, hidden, heads, vocabulary=32_000)
+    params = decoder_params(layers, width, hidden, vocabulary=32_000)
     tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:

@@ -44,7 +44,7 @@ SIZES = ((512, 1408, 8), (4096, 11008, 32))
 
 def measure(config: Config, width: int, hidden: int, heads: int, scanned: bool) -> tuple[float, float, str]:
     """Return the median CPU seconds of finding groups and of tracing the gradient, and what of."""
-    params = decoder_params(config.layers, width, hidden, heads, vocabulary=4096)
+    params = decoder_params(config.layers, width, hidden, vocabulary=4096)
     params = stacked(params) if scanned else params
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     times: tuple[list[float], list[float]] = ([], [])

@@ -11,16 +11,15 @@ units it is a smaller dense network (compacted). Multiply-adds say what each cou
 All calls are compiled, warm and taken in turn; ratios are of medians, with those of the quartiles.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import sparse
 
 import jaxprune as jp
+from experiments.benchmarks.parts.jax_steps import bcsr_network, init, network, to_bcsr
 from experiments.run.limits import Range
 from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
 from experiments.show import tables
@@ -38,64 +37,30 @@ class Config(Settings):
     rounds: Count = 20  # measurements of each
 
 
-def apply_fn(params: Any, x: Any) -> Any:
-    """Return a perceptron with relu between its layers: (batch, width) -> (batch, 10)."""
-    for number in range(len(params)):
-        x = jax.nn.relu(x) if number else x
-        x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
-    return x
-
-
-def sparse_apply(params: Any, x: Any) -> Any:
-    """Return the same with kernels stored transposed, as compressed rows: (batch, width) -> (batch, 10)."""
-    for number in range(len(params)):
-        x = jax.nn.relu(x) if number else x
-        x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
-    return x
-
-
-def init(key: Any, config: Config) -> Any:
-    """Return params with He's initialisation."""
-    widths = [config.width] * config.layers + [10]
-    keys = jax.random.split(key, config.layers)
-    return {
-        f"layer{number}": {
-            "kernel": jax.random.normal(keys[number], (m, n)) * jnp.sqrt(2 / m),
-            "bias": jnp.zeros(n),
-        }
-        for number, (m, n) in enumerate(itertools.pairwise(widths))
-    }
-
-
 def run(config: Config) -> list[dict[str, Any]]:
     """Return a line for each way: multiply-adds and median time, and how many times fewer than dense."""
-    params, x = (
-        init(jax.random.key(0), config),
-        jax.random.normal(jax.random.key(1), (config.batch, config.width)),
-    )
+    params = init(jax.random.key(0), (*[config.width] * config.layers, 10))
+    x = jax.random.normal(jax.random.key(1), (config.batch, config.width))
     masks = jp.prune_once(params, jp.scores.magnitude, sparsity=config.sparsity)
     masked = jp.apply_masks(params, masks)
-    rows = {
-        name: {"kernel": sparse.BCSR.fromdense(p["kernel"].T), "bias": p["bias"]}
-        for name, p in masked.items()
-    }
-    structure = jp.structures.channels(jp.channel_groups(apply_fn, params, x))
+    rows = to_bcsr(masked)
+    structure = jp.structures.channels(jp.channel_groups(network, params, x))
     pruner = jp.pruner(jp.scores.magnitude, config.units, structure=structure)
     cut = jax.jit(lambda params: pruner.update(pruner.init(params), params).masks)(params)
-    small = jp.compact(apply_fn, params, cut, x)
-    gap = jnp.max(jnp.abs(sparse_apply(rows, x) - apply_fn(masked, x)))
+    small = jp.compact(network, params, cut, x)
+    gap = jnp.max(jnp.abs(bcsr_network(rows, x) - network(masked, x)))
     if not gap < 1e-3:
         raise RuntimeError(f"the sparse network differs from the masked one by {gap}.")
 
     calls = {
-        "dense": (apply_fn, params, x),
-        "masked": (apply_fn, masked, x),
-        "sparse": (sparse_apply, rows, x),
+        "dense": (network, params, x),
+        "masked": (network, masked, x),
+        "sparse": (bcsr_network, rows, x),
         "compacted": (small.apply, small.params, x),
     }
     times = jp.metrics.latency(calls, rounds=config.rounds)
-    dense = jp.metrics.macs(apply_fn, params, x).total
-    alive = jp.metrics.macs(apply_fn, params, x, masks=masks).total
+    dense = jp.metrics.macs(network, params, x).total
+    alive = jp.metrics.macs(network, params, x, masks=masks).total
     counts = {"dense": dense, "masked": alive, "sparse": alive}
     counts["compacted"] = jp.metrics.macs(small.apply, small.params, x).total
     return [

@@ -47,7 +47,6 @@ FLOPs and bytes together are about the least that a step can take.
 """
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,6 +58,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.benchmarks.parts import jax_lottery
+from experiments.benchmarks.parts.machine import TORCH
 from experiments.benchmarks.parts.turns import Worker
 from experiments.data import datasets
 from experiments.report.design import Design
@@ -138,7 +138,7 @@ def agreement(one: Outcome, other: Outcome) -> tuple[float, float]:
 
 def why_no_torch() -> str | None:
     """Return why PyTorch is not measured, or None."""
-    if importlib.util.find_spec("torch") is None:
+    if not TORCH:
         return "PyTorch is not installed (pip install torch), so it is left out."
     if jax.default_backend() != "cpu":
         return "PyTorch is measured on CPUs only, so it is left out."
@@ -169,20 +169,17 @@ def started(config: Config, stack: contextlib.ExitStack) -> tuple[dict[str, Work
 
     ours = {"data": data, "params": params, "batch_size": config.batch_size}
     seeds = {"seeds": config.seeds} | common
-    workers = {
-        way: start("experiments.benchmarks.parts.jax_lottery:JaxRuns", way=way, **ours, **seeds)
-        for way in OURS
-    }
+    workers = {way: start("parts.jax_lottery:JaxRuns", way=way, **ours, **seeds) for way in OURS}
     if why_no_torch() is None:
         workers["torch"] = start(
-            "experiments.benchmarks.peers.torch_lottery:TorchLoop",
+            "peers.torch_lottery:TorchLoop",
             **torch_start(config, data, params),
             **common,
         )
     if not config.bound:
         return workers, None
     ours["params"] = jax.tree.map(lambda leaf: leaf[0], params)
-    return workers, start("_bound:Parts", **ours, steps=config.steps, lr=config.lr)
+    return workers, start("parts.bound:Parts", **ours, steps=config.steps, lr=config.lr)
 
 
 DESIGN = Design(factors=("figure", "way", "over", "part"), figures=("ratios", "masks", "params"))
@@ -190,14 +187,8 @@ DESIGN = Design(factors=("figure", "way", "over", "part"), figures=("ratios", "m
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Run the benchmark, writes its lines, and returns them."""
-    lines: list[dict[str, Any]] = []
     results = Results(config.out, "benchmarks.lottery", config, design=DESIGN)
     with results, contextlib.ExitStack() as stack:
-
-        def add(**line: Any) -> None:
-            results.write(**line)
-            lines.append(line)
-
         workers, parts = started(config, stack)
         # What compiles may do so at the same time; what is timed has the machine for itself.
         for worker in workers.values():
@@ -205,7 +196,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         ran = {way: Outcome(*worker.answer()) for way, worker in workers.items()}
         for way in list(workers)[1:]:
             masks, params = agreement(ran["spread"], ran[way])
-            add(figure="agreement", way=way, masks=masks, params=params)
+            results.write(figure="agreement", way=way, masks=masks, params=params)
 
         turns: dict[str, Callable[[], float]] = {way: partial(workers[way], "measure") for way in OURS}
         settings = dict.fromkeys(OURS, "") | {"spread": f"devices: {workers['spread']('devices')}"}
@@ -223,11 +214,11 @@ def run(config: Config) -> list[dict[str, Any]]:
             for over in ("alone", "torch", "torch best"):
                 if over in turns:
                     ratios = np.divide(seconds[over], seconds[way]).tolist()
-                    add(figure="speed", way=way, settings=settings[way], over=over, ratios=ratios)
+                    results.write(figure="speed", way=way, settings=settings[way], over=over, ratios=ratios)
         if parts is not None:
             for name, fractions in parts("measure", config.repeats).items():
-                add(figure="bound", part=name, ratios=fractions)
-    return lines
+                results.write(figure="bound", part=name, ratios=fractions)
+    return results.lines
 
 
 def shown(ratios: Sequence[float]) -> str:

@@ -19,7 +19,6 @@ the ratios within a round, with their quartiles. jaxprune's masks are compared w
 entry by entry, first.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -32,14 +31,14 @@ import numpy as np
 
 import jaxprune as jp
 from experiments.benchmarks.parts.jax_steps import argsort_masks
-from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.machine import NO_TORCH, TORCH, machine
 from experiments.benchmarks.parts.turns import Worker
 from experiments.run.limits import Range
 from experiments.run.settings import Count, Natural, Settings, Sparsity, parse
 from experiments.show.tables import titled
 
 READ = "read once"
-TORCH = ("torch global_unstructured", "torch.topk")
+RIVALS = ("torch global_unstructured", "torch.topk")
 
 
 @dataclass(frozen=True)
@@ -116,21 +115,20 @@ def run(config: Config) -> list[dict[str, Any]]:
     _check(calls["jaxprune"](), host, count)
     calls["numpy.partition"] = lambda: np.partition(host, count)
     times: dict[str, list[float]] = {way: [] for way in calls}
-    has_torch = importlib.util.find_spec("torch") is not None
     with ExitStack() as stack:
         theirs: Any = None
-        if has_torch:
+        if TORCH:
             target = "experiments.benchmarks.peers.torch_selection:TorchSelection"
             settings = {"shapes": shapes(config), "seed": config.seed, "sparsity": config.sparsity}
             theirs = stack.enter_context(Worker(target, **settings))
-            times |= {way: [] for way in TORCH}
+            times |= {way: [] for way in RIVALS}
         for _ in range(config.rounds + 1):
             for way, call in calls.items():
                 began = time.perf_counter()
                 call()
                 times[way].append(time.perf_counter() - began)
-            if has_torch:
-                for way in TORCH:
+            if TORCH:
+                for way in RIVALS:
                     times[way].append(theirs("seconds", way))
     # The first round warms up.
     ratios = {way: [t / r for t, r in zip(ts, times[READ], strict=True)][1:] for way, ts in times.items()}
@@ -139,13 +137,13 @@ def run(config: Config) -> list[dict[str, Any]]:
     ]
     ours = np.array(ratios["jaxprune"])
     rivals = {
-        way: float(np.median(np.array(ratios[way]) / ours)) for way in ("argsort", *TORCH) if way in ratios
+        way: float(np.median(np.array(ratios[way]) / ours)) for way in ("argsort", *RIVALS) if way in ratios
     }
     faster = ", ".join(f"{ratio:.0f} x as fast as {way}" for way, ratio in rivals.items())
     exact = f"jaxprune's masks are numpy's, all {host.size:,} entries."
     lines.append({"remark": f"{exact}\nIt is {faster}."})
-    if not has_torch:
-        lines.append({"remark": "PyTorch is not installed (pip install torch), so its rows are left out."})
+    if not TORCH:
+        lines.append({"remark": NO_TORCH})
     return lines
 
 

@@ -25,11 +25,10 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import sparse
 
 import jaxprune as jp
+from experiments.benchmarks.parts.jax_steps import bcsr_network, init, network, to_bcsr
 from experiments.benchmarks.parts.turns import Worker
 from experiments.run.limits import OneOf, Range
 from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
@@ -62,33 +61,9 @@ class Config(Settings):
 SMALL = Config(width=64, batches=(4,), sparsities=(0.95,), ways=("masked", "rule"), rounds=2)
 
 
-def apply_fn(params: Any, x: Any) -> Any:
-    """Return a perceptron with relu between its layers: (batch, width) -> (batch, width)."""
-    for number in range(len(params)):
-        x = jax.nn.relu(x) if number else x
-        x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
-    return x
-
-
-def bcsr_apply(params: Any, x: Any) -> Any:
-    """Return the same, written by hand for kernels that are BCSR and stored transposed."""
-    for number in range(len(params)):
-        x = jax.nn.relu(x) if number else x
-        x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
-    return x
-
-
-def network(config: Config, sparsity: float) -> tuple[Any, Any]:
+def pruned(config: Config, sparsity: float) -> tuple[Any, Any]:
     """Return params with He's initialisation, and masks."""
-    keys = jax.random.split(jax.random.key(0), config.layers)
-    shape = (config.width, config.width)
-    params = {
-        f"layer{number}": {
-            "kernel": jax.random.normal(key, shape) * math.sqrt(2 / config.width),
-            "bias": jnp.zeros(config.width),
-        }
-        for number, key in enumerate(keys)
-    }
+    params = init(jax.random.key(0), (config.width,) * (config.layers + 1))
     structure = {
         "entries": jp.structures.elements,
         "blocks": partial(jp.structures.blocks, (64, 64)),
@@ -114,11 +89,11 @@ def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
 
 def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
     """Return a line for each way at one batch and sparsity."""
-    params, masks = network(config, sparsity)
+    params, masks = pruned(config, sparsity)
     masked = jp.apply_masks(params, masks)
     x = jax.random.normal(jax.random.key(1), (batch, config.width))
-    want = np.asarray(apply_fn(masked, x))
-    turns, notes = {"dense": timer(apply_fn, params, x)}, {}
+    want = np.asarray(network(masked, x))
+    turns, notes = {"dense": timer(network, params, x)}, {}
 
     def check(way: str, output: Any) -> None:
         gap = float(np.max(np.abs(np.asarray(output) - want)))
@@ -138,17 +113,14 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
                 check(way, peer("output"))
                 turns[way] = partial(peer, "measure")
                 continue
-            function, given = apply_fn, masked
+            function, given = network, masked
             if way == "bcsr":
-                function = bcsr_apply
-                given = {
-                    name: p | {"kernel": sparse.BCSR.fromdense(p["kernel"].T)} for name, p in masked.items()
-                }
+                function, given = bcsr_network, to_bcsr(masked)
             elif way != "masked":
                 paths = [path for path in jp.leaf_paths(params) if path.endswith("kernel")]
                 choose: Any = way if way in ("measure", "rule") else dict.fromkeys(paths, way)
                 try:
-                    fast = jp.sparsify(apply_fn, params, masks, x, choose=choose)
+                    fast = jp.sparsify(network, params, masks, x, choose=choose)
                 except ValueError as error:  # this form does not suit these masks
                     notes[way] = str(error)
                     continue
@@ -178,9 +150,6 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Return a line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
-    for way in config.ways:
-        if way not in ("masked", "measure", "rule", "bcsr", *FORMS, *PEERS):
-            raise ValueError(f"there is no way {way!r}: see --help.")
     pairs = itertools.product(config.batches, config.sparsities)
     return [line for batch, sparsity in pairs for line in case(config, batch, sparsity)]
 

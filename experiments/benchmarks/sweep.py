@@ -18,16 +18,14 @@ as fast the sweep is: medians of the ratios within a round, and quartiles. Compi
 """
 
 import contextlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 
-from experiments.benchmarks.parts.machine import machine
+from experiments.benchmarks.parts.machine import NO_TORCH, TORCH, machine
 from experiments.benchmarks.parts.turns import Worker
-from experiments.benchmarks.train_step import NO_TORCH
 from experiments.run.limits import Items
 from experiments.run.settings import BatchSize, Count, Settings, parse
 from experiments.show.tables import titled
@@ -61,11 +59,10 @@ def run(config: Config) -> list[dict[str, Any]]:
         "tensors": (len(config.widths) - 1) * config.levels,
         "seeds": config.seeds * config.levels,
     }
-    has_torch = importlib.util.find_spec("torch") is not None
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(Worker("experiments.benchmarks.parts.jax_sweep:JaxSweep", **settings))
         turns = [(ours, way) for sweep in points for way in (sweep, f"{sweep}_one_by_one")]
-        if has_torch:
+        if TORCH:
             theirs = stack.enter_context(
                 Worker("experiments.benchmarks.peers.torch_sweep:TorchSweep", **settings)
             )
@@ -88,7 +85,7 @@ def run(config: Config) -> list[dict[str, Any]]:
                 over = "one by one" if worker is ours else "torch"
                 ratios = np.divide(times, quick).tolist()
                 lines.append({"sweep": sweep, "points": count, "over": over, "speed_up": ratios})
-    return lines if has_torch else [*lines, {"remark": NO_TORCH}]
+    return lines if TORCH else [*lines, {"remark": NO_TORCH}]
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

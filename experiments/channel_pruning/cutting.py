@@ -186,12 +186,8 @@ class Cutter:
     ):
         """Read the network's groups of coupled channels off its function.
 
-        Args:
-          apply: the dense network.
-          variables: its variables; shapes are enough.
-          example: one example, with its leading axis.
-          spared: see `Network`.
-          multiple_of: what stays of each group is rounded up to a multiple of so many units.
+        Only the shapes of `variables` matter; `example` has a leading axis; `Network` explains `spared`. What
+        stays of each group is rounded up to a multiple of `multiple_of` units.
         """
         self._logits, self._example = evaluation(apply), example
         self._shapes = jax.eval_shape(lambda: variables)

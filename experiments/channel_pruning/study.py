@@ -87,8 +87,10 @@ _GRADUAL_ENDS = 0.6  # of the steps of gradual pruning; after it the masks rest
 _GRADUAL_UPDATES = 20
 
 
-def settings(config: Config) -> Config:
-    """Return the flags, with the network's defaults where they were left out.
+def settings(config: Config) -> Any:
+    """Return the flags as a Config, with the network's defaults where they were left out.
+
+    It is an Any to the type checker, to which the fields filled in could still be None.
 
     Raises:
       FlagError: the network is for another data set.
@@ -105,12 +107,7 @@ def settings(config: Config) -> Config:
     return dataclasses.replace(chosen, dense=chosen.dense or f"{out}/dense")
 
 
-def _filled(chosen: Config) -> Any:
-    """Return the same, for the type checker: nothing that `settings` fills in is None any more."""
-    return chosen
-
-
-def dense_settings(chosen: Config, seed: int) -> dict[str, Any]:
+def dense_settings(chosen: Any, seed: int) -> dict[str, Any]:
     """Return what a dense network depends on: what its checkpoint is kept under."""
     names = ("dataset", "network", "epochs", "lr", "batch_size", "train_size")
     return {name: getattr(chosen, name) for name in names} | {"seed": seed}
@@ -146,13 +143,11 @@ def recipe(method: str, cut: Cut, multiple_of: int, end_step: int | None = None)
 class Study:
     """A network, its data, and one seed's dense training."""
 
-    def __init__(self, chosen: Config, results: Results):
-        self.chosen, self.results, own = chosen, results, _filled(chosen)
-        self.network = NETWORKS[own.network]
+    def __init__(self, chosen: Any, results: Results):
+        self.chosen, self.results = chosen, results
+        self.network = NETWORKS[chosen.network]
         self.task = cutting.load(self.network, chosen.train_size, chosen.test_size)
-        self.epochs, self.lr = own.epochs, own.lr
-        self.tune_epochs, self.tune_lr = own.tune_epochs, own.tune_lr
-        self.batch_size, self.steps = own.batch_size, steps.steps_per_epoch(self.task.train, own.batch_size)
+        self.steps = steps.steps_per_epoch(self.task.train, chosen.batch_size)
         shapes = jax.eval_shape(self.task.init, jax.random.key(0))
         self.example, _ = self.task.test.batch(jnp.arange(1))
         spared, multiple_of = self.network.spared, chosen.multiple_of
@@ -172,12 +167,12 @@ class Study:
 
     def fitter(self, apply: steps.Apply, optimizer: optax.GradientTransformation) -> Any:
         """Return `fit(variables, key, epochs, opt_state=None, after=None)`."""
-        return steps.fitter(apply, optimizer, self.batch_size, self.task.train, self.network.augment)
+        return steps.fitter(apply, optimizer, self.chosen.batch_size, self.task.train, self.network.augment)
 
     def dense(self, seed: int, bar: tqdm) -> Any:
         """Return the dense network's variables, trained, or as far as they were, read."""
-        folder, epochs = f"{self.chosen.dense}/seed-{seed}", self.epochs
-        optimizer = self.optimizer(self.lr, epochs)
+        folder, epochs = f"{self.chosen.dense}/seed-{seed}", self.chosen.epochs
+        optimizer = self.optimizer(self.chosen.lr, epochs)
 
         def start(key: jax.Array) -> steps.State:
             variables = self.task.init(key)
@@ -206,7 +201,7 @@ class Study:
 
     def run(self, method: str, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
         """Prune by a method to 1 / target of the multiply-adds, and trains what is left."""
-        most, epochs, peak = self.cutter.macs / target, self.tune_epochs, self.tune_lr
+        most, epochs, peak = self.cutter.macs / target, self.chosen.tune_epochs, self.chosen.tune_lr
         if method == "iterative":
             return self._iterative(target, dense, seed, bar)
         if method == "gradual":
@@ -218,7 +213,7 @@ class Study:
         small = cutting.compact(self.task.apply, dense, cut.masks, self.example)
         variables, before = small.compacted.params, None
         if method == "scratch":
-            variables, peak = small.compacted.shrink(self.task.init(_key(seed, "scratch"))), self.lr
+            variables, peak = small.compacted.shrink(self.task.init(_key(seed, "scratch"))), self.chosen.lr
         else:
             before = self.scorer(small.apply)(variables)
         fit = self.fitter(small.apply, self.optimizer(peak, epochs))
@@ -227,8 +222,8 @@ class Study:
 
     def _iterative(self, target: float, dense: Any, seed: int, bar: tqdm) -> Run:
         """Prune and tune in rounds of one cycle: the optimizer's state shrinks with the network."""
-        optimizer, opt_state = self.optimizer(self.tune_lr, self.tune_epochs), None
-        parts = cutting.shares(self.tune_epochs, self.chosen.rounds)
+        optimizer, opt_state = self.optimizer(self.chosen.tune_lr, self.chosen.tune_epochs), None
+        parts = cutting.shares(self.chosen.tune_epochs, self.chosen.rounds)
         result = None
         for number, part in enumerate(parts, start=1):
             most = self.cutter.macs / target ** (number / len(parts))
@@ -249,14 +244,14 @@ class Study:
 
     def _gradual(self, target: float, cut: Cut, dense: Any, seed: int, bar: tqdm) -> Run:
         """Prune inside the optimizer, along a cubic schedule, to as many units as `cut` removes."""
-        epochs = self.tune_epochs
+        epochs = self.chosen.tune_epochs
         groups = self.cutter.groups.under("params")
         end = max(1, round(_GRADUAL_ENDS * epochs * self.steps))
         own = recipe("gradual", cut, self.chosen.multiple_of, end)
         saved_recipes.save_method(self.results.unfinished, f"gradual-{target:g}x-seed-{seed}", own)
         pruner = own.pruner(dense["params"], groups=groups)
         penalty = cutting.penalised(groups, self.chosen.penalty)
-        inner = optax.chain(penalty, self.optimizer(self.tune_lr, epochs))
+        inner = optax.chain(penalty, self.optimizer(self.chosen.tune_lr, epochs))
         fit = self.fitter(self.task.apply, jp.wrap_optax(inner, pruner))
         state = fit(dense, _key(seed, "tune"), epochs, after=lambda *_: bar.update())
         masks = jp.ones_masks(dense) | {"params": optax.tree.get(state.opt_state, "masks")}
@@ -316,11 +311,10 @@ DESIGN = Design(
 def run(config: Config) -> list[dict[str, Any]]:
     """Run the study, writes its lines, and returns those of the methods, targets and seeds asked for."""
     chosen = settings(config)
-    own = _filled(chosen)
-    wanted = [("dense", 1.0), *((m, target) for target in own.targets for m in chosen.methods)]
-    text = NETWORKS[own.network].dataset == "tiny_shakespeare"
+    wanted = [("dense", 1.0), *((m, target) for target in chosen.targets for m in chosen.methods)]
+    text = NETWORKS[chosen.network].dataset == "tiny_shakespeare"
     results = Results(
-        own.out,
+        chosen.out,
         "channel_pruning",
         chosen,
         design=DESIGN._replace(figures=("bits", *DESIGN.figures)) if text else DESIGN,
@@ -337,7 +331,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
         missing = {s: [(m, t) for m, t in wanted if not done(m, t, s)] for s in chosen.seeds}
         bar.total = sum(
-            own.epochs * bool(pairs) + own.tune_epochs * len([p for p in pairs if p[0] != "dense"])
+            chosen.epochs * bool(pairs) + chosen.tune_epochs * len([p for p in pairs if p[0] != "dense"])
             for pairs in missing.values()
         )
         study = Study(chosen, results) if any(missing.values()) else None
@@ -368,6 +362,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{chosen.network} on {lines[0]['note']}")
         print(show.summarise(lines, chosen))
         if chosen.methods:
-            print(f"\n{show.widths(lines, _filled(chosen).targets[0])}")
+            print(f"\n{show.widths(lines, chosen.targets[0])}")
         show.plot(lines, chosen)
     print(f"\nWrote results.jsonl and accuracy.png to {chosen.out}")

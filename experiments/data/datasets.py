@@ -163,7 +163,7 @@ def _load_digits(size: int | None, train: int | None, test: int | None) -> Datas
     if side < _DIGITS_SIDE:
         raise ValueError(f"got size={size}; digits are 8x8 and can only be enlarged: size >= 8")
     bunch: Any = load_digits()
-    images = _to_uint8(_enlarge(bunch.images * (255 / 16), side))
+    images = np.rint(_enlarge(bunch.images * (255 / 16), side)).astype(np.uint8)[..., None]
     labels = bunch.target.astype(np.int32)
     # In the file one writer's digits follow another's: without a shuffle, the test digits would
     # come from other hands. The seed is fixed, so that all experiments split alike.
@@ -187,11 +187,6 @@ def _load_digits(size: int | None, train: int | None, test: int | None) -> Datas
         std=float(pixels.std()),
         note=note,
     )
-
-
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    """Return (n, height, width) of 0..255 as uint8 of shape (n, height, width, 1)."""
-    return np.rint(images).astype(np.uint8)[..., None]
 
 
 def _enlarge(images: np.ndarray, size: int) -> np.ndarray:
@@ -268,16 +263,7 @@ def _note(title: str, ids: list[str]) -> str:
 def load_shakespeare(
     *, train: int | None = None, validation: int | None = None, data_dir: PathLike | None = None
 ) -> Text:
-    """Load Tiny Shakespeare, 1,003,854 and 55,770 characters; prepares it first if need be.
-
-    Args:
-        train: how many of the first training characters to give; default all.
-        validation: how many of the first validation characters; default all.
-        data_dir: as for `load`, as are the errors.
-
-    Returns:
-        The Text.
-    """
+    """Load Tiny Shakespeare, 1,003,854 and 55,770 characters, or the first so many of each; see `load`."""
     builder = _prepared_builder("tiny_shakespeare", data_dir)
     whole = _characters(builder, "train")
     vocabulary = np.unique(whole)

@@ -59,10 +59,7 @@ class DataUnavailable(RuntimeError):  # noqa: N818 - it says what is so, as Stop
 
 
 def import_tfds(*also: str) -> Any:
-    """Return the `tensorflow_datasets` module, with everything it needs and does not declare.
-
-    Args:
-        *also: further modules that the caller needs.
+    """Return the `tensorflow_datasets` module, with everything it needs and does not declare, and `also`.
 
     Raises:
         ModuleNotFoundError: naming what is missing and the extra that installs it.
@@ -174,17 +171,10 @@ def _split_generators(name: str, builder: Any, download: Download | None) -> Cal
 
 
 def read_idx(path: PathLike, ndim: int) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes.
+    """Read a gzipped IDX file of unsigned bytes with `ndim` axes.
 
     The format: two zero bytes, 8 (unsigned byte), the number of axes, every axis' size as a
     big-endian 32-bit integer, then the entries in C order.
-
-    Args:
-        path: the `.gz` file.
-        ndim: how many axes the file must have.
-
-    Returns:
-        uint8 array with `ndim` axes.
 
     Raises:
         ValueError: the file is no such file, or is longer or shorter than it says.
@@ -240,9 +230,6 @@ def read_cifar_tar(
     path: PathLike,
 ) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Read `cifar-10-binary.tar.gz`, without unpacking anything onto the disk.
-
-    Args:
-        path: the `.tar.gz` file.
 
     Returns:
         The names of the 10 classes, and for "train" and "test" (images, labels): uint8 of shape

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -20,11 +19,7 @@ def free_address() -> str:
 
 
 def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
-    """Run commands side by side until all have ended; the first one alone prints.
-
-    Args:
-      commands: each with its arguments.
-      quiet: the first one prints its errors only.
+    """Run commands side by side until all have ended; the first one alone prints, its errors only if `quiet`.
 
     Raises:
       SystemExit: one has failed; the others are killed, and its last lines are in the message.
@@ -48,11 +43,6 @@ def launch(commands: Sequence[Sequence[str]], quiet: bool = False) -> None:
                     _kill(processes)
         finally:
             _kill(processes)
-
-
-def module_command(module: str, flags: Sequence[str]) -> list[str]:
-    """Return a command that runs a module with this Python."""
-    return [sys.executable, "-m", module, *flags]
 
 
 def _kill(processes: Sequence[subprocess.Popen]) -> None:

@@ -44,13 +44,8 @@ def load_text(dataset: str) -> datasets.Text:
 def feed(ids: np.ndarray, starts: np.ndarray, context: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     """Return a batch, sharded over "data": pieces of a text, and what follows each character.
 
-    Each process reads only the pieces that its own devices take.
-
-    Args:
-      ids: the text.
-      starts: where the pieces begin, the same in all processes.
-      context: their length.
-      mesh: the devices.
+    The pieces begin at `starts`, the same in all processes, and are `context` long. Each process reads only
+    the pieces that its own devices take.
     """
     sharding = NamedSharding(mesh, P("data"))
 

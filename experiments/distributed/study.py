@@ -44,7 +44,7 @@ from tqdm import trange
 
 import jaxprune as jp
 from experiments.distributed import sharded_training
-from experiments.distributed.launch import free_address, launch, module_command
+from experiments.distributed.launch import free_address, launch
 from experiments.distributed.sharded_training import feed, fingerprint, gather
 from experiments.networks.large import Decoder
 from experiments.report.design import Design
@@ -313,9 +313,8 @@ def start_processes(config: Config, quiet: bool = False) -> None:
     address, commands = free_address(), []
     for number in range(config.processes):
         several = {"process_id": number, "coordinator": address} if config.processes > 1 else {}
-        commands.append(
-            module_command("experiments.distributed", as_flags(dataclasses.replace(config, **several)))
-        )
+        flags = as_flags(dataclasses.replace(config, **several))
+        commands.append([sys.executable, "-m", "experiments.distributed", *flags])
     launch(commands, quiet)
 
 

@@ -2,7 +2,9 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
@@ -77,6 +79,22 @@ def _installed(package: str) -> bool:
 def module(name: str) -> Any:
     """Import a module of a library that is perhaps not installed."""
     return importlib.import_module(name)
+
+
+@contextmanager
+def old_names(function: str, **renamed: str) -> Iterator[None]:
+    """Let a function of `jax.numpy` take keywords by names that JAX has given up: old="new"."""
+    current = getattr(jnp, function)
+
+    @wraps(current)
+    def shimmed(*args: Any, **keywords: Any) -> Any:
+        return current(*args, **{renamed.get(name, name): value for name, value in keywords.items()})
+
+    setattr(jnp, function, shimmed)
+    try:
+        yield
+    finally:
+        setattr(jnp, function, current)
 
 
 # --- random numbers
@@ -158,13 +176,8 @@ def from_linen(
 ) -> Case:
     """Return a flax.linen model: of all its floating variables, or of its params where it has no others.
 
-    Args:
-      rng: of the values.
-      model: the module.
-      *inputs: example inputs.
-      call: `call(variables, *inputs)` in place of `model.apply`.
-      args: what comes after the inputs, in `init` and `apply`.
-      **keywords: of `init` and `apply`.
+    `call(variables, *inputs)` stands in for `model.apply`. `init` and `apply` take `args` and the
+    keywords after the inputs.
     """
 
     def init(key: jax.Array, *xs: Any) -> Any:
@@ -211,14 +224,9 @@ def from_equinox(
     call: Callable[..., Any] | None = None,
     batched: bool = True,
 ) -> Case:
-    """Return an equinox model, over a batch unless it takes one itself.
+    """Return an equinox model, mapped over the leading axis of the inputs unless it is not `batched`.
 
-    Args:
-      rng: of the values.
-      model: the module, or any pytree.
-      *inputs: example inputs; with `batched`, each with a leading axis.
-      call: `call(model, *inputs)` in place of `model(*inputs)`.
-      batched: whether the model takes one example.
+    `call(model, *inputs)` stands in for `model(*inputs)`; a model is the module, or any pytree.
     """
     eqx = module("equinox")
     params, static = eqx.partition(model, is_floating)
@@ -238,11 +246,8 @@ def from_haiku(
 ) -> Case:
     """Return a function that uses haiku's modules; state, such as that of BatchNorm, is among the params.
 
-    Args:
-      rng: of the values.
-      function: of the inputs; with `modes`, of these and whether it is in training mode.
-      *inputs: example inputs.
-      modes: whether the function has them. State is there once it was called in training mode.
+    With `modes` the function takes, after the inputs, whether it is in training mode: a call in training mode
+    makes the state.
     """
     hk = module("haiku")
     first = hk.transform_with_state(lambda *xs: function(*xs, True) if modes else function(*xs))

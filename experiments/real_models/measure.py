@@ -51,12 +51,7 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(model: Model, fraction: float = 0.3, seed: int = 0) -> dict[str, Any]:
-    """Prune a fraction of the units of every removable group, and compares what is left.
-
-    Args:
-      model: the model, whose packages are installed.
-      fraction: of the units of each group; those with the lowest L2 norms go.
-      seed: of the values and the inputs.
+    """Prune a fraction of the units of every removable group, those with the lowest L2 norms, and compare.
 
     Returns:
       The figures. `status` is "ok"; "wrong" if an error is above the tolerance; "refused" if no group is
@@ -144,15 +139,10 @@ def _size(tree: Any) -> int:
 
 
 def _left(params: Any, groups: Sequence[Group], dead: Callable[[Group], np.ndarray]) -> int:
-    """Return how many entries of the params stay without the dead units of groups.
+    """Return how many entries of the params stay without the units of groups that `dead` marks.
 
     Counted by leaf, as the product over its axes of the slices that are in no dead unit. It uses no
     plan: what `compact` reaches is held against it. Leaves that no group has count whole.
-
-    Args:
-      params: the dense params.
-      groups: the groups.
-      dead: from a group to a bool for each of its units.
     """
     gone: dict[str, dict[int, np.ndarray]] = {}
     shapes: dict[str, tuple[int, ...]] = {}

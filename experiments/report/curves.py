@@ -49,11 +49,7 @@ def axes(part: Part) -> list[Abscissa]:
 def draw(part: Part, figure: str, axis: Abscissa, salt: str) -> tuple[str, str] | None:
     """Draw means with bands, a curve for each combination of factors.
 
-    Args:
-      part: what is drawn.
-      figure: the vertical axis.
-      axis: the horizontal one.
-      salt: makes the names inside the drawing its own.
+    `salt` makes the names inside the drawing its own.
 
     Returns:
       The SVG and what it shows, in words; None if there is nothing to draw.

@@ -60,12 +60,7 @@ pre { background: var(--shade); padding: .7rem .9rem; white-space: pre-wrap; fon
 
 
 def page(title: str, blocks: Iterable[Block]) -> str:
-    """Return the whole file.
-
-    Args:
-      title: of the page.
-      blocks: what it says; everything in them is text, nothing markup.
-    """
+    """Return the whole file; everything in the title and the blocks is text, nothing markup."""
     body = "\n".join(text for block in blocks for text in _block(block))
     return f"""<!DOCTYPE html>
 <html lang="en">

@@ -11,15 +11,9 @@ from experiments.show.tables import WIDTH, pieces
 
 
 def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dict[str, bytes]]:
-    """Return the text, and the files of its pictures.
+    """Return the text, in GitHub's Markdown, and its pictures by name.
 
-    Args:
-      title: of the document.
-      blocks: what it says.
-      folder: where the pictures are going to be, relative to the document.
-
-    Returns:
-      GitHub's Markdown; and the pictures by name, to be written to that folder.
+    The pictures are to be written to `folder`, which is relative to the document.
     """
     blocks = list(blocks)
     files: dict[str, bytes] = {}
@@ -29,13 +23,13 @@ def document(title: str, blocks: Iterable[Block], folder: str) -> tuple[str, dic
         for block in [Heading(1, title, ""), *blocks]
         if isinstance(block, Heading)
     }
-    text = [f"# {_escape(title)}", ""]
+    text, address = [f"# {_escape(title)}", ""], urllib.parse.quote(clean(folder))
     for block in blocks:
         if isinstance(block, Images):
             for image in block.images:
                 files[image.name] = _on_white(image.data) if image.name.endswith(".svg") else image.data
                 alt = _escape(re.split("[:;,]", image.caption)[0])
-                text += [f"![{alt}]({_address(folder)}/{image.name})", "", *_paragraph(image.caption), ""]
+                text += [f"![{alt}]({address}/{image.name})", "", *_paragraph(image.caption), ""]
         elif isinstance(block, Contents):
             text += [
                 f"- [{_escape(link.text)}](#{named[link.anchor]}): {_escape(link.about)}"
@@ -90,10 +84,6 @@ def _paragraph(text: str) -> list[str]:
     """Return lines of at most 80 columns, none of which begins a list, a heading or a quotation."""
     lines = textwrap.wrap(_escape(text), WIDTH, break_long_words=False, break_on_hyphens=False)
     return [re.sub(r"^(\d*)(?=[#>+=.)-])", r"\1\\", line) for line in lines]
-
-
-def _address(folder: str) -> str:
-    return urllib.parse.quote(clean(folder))
 
 
 def _escape(text: str) -> str:

@@ -56,12 +56,11 @@ def load(line: Line) -> dict[str, np.ndarray]:
 
 def pictures(masks: dict[str, np.ndarray]) -> list[Picture]:
     """Return the pictures of `jaxprune.plots.mask_images` as PNGs."""
-    return [_picture(caption, image) for caption, image in plots.mask_images(masks)]
-
-
-def _picture(caption: str, image: np.ndarray) -> Picture:
-    times = max(1, round(_SIDE / max(image.shape)))
-    large = np.kron(image, np.ones((times, times)))
-    file = io.BytesIO()
-    imsave(file, plots.mask_colours()(large), format="png")
-    return Picture(caption, file.getvalue(), large.shape[1])
+    found = []
+    for caption, image in plots.mask_images(masks):
+        times = max(1, round(_SIDE / max(image.shape)))
+        large = np.kron(image, np.ones((times, times)))
+        file = io.BytesIO()
+        imsave(file, plots.mask_colours()(large), format="png")
+        found.append(Picture(caption, file.getvalue(), large.shape[1]))
+    return found

@@ -30,11 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, config: dict[str, Any]):
-        """Open the folder, which no other run may then write to.
-
-        Args:
-          folder: where to write.
-          config: everything the results depend on. A folder of another config is refused.
+        """Open the folder, which no other run may then write to; `config` holds all the results depend on.
 
         Raises:
           SystemExit: the folder holds a run with other settings, or another run writes to it.
@@ -62,15 +58,10 @@ class Checkpoints:
             self._close = stack.pop_all().close
 
     def restore(self, template: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-        """Return the state and lines of the last finished level that is intact, or None.
+        """Return the state, in numpy, and the lines of the last finished level that is intact, or None.
 
-        A damaged level is named on stderr, and removed when another takes its place.
-
-        Args:
-          template: a tree of the state's structure, shapes and dtypes.
-
-        Returns:
-          The state, as numpy arrays, and the lines.
+        A damaged level is named on stderr, and removed when another takes its place. `template` is a tree of
+        the state's structure, shapes and dtypes.
         """
         leaves, treedef = jax.tree.flatten(template)
         like = [np.zeros_like(leaf) for leaf in leaves]

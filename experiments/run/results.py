@@ -123,14 +123,9 @@ class Results:
         (self.unfinished / _LINES).unlink(missing_ok=True)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what is trained once and many units start from; a resumed run reads it from its file.
+        """Return what is trained once and many units start from; a resumed run reads it from the file `name`.
 
-        Args:
-          name: of the file, without an ending.
-          make: gives a pytree of arrays.
-
-        Returns:
-          The arrays, as numpy, from the file in either case.
+        `make` gives a pytree of arrays. They come from the file in either case, as numpy.
         """
         file = self.unfinished / _KEPT / f"{name}.jp"
         if file.exists():
@@ -151,14 +146,10 @@ class Results:
         return self.unfinished / name
 
     def keep_masks(self, name: str, masks: Any) -> str:
-        """Write the masks of one network beside the lines, for pictures of them; `jp.io.load` reads them.
-
-        Args:
-          name: of the file, without an ending; a file of that name is replaced.
-          masks: a pytree of bool arrays.
+        """Write the masks of one network, a pytree of bool arrays, beside the lines, for pictures of them.
 
         Returns:
-          The file, relative to the folder: what the line's field `masks` says.
+          The file, relative to the folder: what the line's field `masks` says. `jp.io.load` reads it.
         """
         file = Path("masks") / f"{name}.jp"
         path = self.file(str(file))

@@ -67,11 +67,8 @@ def shielded() -> Iterator[None]:
 def exit_with_message(folder: str | Path) -> Iterator[None]:
     """End a command with a message and no traceback, where the message says all.
 
-    On SIGTERM, with status 143; where its files cannot be written; where its data cannot be had, or its flags
-    do not go together.
-
-    Args:
-      folder: where the command writes, for the message.
+    On SIGTERM, with status 143; where its files cannot be written to `folder`; where its data cannot be had,
+    or its flags do not go together.
     """
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _on_sigterm) if main else None

@@ -3,14 +3,38 @@
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 from tqdm import tqdm
 
+from experiments.data import datasets
 from experiments.report.design import Design
-from experiments.run.results import Results
+from experiments.run import settings
+from experiments.run.results import Results, layers
+from experiments.run.settings import Count, Seeds
 from experiments.training import loops
+
+
+@dataclass(frozen=True)
+class Settings(settings.Settings):
+    """Flags of the studies on digits or MNIST."""
+
+    dataset: Literal["digits", "mnist"] = "digits"  # digits is embedded; mnist is downloaded once
+    seeds: Seeds = (0, 1, 2)  # the runs that figures are averaged over
+    train_size: Count | None = None  # use this many training images only
+    test_size: Count | None = None  # use this many test images only
+
+    @property
+    def data(self) -> str:
+        """The data set's name in tables and figures."""
+        return {"mnist": "MNIST", "digits": "digits"}[self.dataset]
+
+    def load(self, size: int | None = None) -> tuple[loops.Split, loops.Split]:
+        """Return the training and test images, of so many pixels each way."""
+        found = datasets.load(self.dataset, size=size, train=self.train_size, test=self.test_size)
+        return loops.splits(found)
 
 
 class Study:
@@ -56,6 +80,33 @@ class Study:
         """Write a line for each seed: what is the same for all, the seed, and `of_seed(index)`."""
         seeds = enumerate(self.config.seeds)
         self.results.add([same | {"seed": seed} | of_seed(index) for index, seed in seeds])
+
+    def add_masked(
+        self,
+        masks: Any,
+        of_seed: Callable[[int, Any], dict[str, Any]],
+        last: bool,
+        method: str,
+        **same: Any,
+    ) -> None:
+        """Write a line for each seed, with what its masks leave of each layer.
+
+        Args:
+          masks: with a leading seed axis.
+          of_seed: the figures, from the number of the seed and its masks.
+          last: whether no level of the method is sparser: then the first seed's masks are kept.
+          method: its name.
+          **same: what is the same for all seeds.
+        """
+
+        def line(index: int) -> dict[str, Any]:
+            own = at(index, masks)
+            found = of_seed(index, own) | {"layers": layers(own)}
+            if index == 0 and last:
+                found["masks"] = self.results.keep_masks(method, own)
+            return found
+
+        self.add(line, method=method, **same)
 
 
 def at(index: int, tree: Any) -> Any:

@@ -14,10 +14,8 @@ def by_method(
 ) -> dict[str, Line]:
     """Return the accuracies of each method against compression, for `jaxprune.plots.curves`.
 
-    Args:
-      lines: of results, with `method`, `accuracy` and `key`.
-      methods: those to draw, perhaps with the titles to draw them under.
-      key: "sparsity" or "compression", what lines of a method differ by beside the seed.
+    Lines of a method differ by the seed and by `key`, "sparsity" or "compression"; a mapping of methods gives
+    their titles.
     """
     titles = methods if isinstance(methods, Mapping) else {name: name for name in methods}
     curves = {}
@@ -40,13 +38,9 @@ def against_compression(
     panels: Mapping[str, Mapping[str, Line]],
     dense: Sequence[float] | None = None,
 ) -> None:
-    """Draw test accuracies against compressions, with the dense network's as a level line, as a PNG.
+    """Draw test accuracies against compressions as a PNG, with those of the dense network as a level line.
 
-    Args:
-      path: the file.
-      title: above all panels.
-      panels: by what is compressed the lines, as `jaxprune.plots.panels` takes them.
-      dense: the accuracy of the dense network, by seed.
+    `panels` are as `jaxprune.plots.panels` takes them, by what is compressed.
     """
     baseline = None if dense is None else {"dense": dense}
     save(

@@ -114,12 +114,12 @@ def by_method(
     """Return means over seeds, a row for each value of `key` and a column for each method.
 
     Args:
-      lines: figures, each with `method`, `key` and `figure`.
+      lines: figures, each with `method`, `key` and `figure`, which is a fraction.
       rows: the values of `key` shown, with the text that stands for each.
       key: what differs between rows.
       methods: the columns, perhaps with their titles.
       heading: above the rows' text.
-      figure: what is shown, a fraction.
+      figure: what is shown.
     """
     titles = methods if isinstance(methods, Mapping) else {name: name for name in methods}
     table = [[heading, *titles.values()]]

@@ -96,11 +96,7 @@ def fitter(
     """
     nothing = jnp.zeros((1, len(split.y), 10))
 
-    @jax.jit
-    @loops.over_seeds
-    def start(params, masks):
-        params = jp.apply_masks(params, masks)
-        return params, jp.keep_masked(optimizer, masks).init(params)
+    start = loops.masked_start(optimizer)
 
     @loops.jit
     def run(params, opt_state, keys, answers, split, mix):
@@ -116,11 +112,7 @@ def fitter(
             answers = jnp.broadcast_to(nothing, (len(keys), *nothing.shape[1:]))
         mix = Mix(*map(jnp.float32, mix))
         params, opt_state = start(params, masks)
-        for number in range(epochs):
-            epoch_keys = jax.vmap(partial(jax.random.fold_in, data=number))(keys)
-            params, opt_state = jax.block_until_ready(run(params, opt_state, epoch_keys, answers, split, mix))
-            bar.update()
-        return params
+        return loops.run_epochs(run, params, opt_state, keys, epochs, bar, answers, split, mix)[0]
 
     return fit
 
@@ -162,9 +154,7 @@ def _prune(params: Any, masks: Any, count: Any) -> Any:
 def figures(params: Any, masks: Any, before: np.ndarray) -> Callable[[int], dict[str, Any]]:
     """Return what a pruned network's line says beside its accuracy, by the number of the seed.
 
-    Args:
-      params, masks: with a leading seed axis.
-      before: (seeds,), the accuracies before tuning.
+    All have a leading seed axis; `before` are the accuracies before tuning.
     """
 
     def of(index: int) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def fitter(
     run = _compiled_epoch(model, lambda opt_state: optimizer, batch_size)
 
     def fit(params: Any, keys: jax.Array, epochs: int, bar: tqdm) -> tuple[Any, Any]:
-        return _epochs(run, params, start(params), keys, split, epochs, bar)
+        return run_epochs(run, params, start(params), keys, epochs, bar, split)
 
     return fit
 
@@ -219,6 +219,18 @@ def masked_fitter(
 
     The optimizer starts afresh at each call. However often it is called, two programs are compiled.
     """
+    start = masked_start(optimizer)
+    run = _compiled_epoch(model, lambda opt_state: jp.keep_masked(optimizer, opt_state.masks), batch_size)
+
+    def fit(params: Any, masks: Any, keys: jax.Array, epochs: int, bar: tqdm) -> Any:
+        params, opt_state = start(params, masks)
+        return run_epochs(run, params, opt_state, keys, epochs, bar, split)[0]
+
+    return fit
+
+
+def masked_start(optimizer: optax.GradientTransformation) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Return `start(params, masks)`, for all seeds: the masked params and the state of `keep_masked`."""
 
     @jax.jit
     @over_seeds
@@ -226,13 +238,7 @@ def masked_fitter(
         params = jp.apply_masks(params, masks)
         return params, jp.keep_masked(optimizer, masks).init(params)
 
-    run = _compiled_epoch(model, lambda opt_state: jp.keep_masked(optimizer, opt_state.masks), batch_size)
-
-    def fit(params: Any, masks: Any, keys: jax.Array, epochs: int, bar: tqdm) -> Any:
-        params, opt_state = start(params, masks)
-        return _epochs(run, params, opt_state, keys, split, epochs, bar)[0]
-
-    return fit
+    return start
 
 
 def _compiled_epoch(
@@ -248,12 +254,13 @@ def _compiled_epoch(
     return run
 
 
-def _epochs(
-    run: Callable[..., Any], params: Any, opt_state: Any, keys: Any, split: Split, epochs: int, bar: tqdm
+def run_epochs(
+    run: Callable[..., Any], params: Any, opt_state: Any, keys: Any, epochs: int, bar: tqdm, *data: Any
 ) -> tuple[Any, Any]:
+    """Return the params and the state after some calls of `run(params, opt_state, keys, *data)`."""
     for number in range(epochs):
         epoch_keys = jax.vmap(partial(jax.random.fold_in, data=number))(keys)
-        params, opt_state = jax.block_until_ready(run(params, opt_state, epoch_keys, split))
+        params, opt_state = jax.block_until_ready(run(params, opt_state, epoch_keys, *data))
         bar.update()
     return params, opt_state
 

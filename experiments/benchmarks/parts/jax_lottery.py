@@ -34,11 +34,8 @@ class JaxRuns:
           way: "spread" (over the devices), "vmap", or "alone" (one by one).
           data: the fields of a `loops.Split`, in numpy.
           params: the initial ones, in numpy, with a leading seed axis.
-          seeds: one run each.
+          seeds, levels, batch_size, lr: as in the benchmark's settings; a level is one pass over all images.
           rates: fractions pruned of each kernel's remaining weights.
-          levels: how often to prune.
-          batch_size: images per step; a level is one pass over them all.
-          lr: learning rate of Adam.
         """
         if way == "spread":
             loops.use_cores(seeds)

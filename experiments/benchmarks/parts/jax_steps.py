@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.sparse import BCSR
 
 import jaxprune as jp
 
@@ -24,6 +25,19 @@ def network(params: Any, x: jax.Array) -> jax.Array:
         x = jax.nn.relu(x) if number else x
         x = x @ params[f"layer{number}"]["kernel"] + params[f"layer{number}"]["bias"]
     return x
+
+
+def bcsr_network(params: Any, x: jax.Array) -> jax.Array:
+    """Return the same of `to_bcsr(params)`, as written by hand."""
+    for number in range(len(params)):
+        x = jax.nn.relu(x) if number else x
+        x = (params[f"layer{number}"]["kernel"] @ x.T).T + params[f"layer{number}"]["bias"]
+    return x
+
+
+def to_bcsr(params: Any) -> Any:
+    """Return the params with every kernel transposed and in compressed rows."""
+    return {name: p | {"kernel": BCSR.fromdense(p["kernel"].T)} for name, p in params.items()}
 
 
 def init(key: jax.Array, widths: tuple[int, ...]) -> Any:
@@ -175,14 +189,10 @@ class JaxSteps:
     """All contenders in JAX on one network, in a worker process."""
 
     def __init__(self, widths: tuple[int, ...], batch: int, seeds: int, ways: tuple[str, ...], updates: int):
-        """Make and compiles them.
+        """Make and compile them.
 
-        Args:
-          widths: of the network, from its inputs to its outputs.
-          batch: rows in a step.
-          seeds: how many runs go side by side, by vmap; 0 for one run alone.
-          ways: of "dense", "masked", "packed", "fixed", "argsort".
-          updates: how many updates of the masks lead to the final sparsity.
+        The runs of several seeds go side by side, by vmap; 0 seeds are one run alone. `updates` is how many
+        updates of the masks lead to the final sparsity.
         """
 
         def make(key: jax.Array) -> Any:

@@ -1,11 +1,15 @@
 """The machine that figures are of."""
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+
+TORCH = importlib.util.find_spec("torch") is not None
+NO_TORCH = "PyTorch is not installed (pip install torch), so its rows are left out."
 
 
 def machine() -> str:

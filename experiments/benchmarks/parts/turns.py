@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[3]
 
 
 class Worker:
@@ -27,12 +27,7 @@ class Worker:
     """
 
     def __init__(self, target: str, **settings: Any):
-        """Start the process and makes the object.
-
-        Args:
-          target: "module:Class".
-          **settings: passed to the class; like all arguments and results, they are pickled.
-        """
+        """Start the process and make the object of a class, "module:Class", from pickled settings."""
         self._pipe, theirs = multiprocessing.Pipe()
         path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = f"from experiments.benchmarks.parts.turns import serve; serve({theirs.fileno()})"

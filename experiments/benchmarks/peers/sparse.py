@@ -17,14 +17,7 @@ class Peer:
     """
 
     def __init__(self, library: str, kernels: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray):
-        """Take kernels of (inputs, outputs), biases and the input.
-
-        Args:
-          library: "scipy" or "torch".
-          kernels: the masked kernels.
-          biases: of each layer.
-          x: (batch, inputs).
-        """
+        """Take masked kernels of (inputs, outputs), biases, and x of (batch, inputs); "scipy" or "torch"."""
         self.run = (_scipy if library == "scipy" else _torch)(kernels, biases, x)
         self.run()
 

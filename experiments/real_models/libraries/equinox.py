@@ -23,109 +23,108 @@ def _image(rng: np.random.Generator, size: int, model: Any) -> Case:
 # --- equimo
 
 
+# By name, what each takes beside the number of classes and a key.
+_VIT: dict[str, Any] = {
+    "img_size": 32,
+    "in_channels": 3,
+    "dim": 32,
+    "patch_size": 8,
+    "num_heads": [4],
+    "depths": [2],
+    "reg_tokens": 2,
+}
+_STAGED: dict[str, Any] = {
+    "img_size": 64,
+    "in_channels": 3,
+    "dim": 16,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [2, 2, 4, 4],
+}
+_EQUIMO: dict[str, tuple[str, dict[str, Any]]] = {
+    "ConvNeXt": ("ConvNeXt", {"in_channels": 3, "depths": [1, 1, 2, 1], "dims": [16, 24, 32, 48]}),
+    "Mlla": ("Mlla", _STAGED),
+    "ReduceFormer": (
+        "ReduceFormer",
+        {
+            "in_channels": 3,
+            "widths": [16, 24, 32, 48],
+            "depths": [1, 1, 1, 1],
+            "block_types": ["conv", "conv", "attention", "attention"],
+            "head_dim": 8,
+        },
+    ),
+    "VSSD(mamba2)": ("Vssd", _STAGED | {"d_state": 8}),
+    "ViT dinov3-like rope swiglu": (
+        "VisionTransformer",
+        _VIT
+        | {
+            "num_heads": 4,
+            "use_global_pos_embed": False,
+            "use_local_pos_embed": True,
+            "ffn_layer": "swiglu",
+        },
+    ),
+    "VisionTransformer": ("VisionTransformer", _VIT),
+    "LowFormer": (
+        "LowFormer",
+        {
+            "in_channels": 3,
+            "widths": [8, 16, 24, 32, 48],
+            "depths": [1, 1, 1, 1, 1],
+            "att_strides": [1, 1, 1, 1, 1],
+            "block_types": ["conv", "conv", "conv", "attention", "attention"],
+            "attention_type": "softmax",
+        },
+    ),
+    "iformer_t": ("iformer_t", {"in_channels": 3}),
+    "mobilenetv3_small": ("mobilenetv3_small", {"in_channels": 3}),
+}
+
+
 def _equimo(rng: np.random.Generator, name: str) -> Case:
-    models, key = module("equimo.models"), jax.random.PRNGKey(0)
-    vit: dict[str, Any] = {
-        "img_size": 32,
-        "in_channels": 3,
-        "dim": 32,
-        "patch_size": 8,
-        "num_heads": [4],
-        "depths": [2],
-        "num_classes": 5,
-        "key": key,
-    }
-    staged: dict[str, Any] = {"num_classes": 5, "key": key}
-    if name == "VisionTransformer":
-        return _image(rng, 32, models.VisionTransformer(**vit, reg_tokens=2))
-    if name.startswith("ViT"):
-        model = models.VisionTransformer(
-            **vit | {"num_heads": 4},
-            reg_tokens=2,
-            use_global_pos_embed=False,
-            use_local_pos_embed=True,
-            ffn_layer="swiglu",
-        )
-        return _image(rng, 32, model)
-    if name == "ConvNeXt":
-        model = models.ConvNeXt(in_channels=3, depths=[1, 1, 2, 1], dims=[16, 24, 32, 48], **staged)
-        return _image(rng, 64, model)
-    if name == "VSSD(mamba2)":
-        model = models.Vssd(
-            img_size=64,
-            in_channels=3,
-            dim=16,
-            d_state=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[2, 2, 4, 4],
-            **staged,
-        )
-        return _image(rng, 64, model)
-    if name == "Mlla":
-        model = models.Mlla(
-            img_size=64, in_channels=3, dim=16, depths=[1, 1, 1, 1], num_heads=[2, 2, 4, 4], **staged
-        )
-        return _image(rng, 64, model)
-    if name == "ReduceFormer":
-        model = models.ReduceFormer(
-            in_channels=3,
-            widths=[16, 24, 32, 48],
-            depths=[1, 1, 1, 1],
-            block_types=["conv", "conv", "attention", "attention"],
-            head_dim=8,
-            **staged,
-        )
-        return _image(rng, 64, model)
-    if name == "LowFormer":
-        model = models.LowFormer(
-            in_channels=3,
-            widths=[8, 16, 24, 32, 48],
-            depths=[1, 1, 1, 1, 1],
-            att_strides=[1, 1, 1, 1, 1],
-            block_types=["conv", "conv", "conv", "attention", "attention"],
-            attention_type="softmax",
-            **staged,
-        )
-        return _image(rng, 64, model)
-    make = getattr(models, name)
-    return _image(rng, 64, make(in_channels=3, num_classes=5, key=key))
+    kind, fields = _EQUIMO[name]
+    make = getattr(module("equimo.models"), kind)
+    size = 32 if kind == "VisionTransformer" else 64
+    return _image(rng, size, make(**fields, num_classes=5, key=jax.random.PRNGKey(0)))
 
 
 # --- networks for partial differential equations
 
 
+_PDE: dict[str, dict[str, Any]] = {
+    "ClassicFNO": {"hidden_channels": 12, "num_modes": 4, "num_blocks": 2},
+    "ClassicResNet": {"hidden_channels": 16, "num_blocks": 2},
+    "ClassicUNet": {"hidden_channels": 8, "num_levels": 2},
+    "ConvNet": {"hidden_channels": 16, "depth": 3},
+    "DilatedResNet": {"hidden_channels": 12, "num_blocks": 1},
+    "MLP": {"num_points": 16, "width_size": 24, "depth": 2},
+    "ModernResNet": {"hidden_channels": 16, "num_blocks": 2},
+    "ModernUNet": {"hidden_channels": 8, "num_levels": 2, "num_blocks": 1},
+}
+
+
 def _pdequinox(rng: np.random.Generator, name: str) -> Case:
-    arch = module("pdequinox.arch")
-    fields: dict[str, Any] = {
-        "ClassicFNO": {"hidden_channels": 12, "num_modes": 4, "num_blocks": 2},
-        "ClassicResNet": {"hidden_channels": 16, "num_blocks": 2},
-        "ClassicUNet": {"hidden_channels": 8, "num_levels": 2},
-        "ConvNet": {"hidden_channels": 16, "depth": 3},
-        "DilatedResNet": {"hidden_channels": 12, "num_blocks": 1},
-        "MLP": {"num_points": 16, "width_size": 24, "depth": 2},
-        "ModernResNet": {"hidden_channels": 16, "num_blocks": 2},
-        "ModernUNet": {"hidden_channels": 8, "num_levels": 2, "num_blocks": 1},
-    }[name]
     dimensions = 1 if name in ("ClassicFNO", "MLP", "DilatedResNet") else 2
-    model = getattr(arch, name)(dimensions, 2, 2, **fields, key=_KEY(0))
+    model = getattr(module("pdequinox.arch"), name)(dimensions, 2, 2, **_PDE[name], key=_KEY(0))
     return from_equinox(rng, model, normal(rng, 2, 2, *[16] * dimensions))
 
 
 # --- flows
 
 
+_FLOWS: dict[str, dict[str, Any]] = {
+    "block_neural_autoregressive_flow": {"nn_block_dim": 4},
+    "coupling_flow": {"flow_layers": 2, "nn_width": 24},
+    "masked_autoregressive_flow": {"flow_layers": 2, "nn_width": 24},
+    "planar_flow": {"flow_layers": 2, "cond_dim": 3, "width_size": 24, "depth": 2},
+    "triangular_spline_flow": {"flow_layers": 2, "knots": 4},
+}
+
+
 def _flow(rng: np.random.Generator, name: str) -> Case:
     flows, distributions = module("flowjax.flows"), module("flowjax.distributions")
     unwrap = module("paramax").unwrap
-    base = distributions.Normal(jnp.zeros(4))
-    fields: dict[str, Any] = {
-        "coupling_flow": {"flow_layers": 2, "nn_width": 24},
-        "masked_autoregressive_flow": {"flow_layers": 2, "nn_width": 24},
-        "block_neural_autoregressive_flow": {"nn_block_dim": 4},
-        "planar_flow": {"flow_layers": 2, "cond_dim": 3, "width_size": 24, "depth": 2},
-        "triangular_spline_flow": {"flow_layers": 2, "knots": 4},
-    }[name]
-    flow = getattr(flows, name)(_KEY(0), base_dist=base, **fields)
+    flow = getattr(flows, name)(_KEY(0), base_dist=distributions.Normal(jnp.zeros(4)), **_FLOWS[name])
 
     def call(flow: Any, *xs: jax.Array) -> Any:
         return unwrap(flow).log_prob(*xs)
@@ -201,34 +200,6 @@ def _attention(rng: np.random.Generator) -> Case:
     return from_equinox(rng, model, normal(rng, 2, 7, 6), call=call)
 
 
-_EQUIMO = (
-    "ConvNeXt",
-    "Mlla",
-    "ReduceFormer",
-    "VSSD(mamba2)",
-    "ViT dinov3-like rope swiglu",
-    "VisionTransformer",
-    "LowFormer",
-    "iformer_t",
-    "mobilenetv3_small",
-)
-_PDE = (
-    "ClassicFNO",
-    "ClassicResNet",
-    "ClassicUNet",
-    "ConvNet",
-    "DilatedResNet",
-    "MLP",
-    "ModernResNet",
-    "ModernUNet",
-)
-_FLOWS = (
-    "block_neural_autoregressive_flow",
-    "coupling_flow",
-    "masked_autoregressive_flow",
-    "planar_flow",
-    "triangular_spline_flow",
-)
 _OWN: dict[str, Callable[[np.random.Generator], Case]] = {
     "MLP": _mlp,
     "GRU and LSTM under scan": _recurrent,

@@ -1,15 +1,23 @@
 """Libraries of flax.linen models: diffusers, flaxmodels, nanodl, brax, netket and others."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial, wraps
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.real_models.case import Case, Model, from_linen, module, normal, tokens, variables_case
+from experiments.real_models.case import (
+    Case,
+    Model,
+    from_linen,
+    module,
+    normal,
+    old_names,
+    tokens,
+    variables_case,
+)
 
 _VOCABULARY = 64
 
@@ -17,17 +25,25 @@ _VOCABULARY = 64
 # --- diffusers
 
 
-def _unet(rng: np.random.Generator) -> Case:
-    model = module("diffusers").FlaxUNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=24,
-    )
+_DOWN: dict[str, Any] = {
+    "sample_size": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 24,
+}
+
+
+def _unet(rng: np.random.Generator, control: bool = False) -> Case:
+    diffusers = module("diffusers")
     inputs = normal(rng, 1, 4, 16, 16), jnp.array([3.0]), normal(rng, 1, 6, 24)
+    if control:
+        model = diffusers.FlaxControlNetModel(**_DOWN, conditioning_embedding_out_channels=(8, 16))
+        inputs = *inputs, normal(rng, 1, 3, 32, 32)
+    else:
+        up = ("UpBlock2D", "CrossAttnUpBlock2D")
+        model = diffusers.FlaxUNet2DConditionModel(**_DOWN, up_block_types=up)
     return from_linen(rng, model, *inputs, call=lambda v, *xs: model.apply(v, *xs, return_dict=False))
 
 
@@ -45,38 +61,10 @@ def _autoencoder(rng: np.random.Generator) -> Case:
     return from_linen(rng, model, x, call=lambda v, x: model.apply(v, x).sample)
 
 
-def _controlnet(rng: np.random.Generator) -> Case:
-    model = module("diffusers").FlaxControlNetModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=24,
-        conditioning_embedding_out_channels=(8, 16),
-    )
-    inputs = normal(rng, 1, 4, 16, 16), jnp.array([3.0]), normal(rng, 1, 6, 24), normal(rng, 1, 3, 32, 32)
-    return from_linen(rng, model, *inputs, call=lambda v, *xs: model.apply(v, *xs, return_dict=False))
-
-
 # --- flaxmodels
 
 
-@contextmanager
-def old_reshape() -> Iterator[None]:
-    """Let `jnp.reshape` take `newshape`, which flaxmodels uses and JAX has renamed."""
-    reshape = jnp.reshape
-
-    @wraps(reshape)
-    def shimmed(x: Any, *args: Any, **keywords: Any) -> Any:
-        renamed = {{"newshape": "shape"}.get(name, name): value for name, value in keywords.items()}
-        return reshape(x, *args, **renamed)
-
-    jnp.reshape = shimmed
-    try:
-        yield
-    finally:
-        jnp.reshape = reshape
+_old_reshape = partial(old_names, "reshape", newshape="shape")  # as flaxmodels calls it
 
 
 def _stylegan(rng: np.random.Generator, part: str) -> Case:
@@ -94,10 +82,10 @@ def _stylegan(rng: np.random.Generator, part: str) -> Case:
         call = partial(model.apply, noise_mode="const")
 
     def shimmed(variables: Any, x: jax.Array) -> Any:
-        with old_reshape():
+        with _old_reshape():
             return call(variables, x)
 
-    with old_reshape():
+    with _old_reshape():
         variables = model.init(jax.random.key(0), x)
     return variables_case(rng, variables, shimmed, (x,))
 
@@ -282,7 +270,7 @@ def _e3nn_mlp(rng: np.random.Generator) -> Case:
 
 _OTHERS: dict[str, tuple[tuple[str, ...], Callable[[np.random.Generator], Case], str]] = {
     "diffusers/FlaxAutoencoderKL": (("diffusers",), _autoencoder, "diffusion"),
-    "diffusers/FlaxControlNet": (("diffusers",), _controlnet, "diffusion"),
+    "diffusers/FlaxControlNet": (("diffusers",), partial(_unet, control=True), "diffusion"),
     "diffusers/FlaxUNet2DCondition": (("diffusers",), _unet, "diffusion"),
     "e3nn-jax/MultiLayerPerceptron": (("e3nn-jax",), _e3nn_mlp, "layers"),
     "transformer-in-transformer-flax/TNT": (("transformer-in-transformer-flax",), _tnt, "image"),

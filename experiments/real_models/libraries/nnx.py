@@ -32,36 +32,25 @@ _ROPE: dict[str, Any] = {"vocab_size": _VOCABULARY, "rope_theta": 10_000, "norm_
 def _tunix(rng: np.random.Generator, name: str) -> Case:
     kind = name.partition("-")[0]
     models = module(f"tunix.models.{kind}.model")
-    if kind == "llama3":
-        made = models.Llama3(models.ModelConfig(**_TUNIX, **_ROPE), rngs=_rngs())
-    elif kind == "qwen2":
-        made = models.Qwen2(models.ModelConfig(**_TUNIX, **_ROPE), rngs=_rngs())
-    elif kind == "qwen3":
-        experts = {"num_experts": 4, "num_experts_per_tok": 2} if name.endswith("moe") else {}
-        made = models.Qwen3(models.ModelConfig(**_TUNIX, **_ROPE, **experts), rngs=_rngs())
+    gemma = {"num_embed": _VOCABULARY, "sliding_window_size": 4}
+    fields: dict[str, Any] = gemma if kind.startswith("gemma") else dict(_ROPE)
+    if name == "qwen3-moe":
+        fields |= {"num_experts": 4, "num_experts_per_tok": 2}
     elif kind == "gemma3":
-        config = models.ModelConfig(
-            **_TUNIX, num_embed=_VOCABULARY, sliding_window_size=4, param_dtype=jnp.float32
-        )
-        made = models.Gemma3(config, rngs=_rngs())
+        fields |= {"param_dtype": jnp.float32}
     elif kind == "gemma4":
-        made = models.Gemma4(
-            models.ModelConfig(**_TUNIX, num_embed=_VOCABULARY, sliding_window_size=4, global_key_size=8),
-            rngs=_rngs(),
-        )
-    else:
+        fields |= {"global_key_size": 8}
+    elif kind == "gemma":
         types = models.AttentionType
-        config = models.ModelConfig(
-            **_TUNIX,
-            num_embed=_VOCABULARY,
-            final_logit_softcap=30.0,
-            use_post_attn_norm=True,
-            use_post_ffw_norm=True,
-            attention_types=(types.GLOBAL, types.LOCAL_SLIDING),
-            attn_logits_soft_cap=50.0,
-            sliding_window_size=4,
-        )
-        made = models.Gemma(config, rngs=_rngs())
+        fields |= {
+            "final_logit_softcap": 30.0,
+            "use_post_attn_norm": True,
+            "use_post_ffw_norm": True,
+            "attention_types": (types.GLOBAL, types.LOCAL_SLIDING),
+            "attn_logits_soft_cap": 50.0,
+        }
+    config = models.ModelConfig(**_TUNIX, **fields)
+    made = getattr(models, kind.capitalize())(config, rngs=_rngs())
     places = jnp.tile(jnp.arange(_TIME), (2, 1))
     mask = jnp.tile(jnp.tril(jnp.ones((_TIME, _TIME), bool)), (2, 1, 1))
 
@@ -133,40 +122,31 @@ def _jraphx(rng: np.random.Generator, kind: str) -> Case:
 
 
 def _attnax(rng: np.random.Generator, kind: str) -> Case:
-    library = module("attnax")
+    library, rngs = module("attnax"), _rngs()
+    fields: dict[str, Any] = {"d_model": 32, "num_heads": 4, "num_layers": 2, "d_ff": 64}
     if kind == "MixtureOfExperts":
-        made = library.MixtureOfExperts(_rngs(), d_model=16, d_ff=24, num_experts=4, top_k=2)
-        return from_nnx(
-            rng, made, normal(rng, 2, _TIME, 16), call=lambda model, x: model(x, deterministic=True)
-        )
-    if kind == "VisionTransformer":
-        config = library.VisionTransformerConfig(
-            image_size=32, patch_size=8, num_classes=5, d_model=32, num_heads=4, num_layers=2, d_ff=64
-        )
-        made = module("attnax.vision").VisionTransformer(_rngs(), config)
-        return from_nnx(
-            rng, made, normal(rng, 2, 32, 32, 3), call=lambda model, x: model(x, deterministic=True)
-        )
-    fields: dict[str, Any] = {
-        "vocab_size": _VOCABULARY,
-        "d_model": 32,
-        "num_heads": 4,
-        "num_layers": 2,
-        "d_ff": 64,
-        "max_len": _TIME,
-        "dropout_rate": 0.0,
-    }
-    if kind == "decoder, rope, swiglu, grouped queries":
-        fields |= {"pos_emb_type": "rope", "ff_activation": "swiglu", "norm_type": "rms", "num_kv_heads": 2}
-        made = module("attnax.transformer").TransformerDecoder(_rngs(), library.TransformerConfig(**fields))
+        x = normal(rng, 2, _TIME, 16)
+        made = library.MixtureOfExperts(rngs, d_model=16, d_ff=24, num_experts=4, top_k=2)
+    elif kind == "VisionTransformer":
+        x = normal(rng, 2, 32, 32, 3)
+        config = library.VisionTransformerConfig(image_size=32, patch_size=8, num_classes=5, **fields)
+        made = module("attnax.vision").VisionTransformer(rngs, config)
     else:
-        kinds = library.AttentionType
-        fields |= (
-            {"attention_type": kinds.LINEAR, "linear_attention_chunk_size": 4} if "linear" in kind else {}
-        )
-        made = module("attnax.transformer").TransformerEncoder(_rngs(), library.TransformerConfig(**fields))
-    ids = tokens(rng, _VOCABULARY, 2, _TIME)
-    return from_nnx(rng, made, ids, call=lambda model, x: model(x, deterministic=True))
+        x = tokens(rng, _VOCABULARY, 2, _TIME)
+        fields |= {"vocab_size": _VOCABULARY, "max_len": _TIME, "dropout_rate": 0.0}
+        if kind.startswith("decoder"):
+            fields |= {
+                "pos_emb_type": "rope",
+                "ff_activation": "swiglu",
+                "norm_type": "rms",
+                "num_kv_heads": 2,
+            }
+        elif "linear" in kind:
+            fields |= {"attention_type": library.AttentionType.LINEAR, "linear_attention_chunk_size": 4}
+        side = "Decoder" if kind.startswith("decoder") else "Encoder"
+        make = getattr(module("attnax.transformer"), f"Transformer{side}")
+        made = make(rngs, library.TransformerConfig(**fields))
+    return from_nnx(rng, made, x, call=lambda model, x: model(x, deterministic=True))
 
 
 # --- splines
@@ -214,7 +194,6 @@ def _jimm(rng: np.random.Generator, kind: str) -> Case:
     return case._replace(apply=apply)
 
 
-_STATE_SPACE = "state space"
 _JIMM = ("jax-image-models", "tokamax")
 _LANGUAGE = "language"
 MODELS = (
@@ -249,19 +228,19 @@ MODELS = (
         }.items()
     ),
     Model("nnx/jimm VisionTransformer auto", _JIMM, partial(_jimm, kind="auto"), "image"),
-    Model("nnx/mamba2-jax", ("mamba2-jax",), partial(_mamba, generation=2, kind="language"), _STATE_SPACE),
-    Model(
-        "nnx/mamba2-jax forecaster",
-        ("mamba2-jax",),
-        partial(_mamba, generation=2, kind="forecaster"),
-        _STATE_SPACE,
-    ),
-    Model("nnx/mamba3-jax", ("mamba3-jax",), partial(_mamba, generation=3, kind="language"), _STATE_SPACE),
-    Model("nnx/mamba3-jax mimo", ("mamba3-jax",), partial(_mamba, generation=3, kind="mimo"), _STATE_SPACE),
-    Model(
-        "nnx/mamba3-jax forecaster",
-        ("mamba3-jax",),
-        partial(_mamba, generation=3, kind="forecaster"),
-        _STATE_SPACE,
+    *(
+        Model(
+            f"nnx/mamba{generation}-jax{name}",
+            (f"mamba{generation}-jax",),
+            partial(_mamba, generation=generation, kind=kind),
+            "state space",
+        )
+        for generation, name, kind in (
+            (2, "", "language"),
+            (2, " forecaster", "forecaster"),
+            (3, "", "language"),
+            (3, " mimo", "mimo"),
+            (3, " forecaster", "forecaster"),
+        )
     ),
 )
