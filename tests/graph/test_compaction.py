@@ -13,6 +13,7 @@ import jaxprune as jp
 from tests.soak.zoo_check import compare, difference, random_masks, tolerance
 from tests.support.devices import on_eight_devices
 from tests.zoo import ZOO
+from tests.zoo.plain import mlp, mlp_params
 
 # Nothing can be removed from these: what they do along the hidden axis needs all of it.
 REFUSED = {"hidden_cumsum", "hidden_sort"}
@@ -32,23 +33,6 @@ def test_float64_is_equal_to_rounding():
         for name in ("resnet20_conv_shortcut", "layer_norm_two_pass", "llama_gqa_repeat"):
             errors = compare(ZOO[name](), 0.7, jnp.float64)
             assert max(errors.output, errors.gradient) <= 1e-12
-
-
-def mlp(params, x):
-    x = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
-    x = jax.nn.relu(x @ params["b"]["kernel"] + params["b"]["bias"])
-    return x @ params["c"]["kernel"] + params["c"]["bias"]
-
-
-def mlp_params(sizes=(5, 8, 6, 3), seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: {
-            "kernel": jnp.asarray(rng.standard_normal((i, o)), jnp.float32),
-            "bias": jnp.asarray(rng.standard_normal(o), jnp.float32),
-        }
-        for name, i, o in zip("abc", sizes[:-1], sizes[1:], strict=True)
-    }
 
 
 X = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5)), jnp.float32)

@@ -12,26 +12,7 @@ from flax import nnx
 import jaxprune as jp
 from jaxprune.structures import channels
 from tests.zoo import ZOO
-
-
-def mlp(params, x):
-    for name in ("a", "b"):
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"])
-    return x @ params["c"]["kernel"]
-
-
-def mlp_params(seed=0, sizes=(5, 8, 6, 3)):
-    rng = np.random.default_rng(seed)
-    params = {
-        name: {
-            "kernel": jnp.asarray(rng.standard_normal((i, o)), jnp.float32),
-            "bias": jnp.asarray(rng.standard_normal(o), jnp.float32),
-        }
-        for name, i, o in zip("abc", sizes[:-1], sizes[1:], strict=True)
-    }
-    del params["c"]["bias"]
-    return params
-
+from tests.zoo.plain import mlp, mlp_params
 
 X = jnp.ones((2, 5))
 PARAMS = mlp_params()

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
@@ -21,6 +22,18 @@ def dense(p, x):
 def sizes(*widths):
     """The shapes of dense layers of these widths, by number."""
     return {f"layer{i}": {"w": (a, b), "b": (b,)} for i, (a, b) in enumerate(pairwise(widths))}
+
+
+def mlp(params, x):
+    x = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
+    x = jax.nn.relu(x @ params["b"]["kernel"] + params["b"]["bias"])
+    return x @ params["c"]["kernel"] + params["c"]["bias"]
+
+
+def mlp_params(widths=(5, 8, 6, 3), seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = zip("abc", pairwise(widths), strict=True)
+    return {name: {"kernel": normal(rng, i, o), "bias": normal(rng, o)} for name, (i, o) in pairs}
 
 
 def through(rng, f, *widths):
