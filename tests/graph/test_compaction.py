@@ -328,13 +328,7 @@ def test_training_goes_on_with_the_shrunk_adam_state_as_the_masked_network_would
     small_tx = jp.keep_masked(optax.adam(1e-2), small.masks["params"])
     _, dense_losses = run(train_apply, tx, params, stats, state, xs[5:], ys[5:])
     (_, small_stats, _), losses = run(
-        bound,
-        small_tx,
-        small.params["params"],
-        small.params["batch_stats"],
-        small_state,
-        xs[5:],
-        ys[5:],
+        bound, small_tx, small.params["params"], small.params["batch_stats"], small_state, xs[5:], ys[5:]
     )
     np.testing.assert_allclose(losses, dense_losses, rtol=1e-5)
     assert small_stats["BatchNorm_0"]["mean"].shape == (3,)

@@ -211,11 +211,7 @@ SHARED = {
     "bias": (shared_bias, add, {"bias": (LENGTH, HEADS)}),
     "gate": (gate, lambda scores, table: scores * table, {"gate": (HEADS,)}),
     "twice": (shared_bias, twice, {"bias": (LENGTH, HEADS)}),
-    "masked": (
-        lambda p: shared_bias(p) + jnp.where(DISTANCE > 0, -1.0, 0.0),
-        add,
-        {"bias": (LENGTH, HEADS)},
-    ),
+    "masked": (lambda p: shared_bias(p) + jnp.where(DISTANCE > 0, -1.0, 0.0), add, {"bias": (LENGTH, HEADS)}),
 }
 
 

@@ -247,10 +247,7 @@ BAD = [
     (lambda: slices(-1, norm=math.nan), "norm must be a number or a reduction"),
     (lambda: blocks(()), "shape=, a tuple of the sides of a block, got"),
     *((partial(blocks, sides), SIDES) for sides in [(0, 2), (2, -1), (2.0, 2)]),
-    (
-        lambda: blocks((2, 2), axes=(0,)),
-        r"one axis per side, got shape=\(2, 2\) and axes=\(0,\)",
-    ),
+    (lambda: blocks((2, 2), axes=(0,)), r"one axis per side, got shape=\(2, 2\) and axes=\(0,\)"),
     *((partial(nm, *n_m), NUMBERS) for n_m in [(0, 4), (4, 4), (5, 4), (-1, 4), (1.5, 4), (2, "4")]),
 ]
 
@@ -267,11 +264,7 @@ MISFITS = [
     (slices((0, 2)), {"fc": (4, 2)}, rf"slices\(axis=\(0, 2\)\) {NO_AXIS}"),
     (slices((0, -2)), {"fc": (4, 2)}, r"params\['fc'\]: axes \(0, -2\) name one axis twice"),
     (blocks((2, 2)), {"b": (4,)}, r"blocks\(\(2, 2\)\) on params\['b'\] of shape \(4,\)"),
-    (
-        nm(2, 4),
-        {"b": (4,)},
-        r"nm\(2, 4, axis=-2\) on params\['b'\] of shape \(4,\): it has no axis",
-    ),
+    (nm(2, 4), {"b": (4,)}, r"nm\(2, 4, axis=-2\) on params\['b'\] of shape \(4,\): it has no axis"),
     (
         nm(2, 4),
         {"a": (4, 2), "b/kernel": (6, 4)},
