@@ -125,13 +125,18 @@ CHANGES = {
 }
 
 
+def facts_where_zero(network, paths):
+    facts = Facts()
+    for path in paths:
+        facts.learn(network.values[path], fill=0)
+    learn_region(network.region, facts)
+    return facts
+
+
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
     network = TracedNetwork(function, params, (x,), stacks={})
-    facts = Facts()
-    for path in zero:
-        facts.learn(network.values[path], fill=0)
-    learn_region(network.region, facts)
+    facts = facts_where_zero(network, zero)
     return {
         out: given - len(network.values) for out, given in unchanged_outputs(network.region, facts).items()
     }
@@ -162,10 +167,7 @@ def test_a_second_maximum_is_the_first(relu):
         return jnp.sum(first - relu(block(params, first)))
 
     network = TracedNetwork(function, PARAMS, (X,))
-    facts = Facts()
-    for path in ALL:
-        facts.learn(network.values[path], fill=0)
-    learn_region(network.region, facts)
+    facts = facts_where_zero(network, ALL)
     (difference,) = [op for op in network.region.ops if op.name == "sub"]
     found = aliases(network.region, facts)
     first, second = (found.get(id(value), value) for value in difference.inputs)
@@ -191,10 +193,7 @@ def test_claims_about_a_network_hold_of_its_values(name):
     claims = 0
     for share in (0.2, 0.5, 0.9):
         zero = [path for path in network.values if rng.random() < share]
-        facts = Facts()
-        for path in zero:
-            facts.learn(network.values[path], fill=0)
-        learn_region(network.region, facts)
+        facts = facts_where_zero(network, zero)
         found = aliases(network.region, facts)
         pairs = [(v, found[id(v)]) for op in network.region.ops for v in op.outputs if id(v) in found]
         leaves = [
