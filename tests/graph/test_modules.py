@@ -16,6 +16,7 @@ import jaxprune as jp
 from jaxprune.graph import Plan, channel_groups
 from jaxprune.graph.modules.nnx import compact_module
 from jaxprune.tree.leaves import array_leaves
+from tests.oracles.equivalence import without_units
 from tests.zoo.common import attend, draw
 from tests.zoo.plain import LayerNormMLP
 from tests.zoo.sequence import LSTMNNX
@@ -57,12 +58,11 @@ def half(model, *inputs, where=lambda path, axis: True, split="major"):
     def apply(params, *inputs):
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, random), params)(*inputs)
 
-    masks = {path: np.ones(leaf.shape, bool) for path, leaf in array_leaves(params).items()}
-    for group in channel_groups(apply, params, *inputs, split=split).removable():
-        if any(where(member.path, member.axis) for member in group.members):
-            for member in group.members:
-                gone = member.indices[1::2].ravel()
-                np.moveaxis(masks[member.path], member.axis, 0)[gone] = False
+    def choose(group):
+        return slice(1, None, 2) if any(where(m.path, m.axis) for m in group.members) else []
+
+    groups = channel_groups(apply, params, *inputs, split=split)
+    masks = array_leaves(without_units(jp.ones_masks(params), groups, choose))
     trainable = nnx.state(model, nnx.Param)
     return like(trainable, {path: masks[path] for path in jp.leaf_paths(trainable)})
 

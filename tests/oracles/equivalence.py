@@ -384,15 +384,24 @@ def random_masks(rng, params, pattern):
     return treedef.unflatten([jnp.asarray(mask) for mask in masks])
 
 
-def zero_units(rng, masks, groups, share=0.5):
-    """Return masks that also remove some units of every removable group."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
-    dense = {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(m) for p, m in leaves}
+def without_units(masks, groups, choose):
+    """Return masks that also remove the units that `choose(group)` numbers, of every removable group."""
+    dense = {path: np.array(mask) for path, mask in array_leaves(masks).items()}
     arrays = split_layers(dense, groups.stacks)
     for group in groups.removable():
-        removed = rng.random(group.units) < share
-        removed[rng.integers(group.units)] = True
+        gone = choose(group)
         for member in (member for member in group.members if not member.divisor):
-            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[removed].ravel()] = False
+            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
     joined = join_layers(arrays, groups.stacks, {path: mask.shape for path, mask in dense.items()})
-    return treedef.unflatten([jnp.asarray(joined[path]) for path in dense])
+    return jax.tree.unflatten(jax.tree.structure(masks), [jnp.asarray(joined[path]) for path in dense])
+
+
+def zero_units(rng, masks, groups):
+    """Return masks that also remove some units of every removable group."""
+
+    def choose(group):
+        removed = rng.random(group.units) < 0.5
+        removed[rng.integers(group.units)] = True
+        return removed
+
+    return without_units(masks, groups, choose)
