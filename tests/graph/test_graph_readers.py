@@ -13,8 +13,6 @@ import pytest
 from jax import lax
 
 from jaxprune.graph import channel_groups, compact
-from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.graph.engine.rules.per_reader import NAME
 from jaxprune.tree.leaves import array_leaves
 from tests.oracles.equivalence import Dense, check_facts, random_masks, removed, zero_units
 
@@ -339,15 +337,6 @@ def test_equal_slices_are_found_through_a_reader():
     x = jnp.asarray(rng.normal(size=(4, 3)))
     (small,) = Dense([function], p, [x], [None]).check([masks], rng)
     assert small.params["a"].shape == (3, 4) and small.params["b"].shape == (3, 3)
-
-
-def test_a_value_with_one_reader_is_not_copied():
-    def function(p, x):
-        return (x @ p["a"] + jnp.arange(6.0)) @ p["b"]
-
-    p = {"a": jnp.ones((3, 6)), "b": jnp.ones((6, 2))}
-    network = TracedNetwork(function, p, (jnp.ones((1, 3)),))
-    assert all(op.name != NAME for op in network.region.ops)
 
 
 @pytest.mark.parametrize("shared", ["constant", "param"])

@@ -54,19 +54,10 @@ def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
 
 
 def check_facts(function, params, masks, inputs, rng, nans=False):
-    """Check every claim of the facts about every value.
+    """Check every claim about every value of a function of masked params, and return how many there are.
 
-    Args:
-      function, params, inputs: as for `TracedNetwork`; the params are masked.
-      masks: their masks.
-      rng: draws the tangents and cotangents that derivatives are tried on.
-      nans: whether entries with a known value may be NaN.
-
-    Raises:
-      Mismatch: a claim is wrong.
-
-    Returns:
-      How many claims were checked.
+    `rng` draws the tangents and cotangents that derivatives are tried on. With `nans`, entries with a known
+    value may be NaN. Raises `Mismatch` if a claim is wrong.
     """
     network = TracedNetwork(function, params, inputs)
     masks = {path: np.asarray(mask) for path, mask in array_leaves(masks).items()}
@@ -218,10 +209,7 @@ class _Seen:
 
 
 def with_gradient(function, inputs, weights):
-    """Return a function of params that gives outputs, and the gradient of a weighted sum of float outputs.
-
-    Without weights the gradient is zero.
-    """
+    """Return a function of params: outputs, and the gradient of their weighted sum (0 without weights)."""
 
     def loss(params):
         outputs = function(params, *inputs)
@@ -265,13 +253,9 @@ class Dense:
         return [with_gradient(f, self.inputs, weights)(params) for f, weights, params in triples]
 
     def check(self, many_masks, rng, stacked=None):
-        """Compact each function under its masks and compare; `stacked` as for `compact`.
+        """Compact each function under its masks, compare, and return the `Compacted` of each.
 
-        Raises:
-          Mismatch: a small network differs from the masked one, or for other params from the function.
-
-        Returns:
-          The `Compacted` of each function.
+        Raises `Mismatch` if a small network differs from the masked one, or elsewhere from the function.
         """
         pairs = list(zip(self.functions, many_masks, strict=True))
         options = {"stacked": stacked, "verify": False}
