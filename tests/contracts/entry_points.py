@@ -161,6 +161,10 @@ LEFT_OUT = {
     "graph.register_rule": "changes the rules of the process",
     "kernels": "a predicate, called with each leaf",
     "leaf_paths": "takes anything",
+    **dict.fromkeys(
+        ("plots.curves", "plots.layers", "plots.mask_colours", "plots.panels", "plots.sensitivity"),
+        "draws; matplotlib says what it cannot draw",
+    ),
     "recipes.load": "of files, see hostile/recipes.py",
 }
 """By function, why it has no entry."""
