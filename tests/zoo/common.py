@@ -71,7 +71,7 @@ def linen_variables(rng, model, *inputs):
 
 
 def linen_case(name, *inputs, **options):
-    """Enter the decorated flax.linen class, built with options; all its variables are params.
+    """Enter the decorated flax.linen class, built with options: its params, or all its variables if it has more.
 
     Each input is the shape of a float array, or a function of the generator.
     """
