@@ -71,7 +71,7 @@ def linen_variables(rng, model, *inputs):
 
 
 def linen_case(name, *inputs, **options):
-    """Enter the decorated flax.linen class, built with options: its params, or all its variables if it has more.
+    """Enter the decorated flax.linen class, built with options, with its params or all its variables.
 
     Each input is the shape of a float array, or a function of the generator.
     """
