@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
-from tests.oracles.equivalence import random_masks, zero_units
+from tests.oracles.equivalence import without_units
 
 TOKENS, WIDTH, HEADS, HIDDEN = 8, 16, 8, 32
 
@@ -86,10 +86,9 @@ def check(kind):
         x = rng.normal(size=(TOKENS, WIDTH)).astype(np.float32)
         one = {n: jnp.asarray(leaf) for n, leaf in host.items()}
         groups = jp.channel_groups(plain, one, x)
-        if groups.stacks:
-            masks = equal_in_all_layers(rng, groups, one, share)
-        else:
-            masks = zero_units(rng, random_masks(rng, one, "none"), groups, share)
+        # As many units of each layer of a stack, but other ones.
+        choose = lambda g, rng=rng, share=share: rng.permutation(g.units)[: round(share * g.units) - 1]  # noqa: E731
+        masks = without_units(jp.ones_masks(one), groups, choose)
         expected = jp.compact(plain, one, masks, x)
         mesh = jax.make_mesh((2, 4), ("data", "model"))
         with jax.set_mesh(mesh):
@@ -124,17 +123,6 @@ def check(kind):
             largest = np.abs(plain_grads[n]).max()
             np.testing.assert_allclose(leaf, plain_grads[n], rtol=0, atol=1e-5 * largest)
     print(kind.__name__, "replicated axes:", cut)
-
-
-def equal_in_all_layers(rng, groups, params, share):
-    """Masks that take as many units of each layer of a stack, but other ones."""
-    masks = {name: np.ones(leaf.shape, bool) for name, leaf in params.items()}
-    for group in groups.removable():
-        gone = rng.permutation(group.units)[: round(share * group.units) - 1]
-        for member in group.members:
-            path, _, layer = member.path.removesuffix("]").partition("[")
-            np.moveaxis(masks[path][int(layer)], member.axis, 0)[member.indices[gone].ravel()] = False
-    return masks
 
 
 def told_of(group):

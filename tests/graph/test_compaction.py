@@ -1,5 +1,7 @@
 """Compaction: equal to the masked network, in every way a function of params is used."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ import jaxprune as jp
 from tests.soak.zoo_check import compare, difference, random_masks, tolerance
 from tests.support.devices import on_eight_devices
 from tests.zoo import ZOO
+from tests.zoo.plain import mlp, mlp_params
 
 # Nothing can be removed from these: what they do along the hidden axis needs all of it.
 REFUSED = {"hidden_cumsum", "hidden_sort"}
@@ -34,26 +37,10 @@ def test_float64_is_equal_to_rounding():
             assert max(errors.output, errors.gradient) <= 1e-12
 
 
-def mlp(params, x):
-    x = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
-    x = jax.nn.relu(x @ params["b"]["kernel"] + params["b"]["bias"])
-    return x @ params["c"]["kernel"] + params["c"]["bias"]
-
-
-def mlp_params(sizes=(5, 8, 6, 3), seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        name: {
-            "kernel": jnp.asarray(rng.standard_normal((i, o)), jnp.float32),
-            "bias": jnp.asarray(rng.standard_normal(o), jnp.float32),
-        }
-        for name, i, o in zip("abc", sizes[:-1], sizes[1:], strict=True)
-    }
-
-
 X = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5)), jnp.float32)
 
 
+@cache
 def compacted(name="lenet_linen", fraction=0.5, **kwargs):
     case = ZOO[name]()
     groups = jp.channel_groups(case.apply, case.params, *case.inputs, state=case.state)
@@ -75,38 +62,39 @@ def test_widths_are_those_of_the_live_units():
     assert small.not_removed == ()
 
 
-def test_units_that_unstructured_masks_leave_dead_go_both_ways():
-    params = mlp_params()
-    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
-    masks["b"]["kernel"][2, :] = False  # nothing reads unit 2 of the first layer
-    masks["c"]["kernel"][1, :] = False  # nor unit 1 of the second
-    masks["b"]["kernel"][:, 4] = False  # unit 4 is fed by nothing, but its bias lives
-    masks["b"]["bias"][4] = False  # until here
-    small = jp.compact(mlp, params, masks, X)
-    assert small.params["a"]["kernel"].shape == (5, 7)
-    assert small.params["b"]["kernel"].shape == (7, 4)
-    assert small.params["c"]["kernel"].shape == (4, 3)
+def mlp_masks(*removed):
+    """Return masks of the MLP without some places: (layer, leaf, index)."""
+    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), mlp_params())
+    for layer, leaf, index in removed:
+        masks[layer][leaf][index] = False
+    return masks
 
 
-def test_dead_units_cascade_through_layers():
-    params = mlp_params()
-    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
-    # Unit 0 of the first layer feeds only unit 0 of the second, which nothing reads.
-    masks["b"]["kernel"][0, 1:] = False
-    masks["c"]["kernel"][0, :] = False
-    small = jp.compact(mlp, params, masks, X)
-    np.testing.assert_array_equal(small.keep["a/kernel"][1], np.arange(1, 8))
+ALL = slice(None)
+FIRST_UNIT = [("a", "kernel", (ALL, 0)), ("a", "bias", 0)]
+# Masked places, and the units of the two hidden layers that are left.
+DEAD_UNITS = {
+    "nothing reads them": ([("b", "kernel", 2), ("c", "kernel", 1)], (7, 5)),
+    "nothing feeds one": ([("b", "kernel", (ALL, 4)), ("b", "bias", 4)], (8, 5)),
+    "one feeds only a dead one": ([("b", "kernel", (0, slice(1, None))), ("c", "kernel", 0)], (7, 5)),
+    "a bias lives": ([("a", "kernel", (ALL, 3))], (8, 6)),
+    "no axis is emptied": ([(name, leaf, ...) for name in "abc" for leaf in ("kernel", "bias")], (1, 1)),
+}
 
 
-def test_a_filter_with_a_live_bias_stays_and_is_reported():
-    params = mlp_params()
-    masks = jax.tree.map(lambda p: np.ones(p.shape, bool), params)
-    masks["a"]["kernel"][:, 3] = False
-    small = jp.compact(mlp, params, masks, X)
-    assert small.params["a"]["kernel"].shape == (5, 8)
-    (kept,) = small.not_removed
-    assert (kept.path, kept.axis, kept.count) == ("a/kernel", 1, 1)
-    assert "dot_general at test_compaction.py" in kept.why
+@pytest.mark.parametrize("name", DEAD_UNITS)
+def test_units_that_masks_leave_dead_go(name):
+    removed, (first, second) = DEAD_UNITS[name]
+    masks = mlp_masks(*removed)
+    small = jp.compact(mlp, mlp_params(), masks, X)
+    shapes = {path: leaf["kernel"].shape for path, leaf in small.params.items()}
+    assert shapes == {"a": (5, first), "b": (first, second), "c": (second, 3)}
+    if name == "one feeds only a dead one":
+        np.testing.assert_array_equal(small.keep["a/kernel"][1], np.arange(1, 8))
+    if name == "a bias lives":
+        (kept,) = small.not_removed
+        assert (kept.path, kept.axis, kept.count) == ("a/kernel", 1, 1)
+        assert "dot_general at plain.py" in kept.why
 
 
 def test_a_compacted_network_cannot_be_changed():
@@ -116,14 +104,6 @@ def test_a_compacted_network_cannot_be_changed():
     for value in (small, small.report()):
         with pytest.raises(AttributeError, match="'stayed'; it is called not_removed now"):
             value.stayed  # noqa: B018
-
-
-def test_no_axis_is_emptied():
-    params = mlp_params()
-    masks = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
-    small = jp.compact(mlp, params, masks, X)
-    assert small.params["b"]["kernel"].shape == (1, 1)
-    np.testing.assert_array_equal(small.apply(small.params, X), np.zeros((4, 3)))
 
 
 def test_values_that_happen_to_be_zero_justify_nothing():
@@ -237,9 +217,7 @@ def test_export_with_a_symbolic_batch():
 
 
 def test_abstract_params_give_a_plan():
-    params = mlp_params()
-    masks = jp.ones_masks(params)
-    masks["a"] = jax.tree.map(lambda m: m.at[..., 2].set(False), masks["a"])
+    params, masks = mlp_params(), mlp_masks(*FIRST_UNIT)
     small = jp.compact(mlp, jax.eval_shape(lambda: params), masks, X)
     assert small.params["a"]["kernel"].shape == (5, 7)
     assert small.report(X).params == jp.compact(mlp, params, masks, X).report(X).params
@@ -271,9 +249,7 @@ def test_strict_dtype_promotion():
 
 
 def test_static_inputs():
-    params = mlp_params()
-    masks = jp.ones_masks(params)
-    masks["a"] = jax.tree.map(lambda m: m.at[..., 0].set(False), masks["a"])
+    params, masks = mlp_params(), mlp_masks(*FIRST_UNIT)
 
     def apply(params, x, double, kind="plain"):
         assert kind == "plain"
@@ -344,13 +320,7 @@ def test_training_goes_on_with_the_shrunk_adam_state_as_the_masked_network_would
     small_tx = jp.keep_masked(optax.adam(1e-2), small.masks["params"])
     _, dense_losses = run(train_apply, tx, params, stats, state, xs[5:], ys[5:])
     (_, small_stats, _), losses = run(
-        bound,
-        small_tx,
-        small.params["params"],
-        small.params["batch_stats"],
-        small_state,
-        xs[5:],
-        ys[5:],
+        bound, small_tx, small.params["params"], small.params["batch_stats"], small_state, xs[5:], ys[5:]
     )
     np.testing.assert_allclose(losses, dense_losses, rtol=1e-5)
     assert small_stats["BatchNorm_0"]["mean"].shape == (3,)
@@ -399,15 +369,13 @@ def test_a_state_that_cannot_shrink_is_refused():
 
 
 def test_a_function_that_needs_dropped_slices_is_refused():
-    params = mlp_params()
-    masks = jp.ones_masks(params)
-    masks["a"] = jax.tree.map(lambda m: m.at[..., 2].set(False), masks["a"])
+    params, masks = mlp_params(), mlp_masks(*FIRST_UNIT)
     small = jp.compact(mlp, params, masks, X)
 
     def other(params, x):
         return jnp.cumsum(x @ params["a"]["kernel"], axis=1).sum() + mlp(params, x)
 
-    with pytest.raises(ValueError, match=r"slice 2 of params\['a/bias'\] along axis 0.*cumsum at test_"):
+    with pytest.raises(ValueError, match=r"slice 0 of params\['a/bias'\] along axis 0.*cumsum at test_"):
         small.bind(other)(small.params, X)
     with pytest.raises(
         ValueError, match=r"params\['a/bias'\] has shape \(8,\); after compaction it has \(7,\)"
@@ -448,12 +416,13 @@ def test_plans_that_do_not_fit_are_refused(tmp_path):
 # Folding
 
 
+def with_filters_pruned(name, axis=-1):
+    case, filters = ZOO[name](), jp.structures.slices(axis)
+    return case, jp.prune_once(case.params, jp.scores.magnitude, 0.5, structure=filters, scope="layerwise")
+
+
 def test_filters_whose_biases_live_fold_into_what_reads_them():
-    case = ZOO["lenet_linen"]()
-    filters = jp.structures.slices(axis=-1)
-    masks = jp.prune_once(
-        case.params, jp.scores.magnitude, sparsity=0.5, structure=filters, scope="layerwise"
-    )
+    case, masks = with_filters_pruned("lenet_linen")
     plain = jp.compact(case.apply, case.params, masks, *case.inputs)
     folded = jp.compact(case.apply, case.params, masks, *case.inputs, fold_constants=True)
     assert plain.keep == {}
@@ -469,11 +438,7 @@ def test_filters_whose_biases_live_fold_into_what_reads_them():
 
 @pytest.mark.parametrize("name", ["vgg_bn", "resnet18", "equinox_conv"])
 def test_folding_next_to_padding_and_norms(name):
-    case = ZOO[name]()
-    filters = jp.structures.slices(axis=0 if name == "equinox_conv" else -1)
-    masks = jp.prune_once(
-        case.params, jp.scores.magnitude, sparsity=0.5, structure=filters, scope="layerwise"
-    )
+    case, masks = with_filters_pruned(name, axis=0 if name == "equinox_conv" else -1)
     folded = jp.compact(case.apply, case.params, masks, *case.inputs, fold_constants=True)
     assert folded.report().params[1] < 0.7 * folded.report().params[0]
     x = case.inputs[0] + 1
@@ -547,18 +512,14 @@ def test_a_report_says_what_was_gained():
     assert report.macs[0] > report.macs[1] > 0
     text = str(report)
     assert max(map(len, text.splitlines())) <= 80
-    assert f"{dense:,}" in text and f"{tiny:,}" in text and f"{dense / tiny:.2f} x" in text
-    assert "params" in text
-    assert "multiply-adds" in text
-    assert "time" in text
+    expected = (f"{dense:,}", f"{tiny:,}", f"{dense / tiny:.2f} x", "params", "multiply-adds", "time")
+    assert all(part in text for part in expected)
     with pytest.raises(ValueError, match="needs inputs"):
         small.report(rounds=3)
 
 
 def test_a_plan_masks_params_that_are_not_masked_yet():
-    params = mlp_params()
-    masks = jp.ones_masks(params)
-    masks["a"] = jax.tree.map(lambda m: m.at[..., 2].set(False), masks["a"])
+    params, masks = mlp_params(), mlp_masks(*FIRST_UNIT)
     plan = jp.compact(mlp, params, masks, X).plan
     small = jp.compact(mlp, params, plan, X)  # verified against the masked network
     np.testing.assert_allclose(small.apply(small.params, X), mlp(jp.apply_masks(params, masks), X), rtol=1e-5)

@@ -240,14 +240,6 @@ def test_a_copy_is_independent(data):
     assert drawn.solved(another.always_kept()) == before
 
 
-def test_an_axis_pinned_through_a_product_has_the_reason_of_the_pin():
-    graph = AxisGraph()
-    rows, columns, flat = graph.node(2), graph.node(3), graph.node(6)
-    graph.product(flat, [rows, columns])
-    graph.pin(flat, "the output reads it")
-    assert graph.why_pinned(rows) == graph.why_pinned(columns) == "the output reads it"
-
-
 def test_a_constraint_added_after_a_solution_counts_in_the_next():
     graph = AxisGraph()
     a, b, c = graph.node(3), graph.node(3), graph.node(3)
@@ -261,15 +253,6 @@ def test_a_constraint_added_after_a_solution_counts_in_the_next():
     graph.pin(c, "late")
     assert graph.why_pinned(a) is None or graph.always_kept().full(a)
     assert graph.always_kept().full(c)
-
-
-def test_a_pin_before_two_axes_become_one_holds_for_both():
-    graph = AxisGraph()
-    a, b, c = graph.node(3), graph.node(3), graph.node(3)
-    graph.pin(c, "c is read")
-    graph.same(c, b)
-    graph.same(b, a)
-    assert graph.why_pinned(a) == graph.why_pinned(b) == "c is read"
 
 
 def test_sizes_that_do_not_fit_are_refused():
@@ -307,6 +290,15 @@ def test_a_symbolic_size_is_pinned():
     node = graph.node(Symbol())
     assert graph.why_pinned(node) == "its size is symbolic"
     assert graph.solve([]).full(node)
+
+
+def test_components_join_what_constraints_join():
+    graph = AxisGraph()
+    a, b, c, d, e = (graph.node(n) for n in (2, 3, 6, 3, 4))
+    graph.product(c, [a, b])
+    graph.link(d, np.arange(2), e, np.arange(2))
+    number = graph.components()
+    assert number(a) == number(b) == number(c) != number(d) == number(e)
 
 
 def test_an_axis_without_slices_is_full():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.graph.engine.program import TracedNetwork
 from tests.soak.zoo_check import random_masks
 from tests.zoo import ZOO
 
@@ -181,18 +180,6 @@ def test_channel_shuffle_keeps_places_of_groups():
     assert "another split= may give more" in major.groups[0].why_not
     _, minor = groups_of("shufflenet", split="minor")
     assert all(g.removable and g.units > 1 for g in minor)
-
-
-def test_a_function_knows_whether_it_closed_over_tracers():
-    params, found = {"w": jnp.ones((3, 2))}, []
-
-    def linked(scale):
-        found.append(TracedNetwork(lambda params, x: x @ params["w"] * scale, params, (jnp.ones((1, 3)),)))
-        return scale
-
-    linked(jnp.ones(2))
-    jax.jit(linked)(jnp.ones(2))
-    assert [each.closes_over_tracers() for each in found] == [False, True]
 
 
 def test_layers_in_a_list_of_arrays_are_of_one_kind():

@@ -73,18 +73,8 @@ PASSES = {
     "a block under jit": (jax.jit(block), PARAMS, ALL, {0: 0}),
     "a cast and back": (lambda p, x: block(p, x.astype(jnp.float32)).astype(x.dtype), PARAMS, ALL, {0: 0}),
     "another shape": (lambda p, x: block(p, x.reshape(6, 4)).reshape(2, 3, 4), PARAMS, ALL, {0: 0}),
-    "another order": (
-        lambda p, x: back(reversed_axes(x) + reversed_axes(branch(p, x))),
-        PARAMS,
-        ALL,
-        {0: 0},
-    ),
-    "a second relu": (
-        lambda p, x: (jax.nn.relu(x), jax.nn.relu(block(p, jax.nn.relu(x)))),
-        PARAMS,
-        ALL,
-        {},
-    ),
+    "another order": (lambda p, x: back(reversed_axes(x) + reversed_axes(branch(p, x))), PARAMS, ALL, {0: 0}),
+    "a second relu": (lambda p, x: (jax.nn.relu(x), jax.nn.relu(block(p, jax.nn.relu(x)))), PARAMS, ALL, {}),
     "a derivative backwards": (custom(lambda ct: ct), PARAMS, ALL, {0: 0}),
     "a derivative forwards": (custom_jvp(lambda moved: moved), PARAMS, ALL, {0: 0}),
     "branches": (lambda p, x: lax.cond(x[0, 0, 0] > 0, block, lambda p, x: x, p, x), PARAMS, ALL, {0: 0}),
@@ -135,13 +125,18 @@ CHANGES = {
 }
 
 
+def facts_where_zero(network, paths):
+    facts = Facts()
+    for path in paths:
+        facts.learn(network.values[path], fill=0)
+    learn_region(network.region, facts)
+    return facts
+
+
 def proved(function, params, zero, x=X):
     """By the number of an output, that of the input of the function that it equals."""
     network = TracedNetwork(function, params, (x,), stacks={})
-    facts = Facts()
-    for path in zero:
-        facts.learn(network.values[path], fill=0)
-    learn_region(network.region, facts)
+    facts = facts_where_zero(network, zero)
     return {
         out: given - len(network.values) for out, given in unchanged_outputs(network.region, facts).items()
     }
@@ -172,10 +167,7 @@ def test_a_second_maximum_is_the_first(relu):
         return jnp.sum(first - relu(block(params, first)))
 
     network = TracedNetwork(function, PARAMS, (X,))
-    facts = Facts()
-    for path in ALL:
-        facts.learn(network.values[path], fill=0)
-    learn_region(network.region, facts)
+    facts = facts_where_zero(network, ALL)
     (difference,) = [op for op in network.region.ops if op.name == "sub"]
     found = aliases(network.region, facts)
     first, second = (found.get(id(value), value) for value in difference.inputs)
@@ -201,10 +193,7 @@ def test_claims_about_a_network_hold_of_its_values(name):
     claims = 0
     for share in (0.2, 0.5, 0.9):
         zero = [path for path in network.values if rng.random() < share]
-        facts = Facts()
-        for path in zero:
-            facts.learn(network.values[path], fill=0)
-        learn_region(network.region, facts)
+        facts = facts_where_zero(network, zero)
         found = aliases(network.region, facts)
         pairs = [(v, found[id(v)]) for op in network.region.ops for v in op.outputs if id(v) in found]
         leaves = [

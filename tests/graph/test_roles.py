@@ -16,10 +16,6 @@ X = jnp.ones((2, 4))
 IDS = jnp.zeros((2, 3), jnp.int32)
 
 
-def shape(*sizes):
-    return jax.ShapeDtypeStruct(sizes, jnp.float32)
-
-
 def roles(function, params, *inputs):
     return set(weights(TracedNetwork(function, params, inputs)))
 
@@ -61,123 +57,111 @@ def branches(p, x):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ p["a"], lambda: x @ p["c"] + p["b"])
 
 
-# name: a function, its params, its inputs; of the params those that are weights.
+# name: a function, the shapes of its params, its inputs; of the params those that are weights.
 FUNCTIONS = {
-    "named as an embedding": (lambda p, x: x @ p["embedding"], {"embedding": shape(4, 5)}, (X,), "embedding"),
-    "looked up, named as a kernel": (lambda p, i: p["kernel"][i], {"kernel": shape(9, 4)}, (IDS,), ""),
-    "taken": (lambda p, i: jnp.take(p["w"], i, axis=0), {"w": shape(9, 4)}, (IDS,), ""),
-    "one-hot": (lambda p, i: jax.nn.one_hot(i, 9) @ p["w"], {"w": shape(9, 4)}, (IDS,), ""),
-    "tied": (lambda p, i: p["w"][i] @ p["w"].T, {"w": shape(9, 4)}, (IDS,), ""),
+    "named as an embedding": (lambda p, x: x @ p["embedding"], {"embedding": (4, 5)}, (X,), "embedding"),
+    "looked up, named as a kernel": (lambda p, i: p["kernel"][i], {"kernel": (9, 4)}, (IDS,), ""),
+    "taken": (lambda p, i: jnp.take(p["w"], i, axis=0), {"w": (9, 4)}, (IDS,), ""),
+    "one-hot": (lambda p, i: jax.nn.one_hot(i, 9) @ p["w"], {"w": (9, 4)}, (IDS,), ""),
+    "tied": (lambda p, i: p["w"][i] @ p["w"].T, {"w": (9, 4)}, (IDS,), ""),
     "sliced at an input": (
         lambda p, i: jax.lax.dynamic_slice_in_dim(p["w"], i[0, 0], 2),
-        {"w": shape(9, 4)},
+        {"w": (9, 4)},
         (IDS,),
         "",
     ),
-    "added": (lambda p, x: (x + p["w"]) @ p["a"], {"w": shape(2, 4), "a": shape(4, 3)}, (X,), "a"),
-    "scaled": (lambda p, x: x * p["w"] @ p["a"], {"w": shape(1, 4), "a": shape(4, 3)}, (X,), "a"),
-    "prepended": (
-        lambda p, x: jnp.concatenate([p["w"], x]) @ p["a"],
-        {"w": shape(1, 4), "a": shape(4, 3)},
-        (X,),
-        "a",
-    ),
+    "added": (lambda p, x: (x + p["w"]) @ p["a"], {"w": (2, 4), "a": (4, 3)}, (X,), "a"),
+    "scaled": (lambda p, x: x * p["w"] @ p["a"], {"w": (1, 4), "a": (4, 3)}, (X,), "a"),
+    "prepended": (lambda p, x: jnp.concatenate([p["w"], x]) @ p["a"], {"w": (1, 4), "a": (4, 3)}, (X,), "a"),
     "positions of a range": (
         lambda p, x: (x + p["w"][jnp.arange(2)]) @ p["a"],
-        {"w": shape(9, 4), "a": shape(4, 3)},
+        {"w": (9, 4), "a": (4, 3)},
         (X,),
         "a",
     ),
     "fused, split and turned": (
         lambda p, x: [x @ part.T for part in jnp.split(p["norm"], 3)],
-        {"norm": shape(9, 4)},
+        {"norm": (9, 4)},
         (X,),
         "norm",
     ),
     "joined": (
         lambda p, x: x @ jnp.concatenate([p["cls"], p["bias"]], 1),
-        {"cls": shape(4, 3), "bias": shape(4, 2)},
+        {"cls": (4, 3), "bias": (4, 2)},
         (X,),
         "cls bias",
     ),
     "standardised": (
         lambda p, x: x @ ((p["scale"] - p["scale"].mean(0)) / p["scale"].std(0)),
-        {"scale": shape(4, 3)},
+        {"scale": (4, 3)},
         (X,),
         "scale",
     ),
     "weight normalisation": (
         lambda p, x: x @ (p["scale"] * p["v"] / jnp.linalg.norm(p["v"], axis=0, keepdims=True)),
-        {"scale": shape(1, 3), "v": shape(4, 3)},
+        {"scale": (1, 3), "v": (4, 3)},
         (X,),
         "v",
     ),
     "low rank beside a kernel": (
         lambda p, x: x @ (p["w"] + p["lora_a"] @ p["lora_b"]),
-        {"w": shape(4, 3), "lora_a": shape(4, 2), "lora_b": shape(2, 3)},
+        {"w": (4, 3), "lora_a": (4, 2), "lora_b": (2, 3)},
         (X,),
         "w",
     ),
     "low rank applied in turn": (
         lambda p, x: x @ p["w"] + x @ p["lora_a"] @ p["lora_b"],
-        {"w": shape(4, 3), "lora_a": shape(4, 2), "lora_b": shape(2, 3)},
+        {"w": (4, 3), "lora_a": (4, 2), "lora_b": (2, 3)},
         (X,),
         "w",
     ),
-    "a factored kernel": (
-        lambda p, x: x @ (p["u"] @ p["v"]),
-        {"u": shape(4, 2), "v": shape(2, 3)},
-        (X,),
-        "u v",
-    ),
+    "a factored kernel": (lambda p, x: x @ (p["u"] @ p["v"]), {"u": (4, 2), "v": (2, 3)}, (X,), "u v"),
     "learned queries": (
         lambda p, x: jax.nn.softmax(p["latents"] @ p["query"] @ x.T) @ x @ p["value"],
-        {"latents": shape(3, 5), "query": shape(5, 4), "value": shape(4, 4)},
+        {"latents": (3, 5), "query": (5, 4), "value": (4, 4)},
         (X,),
         "query value",
     ),
     "stacked layers": (
         scan_layers,
-        {"stack": {"a": shape(3, 4, 4), "b": shape(3, 4)}},
+        {"stack": {"a": (3, 4, 4), "b": (3, 4)}},
         (X,),
         "stack/a[0] stack/a[1] stack/a[2]",
     ),
-    "a loop": (loop, {"a": shape(3, 4, 4), "b": shape(2, 4)}, (X,), "a[0] a[1] a[2]"),
-    "a recurrent net": (recurrent, {"a": shape(4, 4), "b": shape(1, 4), "c": shape(4, 4)}, (X,), "a c"),
-    "branches": (branches, {"a": shape(4, 3), "b": shape(2, 3), "c": shape(4, 3)}, (X,), "a c"),
-    "checkpointed": (jax.checkpoint(lambda p, x: jnp.sin(x @ p["b"])), {"b": shape(4, 3)}, (X,), "b"),
+    "a loop": (loop, {"a": (3, 4, 4), "b": (2, 4)}, (X,), "a[0] a[1] a[2]"),
+    "a recurrent net": (recurrent, {"a": (4, 4), "b": (1, 4), "c": (4, 4)}, (X,), "a c"),
+    "branches": (branches, {"a": (4, 3), "b": (2, 3), "c": (4, 3)}, (X,), "a c"),
+    "checkpointed": (jax.checkpoint(lambda p, x: jnp.sin(x @ p["b"])), {"b": (4, 3)}, (X,), "b"),
     "depthwise": (
         lambda p, x: jax.lax.conv_general_dilated(
             x[None, :, None], p["norm"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
         ),
-        {"norm": shape(3, 1, 1)},
+        {"norm": (3, 1, 1)},
         (X[0],),
         "norm",
     ),
     # Where the program does not tell, the name does.
-    "modulated": (modulated, {"a": shape(4, 4), "weight": shape(3, 4)}, (X,), "a weight"),
-    "experts": (experts, {"w": shape(9, 4, 3)}, (X, IDS), "w"),
-    "taps": (taps, {"w": shape(3, 2)}, (X,), "w"),
+    "modulated": (modulated, {"a": (4, 4), "weight": (3, 4)}, (X,), "a weight"),
+    "experts": (experts, {"w": (9, 4, 3)}, (X, IDS), "w"),
+    "taps": (taps, {"w": (3, 2)}, (X,), "w"),
     "a product as a sum": (
         lambda p, x: (x[:, :, None] * p["w"]).sum(1) + (x * p["scale"]).sum(),
-        {"w": shape(4, 3), "scale": shape(2, 4)},
+        {"w": (4, 3), "scale": (2, 4)},
         (X,),
         "w",
     ),
-    "no inputs": (
-        lambda p: jnp.ones((2, 4)) @ p["w"] + p["bias"],
-        {"w": shape(4, 3), "bias": shape(2, 3)},
-        (),
-        "w",
-    ),
-    "one axis": (lambda p, x: x @ p["w"], {"w": shape(4)}, (X,), ""),
-    "unread": (lambda p, x: x, {"w": shape(4, 3), "embed": shape(4, 3)}, (X,), "w"),
+    "no inputs": (lambda p: jnp.ones((2, 4)) @ p["w"] + p["bias"], {"w": (4, 3), "bias": (2, 3)}, (), "w"),
+    "one axis": (lambda p, x: x @ p["w"], {"w": (4,)}, (X,), ""),
+    "unread": (lambda p, x: x, {"w": (4, 3), "embed": (4, 3)}, (X,), "w"),
 }
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_weights_are_what_data_is_multiplied_by(name):
-    function, params, inputs, expected = FUNCTIONS[name]
+    function, shapes, inputs, expected = FUNCTIONS[name]
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, float), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
     assert roles(function, params, *inputs) == set(expected.split())
 
 

@@ -60,119 +60,116 @@ X = normal(3, 5)
 
 def streams(apply_fn, params, x=X):
     groups = jp.channel_groups(apply_fn, params, x)
-    return {(m.path, m.axis) for g in groups if g.residual for m in g.members}
+    return {f"{m.path}[{m.axis}]" for g in groups if g.residual for m in g.members}
 
 
-def test_square_weights_on_a_stream_do_not_hide_it():
-    params = {"in": normal(5, 6), "a": normal(6, 6), "b": normal(6, 6), "out": normal(6, 2)}
-
-    def apply_fn(params, x):
-        x = x @ params["in"]
-        for name in "ab":
-            x = x + jnp.tanh(x @ params[name])
-        return x @ params["out"]
-
-    assert streams(apply_fn, params) == {("in", 1), ("a", 0), ("a", 1), ("b", 0), ("b", 1), ("out", 0)}
+def square_weights(p, x):
+    x = x @ p["in"]
+    for name in "ab":
+        x = x + jnp.tanh(x @ p[name])
+    return x @ p["out"]
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
-def test_a_norm_after_the_sum(wrap):
-    params = {"in": normal(5, 6), "up": normal(6, 9), "down": normal(9, 6), "out": normal(6, 2)}
-
+def normed_after_the_sum(wrap):
     @wrap
-    def block(params, x):
-        return jax.nn.standardize(x + jax.nn.gelu(x @ params["up"]) @ params["down"])
+    def block(p, x):
+        return jax.nn.standardize(x + jax.nn.gelu(x @ p["up"]) @ p["down"])
 
-    def apply_fn(params, x):
-        return block(params, block(params, x @ params["in"])) @ params["out"]
-
-    assert streams(apply_fn, params) == {("in", 1), ("up", 0), ("down", 1), ("out", 0)}
+    return lambda p, x: block(p, block(p, x @ p["in"])) @ p["out"]
 
 
-def test_a_projected_shortcut():
-    params = {
-        "in": normal(5, 6),
-        "up": normal(6, 9),
-        "down": normal(9, 7),
-        "p": normal(6, 7),
-        "out": normal(7, 2),
-    }
-
-    def apply_fn(params, x):
-        x = jax.nn.relu(x @ params["in"])
-        return (x @ params["p"] + jax.nn.relu(x @ params["up"]) @ params["down"]) @ params["out"]
-
-    assert streams(apply_fn, params) == {("p", 1), ("down", 1), ("out", 0)}
+def projected_shortcut(p, x):
+    x = jax.nn.relu(x @ p["in"])
+    return (x @ p["p"] + jax.nn.relu(x @ p["up"]) @ p["down"]) @ p["out"]
 
 
-def test_a_sum_of_skips():
-    params = {"a": normal(5, 6), "b": normal(6, 9), "c": normal(9, 6), "out": normal(6, 2)}
-
-    def apply_fn(params, x):  # a U-Net that adds its skips
-        skip = jnp.tanh(x @ params["a"])
-        deep = jnp.tanh(skip @ params["b"])
-        return jnp.tanh(skip + deep @ params["c"]) @ params["out"]
-
-    assert streams(apply_fn, params) == {("a", 1), ("b", 0), ("c", 1), ("out", 0)}
+def sum_of_skips(p, x):  # a U-Net that adds its skips
+    skip = jnp.tanh(x @ p["a"])
+    deep = jnp.tanh(skip @ p["b"])
+    return jnp.tanh(skip + deep @ p["c"]) @ p["out"]
 
 
-def test_an_adapter_is_no_stream():
-    params = {"w": normal(5, 8), "a": normal(5, 2), "b": normal(2, 8), "out": normal(8, 2)}
-
-    def apply_fn(params, x):
-        h = x @ params["w"] + (x @ params["a"]) @ params["b"]
-        return jax.nn.silu(h) @ params["out"]
-
-    assert streams(apply_fn, params) == set()
+def adapter(p, x):
+    return jax.nn.silu(x @ p["w"] + (x @ p["a"]) @ p["b"]) @ p["out"]
 
 
-@pytest.mark.parametrize("unrolled", [False, True])
-def test_a_recurrent_network_is_no_stream(unrolled):
-    params = {"w": normal(5, 12), "u": normal(4, 12), "out": normal(4, 2)}
-
-    def cell(params, carry, x):
-        h, c = carry
-        forget, new, out = jnp.split(x @ params["w"] + h @ params["u"], 3, axis=-1)
-        c = jax.nn.sigmoid(forget) * c + jnp.tanh(new)
-        return (jax.nn.sigmoid(out) * jnp.tanh(c), c)
-
-    def apply_fn(params, x):
-        carry = (jnp.zeros((x.shape[0], 4)),) * 2
-        if unrolled:
-            for time in range(x.shape[1]):
-                carry = cell(params, carry, x[:, time])
-        else:
-            carry, _ = lax.scan(lambda c, x: (cell(params, c, x), None), carry, jnp.moveaxis(x, 1, 0))
-        return carry[0] @ params["out"]
-
-    assert streams(apply_fn, params, normal(2, 3, 5)) == set()
+def lstm_cell(p, carry, x):
+    h, c = carry
+    forget, new, out = jnp.split(x @ p["w"] + h @ p["u"], 3, axis=-1)
+    c = jax.nn.sigmoid(forget) * c + jnp.tanh(new)
+    return jax.nn.sigmoid(out) * jnp.tanh(c), c
 
 
-def test_the_inner_width_of_a_state_space_block_is_no_stream():
-    params = {
-        "up": normal(5, 6),
-        "dt": normal(6, 6),
-        "b": normal(6, 3),
-        "c": normal(6, 3),
-        "down": normal(6, 5),
-    }
+def unrolled_lstm(p, x):
+    carry = (jnp.zeros((x.shape[0], 4)),) * 2
+    for time in range(x.shape[1]):
+        carry = lstm_cell(p, carry, x[:, time])
+    return carry[0] @ p["out"]
 
-    def apply_fn(params, x):
-        u = jax.nn.silu(x @ params["up"])
 
-        def step(h, given):
-            u, dt, b, c = given
-            h = jnp.exp(-dt)[:, None] * h + (dt * u)[:, None] * b
-            return h, h @ c
+def scanned_lstm(p, x):
+    carry = (jnp.zeros((x.shape[0], 4)),) * 2
+    carry, _ = lax.scan(lambda c, x: (lstm_cell(p, c, x), None), carry, jnp.moveaxis(x, 1, 0))
+    return carry[0] @ p["out"]
 
-        def scanned(u):
-            rest = jax.nn.softplus(u @ params["dt"]), u @ params["b"], u @ params["c"]
-            return lax.scan(step, jnp.zeros((6, 3)), (u, *rest))[1]
 
-        y = jax.vmap(scanned)(u) + 0.5 * u
-        return y @ params["down"]
+def state_space(p, x):  # its inner width is no stream
+    u = jax.nn.silu(x @ p["up"])
 
-    assert streams(apply_fn, params, normal(2, 4, 5)) == set()
+    def step(h, given):
+        u, dt, b, c = given
+        h = jnp.exp(-dt)[:, None] * h + (dt * u)[:, None] * b
+        return h, h @ c
+
+    def scanned(u):
+        rest = jax.nn.softplus(u @ p["dt"]), u @ p["b"], u @ p["c"]
+        return lax.scan(step, jnp.zeros((6, 3)), (u, *rest))[1]
+
+    return (jax.vmap(scanned)(u) + 0.5 * u) @ p["down"]
+
+
+NORMED = {"in": (5, 6), "up": (6, 9), "down": (9, 6), "out": (6, 2)}
+LSTM = {"w": (5, 12), "u": (4, 12), "out": (4, 2)}
+# By name: a function, the shapes of its params and of its input, and the members of its streams.
+NETWORKS = {
+    "square weights": (
+        square_weights,
+        {"in": (5, 6), "a": (6, 6), "b": (6, 6), "out": (6, 2)},
+        (3, 5),
+        "in[1] a[0] a[1] b[0] b[1] out[0]",
+    ),
+    "norm": (normed_after_the_sum(lambda f: f), NORMED, (3, 5), "in[1] up[0] down[1] out[0]"),
+    "norm, remat": (normed_after_the_sum(jax.checkpoint), NORMED, (3, 5), "in[1] up[0] down[1] out[0]"),
+    "norm, jit": (normed_after_the_sum(jax.jit), NORMED, (3, 5), "in[1] up[0] down[1] out[0]"),
+    "projected shortcut": (
+        projected_shortcut,
+        {"in": (5, 6), "up": (6, 9), "down": (9, 7), "p": (6, 7), "out": (7, 2)},
+        (3, 5),
+        "p[1] down[1] out[0]",
+    ),
+    "sum of skips": (
+        sum_of_skips,
+        {"a": (5, 6), "b": (6, 9), "c": (9, 6), "out": (6, 2)},
+        (3, 5),
+        "a[1] b[0] c[1] out[0]",
+    ),
+    "adapter": (adapter, {"w": (5, 8), "a": (5, 2), "b": (2, 8), "out": (8, 2)}, (3, 5), ""),
+    "unrolled LSTM": (unrolled_lstm, LSTM, (2, 3, 5), ""),
+    "scanned LSTM": (scanned_lstm, LSTM, (2, 3, 5), ""),
+    "state space": (
+        state_space,
+        {"up": (5, 6), "dt": (6, 6), "b": (6, 3), "c": (6, 3), "down": (6, 5)},
+        (2, 4, 5),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_streams_of_small_networks(name):
+    function, shapes, given, expected = NETWORKS[name]
+    params = {path: normal(*shape) for path, shape in shapes.items()}
+    assert streams(function, params, normal(*given)) == set(expected.split())
 
 
 @pytest.mark.parametrize("depth", [1, 3])

@@ -54,19 +54,10 @@ def assert_close(got, expected, what, tolerance=TOLERANCE, where_finite=False):
 
 
 def check_facts(function, params, masks, inputs, rng, nans=False):
-    """Check every claim of the facts about every value.
+    """Check every claim about every value of a function of masked params, and return how many there are.
 
-    Args:
-      function, params, inputs: as for `TracedNetwork`; the params are masked.
-      masks: their masks.
-      rng: draws the tangents and cotangents that derivatives are tried on.
-      nans: whether entries with a known value may be NaN.
-
-    Raises:
-      Mismatch: a claim is wrong.
-
-    Returns:
-      How many claims were checked.
+    `rng` draws the tangents and cotangents that derivatives are tried on. With `nans`, entries with a known
+    value may be NaN. Raises `Mismatch` if a claim is wrong.
     """
     network = TracedNetwork(function, params, inputs)
     masks = {path: np.asarray(mask) for path, mask in array_leaves(masks).items()}
@@ -218,10 +209,7 @@ class _Seen:
 
 
 def with_gradient(function, inputs, weights):
-    """Return a function of params that gives outputs, and the gradient of a weighted sum of float outputs.
-
-    Without weights the gradient is zero.
-    """
+    """Return a function of params: outputs, and the gradient of their weighted sum (0 without weights)."""
 
     def loss(params):
         outputs = function(params, *inputs)
@@ -265,13 +253,9 @@ class Dense:
         return [with_gradient(f, self.inputs, weights)(params) for f, weights, params in triples]
 
     def check(self, many_masks, rng, stacked=None):
-        """Compact each function under its masks and compare; `stacked` as for `compact`.
+        """Compact each function under its masks, compare, and return the `Compacted` of each.
 
-        Raises:
-          Mismatch: a small network differs from the masked one, or for other params from the function.
-
-        Returns:
-          The `Compacted` of each function.
+        Raises `Mismatch` if a small network differs from the masked one, or elsewhere from the function.
         """
         pairs = list(zip(self.functions, many_masks, strict=True))
         options = {"stacked": stacked, "verify": False}
@@ -384,15 +368,24 @@ def random_masks(rng, params, pattern):
     return treedef.unflatten([jnp.asarray(mask) for mask in masks])
 
 
-def zero_units(rng, masks, groups, share=0.5):
-    """Return masks that also remove some units of every removable group."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
-    dense = {jax.tree_util.keystr(p, simple=True, separator="/"): np.array(m) for p, m in leaves}
+def without_units(masks, groups, choose):
+    """Return masks that also remove the units that `choose(group)` numbers, of every removable group."""
+    dense = {path: np.array(mask) for path, mask in array_leaves(masks).items()}
     arrays = split_layers(dense, groups.stacks)
     for group in groups.removable():
-        removed = rng.random(group.units) < share
-        removed[rng.integers(group.units)] = True
+        gone = choose(group)
         for member in (member for member in group.members if not member.divisor):
-            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[removed].ravel()] = False
+            np.moveaxis(arrays[member.path], member.axis, 0)[member.indices[gone].ravel()] = False
     joined = join_layers(arrays, groups.stacks, {path: mask.shape for path, mask in dense.items()})
-    return treedef.unflatten([jnp.asarray(joined[path]) for path in dense])
+    return jax.tree.unflatten(jax.tree.structure(masks), [jnp.asarray(joined[path]) for path in dense])
+
+
+def zero_units(rng, masks, groups):
+    """Return masks that also remove some units of every removable group."""
+
+    def choose(group):
+        removed = rng.random(group.units) < 0.5
+        removed[rng.integers(group.units)] = True
+        return removed
+
+    return without_units(masks, groups, choose)

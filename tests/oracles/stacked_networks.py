@@ -9,12 +9,8 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 import jaxprune as jp
-from tests.oracles.equivalence import assert_close, fast, is_float, with_gradient
-
-
-def by_path(tree):
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+from jaxprune.tree.leaves import array_leaves as by_path
+from tests.oracles.equivalence import assert_close, fast, is_float, with_gradient, without_units
 
 
 def taken_apart(tree, stacks):
@@ -50,13 +46,8 @@ def coupled(groups):
 
 def half(rng, groups, params):
     """Return masks that remove half of the units of every removable group, as arrays by path."""
-    masks = {path: np.ones(np.shape(leaf), bool) for path, leaf in by_path(params).items()}
-    for group in groups.removable():
-        removed = rng.choice(group.units, group.units // 2, replace=False)
-        for member in group.members:
-            if not member.divisor:
-                np.moveaxis(masks[member.path], member.axis, 0)[member.indices[removed].ravel()] = False
-    return masks
+    choose = lambda group: rng.choice(group.units, group.units // 2, replace=False)  # noqa: E731
+    return by_path(without_units(jp.ones_masks(params), groups, choose))
 
 
 def put_together(masks, params, stacks):

@@ -43,7 +43,6 @@ class Step(NamedTuple):
 
     function: Any
     operands: tuple[int, ...]
-    name: str
 
 
 class Program:
@@ -82,7 +81,7 @@ class Program:
         out = jax.eval_shape(function, *(jax.ShapeDtypeStruct(self.shapes[n], float) for n in operands))
         if not 0 < math.prod(out.shape) <= LARGEST or len(out.shape) > 4 or out.dtype != float:
             raise ValueError("not a shape to go on with")
-        self.steps.append(Step(function, operands, getattr(function, "__name__", "step")))
+        self.steps.append(Step(function, operands))
         return self.value(out.shape, ("step", len(self.steps) - 1))
 
     def stacked(self, path, leaf):
@@ -92,7 +91,6 @@ class Program:
         return (along[path],) if path in along else ()
 
     def taken_apart(self, params):
-        """Params with lists of layers in place of stacked ones."""
         return {
             path: [*np.moveaxis(np.asarray(leaf), axes[0], 0)] if (axes := self.stacked(path, leaf)) else leaf
             for path, leaf in params.items()
@@ -156,10 +154,7 @@ def bent(x):
     return jnp.where(x > 0, jnp.sin(x), 0.1 * x)
 
 
-@bent.defjvp
-def _bent_jvp(primals, tangents):
-    (x,), (t,) = primals, tangents
-    return bent(x), t * (1 + bent(x)) * 0.5
+bent.defjvp(lambda xs, ts: (bent(*xs), ts[0] * (1 + bent(*xs)) * 0.5))
 
 
 @jax.custom_vjp
@@ -167,16 +162,7 @@ def scaled(x, scale):
     return x * scale
 
 
-def _scaled_forward(x, scale):
-    return x * scale, (x, scale)
-
-
-def _scaled_backward(residuals, g):
-    x, scale = residuals
-    return 0.5 * g * scale, jnp.tanh(g * x)
-
-
-scaled.defvjp(_scaled_forward, _scaled_backward)
+scaled.defvjp(lambda x, s: (x * s, (x, s)), lambda r, g: (0.5 * g * r[1], jnp.tanh(g * r[0])))
 
 
 UNARY = (
@@ -549,13 +535,7 @@ def scan(g):
 
 
 class Stack(NamedTuple):
-    """The layers of a step that were stacked: that step's params, and the step on lists of layers.
-
-    Attributes:
-      names: the params.
-      axes: along which axis each is stacked.
-      alone: the step, whose params are lists of layers.
-    """
+    """The stacked params of a step, the axis along which each is stacked, and the step on lists of layers."""
 
     names: tuple[str, ...]
     axes: tuple[int, ...]
@@ -797,27 +777,16 @@ def _contract(axis, x, w):
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
-
-    Attributes:
-      removed: whether slices went.
-      claims: how many facts were looked at.
-    """
+    """What became of a case: whether slices went, and how many facts were looked at."""
 
     removed: bool
     claims: int
 
 
 def run_case(seed, facts=True, gradients=True):
-    """Draws a program and masks until it is finite, and checks it.
+    """Draw a program that is finite, and masks; raise `Mismatch` if a claim or the small network is wrong.
 
-    Args:
-      seed: of all that is random.
-      facts: whether to look at every value for what is claimed of it, which takes a while.
-      gradients: whether to compare these too.
-
-    Raises:
-      Mismatch: what is claimed, or the small network, is wrong.
+    To check the facts about every value takes a while.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -849,23 +818,15 @@ def run_case(seed, facts=True, gradients=True):
 
 
 def check_layers(program, masks, small, inputs):
-    """Holds a network of stacks against the one of lists of layers, each of which goes for itself.
-
-    Raises:
-      Mismatch: a layer kept less in the stack than in the list, or the outputs differ.
-    """
+    """Raise `Mismatch` if a layer keeps less in the stack than in the list of layers, or outputs differ."""
     params, alone = program.taken_apart(program.params), program.taken_apart(masks)
     listed = compact(program.one_by_one, params, alone, *inputs, verify=False)
-    assert_close(
-        listed.apply(listed.params, *inputs), small.apply(small.params, *inputs), "one by one: output"
-    )
+    outputs = (compacted.apply(compacted.params, *inputs) for compacted in (listed, small))
+    assert_close(*outputs, "one by one: output")
     in_stack = small.plan.by_layer()
     read = Counter(n for step in program.steps for n in step.operands)
-    if any(
-        read[n] > 1
-        for n, (kind, key) in enumerate(program.places)
-        if kind == "param" and program.stacked(key, 0)
-    ):
+    params = [n for n, (kind, _) in enumerate(program.places) if kind == "param"]
+    if any(read[n] > 1 and program.stacked(program.places[n][1], 0) for n in params):
         return  # a list that is stacked to be read otherwise is not taken apart
     for path, axes in listed.keep.items():
         name = re.sub(r"/(\d+)$", r"[\1]", path)
@@ -904,11 +865,8 @@ def main():
             print(f"seed {seed}: {type(error).__name__}: {str(error)[:300]}", flush=True)
         if done % 50 == 0:
             jax.clear_caches()  # or the compiled programs fill the memory
-            took = time.monotonic() - start
-            print(
-                f"{done} cases, {cut} lost slices, {claims} claims, {len(wrong)} wrong, {took:.0f} s",
-                flush=True,
-            )
+            so_far = f"{done} cases, {cut} lost slices, {claims} claims, {len(wrong)} wrong"
+            print(f"{so_far}, {time.monotonic() - start:.0f} s", flush=True)
     print(f"{args.cases} cases: {cut} lost slices, {claims} claims looked at, {len(wrong)} wrong {wrong}")
     sys.exit(bool(wrong))
 

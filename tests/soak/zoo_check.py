@@ -19,9 +19,7 @@ import numpy as np
 
 import jaxprune as jp
 from jaxprune.graph.equivalence import with_state
-from jaxprune.tree.leaves import array_leaves
-from jaxprune.tree.stacks import join_layers, split_layers
-from tests.oracles.equivalence import QUICK
+from tests.oracles.equivalence import QUICK, without_units
 from tests.zoo import ZOO, Case
 
 
@@ -41,18 +39,11 @@ class Errors(NamedTuple):
 
 def random_masks(params, groups, fraction, rng):
     """Masks without a fraction of the units of every group that can lose some, but for one."""
-    shapes = {path: leaf.shape for path, leaf in array_leaves(params).items()}
-    masks = split_layers({path: np.ones(shape, bool) for path, shape in shapes.items()}, groups.stacks)
-    for group in groups.removable():
-        count = min(round(group.units * fraction), group.units - 1)
-        gone = rng.choice(group.units, count, replace=False)
-        for path, axis, indices, shape, divisor in group.members:
-            if not divisor:
-                place = [slice(None)] * len(shape)
-                place[axis] = indices[gone].ravel()
-                masks[path][tuple(place)] = False
-    masks = join_layers(masks, groups.stacks, shapes)
-    return jax.tree.unflatten(jax.tree.structure(params), [jnp.asarray(masks[path]) for path in shapes])
+
+    def choose(group):
+        return rng.choice(group.units, min(round(group.units * fraction), group.units - 1), replace=False)
+
+    return without_units(jp.ones_masks(params), groups, choose)
 
 
 def cast(tree, dtype):

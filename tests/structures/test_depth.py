@@ -36,8 +36,16 @@ def new_params(depth=DEPTH, seed=0):
     }
 
 
+def with_stack(params):
+    return {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["blocks"])}
+
+
+def unstacked(blocks):
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(DEPTH)]
+
+
 PARAMS = new_params()
-STACKED = {**PARAMS, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *PARAMS["blocks"])}
+STACKED = with_stack(PARAMS)
 
 
 def in_stack(path, leaf):
@@ -71,24 +79,15 @@ def of_list(block_fn, before=lambda x: x):
     return apply_fn
 
 
-def of_scan(block_fn):
-    def apply_fn(params, x):
-        x, _ = lax.scan(
-            lambda x, block: (block_fn(block, x), None), x @ params["in"]["kernel"], params["blocks"]
-        )
-        return x @ params["out"]["kernel"] + params["out"]["bias"]
-
-    return apply_fn
-
-
 def of_indices(block_fn):
-    def apply_fn(params, x):
-        x = x @ params["in"]["kernel"]
-        for i in range(DEPTH):
-            x = block_fn(jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"]), x)
-        return x @ params["out"]["kernel"] + params["out"]["bias"]
+    return lambda params, x: of_list(block_fn)({**params, "blocks": unstacked(params["blocks"])}, x)
 
-    return apply_fn
+
+def of_scan(block_fn):
+    def scan(blocks, x):
+        return lax.scan(lambda x, block: (block_fn(block, x), None), x, blocks)[0]
+
+    return lambda params, x: of_list(scan)({**params, "blocks": [params["blocks"]]}, x)
 
 
 def weight_norm(block, x):
@@ -132,11 +131,6 @@ REFUSED = {
 }
 
 
-def without(params, drop):
-    """The network without some of its blocks."""
-    return {**params, "blocks": [block for i, block in enumerate(params["blocks"]) if i not in drop]}
-
-
 @pytest.mark.parametrize("name", IDENTITIES)
 @pytest.mark.parametrize("make", [of_list, of_scan, of_indices])
 def test_a_dropped_block_is_as_if_it_were_not_there(make, name):
@@ -146,17 +140,12 @@ def test_a_dropped_block_is_as_if_it_were_not_there(make, name):
     blocks = jp.residual_blocks(apply_fn, params, X, **given)
     assert len(blocks) == DEPTH
     masks = jp.prune_once(params, jp.scores.magnitude, count=2, structure=jp.structures.layers(blocks))
-    entries = [mask for path, mask in zip(jp.leaf_paths(masks), jax.tree.leaves(masks), strict=True)]
-    assert all(mask.dtype == bool for mask in entries)
-    bias = (
-        masks["blocks"]["down"]["bias"]
-        if make is not of_list
-        else [block["down"]["bias"] for block in masks["blocks"]]
-    )
-    drop = [i for i in range(DEPTH) if not np.asarray(bias[i]).any()]
-    assert len(drop) == 2
+    assert all(mask.dtype == bool for mask in jax.tree.leaves(masks))
+    layers = masks["blocks"] if make is of_list else unstacked(masks["blocks"])
+    left = [block for block, mask in zip(PARAMS["blocks"], layers, strict=True) if mask["down"]["bias"].any()]
+    assert len(left) == DEPTH - 2
     dead = jp.apply_masks(params, masks)
-    expected = of_list(block_fn)(without(PARAMS, drop), X)
+    expected = of_list(block_fn)({**PARAMS, "blocks": left}, X)
     np.testing.assert_allclose(apply_fn(dead, X), expected, rtol=2e-5, atol=2e-5)
 
 
@@ -272,17 +261,14 @@ def test_scores_and_order(seed, options, within, reduce):
     order = np.argsort(by_hand(params, reduce, within))
     structures = [
         (params, jp.structures.layers(PREFIXES, **options)),
-        (
-            {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["blocks"])},
-            jp.structures.layers(stacked=in_stack, **options),
-        ),
+        (with_stack(params), jp.structures.layers(stacked=in_stack, **options)),
     ]
     for count in range(DEPTH):
         for tree, structure in structures:
             masks = jp.prune_once(tree, jp.scores.magnitude, count=count, structure=structure)
             blocks = masks["blocks"]
             if isinstance(blocks, dict):
-                blocks = [jax.tree.map(lambda leaf, i=i: leaf[i], blocks) for i in range(DEPTH)]
+                blocks = unstacked(blocks)
             for rank, i in enumerate(order):
                 left = [np.asarray(leaf) for leaf in jax.tree.leaves(blocks[i])]
                 assert all(leaf.all() if rank >= count else not leaf.any() for leaf in left)
@@ -303,15 +289,14 @@ def test_a_large_leaf_counts_no_more_than_a_small_one():
 
 def test_the_last_block_stays_unless_the_floor_says_otherwise():
     structure = jp.structures.layers(PREFIXES)
-    with pytest.warns(UserWarning, match="floor"):
-        masks = jp.prune_once(PARAMS, jp.scores.magnitude, sparsity=0.99, structure=structure)
-    assert sum(bool(block["shift"].any()) for block in masks["blocks"]) == 1
-    with pytest.warns(UserWarning, match="floor"):
-        masks = jp.prune_once(PARAMS, jp.scores.magnitude, sparsity=0.75, structure=structure, floor=3)
-    assert sum(bool(block["shift"].any()) for block in masks["blocks"]) == 3
-    with pytest.warns(UserWarning, match="layer collapse"):
-        masks = jp.prune_once(PARAMS, jp.scores.magnitude, count=4, structure=structure, floor=0)
-    assert not any(bool(block["shift"].any()) for block in masks["blocks"])
+    for target, floor, warning, left in [
+        ({"sparsity": 0.99}, 1, "floor", 1),
+        ({"sparsity": 0.75}, 3, "floor", 3),
+        ({"count": 4}, 0, "layer collapse", 0),
+    ]:
+        with pytest.warns(UserWarning, match=warning):
+            masks = jp.prune_once(PARAMS, jp.scores.magnitude, **target, structure=structure, floor=floor)
+        assert sum(bool(block["shift"].any()) for block in masks["blocks"]) == left
 
 
 def test_pools_are_those_given():
@@ -359,15 +344,12 @@ def test_stacks_along_any_axes(axes):
         assert (front.any(1) == front.all(1)).all()
 
 
-@pytest.mark.parametrize("stacked", [False, True])
-def test_gradual_under_jit(stacked):
-    params = STACKED if stacked else PARAMS
-    apply_fn = (of_scan if stacked else of_list)(pre_norm)
-    given = {"stacked": in_stack} if stacked else {"prefixes": PREFIXES}
-    structure = jp.structures.layers(jp.residual_blocks(apply_fn, params, X, **given))
+def test_gradual_under_jit():  # of a stack; tests/contracts has a list
+    apply_fn = of_scan(pre_norm)
+    structure = jp.structures.layers(jp.residual_blocks(apply_fn, STACKED, X, stacked=in_stack))
     schedule = jp.schedules.linear(0.75, begin_step=1, end_step=3)
     tx = jp.wrap_optax(optax.adam(1e-2), jp.pruner(jp.scores.magnitude, schedule, structure=structure))
-    state = tx.init(params)
+    params, state = STACKED, tx.init(STACKED)
 
     @jax.jit
     def step(params, state):
@@ -378,20 +360,9 @@ def test_gradual_under_jit(stacked):
     left = []
     for _ in range(4):
         params, state = step(params, state)
-        shift = optax.tree.get(state, "masks")["blocks"]
-        rows = shift["shift"] if stacked else jnp.stack([block["shift"] for block in shift])
-        left.append(int(rows.any(1).sum()))
+        left.append(int(optax.tree.get(state, "masks")["blocks"]["shift"].any(1).sum()))
     assert left == sorted(left, reverse=True) and left[-1] == 1
     jp.check_pruned(params, optax.tree.get(state, "masks"))
-
-
-def test_prune_once_under_jit():
-    structure = jp.structures.layers(PREFIXES)
-    eager = jp.prune_once(PARAMS, jp.scores.magnitude, sparsity=0.5, structure=structure)
-    traced = jax.jit(
-        lambda params: jp.prune_once(params, jp.scores.magnitude, sparsity=0.5, structure=structure)
-    )(PARAMS)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), eager, traced))
 
 
 def test_gradients_score_blocks():
@@ -511,11 +482,7 @@ def test_leaves_without_a_zero_keep_their_values():
         (["blocks/0", "blocks/9"], ValueError, "no leaf lies under 'blocks/9'"),
         (["block"], ValueError, "no leaf lies under 'block'"),
         (["blocks/0", "blocks/0"], ValueError, "'blocks/0' is given twice"),
-        (
-            ["blocks/0/up", "blocks/0"],
-            ValueError,
-            "under 'blocks/0/up' and 'blocks/0': blocks do not overlap",
-        ),
+        (["blocks/0/up", "blocks/0"], ValueError, "'blocks/0/up' and 'blocks/0': blocks do not overlap"),
         (["blocks/0", ("blocks/1/up", "blocks/1")], ValueError, "do not overlap"),
         ([], ValueError, "is empty"),
         (None, ValueError, "no blocks"),
@@ -545,47 +512,32 @@ def test_wrong_stacks():
         prune_layers(STACKED, ["blocks"], stacked=in_stack)
     with pytest.raises(TypeError, match="stacked="):
         jp.structures.layers(stacked=1)  # type: ignore[arg-type]
+    several = lambda path, leaf: 2 * (path == "blocks/up/kernel")  # noqa: E731
     with pytest.raises(ValueError, match="one axis"):
-        jp.residual_blocks(
-            of_scan(pre_norm), STACKED, X, stacked=lambda path, leaf: 2 * (path == "blocks/up/kernel")
-        )
+        jp.residual_blocks(of_scan(pre_norm), STACKED, X, stacked=several)
 
 
 def test_wrong_use():
-    blocks = jp.residual_blocks(of_list(pre_norm), PARAMS, X, prefixes=PREFIXES)
+    apply_fn = of_list(pre_norm)
+    blocks = jp.residual_blocks(apply_fn, PARAMS, X, prefixes=PREFIXES)
     with pytest.raises(TypeError, match="stacked= beside prefixes"):
         jp.structures.layers(blocks, stacked=in_stack)
     with pytest.raises(TypeError, match="reduce="):
         jp.structures.layers(blocks, reduce=3)  # type: ignore[arg-type]
+    structure = jp.structures.layers(blocks)
     with pytest.raises(ValueError, match="takes in no leaf of the block 'blocks/0'"):
-        jp.prune_once(
-            PARAMS,
-            jp.scores.magnitude,
-            sparsity=0.5,
-            structure=jp.structures.layers(blocks),
-            where=jp.matching("out/kernel"),
-        )
-    inside = {"params": PARAMS, "steps": jnp.ones(3)}
+        jp.prune_once(PARAMS, jp.scores.magnitude, 0.5, structure=structure, where=jp.matching("out/kernel"))
     with pytest.raises(ValueError, match="Call residual_blocks with the params that are pruned"):
-        jp.prune_once(
-            {"blocks": {"kernel": jnp.ones((2, 2))}},
-            jp.scores.magnitude,
-            sparsity=0.5,
-            structure=jp.structures.layers(blocks),
-        )
-    wide = jp.residual_blocks(
-        lambda tree, x: of_list(pre_norm)(tree["params"], x),
-        inside,
-        X,
-        prefixes=[f"params/{p}" for p in PREFIXES],
-    )
+        prune_layers({"blocks": {"kernel": jnp.ones((2, 2))}}, blocks)
+    inside, prefixes = {"params": PARAMS, "steps": jnp.ones(3)}, [f"params/{p}" for p in PREFIXES]
+    wide = jp.residual_blocks(lambda tree, x: apply_fn(tree["params"], x), inside, X, prefixes=prefixes)
     with pytest.raises(ValueError, match=r"pass blocks.under\('params'\)"):
-        jp.prune_once(PARAMS, jp.scores.magnitude, sparsity=0.5, structure=jp.structures.layers(wide))
+        prune_layers(PARAMS, wide)
     assert wide.under("params") == blocks
     with pytest.raises(ValueError, match="no leaf of"):
         wide.under("batch_stats")
     with pytest.raises(TypeError, match="did you mean 'prefixes'"):
-        jp.residual_blocks(of_list(pre_norm), PARAMS, X, prefix=PREFIXES)
+        jp.residual_blocks(apply_fn, PARAMS, X, prefix=PREFIXES)
 
 
 def test_abstract_params_do():

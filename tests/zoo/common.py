@@ -3,7 +3,6 @@
 import math
 import zlib
 from collections.abc import Callable
-from functools import wraps
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -32,15 +31,11 @@ class Case(NamedTuple):
 ZOO: dict[str, Callable[[], Case]] = {}
 
 
-def case(build):
-    """Enters `build(rng)` in the zoo under its name; every call draws the same numbers."""
-
-    @wraps(build)
-    def fresh():
-        return build(np.random.default_rng(zlib.crc32(build.__name__.encode())))
-
-    ZOO[build.__name__] = fresh
-    return fresh
+def case(build, name=None):
+    """Enter `build(rng)` in the zoo, under its own name by default; every call draws the same numbers."""
+    name = name or build.__name__
+    ZOO[name] = lambda: build(np.random.default_rng(zlib.crc32(name.encode())))
+    return ZOO[name]
 
 
 def normal(rng, *shape):
@@ -70,12 +65,43 @@ def draw(rng, tree):
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_shape)
 
 
-def from_linen(rng, model, *inputs):
-    """A flax.linen model: of its params, or of all its variables where it has other ones too."""
-    variables = draw(rng, jax.eval_shape(model.init, jax.random.key(0), *inputs))
-    if set(variables) == {"params"}:
-        return Case(lambda params, *xs: model.apply({"params": params}, *xs), variables["params"], inputs)
-    return Case(model.apply, variables, inputs)
+def linen_variables(rng, model, *inputs):
+    """Random variables of a flax.linen model, without initialising it."""
+    return draw(rng, jax.eval_shape(model.init, jax.random.key(0), *inputs))
+
+
+def linen_case(name, *inputs, **options):
+    """Enter the decorated flax.linen class, built with options, with its params or all its variables.
+
+    Each input is the shape of a float array, or a function of the generator.
+    """
+
+    def enter(module):
+        def build(rng):
+            model, xs = module(**options), drawn(rng, inputs)
+            variables = linen_variables(rng, model, *xs)
+            if set(variables) == {"params"}:
+                return Case(lambda params, *xs: model.apply({"params": params}, *xs), variables["params"], xs)
+            return Case(model.apply, variables, xs)
+
+        case(build, name)
+        return module
+
+    return enter
+
+
+def nnx_case(name, *inputs):
+    """Enter the decorated flax.nnx class; inputs as for `linen_case`."""
+
+    def enter(module):
+        case(lambda rng: from_nnx(rng, module, *drawn(rng, inputs)), name)
+        return module
+
+    return enter
+
+
+def drawn(rng, inputs):
+    return tuple(given(rng) if callable(given) else normal(rng, *given) for given in inputs)
 
 
 def from_nnx(rng, build, *inputs):

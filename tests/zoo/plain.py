@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from .common import Case, case, draw, from_linen, from_nnx, normal
+from .common import Case, case, draw, linen_case, nnx_case, normal
 
 
 def vector(rng, features=5):
@@ -23,6 +24,18 @@ def sizes(*widths):
     return {f"layer{i}": {"w": (a, b), "b": (b,)} for i, (a, b) in enumerate(pairwise(widths))}
 
 
+def mlp(params, x):
+    x = jnp.tanh(x @ params["a"]["kernel"] + params["a"]["bias"])
+    x = jax.nn.relu(x @ params["b"]["kernel"] + params["b"]["bias"])
+    return x @ params["c"]["kernel"] + params["c"]["bias"]
+
+
+def mlp_params(widths=(5, 8, 6, 3), seed=0):
+    rng = np.random.default_rng(seed)
+    pairs = zip("abc", pairwise(widths), strict=True)
+    return {name: {"kernel": normal(rng, i, o), "bias": normal(rng, o)} for name, (i, o) in pairs}
+
+
 def through(rng, f, *widths):
     """Two or more dense layers, f between them."""
 
@@ -35,6 +48,11 @@ def through(rng, f, *widths):
     return Case(apply, draw(rng, sizes(*widths)), (vector(rng, widths[0]),))
 
 
+def enter_activation(name, f, *widths):
+    case(lambda rng: through(rng, f, *widths), name)
+
+
+@nnx_case("layer_norm_mlp", (2, 5))
 class LayerNormMLP(nnx.Module):
     def __init__(self, rngs):
         self.layer1, self.norm1 = nnx.Linear(5, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
@@ -44,11 +62,6 @@ class LayerNormMLP(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.norm1(self.layer1(x)))
         return self.out(nnx.gelu(self.norm2(self.layer2(x))))
-
-
-@case
-def layer_norm_mlp(rng):
-    return from_nnx(rng, LayerNormMLP, vector(rng))
 
 
 @case
@@ -120,11 +133,6 @@ def smooth_jvp(primals, tangents):
     return x * s, t * (s + x * s * (1 - s))
 
 
-@case
-def custom_jvp(rng):
-    return through(rng, smooth, 5, 8, 6, 4)
-
-
 @jax.custom_vjp
 def straight(x):
     """Rounded, with the gradient of tanh."""
@@ -134,14 +142,9 @@ def straight(x):
 straight.defvjp(lambda x: (straight(x), x), lambda x, g: (g * (1 - jnp.tanh(x) ** 2),))
 
 
-@case
-def custom_vjp(rng):
-    return through(rng, straight, 5, 8, 6, 4)
-
-
-@case
-def relu_and_silu(rng):
-    return through(rng, lambda x: jax.nn.relu(x) + jax.nn.silu(-x), 5, 8, 6, 4)
+enter_activation("custom_jvp", smooth, 5, 8, 6, 4)
+enter_activation("custom_vjp", straight, 5, 8, 6, 4)
+enter_activation("relu_and_silu", lambda x: jax.nn.relu(x) + jax.nn.silu(-x), 5, 8, 6, 4)
 
 
 @case
@@ -171,6 +174,7 @@ def cosine_head(rng):
 # --- wiring
 
 
+@linen_case("siamese", (2, 5), (2, 5))
 class Siamese(nn.Module):
     @nn.compact
     def __call__(self, a, b):
@@ -179,11 +183,7 @@ class Siamese(nn.Module):
         return nn.Dense(1)(jnp.abs(a - b)), jnp.sum(a * b, -1)
 
 
-@case
-def siamese(rng):
-    return from_linen(rng, Siamese(), vector(rng), vector(rng))
-
-
+@linen_case("highway", (2, 5))
 class Highway(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -192,11 +192,6 @@ class Highway(nn.Module):
             gate = nn.sigmoid(nn.Dense(8)(x))
             x = gate * nn.relu(nn.Dense(8)(x)) + (1 - gate) * x
         return nn.Dense(4)(x)
-
-
-@case
-def highway(rng):
-    return from_linen(rng, Highway(), vector(rng))
 
 
 @case
@@ -270,19 +265,9 @@ def fori_loop(rng):
 # --- hidden axes that nothing can be taken from
 
 
-@case
-def hidden_softmax(rng):
-    return through(rng, jax.nn.softmax, 5, 8, 4)
-
-
-@case
-def hidden_cumsum(rng):
-    return through(rng, lambda x: jnp.cumsum(x, -1), 5, 8, 4)
-
-
-@case
-def hidden_sort(rng):
-    return through(rng, lambda x: jnp.sort(x, -1), 5, 8, 4)
+enter_activation("hidden_softmax", jax.nn.softmax, 5, 8, 4)
+enter_activation("hidden_cumsum", lambda x: jnp.cumsum(x, -1), 5, 8, 4)
+enter_activation("hidden_sort", lambda x: jnp.sort(x, -1), 5, 8, 4)
 
 
 @case

@@ -1,6 +1,7 @@
 """Models of sequences, (batch, time) tokens or (batch, time, features)."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,19 @@ from .common import (
     case,
     causal,
     draw,
-    from_linen,
-    from_nnx,
     layer_norm,
+    linen_case,
+    nnx_case,
     normal,
     rms_norm,
     tokens,
 )
 
 VOCAB, TIME = 11, 6
+
+
+def token_ids(rng):
+    return tokens(rng, VOCAB, 2, TIME)
 
 
 # --- decoders
@@ -69,7 +74,7 @@ def llama(rng, heads, shared):
             x = x + swiglu(p, rms_norm(x, p["norm2"]))
         return rms_norm(x, params["norm"]) @ params["head"]
 
-    return apply, draw(rng, shapes), (tokens(rng, VOCAB, 2, TIME),)
+    return apply, draw(rng, shapes), (token_ids(rng),)
 
 
 @case
@@ -128,29 +133,15 @@ def gpt(rng, split, tied=False):
             x = gpt_block(p, x, 2, split)
         return layer_norm(x, **params["norm"]) @ (params["embed"].T if tied else params["head"])
 
-    return Case(apply, draw(rng, shapes), (tokens(rng, VOCAB, 2, TIME),))
+    return Case(apply, draw(rng, shapes), (token_ids(rng),))
 
 
-@case
-def gpt_split_last(rng):
-    return gpt(rng, "last")
+for _split in ("last", "reshape", "heads"):
+    case(partial(gpt, split=_split), f"gpt_split_{_split}")
+case(partial(gpt, split="last", tied=True), "gpt_tied")
 
 
-@case
-def gpt_split_reshape(rng):
-    return gpt(rng, "reshape")
-
-
-@case
-def gpt_split_heads(rng):
-    return gpt(rng, "heads")
-
-
-@case
-def gpt_tied(rng):
-    return gpt(rng, "last", tied=True)
-
-
+@linen_case("tied_linen", token_ids)
 class TiedLM(nn.Module):
     @nn.compact
     def __call__(self, ids):
@@ -158,11 +149,6 @@ class TiedLM(nn.Module):
         x = embed(ids)
         x = x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.RMSNorm()(x))))
         return embed.attend(nn.RMSNorm()(x))
-
-
-@case
-def tied_linen(rng):
-    return from_linen(rng, TiedLM(), tokens(rng, VOCAB, 2, TIME))
 
 
 @case
@@ -180,7 +166,7 @@ def scan_remat(rng):
         x, _ = jax.lax.scan(body, x, params["blocks"])
         return layer_norm(x, **params["norm"]) @ params["head"]
 
-    return Case(apply, draw(rng, shapes), (tokens(rng, VOCAB, 2, TIME),))
+    return Case(apply, draw(rng, shapes), (token_ids(rng),))
 
 
 class Block(nn.Module):
@@ -191,6 +177,7 @@ class Block(nn.Module):
         return x + nn.Dense(8)(nn.silu(nn.Dense(12)(nn.LayerNorm()(x)))), None
 
 
+@linen_case("scan_remat_linen", token_ids)
 class ScannedLM(nn.Module):
     @nn.compact
     def __call__(self, ids):
@@ -203,11 +190,6 @@ class ScannedLM(nn.Module):
         )
         x, _ = blocks()(x, None)
         return nn.Dense(VOCAB)(nn.LayerNorm()(x))
-
-
-@case
-def scan_remat_linen(rng):
-    return from_linen(rng, ScannedLM(), tokens(rng, VOCAB, 2, TIME))
 
 
 @case
@@ -248,6 +230,7 @@ def kv_cache(rng):
 # --- recurrent nets; the carry's dtype is the params', where flax's own would be float32
 
 
+@linen_case("lstm_linen", (2, TIME, 3))
 class LSTM(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -257,11 +240,7 @@ class LSTM(nn.Module):
         return nn.Dense(4)(x)
 
 
-@case
-def lstm_linen(rng):
-    return from_linen(rng, LSTM(), normal(rng, 2, TIME, 3))
-
-
+@nnx_case("lstm_nnx", (2, TIME, 3))
 class LSTMNNX(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Linear(3, 6, rngs=rngs)
@@ -274,11 +253,7 @@ class LSTMNNX(nnx.Module):
         return self.out(self.rnn(x, initial_carry=(zeros, zeros))[:, -1])
 
 
-@case
-def lstm_nnx(rng):
-    return from_nnx(rng, LSTMNNX, normal(rng, 2, TIME, 3))
-
-
+@linen_case("gru_linen", (2, TIME, 3))
 class GRU(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -286,11 +261,6 @@ class GRU(nn.Module):
         for _ in range(2):
             x = nn.RNN(nn.GRUCell(8))(x, initial_carry=jnp.zeros((x.shape[0], 8), x.dtype))
         return nn.Dense(4)(x[:, -1])
-
-
-@case
-def gru_linen(rng):
-    return from_linen(rng, GRU(), normal(rng, 2, TIME, 3))
 
 
 @case
@@ -311,6 +281,7 @@ def elman_scan(rng):
 # --- the rest
 
 
+@linen_case("wavenet", (2, 8, 3))
 class WaveNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -324,11 +295,8 @@ class WaveNet(nn.Module):
         return nn.Conv(4, (1,))(nn.relu(nn.Conv(6, (1,))(nn.relu(total))))
 
 
-@case
-def wavenet(rng):
-    return from_linen(rng, WaveNet(), normal(rng, 2, 8, 3))
-
-
+@linen_case("fnet_cosines", (2, TIME, 3), cosines=True)
+@linen_case("fnet_fft", (2, TIME, 3), cosines=False)
 class FNet(nn.Module):
     cosines: bool
 
@@ -345,16 +313,6 @@ class FNet(nn.Module):
             x = nn.LayerNorm()(x + y)
             x = nn.LayerNorm()(x + nn.Dense(8)(nn.gelu(nn.Dense(12)(x))))
         return nn.Dense(4)(x.mean(1))
-
-
-@case
-def fnet_fft(rng):
-    return from_linen(rng, FNet(cosines=False), normal(rng, 2, TIME, 3))
-
-
-@case
-def fnet_cosines(rng):
-    return from_linen(rng, FNet(cosines=True), normal(rng, 2, TIME, 3))
 
 
 @case
@@ -393,9 +351,10 @@ def moe_dense(rng):
         y = jnp.einsum("bteh,ehd->bted", jax.nn.relu(y), params["down"]) + params["down_bias"]
         return (x + jnp.einsum("bte,bted->btd", gates, y)) @ params["out"]
 
-    return Case(apply, params, (tokens(rng, VOCAB, 2, TIME),))
+    return Case(apply, params, (token_ids(rng),))
 
 
+@linen_case("cross_attention", (2, 7, 3), (2, TIME, 3))
 class CrossAttention(nn.Module):
     """An encoder and a decoder that reads it."""
 
@@ -408,8 +367,3 @@ class CrossAttention(nn.Module):
             nn.LayerNorm()(x), nn.LayerNorm()(memory)
         )
         return nn.Dense(4)(nn.LayerNorm()(x))
-
-
-@case
-def cross_attention(rng):
-    return from_linen(rng, CrossAttention(), normal(rng, 2, 7, 3), normal(rng, 2, TIME, 3))

@@ -12,11 +12,25 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from .common import Case, attend, case, draw, from_equinox, from_linen, from_nnx, layer_norm, normal
+from .common import (
+    Case,
+    attend,
+    case,
+    draw,
+    from_equinox,
+    from_nnx,
+    layer_norm,
+    linen_case,
+    linen_variables,
+    nnx_case,
+    normal,
+)
+
+IMAGE = (2, 8, 8, 3)
 
 
-def image(rng, channels=3):
-    return normal(rng, 2, 8, 8, channels)
+def image(rng):
+    return normal(rng, *IMAGE)
 
 
 def flat(x):
@@ -35,6 +49,7 @@ def max_pool(x):
 # --- plain convolutional nets
 
 
+@linen_case("lenet_linen", (2, 8, 8, 1))
 class LeNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -43,11 +58,7 @@ class LeNet(nn.Module):
         return nn.Dense(5)(nn.relu(nn.Dense(12)(flat(x))))
 
 
-@case
-def lenet_linen(rng):
-    return from_linen(rng, LeNet(), image(rng, 1))
-
-
+@nnx_case("lenet_nnx", (2, 8, 8, 1))
 class LeNetNNX(nnx.Module):
     def __init__(self, rngs):
         self.conv1 = nnx.Conv(1, 6, (3, 3), rngs=rngs)
@@ -61,11 +72,7 @@ class LeNetNNX(nnx.Module):
         return self.out(nnx.relu(self.hidden(flat(x))))
 
 
-@case
-def lenet_nnx(rng):
-    return from_nnx(rng, LeNetNNX, image(rng, 1))
-
-
+@linen_case("vgg_bn", IMAGE)
 class VGG(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -77,11 +84,7 @@ class VGG(nn.Module):
         return nn.Dense(5)(nn.relu(nn.Dense(12)(flat(x))))
 
 
-@case
-def vgg_bn(rng):
-    return from_linen(rng, VGG(), image(rng))
-
-
+@linen_case("conv_bf16", IMAGE)
 class ConvBF16(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -89,11 +92,6 @@ class ConvBF16(nn.Module):
         x = nn.relu(nn.BatchNorm(use_running_average=True, dtype=jnp.bfloat16)(x))
         x = nn.relu(conv(8, stride=2, dtype=jnp.bfloat16)(x))
         return nn.Dense(5, dtype=jnp.bfloat16)(x.mean((1, 2)))
-
-
-@case
-def conv_bf16(rng):
-    return from_linen(rng, ConvBF16(), image(rng))
 
 
 @case
@@ -185,6 +183,7 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
+@linen_case("resnet18", IMAGE)
 class ResNet(nn.Module):
     stages: tuple = (6, 10)
     blocks: int = 2
@@ -205,26 +204,14 @@ class ResNet(nn.Module):
 
 
 @case
-def resnet18(rng):
-    return from_linen(rng, ResNet(), image(rng))
-
-
-@case
 def resnet18_train(rng):
-    model = ResNet(train=True)
-    return from_linen(rng, model, image(rng))._replace(
-        apply=partial(model.apply, mutable=["batch_stats"]), state=lambda out: out[1]
-    )
+    model, x = ResNet(train=True), image(rng)
+    apply = partial(model.apply, mutable=["batch_stats"])
+    return Case(apply, linen_variables(rng, model, x), (x,), state=lambda out: out[1])
 
 
-@case
-def resnet20_conv_shortcut(rng):
-    return from_linen(rng, ResNet((4, 6, 8), 1, "conv"), image(rng))
-
-
-@case
-def resnet_pad_shortcut(rng):
-    return from_linen(rng, ResNet((4, 6, 9), 1, "pad"), image(rng))
+linen_case("resnet20_conv_shortcut", IMAGE, stages=(4, 6, 8), blocks=1, shortcut="conv")(ResNet)
+linen_case("resnet_pad_shortcut", IMAGE, stages=(4, 6, 9), blocks=1, shortcut="pad")(ResNet)
 
 
 class Inverted(nn.Module):
@@ -244,6 +231,7 @@ class Inverted(nn.Module):
         return x + y if x.shape == y.shape else y
 
 
+@linen_case("mobilenet_v2", IMAGE)
 class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -254,11 +242,7 @@ class MobileNetV2(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def mobilenet_v2(rng):
-    return from_linen(rng, MobileNetV2(), image(rng))
-
-
+@nnx_case("separable_nnx", IMAGE)
 class Separable(nnx.Module):
     def __init__(self, rngs, train=False):
         norm = partial(nnx.BatchNorm, use_running_average=not train, rngs=rngs)
@@ -275,11 +259,6 @@ class Separable(nnx.Module):
 
 
 @case
-def separable_nnx(rng):
-    return from_nnx(rng, Separable, image(rng))
-
-
-@case
 def separable_nnx_train(rng):
     x = image(rng)
     graph, shapes = nnx.split(nnx.eval_shape(lambda: Separable(nnx.Rngs(0), train=True)))
@@ -291,6 +270,7 @@ def separable_nnx_train(rng):
     return Case(apply, draw(rng, shapes), (x,), state=lambda out: out[1])
 
 
+@linen_case("densenet", IMAGE)
 class DenseNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -307,11 +287,7 @@ class DenseNet(nn.Module):
         return nn.Dense(5)(nn.relu(norm()(x)).mean((1, 2)))
 
 
-@case
-def densenet(rng):
-    return from_linen(rng, DenseNet(), image(rng))
-
-
+@linen_case("resnext_se", IMAGE)
 class ResNeXt(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -327,11 +303,7 @@ class ResNeXt(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def resnext_se(rng):
-    return from_linen(rng, ResNeXt(), image(rng))
-
-
+@linen_case("shufflenet", IMAGE)
 class ShuffleNet(nn.Module):
     groups: int = 2
 
@@ -355,11 +327,7 @@ class ShuffleNet(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def shufflenet(rng):
-    return from_linen(rng, ShuffleNet(), image(rng))
-
-
+@linen_case("shufflenet_v2", IMAGE)
 class ShuffleNetV2(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -371,11 +339,7 @@ class ShuffleNetV2(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def shufflenet_v2(rng):
-    return from_linen(rng, ShuffleNetV2(), image(rng))
-
-
+@linen_case("inception", IMAGE)
 class Inception(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -389,11 +353,7 @@ class Inception(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def inception(rng):
-    return from_linen(rng, Inception(), image(rng))
-
-
+@linen_case("convnext", IMAGE)
 class ConvNeXt(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -405,11 +365,7 @@ class ConvNeXt(nn.Module):
         return nn.Dense(5)(nn.LayerNorm()(x.mean((1, 2))))
 
 
-@case
-def convnext(rng):
-    return from_linen(rng, ConvNeXt(), image(rng))
-
-
+@linen_case("group_norm", IMAGE)
 class GroupNormNet(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -419,11 +375,7 @@ class GroupNormNet(nn.Module):
         return nn.Dense(5)(x.mean((1, 2)))
 
 
-@case
-def group_norm(rng):
-    return from_linen(rng, GroupNormNet(), image(rng))
-
-
+@linen_case("spatial_gate", IMAGE)
 class SpatialGate(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -433,14 +385,12 @@ class SpatialGate(nn.Module):
         return nn.Dense(5)(nn.relu(conv(6)(x)).mean((1, 2)))
 
 
-@case
-def spatial_gate(rng):
-    return from_linen(rng, SpatialGate(), image(rng))
-
-
 # --- images out
 
 
+@linen_case("unet_transposed", IMAGE, up="transposed")
+@linen_case("unet_bilinear", IMAGE, up="bilinear")
+@linen_case("unet_resize", IMAGE, up="nearest")
 class UNet(nn.Module):
     up: str
 
@@ -464,21 +414,7 @@ class UNet(nn.Module):
         return conv(2, 1)(x)
 
 
-@case
-def unet_resize(rng):
-    return from_linen(rng, UNet("nearest"), image(rng))
-
-
-@case
-def unet_bilinear(rng):
-    return from_linen(rng, UNet("bilinear"), image(rng))
-
-
-@case
-def unet_transposed(rng):
-    return from_linen(rng, UNet("transposed"), image(rng))
-
-
+@linen_case("deconv_decoder", (2, 6))
 class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z):
@@ -487,11 +423,7 @@ class Decoder(nn.Module):
         return nn.sigmoid(nn.ConvTranspose(3, (3, 3), (2, 2), padding="VALID")(x))
 
 
-@case
-def deconv_decoder(rng):
-    return from_linen(rng, Decoder(), normal(rng, 2, 6))
-
-
+@linen_case("pixel_shuffle", (2, 4, 4, 3))
 class PixelShuffle(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -503,14 +435,10 @@ class PixelShuffle(nn.Module):
         return conv(1)(x)
 
 
-@case
-def pixel_shuffle(rng):
-    return from_linen(rng, PixelShuffle(), normal(rng, 2, 4, 4, 3))
-
-
 # --- patches
 
 
+@linen_case("vit_linen", IMAGE)
 class ViT(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -523,11 +451,6 @@ class ViT(nn.Module):
             x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
             x = x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x))))
         return nn.Dense(5)(nn.LayerNorm()(x)[:, 0])
-
-
-@case
-def vit_linen(rng):
-    return from_linen(rng, ViT(), image(rng))
 
 
 class BlockNNX(nnx.Module):
@@ -598,6 +521,7 @@ def vit_fused_qkv(rng):
     return Case(apply, params, (image(rng),))
 
 
+@linen_case("mlp_mixer", IMAGE)
 class Mixer(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -608,11 +532,6 @@ class Mixer(nn.Module):
             x = x + nn.Dense(x.shape[1])(nn.gelu(nn.Dense(6)(y))).swapaxes(1, 2)
             x = x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x))))
         return nn.Dense(5)(nn.LayerNorm()(x).mean(1))
-
-
-@case
-def mlp_mixer(rng):
-    return from_linen(rng, Mixer(), image(rng))
 
 
 def windows(x, size):
@@ -660,6 +579,7 @@ class WindowAttention(nn.Module):
         return jnp.roll(y, (self.shift, self.shift), (1, 2))
 
 
+@linen_case("swin", IMAGE)
 class Swin(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -670,8 +590,3 @@ class Swin(nn.Module):
         x = jnp.concatenate([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
         x = nn.Dense(8, use_bias=False)(nn.LayerNorm()(x))
         return nn.Dense(5)(x.mean((1, 2)))
-
-
-@case
-def swin(rng):
-    return from_linen(rng, Swin(), image(rng))
