@@ -36,7 +36,7 @@ def ends(case, numbers):
 
 
 def test_random_recipes(tmp_path):
-    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(100))
+    found = ends(lambda n: recipes.case(n, tmp_path, watched), range(150))
     assert set(found) == {"accepted", "refused", "does not fit"}
 
 
