@@ -1,6 +1,5 @@
 """The channel-pruning study in small, its larger networks, and how they are trained."""
 
-import json
 import math
 import os
 from pathlib import Path
@@ -16,10 +15,7 @@ from experiments.data import datasets, prepare
 from experiments.networks.large import Decoder, ResNet, ViT
 from experiments.run.checkpoint import Checkpoints
 from experiments.training import steps
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+from tests.studies.outcomes import check_width, is_png, read
 
 
 def prepared(name):
@@ -112,9 +108,9 @@ def test_the_study_ends_in_smaller_networks_and_goes_on_where_it_was(tmp_path, c
     assert by_method["scratch"]["widths"] == by_method["local"]["widths"]
     assert by_method["dense"]["accuracy"] > 0.8
     assert by_method["local"]["accuracy"] > 0.8
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(out / "accuracy.png")
     text = capsys.readouterr().out
-    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(text, tmp_path)
     assert all(method in text for method in methods)
     assert "conv2" in text
 
@@ -186,7 +182,7 @@ def test_transformers_lose_heads_and_hidden_units(name, tmp_path, monkeypatch, f
     assert sorted(units for _, units in widths.values()) == [4, 24]
     show.plot(lines, study.settings(config))
     text = show.summarise(lines, study.settings(config))
-    assert max(map(len, text.splitlines())) <= 80
+    check_width(text)
     if name == "decoder":
         assert "bits per character" in text
         assert lines[1]["bits"] == pytest.approx(lines[1]["loss"] / math.log(2))

@@ -37,10 +37,7 @@ def _needs(*modules: str) -> pytest.MarkDecorator:
 needs_sklearn = _needs("sklearn")
 needs_tfds = _needs("tensorflow_datasets", "importlib_resources", "array_record", "PIL")
 
-CLASS_NAMES = [
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-]
+CLASS_NAMES = [*("airplane", "automobile", "bird", "cat", "deer"), *("dog", "frog", "horse", "ship", "truck")]
 
 
 # --- digits --------------------------------------------------------------------------------------
@@ -220,11 +217,7 @@ def test_the_urls_are_those_whose_checksums_tfds_knows(name: str, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("ids", "jpeg"),
-    [
-        ([], False),
-        (["train_00000", "train_49999"], False),
-        (["train_cat_2970", "train_frog_12"], True),
-    ],
+    [([], False), (["train_00000", "train_49999"], False), (["train_cat_2970", "train_frog_12"], True)],
 )
 def test_the_note_says_when_the_pixels_are_from_jpeg(ids: list[str], jpeg: bool) -> None:
     assert ("JPEG" in datasets._note("CIFAR-10", ids)) == jpeg

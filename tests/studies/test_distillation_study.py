@@ -1,8 +1,6 @@
 """The distillation study in small, and what it is built of."""
 
-import json
 import operator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,7 @@ from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+from tests.studies.outcomes import check_width, is_png, read
 
 
 def select(lines, **keys):
@@ -118,10 +113,6 @@ def run_small(folder, flags):
     return lines
 
 
-def check_width(text, folder):
-    assert max(len(line) for line in text.splitlines() if str(folder) not in line) <= 80
-
-
 def test_the_students_true_ratios(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         distillation, "STUDENTS", {"conv-linear": False}
@@ -174,7 +165,7 @@ def test_few_images_and_pruning(tmp_path, capsys):
         first = select(pruned, images=images, sparsity=0.5, seed=1)
         assert len({line["accuracy_before_tuning"] for line in first}) == 1
         assert len({line["epochs"] for line in first}) == 1
-        assert (tmp_path / f"pruning-{images}.png").read_bytes().startswith(b"\x89PNG")
+        assert is_png(tmp_path / f"pruning-{images}.png")
 
 
 @pytest.mark.parametrize(

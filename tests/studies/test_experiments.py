@@ -1,6 +1,5 @@
 """A small version of every study, and what they are built of."""
 
-import json
 import operator
 import os
 import subprocess
@@ -22,6 +21,7 @@ from experiments.run import settings
 from experiments.run.results import layers
 from experiments.show import tables
 from experiments.training import loops
+from tests.studies.outcomes import check_width, is_png, read
 
 # The founding article's table, by fraction pruned per round: parameters left, size ratio, MACs ratio
 # in its count; for channels also which are alive, and what is left when they are taken out.
@@ -43,14 +43,6 @@ CHANNELS = {
     0.6: ([1, 1, 3], 11.97, 16.34, 143, 16078),
     0.7: ([0, 1, 1], 18.83, 25.33, None, None),
 }
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
-
-
-def is_png(path):
-    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
@@ -87,7 +79,7 @@ def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
                 assert line["compact_accuracy"] == pytest.approx(line["accuracy"])
                 assert line["compact_difference"] < 1e-4
     table = capsys.readouterr().out
-    assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(table, tmp_path)
     assert lenet.summarise(lines, "mnist").count("article") > 1  # a column beside the sentence about it
     assert "480,500" in table
     assert "932,500" in table
@@ -126,11 +118,7 @@ def test_gradual_study(tmp_path, capsys):
     again = gradual.run(settings.parse(gradual.Config, repeat))
     assert [line["accuracy"] for line in again] == [line["accuracy"] for line in lines]
     table = capsys.readouterr().out
-    assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
-
-
-def widest(text, folder):
-    return max(len(line) for line in text.splitlines() if str(folder) not in line)
+    check_width(table, tmp_path)
 
 
 # Weights of LeNet-300-100 that are left after some levels of 20 %, the last layer of 10 %.
@@ -171,7 +159,7 @@ def test_lottery_study(tmp_path, capsys):
     assert len(set(others)) > 1
     assert is_png(out / "accuracy.png")
     table = capsys.readouterr().out
-    assert widest(table, tmp_path) <= 80
+    check_width(table, tmp_path)
     assert all(method in table for method in lottery_ticket.METHODS)
     # The same settings again only report; --fresh trains anew, and gets the same.
     again = lottery_ticket.run(settings.parse(lottery_ticket.Config, ["--recipe", str(out / "recipe.yaml")]))
@@ -242,7 +230,7 @@ def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
     for line in lines[8:]:
         assert sum(line["kept"].values()) == 50200 - round(0.9 * 50200)
     assert is_png(out / "accuracy.png")
-    assert widest(capsys.readouterr().out, tmp_path) <= 80
+    check_width(capsys.readouterr().out, tmp_path)
 
 
 def test_pruning_at_init_study(tmp_path, capsys):
@@ -262,7 +250,7 @@ def test_pruning_at_init_study(tmp_path, capsys):
     for compression in (20, 50):
         assert mean["snip", compression] > mean["random", compression] + 0.02
     assert is_png(out / "accuracy.png")
-    assert widest(capsys.readouterr().out, tmp_path) <= 80
+    check_width(capsys.readouterr().out, tmp_path)
 
 
 def test_only_iterated_synflow_keeps_a_deep_narrow_network_whole():

@@ -16,6 +16,7 @@ from experiments.real_models import command, measure, page, table
 from experiments.real_models.case import Case, Model, combine, moved, split_floating
 from experiments.real_models.catalog import MODELS
 from experiments.run.limits import FlagError
+from tests.studies.outcomes import is_png, read
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {model.name: model for model in MODELS}
@@ -160,10 +161,6 @@ def test_moved_leaves_nothing_zero_and_signs_alone():
 # --- the command
 
 
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """Models that are measured in this process; returns what was measured, and statuses to be had."""
@@ -200,7 +197,7 @@ def test_a_run_goes_on_and_a_finished_one_is_added_to(fake, tmp_path, capsys):
     command.main(out)
     assert asked == ["a/one", "a/two", "b/three"]
     assert "Not installed, so left out: c/absent" in capsys.readouterr().out
-    assert [line["model"] for line in lines_of(tmp_path)] == asked
+    assert [line["model"] for line in read(tmp_path)] == asked
     command.main(out)
     assert len(asked) == 3
     del statuses["b/three"]
@@ -213,7 +210,7 @@ def test_a_run_goes_on_and_a_finished_one_is_added_to(fake, tmp_path, capsys):
     with pytest.raises(SystemExit, match="other settings"):
         command.main(["--fraction", "0.5", *out])
     command.main(["--fresh", "--fraction", "0.5", "--only", "a/one", *out])
-    assert len(lines_of(tmp_path)) == 1
+    assert len(read(tmp_path)) == 1
 
 
 def test_a_run_that_is_stopped_keeps_what_it_has(fake, tmp_path, monkeypatch):
@@ -367,5 +364,5 @@ def test_the_page_and_its_picture(tmp_path):
     assert "out of time" in text and "- b/four: `OUT OF TIME: too slow`" in text
     assert "- a/one|two, `w[0]` and 1 more: `a reason`" in text
     assert "worse: a/three: error" in text and "version 0.1" in text
-    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "page.png")
     assert "site-packages" not in page._code("at /x/lib/site-packages/keras/layer.py:3")
