@@ -122,14 +122,6 @@ def test_samples_are_the_same_under_jit_whatever_the_order_of_the_dict():
     assert not np.array_equal(eager["a"], jp.l0.sample_gates(gates, jax.random.key(4))["a"])
 
 
-def test_samples_vmap_over_keys():
-    gates = {"w": jnp.zeros((6, 1))}
-    keys = jax.random.split(jax.random.key(0), 3)
-    batched = jax.vmap(lambda key: jp.l0.sample_gates(gates, key))(keys)["w"]
-    looped = jnp.stack([jp.l0.sample_gates(gates, key)["w"] for key in keys])
-    np.testing.assert_allclose(batched, looped, atol=1e-6)
-
-
 def test_the_gradient_of_a_sample_by_hand():
     """dz/dlog_alpha = (zeta - gamma) s (1 - s) / beta where 0 < z < 1, and 0 where it is clipped."""
     log_alpha = jnp.linspace(-3, 3, 400)

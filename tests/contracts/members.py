@@ -111,13 +111,7 @@ def _of_channel_score(name: str, score: Any, sizes: Mapping[str, int] = COLUMNS)
         where = jp.matching(*(path_of(p.params, role) for role in sizes))
         return jp.pruner(score, s, structure=filters, where=where, scope="layerwise")
 
-    return Member(
-        (f"scores.{name}",),
-        make,
-        apart(sizes),
-        units=Spec("slices", axes=(-1,)),
-        blind="channels",
-    )
+    return Member((f"scores.{name}",), make, apart(sizes), units=Spec("slices", axes=(-1,)), blind="channels")
 
 
 def _of_structure(name: str, structure: jp.Structure, gone: list[Gone], units: Any, **known: Any) -> Member:
@@ -385,10 +379,7 @@ TABLE: dict[str, Member] = {
         half="the products are rounded",
     ),
     "prune_rounds": Member(
-        ("prune_rounds",),
-        lambda p, s: once(_rounds),
-        together(ENTRIES, (0.51,) * CALLS),
-        None,
+        ("prune_rounds",), lambda p, s: once(_rounds), together(ENTRIES, (0.51,) * CALLS), None
     ),
     "memory": Member(
         ("pruner",), lambda p, s: jp.pruner(jp.scores.movement, s, memory=1.0), together(ENTRIES)
@@ -408,17 +399,12 @@ TABLE: dict[str, Member] = {
         warns="floor=3 kept the last units of b/kernel",
     ),
     "rigl": _rewired("rigl", lambda p: jp.rigl(p.masks, **_EVERY)),
-    "rigl in groups": _rewired(
-        "rigl",
-        lambda p: jp.rigl(p.masks, structure=_NM, **_EVERY),
-        blind="columns",
-    ),
+    "rigl in groups": _rewired("rigl", lambda p: jp.rigl(p.masks, structure=_NM, **_EVERY), blind="columns"),
     "set_": _rewired(
         "set_", lambda p: jp.set_(p.masks, seed=p.key, **_EVERY), given=(), random=True, blind=DRAWN
     ),
     "rewiring": _rewired(
-        "rewiring",
-        lambda p: jp.rewiring(p.masks, grow=_gradients, drop=jp.scores.lamp, **_EVERY),
+        "rewiring", lambda p: jp.rewiring(p.masks, grow=_gradients, drop=jp.scores.lamp, **_EVERY)
     ),
     "a recipe": Member(
         ("recipes.Recipe.pruner",),

@@ -203,10 +203,7 @@ def make_params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
         values = values if jnp.issubdtype(dtype, jnp.complexfloating) else values.real
         return jnp.asarray(values / np.sqrt(shape[0]), dtype)
 
-    return {
-        "hidden": {"kernel": draw(6, 8), "bias": draw(8)},
-        "out": {"kernel": draw(8, 4), "bias": draw(4)},
-    }
+    return {"hidden": {"kernel": draw(6, 8), "bias": draw(8)}, "out": {"kernel": draw(8, 4), "bias": draw(4)}}
 
 
 def make_batch(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:

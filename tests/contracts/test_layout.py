@@ -31,14 +31,10 @@ ORDER = (
 )
 """The rooms, each of which may import those before it."""
 
-UPWARD = {
-    "jaxprune.training.lottery -> metrics": "a ticket carries the sparsity of its masks",
-}
+UPWARD = {"jaxprune.training.lottery -> metrics": "a ticket carries the sparsity of its masks"}
 """The imports that point the other way, and why."""
 
-SAME_NAME = {
-    "jaxprune.graph.engine.rules.elementwise": "the module of the rule `elementwise`",
-}
+SAME_NAME = {"jaxprune.graph.engine.rules.elementwise": "the module of the rule `elementwise`"}
 """The modules that their package hides behind another thing of that name, and why."""
 
 WITHOUT_ALL = {"quantization"}

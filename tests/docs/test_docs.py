@@ -157,8 +157,7 @@ def test_code_that_comes_before_jax_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("page", "number"),
-    [(page, number) for page in PAGES for number in range(len(blocks(page, "yaml")))],
+    ("page", "number"), [(page, number) for page in PAGES for number in range(len(blocks(page, "yaml")))]
 )
 def test_recipes_run(page, number):
     recipe = jp.recipes.parse(blocks(page, "yaml")[number].text)

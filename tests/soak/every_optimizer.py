@@ -55,10 +55,7 @@ UNGUARDED = {
     "contrib.dpsgd": "its gradients have an axis of examples that its updates have not",
 }
 # What zero gradients break: here they are tiny instead.
-NO_ZEROS = {
-    "contrib.sam": "optax.contrib.normalize divides by their norm",
-    "contrib.sam opaque": "as sam",
-}
+NO_ZEROS = {"contrib.sam": "optax.contrib.normalize divides by their norm", "contrib.sam opaque": "as sam"}
 # Where two programs, which round differently, part for good, and for how many steps they do not.
 _SEARCH = "a line search compares losses, and the curvature it remembers magnifies what they differ by"
 UNSTABLE = {"lbfgs": (10, _SEARCH), "lbfgs backtracking": (10, _SEARCH)}

@@ -134,10 +134,7 @@ def _names(number: int) -> dict[str, Any]:
     """Return the plain dict with so many leaves, each leaf its path."""
     layers = {
         5: {"a": ("bias", "kernel", "scale"), "b": ("bias", "kernel")},
-        10: {
-            **dict.fromkeys("ab", ("bias", "kernel", "scale")),
-            **dict.fromkeys("cd", ("bias", "kernel")),
-        },
+        10: {**dict.fromkeys("ab", ("bias", "kernel", "scale")), **dict.fromkeys("cd", ("bias", "kernel"))},
     }[number]
     return {layer: {name: f"{layer}/{name}" for name in names} for layer, names in layers.items()}
 
