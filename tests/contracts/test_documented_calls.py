@@ -132,15 +132,6 @@ def test_lottery_tickets(problem):
         assert sparsity.prunable == pytest.approx(round((1 - 0.8**level) * TOTAL) / TOTAL)
 
 
-def test_masks_mirror_the_params(problem):
-    params, _, _ = problem
-    masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
-    assert jax.tree.structure(masks) == jax.tree.structure(params)
-    for mask, param in zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True):
-        assert mask.dtype == jnp.bool_
-        assert mask.shape == param.shape
-
-
 def run_python(code):
     return subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, check=False

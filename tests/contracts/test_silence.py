@@ -1,6 +1,5 @@
 """Nothing is silently ignored: misspelled arguments, cadences and levels that are most likely mistakes."""
 
-import warnings
 from functools import partial, wraps
 
 import jax
@@ -101,9 +100,8 @@ def test_an_optimizers_extras_pass_and_only_named_ones_reach_the_score():
     assert seen == [{"grads", "value"}]
 
 
-@pytest.mark.parametrize("make", [lambda: jp.pruner(jp.scores.random, 0.5)])
-def test_a_key_reaches_the_score_in_an_optimizer(make):
-    tx = jp.wrap_optax(optax.sgd(0.0), make())
+def test_a_key_reaches_the_score_in_an_optimizer():
+    tx = jp.wrap_optax(optax.sgd(0.0), jp.pruner(jp.scores.random, 0.5))
     first, second = (
         tx.update(GRADS, tx.init(PARAMS), PARAMS, key=jax.random.key(k))[1].pruner.masks for k in (1, 2)
     )
@@ -139,11 +137,9 @@ def test_a_cadence_longer_than_its_schedule():
         UserWarning, match=r"pruner\(magnitude, cubic\(0.9, 100-800\), every=701.* takes 700 calls"
     ):
         jp.pruner(jp.scores.magnitude, ramp, every=701)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jp.pruner(jp.scores.magnitude, ramp, every=700)
-        jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.5, step=10), every=100)
-        jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.5), every=100)
+    jp.pruner(jp.scores.magnitude, ramp, every=700)  # a warning would be an error here
+    jp.pruner(jp.scores.magnitude, jp.schedules.one_shot(0.5, step=10), every=100)
+    jp.pruner(jp.scores.magnitude, jp.schedules.geometric(0.5), every=100)
 
 
 @pytest.mark.parametrize(
@@ -160,10 +156,7 @@ def test_levels_at_every_step_of_an_optimizer(sparsity, options):
     pruner = jp.pruner(jp.scores.magnitude, sparsity, **options)  # once per level, it is as it should be
     with pytest.warns(UserWarning, match=r"prunes further at every optimizer step.*every="):
         jp.wrap_optax(optax.sgd(0.1), pruner)
-    rare = jp.pruner(jp.scores.magnitude, sparsity, every=2, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jp.wrap_optax(optax.sgd(0.1), rare)
+    jp.wrap_optax(optax.sgd(0.1), jp.pruner(jp.scores.magnitude, sparsity, every=2, **options))
 
 
 @pytest.mark.parametrize(
@@ -171,9 +164,7 @@ def test_levels_at_every_step_of_an_optimizer(sparsity, options):
 )
 def test_a_constant_of_the_total_and_a_ramp_are_no_mistake(sparsity):
     scope = "layerwise" if isinstance(sparsity, dict) else "global"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        jp.wrap_optax(optax.sgd(0.1), jp.pruner(jp.scores.magnitude, sparsity, scope=scope))
+    jp.wrap_optax(optax.sgd(0.1), jp.pruner(jp.scores.magnitude, sparsity, scope=scope))
 
 
 @pytest.mark.parametrize(

@@ -549,13 +549,7 @@ def scan(g):
 
 
 class Stack(NamedTuple):
-    """The layers of a step that were stacked: that step's params, and the step on lists of layers.
-
-    Attributes:
-      names: the params.
-      axes: along which axis each is stacked.
-      alone: the step, whose params are lists of layers.
-    """
+    """The params of a step that are stacked, each along an axis, and the step on lists of layers."""
 
     names: tuple[str, ...]
     axes: tuple[int, ...]
@@ -701,12 +695,12 @@ def composed(function, name):
 
 def batched(function):
     wrapped = jax.custom_batching.custom_vmap(function)
-    wrapped.def_vmap(lambda size, batched, *args: (jax.vmap(function, batched_axes(batched))(*args), True))
+
+    @wrapped.def_vmap
+    def _(size, batched, *args):
+        return jax.vmap(function, tuple(0 if each else None for each in batched))(*args), True
+
     return with_jvp(wrapped, function)
-
-
-def batched_axes(batched):
-    return tuple(0 if each else None for each in batched)
 
 
 def wrapping(g):
@@ -797,27 +791,14 @@ def _contract(axis, x, w):
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
-
-    Attributes:
-      removed: whether slices went.
-      claims: how many facts were looked at.
-    """
-
-    removed: bool
-    claims: int
+    removed: bool  # whether slices went
+    claims: int  # how many facts were looked at
 
 
 def run_case(seed, facts=True, gradients=True):
-    """Draws a program and masks until it is finite, and checks it.
+    """Draw a program and masks until it is finite, and raise Mismatch if the small network is wrong.
 
-    Args:
-      seed: of all that is random.
-      facts: whether to look at every value for what is claimed of it, which takes a while.
-      gradients: whether to compare these too.
-
-    Raises:
-      Mismatch: what is claimed, or the small network, is wrong.
+    With `facts`, every value is checked against what is claimed of it, which takes a while.
     """
     rng = np.random.default_rng(seed)
     while True:
@@ -849,11 +830,7 @@ def run_case(seed, facts=True, gradients=True):
 
 
 def check_layers(program, masks, small, inputs):
-    """Holds a network of stacks against the one of lists of layers, each of which goes for itself.
-
-    Raises:
-      Mismatch: a layer kept less in the stack than in the list, or the outputs differ.
-    """
+    """Raise Mismatch if a layer kept less in a stack than in a list of layers, or the outputs differ."""
     params, alone = program.taken_apart(program.params), program.taken_apart(masks)
     listed = compact(program.one_by_one, params, alone, *inputs, verify=False)
     assert_close(
