@@ -21,7 +21,7 @@ ORDER = (
 )
 """The rooms, each of which may import those before it."""
 
-UPWARD = {"jaxprune.training.lottery -> metrics": "a ticket carries the sparsity of its masks"}
+UPWARD = {"jaxprune.sizing.result -> plots": "a result draws its picture when it is asked to"}
 """The imports that point the other way, and why."""
 
 SAME_NAME = {"jaxprune.graph.engine.rules.elementwise": "the module of the rule `elementwise`"}
