@@ -55,6 +55,7 @@ def random_leaf(rng, dtype, shape, density):
 
 
 def same_bits(one, other):
+    one, other = np.asarray(one), np.asarray(other)
     assert one.dtype == other.dtype
     assert one.shape == other.shape
     assert one.tobytes() == other.tobytes()
@@ -205,10 +206,8 @@ def test_size_beside_dense_safetensors(file, tmp_path, sparsity, gate):
     # Values, and what their places must take: within 1 % (and some biases, and the header).
     assert ratio <= 1.01 * (1 - sparsity + entropy(sparsity) / 32) + 0.002
     got = jp.io.load(file, like=params)
-    for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(jp.apply_masks(params, masks)), strict=True):
-        same_bits(a, np.asarray(b))
-    for a, b in zip(jax.tree.leaves(got.masks), jax.tree.leaves(masks), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(same_bits, got.params, jp.apply_masks(params, masks))
+    jax.tree.map(np.testing.assert_array_equal, got.masks, masks)
     if sparsity == 0.9:  # and quantized besides, a quarter of the values
         assert jp.io.save(file, params, masks, int8=True) <= 0.045 * os.path.getsize(tmp_path / "dense")
 
@@ -297,8 +296,7 @@ def test_the_callers_containers_come_back(file):
     for like in (params, jax.eval_shape(lambda: params)):
         got = jp.io.load(file, like=like).params
         assert jax.tree.structure(got) == jax.tree.structure(params)
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(params), strict=True):
-            same_bits(a, np.asarray(b))
+        jax.tree.map(same_bits, got, params)
     bare = jp.io.load(file).params
     assert bare["nnx"].keys() == {"kernel", "bias"}  # no "value" after them
     assert bare["point"].keys() == {"x", "y"}
@@ -490,8 +488,7 @@ def test_quantized_kernels_by_default(file):
         assert (errors <= scale / 2 * (1 + 1e-4)).all()
         assert errors.max() > 0.3 * scale.min()
     pure = jp.quantization.as_int8(jp.apply_masks(params, masks))
-    for a, b in zip(jax.tree.leaves(pure), jax.tree.leaves(got.params), strict=True):
-        same_bits(np.asarray(a), b)
+    jax.tree.map(same_bits, pure, got.params)
     assert jax.jit(jp.quantization.quantize)(params["fc0"]["kernel"]).values.dtype == jnp.int8
 
 
@@ -530,8 +527,7 @@ def test_safetensors_in_and_out(file):
     got = jp.io.load_safetensors(file, like=params)
     assert got.metadata == {"step": "7"}
     assert got.masks is None
-    for a, b in zip(jax.tree.leaves(got.params), jax.tree.leaves(params), strict=True):
-        same_bits(a, b)
+    jax.tree.map(same_bits, got.params, params)
     assert set(jp.io.load_safetensors(file).params) == set(jp.leaf_paths(params))
 
     masks = {"w": np.array([True, False]), "b": np.ones(1, bool)}
@@ -593,5 +589,4 @@ def test_masks_and_a_wrapped_optimizer_go_through_orbax(tmp_path):
     assert jp.metrics.nonzeros(optax.tree.get(now[1], "masks")) == 8
     for other in (by_study, as_it_is):
         assert jax.tree.structure(other) == jax.tree.structure(now)
-        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(now), strict=True):
-            same_bits(np.asarray(a), np.asarray(b))
+        jax.tree.map(same_bits, other, now)

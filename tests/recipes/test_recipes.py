@@ -281,21 +281,16 @@ def test_a_section_follows_all_arguments_of_a_pruner():
 
 def test_sections_prune_their_own_leaves_as_alone():
     halves = [
-        {
-            "score": "movement",
-            "where": "a/kernel",
-            "sparsity": {"linear": {"sparsity": 0.5, "end_step": 3}},
-            "memory": 1,
-        },
-        {"score": "taylor", "where": "b/*", "sparsity": {"geometric": 0.3}, "memory": 0.5},
-        {"score": "magnitude", "where": "a/bias", "sparsity": 0.25},
+        "{score: movement, where: a/kernel, sparsity: {linear: {sparsity: 0.5, end_step: 3}}, memory: 1}",
+        "{score: taylor, where: b/*, sparsity: {geometric: 0.3}, memory: 0.5}",
+        "{score: magnitude, where: a/bias, sparsity: 0.25}",
     ]
-    recipe = jp.recipes.parse({"prune": halves})
+    recipe = jp.recipes.parse(f"prune: [{', '.join(halves)}]")
     assert recipe.end_step == 3
     assert not recipe.once
     pruner = recipe.pruner(PARAMS)
     state, update = pruner.init(PARAMS), jax.jit(pruner.update)
-    alone = [jp.recipes.parse({"prune": half}).pruner(PARAMS) for half in halves]
+    alone = [jp.recipes.parse(f"prune: {half}").pruner(PARAMS) for half in halves]
     states = [each.init(PARAMS) for each in alone]
     for number in range(4):
         grads = jax.tree.map(lambda leaf, n=number: leaf * (n - 1.5), GRADS)
@@ -307,32 +302,22 @@ def test_sections_prune_their_own_leaves_as_alone():
 
 def test_sections_share_masks_so_that_sparsities_are_met():
     # Channels of `a` take rows of `b` with them; these count in what `b` is to lose.
-    recipe = jp.recipes.parse(
-        {
-            "prune": [
-                {"score": "magnitude", "where": "a/kernel", "structure": "channels", "sparsity": 0.5},
-                {"score": "magnitude", "where": "b/kernel", "sparsity": 0.75},
-            ]
-        }
-    )
+    recipe = jp.recipes.parse("""
+        prune:
+        - {score: magnitude, where: a/kernel, structure: channels, sparsity: 0.5}
+        - {score: magnitude, where: b/kernel, sparsity: 0.75}
+    """)
     masks = jp.prune_rounds(PARAMS, recipe.pruner(PARAMS, **GIVEN), 1)
     assert int(masks["a"]["kernel"].any(0).sum()) == 4
     assert int(masks["b"]["kernel"].sum()) == 8
 
 
 def test_sections_inside_an_optimizer_under_vmap():
-    recipe = jp.recipes.parse(
-        {
-            "prune": [
-                {
-                    "score": "magnitude",
-                    "where": "a/kernel",
-                    "sparsity": {"cubic": {"sparsity": 0.5, "end_step": 2}},
-                },
-                {"score": "movement", "where": "b/kernel", "sparsity": 0.25, "memory": 1},
-            ]
-        }
-    )
+    recipe = jp.recipes.parse("""
+        prune:
+        - {score: magnitude, where: a/kernel, sparsity: {cubic: {sparsity: 0.5, end_step: 2}}}
+        - {score: movement, where: b/kernel, sparsity: 0.25, memory: 1}
+    """)
     tx = jp.wrap_optax(optax.adam(1e-2), recipe.pruner(PARAMS))
 
     @jax.jit

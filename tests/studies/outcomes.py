@@ -1,6 +1,13 @@
-"""What a study leaves: lines of results, pictures, and tables that fit a terminal."""
+"""What a study finds and leaves: prepared data, lines of results, pictures, tables that fit a terminal."""
 
 import json
+import os
+from pathlib import Path
+
+
+def prepared(name):
+    """Return whether a data set is prepared in TFDS_DATA_DIR."""
+    return any(Path(os.environ.get("TFDS_DATA_DIR", "/none"), name).glob("*/dataset_info.json"))
 
 
 def read(folder):

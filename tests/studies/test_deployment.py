@@ -7,19 +7,8 @@ from tests.studies.outcomes import check_width, read
 
 
 def test_the_steps_of_deployment(tmp_path, capsys):
-    flags = [
-        "--train-size",
-        "300",
-        "--test-size",
-        "100",
-        "--seeds",
-        "0",
-        "--epochs",
-        "6",
-        "--tune-epochs",
-        "3",
-    ]
-    deployment.main([*flags, "--batch-size", "32", "--rounds", "2", "--out", str(tmp_path)])
+    flags = "--train-size 300 --test-size 100 --seeds 0 --epochs 6 --tune-epochs 3 --batch-size 32 --rounds 2"
+    deployment.main([*flags.split(), "--out", str(tmp_path)])
     lines = read(tmp_path)
     steps = {line["step"]: line for line in lines}
     assert list(steps) == list(deployment.STEPS)

@@ -1,7 +1,6 @@
 """A small version of every study, and what they are built of."""
 
 import operator
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from experiments.run import settings
 from experiments.run.results import layers
 from experiments.show import tables
 from experiments.training import loops
-from tests.studies.outcomes import check_width, is_png, read
+from tests.studies.outcomes import check_width, is_png, prepared, read
 
 # The founding article's table, by fraction pruned per round: parameters left, size ratio, MACs ratio
 # in its count; for channels also which are alive, and what is left when they are taken out.
@@ -168,24 +167,14 @@ def test_lottery_study(tmp_path, capsys):
 
 def test_the_articles_preset_prunes_a_tenth_of_every_layer(tmp_path):
     chosen = lottery_ticket.settings(lottery_ticket.Config(preset="article"))
-    assert (chosen.levels, chosen.epochs, chosen.batch_size, chosen.rate, chosen.last_rate) == (
-        40,
-        10,
-        32,
-        0.1,
-        0.1,
-    )
+    expected = {"levels": 40, "epochs": 10, "batch_size": 32, "rate": 0.1, "last_rate": 0.1}
+    assert {name: getattr(chosen, name) for name in expected} == expected
     config = lottery_ticket.Config(
         preset="article", levels=2, epochs=1, tune_epochs=1, seeds=(0,), train_size=200, out=str(tmp_path)
     )
     lines = lottery_ticket.run(config)
-    assert [(x["method"], x["level"]) for x in lines] == [
-        ("ticket", 0),
-        ("ticket", 1),
-        ("ticket", 2),
-        ("tune", 1),
-        ("tune", 2),
-    ]
+    found = [f"{line['method']} {line['level']}" for line in lines]
+    assert found == ["ticket 0", "ticket 1", "ticket 2", "tune 1", "tune 2"]
     expected = sum(round(0.9 * round(0.9 * n)) for n in (64 * 300, 300 * 100, 100 * 10))
     assert lines[-1]["kept_weights"] == expected
 
@@ -354,7 +343,7 @@ def test_tables_set_side_by_side_what_fits():
 
 
 def test_studies_read_mnist_from_the_prepared_folder(tmp_path):
-    if not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "mnist").is_dir():
+    if not prepared("mnist"):
         pytest.skip("TFDS_DATA_DIR holds no prepared MNIST")
     small = {"dataset": "mnist", "train_size": 600, "test_size": 100, "seeds": (0,), "out": str(tmp_path)}
     lines = gradual.run(gradual.Config(**small, epochs=2, tune_epochs=1, end_epoch=1, sparsities=(0.5,)))
