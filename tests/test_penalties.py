@@ -116,12 +116,7 @@ def test_errors(penalty):
         penalty({})
     with pytest.raises(TypeError, match=r"params\['kernel'\] is int32\[2, 2\]; only floating-point"):
         penalty({"kernel": jnp.ones((2, 2), int)})
-
-
-def test_an_axis_that_is_not_there_names_the_leaf():
-    with pytest.raises(
-        ValueError, match=r"slices\(axis=2\) on params\['kernel'\] of shape \(2, 3\): it has no"
-    ):
+    with pytest.raises(ValueError, match=r"slices\(axis=2\) on params\['kernel'\] of shape \(2, 3\): it has"):
         LASSO({"kernel": jnp.ones((2, 3))}, axis=2)
 
 

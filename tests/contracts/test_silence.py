@@ -167,50 +167,38 @@ def test_a_constant_of_the_total_and_a_ramp_are_no_mistake(sparsity):
     jp.wrap_optax(optax.sgd(0.1), jp.pruner(jp.scores.magnitude, sparsity, scope=scope))
 
 
-@pytest.mark.parametrize(
-    ("make", "description"),
-    [
-        (
-            lambda: jp.pruner(
-                jp.scores.magnitude, jp.schedules.cubic(0.9, begin_step=5, end_step=80), every=5
-            ),
-            "pruner(magnitude, cubic(0.9, 5-80), every=5, scope='global')",
-        ),
-        (
-            lambda: jp.pruner(jp.scores.taylor, 0.5, scope="layerwise", structure=jp.structures.nm(2, 4)),
-            "pruner(taylor, constant(0.5), every=1, scope='layerwise', structure=nm(2, 4, axis=-2))",
-        ),
-        (
-            lambda: jp.pruner(blind, {"a": 0.5, "b": 0.2}, scope="layerwise", of="remaining", every=3),
-            "pruner(blind, 2 targets by path, constant(0.5), constant(0.2), every=3, scope='layerwise', "
-            "of='remaining')",
-        ),
-        (
-            lambda: jp.pruner(blind, jp.Schedule(optax.linear_schedule(0, 0.5, 9), end_step=9)),
-            "pruner(blind, schedule(0-9), every=1, scope='global')",
-        ),
-        (
-            lambda: jp.rigl({"kernel": np.array([[True, False]])}, every=2, end_step=9),
-            "rewiring(grow=gradient_magnitude, drop=magnitude, every=2, end_step=9)",
-        ),
-    ],
-)
-def test_a_pruner_describes_itself(make, description):
-    assert make().description == description
+DESCRIBED = {
+    "pruner(magnitude, cubic(0.9, 5-80), every=5, scope='global')": lambda: jp.pruner(
+        jp.scores.magnitude, jp.schedules.cubic(0.9, begin_step=5, end_step=80), every=5
+    ),
+    "pruner(taylor, constant(0.5), every=1, scope='layerwise', structure=nm(2, 4, axis=-2))": lambda: (
+        jp.pruner(jp.scores.taylor, 0.5, scope="layerwise", structure=jp.structures.nm(2, 4))
+    ),
+    "pruner(blind, 2 targets by path, constant(0.5), constant(0.2), every=3, scope='layerwise', "
+    "of='remaining')": lambda: jp.pruner(
+        blind, {"a": 0.5, "b": 0.2}, scope="layerwise", of="remaining", every=3
+    ),
+    "pruner(blind, schedule(0-9), every=1, scope='global')": lambda: jp.pruner(
+        blind, jp.Schedule(optax.linear_schedule(0, 0.5, 9), end_step=9)
+    ),
+    "rewiring(grow=gradient_magnitude, drop=magnitude, every=2, end_step=9)": lambda: jp.rigl(
+        {"kernel": np.array([[True, False]])}, every=2, end_step=9
+    ),
+}
+
+
+@pytest.mark.parametrize("description", DESCRIBED)
+def test_a_pruner_describes_itself(description):
+    assert DESCRIBED[description]().description == description
 
 
 # --- A recipe's patterns
 
 
-@pytest.mark.parametrize(
-    "where",
-    [
-        '["a/*", "head/*"]',
-        '{not: "head/*"}',
-        '{all_of: [kernels, {not: "head/*"}]}',
-        '{any_of: ["b/*", "head/*"]}',
-    ],
-)
+PATTERNS = ('["a/*", "head/*"]', '{not: "head/*"}', '{all_of: [kernels, {not: "head/*"}]}')
+
+
+@pytest.mark.parametrize("where", [*PATTERNS, '{any_of: ["b/*", "head/*"]}'])
 def test_a_pattern_of_a_recipe_that_matches_nothing_beside_one_that_does(where):
     recipe = jp.recipes.parse(f"prune:\n  score: magnitude\n  sparsity: 0.5\n  where: {where}\n")
     with pytest.raises(
@@ -317,10 +305,6 @@ def test_a_bare_schedule_is_refused_with_the_line_to_write():
 
 
 # --- Integers
-
-
-def total(params):
-    return jnp.sum(params["b"]["kernel"])
 
 
 MAKERS = {

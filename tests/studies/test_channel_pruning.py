@@ -158,9 +158,9 @@ def test_transformers_lose_heads_and_hidden_units(name, tmp_path, monkeypatch, f
     dataset, train, test = {"vit": ("cifar10", 128, 50), "decoder": ("tiny_shakespeare", 2049, 1281)}[name]
     flags = (
         f"--dataset {dataset} --network {name} --train-size {train} --test-size {test} --epochs 1 "
-        f"--tune-epochs 1 --batch-size 16 --timing-runs 0 --batch-sizes 4 --targets 1.5 --methods global --out {tmp_path}"
+        "--tune-epochs 1 --batch-size 16 --timing-runs 0 --batch-sizes 4 --targets 1.5 --methods global"
     )
-    config = settings.parse(study.Config, flags.split())
+    config = settings.parse(study.Config, [*flags.split(), "--out", str(tmp_path)])
     lines = study.run(config)
     check_lines(read(tmp_path), ("global",), (1.5,))
     widths = lines[1]["widths"]
