@@ -106,15 +106,6 @@ def test_gradual_inside_an_optax_optimizer(problem):
     jp.check_pruned(optax.apply_updates(params, updates), masks)
 
 
-def test_iterative(problem):
-    params, _, _ = problem
-    pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.2))
-    state = pruner.init(params)
-    for level in range(1, 6):
-        state = pruner.update(state, params, grads=None, key=None)
-        assert removed(state.masks) == round((1 - 0.8**level) * TOTAL)
-
-
 def test_lottery_tickets(problem):
     params_at_rewind_point, loss_fn, batch = problem
 
