@@ -13,23 +13,14 @@ from optax import contrib
 
 
 class Case(NamedTuple):
-    """How to run one optimizer.
+    """How to run one optimizer."""
 
-    Attributes:
-      make: makes it, with a learning rate at which the small network moves in ten steps.
-      needs: the extra arguments of its `update`, among the keys of `extra_arguments`.
-      per_example: its gradients carry a leading batch axis.
-      pair: it trains an `optax.LookaheadParams`.
-      dtypes: of the params it is run on.
-      weak: its state has weakly typed leaves until the first step, so that optax retraces the second.
-    """
-
-    make: Callable[[], Any]
-    needs: tuple[str, ...] = ()
-    per_example: bool = False
-    pair: bool = False
-    dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)
-    weak: bool = False
+    make: Callable[[], Any]  # with a learning rate at which the small network moves in ten steps
+    needs: tuple[str, ...] = ()  # extra arguments of its `update`
+    per_example: bool = False  # its gradients carry a leading batch axis
+    pair: bool = False  # it trains an `optax.LookaheadParams`
+    dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)  # of the params it is run on
+    weak: bool = False  # its state is weakly typed until the first step, so that optax retraces the second
 
 
 def _sam(**options: Any) -> Any:
@@ -279,26 +270,25 @@ def print_sharded_counts(explicit: bool) -> None:
     pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.linear(0.8, begin_step=1, end_step=3))
     tx = jp.wrap_optax(optax.adam(0.02), pruner)
 
-    def train(put):
-        params, target = put(host), put(goal)
-        opt_state = jax.jit(tx.init)(params)
-        check(params, opt_state)
-
-        @jax.jit
-        def step(params, opt_state):
-            grads = jax.tree.map(jnp.subtract, params, target)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        for _ in range(4):
-            params, opt_state = step(params, opt_state)
-        check(params, opt_state)
-        return params, opt_state.pruner.masks
+    @jax.jit
+    def step(params, opt_state, target):
+        grads = jax.tree.map(jnp.subtract, params, target)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
     def check(params, opt_state):
         masks = opt_state.pruner.masks
         for name, leaf in params.items():
             assert masks[name].sharding.is_equivalent_to(leaf.sharding, leaf.ndim), name
+
+    def train(put):
+        params, target = put(host), put(goal)
+        opt_state = jax.jit(tx.init)(params)
+        check(params, opt_state)
+        for _ in range(4):
+            params, opt_state = step(params, opt_state, target)
+        check(params, opt_state)
+        return params, opt_state.pruner.masks
 
     def shard(tree):
         return {

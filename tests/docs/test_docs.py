@@ -375,13 +375,11 @@ def test_a_broken_page_fails_the_build(tmp_path):
     config = tmp_path / "mkdocs.yml"
     config.write_text(head + "nav: [index.md]\n" + rest.partition("\n\n")[2].replace("[.]", f"[{ROOT}]"))
     page = docs / "index.md"
-    for text, named in (
-        ("[there](there.md)", "there.md"),
-        ("[here](#no-such-place)", "no-such-place"),
+    for text, *named in (
+        ("[there](there.md) [here](#no-such-place)", "there.md", "no-such-place"),
         ("::: jaxprune.no_such_name", "jaxprune.no_such_name"),
-        ("::: jaxprune.prune_once", None),
     ):
         page.write_text(f"# Page\n\n{text}\n")
         done = build(config, tmp_path / "site")
-        assert (done.returncode == 0) == (named is None), text
-        assert named is None or named in done.stdout + done.stderr
+        assert done.returncode
+        assert all(name in done.stdout + done.stderr for name in named)

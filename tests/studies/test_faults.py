@@ -85,9 +85,9 @@ def preempted_at_once(folder):
         time.sleep(10)
 
 
-def toy_killed(folder, number):
+def killed(function, folder, number, *args):
     runs.kill_at(folder, number)
-    toy(folder, Config(lr=0.2))
+    function(folder, *args)
 
 
 def toy_levels(folder):
@@ -102,11 +102,6 @@ def toy_levels(folder):
             found = [*found, {"level": level, "sum": float(state["w"].sum())}]
             checkpoints.save(level, state, found)
     return state, found
-
-
-def toy_levels_killed(folder, number):
-    runs.kill_at(folder, number)
-    toy_levels(folder)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +149,7 @@ def test_killed_at_any_change_of_its_files_results_are_the_old_ones_or_the_new(r
     for number in range(1, 1000):
         shutil.rmtree(folder, ignore_errors=True)
         toy(folder)
-        process = runner.start(toy_killed, folder, number)
+        process = runner.start(killed, toy, folder, number, Config(lr=0.2))
         process.join()
         if process.exitcode == 0:
             break
@@ -172,7 +167,7 @@ def test_killed_at_any_change_of_a_checkpoint_it_is_the_level_before(runner, tmp
     kills = 0
     for number in range(1, 1000, 5):
         folder = tmp_path / str(number)
-        process = runner.start(toy_levels_killed, folder, number)
+        process = runner.start(killed, toy_levels, folder, number)
         process.join()
         if process.exitcode == 0:
             break
