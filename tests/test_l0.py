@@ -164,18 +164,6 @@ def test_expected_l0(dense, conv):
     np.testing.assert_allclose(grads["conv/kernel"], 4 * q * (1 - q), rtol=1e-4, atol=1e-6)
 
 
-def test_expected_l0_is_the_mean_count_of_nonzero_weights():
-    gates = jp.l0.init_gates(PARAMS, jax.random.key(0), axis=-1, drop_rate=0.6)
-
-    def count(key):
-        gated = jp.l0.apply_gates(PARAMS, jp.l0.sample_gates(gates, key))
-        return sum(jnp.sum(gated[name]["kernel"] != 0) for name in ("dense", "conv"))
-
-    counts = np.asarray(jax.jit(jax.vmap(count))(jax.random.split(jax.random.key(1), 20_000)), np.float64)
-    bound = 5 * counts.std() / np.sqrt(len(counts))
-    assert abs(counts.mean() - float(jp.l0.expected_l0(PARAMS, gates))) < bound
-
-
 # The gated params
 
 

@@ -180,15 +180,7 @@ scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 UNARY = (
-    jnp.tanh,
-    jnp.sin,
-    jnp.cos,
-    jax.nn.relu,
-    jax.nn.gelu,
-    jax.nn.softplus,
-    jnp.square,
-    jnp.negative,
-    bent,
+    *(jnp.tanh, jnp.sin, jnp.cos, jax.nn.relu, jax.nn.gelu, jax.nn.softplus, jnp.square, jnp.negative, bent),
     lambda x: x * jax.nn.sigmoid(x),
     lambda x: jnp.clip(x, -0.5, 0.7),
     lambda x: jnp.clip(x, 0.1, 0.7),
@@ -212,13 +204,7 @@ UNARY = (
 )
 
 BINARY = (
-    jnp.add,
-    jnp.add,
-    jnp.subtract,
-    jnp.multiply,
-    jnp.multiply,
-    jnp.maximum,
-    jnp.minimum,
+    *(jnp.add, jnp.add, jnp.subtract, jnp.multiply, jnp.multiply, jnp.maximum, jnp.minimum),
     lambda x, y: x / (1 + y * y),
     lambda x, y: jnp.where(x > y, x, y * 0.5),
     lambda x, y: jnp.where(y > 0, x, 0.0),

@@ -419,13 +419,3 @@ def test_fitting_under_masks_keeps_them_and_seeds_do_not_mix():
         own = jax.tree.map(operator.itemgetter(index), fitted)
         guess = model.apply({"params": own}, test.batch(jnp.arange(50))[0]).argmax(-1)
         assert accuracy[index] == pytest.approx(float((guess == test.y).mean()))
-
-
-def test_flags_are_the_fields_of_the_config():
-    config = settings.parse(
-        gradual.Config, ["--sparsities", "0.5,0.75", "--seeds", "4", "--train-size", "10"]
-    )
-    assert config == gradual.Config(sparsities=(0.5, 0.75), seeds=(4,), train_size=10)
-    assert settings.parse(lenet.Config, []) == lenet.Config()
-    with pytest.raises(SystemExit):
-        settings.parse(lenet.Config, ["--dataset", "imagenet"])
