@@ -162,6 +162,10 @@ LEFT_OUT = {
     "kernels": "a predicate, called with each leaf",
     "leaf_paths": "takes anything",
     "recipes.load": "of files, see hostile/recipes.py",
+    **dict.fromkeys(
+        ("plots.curves", "plots.layers", "plots.panels", "plots.sensitivity"),
+        "draws what it is given, and matplotlib refuses the rest",
+    ),
 }
 """By function, why it has no entry."""
 
