@@ -22,15 +22,11 @@ from jaxprune import (
 )
 
 # Structured pruning: coupled channels, and the network without them
-from jaxprune.graph import (
-    Compacted,
-    CompactedModule,
-    Plan,
-    channel_groups,
-    compact,
-    compact_module,
-    residual_blocks,
-)
+from jaxprune.graph.compaction import Compacted, compact
+from jaxprune.graph.grouping import channel_groups
+from jaxprune.graph.modules.nnx import CompactedModule, compact_module
+from jaxprune.graph.plan import Plan
+from jaxprune.graph.residual import residual_blocks
 
 # Dynamic sparse training: masks that move
 from jaxprune.pruning.dynamic import rewiring, rigl, set_
@@ -52,7 +48,7 @@ from jaxprune.sizing.result import Sensitivity
 
 # Sparse inference: the masked network with products that skip its zeros
 from jaxprune.sparse import SparseParams, Sparsified, sparsify
-from jaxprune.structures import Structure, Units
+from jaxprune.structures.base import Structure, Units
 
 # Iterative pruning and lottery tickets
 from jaxprune.training.lottery import (

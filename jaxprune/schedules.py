@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from jaxprune.tree.checks import as_integer, is_number, shown
 
-__all__ = ["Schedule", "check_sparsity", "constant", "cubic", "geometric", "linear", "one_shot"]
+__all__ = ["constant", "cubic", "geometric", "linear", "one_shot"]
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from jaxprune.pruning.table import REWIRED, with_rows
 from jaxprune.scores import gradient_magnitude, magnitude, random
 from jaxprune.selection.exact import Removal, select_arrays
 from jaxprune.selection.sort_keys import ordered_bits
-from jaxprune.structures import Structure, Units, elements
-from jaxprune.structures.base import with_stacks
+from jaxprune.structures import elements
+from jaxprune.structures.base import Structure, Units, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tree.checks import as_integer, check_key, check_number, check_state, is_number, name_of
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete

@@ -47,8 +47,7 @@ from jaxprune.pruning.targets import (
 )
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import Count, to_numpy
-from jaxprune.structures import Structure, Units
-from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown

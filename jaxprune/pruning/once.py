@@ -20,8 +20,8 @@ from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_ea
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
 from jaxprune.selection.lazy_scores import LazyScores, stored_scores
-from jaxprune.structures import Structure, Units, elements
-from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.structures import elements
+from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
@@ -311,6 +311,10 @@ def _dtype_of_units(dtypes: set[Any], structure: Structure) -> Any:
     return common_dtype(*dtypes, *([jnp.float32] if floating else []))
 
 
+def _itself(leaf: jax.Array) -> jax.Array:
+    return leaf
+
+
 def _sources(
     raw: Mapping[str, jax.Array],
     masks: Mapping[str, Any],
@@ -320,9 +324,10 @@ def _sources(
     unpruned: bool,
 ) -> dict[str, LazyScores]:
     """Return, by pool, how a selection reads the scores of single entries: computed anew in each pass."""
+    readers: dict[Any, Any] = {}  # leaves scored by the same equations share one, which is traced once
 
     def source(path: str, axes: tuple[int, ...] = (), index: tuple[int, ...] = ()) -> LazyScores:
-        recipe = recipes.get(path, Recomputation(lambda leaf: leaf, raw[path]))
+        recipe = recipes.get(path) or Recomputation(_itself, raw[path])
 
         def read_leaf(given: Any) -> tuple[jax.Array, jax.Array | None]:
             inputs, alive = given
@@ -342,8 +347,11 @@ def _sources(
         alive = None if unpruned and isinstance(raw[path], Tracer) else masks[path]
         part = jax.ShapeDtypeStruct(layer_shape(raw[path].shape, axes) if axes else raw[path].shape, dtype)
         # `inline`: the passes of a selection read the scores again and again, but Python runs this once.
-        read = jax.jit(read_layer if axes else read_leaf, inline=True)
-        return LazyScores(read, (recipe.inputs, alive), part=part)
+        if axes:
+            read = jax.jit(read_layer, inline=True)
+        elif (read := readers.get(recipe.compute)) is None:
+            read = readers[recipe.compute] = jax.jit(read_leaf, inline=True)
+        return LazyScores(read, (recipe.inputs, alive), part)
 
     sources = {}
     for path in raw:

@@ -38,7 +38,7 @@ from jaxprune.schedules import Schedule, constant
 from jaxprune.selection import big_counts
 from jaxprune.selection.big_counts import BigCount, Count
 from jaxprune.selection.search import count_true
-from jaxprune.structures import Structure
+from jaxprune.structures.base import Structure
 from jaxprune.typing import PrunerState
 
 _MAX_ENTRIES = 2**20

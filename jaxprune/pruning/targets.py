@@ -16,7 +16,7 @@ import numpy as np
 from jaxprune.schedules import check_sparsity
 from jaxprune.selection.exact import removed_count
 from jaxprune.selection.search import count_true
-from jaxprune.structures import Structure, Units
+from jaxprune.structures.base import Structure, Units
 from jaxprune.tree.checks import as_integer, is_traced_integer, scalar, shown
 from jaxprune.tree.dtypes import is_narrow
 from jaxprune.tree.leaves import is_array, is_concrete

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import distributions, schedules, structures
-from jaxprune.graph import channel_groups
+from jaxprune.graph.grouping import channel_groups
 from jaxprune.pruning import dynamic
 from jaxprune.pruning.extras import unread
 from jaxprune.pruning.gradual import pruner
@@ -31,7 +31,8 @@ from jaxprune.recipes.options import (
 )
 from jaxprune.schedules import Schedule
 from jaxprune.scores import magnitude
-from jaxprune.structures import Structure, elements
+from jaxprune.structures import elements
+from jaxprune.structures.base import Structure
 from jaxprune.tree.masks import intersect
 from jaxprune.tree.paths import leaf_paths
 from jaxprune.tree.stacks import Stacked

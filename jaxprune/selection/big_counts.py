@@ -8,6 +8,7 @@ a sign, and counts are exact up to 2**47. The functions here take counts of eith
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -98,7 +99,7 @@ def stack(counts: Sequence[T]) -> T:
 
 def pick(counts: T, index: Any) -> T:
     """Index into counts, as `counts[index]` does into an array."""
-    return jax.tree.map(lambda part: part[index], counts)
+    return jax.tree.map(itemgetter(index), counts)
 
 
 def total(counts: Count) -> Count:

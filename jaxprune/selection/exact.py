@@ -251,12 +251,15 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
     shapes = [source.shape for source in sources]
     if long := [shape for shape in shapes if max(shape, default=0) > MAX_COUNT]:
         raise ValueError(f"cannot rank a leaf of shape {long[0]}: an axis has more than {MAX_COUNT} entries.")
-    found, num_from_leaf = _thresholds(sources, removal, _is_big(shapes))
-    cutoffs = _tie_cutoffs(sources, found.low, num_from_leaf - found.below, found.upto - found.below)
+    found, num_from_leaf = _thresholds(sources, removal, shapes)
+    num_ties = found.upto - found.below
+    cutoffs = _tie_cutoffs(sources, shapes, found.low, num_from_leaf - found.below, num_ties)
     return [_removed(*of_leaf) for of_leaf in zip(sources, found.low, *cutoffs, strict=True)]
 
 
-def _thresholds(sources: Sequence[LazyScores], removal: Removal, is_big: bool) -> tuple[Range, Count]:
+def _thresholds(
+    sources: Sequence[LazyScores], removal: Removal, shapes: Sequence[tuple[int, ...]]
+) -> tuple[Range, Count]:
     """Find for each leaf the key below which its entries are removed, and how many entries it gives.
 
     Returns:
@@ -277,11 +280,11 @@ def _thresholds(sources: Sequence[LazyScores], removal: Removal, is_big: bool) -
     # most m_i of its keys below it, which is lower than t. Round 2 finds that, for each such leaf by itself,
     # among the keys below t. Round 1 has settled how many entries each leaf gives, so nothing changes for the
     # other leaves.
-    sets = _CompetingSets(removal.competing)
+    sets, is_big = _CompetingSets(removal.competing), _is_big(shapes)
     asked = sets.by_leaf([_as_count(count, is_big) for count in removal.counts])
-    sizes = _as_count(np.array([math.prod(source.shape) for source in sources]), is_big)
+    sizes = _as_count(np.array(list(map(math.prod, shapes))), is_big)
     floors = _as_count(removal.floors, is_big)
-    lowest_key, highest_key = limits(sources[0].dtype)
+    lowest_key, highest_key = limits(sources[0].part.dtype)
     start = full_range(lowest_key, highest_key, jnp.broadcast_to(zero_of(sources), (len(sources),)), is_big)
     nothing = big_counts.zeros_like(start.below)
 
@@ -372,12 +375,17 @@ def _removed(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Arra
 
 
 def _tie_cutoffs(
-    sources: Sequence[LazyScores], keys: jax.Array, num_removed: Count, num_ties: Count
+    sources: Sequence[LazyScores],
+    shapes: Sequence[tuple[int, ...]],
+    keys: jax.Array,
+    num_removed: Count,
+    num_ties: Count,
 ) -> tuple[Any, Any]:
     """Find for each leaf the position before which its ties are removed: a row, and a place in the row.
 
     Args:
       sources: the scores by leaf.
+      shapes: by leaf, its shape on all devices together.
       keys: by leaf, the key that the ties have: its threshold.
       num_removed: by leaf, how many ties are removed.
       num_ties: by leaf, how many ties there are.
@@ -393,20 +401,20 @@ def _tie_cutoffs(
     none = big_counts.zeros_like(num_removed)
     removes_all, removes_some = ~(num_removed < num_ties), none < num_removed
     undecided, zeros = removes_some & ~removes_all, jnp.zeros_like(keys, jnp.int32)
-    shapes, is_big = [source.shape for source in sources], isinstance(num_removed, BigCount)
+    is_big = isinstance(num_removed, BigCount)
 
     def search(wanted: jax.Array, target: Count, as_keys: Callable[[int, jax.Array], Keys]) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
             now = read_anew(bounds, sources)
+            # Plus a zero that varies over the same devices of a `shard_map`, as both branches must.
+            none_below = jnp.zeros(len(bounds) + 1, jnp.int32) + zeros[0]
+            nothing = BigCount(none_below, none_below) if is_big else none_below
 
             def counted(i: int) -> Count:
                 def below(_: Any) -> Count:
                     ties = as_keys(i, entries_at(now[i], keys[i]))
                     return count_on_all_devices(now[i], ties, bounds[:, i], is_big)
 
-                nothing = jax.eval_shape(below, None)
-                # Plus a zero that varies over the same devices of a `shard_map`, as both branches must.
-                nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) + zeros[0], nothing)
                 return update_if(wanted[i], below, nothing) if math.prod(shapes[i]) > 1 else nothing
 
             return _stacked([counted(i) for i in range(len(sources))])

@@ -22,30 +22,20 @@ class LazyScores(NamedTuple):
       read: from the inputs, the scores, and which entries are alive or None for all. It runs in every pass,
         so that scores which are cheap to compute are never stored.
       inputs: a pytree of arrays.
+      part: the shape and dtype of the scores that `read` gives.
       names: inside a `shard_map`, by axis of the leaf, the mesh axes that shard it; `read` then gives the
         part on this device. Empty elsewhere.
-      part: the shape and dtype of what `read` gives, if known.
     """
 
     read: Callable[[Any], tuple[jax.Array, jax.Array | None]]
     inputs: Any
+    part: jax.ShapeDtypeStruct
     names: tuple[tuple[str, ...], ...] = ()
-    part: Any = None
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the scores."""
-        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).dtype
-
-    @property
-    def part_shape(self) -> tuple[int, ...]:
-        """The shape of what `read` gives: inside a `shard_map`, of the part on this device."""
-        return (jax.eval_shape(self.read, self.inputs)[0] if self.part is None else self.part).shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf, on all devices together."""
-        return _whole_shape(self.part_shape, self.names) if self.names else self.part_shape
+        return _whole_shape(self.part.shape, self.names) if self.names else self.part.shape
 
 
 def _whole_shape(part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...]) -> tuple[int, ...]:
@@ -59,7 +49,7 @@ def stored_scores(
 ) -> LazyScores:
     """Return scores that are an array already as `LazyScores`."""
     part = jax.ShapeDtypeStruct(scores.shape, scores.dtype)
-    return LazyScores(lambda stored: stored, (scores, alive), names, part)
+    return LazyScores(lambda stored: stored, (scores, alive), part, names)
 
 
 def read_keys(source: LazyScores) -> Keys:
@@ -101,7 +91,7 @@ def _over_devices(source: LazyScores, counts: Count) -> Count:
 
 def count_on_all_devices(source: LazyScores, keys: Keys, bounds: jax.Array, is_big: bool) -> Count:
     """Apply `count_below` to the leaf on all devices together, as `BigCount` if `is_big`."""
-    counts = count_below(keys, bounds)
+    counts = count_below(keys, bounds, MAX_COUNT)
     counts = big_counts.big(counts) if is_big else counts
     return _over_devices(source, counts) if source.names else counts
 
@@ -121,7 +111,7 @@ def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
     A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
     the place. A leaf of fewer entries is one row.
     """
-    return _positions(source.part_shape, source.names, MAX_COUNT)
+    return _positions(source.part.shape, source.names, MAX_COUNT)
 
 
 @partial(jax.jit, inline=True, static_argnums=(0, 1, 2))  # traced once for all leaves of a shape

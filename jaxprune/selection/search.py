@@ -5,6 +5,7 @@ keys into parts, and goes on with the part that the threshold is in: 15 bounds f
 are searched in the same passes, each in a range of its own.
 """
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -142,13 +143,12 @@ def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
     return (low.astype(unsigned) + step).astype(low.dtype)
 
 
-def count_below(leaf: Keys, bounds: jax.Array) -> Count:
-    """Count the keys below each of some bounds, and as the last count the entries alive."""
-    return _count_below(leaf, bounds, MAX_COUNT)
-
-
 @partial(jax.jit, inline=True, static_argnums=2)  # traced once for all leaves of a shape
-def _count_below(leaf: Keys, bounds: jax.Array, max_count: int) -> Count:
+def count_below(leaf: Keys, bounds: jax.Array, max_count: int) -> Count:
+    """Count the keys below each of some bounds, and as the last count the entries alive.
+
+    Counts are `BigCount` for a leaf of more than `max_count` entries.
+    """
     living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
     tests = [leaf.keys < bounds[i] for i in range(len(bounds))]
@@ -177,6 +177,6 @@ def _sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """Sum several integer arrays of one shape along the same axes, in one reduction."""
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:
-        return [x + y for x, y in zip(a, b, strict=True)]
+        return list(map(operator.add, a, b))
 
     return lax.reduce(arrays, [jnp.zeros((), x.dtype) for x in arrays], add, axes)

@@ -16,7 +16,7 @@ from jaxprune.schedules import check_sparsity
 from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, RankedUnits, pooling, pruned_params, rank_units
 from jaxprune.sizing.result import Point, Sensitivity
-from jaxprune.structures import Structure
+from jaxprune.structures.base import Structure
 from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.leaves import describe, is_array
 from jaxprune.tree.stacks import Family, Stacked

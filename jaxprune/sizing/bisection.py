@@ -20,7 +20,7 @@ from jaxprune.pruning.targets import (
 )
 from jaxprune.scores import magnitude
 from jaxprune.sizing.ranking import Counts, RankedUnits, rank_units
-from jaxprune.structures import Structure
+from jaxprune.structures.base import Structure
 from jaxprune.tree.checks import check_function, check_number
 from jaxprune.tree.stacks import Family, Stacked
 from jaxprune.tree.where import kernels

@@ -25,8 +25,8 @@ from jaxprune.pruning.once import (
 )
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
 from jaxprune.pruning.targets import floors
-from jaxprune.structures import Structure, Units, elements
-from jaxprune.structures.base import families_in, with_stacks
+from jaxprune.structures import elements
+from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.stacks import Family, Stacked

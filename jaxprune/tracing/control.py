@@ -1,13 +1,13 @@
 """Control flow that stays cheap under `vmap`."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from jaxprune.tree.leaves import is_concrete
+from jax.core import Tracer
 
 __all__ = ["update_if"]
 
@@ -38,11 +38,11 @@ def update_if(due: jax.Array, update: Callable[[T], T], state: T) -> T:
       >>> jax.vmap(lambda due, row: update_if(due, jnp.sort, row))(jnp.array([True, False]), x).tolist()
       [[1.0, 3.0], [4.0, 2.0]]
     """
-    if is_concrete(due):
+    if not isinstance(due, Tracer):
         return update(state) if due else state
 
     def some(state: T) -> T:
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), update(state), state)
+        return jax.tree.map(partial(jnp.where, due), update(state), state)
 
     return lax.cond(_somewhere(due), some, lambda state: state, state)
 

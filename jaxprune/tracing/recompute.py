@@ -56,33 +56,70 @@ def with_recipes(function: Callable[[], Any]) -> tuple[Any, dict[str, Recomputat
     tree = jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(closed)())
     consts = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     made_by = {var: eqn for eqn in closed.jaxpr.eqns for var in eqn.outvars}
-    recipes = {}
+    recipes: dict[str, Recomputation] = {}
+    programs: dict[Any, tuple[Any, Any]] = {}  # leaves scored by the same equations share one function
     for path, out in zip(array_leaves(tree, "scores"), closed.jaxpr.outvars, strict=True):
-        if isinstance(out, Literal) or out not in made_by | consts:
+        if isinstance(out, Literal) or not (out in made_by or out in consts):
             continue
-        eqns = _leading_to(out, made_by)
-        if eqns is not None:
-            needed = [v for eqn in eqns for v in eqn.invars if not isinstance(v, Literal)] or [out]
-            used = list(dict.fromkeys(v for v in needed if v in consts))
-            sliced = _slice_runner(eqns, used, out) if all(map(_is_free_of_shardings, eqns)) else None
-            recipes[path] = Recomputation(_runner(eqns, used, out, _bind), [consts[v] for v in used], sliced)
+        found = _leading_to(out, made_by)
+        if found is not None:
+            eqns, used = found
+            key = _key_of(eqns, used, out)
+            if key not in programs:
+                sliced = _slice_runner(eqns, used, out) if all(map(_is_free_of_shardings, eqns)) else None
+                programs[key] = _runner(eqns, used, out, _bind), sliced
+            compute, compute_slice = programs[key]
+            recipes[path] = Recomputation(compute, list(map(consts.__getitem__, used)), compute_slice)
     return tree, recipes
 
 
-def _leading_to(out: Any, made_by: dict[Any, "JaxprEqn"]) -> list["JaxprEqn"] | None:
-    """Return the equations that an array comes from, in order; None if they are too many, or not cheap."""
-    eqns: dict[int, JaxprEqn] = {}
+def _key_of(eqns: list["JaxprEqn"], inputs: list[Any], out: Any) -> Any:
+    """Return what tells programs apart: equations with equal keys compute the same of equal inputs."""
+    numbers = dict(zip(inputs, range(len(inputs)), strict=True))
+    parts: list[Any] = [out.aval]
+    atom: Any
+    for var in inputs:
+        parts.append(var.aval)
+    for eqn in eqns:
+        # The text tells apart what is equal and differs, such as 0.0 and -0.0.
+        parts += [eqn.primitive, tuple(eqn.params.items()), repr(eqn.params), eqn.ctx]
+        for atom in eqn.invars:
+            parts.append((atom.aval, repr(atom.val)) if hasattr(atom, "val") else numbers[atom])
+        for var in eqn.outvars:
+            numbers[var] = len(numbers)
+    key = (*parts, numbers[out])
+    try:
+        hash(key)
+    except TypeError:  # some parameter has no hash
+        return object()
+    return key
 
-    def visit(var: Any) -> bool:
-        eqn = None if hasattr(var, "val") else made_by.get(var)
-        if eqn is None or id(eqn) in eqns:
+
+def _leading_to(out: Any, made_by: dict[Any, "JaxprEqn"]) -> tuple[list["JaxprEqn"], list[Any]] | None:
+    """Return the equations that an array comes from, in order, and the variables that they start from.
+
+    None if the equations are too many, or not cheap.
+    """
+    eqns: dict[int, JaxprEqn] = {}
+    inputs: dict[Any, None] = {}
+
+    def visit(eqn: "JaxprEqn") -> bool:
+        if id(eqn) in eqns:
             return True
-        if not _is_cheap(eqn) or len(eqns) >= _MOST_EQUATIONS or not all(map(visit, eqn.invars)):
+        if not _is_cheap(eqn) or len(eqns) >= _MOST_EQUATIONS:
             return False
+        for var in eqn.invars:
+            made = None if hasattr(var, "val") else made_by.get(var)
+            if made is not None and not visit(made):
+                return False
+            if made is None and not hasattr(var, "val"):
+                inputs[var] = None
         eqns[id(eqn)] = eqn
         return True
 
-    return list(eqns.values()) if visit(out) else None
+    if out not in made_by:
+        return [], [out]
+    return (list(eqns.values()), list(inputs)) if visit(made_by[out]) else None
 
 
 def _is_cheap(eqn: "JaxprEqn") -> bool:
@@ -90,9 +127,9 @@ def _is_cheap(eqn: "JaxprEqn") -> bool:
     if eqn.primitive.name in CALLS:
         inner: Jaxpr = called_jaxpr(eqn).jaxpr
         return len(inner.eqns) <= _MOST_EQUATIONS and all(map(_is_cheap, inner.eqns))
-    of_array = any(getattr(var.aval, "shape", ()) for var in eqn.invars)
-    spreads = eqn.primitive.name == "broadcast_in_dim" and of_array
-    return eqn.primitive.name in _CHEAP and not eqn.effects and not spreads
+    if eqn.primitive.name == "broadcast_in_dim" and any(getattr(var.aval, "shape", ()) for var in eqn.invars):
+        return False
+    return eqn.primitive.name in _CHEAP and not eqn.effects
 
 
 def _bind(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:

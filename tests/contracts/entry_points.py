@@ -161,11 +161,11 @@ LEFT_OUT = {
     "graph.register_rule": "changes the rules of the process",
     "kernels": "a predicate, called with each leaf",
     "leaf_paths": "takes anything",
-    "recipes.load": "of files, see hostile/recipes.py",
     **dict.fromkeys(
-        ("plots.curves", "plots.layers", "plots.panels", "plots.sensitivity"),
-        "draws what it is given, and matplotlib refuses the rest",
+        ("plots.curves", "plots.layers", "plots.mask_colours", "plots.panels", "plots.sensitivity"),
+        "draws; matplotlib says what it cannot draw",
     ),
+    "recipes.load": "of files, see hostile/recipes.py",
 }
 """By function, why it has no entry."""
 

@@ -21,7 +21,7 @@ ORDER = (
 )
 """The rooms, each of which may import those before it."""
 
-UPWARD = {"jaxprune.sizing.result -> plots": "a result draws its picture when it is asked to"}
+UPWARD = {"jaxprune.sizing.result -> plots": "`Sensitivity.plot` imports it when it is called"}
 """The imports that point the other way, and why."""
 
 SAME_NAME = {"jaxprune.graph.engine.rules.elementwise": "the module of the rule `elementwise`"}

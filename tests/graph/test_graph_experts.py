@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune.graph import channel_groups, compact
+from jaxprune import channel_groups, compact
 from tests.oracles.equivalence import Dense, check_facts, random_masks, zero_units
 
 TOKENS, EXPERTS, WIDTH, HIDDEN = 7, 5, 6, 4

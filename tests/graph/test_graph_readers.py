@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune.graph import channel_groups, compact
+from jaxprune import channel_groups, compact
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules.per_reader import NAME
 from tests.oracles.equivalence import Dense, check_facts, random_masks, removed, zero_units

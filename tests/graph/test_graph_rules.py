@@ -18,7 +18,7 @@ from jax.scipy import special
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxprune.graph import channel_groups
+from jaxprune import channel_groups
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import base
 from tests.oracles.equivalence import Dense, check_facts, op_names, random_masks, removed, zero_units

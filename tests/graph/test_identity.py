@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxprune.graph import compact, residual_blocks
+from jaxprune import compact, residual_blocks
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import aliases, unchanged_outputs
 from jaxprune.graph.engine.program import TracedNetwork

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxprune as jp
-from jaxprune.graph import Plan, channel_groups
+from jaxprune import Plan, channel_groups
 from jaxprune.graph.modules.nnx import compact_module
 from jaxprune.tree.leaves import array_leaves
 from tests.zoo.common import attend, draw

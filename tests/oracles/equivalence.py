@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph import compact
+from jaxprune import compact
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import scan_split

@@ -519,7 +519,7 @@ def test_prune_once_runs_few_python_functions():
 
     assert python_calls.warm(lambda: prune(params)).calls <= 150
     traced = python_calls.traced(prune, params)
-    assert traced.calls <= 900, traced
+    assert traced.calls <= 500, traced
     # Of each further leaf a selection traces its search for ties, and looks at how its scores are computed.
     two = python_calls.traced(prune, {name: params[name] for name in ("w0", "w1")})
     assert traced.calls - two.calls <= 6 * 80

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from jaxprune.selection import lazy_scores
-from jaxprune.selection.lazy_scores import LazyScores
-
-
-def read(given):
-    return given
-
+from jaxprune.selection.lazy_scores import stored_scores
 
 SCORES = np.array([[3.0, -1.0, 3.0], [0.5, 3.0, -1.0]], np.float32)
 ALIVE = np.array([[True, True, False], [True, True, False]])
@@ -21,7 +16,7 @@ ALIVE = np.array([[True, True, False], [True, True, False]])
 @pytest.mark.parametrize("wanted", [3.0, -1.0, 0.5, 2.0])
 def test_entries_with_a_key(alive, wanted):
     key = lazy_scores.ordered_bits(jnp.float32(wanted))
-    found = lazy_scores.entries_at(LazyScores(read, (SCORES, alive)), key)
+    found = lazy_scores.entries_at(stored_scores(SCORES, alive), key)
     np.testing.assert_array_equal(found, (wanted == SCORES) & (True if alive is None else alive))
 
 
@@ -29,7 +24,7 @@ def test_entries_with_a_key(alive, wanted):
 @pytest.mark.parametrize("shape", [(2, 3, 4), (6, 4), (5,), ()])
 def test_rows_and_places(shape, most, monkeypatch):
     monkeypatch.setattr(lazy_scores, "MAX_COUNT", most)
-    row, place = lazy_scores.positions(LazyScores(read, (jnp.zeros(shape), None)))
+    row, place = lazy_scores.positions(stored_scores(jnp.zeros(shape), None))
     sizes = [int(np.prod(shape[axis:])) for axis in range(len(shape) + 1)]
     length = next(size for size in sizes if size <= most)
     number = np.arange(sizes[0]).reshape(shape)
@@ -43,7 +38,7 @@ def test_parts_of_leaves_on_devices_know_their_places():
     parts = whole.reshape(2, 4, 2, 3, 3).transpose(0, 3, 1, 2, 4)
 
     def on_device(part):
-        source = LazyScores(read, (part, None), names=(("rows",), (), ("columns",)))
+        source = stored_scores(part, None, names=(("rows",), (), ("columns",)))
         assert source.shape == whole.shape
         bounds = lazy_scores.ordered_bits(jnp.array([-1.0, 5.0, 1000.0]))
         counts = lazy_scores.count_on_all_devices(source, lazy_scores.read_keys(source), bounds, False)
@@ -61,7 +56,7 @@ def test_a_loop_in_a_shard_map_adds_counts_to_zero():
 
     def on_device(a, b):
         # Counts of the first are summed over its devices; the second is ranked on each by itself.
-        both = [LazyScores(read, (a, None), (("rows",),)), LazyScores(read, (b, None))]
+        both = [stored_scores(a, None, (("rows",),)), stored_scores(b, None)]
         bounds = lazy_scores.ordered_bits(jnp.array([0.5, 1.5]))
         each = [
             lazy_scores.count_on_all_devices(each, lazy_scores.read_keys(each), bounds, False)

@@ -34,7 +34,7 @@ def bisected(bits, big):
         def count(bounds):
             assert bounds.shape == (2**bits - 1, LEAVES)
             leaves = [Keys(jnp.where(at, row, MOST), at) for row, at in zip(keys, alive, strict=True)]
-            counts = [search.count_below(leaf, bounds[:, i]) for i, leaf in enumerate(leaves)]
+            counts = [search.count_below(x, bounds[:, i], search.MAX_COUNT) for i, x in enumerate(leaves)]
             counts = big_counts.stack([big_counts.big(each) for each in counts] if big else counts)
             jax.debug.callback(lambda: passes.append(1))
             return big_counts.pick(counts, slice(-1)), big_counts.pick(counts, -1)

@@ -223,7 +223,7 @@ def test_compiled_equals_operation_by_operation(batch):
     for count in (0, 4):
         compiled = COMPILED(*args, jnp.int32(count))
         with jax.disable_jit():
-            read = [lazy_scores.LazyScores(lambda pair: pair, pair) for pair in zip(*args, strict=True)]
+            read = [lazy_scores.stored_scores(*pair) for pair in zip(*args, strict=True)]
             request = exact.Removal((0, 0), (count,), (0, 0))
             assert_same(exact.select(read, request), compiled)
 
@@ -408,7 +408,7 @@ def test_scores_are_read_and_not_stored():
     params = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def masks(*params):
-        read = [lazy_scores.LazyScores(lambda p: (jnp.abs(p), None), p) for p in params]
+        read = [lazy_scores.LazyScores(lambda p: (jnp.abs(p), None), p, jax.typeof(p)) for p in params]
         return exact.select(read, exact.Removal((0, 0, 0), (150_000,), (1, 1, 1)))
 
     compiled = jax.jit(masks, compiler_options={"xla_backend_optimization_level": 2}).lower(*params).compile()

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.graph import channel_groups, compact
+from jaxprune import channel_groups, compact
 from tests.oracles.equivalence import (
     Dense,
     Mismatch,

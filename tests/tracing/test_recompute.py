@@ -81,3 +81,26 @@ def test_anything_else_is_stored(function):
 def test_one_of_two_leaves():
     tree, again = both(lambda x, g: {"a": jnp.abs(x), "b": jnp.cumsum(g, axis=0)})
     assert tree.keys() == {"a", "b"} and again.keys() == {"a"}
+
+
+def test_leaves_with_the_same_equations_share_one_function():
+    def function(x, g):
+        return {
+            "same": x * 2.0,
+            "as_same": g * 2.0,
+            "other_number": x * 3.0,
+            "other_zero": jnp.maximum(x, 0.0) * -0.0,
+            "zero": jnp.maximum(g, 0.0) * 0.0,
+            "other_dtype": x.astype(jnp.bfloat16) * 2.0,
+            "twice": x * x,
+            "crossed": x * g,
+        }
+
+    tree, again = both(function)
+    for path in tree:
+        np.testing.assert_array_equal(np.signbit(again[path]), np.signbit(tree[path]))
+        np.testing.assert_array_equal(again[path], tree[path])
+    _, recipes = recompute.with_recipes(lambda: function(X, G))
+    shared = {path: recipe.compute for path, recipe in recipes.items()}
+    assert shared["same"] is shared["as_same"]
+    assert len(set(shared.values())) == len(shared) - 1
