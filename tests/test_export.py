@@ -70,11 +70,10 @@ def variants():
         masked = jp.apply_masks(params, masks)
         small = jp.compact(net.apply, params, masks, x, verify=False)
         apply = jax.jit(net.apply)
-        wanted = {n: apply(params, random((n, *shape[1:]), n)) for n in (1, 3)}
-        out[name, "dense"] = net.apply, params, x, wanted
-        wanted = {n: apply(masked, random((n, *shape[1:]), n)) for n in (1, 3)}
-        out[name, "masked"] = net.apply, masked, x, wanted
-        out[name, "compacted"] = small.apply, small.params, x, wanted
+        wanted = [{n: apply(p, random((n, *shape[1:]), n)) for n in (1, 3)} for p in (params, masked)]
+        out[name, "dense"] = net.apply, params, x, wanted[0]
+        out[name, "masked"] = net.apply, masked, x, wanted[1]
+        out[name, "compacted"] = small.apply, small.params, x, wanted[1]
     return out
 
 
@@ -126,17 +125,12 @@ def test_params_are_arguments_of_any_container(variants):
 def test_modules_of_nnx_and_equinox():
     x = random((2, 3))
     graph, state = nnx.split(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
-
-    def by_nnx(state, x):
-        return nnx.merge(graph, state)(x)
-
-    close(jp.export.stablehlo(by_nnx, state, x)(state, x), by_nnx(state, x))
     arrays, rest = equinox.partition(equinox.nn.Linear(3, 4, key=jax.random.key(0)), equinox.is_array)
-
-    def by_equinox(arrays, x):
-        return jax.vmap(equinox.combine(arrays, rest))(x)
-
-    close(jp.export.stablehlo(by_equinox, arrays, x)(arrays, x), by_equinox(arrays, x))
+    for apply, params in (
+        (lambda state, x: nnx.merge(graph, state)(x), state),
+        (lambda arrays, x: jax.vmap(equinox.combine(arrays, rest))(x), arrays),
+    ):
+        close(jp.export.stablehlo(apply, params, x)(params, x), apply(params, x))
 
 
 def test_inputs_in_containers_and_static_ones(tmp_path):
@@ -191,11 +185,10 @@ def test_platforms_are_those_asked_for(variants, tmp_path):
 
 def test_what_is_no_program_is_said(tmp_path):
     file = tmp_path / "program"
-    program = jp.export.stablehlo(
-        lambda params, x: x @ params["w"], {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
-    )
-    ours = program.exported.serialize()
-    for data in (b"", b"text", bytes(200), np.random.default_rng(0).bytes(1000), ours):
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((1, 3))
+    program = jp.export.stablehlo(lambda params, x: x @ params["w"], params, x)
+    unsealed = program.exported.serialize()
+    for data in (b"", b"text", bytes(200), np.random.default_rng(0).bytes(1000), unsealed):
         file.write_bytes(data)
         with pytest.raises(jp.io.FileError, match="program: not an exported program"):
             jp.export.load(file)

@@ -88,19 +88,28 @@ def test_layers_are_bars_of_what_is_removed():
 def test_masks_are_pictures_of_every_kernel():
     rng = np.random.default_rng(0)
     masks = {
-        "conv10": rng.random((3, 3, 2, 4)) < 0.5,
-        "conv2": {"kernel": rng.random((30, 2)) < 0.5, "bias": np.ones(2, bool)},
+        "conv10": rng.random((3, 2, 5, 4)) < 0.5,
+        "conv2": {"kernel": rng.random((75, 7)) < 0.5, "bias": np.ones(7, bool)},
         "fc": rng.random((300, 200)) < 0.1,
     }
     found = dict(jp.plots.mask_images(masks))
-    assert [caption.split(",")[0] for caption in found] == ["conv2/kernel", "conv10", "fc"]
-    images = list(found.values())
-    np.testing.assert_array_equal(images[0], masks["conv2"]["kernel"].T)
-    assert images[1].shape == (2 * 4 - 1, 4 * 4 - 1)
-    assert images[2].shape == (96, 96)
-    assert images[2].max() == 1  # averages, from 0 to their largest
+    assert [caption.split(",")[0] for caption in found] == ["conv2/kernel", "conv2/kernel", "conv10", "fc"]
+    pixels, first, filters, blocks = found.values()
+    # 75 inputs may be 5 x 5 pixels of 3 colours.
+    mask = masks["conv2"]["kernel"]
+    expected = np.array([[mask.reshape(5, 5, 3, 7)[i, j].mean() for j in range(5)] for i in range(5)])
+    np.testing.assert_allclose(pixels, expected / expected.max())
+    np.testing.assert_array_equal(first, mask.T)
+    assert filters.shape == (5 * 4 - 1, 4 * 3 - 1)
+    for i, o in np.ndindex(5, 4):
+        tile = filters[4 * i : 4 * i + 3, 3 * o : 3 * o + 2]
+        np.testing.assert_array_equal(tile, masks["conv10"][:, :, i, o])
+    assert np.isnan(filters).sum() == filters.size - masks["conv10"].size
+    rows, columns = (np.array_split(np.arange(n), 96) for n in (300, 200))
+    expected = np.array([[masks["fc"][np.ix_(r, c)].mean() for c in columns] for r in rows])
+    np.testing.assert_allclose(blocks, expected / expected.max())
     figure = jp.plots.masks(masks)
-    assert sum(bool(axes.images) for axes in figure.axes) == 3
+    assert sum(bool(axes.images) for axes in figure.axes) == 4
     png(figure)
     with pytest.raises(ValueError, match="no leaf has two or more axes"):
         jp.plots.masks({"bias": jnp.ones(3, bool)})

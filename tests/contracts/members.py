@@ -24,7 +24,6 @@ from tests.contracts.problem import (
     DEEP,
     ENTRIES,
     FLAT,
-    RAMP,
     Gone,
     Problem,
     analysed,
@@ -111,13 +110,7 @@ def _of_channel_score(name: str, score: Any, sizes: Mapping[str, int] = COLUMNS)
         where = jp.matching(*(path_of(p.params, role) for role in sizes))
         return jp.pruner(score, s, structure=filters, where=where, scope="layerwise")
 
-    return Member(
-        (f"scores.{name}",),
-        make,
-        apart(sizes),
-        units=Spec("slices", axes=(-1,)),
-        blind="channels",
-    )
+    return Member((f"scores.{name}",), make, apart(sizes), units=Spec("slices", axes=(-1,)), blind="channels")
 
 
 def _of_structure(name: str, structure: jp.Structure, gone: list[Gone], units: Any, **known: Any) -> Member:
@@ -155,6 +148,10 @@ def _of_targets(
         None,
         table_of=table_of,
     )
+
+
+def _joined(some: list[Gone], others: list[Gone]) -> list[Gone]:
+    return [{**one, **other} for one, other in zip(some, others, strict=True)]
 
 
 def _rewired(name: str, make: Callable[[Problem], jp.Pruner], **known: Any) -> Member:
@@ -199,10 +196,6 @@ def _by_path(p: Problem, sparsity: Any) -> Any:
     return {path_of(p.params, role): value for role, value in sparsity.items()}
 
 
-def _gradients(params: Any, *, grads: Any, **_: Any) -> Any:
-    return grads
-
-
 _LINEAR = {"sparsity": 0.6, "begin_step": 1, "end_step": 3, "initial_sparsity": 0.2}
 _RECIPE = {"prune": {"score": "lamp", "sparsity": {"linear": _LINEAR}, "scope": "layerwise"}}
 
@@ -217,6 +210,7 @@ def _two_sections(p: Problem) -> dict[str, Any]:
     }
 
 
+_LOOPS = {"blind": "channels", "compiles_eagerly": True}
 _EVERY = {"every": 1, "end_step": CALLS, "fraction": 0.6}
 _NM = jp.structures.nm(2, 4)
 ROW_GROUPS = Spec("nm", axes=(-2,), n=2, m=4)
@@ -236,40 +230,20 @@ TABLE: dict[str, Member] = {
     "snip": _of_score("snip", jp.scores.snip),
     "movement": _of_score("movement", jp.scores.movement),
     "grasp": _of_score("grasp", jp.scores.grasp(loss_fn), blind="channels", half=ROUNDED),
-    "fisher": _of_score(
-        "fisher", jp.scores.fisher(loss_fn), blind="channels", half=ROUNDED, compiles_eagerly=True
-    ),
-    "obd": _of_score("obd", jp.scores.obd(loss_fn), blind="channels", half=ROUNDED, compiles_eagerly=True),
+    "fisher": _of_score("fisher", jp.scores.fisher(loss_fn), half=ROUNDED, **_LOOPS),
+    "obd": _of_score("obd", jp.scores.obd(loss_fn), half=ROUNDED, **_LOOPS),
     "obd estimated": _of_score(
         "obd",
         jp.scores.obd(loss_fn, samples=2),
         random=True,
-        blind=DRAWN,
         half=ROUNDED,
         double="random signs are drawn in the dtype of the weights",
-        compiles_eagerly=True,
+        **_LOOPS | {"blind": DRAWN},
     ),
-    "obs": _of_score(
-        "obs",
-        jp.scores.obs(loss_fn, damping=20.0),
-        blind="channels",
-        half=ROUNDED,
-        unsharded=LAID_OUT,
-        compiles_eagerly=True,
-    ),
-    "brute_force": _of_score(
-        "brute_force",
-        jp.scores.brute_force(loss_fn),
-        blind="channels",
-        unsharded=LAID_OUT,
-        compiles_eagerly=True,
-    ),
+    "obs": _of_score("obs", jp.scores.obs(loss_fn, damping=20.0), half=ROUNDED, unsharded=LAID_OUT, **_LOOPS),
+    "brute_force": _of_score("brute_force", jp.scores.brute_force(loss_fn), unsharded=LAID_OUT, **_LOOPS),
     "over_batches": _of_score(
-        "over_batches",
-        jp.scores.over_batches(jp.scores.taylor, loss_fn),
-        blind="channels",
-        half=ROUNDED,
-        compiles_eagerly=True,
+        "over_batches", jp.scores.over_batches(jp.scores.taylor, loss_fn), half=ROUNDED, **_LOOPS
     ),
     "synflow": _of_score(
         "synflow", jp.scores.synflow(apply_fn, jnp.ones((2, 4))), blind="channels", half=ROUNDED
@@ -308,11 +282,7 @@ TABLE: dict[str, Member] = {
     ),
     "channels by group": _of_channels("layerwise", apart(CHANNELS)),
     "channels of a kind": _of_channels(
-        "isomorphic",
-        [
-            together({"a/kernel[1]": 8, "b/kernel[1]": 8}, (s,))[0] | together({"c/kernel[1]": 4}, (s,))[0]
-            for s in RAMP
-        ],
+        "isomorphic", _joined(together({"a/kernel[1]": 8, "b/kernel[1]": 8}), together({"c/kernel[1]": 4}))
     ),
     "channels in pairs": _of_channels(
         "layerwise",
@@ -385,10 +355,7 @@ TABLE: dict[str, Member] = {
         half="the products are rounded",
     ),
     "prune_rounds": Member(
-        ("prune_rounds",),
-        lambda p, s: once(_rounds),
-        together(ENTRIES, (0.51,) * CALLS),
-        None,
+        ("prune_rounds",), lambda p, s: once(_rounds), together(ENTRIES, (0.51,) * CALLS), None
     ),
     "memory": Member(
         ("pruner",), lambda p, s: jp.pruner(jp.scores.movement, s, memory=1.0), together(ENTRIES)
@@ -408,17 +375,15 @@ TABLE: dict[str, Member] = {
         warns="floor=3 kept the last units of b/kernel",
     ),
     "rigl": _rewired("rigl", lambda p: jp.rigl(p.masks, **_EVERY)),
-    "rigl in groups": _rewired(
-        "rigl",
-        lambda p: jp.rigl(p.masks, structure=_NM, **_EVERY),
-        blind="columns",
-    ),
+    "rigl in groups": _rewired("rigl", lambda p: jp.rigl(p.masks, structure=_NM, **_EVERY), blind="columns"),
     "set_": _rewired(
         "set_", lambda p: jp.set_(p.masks, seed=p.key, **_EVERY), given=(), random=True, blind=DRAWN
     ),
     "rewiring": _rewired(
         "rewiring",
-        lambda p: jp.rewiring(p.masks, grow=_gradients, drop=jp.scores.lamp, **_EVERY),
+        lambda p: jp.rewiring(
+            p.masks, grow=lambda params, *, grads, **_: grads, drop=jp.scores.lamp, **_EVERY
+        ),
     ),
     "a recipe": Member(
         ("recipes.Recipe.pruner",),
@@ -429,10 +394,7 @@ TABLE: dict[str, Member] = {
     "a recipe of two sections": Member(
         ("recipes.Recipe.pruner",),
         lambda p, s: jp.recipes.parse(_two_sections(p)).pruner(p.params),
-        [
-            apart({"a/kernel": 32}, s)[0] | apart({"b/kernel": 24}, t)[0]
-            for s, t in zip(RAMP, (0.4, 0.64, 0.784, 1 - 0.6**4), strict=True)
-        ],
+        _joined(together({"a/kernel": 32}), together({"b/kernel": 24}, (0.4, 0.64, 0.784, 1 - 0.6**4))),
         None,
     ),
 }
@@ -454,9 +416,7 @@ def _once(**options: Any) -> Callable[[Any], Any]:
     return lambda params: jp.prune_once(params, jp.scores.magnitude, **options)
 
 
-def _deep_channels() -> jp.Structure:
-    return channels(jax.tree.structure(problem(0, DEEP).params))
-
+_TRACED = (TypeError, "must be a Python number, not a traced value")
 
 REFUSALS: dict[str, Refusal] = {
     "sensitivity, and so from_sensitivity, under jit": Refusal(
@@ -468,20 +428,17 @@ REFUSALS: dict[str, Refusal] = {
     "a sparsity that is traced": Refusal(
         "counts are worked out exactly, in double precision, on the host",
         lambda: jax.jit(lambda s: _once(sparsity=s)(problem(0).params))(0.5),
-        TypeError,
-        "must be a Python number, not a traced value",
+        *_TRACED,
     ),
     "a schedule to a traced sparsity": Refusal(
         "its targets are tabulated on the host",
         lambda: jax.jit(lambda s: jp.schedules.cubic(s, end_step=3)(1))(0.5),
-        TypeError,
-        "must be a Python number, not a traced value",
+        *_TRACED,
     ),
     "a distribution of a traced sparsity": Refusal(
         "it is solved on the host",
         lambda: jax.jit(lambda s: jp.distributions.erk(problem(0).params, s))(0.5),
-        TypeError,
-        "must be a Python number, not a traced value",
+        *_TRACED,
     ),
     "a fraction of what traced masks leave": Refusal(
         "how many are left is not known when the count is made; a pruner keeps it in its table",
@@ -493,7 +450,9 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "rewiring of coupled channels": Refusal(
         "dropping and growing are done leaf by leaf, and a channel spans several",
-        lambda: jp.rigl(problem(0, DEEP).masks, structure=_deep_channels(), **_EVERY),
+        lambda: jp.rigl(
+            problem(0, DEEP).masks, structure=channels(jax.tree.structure(problem(0, DEEP).params)), **_EVERY
+        ),
         ValueError,
         "units that span several leaves",
     ),

@@ -13,23 +13,14 @@ from optax import contrib
 
 
 class Case(NamedTuple):
-    """How to run one optimizer.
+    """How to run one optimizer."""
 
-    Attributes:
-      make: makes it, with a learning rate at which the small network moves in ten steps.
-      needs: the extra arguments of its `update`, among the keys of `extra_arguments`.
-      per_example: its gradients carry a leading batch axis.
-      pair: it trains an `optax.LookaheadParams`.
-      dtypes: of the params it is run on.
-      weak: its state has weakly typed leaves until the first step, so that optax retraces the second.
-    """
-
-    make: Callable[[], Any]
-    needs: tuple[str, ...] = ()
-    per_example: bool = False
-    pair: bool = False
-    dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)
-    weak: bool = False
+    make: Callable[[], Any]  # with a learning rate at which the small network moves in ten steps
+    needs: tuple[str, ...] = ()  # extra arguments of its `update`
+    per_example: bool = False  # its gradients carry a leading batch axis
+    pair: bool = False  # it trains an `optax.LookaheadParams`
+    dtypes: tuple[Any, ...] = (jnp.float32, jnp.bfloat16)  # of the params it is run on
+    weak: bool = False  # its state is weakly typed until the first step, so that optax retraces the second
 
 
 def _sam(**options: Any) -> Any:
@@ -126,49 +117,28 @@ OPTIMIZERS: dict[str, Case] = {
     ),
 }
 
-_BLOCK = "a piece of the optimizers above, which sets no step size"
-_WRAPPER = "wraps an optimizer"
-_MAKER = "makes a transform from a function"
-_NOTHING = "trains nothing"
-
 NOT_OPTIMIZERS: dict[str, str] = {
-    "adaptive_grad_clip": _BLOCK,
-    "add_decayed_weights": _BLOCK,
-    "add_noise": _BLOCK,
+    **dict.fromkeys(
+        (
+            *("adaptive_grad_clip", "add_decayed_weights", "add_noise", "centralize", "clip", "ema", "scale"),
+            *("clip_by_block_rms", "clip_by_global_norm", "keep_params_nonnegative", "trace", "zero_nans"),
+            *("normalize_by_update_norm", "contrib.differentially_private_aggregate", "contrib.normalize"),
+        ),
+        "a piece of the optimizers above, which sets no step size",
+    ),
+    **dict.fromkeys(
+        (
+            *("apply_if_finite", "chain", "conditionally_mask", "conditionally_transform", "flatten"),
+            *("inject_hyperparams", "inject_stateful_hyperparams", "masked", "multi_transform"),
+            *("named_chain", "partition", "selective_transform"),
+        ),
+        "wraps an optimizer",
+    ),
+    **dict.fromkeys(("stateless", "stateless_with_tree_map"), "makes a transform from a function"),
+    **dict.fromkeys(("freeze", "identity", "measure_with_ema", "set_to_zero", "snapshot"), "trains nothing"),
     "apply_every": "accumulates updates, as MultiSteps does better",
-    "apply_if_finite": _WRAPPER,
-    "centralize": _BLOCK,
-    "chain": _WRAPPER,
-    "clip": _BLOCK,
-    "clip_by_block_rms": _BLOCK,
-    "clip_by_global_norm": _BLOCK,
-    "conditionally_mask": _WRAPPER,
-    "conditionally_transform": _WRAPPER,
-    "ema": _BLOCK,
-    "flatten": _WRAPPER,
-    "freeze": _NOTHING,
-    "identity": _NOTHING,
-    "inject_hyperparams": _WRAPPER,
-    "inject_stateful_hyperparams": _WRAPPER,
-    "keep_params_nonnegative": _BLOCK,
-    "masked": _WRAPPER,
-    "measure_with_ema": _NOTHING,
-    "multi_transform": _WRAPPER,
-    "named_chain": _WRAPPER,
-    "normalize_by_update_norm": _BLOCK,
-    "partition": _WRAPPER,
-    "scale": _BLOCK,
-    "selective_transform": _WRAPPER,
-    "set_to_zero": _NOTHING,
-    "snapshot": _NOTHING,
-    "stateless": _MAKER,
-    "stateless_with_tree_map": _MAKER,
-    "trace": _BLOCK,
     "with_extra_args_support": "changes a signature only",
-    "zero_nans": _BLOCK,
-    "contrib.differentially_private_aggregate": _BLOCK,
     "contrib.hutchinson_estimator_diag_hessian": "a piece of sophia: its updates are a Hessian's diagonal",
-    "contrib.normalize": _BLOCK,
     "contrib.schedule_free_eval_params": "reads params off a state",
 }
 
@@ -203,10 +173,7 @@ def make_params(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, Any]:
         values = values if jnp.issubdtype(dtype, jnp.complexfloating) else values.real
         return jnp.asarray(values / np.sqrt(shape[0]), dtype)
 
-    return {
-        "hidden": {"kernel": draw(6, 8), "bias": draw(8)},
-        "out": {"kernel": draw(8, 4), "bias": draw(4)},
-    }
+    return {"hidden": {"kernel": draw(6, 8), "bias": draw(8)}, "out": {"kernel": draw(8, 4), "bias": draw(4)}}
 
 
 def make_batch(dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array]:
@@ -257,24 +224,27 @@ def networks(params: Any) -> list[Any]:
     return [params.fast, params.slow] if isinstance(params, optax.LookaheadParams) else [params]
 
 
+def mask_of(path: Any, leaf: Any, masks: Any) -> Any:
+    """Return the mask for a leaf of a state that carries a param's path at the end of its own, else None.
+
+    Such leaves are moments, iterates and memories.
+    """
+    for name, mask in jax.tree_util.tree_leaves_with_path(masks):
+        like = leaf.shape[-mask.ndim :] == mask.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        if like and jax.tree_util.keystr(path).endswith(jax.tree_util.keystr(name)):
+            return np.asarray(mask)
+    return None
+
+
 def assert_state_zero_where_pruned(state: Any, masks: Any) -> None:
-    """Check the leaves whose path ends in that of a param: moments, iterates, memories."""
-    named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        for name, mask in named.items():
-            like = leaf.shape[-mask.ndim :] == mask.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            if like and jax.tree_util.keystr(path).endswith(name):
-                assert (np.asarray(leaf)[..., ~np.asarray(mask)] == 0).all(), jax.tree_util.keystr(path)
+        if (mask := mask_of(path, leaf, masks)) is not None:
+            assert (np.asarray(leaf)[..., ~mask] == 0).all(), jax.tree_util.keystr(path)
 
 
 def assert_as_new_where_pruned(state: Any, new: Any, masks: Any) -> None:
-    """Check the same leaves against those of a new optimizer."""
-    named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
     for (path, leaf), fresh in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(new), strict=True
     ):
-        for name, mask in named.items():
-            like = leaf.shape[-mask.ndim :] == mask.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            if like and jax.tree_util.keystr(path).endswith(name):
-                gone = ~np.asarray(mask)
-                np.testing.assert_array_equal(np.asarray(leaf)[..., gone], np.asarray(fresh)[..., gone])
+        if (mask := mask_of(path, leaf, masks)) is not None:
+            np.testing.assert_array_equal(np.asarray(leaf)[..., ~mask], np.asarray(fresh)[..., ~mask])

@@ -24,24 +24,19 @@ class Kind(NamedTuple):
     """A pruner, and what must come of it.
 
     Attributes:
-      by: the public function that makes it.
-      make: makes it, or the masks for `keep_masked`, from the params.
       units: the units of each pool of a history, True where they are whole: arrays of steps x units.
         It raises AssertionError where masks are not made of units.
       removed: how many units of a pool of that size are gone after so many calls; None where the
         number never changes.
-      reads_grads: whether its scores are of gradients, so that it waits for finite ones.
-      packed: whether the masks lie in the state with one bit per entry.
-      coupled: whether biases go with the kernels.
     """
 
-    by: str
-    make: Callable[[Any], Any]
+    by: str  # the public function that makes it
+    make: Callable[[Any], Any]  # of the params, it or the masks for `keep_masked`
     units: Callable[[History], list[np.ndarray]]
     removed: Callable[[int, int], int] | None = None
-    reads_grads: bool = False
-    packed: bool = False
-    coupled: bool = False
+    reads_grads: bool = False  # its scores are of gradients, so that it waits for finite ones
+    packed: bool = False  # the masks lie in the state with one bit per entry
+    coupled: bool = False  # biases go with the kernels
 
     @property
     def regrows(self) -> bool:
@@ -57,10 +52,6 @@ def _each(history: History) -> list[np.ndarray]:
 
 def _together(pools: Callable[[History], list[np.ndarray]], history: History) -> list[np.ndarray]:
     return [np.concatenate(pools(history), 1)]
-
-
-def _hidden(history: History) -> list[np.ndarray]:
-    return _each(history)[:1]
 
 
 def _pairs(history: History) -> list[np.ndarray]:
@@ -116,13 +107,11 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
         """Return the last step of the schedule that was due, or -1."""
         return end if calls >= end else begin + (calls - begin) // every * every if calls >= begin else -1
 
-    def gradual(target: float, calls: int, size: int) -> int:
+    def ramp(curve: Callable[[float], float], target: float, calls: int, size: int) -> int:
         t = (passed(calls) - begin) / (end - begin)
-        return round(size * target * (1 - (1 - t) ** 3)) if t >= 0 else 0
+        return round(size * target * curve(t)) if t >= 0 else 0
 
-    def linear(target: float, calls: int, size: int) -> int:
-        t = (passed(calls) - begin) / (end - begin)
-        return round(size * target * t) if t >= 0 else 0
+    gradual, linear = partial(ramp, lambda t: 1 - (1 - t) ** 3), partial(ramp, lambda t: t)
 
     def at_once(calls: int, size: int) -> int:
         return round(0.5 * size) if calls >= end else 0
@@ -184,7 +173,9 @@ def kinds(steps: int = 200) -> dict[str, Kind]:
     table = {
         "gradual": Kind("pruner", pruner(), all_entries, curve),
         "layerwise": Kind("pruner", pruner(scope="layerwise"), _each, curve),
-        "some leaves": Kind("pruner", pruner(where=jp.matching("hidden/kernel")), _hidden, curve),
+        "some leaves": Kind(
+            "pruner", pruner(where=jp.matching("hidden/kernel")), lambda masks: _each(masks)[:1], curve
+        ),
         "one shot": Kind("pruner", pruner(sparsity=jp.schedules.one_shot(0.5, end)), all_entries, at_once),
         "levels": Kind(
             "pruner",

@@ -106,41 +106,6 @@ def test_gradual_inside_an_optax_optimizer(problem):
     jp.check_pruned(optax.apply_updates(params, updates), masks)
 
 
-def test_iterative(problem):
-    params, _, _ = problem
-    pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.2))
-    state = pruner.init(params)
-    for level in range(1, 6):
-        state = pruner.update(state, params, grads=None, key=None)
-        assert removed(state.masks) == round((1 - 0.8**level) * TOTAL)
-
-
-def test_lottery_tickets(problem):
-    params_at_rewind_point, loss_fn, batch = problem
-
-    def train(params, masks):
-        tx = jp.keep_masked(optax.sgd(0.1), masks)
-        updates, _ = tx.update(jax.grad(loss_fn)(params, batch), tx.init(params), params)
-        return optax.apply_updates(params, updates)
-
-    pruner = jp.pruner(jp.scores.magnitude, sparsity=jp.schedules.geometric(0.2))
-    seen = []
-    for ticket in jp.lottery_ticket(train, params_at_rewind_point, pruner, levels=10):
-        seen.append((ticket.level, jp.metrics.sparsity(ticket.masks)))
-    assert [level for level, _ in seen] == list(range(11))
-    for level, sparsity in seen:
-        assert sparsity.prunable == pytest.approx(round((1 - 0.8**level) * TOTAL) / TOTAL)
-
-
-def test_masks_mirror_the_params(problem):
-    params, _, _ = problem
-    masks = jp.prune_once(params, jp.scores.magnitude, sparsity=0.5)
-    assert jax.tree.structure(masks) == jax.tree.structure(params)
-    for mask, param in zip(jax.tree.leaves(masks), jax.tree.leaves(params), strict=True):
-        assert mask.dtype == jnp.bool_
-        assert mask.shape == param.shape
-
-
 def run_python(code):
     return subprocess.run(
         [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, check=False

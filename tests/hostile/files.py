@@ -166,21 +166,8 @@ def mutated_tensors(rng):
     if rng.integers(3) == 0:
         return mutated_bytes(rng, join_tensors(header, body))
     name = list(header)[rng.integers(len(header))]
-    values = [
-        *VALUES,
-        "F32",
-        "BOOL",
-        "F4",
-        "U8",
-        [0, 3],
-        [3, 0],
-        [[1]],
-        "\ud800",
-        "\0",
-        [2**32, 2**32],
-        [2**40],
-        [-1],
-    ]
+    odd = ["F32", "BOOL", "F4", "U8", [0, 3], [3, 0], [[1]], "\ud800", "\0", [2**32, 2**32], [2**40], [-1]]
+    values = [*VALUES, *odd]
     entry, value = header[name], values[rng.integers(len(values))]
     kind = rng.integers(5)
     if kind == 0:

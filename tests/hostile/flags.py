@@ -17,72 +17,10 @@ from tests.support.commands import benchmark_names, command_module, study_names
 HERE = Path(__file__).parents[2] / "experiments"
 CONFIGS = [name for name in (*study_names(), *benchmark_names()) if name != "report"]
 
-NUMBERS = [
-    *(
-        "0",
-        "-1",
-        "1",
-        "2",
-        "1.5",
-        "0.5",
-        "1e3",
-        "nan",
-        "inf",
-        "-inf",
-        "1e400",
-        "-0",
-        "9" * 20,
-        "9" * 5000,
-        "2147483648",
-    ),
-    *(
-        "0x10",
-        "1_000",
-        "١٢",
-        "½",
-        " 3 ",
-        "3 4",
-        "1,2",
-        "1,1",
-        "0,,1",
-        ",",
-        "1,",
-        "0.5,0.5",
-        "0.5,1.5",
-        "1e-400",
-        "--",
-    ),
-]
-TEXTS = [
-    *(
-        "",
-        " ",
-        "digits",
-        "mnist",
-        "cifar",
-        "lenet",
-        "a\0b",
-        "\n",
-        "\x1b[2J",
-        "\u202e",
-        "\udcff",
-        "é",
-        "x" * 300,
-    ),
-    *(
-        "/etc/passwd",
-        "/etc/passwd/x",
-        "/dev/null",
-        ".",
-        "..",
-        "~",
-        "-",
-        "/proc/self/mem",
-        "a/" * 3000,
-        "%s",
-        "{0}",
-    ),
-]
+NUMBERS = "0 -1 1 2 1.5 0.5 1e3 nan inf -inf 1e400 -0 2147483648 0x10 1_000 ١٢ ½ 1e-400 -- , 1, 1,2 1,1 0,,1"
+NUMBERS = [*NUMBERS.split(), "9" * 20, "9" * 5000, " 3 ", "3 4", "0.5,0.5", "0.5,1.5"]
+TEXTS = "digits mnist cifar lenet é /etc/passwd /etc/passwd/x /dev/null . .. ~ - /proc/self/mem %s {0}"
+TEXTS = [*TEXTS.split(), "", " ", "a\0b", "\n", "\x1b[2J", "\u202e", "\udcff", "x" * 300, "a/" * 3000]
 # What no flag of these names may be, whatever it declares.
 POSITIVE = re.compile(
     r"(^|_)(epochs|batch_size|rounds|steps|levels|lr|width|layers|leaves|millions|train_size)$"
@@ -105,9 +43,8 @@ def arguments(rng, config, files):
         value = pool[rng.integers(len(pool))]
         kind = rng.integers(10)
         if kind == 0:
-            name = [name[:-1], name + "s", "--x", "-x", name.upper(), "--", "--no-fresh", "-h"][
-                rng.integers(8)
-            ]
+            wrong = [name[:-1], name + "s", "--x", "-x", name.upper(), "--", "--no-fresh", "-h"]
+            name = wrong[rng.integers(8)]
         if kind == 1:
             argv.append(name)
         elif kind == 2:
@@ -126,10 +63,10 @@ def arguments(rng, config, files):
     return argv
 
 
-def recipe_files(folder, rng):
-    """Return what `--recipe` may be given: settings of a study, mutated, and what is none."""
+def recipe_files(folder, rng, own):
+    """Return what `--recipe` may be given: mutated settings of this command and others, and no settings."""
     made = []
-    for number, name in enumerate(CONFIGS):
+    for number, name in enumerate([own, *rng.choice(CONFIGS, 3)]):
         config = config_of(name)
         if config is None:
             continue
@@ -141,7 +78,7 @@ def recipe_files(folder, rng):
         key = list(settings)[rng.integers(len(settings))]
         values = [0, -1, 10**30, math.nan, math.inf, None, [], [1, 1], {}, "", "a\0b", "\x1b", True, "x" * 99]
         settings[key] = values[rng.integers(len(values))]
-        data = {"version": 1, "study": name, "config": settings}
+        data = {"version": 1, "study": str(name), "config": settings}
         if rng.integers(4) == 0:
             data["config"][["epochs ", "x", "out"][rng.integers(3)]] = 1
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
@@ -199,7 +136,7 @@ def case(number, folder, watched):
     config = config_of(name)
     if config is None:
         return "no flags"
-    files = recipe_files(folder, rng)
+    files = recipe_files(folder, rng, name)
     argv = arguments(rng, config, files)
     with watched(32 << 20):
         code, said = refused_with(lambda: settings.parse(config, argv, "doc"))

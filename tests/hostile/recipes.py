@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 
 import jaxprune as jp
-from tests.recipes.errors import GOOD, UNFIT, WRONG
+from tests.recipes.errors import GOOD, UNFIT, WRONG, score
 
 HERE = Path(__file__).parents[1]
 PARAMS = {"a": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "b": {"kernel": jnp.ones((8, 4))}}
@@ -28,7 +28,11 @@ GIVEN = {"apply_fn": apply_fn, "x": X, "loss_fn": lambda params, batch: apply_fn
 VALID = [
     *(path.read_text() for path in sorted((HERE.parent / "experiments" / "recipes").glob("*.yaml"))),
     *re.findall(r'recipes\.parse\("""\n(.*?)"""', (HERE.parent / "README.md").read_text(), re.DOTALL),
-    GOOD,
+    *(GOOD, GOOD + "  structure: {nm: {n: 2, m: 4}}\n  where: {all_of: [kernels, {not: x/*}]}\n"),
+    GOOD.replace("0.5", "{cubic: {sparsity: {erk: 0.9}, end_step: 90}}")
+    + "  scope: layerwise\ndistillation: {temperature: 4, alpha: 0.9}\nstop: {accuracy: 0.9, macs: 100}\n",
+    score("{obs: {damping: 1e-3}}") + "  rewire: {rigl: {every: 3, end_step: 9}}\n",
+    score("{over_batches: {score: snip}}") + "  structure: {channels: {min_width: {a: 2}}}\n",
     *(text for text, *_ in UNFIT),
 ]
 NAMES = """
@@ -38,21 +42,11 @@ NAMES = """
     accuracy temperature alpha fisher chunk over_batches bn_scale stop initial_sparsity elements movement
     synflow grasp lamp obs random power
 """
-ODD_NAMES = (
-    "a/kernel",
-    "b/kernel",
-    "",
-    "__class__",
-    "__init__",
-    "a.b",
-    "<<",
-    "? ",
-    "kernel\x1b[2J",
-    "\u202e",
-    "é",
-)
 PATTERNS = "magnitude kernels * */kernel [ [!a] layerwise global isomorphic remaining"
-KEYS = [*NAMES.split(), *ODD_NAMES]
+KEYS = [
+    *(*NAMES.split(), "a/kernel", "b/kernel", "", "__class__", "__init__", "a.b", "<<", "? "),
+    *("kernel\x1b[2J", "\u202e", "é"),
+]
 WORDS = [*KEYS, *PATTERNS.split()]
 NUMBERS = [
     *(0, 1, -1, 2, 3, 4, 5, 8, 100, 2**31, 2**63, 2**64, 10**20, 10**299, 10**310, -(10**400)),
@@ -128,51 +122,10 @@ def odd_objects(rng, tree):
 
 
 PIECES = [
-    *(
-        "  ",
-        "\n",
-        ": ",
-        "- ",
-        "[",
-        "]",
-        "{",
-        "}",
-        "&a ",
-        "*a",
-        "!!python/object/apply:os.system ['true']",
-        "!x ",
-    ),
-    *(
-        "#",
-        "---\n",
-        "...\n",
-        "%YAML 1.1\n",
-        "? ",
-        "|\n",
-        ">\n",
-        "'",
-        '"',
-        '"\\x9b\\ud800"',
-        "<<: *a",
-        ", ",
-        "\t",
-    ),
-    *(
-        "\r",
-        "\0",
-        "\x85",
-        "\u2028",
-        "\ufeff",
-        "\x1b[31m",
-        ".inf",
-        ".nan",
-        "1e400",
-        "9" * 400,
-        "0o7",
-        "on",
-        "null",
-    ),
-    "prune:\n",
+    *("[", "]", "{", "}", "*a", "#", "'", '"', ".inf", ".nan", "1e400", "0o7", "on", "null"),
+    *("  ", "\n", ": ", "- ", "&a ", "!!python/object/apply:os.system ['true']", "!x ", "---\n", "...\n"),
+    *("%YAML 1.1\n", "? ", "|\n", ">\n", '"\\x9b\\ud800"', "<<: *a", ", ", "\t", "\r", "\0", "\x85"),
+    *("\u2028", "\ufeff", "\x1b[31m", "9" * 400, "prune:\n"),
 ]
 
 
@@ -231,6 +184,9 @@ def bombs():
         "a tag that calls": "prune: !!python/object/apply:os.system ['touch hostile']\n",
         "a tag that makes": "!!python/object/new:subprocess.Popen [['touch', 'hostile']]\n",
         "a module": "prune: {score: !!python/name:os.system , sparsity: 0.5}",
+        "a directive": "%YAML 9.9\n---\nprune: 1",
+        "a surrogate": "prune: \ud800",
+        "a null byte": "prune: \0",
         "a merge": "a: &a {score: magnitude}\nprune: {<<: *a, sparsity: 0.5}",
         "too long": "a: 1\n" * 100_000,
         "a pattern": GOOD + "  where: '" + "*a" * 40 + "*b'\n",
@@ -279,7 +235,7 @@ def outcome(source, watched):
         return "refused"
     with watched(LONGEST):
         assert recipe.end_step is None or recipe.end_step >= 0
-        assert jp.recipes.parse(recipe.to_yaml()) == recipe
+        assert jp.recipes.parse(recipe.to_yaml()) == jp.recipes.parse(recipe.data) == recipe
         try:
             pruner = recipe.pruner(PARAMS, **GIVEN)
         except jp.recipes.RecipeError as error:

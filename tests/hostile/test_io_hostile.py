@@ -46,13 +46,9 @@ def test_every_flipped_bit_is_found(tmp_path, whole):
 def test_random_mutations_are_found(tmp_path, whole):
     file = tmp_path / "mutated"
     rng = np.random.default_rng(1)
-    done = 0
-    while done < 500:
-        data = mutated_bytes(rng, whole)
-        if data == whole:
-            continue
-        done += 1
-        refused(file, data, mmap=bool(done % 2))
+    for number in range(500):
+        if (data := mutated_bytes(rng, whole)) != whole:
+            refused(file, data, mmap=bool(number % 2))
 
 
 def test_mutations_under_right_checksums_are_refused_or_read_as_described(tmp_path, whole):
@@ -174,12 +170,8 @@ def test_what_a_section_may_not_hold(tmp_path):
     case("'w': bits beyond the last value are set", b"\x0b", shape=[3], dtype="bool")
     scale = np.float32([0.5]).tobytes()
     good([1.0, -64.0], b"\x02\x80" + scale, int8=True)
-    for bad in (np.nan, np.inf, -1.0):
-        case(
-            "'w': its scales are not finite and positive",
-            b"\x02\x80" + np.float32([bad]).tobytes(),
-            int8=True,
-        )
+    for bad in np.float32([np.nan, np.inf, -1.0]):
+        case("'w': its scales are not finite and positive", b"\x02\x80" + bad.tobytes(), int8=True)
 
 
 def test_lengths_that_lie(tmp_path, whole):

@@ -22,15 +22,12 @@ class Anything:
         return "<anything>"
 
 
+PLAIN = [
+    *(None, True, False, "", "x", "global", b"x", 0, 1, -1, 2, 10**30, 0.5, -0.5, 1.5, ...),
+    *(float("nan"), float("inf"), 1j, (), [], {}, [0.5], (1, 2), {"a": 1}, {1: 0.5}),
+]
 BAD = {
-    **{
-        repr(value): value
-        for value in (None, True, False, "", "x", "global", b"x", 0, 1, -1, 2, 10**30, 0.5, -0.5, 1.5)
-    },
-    **{
-        repr(value): value
-        for value in (float("nan"), float("inf"), 1j, (), [], {}, [0.5], (1, 2), {"a": 1}, {1: 0.5}, ...)
-    },
+    **{repr(value): value for value in PLAIN},
     "an object": Anything(),
     "a class": Anything,
     "len": len,

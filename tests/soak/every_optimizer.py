@@ -41,6 +41,7 @@ from tests.contracts.optimizers import (
     assert_state_zero_where_pruned,
     make_params,
     make_step,
+    mask_of,
     networks,
 )
 from tests.contracts.pruner_kinds import Kind, kinds
@@ -55,10 +56,7 @@ UNGUARDED = {
     "contrib.dpsgd": "its gradients have an axis of examples that its updates have not",
 }
 # What zero gradients break: here they are tiny instead.
-NO_ZEROS = {
-    "contrib.sam": "optax.contrib.normalize divides by their norm",
-    "contrib.sam opaque": "as sam",
-}
+NO_ZEROS = {"contrib.sam": "optax.contrib.normalize divides by their norm", "contrib.sam opaque": "as sam"}
 # Where two programs, which round differently, part for good, and for how many steps they do not.
 _SEARCH = "a line search compares losses, and the curvature it remembers magnifies what they differ by"
 UNSTABLE = {"lbfgs": (10, _SEARCH), "lbfgs backtracking": (10, _SEARCH)}
@@ -69,15 +67,10 @@ FORMS = ("inside", "around")
 
 
 class Draws(NamedTuple):
-    """The random gradients of a run, by step.
-
-    Attributes:
-      pull: of the quadratic in the objective `sum(g p) + pull / 2 sum(p^2)`.
-      grads: its linear part, like the params, with axes of steps and examples in front.
-    """
+    """The random gradients of a run, by step, for the objective `sum(g p) + pull / 2 sum(p^2)`."""
 
     pull: np.ndarray
-    grads: Any
+    grads: Any  # the linear part g, like the params, with axes of steps and examples in front
 
     @property
     def bad(self) -> np.ndarray:
@@ -100,14 +93,7 @@ def objective(params: Any, batch: tuple[Any, Any]) -> jax.Array:
 
 
 def draw(name: str, steps: int, rng: np.random.Generator, wild: bool) -> Draws:
-    """Gradients of normal numbers, with bursts of each sort while masks change and after.
-
-    Args:
-      name: of the optimizer, for what its gradients look like.
-      steps: how many.
-      rng: where they come from.
-      wild: whether there are huge ones too, at which most optimizers lose the survivors.
-    """
+    """Draw normal gradients with bursts of each sort; if `wild`, some are so huge that survivors overflow."""
     case = OPTIMIZERS[name]
     examples = 2 if case.per_example else 1
     params = make_params(case.dtypes[0])
@@ -154,29 +140,17 @@ def draw(name: str, steps: int, rng: np.random.Generator, wild: bool) -> Draws:
 
 
 class Pair(NamedTuple):
-    """An optimizer in a kind of pruner.
-
-    Attributes:
-      name: of the optimizer.
-      case: how to run it.
-      kind: the pruner.
-      around: whether `apply_if_finite` is around both, not between them.
-      guarded: whether it is there at all.
-      run: `run((params, state), start, stop, draws) -> (params, state), history`, in one program.
-      params: those to start with.
-      init: a new state.
-      traces: grows with each trace of `run`.
-    """
+    """An optimizer in a kind of pruner."""
 
     name: str
     case: Case
     kind: Kind
-    around: bool
-    guarded: bool
-    run: Callable[..., Any]
+    around: bool  # `apply_if_finite` is around both, not between them
+    guarded: bool  # it is there at all
+    run: Callable[..., Any]  # `run((params, state), start, stop, draws) -> (params, state), history`
     params: Any
     init: Callable[[], Any]
-    traces: list[int]
+    traces: list[int]  # grows with each trace of `run`
 
     def inner(self, state: Any) -> Any:
         """The state of the optimizer, with that of its guard, out of the state of both."""
@@ -186,15 +160,9 @@ class Pair(NamedTuple):
 
 
 def program(step: Callable[..., Any], watch: Callable[..., Any]) -> tuple[Callable[..., Any], list[int]]:
-    """Steps in a loop whose length is known at run time only, so that any part of it is one program.
+    """Return a loop of steps from `start` to `stop`, one program for any of both, and a list of its traces.
 
-    Args:
-      step: `step(params, state, batch, extra) -> params, state`.
-      watch: `watch(params, state)`, what is kept of each step.
-
-    Returns:
-      `run(carry, start, stop, draws, extra=None) -> carry, history`, and a list that grows with each
-      trace of it. The history is whole: steps that were not run are 0 in it.
+    Its history has what `watch(params, state)` returns of every step, 0 for those that were not run.
     """
     traces: list[int] = []
 
@@ -288,11 +256,9 @@ def by_path(tree: Any) -> dict[str, np.ndarray]:
 
 
 def check_zeros(history: Any) -> int:
-    """Checks that pruned entries are +0 after every step.
+    """Check that pruned entries are +0 after every step, and count those that were not finite before.
 
-    Returns:
-      How many entries were NaN or infinite before they were pruned. Nothing that is added to these
-      makes 0, so they stay what they are; there are none where the params are finite.
+    Nothing that is added to NaN or infinity makes 0, so these stay what they are.
     """
     nets, masks = history
     lost = 0
@@ -399,15 +365,11 @@ def check_survivors_move(pair: Pair, history: Any) -> None:
 
 
 def masked(tree: Any, masks: Any) -> Any:
-    """The tree with leaves that carry a param's path at the end of their own, such as moments, masked."""
-    named = {jax.tree_util.keystr(path): mask for path, mask in jax.tree_util.tree_leaves_with_path(masks)}
+    """Mask the leaves that carry a param's path at the end of their own, such as moments."""
 
     def of_leaf(path, leaf):
-        for name, mask in named.items():
-            like = leaf.shape[-mask.ndim :] == mask.shape and jnp.issubdtype(leaf.dtype, jnp.inexact)
-            if like and jax.tree_util.keystr(path).endswith(name):
-                return np.where(mask, leaf, np.zeros_like(leaf))
-        return leaf
+        mask = mask_of(path, leaf, masks)
+        return leaf if mask is None else np.where(mask, leaf, np.zeros_like(leaf))
 
     return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
@@ -417,17 +379,9 @@ TOLERANCE = 1e-5
 
 
 def check_plain(pair: Pair, carry: Any, start: int, draws: Draws, history: Any) -> float:
-    """Compares the survivors with the plain optimizer's from a step on, after which masks stay.
+    """Compare the survivors with the plain optimizer's from a step on, after which masks stay.
 
-    Args:
-      pair: what ran.
-      carry: params and state before that step. What the masks prune then is not 0 in it yet.
-      start: the step.
-      draws: the gradients.
-      history: of the whole run.
-
-    Returns:
-      The largest difference, as a part of the largest param.
+    `carry` holds params and state before that step. What the masks prune then is not 0 in it yet.
     """
     params, state = carry
     masks = jax.tree.map(lambda leaf: leaf[-1], history[1])
@@ -477,32 +431,16 @@ def through_files(carries: Any, template: Any, orbax: bool) -> Any:
 
 
 class Outcome(NamedTuple):
-    """What was seen of a pair.
-
-    Attributes:
-      apart: how far survivors were from the plain optimizer's, as a part of the largest param.
-      lost: how many entries were not finite when they were pruned, among huge gradients.
-    """
-
-    apart: float
-    lost: int
+    apart: float  # how far survivors were from the plain optimizer's, as a part of the largest param
+    lost: int  # how many entries were not finite when they were pruned, among huge gradients
 
 
 def run_pair(
     name: str, kind_name: str, form: str, steps: int = 200, seed: int = 0, orbax: bool = True
 ) -> Outcome:
-    """Runs a pair and checks all that must hold of it.
+    """Run 40 steps or more of a pair, with the guard in one of `FORMS`, and check all that must hold of it.
 
-    Args:
-      name: of the optimizer.
-      kind_name: of the pruner.
-      form: whether the guard against NaN is `"inside"` wrap_optax or `"around"` it.
-      steps: how many, 40 or more.
-      seed: of all that is random.
-      orbax: whether states go through orbax too, which takes a tenth of a second.
-
-    Raises:
-      AssertionError: something does not hold.
+    States go through orbax too if `orbax`, which takes a tenth of a second.
     """
     pair = make_pair(name, kinds(steps)[kind_name], form == "around")
     rng = np.random.default_rng([seed, zlib.crc32(f"{name} {kind_name} {form}".encode())])
@@ -573,9 +511,7 @@ def left_out(name: str, kind: Kind) -> bool:
 def dealt(number: int = 0, steps: int = 200) -> dict[str, tuple[str, str]]:
     """Deal a kind, in one form, to every optimizer: of three in a row two get one that shrinks.
 
-    Args:
-      number: which of the deals; they come round after as many as there are kinds that shrink.
-      steps: of the run.
+    The deals, by `number`, come round after as many as there are kinds that shrink.
     """
     table, hands = kinds(steps), {}
     shrinking = [kind for kind, made in table.items() if made.removed is not None]

@@ -25,14 +25,7 @@ from tests.studies import runs
 
 
 def stop_again_and_again(runner: runs.Runner, name: str, stops: int, rng: random.Random) -> str:
-    """Runs a study with so many stops.
-
-    Returns:
-      A line of the table.
-
-    Raises:
-      AssertionError: what it ends with is not what it should, or it ended otherwise than it should.
-    """
+    """Run a study with so many stops, check each end and what it leaves, and return a line of the table."""
     whole, again, broken = (runner.folder / f"{name}-{which}" for which in ("whole", "again", "broken"))
     runner.finish(runner.study(name, whole), whole)
     began = time.monotonic()

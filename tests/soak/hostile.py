@@ -22,41 +22,26 @@ from tests.support.quick import compile_quickly
 if __name__ == "__main__":
     compile_quickly()
 
+from tests.hostile import files, flags, pages, recipes, values
 from tests.hostile.watch import watched
 
-Case = Callable[[int], str]
+TARGETS = ("recipes", "files", "flags", "pages", "values")
 MEMORY = 8 << 30  # bytes of address space that the command may take beside what it has when it begins
 
 
-def cases(folder: Path) -> dict[str, Callable[[], Case]]:
-    """By target, what prepares it and gives `case(number)`, which says how the case ended."""
-
-    def own(name: str) -> Path:
-        (folder / name).mkdir()
-        return folder / name
-
-    def recipes() -> Case:
-        at = own("recipes")
-        return lambda number: recipes.case(number, at, watched)
-
-    def files() -> Case:
-        at = own("files")
+def cases(folder: Path, target: str) -> Callable[[int], str]:
+    """Return `case(number)` of a target, which says how the case ended, with what it needs in a folder."""
+    if target == "values":
+        return lambda number: values.case(number, watched)
+    at = folder / target
+    at.mkdir()
+    if target == "files":
         valid = files.Files(at)
         return lambda number: valid.case(number, at, watched)
-
-    def flags() -> Case:
-        at = own("flags")
-        return lambda number: flags.case(number, at, watched)
-
-    def pages() -> Case:
-        at = own("pages")
+    if target == "pages":
         pages.prepare(at)
-        return lambda number: pages.case(number, at, watched)
-
-    def values() -> Case:
-        return lambda number: values.case(number, watched)
-
-    return {"recipes": recipes, "files": files, "flags": flags, "pages": pages, "values": values}
+    module = {"recipes": recipes, "flags": flags, "pages": pages}[target]
+    return lambda number: module.case(number, at, watched)
 
 
 def numbers(seed: int, count: int | None, seconds: float) -> Iterator[int]:
@@ -76,17 +61,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="for all targets together (default: 600)")
     parser.add_argument("--cases", type=int, help="so many of each target, however long they take")
     parser.add_argument("--seed", type=int, default=0, help="the number of the first case (default: 0)")
-    with tempfile.TemporaryDirectory() as name:
-        targets = cases(Path(name))
-        parser.add_argument("--only", choices=list(targets), help="one of them")
-        chosen = parser.parse_args()
-        names = [chosen.only] if chosen.only else list(targets)
+    parser.add_argument("--only", choices=TARGETS, help="one of them")
+    chosen = parser.parse_args()
+    names = [chosen.only] if chosen.only else TARGETS
+    with tempfile.TemporaryDirectory() as folder:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
         warnings.simplefilter("ignore")
         print(f"{'target':<9}{'inputs':>9}{'seconds':>9}  how they ended")
         for target in names:
-            started, found, case = time.monotonic(), Counter(), targets[target]()
+            started, found, case = time.monotonic(), Counter(), cases(Path(folder), target)
             for number in numbers(chosen.seed, chosen.cases, chosen.seconds / len(names)):
                 try:
                     found[case(number)] += 1

@@ -62,26 +62,16 @@ def mutations(path: Path) -> Iterator[Any]:
 
 def annotations(text: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Return where the annotations of a module begin and end, as (line, column)."""
-    nodes = [
-        getattr(node, field, None)
-        for node in ast.walk(ast.parse(text))
-        for field in ("annotation", "returns")
-    ]
-    return [
-        ((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes if isinstance(n, ast.expr)
-    ]
+    fields = [(node, name) for node in ast.walk(ast.parse(text)) for name in ("annotation", "returns")]
+    nodes = [found for node, name in fields if isinstance(found := getattr(node, name, None), ast.expr)]
+    return [((n.lineno, n.col_offset), (n.end_lineno, n.end_col_offset)) for n in nodes]
 
 
 def tests_of(module: Path) -> list[str]:
-    """Return the tests of a module's room, after the examples in its docstrings, which are quick.
-
-    Args:
-      module: the path from the root of the project, such as jaxprune/selection/exact.py.
-    """
+    """Return the tests of a module's room, after the examples in its docstrings, which are quick."""
     room = module.with_suffix("").parts[1]
-    tests = [
-        path for path in (Path("tests", room), Path("tests", f"test_{room}.py")) if (ROOT / path).exists()
-    ]
+    places = Path("tests", room), Path("tests", f"test_{room}.py")
+    tests = [path for path in places if (ROOT / path).exists()]
     if not tests:
         raise SystemExit(f"{module}: there is no tests/{room} and no tests/test_{room}.py; pass --tests.")
     return [str(path) for path in (module, *tests)]

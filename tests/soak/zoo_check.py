@@ -24,17 +24,11 @@ from tests.zoo import ZOO, Case
 
 
 class Errors(NamedTuple):
-    """The largest differences between the masked and the small network, relative to the largest entry.
-
-    Attributes:
-        output: Of the outputs.
-        gradient: Of the gradients by the small params.
-        removed: The fraction of all params that is gone.
-    """
+    """The largest differences between the masked and the small network, relative to the largest entry."""
 
     output: float
-    gradient: float
-    removed: float
+    gradient: float  # by the small params
+    removed: float  # the fraction of all params that is gone
 
 
 def random_masks(params, groups, fraction, rng):
@@ -81,18 +75,28 @@ def compare(case: Case, fraction: float, dtype, split="major", seed=0) -> Errors
         outputs = small.apply(s, *inputs)
         return scalar(outputs), outputs
 
-    def both(s):
-        return [jax.value_and_grad(f, has_aux=True, allow_int=True)(s) for f in (dense, compacted)]
+    def with_gradient(f, s):
+        return jax.value_and_grad(f, has_aux=True, allow_int=True)(s)
 
-    if not _reverse_differentiable(dense, small):  # a while loop
+    try:
+        jax.eval_shape(lambda s: with_gradient(dense, s), small.params)
+    except ValueError:  # a while loop has no reverse derivative
 
-        def both(s):
-            return [(f(s), s) for f in (dense, compacted)]
+        def with_gradient(f, s):
+            return f(s), s
 
-    run = jax.jit(both).lower(small.params).compile(compiler_options=QUICK)
+    run = (
+        jax.jit(lambda s: [with_gradient(f, s) for f in (dense, compacted)])
+        .lower(small.params)
+        .compile(compiler_options=QUICK)
+    )
     output = gradient = 0.0
     for scale in (0.0, 0.3):
-        s = jax.tree.map(lambda leaf, scale=scale: _moved(leaf, scale, rng), small.params)
+        # By a factor, so that variances stay positive.
+        factors = jax.tree.map(
+            lambda leaf, k=scale: np.exp(k * rng.standard_normal(leaf.shape)), small.params
+        )
+        s = jax.tree.map(lambda leaf, factor: leaf * jnp.asarray(factor, leaf.dtype), small.params, factors)
         ((_, a), grad_a), ((_, b), grad_b) = run(s)
         output = max(output, difference(a, b))
         gradient = max(gradient, difference(grad_a, grad_b))
@@ -100,24 +104,11 @@ def compare(case: Case, fraction: float, dtype, split="major", seed=0) -> Errors
     return Errors(output, gradient, 1 - after / before)
 
 
-def _reverse_differentiable(function, small):
-    try:
-        jax.eval_shape(jax.grad(lambda s: function(s)[0]), small.params)
-    except ValueError:
-        return False
-    return True
-
-
 def _shrunk(small, case, outputs):
     """A function's output with what is new values of params cut to the small shapes."""
     if case.state is None:
         return outputs
     return with_state(outputs, case.state, small.shrink(case.state(outputs)))
-
-
-def _moved(leaf, scale, rng):
-    # By a factor, so that variances stay positive.
-    return leaf * jnp.asarray(np.exp(scale * rng.standard_normal(leaf.shape)), leaf.dtype)
 
 
 def difference(a, b):

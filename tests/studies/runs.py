@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -44,13 +43,7 @@ def flags(study: str, folder: Path) -> list[str]:
 
 
 def kill_at(folder: Path, number: int, word: str = "") -> None:
-    """Kill this process at its n-th change of the files below a folder, just before it.
-
-    Args:
-      folder: the folder.
-      number: which of them, from 1.
-      word: only those whose path has it count.
-    """
+    """Kill this process just before its n-th change of files below a folder whose path contains `word`."""
     seen = 0
     changes = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
     writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -88,11 +81,7 @@ def study(name: str, folder: Path, log: Path, before: Callable[..., None] | None
 
 
 class Runner:
-    """Starts processes from a server that has imported everything already.
-
-    Args:
-      folder: for what they say, and for the programs that they compile.
-    """
+    """Starts processes from a server that has imported everything; the folder is for logs and programs."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -140,7 +129,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def check_same(folder: Path, whole: Path) -> None:
-    """Return a run that was stopped, and has ended, must be as one that was not, to the bit."""
+    """Check that a run that was stopped, and has ended, is as one that was not, to the bit."""
     assert lines(folder) == lines(whole)
     assert files(folder) == files(whole)
     assert not list(folder.rglob("*tmp*"))
@@ -153,11 +142,7 @@ def steps(folder: Path) -> list[Path]:
 
 
 def damage(step: Path, rng: random.Random) -> str:
-    """Cut, flips a bit of, empties or deletes one file of a checkpoint, one of the larger ones rather.
-
-    Returns:
-      What was done.
-    """
+    """Cut, empty, delete or flip a bit of one file of a checkpoint, most likely a large one; say which."""
     files = [path for path in sorted(step.rglob("*")) if path.is_file()]
     (file,) = rng.choices(files, [path.stat().st_size + 1 for path in files])
     data = bytearray(file.read_bytes())
@@ -170,8 +155,3 @@ def damage(step: Path, rng: random.Random) -> str:
         changed = {"empty": b"", "cut": bytes(data[: len(data) // 2]), "zero": bytes(len(data))}
         file.write_bytes(changed.get(kind, bytes(data)))
     return f"{kind} {file.relative_to(step)}"
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder, if it is there."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,6 @@
 """A small run of every benchmark."""
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from experiments.benchmarks import files, graph, grouping, latency, lottery, mem
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
 from experiments.show.tables import markdown, text
+from tests.studies.outcomes import check_width, read
 
 TORCH = importlib.util.find_spec("torch") is not None
 
@@ -24,8 +24,8 @@ def test_lottery_benchmark(tmp_path, capsys):
     flags = "--steps 4 --levels 2 --seeds 0,1 --repeats 1 --trial-steps 2"
     lottery.main([*flags.split(), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    check_width(printed, tmp_path)
+    lines = read(tmp_path)
     agreement = {line["way"]: line for line in lines if line["figure"] == "agreement"}
     speed = {(line["way"], line["over"]): line["ratios"] for line in lines if line["figure"] == "speed"}
     ways = ["spread", "vmap", "alone", *(["torch", "torch best"] if TORCH else [])]
@@ -77,7 +77,7 @@ def test_latency_benchmark_counts_what_it_times(capsys):
     latency.main(argv)
     table = capsys.readouterr().out
     assert [line.split()[0] for line in table.splitlines()[3:]] == ["dense", "masked", "sparse", "compacted"]
-    assert max(map(len, table.splitlines())) <= 80
+    check_width(table)
     size = 32 * 32 + 32 * 10
     assert f" {4 * size:,} " in table
     assert f" {4 * (size - round(0.75 * size)):,} " in table
@@ -106,7 +106,7 @@ def test_files_benchmark_stays_above_the_bound():
     (line,) = files.run(files.Config(millions=0.3, sparsities=(0.9,), rounds=1))
     assert line["bound"] < line["ours"] < 1.05 * line["bound"]  # and biases, which stay
     assert line["int8"] < line["ours"] < line["numpy"]
-    assert max(map(len, files.summarise([line]).splitlines())) <= 80
+    check_width(files.summarise([line]))
 
 
 def test_all_benchmarks_write_one_page(tmp_path, capsys):

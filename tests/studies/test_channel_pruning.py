@@ -1,9 +1,6 @@
 """The channel-pruning study in small, its larger networks, and how they are trained."""
 
-import json
 import math
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +11,10 @@ import jaxprune as jp
 from experiments.channel_pruning import cutting, show, study
 from experiments.data import datasets, prepare
 from experiments.networks.large import Decoder, ResNet, ViT
+from experiments.run import settings
 from experiments.run.checkpoint import Checkpoints
 from experiments.training import steps
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
-
-
-def prepared(name):
-    folder = os.environ.get("TFDS_DATA_DIR")
-    return folder is not None and (Path(folder) / name).is_dir()
+from tests.studies.outcomes import check_width, is_png, prepared, read
 
 
 @pytest.fixture
@@ -112,9 +102,9 @@ def test_the_study_ends_in_smaller_networks_and_goes_on_where_it_was(tmp_path, c
     assert by_method["scratch"]["widths"] == by_method["local"]["widths"]
     assert by_method["dense"]["accuracy"] > 0.8
     assert by_method["local"]["accuracy"] > 0.8
-    assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(out / "accuracy.png")
     text = capsys.readouterr().out
-    assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(text, tmp_path)
     assert all(method in text for method in methods)
     assert "conv2" in text
 
@@ -166,27 +156,18 @@ def test_transformers_lose_heads_and_hidden_units(name, tmp_path, monkeypatch, f
 
         monkeypatch.setattr(datasets, "load_shakespeare", load)
     dataset, train, test = {"vit": ("cifar10", 128, 50), "decoder": ("tiny_shakespeare", 2049, 1281)}[name]
-    config = study.Config(
-        dataset=dataset,
-        network=name,
-        train_size=train,
-        test_size=test,
-        epochs=1,
-        tune_epochs=1,
-        batch_size=16,
-        timing_runs=0,
-        batch_sizes=(4,),
-        targets=(1.5,),
-        methods=("global",),
-        out=str(tmp_path),
+    flags = (
+        f"--dataset {dataset} --network {name} --train-size {train} --test-size {test} --epochs 1 "
+        "--tune-epochs 1 --batch-size 16 --timing-runs 0 --batch-sizes 4 --targets 1.5 --methods global"
     )
+    config = settings.parse(study.Config, [*flags.split(), "--out", str(tmp_path)])
     lines = study.run(config)
     check_lines(read(tmp_path), ("global",), (1.5,))
     widths = lines[1]["widths"]
     assert sorted(units for _, units in widths.values()) == [4, 24]
     show.plot(lines, study.settings(config))
     text = show.summarise(lines, study.settings(config))
-    assert max(map(len, text.splitlines())) <= 80
+    check_width(text)
     if name == "decoder":
         assert "bits per character" in text
         assert lines[1]["bits"] == pytest.approx(lines[1]["loss"] / math.log(2))
@@ -288,11 +269,11 @@ def test_the_coupled_lasso_is_the_sum_of_units_norms():
 
 
 def test_flags_that_cannot_be_met_are_refused():
-    settings, config = study.settings, study.Config
+    config = study.Config
     with pytest.raises(ValueError, match="resnet20 is for --dataset cifar10, got digits"):
-        settings(config(network="resnet20"))
-    assert settings(config(dataset="cifar10", lr=0.2)).epochs == 15
-    assert settings(config(dataset="cifar10", lr=0.2)).lr == 0.2
+        study.settings(config(network="resnet20"))
+    assert study.settings(config(dataset="cifar10", lr=0.2)).epochs == 15
+    assert study.settings(config(dataset="cifar10", lr=0.2)).lr == 0.2
     assert cutting.shares(5, 3) == [2, 2, 1]
     assert cutting.shares(2, 3) == [1, 1]
 
@@ -307,13 +288,9 @@ def resnet(depth, shortcut="projection"):
 
 
 def test_resnets_have_the_articles_parameters():
-    counts = {(d, s): count(resnet(d, s)[1]["params"]) for d in (20, 56) for s in ("projection", "pad")}
-    assert counts == {
-        (20, "projection"): 272_474,
-        (56, "projection"): 855_770,
-        (20, "pad"): 269_722,
-        (56, "pad"): 853_018,
-    }
+    expected = {"projection": {20: 272_474, 56: 855_770}, "pad": {20: 269_722, 56: 853_018}}
+    for shortcut, counts in expected.items():
+        assert {depth: count(resnet(depth, shortcut)[1]["params"]) for depth in counts} == counts
     with pytest.raises(ValueError, match="6 n \\+ 2"):
         resnet(21)
 

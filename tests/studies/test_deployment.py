@@ -1,27 +1,15 @@
 """A small run of the deployment study."""
 
-import json
-
 import pytest
 
 from experiments import deployment
+from tests.studies.outcomes import check_width, read
 
 
 def test_the_steps_of_deployment(tmp_path, capsys):
-    flags = [
-        "--train-size",
-        "300",
-        "--test-size",
-        "100",
-        "--seeds",
-        "0",
-        "--epochs",
-        "6",
-        "--tune-epochs",
-        "3",
-    ]
-    deployment.main([*flags, "--batch-size", "32", "--rounds", "2", "--out", str(tmp_path)])
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    flags = "--train-size 300 --test-size 100 --seeds 0 --epochs 6 --tune-epochs 3 --batch-size 32 --rounds 2"
+    deployment.main([*flags.split(), "--out", str(tmp_path)])
+    lines = read(tmp_path)
     steps = {line["step"]: line for line in lines}
     assert list(steps) == list(deployment.STEPS)
     dense = steps["compiled"]
@@ -39,5 +27,5 @@ def test_the_steps_of_deployment(tmp_path, capsys):
     assert {step for step, line in steps.items() if line["speed_up"] > 0} == set(deployment.STEPS)
     assert steps["compiled"]["speed_up"] == 1
     table = capsys.readouterr().out.split("Wrote")[0]
-    assert max(map(len, table.splitlines())) <= 80
+    check_width(table)
     assert "channels pruned, taught, int8" in table

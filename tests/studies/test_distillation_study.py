@@ -1,8 +1,6 @@
 """The distillation study in small, and what it is built of."""
 
-import json
 import operator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,7 @@ from experiments.data import datasets
 from experiments.networks.small import MLP
 from experiments.training import distill, loops
 from experiments.training.distill import Mix
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
+from tests.studies.outcomes import check_width, is_png, read
 
 
 def select(lines, **keys):
@@ -78,19 +73,15 @@ def test_a_student_comes_near_its_teacher_or_stays_there(digits):
     train, _ = digits
     model, keys, bar = MLP(widths=(16, 10)), loops.seed_keys((0, 1), 0), tqdm(disable=True)
     rng = np.random.default_rng(0)
-    shapes = {"fc1": (64, 16), "fc2": (16, 10)}  # for each of two seeds
-    params = {
-        name: {
-            "kernel": rng.normal(0, 0.2, (2, *shape)).astype(np.float32),
-            "bias": np.zeros((2, shape[1]), np.float32),
-        }
-        for name, shape in shapes.items()
-    }
+
+    def layer(inputs, outputs):  # for each of two seeds
+        kernel = rng.normal(0, 0.2, (2, inputs, outputs)).astype(np.float32)
+        return {"kernel": kernel, "bias": np.zeros((2, outputs), np.float32)}
+
+    params = {"fc1": layer(64, 16), "fc2": layer(16, 10)}
     masks = distill.prune(params, jp.ones_masks(params), 0.5)
-    fit, answer = (
-        distill.fitter(model, optax.adam(1e-2), 60, train),
-        distill.answerer(model, train, chunk=50),
-    )
+    fit = distill.fitter(model, optax.adam(1e-2), 60, train)
+    answer = distill.answerer(model, train, chunk=50)
     teacher = fit(params, masks, keys, 10, bar)
     jp.check_pruned(teacher, masks)
 
@@ -118,24 +109,14 @@ def run_small(folder, flags):
     return lines
 
 
-def check_width(text, folder):
-    assert max(len(line) for line in text.splitlines() if str(folder) not in line) <= 80
-
-
 def test_the_students_true_ratios(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        distillation, "STUDENTS", {"conv-linear": False}
-    )  # the other one has the same numbers
+    # The other student has the same numbers.
+    monkeypatch.setattr(distillation, "STUDENTS", {"conv-linear": False})
     lines = run_small(tmp_path, "--parts student --seeds 0 --teacher-epochs 1 --student-epochs 2")
     text = capsys.readouterr().out
     check_width(text, tmp_path)
-    assert [line["method"] for line in lines] == [
-        "labels",
-        "labels",
-        "labels, 2x rate",
-        "labels + T=1",
-        "mix",
-    ]
+    methods = ["labels", "labels", "labels, 2x rate", "labels + T=1", "mix"]
+    assert [line["method"] for line in lines] == methods
     assert [line["network"] for line in lines] == ["LeNet"] + 4 * ["conv-linear"]
     sizes = [(line["parameters"], line["macs"]) for line in lines]
     assert sizes == [(21840, 480500)] + 4 * [(18811, 25 * 25 * 16 * 3 + 1875 * 10)]
@@ -174,7 +155,7 @@ def test_few_images_and_pruning(tmp_path, capsys):
         first = select(pruned, images=images, sparsity=0.5, seed=1)
         assert len({line["accuracy_before_tuning"] for line in first}) == 1
         assert len({line["epochs"] for line in first}) == 1
-        assert (tmp_path / f"pruning-{images}.png").read_bytes().startswith(b"\x89PNG")
+        assert is_png(tmp_path / f"pruning-{images}.png")
 
 
 @pytest.mark.parametrize(

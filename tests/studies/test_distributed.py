@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.distributed import sharded_training, study
 from experiments.distributed.launch import launch
 from experiments.run import settings
+from tests.studies.outcomes import check_width
 
 TINY = (
     "--steps 6 --batch-size 4 --parts 2 --context 8 --dim 16 --depth 1 --heads 2 --hidden 16 --mask-updates 2"
@@ -24,7 +25,7 @@ def test_masks_do_not_depend_on_devices_or_processes(tmp_path, capsys):
     flags = f"{TINY} --devices 2 --processes 2 --reproducible --check --sparsity 0.75 --out {out}"
     study.main(flags.split())
     table = capsys.readouterr().out
-    assert max(map(len, table.splitlines())) <= 80
+    check_width(table)
     assert "masks of the same params: the same to the bit" in table
     config = settings.parse(study.Config, flags.split())
     lines = [study.line_of(out / layout.name) for layout in study.layouts(config)]
@@ -149,12 +150,7 @@ def test_fingerprints_tell_bits_paths_and_shapes():
     mask = np.zeros((2, 9), bool)
     other = mask.copy()
     other[1, 8] = True
-    trees = [
-        {"a": mask},
-        {"a": other},
-        {"b": mask},
-        {"a": mask.reshape(9, 2)},
-        {"a": mask.astype(np.float32)},
-    ]
+    trees = [{"a": mask}, {"a": other}, {"b": mask}]
+    trees += [{"a": mask.reshape(9, 2)}, {"a": mask.astype(np.float32)}]
     assert len(set(map(sharded_training.fingerprint, trees))) == len(trees)
     assert sharded_training.fingerprint({"a": jnp.asarray(mask)}) == sharded_training.fingerprint({"a": mask})

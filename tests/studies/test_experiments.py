@@ -1,8 +1,6 @@
 """A small version of every study, and what they are built of."""
 
-import json
 import operator
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +20,7 @@ from experiments.run import settings
 from experiments.run.results import layers
 from experiments.show import tables
 from experiments.training import loops
+from tests.studies.outcomes import check_width, is_png, prepared, read
 
 # The founding article's table, by fraction pruned per round: parameters left, size ratio, MACs ratio
 # in its count; for channels also which are alive, and what is left when they are taken out.
@@ -43,14 +42,6 @@ CHANNELS = {
     0.6: ([1, 1, 3], 11.97, 16.34, 143, 16078),
     0.7: ([0, 1, 1], 18.83, 25.33, None, None),
 }
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
-
-
-def is_png(path):
-    return path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
@@ -87,7 +78,7 @@ def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
                 assert line["compact_accuracy"] == pytest.approx(line["accuracy"])
                 assert line["compact_difference"] < 1e-4
     table = capsys.readouterr().out
-    assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(table, tmp_path)
     assert lenet.summarise(lines, "mnist").count("article") > 1  # a column beside the sentence about it
     assert "480,500" in table
     assert "932,500" in table
@@ -126,11 +117,7 @@ def test_gradual_study(tmp_path, capsys):
     again = gradual.run(settings.parse(gradual.Config, repeat))
     assert [line["accuracy"] for line in again] == [line["accuracy"] for line in lines]
     table = capsys.readouterr().out
-    assert max(len(line) for line in table.splitlines() if str(tmp_path) not in line) <= 80
-
-
-def widest(text, folder):
-    return max(len(line) for line in text.splitlines() if str(folder) not in line)
+    check_width(table, tmp_path)
 
 
 # Weights of LeNet-300-100 that are left after some levels of 20 %, the last layer of 10 %.
@@ -171,7 +158,7 @@ def test_lottery_study(tmp_path, capsys):
     assert len(set(others)) > 1
     assert is_png(out / "accuracy.png")
     table = capsys.readouterr().out
-    assert widest(table, tmp_path) <= 80
+    check_width(table, tmp_path)
     assert all(method in table for method in lottery_ticket.METHODS)
     # The same settings again only report; --fresh trains anew, and gets the same.
     again = lottery_ticket.run(settings.parse(lottery_ticket.Config, ["--recipe", str(out / "recipe.yaml")]))
@@ -180,24 +167,14 @@ def test_lottery_study(tmp_path, capsys):
 
 def test_the_articles_preset_prunes_a_tenth_of_every_layer(tmp_path):
     chosen = lottery_ticket.settings(lottery_ticket.Config(preset="article"))
-    assert (chosen.levels, chosen.epochs, chosen.batch_size, chosen.rate, chosen.last_rate) == (
-        40,
-        10,
-        32,
-        0.1,
-        0.1,
-    )
+    expected = {"levels": 40, "epochs": 10, "batch_size": 32, "rate": 0.1, "last_rate": 0.1}
+    assert {name: getattr(chosen, name) for name in expected} == expected
     config = lottery_ticket.Config(
         preset="article", levels=2, epochs=1, tune_epochs=1, seeds=(0,), train_size=200, out=str(tmp_path)
     )
     lines = lottery_ticket.run(config)
-    assert [(x["method"], x["level"]) for x in lines] == [
-        ("ticket", 0),
-        ("ticket", 1),
-        ("ticket", 2),
-        ("tune", 1),
-        ("tune", 2),
-    ]
+    found = [f"{line['method']} {line['level']}" for line in lines]
+    assert found == ["ticket 0", "ticket 1", "ticket 2", "tune 1", "tune 2"]
     expected = sum(round(0.9 * round(0.9 * n)) for n in (64 * 300, 300 * 100, 100 * 10))
     assert lines[-1]["kept_weights"] == expected
 
@@ -242,7 +219,7 @@ def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
     for line in lines[8:]:
         assert sum(line["kept"].values()) == 50200 - round(0.9 * 50200)
     assert is_png(out / "accuracy.png")
-    assert widest(capsys.readouterr().out, tmp_path) <= 80
+    check_width(capsys.readouterr().out, tmp_path)
 
 
 def test_pruning_at_init_study(tmp_path, capsys):
@@ -262,7 +239,7 @@ def test_pruning_at_init_study(tmp_path, capsys):
     for compression in (20, 50):
         assert mean["snip", compression] > mean["random", compression] + 0.02
     assert is_png(out / "accuracy.png")
-    assert widest(capsys.readouterr().out, tmp_path) <= 80
+    check_width(capsys.readouterr().out, tmp_path)
 
 
 def test_only_iterated_synflow_keeps_a_deep_narrow_network_whole():
@@ -366,7 +343,7 @@ def test_tables_set_side_by_side_what_fits():
 
 
 def test_studies_read_mnist_from_the_prepared_folder(tmp_path):
-    if not (Path(os.environ.get("TFDS_DATA_DIR", "")) / "mnist").is_dir():
+    if not prepared("mnist"):
         pytest.skip("TFDS_DATA_DIR holds no prepared MNIST")
     small = {"dataset": "mnist", "train_size": 600, "test_size": 100, "seeds": (0,), "out": str(tmp_path)}
     lines = gradual.run(gradual.Config(**small, epochs=2, tune_epochs=1, end_epoch=1, sparsities=(0.5,)))
@@ -442,13 +419,3 @@ def test_fitting_under_masks_keeps_them_and_seeds_do_not_mix():
         own = jax.tree.map(operator.itemgetter(index), fitted)
         guess = model.apply({"params": own}, test.batch(jnp.arange(50))[0]).argmax(-1)
         assert accuracy[index] == pytest.approx(float((guess == test.y).mean()))
-
-
-def test_flags_are_the_fields_of_the_config():
-    config = settings.parse(
-        gradual.Config, ["--sparsities", "0.5,0.75", "--seeds", "4", "--train-size", "10"]
-    )
-    assert config == gradual.Config(sparsities=(0.5, 0.75), seeds=(4,), train_size=10)
-    assert settings.parse(lenet.Config, []) == lenet.Config()
-    with pytest.raises(SystemExit):
-        settings.parse(lenet.Config, ["--dataset", "imagenet"])

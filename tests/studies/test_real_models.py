@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ from experiments.real_models import command, measure, page, table
 from experiments.real_models.case import Case, Model, combine, moved, split_floating
 from experiments.real_models.catalog import MODELS
 from experiments.run.limits import FlagError
+from tests.studies.outcomes import is_png, read
 
 ROOT = Path(__file__).resolve().parents[2]
 BY_NAME = {model.name: model for model in MODELS}
@@ -73,33 +75,28 @@ def test_the_figures_are_those_of_a_perceptron_worked_out_by_hand():
     assert line["expected"] == line["ratio"] == small / size
     assert line["macs_ratio"] == (4 * 7 + 7 * 5 + 5 * 3) / (4 * 10 + 10 * 7 + 7 * 3)
     assert line["seconds"].keys() >= {"groups", "prune", "compact", "check"}
-
-
-def test_a_fraction_is_asked_for():
     assert measure.measure(model(plain((4, 10, 3))), 0.5)["ratio"] == (4 * 5 + 5 + 5 * 3 + 3) / 83
 
 
 def test_a_network_that_is_wrong_is_found(monkeypatch):
     real = jp.compact
-    monkeypatch.setattr(jp, "compact", lambda *args, **keywords: _off(real(*args, **keywords)))
+
+    def off(*args, **keywords):
+        small = real(*args, **keywords)
+        return replace(small, apply=lambda params, *xs: small.apply(params, *xs) * 1.001)
+
+    monkeypatch.setattr(jp, "compact", off)
     line = measure.measure(model(plain()))
     assert line["status"] == "wrong"
     assert line["error"] == pytest.approx(1e-3, rel=0.01)
     assert "WRONG: off by 1.0e-03" in table.row(line)
 
 
-def _off(small):
-    apply = small.apply
-    small.apply = lambda params, *xs: apply(params, *xs) * 1.001
-    return small
-
-
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (1, 2, 0)])
 def test_a_reshape_that_transposes_first(order):
     """Concatenating the slices of an array is one, which nanodl's Mistral does."""
     rng = np.random.default_rng(0)
-    shapes = {"a": (5, 8), "b": (4 * 8 // 4, 3)}
-    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+    params = {"a": jnp.asarray(rng.standard_normal((5, 8))), "b": jnp.asarray(rng.standard_normal((8, 3)))}
 
     def apply(params, x):
         hidden = jnp.tanh(x @ params["a"]).reshape(4, 2, 4)
@@ -160,10 +157,6 @@ def test_moved_leaves_nothing_zero_and_signs_alone():
 # --- the command
 
 
-def lines_of(folder):
-    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture
 def fake(monkeypatch):
     """Models that are measured in this process; returns what was measured, and statuses to be had."""
@@ -174,10 +167,8 @@ def fake(monkeypatch):
         line = _line(model.name, status=statuses.get(model.name, "ok"))
         return line | ({"reason": "slow"} if line["status"] == "timeout" else {})
 
-    models = [
-        Model(name, ("numpy",), lambda rng: plain(), "layers") for name in ("a/one", "a/two", "b/three")
-    ]
-    models.append(Model("c/absent", ("no-such-package",), lambda rng: plain(), "layers"))
+    packages = {"a/one": "numpy", "a/two": "numpy", "b/three": "numpy", "c/absent": "no-such-package"}
+    models = [Model(name, (needed,), lambda rng: plain(), "layers") for name, needed in packages.items()]
     monkeypatch.setattr(command, "MODELS", models)
     monkeypatch.setattr(command, "in_process", in_process)
     return asked, statuses
@@ -200,7 +191,7 @@ def test_a_run_goes_on_and_a_finished_one_is_added_to(fake, tmp_path, capsys):
     command.main(out)
     assert asked == ["a/one", "a/two", "b/three"]
     assert "Not installed, so left out: c/absent" in capsys.readouterr().out
-    assert [line["model"] for line in lines_of(tmp_path)] == asked
+    assert [line["model"] for line in read(tmp_path)] == asked
     command.main(out)
     assert len(asked) == 3
     del statuses["b/three"]
@@ -213,7 +204,7 @@ def test_a_run_goes_on_and_a_finished_one_is_added_to(fake, tmp_path, capsys):
     with pytest.raises(SystemExit, match="other settings"):
         command.main(["--fraction", "0.5", *out])
     command.main(["--fresh", "--fraction", "0.5", "--only", "a/one", *out])
-    assert len(lines_of(tmp_path)) == 1
+    assert len(read(tmp_path)) == 1
 
 
 def test_a_run_that_is_stopped_keeps_what_it_has(fake, tmp_path, monkeypatch):
@@ -282,16 +273,12 @@ def test_models_are_named_once_and_their_libraries_are_in_the_extra():
 
 def test_the_table_of_what_was_reached_before_is_whole():
     baseline = table.read_baseline(ROOT / command.BASELINE)
-    absent = [name for name in baseline if name not in BY_NAME]
-    assert absent == []
-    assert len(baseline) > 100
+    assert not baseline.keys() - BY_NAME.keys() and len(baseline) > 100
 
 
 def test_a_table_is_read_back(tmp_path):
-    lines = [
-        _line("a/one", versions={"jaxprune": "0.2"}),
-        _line("a/two", ratio=None, error=None, error_moved=None),
-    ]
+    missing = {"ratio": None, "error": None, "error_moved": None}
+    lines = [_line("a/one", versions={"jaxprune": "0.2"}), _line("a/two", **missing)]
     table.write_csv(lines, tmp_path / "t.csv")
     (one,) = table.read_baseline(tmp_path / "t.csv")["a/one"]
     assert one == (4, 4, 1.0, 0.5, 0.5, 2e-7, "version 0.2", True)
@@ -354,12 +341,10 @@ def test_the_page_and_its_picture(tmp_path):
     lines = [
         _line("a/one|two", refusals=[["w[0]", "a reason"], ["w[1]", "a reason"]], groups=6),
         _line("a/three", status="wrong", error=0.5, ours=True, note="a note"),
-        {
-            k: v
-            for k, v in _line("b/four", status="timeout", reason="too slow").items()
-            if k not in ("ratio", "error", "error_moved")
-        },
+        _line("b/four", status="timeout", reason="too slow"),
     ]
+    for figure in ("ratio", "error", "error_moved"):
+        del lines[2][figure]
     page.write(lines, {"a/three": [BEFORE]}, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "| one\\|two | layers | 1,000 | 4/6 | 1.000 | 0.500 | 0.500 | 0.500 | 2.0e-07 | 1 |" in text
@@ -367,5 +352,5 @@ def test_the_page_and_its_picture(tmp_path):
     assert "out of time" in text and "- b/four: `OUT OF TIME: too slow`" in text
     assert "- a/one|two, `w[0]` and 1 more: `a reason`" in text
     assert "worse: a/three: error" in text and "version 0.1" in text
-    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    assert is_png(tmp_path / "page.png")
     assert "site-packages" not in page._code("at /x/lib/site-packages/keras/layer.py:3")

@@ -1,7 +1,6 @@
 """The runner of recipes, and the recipes that studies leave."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -14,6 +13,7 @@ from experiments import dynamic_sparse, gradual, lenet
 from experiments import recipe as runner
 from experiments.channel_pruning import cutting, study
 from experiments.run import saved_recipes, settings
+from tests.studies.outcomes import check_width, read
 from tests.support.commands import command_module
 
 EXAMPLES = sorted((Path(runner.__file__).parent / "recipes").glob("*.yaml"))
@@ -21,10 +21,6 @@ STUDIES = (
     *("channel_pruning", "distillation", "dynamic_sparse", "gradual", "lenet", "lottery_ticket"),
     *("pruning_at_init", "recipe", "sensitivity"),
 )
-
-
-def read(folder):
-    return [json.loads(line) for line in (Path(folder) / "results.jsonl").read_text().splitlines()]
 
 
 def small(path, out, text=None, **changes):
@@ -76,7 +72,7 @@ def test_examples_in_small(path, tmp_path, capsys):
     assert jp.metrics.nonzeros(saved.masks) == pruned["kept"]
     jp.check_pruned(saved.params, saved.masks)
     printed = capsys.readouterr().out
-    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(printed, tmp_path)
     # What it leaves is the recipe with the flags: a recipe of the library, and one to run again.
     left = tmp_path / "out" / "recipe.yaml"
     assert jp.recipes.load(left).data["prune"] == jp.recipes.parse(text).data["prune"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import itertools
 import json
 import re
 import string
@@ -13,14 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from experiments.report import command, groups
 from experiments.report import masks as masks_of
 from experiments.report import read as reading
 from experiments.report.design import Axis, Design
 from experiments.run.results import Results, layers
-from jaxprune import plots
 from tests.support.browser import Browser, NoBrowser
 
 
@@ -141,13 +140,8 @@ def test_every_number_of_a_table_is_that_of_the_lines(tmp_path):
         return f"{np.mean(own):,.{digits}f} ± {np.std(own):,.{digits}f}"
 
     rows = page.table("method", "sparsity, %", "accuracy, %")
-    assert [(row["method"], row["sparsity, %"]) for row in rows] == [
-        ("dense", "0"),
-        ("small", "50"),
-        ("small", "90"),
-        ("large", "50"),
-        ("large", "90"),
-    ]
+    assert [row["method"] for row in rows] == ["dense", "small", "small", "large", "large"]
+    assert [row["sparsity, %"] for row in rows] == ["0", "50", "90", "50", "90"]
     for row in rows:
         keys = {"method": row["method"], "sparsity": float(row["sparsity, %"]) / 100}
         assert row["accuracy, %"] == expected("accuracy", 100, 2, **keys)
@@ -167,30 +161,22 @@ def test_every_number_of_a_table_is_that_of_the_lines(tmp_path):
     assert "python -m toy" in said
     assert "jax 1.2.3" in said
     # The Markdown has the same rows.
-    found = [
-        [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in markdown.splitlines()
-        if line.startswith("|")
-    ]
-    for row in rows:
-        assert list(row.values()) in found
+    found = [line.split("|")[1:-1] for line in markdown.splitlines() if line.startswith("|")]
+    assert all(list(row.values()) in [[cell.strip() for cell in cells] for cells in found] for row in rows)
     paths = str(tmp_path)
     assert max(len(line) for line in markdown.splitlines() if paths not in line and line[:1] != "!") <= 80
     for picture in re.findall(r"\]\((.*?)\)", markdown):
         assert picture.startswith("#") or (tmp_path / picture).stat().st_size
-    assert sorted(p.name for p in (tmp_path / "report_pictures").iterdir()) == [
-        "section-1-curve-1.svg",
-        "section-1-curve-2.svg",
-    ]
+    pictures = sorted(p.name for p in (tmp_path / "report_pictures").iterdir())
+    assert pictures == ["section-1-curve-1.svg", "section-1-curve-2.svg"]
 
 
 def test_the_same_results_make_the_same_bytes(tmp_path):
     file = write(tmp_path / "toy.jsonl", study())
-    texts = []
-    for name in ("a", "b"):
-        command.report([file], tmp_path / f"{name}.html")
-        texts.append((tmp_path / f"{name}.html").read_bytes())
-    assert texts[0] == texts[1]
+    pages = tmp_path / "a.html", tmp_path / "b.html"
+    for page in pages:
+        command.report([file], page)
+    assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
 def parted(lines):
@@ -256,22 +242,13 @@ def test_factors_levels_and_figures_are_told_apart(name):
 def test_a_study_declares_the_roles_of_its_fields():
     """What is declared holds, whatever the values look like: here they are whole, and differ by seed."""
     design = Design(("figure", "method"), ("sparsity",), ("accuracy",), baseline={"method": "dense"})
-    lines = [
-        {"figure": "drop", "layer": "fc1", "sparsity": 1, "seed": s, "drop": s, "design": design.as_json()}
-        for s in (0, 1)
-    ] + [
-        {
-            "figure": "end",
-            "method": m,
-            "id": f"{m}{s}",
-            "sparsity": s,
-            "seed": s,
-            "loss": 3 * s,
-            "accuracy": 7,
-        }
-        for m in ("dense", "small")
-        for s in (0, 1)
+    drops = [{"figure": "drop", "layer": "fc1", "sparsity": 1, "seed": s, "drop": s} for s in (0, 1)]
+    ends = [
+        {"figure": "end", "method": m, "id": f"{m}{s}", "accuracy": 7}
+        | {"sparsity": s, "seed": s, "loss": 3 * s}
+        for m, s in itertools.product(("dense", "small"), (0, 1))
     ]
+    lines = [drops[0] | {"design": design.as_json()}, *drops[1:], *ends]
     drop, end = parted(lines)
     assert (drop.factors, drop.levels, drop.figures) == ([], [], ["drop"])
     assert (end.factors, end.levels, end.figures) == (["method"], ["sparsity"], ["accuracy", "loss"])
@@ -289,15 +266,10 @@ def test_runs_whose_settings_differ_are_not_averaged(tmp_path):
     page = made(tmp_path, write(tmp_path / "runs" / "one.jsonl", lines))
     assert page.headings.count("toy: digits") == page.headings.count("toy: mnist") == 1
     rows = page.table("method", "lr", "sparsity, %", "lines")
-    assert [(row["lr"], row["lines"]) for row in rows if row["method"] == "dense"] == [
-        ("0.1", "4"),
-        ("0.5", "2"),
-    ]
-    assert page.table("lines", "seeds", "lr", "out") == [
-        {"lines": "6", "seeds": "0, 1", "lr": "0.1", "out": "a"},
-        {"lines": "6", "seeds": "2, 3", "lr": "0.1", "out": "b"},
-        {"lines": "6", "seeds": "0, 1", "lr": "0.5", "out": "c"},
-    ]
+    dense = [row for row in rows if row["method"] == "dense"]
+    assert [(row["lr"], row["lines"]) for row in dense] == [("0.1", "4"), ("0.5", "2")]
+    expected = [("6", "0, 1", "0.1", "a"), ("6", "2, 3", "0.1", "b"), ("6", "0, 1", "0.5", "c")]
+    assert [tuple(row.values()) for row in page.table("lines", "seeds", "lr", "out")] == expected
 
 
 def test_what_is_missing_or_not_finite_is_said(tmp_path):
@@ -366,32 +338,6 @@ def test_masks_that_a_study_keeps_are_pictures(tmp_path):
     assert "line 3, are not below its folder: ../../secret." in said
 
 
-@given(hnp.arrays(bool, hnp.array_shapes(min_dims=2, max_dims=4, max_side=9)), st.integers(1, 7))
-@settings(deadline=None, max_examples=60, derandomize=True)
-def test_blocks_average_every_entry_once(mask, most):
-    matrix = mask.reshape(-1, mask.shape[-1])
-    rows, columns = (np.array_split(np.arange(n), min(most, n)) for n in matrix.shape)
-    expected = [[matrix[np.ix_(r, c)].mean() for c in columns] for r in rows]
-    np.testing.assert_allclose(plots._blocks(mask, most), expected)
-
-
-def test_filters_stand_in_rows_of_inputs():
-    mask = np.random.default_rng(0).random((3, 2, 4, 5)) < 0.5
-    image = plots._filters(mask)
-    assert image.shape == (4 * 4 - 1, 5 * 3 - 1)
-    for i in range(4):
-        for o in range(5):
-            np.testing.assert_array_equal(image[4 * i : 4 * i + 3, 3 * o : 3 * o + 2], mask[:, :, i, o])
-    assert np.isnan(image).sum() == image.size - mask.size
-
-
-def test_inputs_are_pixels_where_they_form_a_square():
-    mask = np.random.default_rng(0).random((75, 7)) < 0.5
-    expected = [[mask.reshape(5, 5, 3, 7)[i, j].mean() for j in range(5)] for i in range(5)]
-    np.testing.assert_allclose(plots._input_pixels(mask), expected)
-    assert plots._input_pixels(mask[:74]) is None
-
-
 def failure(capsys, tmp_path, *arguments):
     with pytest.raises(SystemExit) as caught:
         command.main([*map(str, arguments), "--out", str(tmp_path / "out" / "r.html")])
@@ -451,20 +397,10 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path, capsys):
 
 
 HOSTILE = "<script>document.title = 'run'</script>"
-KNOWN = [
-    "method",
-    "seed",
-    "sparsity",
-    "accuracy",
-    "layers",
-    "masks",
-    "config",
-    "kept",
-    "macs",
-    "params",
-    "$x_1^",
-]
-names = st.sampled_from(KNOWN) | st.text(st.characters() | st.sampled_from("<&\"'|`$_\\\0"), max_size=6)
+KNOWN = "method seed sparsity accuracy layers masks config kept macs params $x_1^"
+names = st.sampled_from(KNOWN.split()) | st.text(
+    st.characters() | st.sampled_from("<&\"'|`$_\\\0"), max_size=6
+)
 leaves = (
     st.none()
     | st.booleans()
@@ -531,11 +467,11 @@ def test_a_browser_shows_it_whole_and_runs_nothing(browser, tmp_path):
     tree = {"fc1/kernel": np.random.default_rng(0).random((784, 30)) < 0.1}
     with Results(tmp_path / HOSTILE.replace("/", "|"), HOSTILE, Config(), design=DESIGN) as results:
         file = results.keep_masks("small", tree)
+        said = ("study", "config", "versions", "command", "design")
         for line in lines:
-            own = {
-                k: v for k, v in line.items() if k not in ("study", "config", "versions", "command", "design")
-            }
-            results.write(**own, layers=layers(tree), **({"masks": file} if line["sparsity"] == 0.9 else {}))
+            own = {key: value for key, value in line.items() if key not in said}
+            masks = {"masks": file} if line["sparsity"] == 0.9 else {}
+            results.write(**own, layers=layers(tree), **masks)
         results.write(method="javascript:alert(1)", seed=0, sparsity=0.5, accuracy=0.5, **{"long " * 40: 1.5})
     write(tmp_path / "other.jsonl", study(study=HOSTILE))
     made(tmp_path, tmp_path)

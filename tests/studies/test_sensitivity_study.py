@@ -1,7 +1,5 @@
 """A small run of the study of sensitivity, and of its benchmark."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import jaxprune as jp
 from experiments import sensitivity
 from experiments.benchmarks import sensitivity_cost as benchmark
+from tests.studies.outcomes import check_width, is_png, read
 
 FLAGS = "--network mlp --train-size 600 --test-size 60 --epochs 4 --tune-epochs 1 --seeds 0,1"
 
@@ -17,9 +16,9 @@ FLAGS = "--network mlp --train-size 600 --test-size 60 --epochs 4 --tune-epochs 
 def test_the_study(tmp_path, capsys):
     flags = f"{FLAGS} --kinds weights,channels --levels 0.3,0.6,0.9 --tolerances 0,0.1 --out {tmp_path}"
     sensitivity.main(flags.split())
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    lines = read(tmp_path)
     for picture in ("sensitivity.png", "untuned.png", "tuned.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert is_png(tmp_path / picture)
     points = [line for line in lines if line["figure"] == "sensitivity"]
     layers = {"weights": 3, "channels": 2}
     for kind, count in layers.items():
@@ -55,7 +54,7 @@ def test_the_study(tmp_path, capsys):
             assert all(drops[layer, level] <= line["tolerance"] for level in levels)
             assert target == max(levels, default=0)
     printed = capsys.readouterr().out
-    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
+    check_width(printed, tmp_path)
     assert "channels: test accuracy in %, before | after tuning" in printed
 
 

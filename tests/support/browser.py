@@ -11,16 +11,10 @@ from selenium.common.exceptions import WebDriverException
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
-    "--headless",
     "--no-sandbox",  # pages are our own, and root has no sandbox
-    "--disable-gpu",
-    "--disable-dev-shm-usage",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-extensions",
-    "--disable-sync",
-    "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE localhost",  # no name leads anywhere
+    *("--headless", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-extensions", "--disable-sync", "--no-first-run"),
 )
 
 

@@ -3,15 +3,8 @@
 import math
 import re
 
-COLLECTIVES = (
-    "all-gather",
-    "all-to-all",
-    "collective-permute",
-    "all-reduce",
-    "reduce-scatter",
-    "ragged-all-to-all",
-)
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)}|collective-broadcast)(?:-start)?\(")
+COLLECTIVES = "all-gather all-to-all collective-permute all-reduce reduce-scatter ragged-all-to-all"
+_COLLECTIVE = re.compile(rf"= (.*?) ({COLLECTIVES.replace(' ', '|')}|collective-broadcast)(?:-start)?\(")
 _SHAPE = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
@@ -46,25 +39,16 @@ def branches(text):
         elif name is not None:
             computations[name].append(line)
     bodies = {name: "\n".join(lines) for name, lines in computations.items()}
-    todo = [
-        name.strip().lstrip("%")
-        for groups in _BRANCHES.findall(text)
-        for names in groups
-        for name in names.split(",")
-        if name
-    ]
-    reached = set()
+
+    def of_branches(part):
+        """Return the computations that the branches in a part of the program call."""
+        names = ",".join(name for groups in _BRANCHES.findall(part) for name in groups if name)
+        return [name.strip().lstrip("%") for name in names.split(",") if name]
+
+    todo, reached = of_branches(text), set()
     while todo:
         name = todo.pop()
-        if name in reached:
-            continue
-        reached.add(name)
-        todo += _CALLED.findall(bodies[name])
-        todo += [
-            n.strip().lstrip("%")
-            for g in _BRANCHES.findall(bodies[name])
-            for ns in g
-            for n in ns.split(",")
-            if n
-        ]
+        if name not in reached:
+            reached.add(name)
+            todo += _CALLED.findall(bodies[name]) + of_branches(bodies[name])
     return "\n".join(bodies[name] for name in sorted(reached))

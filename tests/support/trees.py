@@ -132,28 +132,18 @@ SORTS: dict[str, Build] = {
 
 def _names(number: int) -> dict[str, Any]:
     """Return the plain dict with so many leaves, each leaf its path."""
-    layers = {
-        5: {"a": ("bias", "kernel", "scale"), "b": ("bias", "kernel")},
-        10: {
-            **dict.fromkeys("ab", ("bias", "kernel", "scale")),
-            **dict.fromkeys("cd", ("bias", "kernel")),
-        },
-    }[number]
+    wide, narrow = {5: "ab", 10: ("ab", "cd")}[number]
+    layers = dict.fromkeys(wide, ("bias", "kernel", "scale")) | dict.fromkeys(narrow, ("bias", "kernel"))
     return {layer: {name: f"{layer}/{name}" for name in names} for layer, names in layers.items()}
 
 
 @cache
 def _structure(sort: str, number: int) -> Any:
-    names = _names(number)
     with jax.disable_jit():
-        tree = SORTS[sort]([{n: jnp.array(i) for n, i in layer.items()} for layer in _numbered(names)])
+        numbered = jax.tree.structure(_names(number)).unflatten(map(jnp.array, range(number)))
+        tree = SORTS[sort](list(numbered.values()))
     assert [int(leaf) for leaf in jax.tree.leaves(tree)] == list(range(number)), sort
     return jax.tree.structure(tree)
-
-
-def _numbered(names: dict[str, Any]) -> list[dict[str, int]]:
-    leaves, treedef = jax.tree.flatten(names)
-    return list(treedef.unflatten(range(len(leaves))).values())
 
 
 def of_sort(sort: str | None, tree: Any) -> Any:
