@@ -32,13 +32,7 @@ def blocks_of(tree: Any) -> list[str]:
 
 
 def take_out(tree: Any, blocks: Sequence[str], shapes: Shapes) -> Any:
-    """Return a tree without some blocks, wherever it mirrors the params.
-
-    Args:
-      tree: params, masks, or an optimizer's state that holds trees like them.
-      blocks: the paths of the blocks in the params.
-      shapes: the shapes of the leaves that mirror a param, by its path.
-    """
+    """Return a tree without some blocks, wherever it mirrors the params; shapes are those of the params."""
     removed_from = _by_parent(blocks)
 
     def change(node: Any, parent: str) -> Any:
@@ -55,11 +49,7 @@ def take_out(tree: Any, blocks: Sequence[str], shapes: Shapes) -> Any:
 def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[str, Any], Any]) -> Any:
     """Return a tree with blocks where `take_out` took them.
 
-    Args:
-      tree: a tree without the blocks.
-      blocks: the paths of the blocks in the params.
-      shapes: the shapes of all leaves, with those of the blocks, by path.
-      make: `make(path, like)` returns the leaf at a path in a block, given its counterpart in another block.
+    `make(path, like)` returns the leaf at a path in a block, given its counterpart in another block.
     """
     removed_from = _by_parent(blocks)
 

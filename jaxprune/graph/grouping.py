@@ -293,12 +293,9 @@ def _is_all(group: Group) -> bool:
 
 
 def _without_first(network: TracedNetwork, groups: Sequence[Group], derivatives: bool = True) -> list[Group]:
-    """Return groups with their divisors, and with the reason if their first unit would not vanish at zero.
+    """Return groups with their divisors, and with the reason if their first units would not vanish at zero.
 
-    Args:
-      network: the function.
-      groups: the groups to lose their first unit, all at once.
-      derivatives: whether members also count as divisors that only make a derivative infinite.
+    With `derivatives`, members also count as divisors that only make a derivative infinite.
     """
     zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in network.values.items()}
     for group in groups:

@@ -43,14 +43,7 @@ class NotRemoved:
 
 
 def why_needed(network: TracedNetwork, facts: Facts, node: int, index: int) -> str:
-    """Return why a slice of an axis has to stay: what pins the axis, or the op that reads the slice.
-
-    Args:
-      network: the function.
-      facts: which slices of its values are zero.
-      node: the axis.
-      index: the slice.
-    """
+    """Return why a slice of an axis has to stay: what pins the axis, or the op that reads the slice."""
     pinned = network.graph.why_pinned(node)
     if pinned is not None:
         return str(pinned)
@@ -68,12 +61,8 @@ def not_removed(
 ) -> tuple[NotRemoved, ...]:
     """Return the masked slices that a plan keeps, with the reasons.
 
-    Args:
-      network: the function.
-      masked: the slices of params that the masks remove.
-      plan: which slices are dropped.
-      needless: the slices that the function can do without, before widths were rounded up and the layers of
-        stacks made even.
+    `needless` are the slices that the function can do without, before widths were rounded up and the layers
+    of stacks made even.
     """
     dropped, facts, found = plan.dropped(), None, []
     for name, by_axis in masked.items():

@@ -12,10 +12,9 @@ from enum import IntEnum
 import jax
 import numpy as np
 
-from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers
+from jaxprune.graph.engine.ir import Body, Op, Region, Value, bodies_of, flat_layers
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
-from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.kernel_names import is_adapter
 from jaxprune.tree.where import kernels
 
@@ -194,30 +193,21 @@ class _Walk:
 
     def _call(self, op: Op) -> None:
         """Follow the bodies of an op; that of a loop until nothing new is learnt about what it carries."""
-        for name, region in op.regions.items():
-            if name in ("jvp", "vjp", "condition"):
+        for body in bodies_of(op):
+            if body.name in ("jvp", "vjp", "condition"):
                 continue
-            inputs = op.inputs[op.params["cond_nconsts"] :] if op.name == "while" else op.inputs
-            inputs = inputs[1:] if op.name == "cond" else inputs
-            for outer, inner in _pairs(inputs, region.inputs):
+            for outer, inner in _pairs(body.given, body.region.inputs):
                 self._learn([inner], self._of(outer), self._is_data(outer))
-            while True:
-                self.run(region)
-                if not self._carried(op, region):
-                    break
-            for inner, outer in _pairs(region.outputs, op.outputs):
+            self.run(body.region)
+            while self._carry(body):
+                self.run(body.region)
+            for inner, outer in _pairs(body.region.outputs, op.outputs):
                 self._learn([outer], self._of(inner), self._is_data(inner))
 
-    def _carried(self, op: Op, region: Region) -> bool:
+    def _carry(self, body: Body) -> bool:
         """Pass what a loop's body returns on to its next round; return whether that was new."""
-        if op.name == "scan":
-            consts, carried = scan_split(op.params)
-        elif op.name == "while":
-            consts, carried = op.params["body_nconsts"], len(region.outputs)
-        else:
-            return False
-        new = False
-        for given, taken in zip(region.outputs[:carried], region.inputs[consts:], strict=False):
+        outputs, inputs, new = body.region.outputs[: body.carried], body.region.inputs[body.consts :], False
+        for given, taken in zip(outputs, inputs, strict=False):
             before = (self._of(taken), self._is_data(taken))
             self._learn([taken], self._of(given), self._is_data(given))
             new |= before != (self._of(taken), self._is_data(taken))

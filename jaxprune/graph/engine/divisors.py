@@ -60,12 +60,7 @@ def find_divisors(
     case there is no such param, and each that makes the operand zero by itself is a divisor.
 
     Sparing one divisor may reveal another op that divides by zero, so this is repeated until none is left.
-
-    Args:
-      network: the function.
-      zeros: the slices of params that are to be zero.
-      derivatives: whether the derivative has to be finite as well.
-      facts: what follows from `zeros`, if that is known already.
+    With `derivatives`, the derivative has to be finite as well; `facts` are those of `zeros`, if known.
     """
     axes: frozenset[ParamAxis] = frozenset()
     reason = None

@@ -101,17 +101,12 @@ class Facts:
             known = ValueFacts(tuple(zero), None, tuple(alike))
         self._known[id(value)] = known
 
-    def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None, node: int | None = None):
-        """Require the slices of a value that are not marked `dispensable`, for an op that reads them.
+    def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None) -> None:
+        """Require the slices of an input along an axis whose removal would change the op's output.
 
-        Args:
-          op: the op.
-          value: one of its inputs.
-          axis: the axis.
-          dispensable: slices whose removal does not change the op's output; None if all of them matter.
-          node: the node that these are slices of, if it is not that of the axis.
+        Those are the ones not marked `dispensable`, or all if that is None.
         """
-        node = value.axes[axis] if node is None else node
+        node = value.axes[axis]
         state: State = True if dispensable is None else ~dispensable
         self._needs[id(op), id(value), axis, node] = (op, node, state)
 
@@ -126,7 +121,12 @@ def surely_equal(a: ValueFacts, b: ValueFacts) -> bool:
         return True
     if a.fill is not None or b.fill is not None:
         return False
-    pairs = zip((*a.zero, *a.alike), (*b.zero, *b.alike), strict=True)
+    return equal_marks((*a.zero, *a.alike), (*b.zero, *b.alike))
+
+
+def equal_marks(a: Sequence[Vector | None], b: Sequence[Vector | None]) -> bool:
+    """Whether two values have the same marks on each axis."""
+    pairs = zip(a, b, strict=True)
     return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
 
 

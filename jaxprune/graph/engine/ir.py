@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.tracing.jaxprs import scan_split
 
 _MAX_CONCRETE = 2**20
 
@@ -159,6 +160,43 @@ class LayerLoop:
     outputs: list[Value]
 
 
+class Body(NamedTuple):
+    """A body of an op, and which inputs of the op it takes.
+
+    Attributes:
+      name: its name among the op's regions.
+      region: the body.
+      given: the inputs of the op, in the order of those of the body; a derivative takes tangents after them.
+      consts: how many of these all rounds of a loop take alike; all of them, where the body runs once.
+      carried: how many follow that each round passes on to the next; of the rest each round takes a slice.
+    """
+
+    name: str
+    region: Region
+    given: list[Value]
+    consts: int
+    carried: int
+
+
+def bodies_of(op: Op) -> list[Body]:
+    """Return the bodies of an op, its derivatives included."""
+    found = []
+    for name, region in op.regions.items():
+        given, consts, carried = op.inputs, len(op.inputs), 0
+        if op.name == "cond":
+            given, consts = op.inputs[1:], len(op.inputs) - 1
+        elif op.name == "scan":
+            consts, carried = scan_split(op.params)
+        elif op.name == "while":
+            first, second, carried = op.params["cond_nconsts"], op.params["body_nconsts"], len(op.outputs)
+            if name == "condition":
+                given, consts = [*op.inputs[:first], *op.inputs[first + second :]], first
+            else:
+                given, consts = op.inputs[first:], second
+        found.append(Body(name, region, given, consts, carried))
+    return found
+
+
 class Program(NamedTuple):
     """A traced function.
 
@@ -180,6 +218,11 @@ class Program(NamedTuple):
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal; symbolic ones may be compared only with themselves."""
     return a is b or bool(a == b)
+
+
+def other_axes(value: Value, *some: Collection[int]) -> list[int]:
+    """Return the axes of a value that are not among some, in order."""
+    return [axis for axis in range(len(value.shape)) if not any(axis in axes for axes in some)]
 
 
 def is_differentiable(value: Any) -> bool:

@@ -135,15 +135,9 @@ class Passage:
         self.in_loops: list[Op] = []
 
     def follow(self, region: Region, marked: Mapping[int, _Mark], roots: Roots) -> dict[int, _Mark]:
-        """Follow the values of the block through a region.
+        """Return by id all values of a region that depend on the block, given the marks of inputs that do.
 
-        Args:
-          region: the ops, with checkpoints `inlined`.
-          marked: by id, those of its inputs that depend on the block.
-          roots: what its values depend on.
-
-        Returns:
-          By id, all of its values that depend on the block.
+        Checkpoints of the region are `inlined`; `roots` says what its values depend on.
         """
         level = _Level(self, region, dict(marked), roots)
         for op in region.ops:

@@ -38,11 +38,9 @@ class Positions:
         self._next = self._next_row = 0
 
     def start(self, differs: Sequence[bool] | None, rows: Sequence[Any]) -> "Positions":
-        """Start the round again: to note positions, or to read those that differ from rows of tables.
+        """Start the round again: to note positions, or to read those that differ from `rows` of tables.
 
-        Args:
-          differs: for each of `noted`, whether it differs between rounds; None to note positions.
-          rows: the rows of this round, one for each that differs.
+        `differs` says of each of `noted` whether it differs between rounds; None to note positions.
         """
         if differs is None:
             self.noted, self.fixed, self._rows = [], [], None
@@ -92,10 +90,8 @@ class Positions:
 def tables(rounds: Sequence[Positions]) -> tuple[list[bool], list[np.ndarray]]:
     """Return which of the noted positions differ between rounds, and for each of these a table.
 
-    A table has a row for each round.
-
-    Raises:
-      LayersDifferError: the rounds take different numbers of slices, or differ where they must not.
+    A table has a row for each round. LayersDifferError says that the rounds take different numbers of slices,
+    or differ where they must not.
     """
     first = rounds[0]
     for other in rounds[1:]:

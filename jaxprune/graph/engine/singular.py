@@ -86,9 +86,8 @@ def _find(region: Region, facts: Facts, caller: Op | None, forward: bool) -> Ite
 def _cases(op: Op, facts: Facts) -> Iterator[tuple[int | None, Vector, tuple[Any, ...]]]:
     """Yield what an op's operands are where at least one of them is zero.
 
-    Yields:
-      An axis of the output (None for all entries), slices of it, and for each operand the number that it is
-      there; None for an operand that is not known.
+    That is: an axis of the output (None for all entries), slices of it, and for each operand the number that
+    it is there; None for an operand that is not known.
     """
     (output,) = op.outputs
     known = [facts.of(value) for value in op.inputs]

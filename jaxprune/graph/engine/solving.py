@@ -17,7 +17,7 @@ def solve_to_fixpoint(
     """Return the fewest slices to keep such that only the dropped slices have to be zero for it.
 
     Let needed(Z) be the slices that the function needs if the slices Z of its params are zero, and let M be
-    the slices that masks make zero. There are two fixpoints.
+    the slices that masks make zero: `zeros_given(D)` is M + D. There are two fixpoints.
 
     Growing: D := D + complement of needed(M + D), starting from D empty. A dropped slice counts as zero even
     if its mask does not say so, because nothing of it is left. So a dead unit also takes with it the weights
@@ -32,15 +32,8 @@ def solve_to_fixpoint(
 
     Divisors: the dense function must be finite where the dropped slices have the values that `Plan.expand`
     gives them. Where it divides by a dropped slice, that value must not be zero, so the drop has to be
-    justified without counting that slice among the zeros; see `divisors`.
-
-    Args:
-      network: the function.
-      zeros_given: returns the slices of params that are zero, given those that are dropped.
-      seeds: slices that have to be kept.
-
-    Returns:
-      The solution, and the axes of params whose dropped slices must not be zero.
+    justified without counting that slice among the zeros; see `divisors`. The axes of params that have such
+    slices are returned beside the solution.
     """
     dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in network.values.items()}
     while True:

@@ -48,16 +48,9 @@ def find_stacks(jaxpr: "Jaxpr", count: int) -> Stacks:
 
 
 def _walk(jaxpr: "Jaxpr", inputs: Sequence[_Origins], above: Stacks, found: Stacks) -> list[_Origins]:
-    """Follow inputs through a jaxpr.
+    """Follow inputs through a jaxpr, and return where its outputs come from.
 
-    Args:
-      jaxpr: the jaxpr.
-      inputs: where its inputs come from.
-      above: by input, the axes that the scans around the jaxpr run along.
-      found: by input, the axes found so far; more are added.
-
-    Returns:
-      Where its outputs come from.
+    `above` are the axes, by input, that the scans around the jaxpr run along; more are added to `found`.
     """
     env: dict[Any, _Origins] = {}
 

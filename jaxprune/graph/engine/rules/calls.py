@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts, ValueFacts, both
-from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers, is_differentiable
+from jaxprune.graph.engine.facts import Facts, ValueFacts, both, equal_marks
+from jaxprune.graph.engine.ir import Op, Region, Value, bodies_of, flat_layers, is_differentiable
 from jaxprune.graph.engine.rules.base import Frame, Rule, learn_region, register_rule
 from jaxprune.tracing.jaxprs import scan_split
 
@@ -255,18 +255,12 @@ def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: in
         learn_region(body, facts)
         changed = False
         for before, after in zip(body.inputs[consts : consts + carried], body.outputs[:carried], strict=True):
-            known = _shared([facts.of(before), facts.of(after)])
-            changed |= not _same(known, facts.of(before))
+            old = facts.of(before)
+            known = _shared([old, facts.of(after)])
+            changed |= (known.fill is None) != (old.fill is None) or not equal_marks(known.zero, old.zero)
             facts.learn(before, known.zero, known.fill)
         if not changed:
             return
-
-
-def _same(a: ValueFacts, b: ValueFacts) -> bool:
-    if (a.fill is None) != (b.fill is None):
-        return False
-    pairs = zip(a.zero, b.zero, strict=True)
-    return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
 
 
 def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -299,30 +293,23 @@ register_rule(
 )
 
 
-def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
-    """Return the constants of the condition, those of the body, and the carry."""
-    condition, body = op.params["cond_nconsts"], op.params["body_nconsts"]
-    return op.inputs[:condition], op.inputs[condition : condition + body], op.inputs[condition + body :]
-
-
 def _link_while(op: Op, graph: AxisGraph) -> None:
-    of_condition, of_body, carry = _while_parts(op)
-    condition, body = op.regions["condition"], op.regions["body"]
-    tie(graph, [*of_condition, *carry], condition.inputs)
-    tie(graph, [*of_body, *carry], body.inputs)
+    for body in bodies_of(op):
+        tie(graph, body.given, body.region.inputs)
+    carry = op.inputs[len(op.inputs) - len(op.outputs) :]
     tie(graph, carry, op.outputs)
-    tie(graph, carry, body.outputs)
+    tie(graph, carry, op.regions["body"].outputs)
 
 
 def _flow_while(op: Op, facts: Facts) -> None:
-    of_condition, of_body, carry = _while_parts(op)
-    condition, body = op.regions["condition"], op.regions["body"]
-    _copy_facts(facts, of_body, body.inputs[: len(of_body)])
-    _flow_round(carry, body, len(of_body), len(carry), facts)
-    _copy_facts(facts, of_condition, condition.inputs[: len(of_condition)])
-    _copy_facts(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
-    learn_region(condition, facts)
-    _copy_facts(facts, body.inputs[len(of_body) :], op.outputs)
+    condition, body = bodies_of(op)
+    inputs, first = body.region.inputs, condition.consts
+    _copy_facts(facts, body.given[: body.consts], inputs[: body.consts])
+    _flow_round(body.given[body.consts :], body.region, body.consts, body.carried, facts)
+    _copy_facts(facts, condition.given[:first], condition.region.inputs[:first])
+    _copy_facts(facts, inputs[body.consts :], condition.region.inputs[first:])
+    learn_region(condition.region, facts)
+    _copy_facts(facts, inputs[body.consts :], op.outputs)
 
 
 def _emit_while(op: Op, args: list[Any], frame: Frame) -> list[Any]:
