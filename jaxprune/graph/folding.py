@@ -18,7 +18,7 @@ gradients of what is folded are gone.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,34 +190,16 @@ def _keeps_constants(op: Op, axis: int) -> bool:
     return all(tuple(op.params["padding"][a]) == (0, 0) for a in rank)
 
 
-class _Site:
-    """A matrix product or convolution that constants can be folded into.
+class _Site(NamedTuple):
+    """A matrix product or convolution that constants can be folded into."""
 
-    Attributes:
-      image_axis: its input, and the axis of it that it sums over.
-      kernel: the path of its kernel, with the axis that it sums over and the axis of its outputs.
-      bias: the path of the bias that is added to its output; None if there is none, or if padding comes
-        between.
-      marks: the constant slices of the input.
-    """
-
-    def __init__(
-        self,
-        image_axis: tuple[Value, int],
-        kernel: tuple[str, int, int],
-        bias: str | None,
-        marks: Vector,
-    ):
-        self.image_axis, self.kernel, self.bias, self.marks = image_axis, kernel, bias, marks
+    image_axis: tuple[Value, int]  # its input, and the axis of it that it sums over
+    kernel: tuple[str, int, int]  # the path of its kernel, the axis that it sums over, that of its outputs
+    bias: str | None  # the path of the bias added to its output; None if there is none, or padding between
+    marks: Vector  # the constant slices of the input
 
     def fold(self, leaves: dict[str, Any], masks: dict[str, np.ndarray], numbers: np.ndarray) -> None:
-        """Fold the constant slices of the input, in place.
-
-        Args:
-          leaves: the params by path, or by layer.
-          masks: their masks.
-          numbers: the number in each slice of the input.
-        """
+        """Fold the constant slices of the input into params and masks, given the number in each slice."""
         path, summed, given = self.kernel
         # With the summed axis first, a row for each slice of the input.
         rows = np.moveaxis(np.asarray(leaves[path], np.float64).copy(), summed, 0)

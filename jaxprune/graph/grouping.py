@@ -191,19 +191,12 @@ def _groups(network: TracedNetwork, graph: AxisGraph) -> list[Group]:
 
 
 class _Slices(NamedTuple):
-    """The slices of an axis by the unit that they belong to.
+    """The slices of an axis by the unit that they belong to."""
 
-    Attributes:
-      units: the labels of the units, ascending.
-      starts: where the slices of each unit begin in `order`.
-      counts: how many slices each unit has.
-      order: all slices, sorted by unit.
-    """
-
-    units: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
-    order: np.ndarray
+    units: np.ndarray  # the labels of the units, ascending
+    starts: np.ndarray  # where the slices of each unit begin in `order`
+    counts: np.ndarray  # how many slices each unit has
+    order: np.ndarray  # all slices, sorted by unit
 
     def of(self, units: np.ndarray) -> np.ndarray | None:
         """Return the slices of units that have equally many, units x slices; None if they have none here."""

@@ -12,13 +12,8 @@ _EMPTY_OR_ROUNDED = "an axis cannot be empty, or its width is rounded up"
 
 # What ops do with the slices that they need; all others sum them.
 _VERBS = {
-    "reduce_max": "compares",
-    "reduce_min": "compares",
-    "argmax": "compares",
-    "argmin": "compares",
-    "top_k": "compares",
-    "reduce_and": "combines",
-    "reduce_or": "combines",
+    **dict.fromkeys(("reduce_max", "reduce_min", "argmax", "argmin", "top_k"), "compares"),
+    **dict.fromkeys(("reduce_and", "reduce_or"), "combines"),
 }
 
 

@@ -65,6 +65,7 @@ def weights(network: TracedNetwork) -> frozenset[str]:
         walk.flows[id(value)] = {path: _Flow.WHOLE}
     walk.data.update(map(id, region.inputs[count:]))
     walk.run(region)
+    read = {id(each) for op in region.ops for value in op.inputs for each in flat_layers(value)}
 
     def is_weight(path: str) -> bool:
         leaf, use, (owner, _) = network.values[path], walk.uses.get(path), network.paths[path]
@@ -72,9 +73,8 @@ def weights(network: TracedNetwork) -> frozenset[str]:
             return False
         if use in (_Use.PRODUCT, _Use.LOOKUP):
             return use is _Use.PRODUCT
-        return (use is not None or path in walk.unread(network)) and kernels(
-            owner, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        )
+        struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return (use is not None or id(leaf) not in read) and kernels(owner, struct)
 
     return frozenset(path for path in network.values if is_weight(path))
 
@@ -92,11 +92,6 @@ class _Walk:
         self.flows: dict[int, _Flows] = {}
         self.data: set[int] = set()
         self.uses: dict[str, _Use] = {}
-
-    def unread(self, network: TracedNetwork) -> set[str]:
-        """Return the params that the program never reads."""
-        read = {id(each) for op in network.region.ops for v in op.inputs for each in flat_layers(v)}
-        return {path for path, value in network.values.items() if id(value) not in read}
 
     def run(self, region: Region) -> None:
         """Follow all ops of a region."""

@@ -35,19 +35,12 @@ _NONLINEAR = frozenset(
 
 
 class _Past(NamedTuple):
-    """How a value that depends on the inputs was computed; sets are the bits of integers.
+    """How a value that depends on the inputs was computed; sets are the bits of integers."""
 
-    Attributes:
-      written: for each axis, the products that have written it.
-      after: the products that it was computed from.
-      inputs: the values that these products have read.
-      bent: those of `inputs` for which a non-linear function follows the product.
-    """
-
-    written: tuple[int, ...]
-    after: int
-    inputs: int
-    bent: int
+    written: tuple[int, ...]  # for each axis, the products that have written it
+    after: int  # the products that it was computed from
+    inputs: int  # the values that these products have read
+    bent: int  # those of `inputs` for which a non-linear function follows the product
 
 
 def stream_axes(network: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]:

@@ -27,17 +27,11 @@ ParamAxis = tuple[str, int]
 
 
 class Divisors(NamedTuple):
-    """The slices that must not be zero.
+    """The slices that must not be zero."""
 
-    Attributes:
-      axes: axes of params whose slices must keep their values for the function to be finite.
-      reason: an op that is not finite where these slices are zero; None if there is none.
-      unresolved: an op that is not finite whatever slices keep their values; None if there is none.
-    """
-
-    axes: frozenset[ParamAxis]
-    reason: Op | None = None
-    unresolved: Op | None = None
+    axes: frozenset[ParamAxis]  # whose slices must keep their values for the function to be finite
+    reason: Op | None = None  # an op that is not finite where these slices are zero
+    unresolved: Op | None = None  # an op that is not finite whatever slices keep their values
 
 
 def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:

@@ -20,17 +20,11 @@ from jaxprune.graph.engine.rules.reductions import REDUCTIONS
 
 
 class Peeled(NamedTuple):
-    """An op in one layer.
+    """An op in one layer."""
 
-    Attributes:
-      in_axes: for each input the axis that counts layers; None for an input that all layers read.
-      out_axis: the axis of the output that counts layers.
-      params: the op's parameters in one layer.
-    """
-
-    in_axes: tuple[int | None, ...]
-    out_axis: int
-    params: dict[str, Any]
+    in_axes: tuple[int | None, ...]  # for each input, the axis that counts layers; None if all layers read it
+    out_axis: int  # the axis of the output that counts layers
+    params: dict[str, Any]  # the op's parameters in one layer
 
 
 def peel(

@@ -39,17 +39,11 @@ def separate(region: Region, graph: AxisGraph, params: Sequence[Value]) -> None:
 
 
 class _Reading(NamedTuple):
-    """One place where a value is read.
+    """One place where a value is read."""
 
-    Attributes:
-      holder: the inputs of the reader, or the outputs of the region.
-      place: the index of the value there.
-      reader: the op that reads it; None for an output of the region.
-    """
-
-    holder: list[Value]
-    place: int
-    reader: Op | None
+    holder: list[Value]  # the inputs of the reader, or the outputs of the region
+    place: int  # the index of the value there
+    reader: Op | None  # the op that reads it; None for an output of the region
 
 
 class _Separator:

@@ -35,15 +35,10 @@ _Round = tuple[int, int]
 
 
 class Removed(NamedTuple):
-    """Params (or layers of stacked ones) that are removed with their block, by name.
+    """Params (or layers of stacked ones) that are removed with their block, by name."""
 
-    Attributes:
-      names: all of them.
-      alive: those that need not be zero, because the block divides by them.
-    """
-
-    names: frozenset[str]
-    alive: frozenset[str]
+    names: frozenset[str]  # all of them
+    alive: frozenset[str]  # those that need not be zero, because the block divides by them
 
 
 NOTHING = Removed(frozenset(), frozenset())

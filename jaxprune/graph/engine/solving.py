@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune.graph.engine.axes import Solution, State, Vector
+from jaxprune.graph.engine.axes import Solution, State
 from jaxprune.graph.engine.divisors import ParamAxis, find_divisors, without
+from jaxprune.graph.engine.facts import either, equal_marks
 from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 
 
@@ -38,7 +39,8 @@ def solve_to_fixpoint(
     dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in network.values.items()}
     while True:
         kept = network.solve(network.facts(zeros_given(dropped)), seeds)
-        more = _joined(dropped, network.dropped(kept))
+        new = network.dropped(kept)
+        more = {path: list(map(either, dropped[path], new[path])) for path in dropped}
         if _equal(more, dropped):
             break
         dropped = more
@@ -71,24 +73,8 @@ def _settle(
         dropped = fewer
 
 
-def _joined(a: ZeroSlices, b: ZeroSlices) -> dict[str, list[Vector | None]]:
-    def joined(x: Vector | None, y: Vector | None) -> Vector | None:
-        return (x if y is None else y) if x is None or y is None else x | y
-
-    return {path: [joined(x, y) for x, y in zip(a[path], b[path], strict=True)] for path in a}
-
-
 def _equal(a: ZeroSlices, b: ZeroSlices) -> bool:
-    def equal(x: Vector | None, y: Vector | None) -> bool:
-        return np.array_equal(_marks(x, y), _marks(y, x))
-
-    return all(equal(x, y) for path in a for x, y in zip(a[path], b[path], strict=True))
-
-
-def _marks(marks: Vector | None, like: Vector | None) -> Vector:
-    if marks is None:
-        return np.zeros(0 if like is None else len(like), bool)
-    return marks
+    return all(equal_marks(a[path], b[path]) for path in a)
 
 
 def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = None) -> ZeroSlices:

@@ -62,23 +62,20 @@ def _walk(jaxpr: "Jaxpr", inputs: Sequence[_Origins], above: Stacks, found: Stac
         given = [read(atom) for atom in eqn.invars]
         if not any(given):
             continue
-        name = eqn.primitive.name
-        if name in CALLS:
-            outputs = _walk(called_jaxpr(eqn).jaxpr, given, above, found)
-        elif name == "scan":
-            outputs = _scan(eqn, given, above, found)
-        elif name == "cond":
+        if eqn.primitive.name == "scan":
+            _scan(eqn, given, above, found)
+        elif eqn.primitive.name == "cond":
             for branch in eqn.params["branches"]:
                 _walk(branch.jaxpr, given[1:], above, found)
-            outputs = None
         else:
-            outputs = [_moved(eqn, given)]
-        if outputs is not None:
-            env.update(zip(eqn.outvars, outputs, strict=False))
+            is_call = eqn.primitive.name in CALLS
+            inner = _walk(called_jaxpr(eqn).jaxpr, given, above, found) if is_call else [_moved(eqn, given)]
+            env.update(zip(eqn.outvars, inner, strict=False))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stacks) -> list[_Origins] | None:
+def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stacks) -> None:
+    """Enter the axes that a scan runs along, and follow inputs through its body; its outputs have none."""
     consts, carried = scan_split(eqn.params)
     body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
     stacked: Stacks = {}
@@ -103,7 +100,6 @@ def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stac
             if len(axes) >= len(found.get(number, ())):
                 found[number] = axes
     _walk(body, inner, {**above, **stacked} if is_stack else above, found)
-    return None
 
 
 def _indexed_axis(body: "Jaxpr", var: Any, length: int) -> int | None:

@@ -107,7 +107,7 @@ def tie_or_pin(graph: AxisGraph, nodes: Sequence[int], tied: bool, why: str) -> 
 
 
 def link_moved(graph: AxisGraph, value: Value, output: Value, axes: Iterable[int | None]) -> None:
-    """Tie each axis of an output to the axis of a value that it is, given by `axes`; None for a new axis."""
+    """Tie each axis of an output to the axis of a value that `axes` says it is; None for a new axis."""
     for axis, node in zip(axes, output.axes, strict=True):
         if axis is not None:
             graph.same(value.axes[axis], node)
@@ -116,7 +116,10 @@ def link_moved(graph: AxisGraph, value: Value, output: Value, axes: Iterable[int
 def learn_moved(
     facts: Facts, value: Value, output: Value, axes: Iterable[int | None], keeps_fill: bool = False
 ) -> None:
-    """Learn the zero slices of an output whose axes are those of a value given by `axes`, or None."""
+    """Learn which slices of an output are zero, from the axis of a value that each of its axes is, or None.
+
+    With `keeps_fill`, entries only move, so any number that fills the value fills the output; else only 0.
+    """
     zeros = [None if axis is None else facts.zero(value, axis) for axis in axes]
     fill = 0 if facts.all_zero(value) else None
     facts.learn(output, zeros, facts.of(value).fill if keeps_fill else fill)

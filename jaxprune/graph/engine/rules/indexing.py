@@ -122,17 +122,8 @@ def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     for axis in _windows(op):
         if same_size(sizes[axis], operand.shape[axis]):
             sizes[axis] = frame.shape(operand)[axis]
-    return [
-        lax.gather(
-            *args,
-            dimension_numbers=op.params["dimension_numbers"],
-            slice_sizes=sizes,
-            unique_indices=op.params["unique_indices"],
-            indices_are_sorted=op.params["indices_are_sorted"],
-            mode=op.params["mode"],
-            fill_value=op.params["fill_value"],
-        )
-    ]
+    names = ("dimension_numbers", "unique_indices", "indices_are_sorted", "mode", "fill_value")
+    return [lax.gather(*args, slice_sizes=sizes, **{name: op.params[name] for name in names})]
 
 
 register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, conservative=_PICKED))

@@ -82,14 +82,9 @@ register_rule("iota", rule=Rule(lambda op, graph: None, _flow_iota, emit_unchang
 
 
 class Segment(NamedTuple):
-    """Some axes before a reshape, and the axes after it that hold the same entries.
+    """Axes before and after a reshape that hold the same entries, each with the factors that it has."""
 
-    Attributes:
-      sizes: the common factors, major first; None where there are none, as between 2 x 3 and 3 x 2.
-      before, after: each axis with the indices of the factors that it is the product of.
-    """
-
-    sizes: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None  # the common factors, major first; None as between 2 x 3 and 3 x 2
     before: list[tuple[int, tuple[int, ...]]]
     after: list[tuple[int, tuple[int, ...]]]
 
