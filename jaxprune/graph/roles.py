@@ -80,18 +80,12 @@ def weights(network: TracedNetwork) -> frozenset[str]:
 
 
 class _Walk:
-    """One pass over a program.
-
-    Attributes:
-      flows: by the id of a value, the params whose entries it holds, and how they lie in it.
-      data: the ids of the values that depend on the function's inputs.
-      uses: by path, what the function does with a param.
-    """
+    """One pass over a program."""
 
     def __init__(self) -> None:
-        self.flows: dict[int, _Flows] = {}
-        self.data: set[int] = set()
-        self.uses: dict[str, _Use] = {}
+        self.flows: dict[int, _Flows] = {}  # by the id of a value, how the entries of params lie in it
+        self.data: set[int] = set()  # the ids of the values that depend on the function's inputs
+        self.uses: dict[str, _Use] = {}  # by path, what the function does with a param
 
     def run(self, region: Region) -> None:
         """Follow all ops of a region."""

@@ -67,17 +67,12 @@ def stream_axes(network: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis
 
 
 class _Walk:
-    """One pass over a program.
-
-    Attributes:
-      past: by the id of a value that depends on the inputs, how it was computed.
-      streams: the nodes of axes that residual connections add along.
-    """
+    """One pass over a program."""
 
     def __init__(self, graph: AxisGraph):
         self.graph = graph
-        self.past: dict[int, _Past] = {}
-        self.streams: set[int] = set()
+        self.past: dict[int, _Past] = {}  # by the id of a value that depends on the inputs
+        self.streams: set[int] = set()  # the nodes of axes that residual connections add along
         self._before: list[_Past] = []  # by product, the past of its data
         self._read: list[int] = []  # by product, the bit of its data
         self._numbers: dict[int, int] = {}  # by the id of a value that a product reads, the number of its bit

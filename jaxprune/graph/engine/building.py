@@ -28,16 +28,11 @@ class Site(NamedTuple):
 
 
 class Builder:
-    """Makes the parts of one program.
-
-    Attributes:
-      graph: the graph that new nodes are added to.
-      stacked: the values made so far that have layers.
-    """
+    """Makes the parts of one program, with new nodes in a graph."""
 
     def __init__(self, graph: AxisGraph):
         self.graph = graph
-        self.stacked: list[Value] = []
+        self.stacked: list[Value] = []  # the values made so far that have layers
 
     def value(self, aval: Any, constant: Any = None) -> Value:
         """Make a value with new nodes."""

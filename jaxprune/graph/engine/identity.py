@@ -221,17 +221,15 @@ def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Val
         return [None] * len(op.outputs)
     moving = [n for n, value in enumerate(op.inputs) if is_differentiable(value)]
     out_moving = [n for n, value in enumerate(op.outputs) if is_differentiable(value)]
-    if op.name == "custom_jvp_call":
-        derivative = unchanged_outputs(op.regions["jvp"], facts)
+    name = "jvp" if op.name == "custom_jvp_call" else "vjp"
+    derivative = unchanged_outputs(op.regions[name], facts)
 
-        def follows(out: int, given: int) -> bool:
-            place = len(op.outputs) + out_moving.index(out)
-            return derivative.get(place) == len(op.inputs) + moving.index(given)
-    else:
-        derivative = unchanged_outputs(op.regions["vjp"], facts)
-
-        def follows(out: int, given: int) -> bool:
-            return derivative.get(moving.index(given)) == len(op.inputs) + out_moving.index(out)
+    def follows(out: int, given: int) -> bool:
+        """Whether the output's tangent is the input's, or the input's cotangent is the output's."""
+        inner, outer = moving.index(given), out_moving.index(out)
+        if name == "jvp":
+            return derivative.get(len(op.outputs) + outer) == len(op.inputs) + inner
+        return derivative.get(inner) == len(op.inputs) + outer
 
     return [
         inputs[kept[n]] if n in kept and (n not in out_moving or follows(n, kept[n])) else None

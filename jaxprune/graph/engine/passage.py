@@ -91,15 +91,7 @@ def roots_of(region: Region, params: Iterable[Value], data: Iterable[Value]) -> 
 
 
 class Passage:
-    """Follows the params of one block through a program in which they are zero.
-
-    Attributes:
-      passes: the ops that pass on an input of the block, in order.
-      readers: the ops that read its params, in order.
-      changed: the ops whose outputs depend on the block and are neither constant nor passed on, in order,
-        each with those of its inputs that are data independent of the block.
-      in_loops: the ops that change the carry of a loop over layers.
-    """
+    """Follows the params of one block through a program in which they are zero."""
 
     def __init__(self, facts: Facts, others: Facts | None = None):
         """Starts with the facts of all values if the params of the block are zero.
@@ -107,10 +99,13 @@ class Passage:
         For params that hold several blocks, `others` are the facts if those of the others are zero instead.
         """
         self.facts, self.others = facts, others
+        # In order: the ops that pass on an input of the block, and those that read its params.
         self.passes: list[Pass] = []
         self.readers: list[Op] = []
+        # Those whose outputs depend on the block and are neither constant nor passed on, each with those of
+        # its inputs that are data independent of the block.
         self.changed: list[tuple[Op, list[Value]]] = []
-        self.in_loops: list[Op] = []
+        self.in_loops: list[Op] = []  # the ops that change the carry of a loop over layers
 
     def follow(self, region: Region, marked: Mapping[int, Mark], roots: Roots) -> dict[int, Mark]:
         """Return by id all values of a region that depend on the block, given the marks of inputs that do.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.graph.engine.ir import Op, Value
+from jaxprune.graph.engine.ir import Op
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.tracing.jaxprs import explicit_sharding, struct_of
 
@@ -88,8 +88,3 @@ def with_sharding(op: Op, output: NamedSharding | None) -> Op:
         return bind(*args, **changed)
 
     return replace(op, params={**op.params, **changed}, bind=bound)
-
-
-def is_explicit(values: Sequence[Value]) -> bool:
-    """Whether any of some values is sharded over explicit axes of a mesh."""
-    return any(value.sharding is not None for value in values)

@@ -23,15 +23,11 @@ class Positions:
 
     First they are noted; once it is known which of them differ between rounds, these are read from rows of
     tables instead, in the same order.
-
-    Attributes:
-      noted: the positions of this round, in order; an index vector for each time slices are taken.
-      fixed: those that must be the same in all rounds.
     """
 
     def __init__(self) -> None:
-        self.noted: list[np.ndarray] = []
-        self.fixed: list[np.ndarray] = []
+        self.noted: list[np.ndarray] = []  # in order; an index vector for each time slices are taken
+        self.fixed: list[np.ndarray] = []  # those that must be the same in all rounds
         self._is_fixed = False
         self._rows: list[Any] | None = None
         self._differs: list[bool] = []

@@ -212,7 +212,7 @@ class Replay:
         args = [self.read(value) for value in op.inputs]
         if self.is_changed(op):
             emitted = op
-            if placing.is_explicit((*op.inputs, *op.outputs)):
+            if any(value.sharding is not None for value in (*op.inputs, *op.outputs)):
                 args = placing.gathered(op, args, [self._cut_axes(value) for value in op.inputs])
                 emitted = placing.with_sharding(op, self.small_sharding(op.outputs[0]))
             outputs = rule_for(op.name).emit(emitted, args, self)

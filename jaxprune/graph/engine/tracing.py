@@ -59,11 +59,7 @@ def trace(
 
 
 class Tracer:
-    """Turns jaxprs into regions whose axes are nodes of one graph.
-
-    Attributes:
-      build: makes the values and ops.
-    """
+    """Turns jaxprs into regions whose axes are nodes of one graph; `build` makes their values and ops."""
 
     def __init__(self):
         self.build = Builder(AxisGraph())

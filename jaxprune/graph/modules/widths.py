@@ -21,10 +21,7 @@ class UnfitError(Exception):
 def fix_widths(nnx: Any, module: Any, plan: Plan) -> Changes:
     """Set the widths of flax's own layers to those of their new arrays, and return what was changed.
 
-    Args:
-      nnx: flax.nnx.
-      module: a module that has its small arrays already; it is changed.
-      plan: the plan that made them, for all variables of the module.
+    The module has its small arrays already, made by the plan, which is for all variables of the module.
 
     Raises:
       UnfitError: a module has no widths that fit.

@@ -19,11 +19,10 @@ RUN_ONCE = frozenset((*CHECKPOINTS, *WRAPPERS, "custom_jvp_call", "custom_vjp_ca
 """Ops that run their body once, on all of their inputs."""
 
 
-def _emit_body(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    return frame.run(op.regions["body"], args)
-
-
-register_rule(*WRAPPERS, rule=Rule(link_body, flow_body, _emit_body))
+register_rule(
+    *WRAPPERS,
+    rule=Rule(link_body, flow_body, lambda op, args, frame: frame.run(op.regions["body"], args)),
+)
 
 
 # shard_map: an axis that is sharded is pinned, because each device sees a part of it; all others are free.
