@@ -27,11 +27,7 @@ def bind(
 
     The function is traced and solved once for each set of shapes, dtypes and static inputs, and then replayed
     without the slices that the plan drops. A function that closes over tracers is traced at every call, since
-    they hold for one call.
-
-    Args:
-      function, plan, state: as for `Compacted.bind`.
-      shardings: by path, how the dense params were sharded over explicit axes of a mesh, if they were.
+    they hold for one call. `shardings` says how dense params were sharded over explicit axes of a mesh.
     """
     programs: dict[Any, tuple[TracedNetwork, Solution, Facts]] = {}
 

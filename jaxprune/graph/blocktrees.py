@@ -5,14 +5,21 @@ such as an optimizer's state, holds copies of these containers at paths that end
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
-from jaxprune.tree.paths import leaf_paths
+from jaxprune.tree.paths import keyed_leaves, leaf_paths, path_of
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by path."""
+
+
+def below(prefix: str, by_path: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries whose paths lie below a prefix, by their paths without it."""
+    start = prefix.rstrip("/") + "/"
+    return {path.removeprefix(start): value for path, value in by_path.items() if path.startswith(start)}
 
 
 def blocks_of(tree: Any) -> list[str]:
@@ -32,13 +39,7 @@ def blocks_of(tree: Any) -> list[str]:
 
 
 def take_out(tree: Any, blocks: Sequence[str], shapes: Shapes) -> Any:
-    """Return a tree without some blocks, wherever it mirrors the params.
-
-    Args:
-      tree: params, masks, or an optimizer's state that holds trees like them.
-      blocks: the paths of the blocks in the params.
-      shapes: the shapes of the leaves that mirror a param, by its path.
-    """
+    """Return a tree without some blocks, wherever it mirrors the params; shapes are those of the params."""
     removed_from = _by_parent(blocks)
 
     def change(node: Any, parent: str) -> Any:
@@ -55,11 +56,7 @@ def take_out(tree: Any, blocks: Sequence[str], shapes: Shapes) -> Any:
 def put_back(tree: Any, blocks: Sequence[str], shapes: Shapes, make: Callable[[str, Any], Any]) -> Any:
     """Return a tree with blocks where `take_out` took them.
 
-    Args:
-      tree: a tree without the blocks.
-      blocks: the paths of the blocks in the params.
-      shapes: the shapes of all leaves, with those of the blocks, by path.
-      make: `make(path, like)` returns the leaf at a path in a block, given its counterpart in another block.
+    `make(path, like)` returns the leaf at a path in a block, given its counterpart in another block.
     """
     removed_from = _by_parent(blocks)
 
@@ -105,7 +102,8 @@ def _walk(
         return node
     new = {name: _walk(child, _below(path, name), removed_from, change) for name, child in children.items()}
     if any(new[name] is not child for name, child in children.items()):
-        node = jax.tree.unflatten(_one_level(node), list(new.values()))
+        one_level = jax.tree.structure(node, is_leaf=lambda x: x is not node)
+        node = jax.tree.unflatten(one_level, list(new.values()))
     if not _can_shrink(node):
         return node
     for parent in sorted(removed_from, key=len, reverse=True):
@@ -158,26 +156,10 @@ def _can_shrink(node: Any) -> bool:
     return type(node) in (list, tuple, dict) or type(node).__name__ == "FrozenDict"
 
 
-def _one_level(node: Any) -> Any:
-    """Return the structure of a node with its children as leaves."""
-    return jax.tree.structure(node, is_leaf=lambda x: x is not node)
-
-
 def _children(node: Any) -> dict[str, Any]:
     """Return the children of a node by name, in order; none for a leaf."""
-    leaves = jax.tree.leaves(node, is_leaf=lambda x: x is not node)
-    if len(leaves) == 1 and leaves[0] is node:
-        return {}
-    wrapped = jax.tree.unflatten(_one_level(node), [_Child(leaf) for leaf in leaves])
-    names = leaf_paths(wrapped)
-    return dict(zip(names, leaves, strict=True))
-
-
-class _Child:
-    """Stands for a child of a node, as a leaf."""
-
-    def __init__(self, child: Any):
-        self.child = child
+    children = keyed_leaves(node, is_leaf=lambda x: x is not node)
+    return {path_of(keys): child for keys, child in children if child is not node}
 
 
 def _leaves(node: Any) -> dict[str, Any]:

@@ -204,8 +204,8 @@ def compact(
 
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
     masked = params if abstract else apply_masks(params, masks)
-    shardings = {path: explicit_sharding(leaf) for path, leaf in array_leaves(masked).items()}
-    shardings = {path: sharding for path, sharding in shardings.items() if sharding is not None}
+    leaves = array_leaves(masked).items()
+    shardings = {path: found for path, leaf in leaves if (found := explicit_sharding(leaf)) is not None}
     small = Compacted(
         params=jax.eval_shape(plan.shrink, masked) if abstract else plan.shrink(masked),
         masks=plan.shrink(masks),

@@ -21,11 +21,8 @@ from jaxprune.tracing.jaxprs import explicit_sharding
 def cut(leaf: Any, lead: int, stack: Sequence[int], keep: Mapping[int, np.ndarray]) -> Any:
     """Return a leaf without the slices that a plan drops.
 
-    Args:
-      leaf: the dense array.
-      lead: how many axes it has before those of the param.
-      stack: the axes of the param that count layers.
-      keep: by axis, the indices that stay.
+    `lead` counts its axes before those of the param, and `stack` names the axes of the param that count
+    layers.
     """
     # Axes that count layers first: the rows of the other axes are those of the layers that stay.
     for axis, rows in sorted(keep.items(), key=lambda item: item[1].ndim):
@@ -41,14 +38,9 @@ def spread(
     shape: Sequence[int],
     divisors: Sequence[int],
 ) -> Any:
-    """Return the dense array whose `cut` is a leaf, with zeros (False) in the other places.
+    """Return the dense array of a shape whose `cut` is a leaf, with zeros (False) in the other places.
 
-    Args:
-      leaf: the small array.
-      lead, stack, keep: as for `cut`.
-      shape: the dense shape of the param.
-      divisors: the axes that get copies of the slices that stay, in turn, in place of zeros; a mask gets
-        True.
+    Along the axes in `divisors` these are copies of the slices that stay, in turn; in a mask they are True.
     """
     # In the reverse order of `cut`; and divisors first, because zero is what was proved where a slice along
     # another axis went as well.
@@ -102,7 +94,7 @@ def _pick(
 
 
 def _aligned(rows: np.ndarray, rank: int, lead: int, stack: Sequence[int], axis: int) -> jax.Array:
-    """Return rows of indices laid out to broadcast with an array of a rank, as `take_along_axis` wants them.
+    """Return rows of indices laid out as `take_along_axis` wants them: to broadcast with an array of a rank.
 
     The first axes of `rows` are those of `stack`, in its order, which need not be ascending; the last is
     `axis`.

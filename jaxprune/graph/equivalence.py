@@ -32,14 +32,7 @@ def check_compacted(
     inputs: Sequence[Any],
     state: Callable[[Any], Any] | None,
 ) -> None:
-    """Compare a compacted network with the masked one on example inputs.
-
-    Args:
-      network: the function.
-      masked: the dense params under the masks.
-      small: the compacted network.
-      inputs: the inputs.
-      state: from an output to its new values of params.
+    """Compare a compacted network with the masked one, of dense params, on example inputs.
 
     Raises:
       ValueError: the masked network gives NaN, or overflows, so that there is nothing to compare with.
@@ -151,16 +144,8 @@ def compare(
 ) -> str | None:
     """Run two functions on example inputs, on random inputs and with other params; return how they differ.
 
-    Args:
-      expected: the function that is right.
-      got: the function to compare with it.
-      params: params of both.
-      arrays: inputs by name.
-      signed: whether the param at a path may change its sign from zero (a variance may not).
-      eps: as in `Ops`; outputs agree if they differ by its square root at most.
-
-    Returns:
-      The difference in words; None if there is none.
+    `signed(path)` says whether a param may change its sign from zero (a variance may not). Outputs agree if
+    they differ by the square root of `eps` at most, see `Ops`.
     """
     other_params, other_arrays = _other_params(params, signed), _other_arrays(arrays)
     rounds = {

@@ -18,7 +18,7 @@ gradients of what is folded are gone.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,12 @@ import numpy as np
 
 from jaxprune.graph.engine.axes import Vector
 from jaxprune.graph.engine.facts import Facts, both, either
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Region, Value, other_axes
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.graph.engine.rules.reductions import windows_hold_an_entry
 from jaxprune.graph.engine.rules.shapes import segments
+from jaxprune.graph.engine.rules.wrappers import RUN_ONCE
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.leaves import array_leaves, is_concrete
@@ -43,14 +44,8 @@ def fold_into_readers(
 ) -> tuple[Params, Masks]:
     """Return params and masks with the constants of dead filters folded into what reads them.
 
-    Args:
-      network: the function.
-      params: its params, masked.
-      masks: their masks.
-      inputs: example inputs; the constants are read off one run of the function.
-
-    Raises:
-      TypeError: params or inputs have no values.
+    The constants are read off one run of the function on the inputs; TypeError if these or the masked params
+    have no values.
     """
     arrays, _ = split_static(inputs)
     if not is_concrete(params, arrays):
@@ -74,13 +69,6 @@ def fold_into_readers(
         jax.tree.unflatten(tree, list(leaves.values())),
         jax.tree.unflatten(tree, [jnp.asarray(mask) for mask in alive.values()]),
     )
-
-
-# Ops that run their body once, on their inputs.
-_ONCE = (
-    *("custom_jvp_call", "custom_vjp_call", "remat", "remat2", "checkpoint"),
-    *("composite", "custom_vmap_call"),
-)
 
 
 class Constants:
@@ -111,7 +99,7 @@ class Constants:
         """Follow a region, given which of its inputs are fixed."""
         self._fixed.update(map(id, fixed))
         for op in region.ops:
-            if op.name in _ONCE:
+            if op.name in RUN_ONCE:
                 self._through(op)
             elif not op.regions:
                 self._learn(op)
@@ -157,9 +145,8 @@ class Constants:
         if op.name == "transpose":
             return self.along(value, params["permutation"][axis])
         if op.name in ("squeeze", "reduce_sum", "reduce_max", "reduce_min"):
-            gone = params["dimensions" if op.name == "squeeze" else "axes"]
-            left = [a for a in range(len(value.shape)) if a not in gone]
-            return self.along(value, left[axis])
+            removed = params["dimensions" if op.name == "squeeze" else "axes"]
+            return self.along(value, other_axes(value, removed)[axis])
         if op.name in ("reduce_window_max", "reduce_window_sum"):
             return self.along(value, axis) if _keeps_constants(op, axis) else None
         if op.name == "slice":
@@ -203,34 +190,16 @@ def _keeps_constants(op: Op, axis: int) -> bool:
     return all(tuple(op.params["padding"][a]) == (0, 0) for a in rank)
 
 
-class _Site:
-    """A matrix product or convolution that constants can be folded into.
+class _Site(NamedTuple):
+    """A matrix product or convolution that constants can be folded into."""
 
-    Attributes:
-      image_axis: its input, and the axis of it that it sums over.
-      kernel: the path of its kernel, with the axis that it sums over and the axis of its outputs.
-      bias: the path of the bias that is added to its output; None if there is none, or if padding comes
-        between.
-      marks: the constant slices of the input.
-    """
-
-    def __init__(
-        self,
-        image_axis: tuple[Value, int],
-        kernel: tuple[str, int, int],
-        bias: str | None,
-        marks: Vector,
-    ):
-        self.image_axis, self.kernel, self.bias, self.marks = image_axis, kernel, bias, marks
+    image_axis: tuple[Value, int]  # its input, and the axis of it that it sums over
+    kernel: tuple[str, int, int]  # the path of its kernel, the axis that it sums over, that of its outputs
+    bias: str | None  # the path of the bias added to its output; None if there is none, or padding between
+    marks: Vector  # the constant slices of the input
 
     def fold(self, leaves: dict[str, Any], masks: dict[str, np.ndarray], numbers: np.ndarray) -> None:
-        """Fold the constant slices of the input, in place.
-
-        Args:
-          leaves: the params by path, or by layer.
-          masks: their masks.
-          numbers: the number in each slice of the input.
-        """
+        """Fold the constant slices of the input into params and masks, given the number in each slice."""
         path, summed, given = self.kernel
         # With the summed axis first, a row for each slice of the input.
         rows = np.moveaxis(np.asarray(leaves[path], np.float64).copy(), summed, 0)

@@ -5,13 +5,14 @@ units form a group; and for each group the removal of one unit is tried.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.divisors import find_divisors, without
+from jaxprune.graph.engine.axes import AxisGraph, Solution
+from jaxprune.graph.engine.divisors import Divisors, ParamAxis, find_divisors, without
+from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.readers import pin_shared, tie_readers, tie_where
 from jaxprune.graph.groups import ChannelGroups, Group, Member, Whole
@@ -191,19 +192,12 @@ def _groups(network: TracedNetwork, graph: AxisGraph) -> list[Group]:
 
 
 class _Slices(NamedTuple):
-    """The slices of an axis by the unit that they belong to.
+    """The slices of an axis by the unit that they belong to."""
 
-    Attributes:
-      units: the labels of the units, ascending.
-      starts: where the slices of each unit begin in `order`.
-      counts: how many slices each unit has.
-      order: all slices, sorted by unit.
-    """
-
-    units: np.ndarray
-    starts: np.ndarray
-    counts: np.ndarray
-    order: np.ndarray
+    units: np.ndarray  # the labels of the units, ascending
+    starts: np.ndarray  # where the slices of each unit begin in `order`
+    counts: np.ndarray  # how many slices each unit has
+    order: np.ndarray  # all slices, sorted by unit
 
     def of(self, units: np.ndarray) -> np.ndarray | None:
         """Return the slices of units that have equally many, units x slices; None if they have none here."""
@@ -293,12 +287,9 @@ def _is_all(group: Group) -> bool:
 
 
 def _without_first(network: TracedNetwork, groups: Sequence[Group], derivatives: bool = True) -> list[Group]:
-    """Return groups with their divisors, and with the reason if their first unit would not vanish at zero.
+    """Return groups with their divisors, and with the reason if their first units would not vanish at zero.
 
-    Args:
-      network: the function.
-      groups: the groups to lose their first unit, all at once.
-      derivatives: whether members also count as divisors that only make a derivative infinite.
+    With `derivatives`, members also count as divisors that only make a derivative infinite.
     """
     zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in network.values.items()}
     for group in groups:
@@ -313,31 +304,47 @@ def _without_first(network: TracedNetwork, groups: Sequence[Group], derivatives:
         facts = network.facts(without(zeros, divisors.axes))
     kept = network.solve(facts, never_empty=False)
     holders = Counter((member.path, member.axis) for group in groups for member in group.members)
+    shared = {axis for axis, count in holders.items() if count > 1}
     result = []
     for group in groups:
         members = tuple(m._replace(divisor=(m.path, m.axis) in divisors.axes) for m in group.members)
-        why = None if divisors.unresolved is None else f"{divisors.unresolved} divides by zero without it"
-        names = [f"{m.path}[{m.axis}]" for m in members if m.divisor]
-        zero = f"{divisors.reason} is not finite where {', '.join(names)} is zero"
-        if names and any(holders[m.path, m.axis] > 1 for m in members if m.divisor):
-            why = "a divisor of another group lies in the same param"  # it is tried by itself
-        if len(names) == len(members):
-            why = f"{zero}, and a unit has no other slices"
-        for path, axis, indices, *_ in members if why is None else ():
-            node = network.values[path].axes[axis]
-            state = kept.state(node)
-            left = indices[0] if state is True else indices[0][state[indices[0]]]
-            if len(left):
-                why = why_needed(network, facts, node, int(left[0]))
-                if names:
-                    why = f"{zero}; where it is not, {why}"
-                break
+        why = _why_stuck(network, members, divisors, shared, facts, kept)
         result.append(group._replace(members=members if why is None else group.members, why_not=why))
     tried = derivatives and (divisors.axes or divisors.unresolved is not None)
     if tried and len(groups) == 1 and not result[0].removable:
         # An infinite derivative alone is no reason to keep the group whole.
         return _without_first(network, groups, derivatives=False)
     return result
+
+
+def _why_stuck(
+    network: TracedNetwork,
+    members: Sequence[Member],
+    divisors: Divisors,
+    shared: Collection[ParamAxis],
+    facts: Facts,
+    kept: Solution,
+) -> str | None:
+    """Return why a unit stays where all of its slices but those of divisors are zero; None if it vanishes.
+
+    `shared` are the axes of params on which several groups have slices.
+    """
+    names = [f"{m.path}[{m.axis}]" for m in members if m.divisor]
+    not_finite = f"{divisors.reason} is not finite where {', '.join(names)} is zero"
+    if len(names) == len(members):
+        return f"{not_finite}, and a unit has no other slices"
+    if any((m.path, m.axis) in shared for m in members if m.divisor):
+        return "a divisor of another group lies in the same param"  # so this group is tried by itself
+    if divisors.unresolved is not None:
+        return f"{divisors.unresolved} divides by zero without it"
+    for member in members:
+        node, first = network.values[member.path].axes[member.axis], member.indices[0]
+        state = kept.state(node)
+        left = first if state is True else first[state[first]]
+        if len(left):
+            why = why_needed(network, facts, node, int(left[0]))
+            return f"{not_finite}; where it is not, {why}" if names else why
+    return None
 
 
 def _whole(network: TracedNetwork, graph: AxisGraph) -> tuple[Whole, ...]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.graph import grouptable
+from jaxprune.graph.blocktrees import below
 from jaxprune.tree.stacks import Stacks
 from jaxprune.typing import Where
 
@@ -112,8 +113,7 @@ class ChannelGroups:
                 group = group._replace(
                     name=group.name.removeprefix(start),
                     members=members,
-                    weights=group.weights
-                    and tuple(p.removeprefix(start) for p in group.weights if p.startswith(start)),
+                    weights=group.weights and tuple(below(prefix, dict.fromkeys(group.weights))),
                     stack=group.stack and group.stack.removeprefix(start),
                 )
                 if group.removable and all(member.divisor for member in members):
@@ -124,8 +124,7 @@ class ChannelGroups:
             raise ValueError(
                 f"no member of a group lies under {prefix!r}; their paths are {', '.join(paths)}."
             )
-        stacks = {p.removeprefix(start): axes for p, axes in self.stacks.items() if p.startswith(start)}
-        return ChannelGroups(tuple(groups), (), stacks)
+        return ChannelGroups(tuple(groups), (), below(prefix, self.stacks))
 
     def without(self, where: Where) -> "ChannelGroups":
         """Return the groups without those that have a member that `where(path, member)` matches.

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph import cutting, planfile
-from jaxprune.graph.blocktrees import Shapes, ends_in, put_back, take_out
+from jaxprune.graph.blocktrees import Shapes, below, ends_in, put_back, take_out
+from jaxprune.graph.engine.divisors import without
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.leaves import array_leaves, describe, is_array
@@ -115,10 +116,7 @@ class Plan:
     def zeros(self) -> dict[str, list[np.ndarray | None]]:
         """Return the dropped slices that count as zero, which are all but the divisors; see `dropped`."""
         divisors = self.by_layer().divisors
-        return {
-            name: [None if axis in divisors.get(name, ()) else marks for axis, marks in enumerate(by_axis)]
-            for name, by_axis in self.dropped().items()
-        }
+        return without(self.dropped(), frozenset((name, a) for name, axes in divisors.items() for a in axes))
 
     def under(self, prefix: str) -> "Plan":
         """Return the plan for a part of the params: that of `params["params"]` is `plan.under("params")`.
@@ -126,15 +124,11 @@ class Plan:
         Raises:
           ValueError: no path has the prefix.
         """
-        start = prefix.rstrip("/") + "/"
-
-        def part(by_path: Mapping[str, Any]) -> dict[str, Any]:
-            return {path.removeprefix(start): x for path, x in by_path.items() if path.startswith(start)}
-
-        if not part(self.shapes):
+        shapes, removed = below(prefix, self.shapes), tuple(below(prefix, dict.fromkeys(self.removed)))
+        if not shapes:
             raise ValueError(f"no param lies under {prefix!r}; they are {', '.join(self.shapes)}.")
-        removed = tuple(block.removeprefix(start) for block in self.removed if block.startswith(start))
-        return Plan(part(self.shapes), part(self.keep), part(self.divisors), part(self.stacks), removed)
+        keep, divisors = below(prefix, self.keep), below(prefix, self.divisors)
+        return Plan(shapes, keep, divisors, below(prefix, self.stacks), removed)
 
     # Trees, from the dense to the small and back
 

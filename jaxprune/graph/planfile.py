@@ -13,8 +13,7 @@ _FORMAT = 2
 
 def write(file: str | PathLike[str], plan: Any) -> None:
     """Write a `Plan` to a file, whole or not at all."""
-    arrays: dict[str, Any] = {}
-    arrays |= _named("shape", plan.shapes)
+    arrays: dict[str, Any] = _named("shape", plan.shapes)
     for path, axes in plan.keep.items():
         arrays.update((f"keep {axis}:{path}", np.asarray(kept, np.int64)) for axis, kept in axes.items())
     arrays |= _named("divisors", plan.divisors)
@@ -35,10 +34,9 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
     Raises:
       ValueError: the file is not a plan, or its indices do not fit its shapes.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    tuples: dict[str, dict[str, tuple[int, ...]]] = {"shape": {}, "divisors": {}, "stack": {}}
+    shapes, divisors, stacks = tuples.values()
     keep: dict[str, dict[int, np.ndarray]] = {}
-    divisors: dict[str, tuple[int, ...]] = {}
-    stacks: dict[str, tuple[int, ...]] = {}
     removed: tuple[str, ...] = ()
     with np.load(file, allow_pickle=False) as arrays:
         if "format" not in arrays or not 1 <= int(arrays["format"]) <= _FORMAT:
@@ -49,7 +47,7 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
                 removed = tuple(arrays[name].tolist())
             elif kind.startswith("keep "):
                 keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
-            elif kind in (tuples := {"shape": shapes, "divisors": divisors, "stack": stacks}):
+            elif kind in tuples:
                 tuples[kind][path] = tuple(arrays[name].ravel().tolist())
     for path, axes in divisors.items():
         in_removed = any(path.startswith(f"{block}/") for block in removed)

@@ -20,11 +20,8 @@ def plan_for_masks(
 ) -> tuple[Plan, tuple[NotRemoved, ...]]:
     """Return the plan that drops all that masks allow, and what the masks remove but the plan keeps.
 
-    Args:
-      network: the function; whole blocks that the masks empty are taken out of it, in place.
-      masks: masks by path, those of stacked params by layer.
-      blocks: the paths of the blocks in lists and dicts that could be taken out of them.
-      multiple_of: what widths are rounded up to a multiple of.
+    Masks of stacked params go by layer. Whole blocks that they empty are taken out of the function, in place;
+    `blocks` are the paths of what could be taken out of lists and dicts.
     """
     removed = removable(network, masks, blocks)
     remove(network, removed)
@@ -132,15 +129,7 @@ def _plan_of(
     removed: Removed,
     blocks: Sequence[str],
 ) -> Plan:
-    """Return the plan that keeps what a solution keeps.
-
-    Args:
-      network: the function.
-      kept: the solution.
-      divisors: the axes of params whose dropped slices must not be zero.
-      removed: the params, or layers of them, that are removed whole.
-      blocks: the paths of what could be taken out of lists and dicts.
-    """
+    """Return the plan that keeps what a solution keeps."""
     shapes = {path: tuple(leaf.shape) for path, leaf in network.leaves.items()}
     keep: dict[str, dict[int, np.ndarray]] = {}
     nonzero: dict[str, set[int]] = {}

@@ -12,13 +12,8 @@ _EMPTY_OR_ROUNDED = "an axis cannot be empty, or its width is rounded up"
 
 # What ops do with the slices that they need; all others sum them.
 _VERBS = {
-    "reduce_max": "compares",
-    "reduce_min": "compares",
-    "argmax": "compares",
-    "argmin": "compares",
-    "top_k": "compares",
-    "reduce_and": "combines",
-    "reduce_or": "combines",
+    **dict.fromkeys(("reduce_max", "reduce_min", "argmax", "argmin", "top_k"), "compares"),
+    **dict.fromkeys(("reduce_and", "reduce_or"), "combines"),
 }
 
 
@@ -43,14 +38,7 @@ class NotRemoved:
 
 
 def why_needed(network: TracedNetwork, facts: Facts, node: int, index: int) -> str:
-    """Return why a slice of an axis has to stay: what pins the axis, or the op that reads the slice.
-
-    Args:
-      network: the function.
-      facts: which slices of its values are zero.
-      node: the axis.
-      index: the slice.
-    """
+    """Return why a slice of an axis has to stay: what pins the axis, or the op that reads the slice."""
     pinned = network.graph.why_pinned(node)
     if pinned is not None:
         return str(pinned)
@@ -68,12 +56,8 @@ def not_removed(
 ) -> tuple[NotRemoved, ...]:
     """Return the masked slices that a plan keeps, with the reasons.
 
-    Args:
-      network: the function.
-      masked: the slices of params that the masks remove.
-      plan: which slices are dropped.
-      needless: the slices that the function can do without, before widths were rounded up and the layers of
-        stacks made even.
+    `needless` are the slices that the function can do without, before widths were rounded up and the layers
+    of stacks made even.
     """
     dropped, facts, found = plan.dropped(), None, []
     for name, by_axis in masked.items():

@@ -1,6 +1,6 @@
 """`residual_blocks`: the blocks of a network that are the identity when their params are zero."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.graph.blocktrees import below
 from jaxprune.graph.engine.divisors import find_divisors
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.identity import Aliases, aliases, inlined
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.passage import Pass, Passage, Roots, made_from, mark_of, roots_of
+from jaxprune.graph.engine.passage import Mark, Pass, Passage, Roots, made_from, roots_of
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import learn_changes
 from jaxprune.graph.engine.singular import singularities
@@ -76,10 +77,9 @@ class ResidualBlocks:
         Raises:
           ValueError: a block has no leaf with the prefix.
         """
-        start = prefix.rstrip("/") + "/"
 
-        def inside(paths: Sequence[str]) -> tuple[str, ...]:
-            return tuple(path.removeprefix(start) for path in paths if path.startswith(start))
+        def inside(paths: Iterable[str]) -> tuple[str, ...]:
+            return tuple(below(prefix, dict.fromkeys(paths)))
 
         blocks = tuple(
             block._replace(paths=inside(block.paths), divisors=inside(block.divisors))
@@ -90,15 +90,11 @@ class ResidualBlocks:
                 f"under({prefix!r}): no leaf of {some_of(empty)} lies there; the leaves are "
                 f"{some_of(path for block in self.blocks for path in block.paths)}."
             )
+        start = prefix.rstrip("/") + "/"
         blocks = tuple(block._replace(name=block.name.removeprefix(start)) for block in blocks)
-        kept = [path for path in self.shapes if path.startswith(start)]
-        return ResidualBlocks(
-            blocks,
-            {path.removeprefix(start): self.stacks[path] for path in kept if path in self.stacks},
-            {path.removeprefix(start): self.shapes[path] for path in kept},
-            {path.removeprefix(start): self.weights[path] for path in kept if path in self.weights},
-            frozenset(inside(sorted(self.fixed))),
-        )
+        stacks, shapes = below(prefix, self.stacks), below(prefix, self.shapes)
+        fixed = frozenset(inside(self.fixed))
+        return ResidualBlocks(blocks, stacks, shapes, below(prefix, self.weights), fixed)
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self.blocks)
@@ -171,8 +167,8 @@ def residual_blocks(
     """
     check_call(_CALL, apply_fn, (params, *inputs), keywords, ("prefixes", "stacked", "state"))
     # Without stacks, a loop's body stands for all its rounds.
-    linked = TracedNetwork(apply_fn, params, inputs, state, stacks={})
-    blocks, stacks = find_blocks(linked.leaves, prefixes, stacked)
+    network = TracedNetwork(apply_fn, params, inputs, state, stacks={})
+    blocks, stacks = find_blocks(network.leaves, prefixes, stacked)
     if axes := {path: along for path, along in stacks.items() if len(along) > 1}:
         path, along = next(iter(axes.items()))
         raise ValueError(
@@ -180,8 +176,8 @@ def residual_blocks(
             "Name the axis of the loop over layers alone."
         )
     own = {path for block in blocks for path in block.paths}
-    fixed = frozenset(path for path in own if not jnp.issubdtype(linked.leaves[path].dtype, jnp.inexact))
-    proof = _Proof(linked, stacks, fixed, state)
+    fixed = frozenset(path for path in own if not jnp.issubdtype(network.leaves[path].dtype, jnp.inexact))
+    proof = _Proof(network, stacks, fixed, state)
     checked = [proof.check(block) for block in blocks]
     reasons = {block.name: why for block, why in zip(blocks, proof.reasons, strict=True) if why is not None}
     reasons = reasons or proof.between(blocks)
@@ -194,12 +190,12 @@ def residual_blocks(
             f"not the identity when all of its params are zero: {listed}. Only blocks whose input passes on "
             "unchanged can be dropped: leave the others out."
         )
-    found = weights(linked)
+    found = weights(network)
     return ResidualBlocks(
         tuple(checked),
         stacks,
-        {path: tuple(linked.leaves[path].shape) for path in linked.leaves if path in own},
-        {path: path in found for path in linked.leaves if path in own},
+        {path: tuple(leaf.shape) for path, leaf in network.leaves.items() if path in own},
+        {path: path in found for path in network.leaves if path in own},
         fixed,
     )
 
@@ -310,41 +306,45 @@ class _Proof:
 
     Attributes:
       reasons: for each block that was checked, why it is not the identity, or None.
+      passes: for each, the ops that pass on what it was given, and the aliases where its leaves are zero.
     """
 
-    def __init__(self, linked: TracedNetwork, stacks: Stacks, fixed: frozenset[str], state: Any):
-        self.linked, self.stacks, self.fixed = linked, stacks, fixed
-        region, count = inlined(linked.region), len(linked.leaves)
-        self.region = region
-        self.roots: Roots = roots_of(region, region.inputs[:count], region.inputs[count:])
+    def __init__(self, network: TracedNetwork, stacks: Stacks, fixed: frozenset[str], state: Any):
+        self.network, self.stacks, self.fixed = network, stacks, fixed
+        self.region, count = inlined(network.region), len(network.leaves)
+        inputs = self.region.inputs
+        self.roots: Roots = roots_of(self.region, inputs[:count], inputs[count:])
         self.reasons: list[str | None] = []
         self.passes: list[tuple[list[Pass], Aliases]] = []
-        self.new_values = _new_values(linked, state)
+        self.new_values = _new_values(network, state)
         self.of_stack: tuple[frozenset[str], Op | None] | None = None
-        self.links = aliases(region, Facts())
-        self.base = linked.facts({})
-        self.place = {id(op): n for n, op in enumerate(region.ops)}
+        self.links = aliases(self.region, Facts())
+        self.base = network.facts({})
+        self.place = {id(op): n for n, op in enumerate(self.region.ops)}
 
     def check(self, block: Block) -> Block:
-        """Checks a block, and finds the leaves that have to keep their values."""
-        linked = self.linked
-        facts, ops = self._facts(block, frozenset())
+        """Check a block, note why it is not the identity, and return it with its divisors."""
+        network = self.network
+        zeros = {path: self._slices(block, path) for path in block.paths if path not in self.fixed}
+        facts, ops = self._facts(zeros)
         kept, unresolved = self._divisors(block, facts, ops)
         if kept:
-            facts, _ = self._facts(block, kept)
-        others = self._others(block) if block.index else None
+            facts, _ = self._facts({path: marks for path, marks in zeros.items() if path not in kept})
+        others = None
+        if block.index:
+            slices = {path: self._slices(block, path) or () for path in block.paths}
+            others, _ = self._facts(
+                {path: [m if m is None else ~m for m in marks] for path, marks in slices.items()}
+            )
         passage = Passage(facts, others)
         marked = {
-            id(linked.values[path]): mark_of(bool(block.index), path not in kept | self.fixed)
+            id(network.values[path]): Mark(part=bool(block.index), zero=path not in kept | self.fixed)
             for path in block.paths
         }
         marks = passage.follow(self.region, marked, self.roots)
         ignored = {n for path, n in self.new_values.items() if path in block.paths}
-        reached = [
-            marks[id(value)]
-            for n, value in enumerate(linked.region.outputs)
-            if id(value) in marks and n not in ignored
-        ]
+        outputs = enumerate(network.region.outputs)
+        reached = [marks[id(value)] for n, value in outputs if id(value) in marks and n not in ignored]
         found = aliases(self.region, facts)
         why = None
         if unresolved is not None:
@@ -358,55 +358,49 @@ class _Proof:
         return block._replace(divisors=tuple(path for path in block.paths if path in kept))
 
     def _divisors(self, block: Block, facts: Facts, ops: list[Op]) -> tuple[frozenset[str], Op | None]:
-        """The leaves that must not be zero, and an op that is not finite whatever keeps its value."""
+        """Return the leaves that must not be zero, and an op that is not finite whatever keeps its value."""
         if block.index:
             # What a loop does with one layer is seen where all are zero: it is the same for each.
             if self.of_stack is None:
-                self.of_stack = self._find_divisors(block._replace(index=()))
+                self.of_stack = self._find_divisors(block)
             return self.of_stack
-        if not singularities(self.linked.region_of(ops), facts):
+        if not singularities(self.network.region_of(ops), facts):
             return frozenset(), None
         return self._find_divisors(block, facts)
 
     def _find_divisors(self, block: Block, facts: Facts | None = None) -> tuple[frozenset[str], Op | None]:
-        zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in self.linked.values.items()}
+        network = self.network
+        zeros: dict[str, list[Any]] = {p: [None] * len(v.axes) for p, v in network.values.items()}
         for path in block.paths:
             # One axis of the layer, since zeros along two would each do without the other.
             axes = [axis for axis in range(len(zeros[path])) if axis not in self.stacks.get(path, ())]
             if axes and path not in self.fixed:
-                zeros[path][axes[0]] = np.ones(self.linked.values[path].shape[axes[0]], bool)
-        divisors = find_divisors(self.linked, zeros, True, facts)
+                zeros[path][axes[0]] = np.ones(network.values[path].shape[axes[0]], bool)
+        divisors = find_divisors(network, zeros, True, facts)
         if divisors.unresolved is not None:  # an infinite derivative alone is no reason to refuse
-            divisors = find_divisors(self.linked, zeros, False, facts)
+            divisors = find_divisors(network, zeros, False, facts)
         return frozenset(path for path, _ in divisors.axes), divisors.unresolved
 
     def between(self, blocks: Sequence[Block]) -> dict[str, str]:
-        """What stands between a block and the next one and changes what passes, without params of its own."""
+        """Return, by block, what stands between it and the next and changes what passes, without params."""
+        at_top: list[tuple[Block, Pass, Pass, Aliases]] = []  # the first and the last pass of each block
+        for block, (passes, found) in zip(blocks, self.passes, strict=True):
+            if outside := [each for each in passes if id(each.op) in self.place]:
+                at_top.append((block, outside[0], outside[-1], found))
+        at_top.sort(key=lambda each: self.place[id(each[1].op)])
         reasons: dict[str, str] = {}
-        at_top = [
-            (block, [each for each in passes if id(each.op) in self.place], found)
-            for block, (passes, found) in zip(blocks, self.passes, strict=True)
-        ]
-        at_top = sorted(
-            ((b, passes, found) for b, passes, found in at_top if passes),
-            key=lambda each: self.place[id(each[1][0].op)],
-        )
-        for (block, passes, found), (_, following, _) in pairwise(at_top):
-            last, taken = passes[-1], following[0].source
-            op = self._between(last, taken, found)
+        for (block, _, last, found), (_, following, _, _) in pairwise(at_top):
+            op = self._between(last, following.source, found)
             if op is not None:
                 reasons[block.name] = f"{op} stands after its sum and changes what passes"
         return reasons
 
     def _between(self, last: Pass, taken: Value, found: Aliases) -> Op | None:
-        """The op that makes what the next block is given of what this one passes on, if it is this one's."""
+        """Return the op that makes what the next block takes of what this one passes on, if no layer does."""
         if taken is last.output or found.get(id(taken), taken) is last.source:
             return None
-        if (
-            taken.shape != last.output.shape
-            or taken.op is None
-            or not made_from(taken, last.output, self.links)
-        ):
+        made = taken.op is not None and made_from(taken, last.output, self.links)
+        if taken.op is None or not made or taken.shape != last.output.shape:
             return None
         # Layers with params of their own between two blocks are neither's.
         after = {id(last.output)}
@@ -416,46 +410,31 @@ class _Proof:
                 after.update(map(id, op.outputs))
                 if any(made_from(taken, output, self.links) for output in op.outputs):
                     path.append(op)
-        beside = [value for op in path for value in op.inputs if id(value) not in after]
-        if any(id(value) in self.roots.param and not self._of_before(value, last) for value in beside):
-            return None
+        for value in (value for op in path for value in op.inputs if id(value) not in after):
+            # Params are a layer's, unless they went into what the block was given.
+            given = made_from(last.output, value, self.links) or made_from(value, last.source, self.links)
+            if id(value) in self.roots.param and not given:
+                return None
         return taken.op
 
-    def _of_before(self, value: Value, last: Pass) -> bool:
-        """Whether a value beside a path is what the block was given, or of it."""
-        return made_from(last.output, value, self.links) or made_from(value, last.source, self.links)
+    def _facts(self, zeros: Mapping[str, Sequence[np.ndarray | None] | None]) -> tuple[Facts, list[Op]]:
+        """Return what follows from zero slices of leaves (None for all of a leaf), and for which ops."""
+        facts, values = self.base.copy(), [self.network.values[path] for path in zeros]
+        for value, marks in zip(values, zeros.values(), strict=True):
+            facts.learn(value, marks, fill=0 if marks is None else None)
+        return facts, learn_changes(self.network.region, facts, self.base, values)
 
-    def _facts(self, block: Block, kept: frozenset[str]) -> tuple[Facts, list[Op]]:
-        """What is known where the leaves of a block are zero, and the ops that this matters to."""
-        facts = self.base.copy()
-        changed = [path for path in block.paths if path not in kept and path not in self.fixed]
-        for path in changed:
-            if block.index:
-                facts.learn(self.linked.values[path], self._layer(block, path))
-            else:
-                facts.learn(self.linked.values[path], fill=0)
-        values = [self.linked.values[path] for path in changed]
-        return facts, learn_changes(self.linked.region, facts, self.base, values)
-
-    def _others(self, block: Block) -> Facts:
-        """What is known where all layers but this one are zero."""
-        facts = self.base.copy()
-        for path in block.paths:
-            marks = self._layer(block, path)
-            facts.learn(self.linked.values[path], [None if mark is None else ~mark for mark in marks])
-        changed = [self.linked.values[path] for path in block.paths]
-        learn_changes(self.linked.region, facts, self.base, changed)
-        return facts
-
-    def _layer(self, block: Block, path: str) -> list[np.ndarray | None]:
-        """For each axis of a stacked leaf, which slices are the block's: some along the stack."""
-        shape, (along,), (index,) = self.linked.values[path].shape, self.stacks[path], block.index
+    def _slices(self, block: Block, path: str) -> list[np.ndarray | None] | None:
+        """Return, for each axis of a stacked leaf, which slices are the block's; None if all of it is."""
+        if not block.index:
+            return None
+        shape, (along,), (index,) = self.network.values[path].shape, self.stacks[path], block.index
         return [np.arange(size) == index if axis == along else None for axis, size in enumerate(shape)]
 
 
-def _new_values(linked: TracedNetwork, state: Callable[[Any], Any] | None) -> dict[str, int]:
-    """By path, the number of the output that is a leaf's new value."""
+def _new_values(network: TracedNetwork, state: Callable[[Any], Any] | None) -> dict[str, int]:
+    """Return, by path, the number of the output that is a leaf's new value."""
     if state is None:
         return {}
-    new = state(jax.tree.unflatten(linked.out_tree, range(len(linked.region.outputs))))
+    new = state(jax.tree.unflatten(network.out_tree, range(len(network.region.outputs))))
     return dict(zip(leaf_paths(new), jax.tree.leaves(new), strict=True))

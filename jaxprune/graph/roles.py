@@ -12,10 +12,9 @@ from enum import IntEnum
 import jax
 import numpy as np
 
-from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers
+from jaxprune.graph.engine.ir import Body, Op, Region, Value, bodies_of, flat_layers
 from jaxprune.graph.engine.program import TracedNetwork
 from jaxprune.graph.engine.rules import elementwise, has_rule, rule_for
-from jaxprune.tracing.jaxprs import scan_split
 from jaxprune.tree.kernel_names import is_adapter
 from jaxprune.tree.where import kernels
 
@@ -66,6 +65,7 @@ def weights(network: TracedNetwork) -> frozenset[str]:
         walk.flows[id(value)] = {path: _Flow.WHOLE}
     walk.data.update(map(id, region.inputs[count:]))
     walk.run(region)
+    read = {id(each) for op in region.ops for value in op.inputs for each in flat_layers(value)}
 
     def is_weight(path: str) -> bool:
         leaf, use, (owner, _) = network.values[path], walk.uses.get(path), network.paths[path]
@@ -73,31 +73,19 @@ def weights(network: TracedNetwork) -> frozenset[str]:
             return False
         if use in (_Use.PRODUCT, _Use.LOOKUP):
             return use is _Use.PRODUCT
-        return (use is not None or path in walk.unread(network)) and kernels(
-            owner, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        )
+        struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        return (use is not None or id(leaf) not in read) and kernels(owner, struct)
 
     return frozenset(path for path in network.values if is_weight(path))
 
 
 class _Walk:
-    """One pass over a program.
-
-    Attributes:
-      flows: by the id of a value, the params whose entries it holds, and how they lie in it.
-      data: the ids of the values that depend on the function's inputs.
-      uses: by path, what the function does with a param.
-    """
+    """One pass over a program."""
 
     def __init__(self) -> None:
-        self.flows: dict[int, _Flows] = {}
-        self.data: set[int] = set()
-        self.uses: dict[str, _Use] = {}
-
-    def unread(self, network: TracedNetwork) -> set[str]:
-        """Return the params that the program never reads."""
-        read = {id(each) for op in network.region.ops for v in op.inputs for each in flat_layers(v)}
-        return {path for path, value in network.values.items() if id(value) not in read}
+        self.flows: dict[int, _Flows] = {}  # by the id of a value, how the entries of params lie in it
+        self.data: set[int] = set()  # the ids of the values that depend on the function's inputs
+        self.uses: dict[str, _Use] = {}  # by path, what the function does with a param
 
     def run(self, region: Region) -> None:
         """Follow all ops of a region."""
@@ -194,30 +182,21 @@ class _Walk:
 
     def _call(self, op: Op) -> None:
         """Follow the bodies of an op; that of a loop until nothing new is learnt about what it carries."""
-        for name, region in op.regions.items():
-            if name in ("jvp", "vjp", "condition"):
+        for body in bodies_of(op):
+            if body.name in ("jvp", "vjp", "condition"):
                 continue
-            inputs = op.inputs[op.params["cond_nconsts"] :] if op.name == "while" else op.inputs
-            inputs = inputs[1:] if op.name == "cond" else inputs
-            for outer, inner in _pairs(inputs, region.inputs):
+            for outer, inner in _pairs(body.given, body.region.inputs):
                 self._learn([inner], self._of(outer), self._is_data(outer))
-            while True:
-                self.run(region)
-                if not self._carried(op, region):
-                    break
-            for inner, outer in _pairs(region.outputs, op.outputs):
+            self.run(body.region)
+            while self._carry(body):
+                self.run(body.region)
+            for inner, outer in _pairs(body.region.outputs, op.outputs):
                 self._learn([outer], self._of(inner), self._is_data(inner))
 
-    def _carried(self, op: Op, region: Region) -> bool:
+    def _carry(self, body: Body) -> bool:
         """Pass what a loop's body returns on to its next round; return whether that was new."""
-        if op.name == "scan":
-            consts, carried = scan_split(op.params)
-        elif op.name == "while":
-            consts, carried = op.params["body_nconsts"], len(region.outputs)
-        else:
-            return False
-        new = False
-        for given, taken in zip(region.outputs[:carried], region.inputs[consts:], strict=False):
+        outputs, inputs, new = body.region.outputs[: body.carried], body.region.inputs[body.consts :], False
+        for given, taken in zip(outputs, inputs, strict=False):
             before = (self._of(taken), self._is_data(taken))
             self._learn([taken], self._of(given), self._is_data(given))
             new |= before != (self._of(taken), self._is_data(taken))

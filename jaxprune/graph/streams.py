@@ -21,9 +21,8 @@ from typing import NamedTuple
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.divisors import ParamAxis
 from jaxprune.graph.engine.identity import inlined
-from jaxprune.graph.engine.ir import Op, Region, Value
+from jaxprune.graph.engine.ir import Op, Region, Value, bodies_of, other_axes
 from jaxprune.graph.engine.program import TracedNetwork
-from jaxprune.tracing.jaxprs import scan_split
 
 _NONLINEAR = frozenset(
     (
@@ -36,27 +35,18 @@ _NONLINEAR = frozenset(
 
 
 class _Past(NamedTuple):
-    """How a value that depends on the inputs was computed; sets are the bits of integers.
+    """How a value that depends on the inputs was computed; sets are the bits of integers."""
 
-    Attributes:
-      written: for each axis, the products that have written it.
-      after: the products that it was computed from.
-      inputs: the values that these products have read.
-      bent: those of `inputs` for which a non-linear function follows the product.
-    """
-
-    written: tuple[int, ...]
-    after: int
-    inputs: int
-    bent: int
+    written: tuple[int, ...]  # for each axis, the products that have written it
+    after: int  # the products that it was computed from
+    inputs: int  # the values that these products have read
+    bent: int  # those of `inputs` for which a non-linear function follows the product
 
 
 def stream_axes(network: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis]:
     """Return the axes of params that lie on a residual stream, or share units with an axis that does.
 
-    Args:
-      network: the function.
-      graph: its axes, with all but one factor of each product pinned.
+    All but one factor of each product must be pinned in the graph.
     """
     walk = _Walk(network.graph)
     for value in network.region.inputs[len(network.leaves) :]:
@@ -77,17 +67,12 @@ def stream_axes(network: TracedNetwork, graph: AxisGraph) -> frozenset[ParamAxis
 
 
 class _Walk:
-    """One pass over a program.
-
-    Attributes:
-      past: by the id of a value that depends on the inputs, how it was computed.
-      streams: the nodes of axes that residual connections add along.
-    """
+    """One pass over a program."""
 
     def __init__(self, graph: AxisGraph):
         self.graph = graph
-        self.past: dict[int, _Past] = {}
-        self.streams: set[int] = set()
+        self.past: dict[int, _Past] = {}  # by the id of a value that depends on the inputs
+        self.streams: set[int] = set()  # the nodes of axes that residual connections add along
         self._before: list[_Past] = []  # by product, the past of its data
         self._read: list[int] = []  # by product, the bit of its data
         self._numbers: dict[int, int] = {}  # by the id of a value that a product reads, the number of its bit
@@ -99,9 +84,7 @@ class _Walk:
             if not data:
                 continue
             if op.name == "inline":
-                for value, output in zip(op.inputs, op.outputs, strict=True):
-                    if id(value) in self.past:
-                        self.past[id(output)] = self.past[id(value)]
+                self._pass_on(op.inputs, op.outputs)
             elif op.regions and op.name not in ("scan", "while"):
                 self._branches(op)
             elif op.regions:
@@ -110,6 +93,17 @@ class _Walk:
                 if op.name in ("add", "sub", "add_any") and len(data) == 2:
                     self._sum(op)
                 self._apply(op, data)
+
+    def _pass_on(self, values: Sequence[Value], others: Sequence[Value]) -> None:
+        for value, other in zip(values, others, strict=True):
+            if id(value) in self.past:
+                self.past[id(other)] = self.past[id(value)]
+
+    def _new_product(self, data: _Past, bit: int) -> int:
+        """Enter a product, given the past of its data and the bit of the value that it reads."""
+        self._before.append(data)
+        self._read.append(bit)
+        return 1 << (len(self._before) - 1)
 
     def _apply(self, op: Op, data: Sequence[Value]) -> None:
         before = _joined([self.past[id(value)] for value in data])
@@ -120,9 +114,8 @@ class _Walk:
         ]
         product = 0
         if any(mask is None for axes in traced for mask in axes):
-            product = 1 << len(self._before)
-            self._before.append(before)
-            self._read.append(1 << self._numbers.setdefault(id(data[0]), len(self._numbers)))
+            bit = 1 << self._numbers.setdefault(id(data[0]), len(self._numbers))
+            product = self._new_product(before, bit)
         inputs = before.inputs | (self._read[-1] if product else 0)
         for output, axes in zip(op.outputs, traced, strict=True):
             written = tuple(product if mask is None else mask for mask in axes)
@@ -161,17 +154,13 @@ class _Walk:
 
     def _branches(self, op: Op) -> None:
         """Follow functions with a derivative of their own, and branches, as if their bodies stood here."""
-        bodies = [
-            region for name, region in op.regions.items() if name == "body" or name.startswith("branch")
-        ]
-        given = op.inputs[1:] if op.name == "cond" else op.inputs
         found: dict[int, list[_Past]] = {}
-        for body in bodies:
-            for outer, inner in zip(given, body.inputs, strict=True):
-                if id(outer) in self.past:
-                    self.past[id(inner)] = self.past[id(outer)]
-            self.run(inlined(body))
-            for place, inner in enumerate(body.outputs):
+        for body in bodies_of(op):
+            if body.name in ("jvp", "vjp"):
+                continue
+            self._pass_on(body.given, body.region.inputs)
+            self.run(inlined(body.region))
+            for place, inner in enumerate(body.region.outputs):
                 if id(inner) in self.past:
                     found.setdefault(place, []).append(self.past[id(inner)])
         for place, output in enumerate(op.outputs):
@@ -182,19 +171,11 @@ class _Walk:
 
     def _loop(self, op: Op) -> None:
         """Follow the body of a loop once; a product of its own stands for what earlier rounds wrote."""
-        if op.name == "scan":
-            consts, carried = scan_split(op.params)
-            given = op.inputs
-        else:
-            consts, carried = op.params["body_nconsts"], len(op.outputs)
-            given = op.inputs[op.params["cond_nconsts"] :]
-        body = op.regions["body"]
+        _, body, given, consts, carried = bodies_of(op)[-1]  # after the condition of a `while`
         for place, (outer, inner) in enumerate(zip(given, body.inputs, strict=True)):
             past = self.past.get(id(outer))
             if consts <= place < consts + carried:
-                product = 1 << len(self._before)
-                self._before.append(_Past((), 0, 0, 0))
-                self._read.append(0)
+                product = self._new_product(_Past((), 0, 0, 0), 0)
                 self.past[id(inner)] = _Past((product,) * len(inner.shape), product, 0, 0)
             elif past is not None:
                 self.past[id(inner)] = past if place < consts else past._replace(written=past.written[1:])
@@ -225,8 +206,8 @@ def _sources(op: Op, axis: int) -> list[tuple[Value, int]] | None:
         left, right = op.inputs
         if axis < len(left_batch):
             return [(left, left_batch[axis]), (right, right_batch[axis])]
-        free = [(left, a) for a in range(len(left.shape)) if a not in (*left_sum, *left_batch)]
-        free += [(right, a) for a in range(len(right.shape)) if a not in (*right_sum, *right_batch)]
+        free = [(left, a) for a in other_axes(left, left_sum, left_batch)]
+        free += [(right, a) for a in other_axes(right, right_sum, right_batch)]
         return [free[axis - len(left_batch)]]
     if op.name == "conv_general_dilated":
         numbers, (left, right) = op.params["dimension_numbers"], op.inputs

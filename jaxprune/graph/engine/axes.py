@@ -149,11 +149,7 @@ class AxisGraph:
         return root
 
     def same(self, a: int, b: int) -> None:
-        """Make two nodes keep the same slices.
-
-        Raises:
-          ValueError: the nodes have different sizes.
-        """
+        """Make two nodes keep the same slices; ValueError if their sizes differ."""
         ra, rb = self.find(a), self.find(b)
         if ra == rb:
             return
@@ -171,11 +167,7 @@ class AxisGraph:
         self._invalidate()
 
     def product(self, flat: int, factors: Sequence[int]) -> None:
-        """Make a node the row-major product of others.
-
-        Raises:
-          ValueError: the sizes of the factors do not multiply to the size of the node.
-        """
+        """Make a node the row-major product of others; ValueError if their sizes multiply to another."""
         if len(factors) == 1:
             return self.same(flat, factors[0])
         if self.sizes[flat] != np.prod([self.sizes[factor] for factor in factors], dtype=np.int64):
@@ -188,12 +180,7 @@ class AxisGraph:
     def cover(self, superset: int, subset: int, may_tie: bool = False) -> None:
         """Keep slice i of `superset` if slice i of `subset` is kept; a superset may have several subsets.
 
-        Args:
-          superset, subset: the nodes.
-          may_tie: whether the two may be made the same where that serves better; see `readers.tie_readers`.
-
-        Raises:
-          ValueError: the nodes have different sizes.
+        With `may_tie`, the two may be made the same where that serves better; see `readers.tie_readers`.
         """
         if self.sizes[superset] != self.sizes[subset]:
             sizes = self.sizes[superset], self.sizes[subset]
@@ -211,12 +198,7 @@ class AxisGraph:
         self._invalidate()
 
     def why_pinned(self, node: int, index: int | None = None) -> Any:
-        """Return why a slice of a node is kept whatever the seeds are; None if it need not be.
-
-        Args:
-          node: the node.
-          index: the slice; None asks about any slice of the node.
-        """
+        """Return why a node, or one slice of it, is kept whatever the seeds are; None if it need not be."""
         state = self._pinned_states()[self.find(node)]
         if index is not None and state is not True and not state[index]:
             return None
@@ -229,9 +211,7 @@ class AxisGraph:
     def solve(self, seeds: Iterable[tuple[int, State]], never_empty: bool = True) -> Solution:
         """Return the least set of slices that contains pins and seeds and satisfies all constraints.
 
-        Args:
-          seeds: nodes, each with those of its slices that have to be kept.
-          never_empty: whether an axis that would lose all of its slices keeps the first.
+        With `never_empty`, an axis that would lose all of its slices keeps the first.
         """
         states: dict[int, State] = {
             root: True if s is True else s.copy() for root, s in self._pinned_states().items()
@@ -258,8 +238,7 @@ class AxisGraph:
     def components(self, covers: bool = True) -> Callable[[int], int]:
         """Return a function that numbers nodes: two have the same number if constraints join them.
 
-        Args:
-          covers: whether a cover joins its nodes.
+        A cover joins its nodes only with `covers`.
         """
         joined = AxisGraph()
         joined.sizes, joined._parent = [0] * len(self.sizes), list(self._parent)
@@ -273,15 +252,12 @@ class AxisGraph:
         return joined.find
 
     def units(self) -> dict[int, np.ndarray]:
-        """Return which slices can only be removed together.
+        """Return which slices can only be removed together; there must be no `free_products`.
 
         Returns:
           For each root that can lose slices, a vector of labels: slices with the same label, of whatever
           nodes, form a unit; -1 marks slices that are always kept. A cover joins no units: pin its
           `superset`, which belongs to no unit.
-
-        Raises:
-          ValueError: there are `free_products`, which make the answer ambiguous.
         """
         # With one free factor f (the others are pinned, so that their slices can be left out of the
         # premises) a product says f[i] <-> m[i, j] for all j. Then, but for covers, every clause is an

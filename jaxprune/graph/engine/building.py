@@ -17,33 +17,22 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
 
 
 class Site(NamedTuple):
-    """Where ops are appended while a jaxpr is traced.
-
-    Attributes:
-      ops: the list that they are appended to.
-      source: the line of the user's code that they come from, as "file:line".
-      custom_depth: how many derivatives of custom rules the site lies in.
-      cached: whether the jaxpr was cached at an earlier call, so that its equations name lines of that one;
-        its ops are placed at `source` instead.
-    """
+    """Where ops are appended while a jaxpr is traced."""
 
     ops: list[Op]
-    source: str = ""
-    custom_depth: int = 0
+    source: str = ""  # the line of the user's code that they come from, as "file:line"
+    custom_depth: int = 0  # how many derivatives of custom rules the site lies in
+    # Whether the jaxpr was cached at an earlier call, so that its equations name lines of that one; its ops
+    # are placed at `source` instead.
     cached: bool = False
 
 
 class Builder:
-    """Makes the parts of one program.
-
-    Attributes:
-      graph: the graph that new nodes are added to.
-      stacked: the values made so far that have layers.
-    """
+    """Makes the parts of one program, with new nodes in a graph."""
 
     def __init__(self, graph: AxisGraph):
         self.graph = graph
-        self.stacked: list[Value] = []
+        self.stacked: list[Value] = []  # the values made so far that have layers
 
     def value(self, aval: Any, constant: Any = None) -> Value:
         """Make a value with new nodes."""

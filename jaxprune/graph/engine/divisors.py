@@ -27,17 +27,11 @@ ParamAxis = tuple[str, int]
 
 
 class Divisors(NamedTuple):
-    """The slices that must not be zero.
+    """The slices that must not be zero."""
 
-    Attributes:
-      axes: axes of params whose slices must keep their values for the function to be finite.
-      reason: an op that is not finite where these slices are zero; None if there is none.
-      unresolved: an op that is not finite whatever slices keep their values; None if there is none.
-    """
-
-    axes: frozenset[ParamAxis]
-    reason: Op | None = None
-    unresolved: Op | None = None
+    axes: frozenset[ParamAxis]  # whose slices must keep their values for the function to be finite
+    reason: Op | None = None  # an op that is not finite where these slices are zero
+    unresolved: Op | None = None  # an op that is not finite whatever slices keep their values
 
 
 def without(zeros: ZeroSlices, axes: frozenset[ParamAxis]) -> dict[str, list[Vector | None]]:
@@ -60,12 +54,7 @@ def find_divisors(
     case there is no such param, and each that makes the operand zero by itself is a divisor.
 
     Sparing one divisor may reveal another op that divides by zero, so this is repeated until none is left.
-
-    Args:
-      network: the function.
-      zeros: the slices of params that are to be zero.
-      derivatives: whether the derivative has to be finite as well.
-      facts: what follows from `zeros`, if that is known already.
+    With `derivatives`, the derivative has to be finite as well; `facts` are those of `zeros`, if known.
     """
     axes: frozenset[ParamAxis] = frozenset()
     reason = None

@@ -28,17 +28,11 @@ _MAX_LOOKED_AT = 2**14
 
 @dataclass(frozen=True, eq=False)
 class ValueFacts:
-    """What is known of one value.
+    """What is known of one value."""
 
-    Attributes:
-      zero: for each axis, which slices are zero; None if none is known to be.
-      fill: the number that all entries equal; None if they are not known to.
-      alike: for each axis, slices that equal each other because of how they are computed; None where
-        these are no more than those of `zero`.
-    """
-
-    zero: tuple[Vector | None, ...]
-    fill: Any = None
+    zero: tuple[Vector | None, ...]  # for each axis, which slices are zero; None if none is known to be
+    fill: Any = None  # the number that all entries equal; None if they are not known to
+    # For each axis, slices that equal each other by how they are computed; None if no more than `zero`.
     alike: tuple[Vector | None, ...] = ()
 
 
@@ -57,11 +51,9 @@ class Facts:
 
     def of(self, value: Value) -> ValueFacts:
         """Return what is known of a value."""
-        known = self._known.get(id(value))
-        if known is None:
-            known = _of_constant(value)
-            self._known[id(value)] = known
-        return known
+        if id(value) not in self._known:
+            self._known[id(value)] = _of_constant(value)
+        return self._known[id(value)]
 
     def zero(self, value: Value, axis: int) -> Vector | None:
         """Return which slices along an axis are zero; None if none is known to be."""
@@ -101,17 +93,12 @@ class Facts:
             known = ValueFacts(tuple(zero), None, tuple(alike))
         self._known[id(value)] = known
 
-    def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None, node: int | None = None):
-        """Require the slices of a value that are not marked `dispensable`, for an op that reads them.
+    def need(self, op: Op, value: Value, axis: int, dispensable: Vector | None) -> None:
+        """Require the slices of an input along an axis whose removal would change the op's output.
 
-        Args:
-          op: the op.
-          value: one of its inputs.
-          axis: the axis.
-          dispensable: slices whose removal does not change the op's output; None if all of them matter.
-          node: the node that these are slices of, if it is not that of the axis.
+        Those are the ones not marked `dispensable`, or all if that is None.
         """
-        node = value.axes[axis] if node is None else node
+        node = value.axes[axis]
         state: State = True if dispensable is None else ~dispensable
         self._needs[id(op), id(value), axis, node] = (op, node, state)
 
@@ -126,7 +113,12 @@ def surely_equal(a: ValueFacts, b: ValueFacts) -> bool:
         return True
     if a.fill is not None or b.fill is not None:
         return False
-    pairs = zip((*a.zero, *a.alike), (*b.zero, *b.alike), strict=True)
+    return equal_marks((*a.zero, *a.alike), (*b.zero, *b.alike))
+
+
+def equal_marks(a: Sequence[Vector | None], b: Sequence[Vector | None]) -> bool:
+    """Whether two values have the same marks on each axis."""
+    pairs = zip(a, b, strict=True)
     return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
 
 
@@ -161,7 +153,8 @@ def evaluate(op: Op, scalars: Sequence[Any]) -> Any:
     The sign of a zero is not known (0 * x has that of x), so the result must not depend on it.
     """
     first, *rest = evaluate_signed(op, scalars)
-    return first if all(np.array_equal(first, other, equal_nan=_has_nan(first)) for other in rest) else None
+    has_nan = jnp.issubdtype(np.asarray(first).dtype, jnp.inexact)
+    return first if all(np.array_equal(first, other, equal_nan=has_nan) for other in rest) else None
 
 
 def evaluate_signed(op: Op, scalars: Sequence[Any]) -> list[Any]:
@@ -176,10 +169,6 @@ def _signs(scalar: Any, dtype: Any) -> tuple[Any, ...]:
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return tuple(complex(*parts) for parts in product((0.0, -0.0), repeat=2))
     return 0.0, -0.0
-
-
-def _has_nan(result: Any) -> bool:
-    return jnp.issubdtype(np.asarray(result).dtype, jnp.inexact)
 
 
 def _evaluate_once(op: Op, scalars: Sequence[Any]) -> Any:

@@ -26,13 +26,7 @@ def has_nan(array: Any) -> bool:
 def explain_not_finite(network: TracedNetwork, params: Params, arrays: Sequence[Any]) -> str | None:
     """Explain where a function overflows or divides by zero, and what to do about it.
 
-    Args:
-      network: the function.
-      params: its params.
-      arrays: its inputs.
-
-    Returns:
-      A clause for a message; None if everything computed is finite and far from overflowing.
+    Returns a clause for a message; None if everything computed is finite and far from overflowing.
     """
     leaves = array_leaves(params)
     for path, leaf in leaves.items():

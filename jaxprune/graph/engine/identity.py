@@ -11,9 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.graph.engine.facts import Facts, is_zero
-from jaxprune.graph.engine.ir import Op, Region, Value, is_differentiable
+from jaxprune.graph.engine.ir import Op, Region, Value, bodies_of, is_differentiable
 from jaxprune.graph.engine.rules.calls import CHECKPOINTS
-from jaxprune.tracing.jaxprs import scan_split
 
 # Ops that return their inputs, one by one. `stop_gradient` does not: dropping it would change gradients.
 _COPIES = frozenset(
@@ -34,15 +33,11 @@ def aliases(region: Region, facts: Facts) -> Aliases:
 
     An op passes a value on if it adds or subtracts zero, multiplies or divides by one, selects by a known
     condition, copies, or undoes an earlier cast, reshape or transpose; a call or a loop does if its body
-    does. A sum with zero counts as equal although it turns -0.0 into 0.0.
+    does, whose inputs stand for those of every round. A sum with zero counts as equal although it turns
+    -0.0 into 0.0. The facts must cover the bodies too.
 
-    Args:
-      region: the ops. The inputs of the body of a loop stand for those of every round.
-      facts: the facts of its values, and of the values of all bodies in it.
-
-    Returns:
-      By the id of a value, the earliest value that it equals: an input, a constant, or the output of an op
-      that changes its inputs. So no value of the dict is also among its keys.
+    A value is mapped to the earliest that it equals: an input, a constant, or the output of an op that
+    changes its inputs. So no value of the dict is also among its keys.
     """
     found: Aliases = {}
     for op in region.ops:
@@ -191,7 +186,6 @@ def _passed_by_maximum(op: Op, found: Aliases, facts: Facts) -> Value | None:
 
 def _passed_by_body(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value | None]:
     """Return the values that the outputs of a call, of branches or of a loop equal."""
-    nothing: list[Value | None] = [None] * len(op.outputs)
     if op.name in CHECKPOINTS:
         kept = unchanged_outputs(op.regions["body"], facts)
         return [inputs[kept[n]] if n in kept else None for n in range(len(op.outputs))]
@@ -201,15 +195,11 @@ def _passed_by_body(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Value
         each = [unchanged_outputs(branch, facts) for branch in op.regions.values()]
         numbers = [{kept.get(n) for kept in each} for n in range(len(op.outputs))]
         return [inputs[1 + n] if len(ns) == 1 and (n := ns.pop()) is not None else None for ns in numbers]
-    if op.name == "scan":
-        first, carried = scan_split(op.params)
-        given = inputs
-    elif op.name == "while":
-        first, carried = op.params["body_nconsts"], len(op.outputs)
-        given = inputs[op.params["cond_nconsts"] :]
-    else:
-        return nothing
-    kept = unchanged_outputs(op.regions["body"], facts)
+    if op.name not in ("scan", "while"):
+        return [None] * len(op.outputs)
+    body = bodies_of(op)[-1]  # after the condition of a `while`
+    first, carried, given = body.consts, body.carried, inputs[len(inputs) - len(body.given) :]
+    kept = unchanged_outputs(body.region, facts)
 
     def passed(place: int) -> Value | None:
         source = kept.get(place)
@@ -231,17 +221,15 @@ def _passed_by_custom(op: Op, inputs: Sequence[Value], facts: Facts) -> list[Val
         return [None] * len(op.outputs)
     moving = [n for n, value in enumerate(op.inputs) if is_differentiable(value)]
     out_moving = [n for n, value in enumerate(op.outputs) if is_differentiable(value)]
-    if op.name == "custom_jvp_call":
-        derivative = unchanged_outputs(op.regions["jvp"], facts)
+    name = "jvp" if op.name == "custom_jvp_call" else "vjp"
+    derivative = unchanged_outputs(op.regions[name], facts)
 
-        def follows(out: int, given: int) -> bool:
-            place = len(op.outputs) + out_moving.index(out)
-            return derivative.get(place) == len(op.inputs) + moving.index(given)
-    else:
-        derivative = unchanged_outputs(op.regions["vjp"], facts)
-
-        def follows(out: int, given: int) -> bool:
-            return derivative.get(moving.index(given)) == len(op.inputs) + out_moving.index(out)
+    def follows(out: int, given: int) -> bool:
+        """Whether the output's tangent is the input's, or the input's cotangent is the output's."""
+        inner, outer = moving.index(given), out_moving.index(out)
+        if name == "jvp":
+            return derivative.get(len(op.outputs) + outer) == len(op.inputs) + inner
+        return derivative.get(inner) == len(op.inputs) + outer
 
     return [
         inputs[kept[n]] if n in kept and (n not in out_moving or follows(n, kept[n])) else None

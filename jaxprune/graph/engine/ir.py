@@ -19,97 +19,65 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.tracing.jaxprs import scan_split
 
 _MAX_CONCRETE = 2**20
 
 
 class Part(NamedTuple):
-    """Where a slice lies in the stack that it is a slice of.
-
-    Attributes:
-      stack: the stack.
-      axis: the axis of the stack that the slice is taken along.
-      index: the index on that axis.
-    """
+    """Where a slice lies in the stack that it is a slice of."""
 
     stack: "Value"
-    axis: int
-    index: int
+    axis: int  # of the stack, that the slice is taken along
+    index: int  # on that axis
 
 
 @dataclass(eq=False)
 class Value:
     """One array of a program.
 
-    Attributes:
-      shape: the dense shape.
-      dtype: the dtype.
-      axes: the node of each axis.
-      op: the op that makes it; None for an input or a constant.
-      constant: its array, for a constant.
-      layers: for a stack, its slices along `along`; the nodes in `axes` of the stack itself are not used.
-        Layers are stacks themselves where several axes count layers.
-      along: the axis that counts layers.
-      source: for a stack that was taken apart into layers, the value without layers that it was.
-      part: for a slice of a stack, where it lies in the stack.
-      sharding: how it is sharded over explicit axes of a mesh; None where it is not.
+    A stack has `layers`, its slices along the axis `along`, and the nodes in its own `axes` are not used. The
+    layers are stacks themselves where several axes count layers.
     """
 
-    shape: tuple[Any, ...]
+    shape: tuple[Any, ...]  # dense
     dtype: Any
-    axes: tuple[int, ...]
-    op: "Op | None" = None
-    constant: Any = None
+    axes: tuple[int, ...]  # the node of each axis
+    op: "Op | None" = None  # the op that makes it; None for an input or a constant
+    constant: Any = None  # its array, for a constant
     layers: tuple["Value", ...] = ()
     along: int = 0
-    source: "Value | None" = None
-    part: Part | None = None
-    sharding: Any = None
+    source: "Value | None" = None  # for a stack that was taken apart, the value without layers that it was
+    part: Part | None = None  # for a slice of a stack, where it lies in the stack
+    sharding: Any = None  # how it is sharded over explicit axes of a mesh; None where it is not
 
 
 @dataclass(eq=False)
 class Region:
-    """A list of ops without branches.
-
-    Attributes:
-      inputs: the values passed in.
-      outputs: the values passed out; inputs and constants may be among them.
-      ops: the ops, in the order in which they are applied.
-    """
+    """A list of ops without branches."""
 
     inputs: list[Value]
-    outputs: list[Value]
-    ops: list["Op"]
+    outputs: list[Value]  # inputs and constants may be among them
+    ops: list["Op"]  # in the order in which they are applied
 
 
 @dataclass(eq=False)
 class Op:
-    """One application of a primitive.
+    """One application of a primitive."""
 
-    Attributes:
-      name: the primitive's name.
-      params: its parameters.
-      inputs, outputs: its values.
-      bind: applies the primitive as traced to new inputs and returns a list of outputs.
-      source: the line of the user's code it comes from, as "file:line"; see `jaxprs.place`.
-      has_effects: whether it has effects besides its outputs, so that it stays even if nobody reads these.
-      regions: its bodies by name, as the rules of calls expect them.
-      memo: what a rule computed once and needs again.
-      rounds: the loops over layers that it stands in, outermost first, each with the number of the round.
-      lazy: whether it is applied only when its output is read: true of what an op on a stack does in one
-        layer, since the op itself may be applied to all layers at once.
-    """
-
-    name: str
+    name: str  # of the primitive
     params: dict[str, Any]
     inputs: list[Value]
     outputs: list[Value]
-    bind: Callable[..., list[Any]]
-    source: str
-    has_effects: bool = False
-    regions: dict[str, Region] = field(default_factory=dict)
-    memo: dict[str, Any] = field(default_factory=dict)
+    bind: Callable[..., list[Any]]  # applies the primitive as traced to new inputs
+    source: str  # the line of the user's code that it comes from, as "file:line"; see `jaxprs.place`
+    has_effects: bool = False  # besides its outputs, so that it stays even if nobody reads these
+    regions: dict[str, Region] = field(default_factory=dict)  # its bodies by name, as the rules expect them
+    memo: dict[str, Any] = field(default_factory=dict)  # what a rule computed once and needs again
+    # The loops over layers that it stands in, outermost first, each with the number of the round.
     rounds: tuple[tuple["LayerLoop", int], ...] = ()
+    # Whether it is applied only when its output is read: true of what an op on a stack does in one layer,
+    # since the op itself may be applied to all layers at once.
     lazy: bool = False
 
     def __str__(self) -> str:
@@ -120,17 +88,11 @@ class Op:
 
 @dataclass(eq=False)
 class Round:
-    """One round of a loop over layers.
+    """One round of a loop over layers."""
 
-    Attributes:
-      carry_in: the values carried into the round.
-      carry_out: the values carried out of it.
-      slices_out: the round's slices of the outputs that are stacked.
-    """
-
-    carry_in: list[Value]
-    carry_out: list[Value]
-    slices_out: list[Value]
+    carry_in: list[Value]  # the values carried into the round
+    carry_out: list[Value]  # the values carried out of it
+    slices_out: list[Value]  # the round's slices of the outputs that are stacked
 
 
 @dataclass(eq=False)
@@ -139,47 +101,68 @@ class LayerLoop:
 
     So each layer has constraints of its own. Where all layers keep the same number of slices, replaying
     makes one loop of the rounds again.
-
-    Attributes:
-      rounds: the rounds, by the number of the layer.
-      reverse: whether the last layer comes first.
-      unroll: how many rounds XLA is to do at once.
-      stacks: the stacks made of the `slices_out` of all rounds.
-      bind: applies the loop as traced to new inputs.
-      inputs: the inputs of the loop as traced.
-      outputs: all outputs of the loop as traced.
     """
 
-    rounds: list[Round]
-    reverse: bool
-    unroll: Any
-    stacks: list[Value]
-    bind: Callable[..., list[Any]]
-    inputs: list[Value]
-    outputs: list[Value]
+    rounds: list[Round]  # by the number of the layer
+    reverse: bool  # whether the last layer comes first
+    unroll: Any  # how many rounds XLA is to do at once
+    stacks: list[Value]  # the stacks made of the `slices_out` of all rounds
+    bind: Callable[..., list[Any]]  # applies the loop as traced to new inputs
+    inputs: list[Value]  # the inputs of the loop as traced
+    outputs: list[Value]  # all outputs of the loop as traced
+
+
+class Body(NamedTuple):
+    """A body of an op, and which inputs of the op it takes.
+
+    The first `consts` of its inputs all rounds of a loop take alike (all, where the body runs once); the next
+    `carried` each round passes on to the next; of the rest each round takes a slice.
+    """
+
+    name: str  # among the op's regions
+    region: Region
+    given: list[Value]  # the op's inputs in the order of the body's; a derivative takes tangents after them
+    consts: int
+    carried: int
+
+
+def bodies_of(op: Op) -> list[Body]:
+    """Return the bodies of an op, its derivatives included."""
+    found = []
+    for name, region in op.regions.items():
+        given, consts, carried = op.inputs, len(op.inputs), 0
+        if op.name == "cond":
+            given, consts = op.inputs[1:], len(op.inputs) - 1
+        elif op.name == "scan":
+            consts, carried = scan_split(op.params)
+        elif op.name == "while":
+            first, second, carried = op.params["cond_nconsts"], op.params["body_nconsts"], len(op.outputs)
+            if name == "condition":
+                given, consts = [*op.inputs[:first], *op.inputs[first + second :]], first
+            else:
+                given, consts = op.inputs[first:], second
+        found.append(Body(name, region, given, consts, carried))
+    return found
 
 
 class Program(NamedTuple):
-    """A traced function.
+    """A traced function."""
 
-    Attributes:
-      graph: the axes of all values.
-      region: the function; its inputs are the leaves of the arguments, in order.
-      out_tree: the structure of its output.
-      stacks: by the number of an input, the axes that count layers.
-      stacked: all values that have layers.
-    """
-
-    graph: AxisGraph
-    region: Region
-    out_tree: Any
-    stacks: dict[int, tuple[int, ...]]
-    stacked: list[Value]
+    graph: AxisGraph  # the axes of all values
+    region: Region  # the function; its inputs are the leaves of the arguments, in order
+    out_tree: Any  # the structure of its output
+    stacks: dict[int, tuple[int, ...]]  # by the number of an input, the axes that count layers
+    stacked: list[Value]  # all values that have layers
 
 
 def same_size(a: Any, b: Any) -> bool:
     """Whether two sizes are equal; symbolic ones may be compared only with themselves."""
     return a is b or bool(a == b)
+
+
+def other_axes(value: Value, *some: Collection[int]) -> list[int]:
+    """Return the axes of a value that are not among some, in order."""
+    return [axis for axis in range(len(value.shape)) if not any(axis in axes for axes in some)]
 
 
 def is_differentiable(value: Any) -> bool:

@@ -15,6 +15,7 @@ from jaxprune.graph.engine.building import Site, has_layers, one_layer
 from jaxprune.graph.engine.ir import LayerLoop, Round, Value, concrete
 from jaxprune.graph.engine.peeling import Peeled, peel
 from jaxprune.graph.engine.rules.calls import CHECKPOINTS
+from jaxprune.graph.engine.rules.reductions import REDUCTIONS
 from jaxprune.graph.engine.rules.wrappers import WRAPPERS
 from jaxprune.tracing.jaxprs import binder, scan_split, struct_of
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import Jaxpr, JaxprEqn
 
     from jaxprune.graph.engine.tracing import Tracer
-
-_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 
 
 def apply_to_layers(tracer: "Tracer", eqn: "JaxprEqn", args: list[Value], site: Site) -> list[Value] | None:
@@ -50,7 +49,7 @@ def apply_to_layers(tracer: "Tracer", eqn: "JaxprEqn", args: list[Value], site: 
         inner = [one_layer(var.aval, peeled.out_axis) for var in eqn.outvars]
         return _apply_peeled(tracer, eqn, peeled, inner, args, site)
     stack = args[0]
-    if name in _REDUCTIONS and params.get("out_sharding") is None:
+    if name in REDUCTIONS and params.get("out_sharding") is None:
         within = tuple(axis for axis in params["axes"] if axis not in _stack_axes(stack))
         if within:
             return _reduce_within_first(tracer, eqn, stack, within, site)
@@ -67,16 +66,7 @@ def _apply_peeled(
     args: list[Value],
     site: Site,
 ) -> list[Value]:
-    """Append an op for each layer, and return the stacks of what they make.
-
-    Args:
-      tracer: what traces the program.
-      eqn: the op on all layers.
-      peeled: the op in one layer.
-      shapes: the shapes of its outputs in one layer.
-      args: the inputs of the op on all layers.
-      site: where the ops are appended.
-    """
+    """Append an op for each layer, with outputs of given shapes, and return the stacks of what they make."""
     build, by_axis = tracer.build, list(zip(args, peeled.in_axes, strict=True))
     (length,) = {value.shape[axis] for value, axis in by_axis if axis is not None}
     rows = [

@@ -6,15 +6,14 @@ its readers can lose slices of independently.
 
 from collections.abc import Sequence
 
-from jaxprune.graph.engine.ir import Op, Region, Value, same_size
+from jaxprune.graph.engine.ir import Body, Op, Region, Value, bodies_of, other_axes, same_size
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.graph.engine.rules.base import pin_inputs
-from jaxprune.graph.engine.rules.calls import CHECKPOINTS
 from jaxprune.graph.engine.rules.elementwise import matching_axes
 from jaxprune.graph.engine.rules.per_reader import Origin
+from jaxprune.graph.engine.rules.reductions import REDUCTIONS
 from jaxprune.graph.engine.rules.shapes import segments
-from jaxprune.graph.engine.rules.wrappers import WRAPPERS
-from jaxprune.tracing.jaxprs import scan_split
+from jaxprune.graph.engine.rules.wrappers import RUN_ONCE
 
 # Ops whose values have the same rank and whose axes do not mix.
 _SAME_AXES = frozenset(
@@ -24,26 +23,14 @@ _SAME_AXES = frozenset(
         *("sharding_constraint", "device_put", "reshard", "pvary"),
     )
 )
-_REDUCTIONS = frozenset(
-    (
-        *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"),
-        *("reduce_xor", "argmax", "argmin"),
-    )
-)
-# Ops that run their body once, on all of their inputs.
-_RUN_ONCE = frozenset((*CHECKPOINTS, *WRAPPERS, "custom_jvp_call", "custom_vjp_call"))
+_REDUCTIONS = frozenset((*REDUCTIONS, "reduce_xor", "argmax", "argmin"))
 
 
 class Origins:
     """What the axes of all values of a program were made along."""
 
     def __init__(self, region: Region, params: Sequence[Value]):
-        """Follows the origins through a program.
-
-        Args:
-          region: the program.
-          params: those of its inputs that are params.
-        """
+        """Follows the origins through a program, some of whose inputs are params."""
         self._of: dict[int, tuple[Origin, ...]] = {}
         self._constant: set[int] = set()
         self._summed: set[int] = set()
@@ -68,10 +55,6 @@ class Origins:
         Then the param holds the weights of a layer, or an embedding, whose slices go with those of the
         layer. A bias or a scale only meets the outputs of layers entry by entry. To be called for the values
         of a program from the last to the first, since the answer for a value depends on its readers.
-
-        Args:
-          value: a value that is made along params.
-          readers: the ops that read it; None stands for an output of the region.
         """
         found = any(self._sums_products(value, reader) for reader in readers)
         if found:
@@ -84,8 +67,8 @@ class Origins:
         if reader.regions:
             inside = [
                 inner
-                for name, region in reader.regions.items()
-                for outer, inner, _ in _body_inputs(reader, name, region)
+                for body in bodies_of(reader)
+                for outer, inner, _ in _body_inputs(reader, body)
                 if outer is value
             ]
             return not inside or any(id(inner) in self._summed for inner in inside)
@@ -137,7 +120,7 @@ class Origins:
             return [of(op.inputs[0])[axis] for axis in op.params["permutation"]]
         if op.name == "squeeze" or op.name in _REDUCTIONS:
             removed = op.params["dimensions" if op.name == "squeeze" else "axes"]
-            return [origin for axis, origin in enumerate(of(op.inputs[0])) if axis not in removed]
+            return [of(op.inputs[0])[axis] for axis in other_axes(op.inputs[0], removed)]
         if op.name in _SAME_AXES:
             same = [value for value in op.inputs if len(value.shape) == rank]
             return [max(of(value)[axis] for value in same) for axis in range(rank)]
@@ -164,38 +147,36 @@ class Origins:
             max(self.of(left)[a], self.of(right)[b], key=int) for a, b in zip(batch[0], batch[1], strict=True)
         ]
         for value, summed, batched in ((left, sums[0], batch[0]), (right, sums[1], batch[1])):
-            free = [a for a in range(len(value.shape)) if a not in (*summed, *batched)]
             # The output of a layer no longer holds the entries of the params.
-            axes += [Origin.CONSTANT if self.of(value)[a] is Origin.CONSTANT else Origin.OTHER for a in free]
+            free = [self.of(value)[axis] for axis in other_axes(value, summed, batched)]
+            axes += [origin if origin is Origin.CONSTANT else Origin.OTHER for origin in free]
         return axes
 
     def _gather(self, op: Op, output: Value) -> list[Origin]:
         """Return the origins of windows of the operand; those of a param only at constant indices."""
         numbers, (operand, indices) = op.params["dimension_numbers"], op.inputs
-        missing = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        windows = [axis for axis in range(len(operand.shape)) if axis not in missing]
-        places = [axis for axis in range(len(output.shape)) if axis not in numbers.offset_dims]
+        windows = other_axes(operand, numbers.collapsed_slice_dims, numbers.operand_batching_dims)
         axes = [Origin.OTHER] * len(output.shape)
         for axis, place in zip(windows, numbers.offset_dims, strict=True):
             origin = self.of(operand)[axis]
             if origin is Origin.CONSTANT or self._is_constant(indices):
                 axes[place] = origin
         if not numbers.operand_batching_dims:
-            for axis, place in enumerate(places):
+            for axis, place in enumerate(other_axes(output, numbers.offset_dims)):
                 axes[place] = self.of(indices)[axis]
         return axes
 
     def _call(self, op: Op) -> None:
         """Enter the inputs of an op's bodies, and the op's outputs where the bodies run once."""
-        for name, region in op.regions.items():
-            for outer, inner, skip in _body_inputs(op, name, region):
+        for body in bodies_of(op):
+            for outer, inner, skip in _body_inputs(op, body):
                 self._of[id(inner)] = self.of(outer)[skip:]
                 if self._is_constant(outer):
                     self._constant.add(id(inner))
                 if self._is_free_of_params(outer):
                     self._free_of_params.add(id(inner))
-            self._run(region)
-        bodies = [op.regions["body"]] if op.name in _RUN_ONCE else []
+            self._run(body.region)
+        bodies = [op.regions["body"]] if op.name in RUN_ONCE else []
         bodies = list(op.regions.values()) if op.name == "cond" else bodies
         for place, output in enumerate(op.outputs):
             if bodies:
@@ -203,20 +184,14 @@ class Origins:
                 self._of[id(output)] = tuple(max(column) for column in columns)
 
 
-def _body_inputs(op: Op, name: str, region: Region) -> list[tuple[Value, Value, int]]:
-    """Return pairs of an op's input and its body's input, and how many first axes the latter lacks."""
-    outer, inner, skip = list(op.inputs), list(region.inputs), [0] * len(op.inputs)
-    if op.name == "cond":
-        outer, skip = outer[1:], skip[1:]
-    elif op.name == "scan":
-        consts, carried = scan_split(op.params)
-        outer, inner = (
-            [*values[:consts], *values[consts + carried :]] for values in (op.inputs, region.inputs)
-        )
-        skip = [0] * consts + [1] * (len(outer) - consts)
-    elif op.name == "while":
-        first, second = op.params["cond_nconsts"], op.params["body_nconsts"]
-        outer = outer[:first] if name == "condition" else outer[first : first + second]
-    elif op.name not in _RUN_ONCE:
+def _body_inputs(op: Op, body: Body) -> list[tuple[Value, Value, int]]:
+    """Return pairs of an op's input and its body's input, and how many first axes the latter lacks.
+
+    What a loop carries is left out, and so are the parts that devices get in a `shard_map`.
+    """
+    if op.name == "shard_map":
         return []
-    return list(zip(outer, inner, skip, strict=False))
+    start, inputs = body.consts + body.carried, body.region.inputs
+    fixed = zip(body.given[: body.consts], inputs, strict=False)
+    slices = zip(body.given[start:], inputs[start:], strict=False)
+    return [*((outer, inner, 0) for outer, inner in fixed), *((outer, inner, 1) for outer, inner in slices)]

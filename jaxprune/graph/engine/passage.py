@@ -41,50 +41,31 @@ Values = dict[int, Value]
 
 
 @dataclass(eq=False)
-class _Mark:
-    """A value that depends on the params of the block.
+class Mark:
+    """A value that depends on the params of the block."""
 
-    Attributes:
-      bare: it was made from params and constants alone, not from data of the network.
-      read: the values independent of the block that it was made from.
-      met: those of `read` that params of the block were combined with directly: the inputs of the block.
-      part: it holds entries of the block beside those of other blocks, only rearranged.
-      zero: the entries of the block in it are zero.
-    """
-
-    bare: bool = True
-    read: Values = field(default_factory=dict)
+    bare: bool = True  # made from params and constants alone, not from data of the network
+    read: Values = field(default_factory=dict)  # the values independent of the block that it was made from
+    # Those of `read` that params of the block were combined with directly: the inputs of the block.
     met: Values = field(default_factory=dict)
-    part: bool = False
-    zero: bool = True
+    part: bool = False  # it holds entries of the block beside those of other blocks, only rearranged
+    zero: bool = True  # the entries of the block in it are zero
 
 
 class Pass(NamedTuple):
-    """An op whose output equals an input of the block, because the rest of the block is zero.
-
-    Attributes:
-      op: the op.
-      output: its output.
-      source: the value that the output equals.
-    """
+    """An op whose output equals an input of the block, because the rest of the block is zero."""
 
     op: Op
     output: Value
-    source: Value
+    source: Value  # the value that the output equals
 
 
 class Roots(NamedTuple):
-    """What the values of a region depend on.
+    """What the values of a region depend on."""
 
-    Attributes:
-      constant: the ids of the values that are made from constants alone.
-      data: the ids of those that depend on the inputs of the network.
-      param: the ids of those that depend on its params.
-    """
-
-    constant: set[int]
-    data: set[int]
-    param: set[int]
+    constant: set[int]  # the ids of the values that are made from constants alone
+    data: set[int]  # the ids of those that depend on the inputs of the network
+    param: set[int]  # the ids of those that depend on its params
 
 
 def roots_of(region: Region, params: Iterable[Value], data: Iterable[Value]) -> Roots:
@@ -110,40 +91,26 @@ def roots_of(region: Region, params: Iterable[Value], data: Iterable[Value]) -> 
 
 
 class Passage:
-    """Follows the params of one block through a program in which they are zero.
-
-    Attributes:
-      passes: the ops that pass on an input of the block, in order.
-      readers: the ops that read its params, in order.
-      changed: the ops whose outputs depend on the block and are neither constant nor passed on, in order,
-        each with those of its inputs that are data independent of the block.
-      in_loops: the ops that change the carry of a loop over layers.
-    """
+    """Follows the params of one block through a program in which they are zero."""
 
     def __init__(self, facts: Facts, others: Facts | None = None):
-        """Starts with the facts of the program.
+        """Starts with the facts of all values if the params of the block are zero.
 
-        Args:
-          facts: the facts of all values if the params of the block are zero.
-          others: the facts if those of all other blocks are zero instead; for params that hold several
-            blocks.
+        For params that hold several blocks, `others` are the facts if those of the others are zero instead.
         """
         self.facts, self.others = facts, others
+        # In order: the ops that pass on an input of the block, and those that read its params.
         self.passes: list[Pass] = []
         self.readers: list[Op] = []
+        # Those whose outputs depend on the block and are neither constant nor passed on, each with those of
+        # its inputs that are data independent of the block.
         self.changed: list[tuple[Op, list[Value]]] = []
-        self.in_loops: list[Op] = []
+        self.in_loops: list[Op] = []  # the ops that change the carry of a loop over layers
 
-    def follow(self, region: Region, marked: Mapping[int, _Mark], roots: Roots) -> dict[int, _Mark]:
-        """Follow the values of the block through a region.
+    def follow(self, region: Region, marked: Mapping[int, Mark], roots: Roots) -> dict[int, Mark]:
+        """Return by id all values of a region that depend on the block, given the marks of inputs that do.
 
-        Args:
-          region: the ops, with checkpoints `inlined`.
-          marked: by id, those of its inputs that depend on the block.
-          roots: what its values depend on.
-
-        Returns:
-          By id, all of its values that depend on the block.
+        Checkpoints of the region are `inlined`; `roots` says what its values depend on.
         """
         level = _Level(self, region, dict(marked), roots)
         for op in region.ops:
@@ -151,7 +118,7 @@ class Passage:
                 level.step(op)
         return level.marks
 
-    def reason(self, outputs: Sequence[_Mark], found: Aliases) -> str:
+    def reason(self, outputs: Sequence[Mark], found: Aliases) -> str:
         """Return why the block is not the identity, given the marks of outputs that depend on it."""
         if self.in_loops:
             return f"what {self.in_loops[0]} gives is not what the layer was given"
@@ -168,7 +135,7 @@ class Passage:
 class _Level:
     """One region that a `Passage` follows a block through."""
 
-    def __init__(self, passage: Passage, region: Region, marks: dict[int, _Mark], roots: Roots):
+    def __init__(self, passage: Passage, region: Region, marks: dict[int, Mark], roots: Roots):
         self.passage, self.region, self.marks, self.roots = passage, region, marks, roots
         self.facts = passage.facts
         self.found: Aliases = aliases(region, passage.facts)
@@ -206,12 +173,12 @@ class _Level:
                     self._change(op, output, merged)
         return None
 
-    def _change(self, op: Op, output: Value, mark: _Mark) -> None:
+    def _change(self, op: Op, output: Value, mark: Mark) -> None:
         self.marks[id(output)] = mark
         independent = [v for v in op.inputs if id(v) not in self.marks and id(v) in self.roots.data]
         self.passage.changed.append((op, independent))
 
-    def _merged(self, op: Op, given: Sequence[_Mark]) -> _Mark:
+    def _merged(self, op: Op, given: Sequence[Mark]) -> Mark:
         """Return the mark of what an op makes from marked values and others."""
         others = {
             id(value): value
@@ -223,9 +190,9 @@ class _Level:
         if any(mark.bare for mark in given):
             met |= read
         bare = all(mark.bare for mark in given) and not any(key in self.roots.data for key in others)
-        return _Mark(bare, read, met)
+        return Mark(bare, read, met)
 
-    def _passes(self, root: Value, mark: _Mark) -> bool:
+    def _passes(self, root: Value, mark: Mark) -> bool:
         """Whether a value that is passed on is an input of the block, so that no other input is lost.
 
         In a layer without a residual path the input is lost: the next layer adds a bias to the zeros of this
@@ -238,13 +205,13 @@ class _Level:
             return False
         return any(made_from(value, root, self.found) for value in mark.met.values())
 
-    def _lay_out(self, op: Op, mark: _Mark) -> None:
+    def _lay_out(self, op: Op, mark: Mark) -> None:
         """Mark the outputs of an op on params of several blocks; some may belong to this block alone."""
         others = self.passage.others
         assert others is not None
         for output in op.outputs:
             if self.facts.all_zero(output):
-                self.marks[id(output)] = _Mark()
+                self.marks[id(output)] = Mark()
             elif not others.all_zero(output):
                 self.marks[id(output)] = mark
 
@@ -255,7 +222,7 @@ class _Level:
         mine = [n for n, value in enumerate(op.inputs) if id(value) in self.marks]
         if any(n < consts + carried or not self.marks[id(op.inputs[n])].part for n in mine):
             for output in op.outputs:
-                self._change(op, output, _Mark())
+                self._change(op, output, Mark())
             return
         facts = Facts()
         for place, (value, inner) in enumerate(zip(op.inputs, body.inputs, strict=True)):
@@ -276,8 +243,9 @@ class _Level:
             root = found.get(id(inner), inner)
             same = kept.get(place) == consts + place if place < carried else id(root) not in reached
             if not same:
-                self.passage.in_loops.append(op if root.op is None else _innermost(root, body))
-                self.marks[id(output)] = _Mark()
+                makers = [each for each in body.ops if any(output is root for output in each.outputs)]
+                self.passage.in_loops.append((makers or [op])[0])
+                self.marks[id(output)] = Mark()
             elif place < carried:
                 self.passage.passes.append(Pass(op, output, op.inputs[consts + place]))
 
@@ -333,21 +301,3 @@ def made_from(value: Value, source: Value, found: Aliases) -> bool:
         if value.op is not None:
             left += value.op.inputs
     return False
-
-
-def _innermost(value: Value, body: Region) -> Op:
-    """Return the op of a body, or of a checkpoint in it, that makes a value."""
-    for op in body.ops:
-        if any(output is value for output in op.outputs):
-            return op
-    raise AssertionError
-
-
-def mark_of(part: bool, zero: bool) -> _Mark:
-    """Return the mark of a param.
-
-    Args:
-      part: whether it holds other blocks too.
-      zero: whether the entries of the block are zero.
-    """
-    return _Mark(part=part, zero=zero)

@@ -16,20 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.graph.engine.rules import elementwise, rule_for
+from jaxprune.graph.engine.rules.reductions import REDUCTIONS
 
 
 class Peeled(NamedTuple):
-    """An op in one layer.
+    """An op in one layer."""
 
-    Attributes:
-      in_axes: for each input the axis that counts layers; None for an input that all layers read.
-      out_axis: the axis of the output that counts layers.
-      params: the op's parameters in one layer.
-    """
-
-    in_axes: tuple[int | None, ...]
-    out_axis: int
-    params: dict[str, Any]
+    in_axes: tuple[int | None, ...]  # for each input, the axis that counts layers; None if all layers read it
+    out_axis: int  # the axis of the output that counts layers
+    params: dict[str, Any]  # the op's parameters in one layer
 
 
 def peel(
@@ -37,11 +32,7 @@ def peel(
 ) -> Peeled | None:
     """Return an op in one layer, or None if the op mixes layers or is not known here.
 
-    Args:
-      name: the primitive.
-      params: its parameters.
-      shapes: the shapes of its inputs.
-      along: for each input, the axis that counts layers; None for inputs without layers.
+    `shapes` are those of its inputs; `along` names the axis of each that counts layers, None for no layers.
     """
     (first, axis), *_ = [(n, axis) for n, axis in enumerate(along) if axis is not None]
     if rule_for(name) is elementwise or name in ("copy", "reduce_precision", "select_n"):
@@ -58,13 +49,7 @@ def peel(
         return Peeled((axis,) * len(shapes), axis, {**params, "dimension": other})
     if name == "pad" and along[1] is None and not any(params["padding_config"][axis]):
         return Peeled((axis, None), axis, {"padding_config": _without(params["padding_config"], axis)})
-    if len(shapes) > 1:
-        return None
-    if name == "reshape":
-        return _reshape(params, axis, shapes[0])
-    if name == "slice":
-        return _slice(params, axis, shapes[0])
-    return _PEEL[name](params, axis, len(shapes[0])) if name in _PEEL else None
+    return _PEEL[name](params, axis, shapes[0]) if len(shapes) == 1 and name in _PEEL else None
 
 
 def _without(values: Sequence[Any], axis: int) -> tuple[Any, ...]:
@@ -76,37 +61,33 @@ def _less(axes: Sequence[int], axis: int) -> tuple[int, ...]:
     return tuple(each - (each > axis) for each in axes)
 
 
-def _transpose(params: dict[str, Any], axis: int, rank: int) -> Peeled:
-    del rank
+def _transpose(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled:
+    del shape
     order = params["permutation"]
     out = order.index(axis)
     return Peeled((axis,), out, {"permutation": _less(_without(order, out), axis)})
 
 
-def _broadcast(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
-    del rank
+def _broadcast(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
+    del shape
     places = params["broadcast_dimensions"]
     out = places[axis]
     if params.get("sharding") is not None:
         return None
-    shape, left = _without(params["shape"], out), _less(_without(places, axis), out)
-    return Peeled((axis,), out, {**params, "shape": shape, "broadcast_dimensions": left})
+    new, left = _without(params["shape"], out), _less(_without(places, axis), out)
+    return Peeled((axis,), out, {**params, "shape": new, "broadcast_dimensions": left})
 
 
-def _squeeze(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
-    squeezed = params["dimensions"]
-    if axis in squeezed:
-        return None
-    left = [each for each in range(rank) if each not in squeezed]
-    return Peeled((axis,), left.index(axis), {"dimensions": _less(squeezed, axis)})
+def _removing(name: str) -> "_Peel":
+    """Return how to peel an op that removes the axes in its parameter of a given name."""
 
+    def peeled(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
+        del shape
+        removed = params[name]
+        out = axis - sum(other < axis for other in removed)
+        return None if axis in removed else Peeled((axis,), out, {**params, name: _less(removed, axis)})
 
-def _reduce(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
-    axes = params["axes"]
-    if axis in axes:
-        return None
-    left = [each for each in range(rank) if each not in axes]
-    return Peeled((axis,), left.index(axis), {**params, "axes": _less(axes, axis)})
+    return peeled
 
 
 def _reshape(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
@@ -131,25 +112,25 @@ def _slice(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled 
     return Peeled((axis,), axis, {**left, "strides": None if strides is None else _without(strides, axis)})
 
 
-def _along_another(name: str) -> Callable[[dict[str, Any], int, int], Peeled | None]:
+def _along_another(name: str) -> "_Peel":
     """Return how to peel an op that runs along one other axis, the parameter of a given name."""
 
-    def peeled(params: dict[str, Any], axis: int, rank: int) -> Peeled | None:
-        del rank
+    def peeled(params: dict[str, Any], axis: int, shape: tuple[int, ...]) -> Peeled | None:
+        del shape
         (other,) = _less((params[name],), axis)
         return None if params[name] == axis else Peeled((axis,), axis, {**params, name: other})
 
     return peeled
 
 
-_PEEL: dict[str, Callable[[dict[str, Any], int, int], Peeled | None]] = {
+_Peel = Callable[[dict[str, Any], int, tuple[int, ...]], Peeled | None]
+_PEEL: dict[str, _Peel] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
-    "squeeze": _squeeze,
-    **dict.fromkeys(
-        ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"), _reduce
-    ),
-    **dict.fromkeys(("argmax", "argmin"), _reduce),
+    "reshape": _reshape,
+    "slice": _slice,
+    "squeeze": _removing("dimensions"),
+    **dict.fromkeys((*REDUCTIONS, "argmax", "argmin"), _removing("axes")),
     **dict.fromkeys(
         ("cumsum", "cummax", "cummin", "cumprod", "cumlogsumexp", "split"), _along_another("axis")
     ),

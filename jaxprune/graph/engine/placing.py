@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune.graph.engine.ir import Op, Value
+from jaxprune.graph.engine.ir import Op
 from jaxprune.graph.engine.rules import elementwise, rule_for
 from jaxprune.tracing.jaxprs import explicit_sharding, struct_of
 
@@ -31,12 +31,7 @@ _SHARDINGS = ("out_sharding", "sharding", "dst_sharding")
 
 
 def small_sharding(sharding: NamedSharding, dense: Sequence[Any], small: Sequence[Any]) -> NamedSharding:
-    """Return the sharding of an array that has lost slices.
-
-    Args:
-      sharding: the sharding of the dense array.
-      dense, small: the shapes.
-    """
+    """Return the sharding of an array that has lost slices, from its dense sharding and both shapes."""
     spec = list(sharding.spec) + [None] * (len(dense) - len(sharding.spec))
     for axis, (size, left) in enumerate(zip(dense, small, strict=True)):
         if size != left and left % parts(sharding, spec[axis]):
@@ -73,13 +68,7 @@ def gather(array: Any, axes: Collection[int]) -> Any:
 
 
 def gathered(op: Op, args: Sequence[Any], cut: Sequence[Sequence[int]]) -> list[Any]:
-    """Return the inputs of an op, replicated along the axes that were cut unless the op allows otherwise.
-
-    Args:
-      op: the op.
-      args: its inputs.
-      cut: for each, the axes that have lost slices.
-    """
+    """Return an op's inputs, replicated along the axes that were `cut` unless the op allows otherwise."""
     if rule_for(op.name) is elementwise or op.name in _BY_INDEX or op.regions:
         return list(args)
     names_sharding = any(op.params.get(name) is not None for name in _SHARDINGS)
@@ -99,8 +88,3 @@ def with_sharding(op: Op, output: NamedSharding | None) -> Op:
         return bind(*args, **changed)
 
     return replace(op, params={**op.params, **changed}, bind=bound)
-
-
-def is_explicit(values: Sequence[Value]) -> bool:
-    """Whether any of some values is sharded over explicit axes of a mesh."""
-    return any(value.sharding is not None for value in values)

@@ -23,26 +23,20 @@ class Positions:
 
     First they are noted; once it is known which of them differ between rounds, these are read from rows of
     tables instead, in the same order.
-
-    Attributes:
-      noted: the positions of this round, in order; an index vector for each time slices are taken.
-      fixed: those that must be the same in all rounds.
     """
 
     def __init__(self) -> None:
-        self.noted: list[np.ndarray] = []
-        self.fixed: list[np.ndarray] = []
+        self.noted: list[np.ndarray] = []  # in order; an index vector for each time slices are taken
+        self.fixed: list[np.ndarray] = []  # those that must be the same in all rounds
         self._is_fixed = False
         self._rows: list[Any] | None = None
         self._differs: list[bool] = []
         self._next = self._next_row = 0
 
     def start(self, differs: Sequence[bool] | None, rows: Sequence[Any]) -> "Positions":
-        """Start the round again: to note positions, or to read those that differ from rows of tables.
+        """Start the round again: to note positions, or to read those that differ from `rows` of tables.
 
-        Args:
-          differs: for each of `noted`, whether it differs between rounds; None to note positions.
-          rows: the rows of this round, one for each that differs.
+        `differs` says of each of `noted` whether it differs between rounds; None to note positions.
         """
         if differs is None:
             self.noted, self.fixed, self._rows = [], [], None
@@ -92,10 +86,8 @@ class Positions:
 def tables(rounds: Sequence[Positions]) -> tuple[list[bool], list[np.ndarray]]:
     """Return which of the noted positions differ between rounds, and for each of these a table.
 
-    A table has a row for each round.
-
-    Raises:
-      LayersDifferError: the rounds take different numbers of slices, or differ where they must not.
+    A table has a row for each round. LayersDifferError says that the rounds take different numbers of slices,
+    or differ where they must not.
     """
     first = rounds[0]
     for other in rounds[1:]:

@@ -58,12 +58,8 @@ class TracedNetwork:
     ):
         """Traces the function and links the rules of its ops.
 
-        Args:
-          function: a function of params and inputs.
-          params: the params.
-          inputs: the inputs.
-          state: from outputs to those that are new values of params.
-          stacks: by path, the axes of params that count layers; None to read them off the function's scans.
+        `stacks` names, by path, the axes of params that count layers; None reads them off the function's
+        scans.
         """
         self.leaves = array_leaves(params)
         check_function(function, "the graph of a network", "apply_fn(params, *inputs)")

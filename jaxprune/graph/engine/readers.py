@@ -33,26 +33,17 @@ _REPEATED = frozenset(("broadcast_in_dim", "iota"))
 def separate(region: Region, graph: AxisGraph, params: Sequence[Value]) -> None:
     """Give each reader of a value nodes of its own along axes that were made along constants or params.
 
-    Args:
-      region: a program, which is changed in place; its rules have not been linked yet.
-      graph: its axes.
-      params: those of its inputs that are params.
+    The program is changed in place; its rules have not been linked yet.
     """
     _Separator(region, graph, Origins(region, params), outermost=True).run()
 
 
 class _Reading(NamedTuple):
-    """One place where a value is read.
+    """One place where a value is read."""
 
-    Attributes:
-      holder: the inputs of the reader, or the outputs of the region.
-      place: the index of the value there.
-      reader: the op that reads it; None for an output of the region.
-    """
-
-    holder: list[Value]
-    place: int
-    reader: Op | None
+    holder: list[Value]  # the inputs of the reader, or the outputs of the region
+    place: int  # the index of the value there
+    reader: Op | None  # the op that reads it; None for an output of the region
 
 
 class _Separator:
@@ -134,13 +125,10 @@ class _Separator:
             holder[place] = self._copy(value, of, reader, repeated)
 
     def _copy(self, value: Value, of: tuple[Origin, ...], reader: Op | None, repeated: Op | None) -> Value:
-        """Return a copy of a value for a reader, whose op goes before the reader.
+        """Return a copy of a value for a reader (None for an output), whose op goes before the reader.
 
-        Args:
-          value: the value.
-          of: the origins of its axes, which decide how the copy is linked to it.
-          reader: the reader; None for an output of the region.
-          repeated: the op that makes the value, to be repeated for the copy; None to insert a `per_reader`.
+        The origins of its axes, `of`, decide how the copy is linked to the value. `repeated` is the op that
+        makes the value, to be repeated for the copy; None to insert a `per_reader`.
         """
         axes = tuple(map(self.graph.node, value.shape))
         copied = Value(value.shape, value.dtype, axes, constant=value.constant, sharding=value.sharding)

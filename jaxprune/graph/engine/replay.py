@@ -18,11 +18,10 @@ from jaxprune.graph.engine.positions import LayersDifferError, NotMadeError, Pos
 from jaxprune.graph.engine.representatives import representative
 from jaxprune.graph.engine.rolling import run_rounds_as_loop
 from jaxprune.graph.engine.rules import rule_for
+from jaxprune.graph.engine.rules.reductions import REDUCTIONS
 from jaxprune.graph.engine.rules.slices import take_slices
 
-_READ_FACTS = frozenset(
-    ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
-)
+_READ_FACTS = frozenset((*REDUCTIONS, "argmax", "argmin"))
 """Ops whose rules make up for dropped slices, using the facts about them."""
 
 
@@ -45,11 +44,8 @@ class Replay:
     ) -> None:
         """Starts to replay under a solution.
 
-        Args:
-          kept: the solution.
-          facts: the facts of all values.
-          as_loops: whether loops over layers are to be loops, not one round after the other.
-          removed: the ids of layers that were removed from their stacks.
+        Without `as_loops`, loops over layers run one round after the other. `removed` has the ids of layers
+        that were removed from their stacks.
         """
         self._kept, self.facts, self._as_loops, self._removed = kept, facts, as_loops, removed
         self._changed: dict[int, bool] = {}
@@ -73,11 +69,7 @@ class Replay:
     # What is left of values.
 
     def indices(self, value: Value, axis: int) -> np.ndarray | None:
-        """Return the kept slices of an axis; None for all of them.
-
-        Raises:
-          LayersDifferError: the layers of a stack keep different slices.
-        """
+        """Return the kept slices of an axis, None for all; LayersDifferError if layers keep others."""
         if not value.layers:
             return self._kept.indices(value.axes[axis])
         if axis == value.along:
@@ -88,11 +80,7 @@ class Replay:
         return first
 
     def shape(self, value: Value) -> tuple[Any, ...]:
-        """Return the shape of a value without the dropped slices.
-
-        Raises:
-          LayersDifferError: the layers of a stack keep different numbers of slices.
-        """
+        """Return a value's shape without the dropped slices; LayersDifferError if layers have others."""
         if not value.layers:
             kept = [self.indices(value, axis) for axis in range(len(value.shape))]
             return tuple(n if k is None else len(k) for n, k in zip(value.shape, kept, strict=True))
@@ -224,7 +212,7 @@ class Replay:
         args = [self.read(value) for value in op.inputs]
         if self.is_changed(op):
             emitted = op
-            if placing.is_explicit((*op.inputs, *op.outputs)):
+            if any(value.sharding is not None for value in (*op.inputs, *op.outputs)):
                 args = placing.gathered(op, args, [self._cut_axes(value) for value in op.inputs])
                 emitted = placing.with_sharding(op, self.small_sharding(op.outputs[0]))
             outputs = rule_for(op.name).emit(emitted, args, self)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.graph.engine import placing
-from jaxprune.graph.engine.ir import Value
+from jaxprune.graph.engine.ir import Value, other_axes
 from jaxprune.graph.engine.rules import elementwise, per_reader, rule_for
 
 if TYPE_CHECKING:
@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def representative(replay: "Replay", value: Value, axis: int) -> Any:
-    """Return one of the slices of a value that are alike along an axis, which then has size 1.
-
-    Raises:
-      NotImplementedError: a rule says that slices are alike, but its op is none of those handled here.
-    """
+    """Return one of the slices of a value that are alike along an axis, which then has size 1."""
     known = replay.facts.of(value)
     alike = known.alike[axis]
     if known.fill is not None or (alike is not None and alike.all()):
@@ -47,8 +43,7 @@ def representative(replay: "Replay", value: Value, axis: int) -> Any:
         inner = representative(replay, op.inputs[0], places.index(axis))
         return lax.broadcast_in_dim(inner, shape, places)
     if op.name == "squeeze":
-        left = [a for a in range(len(op.inputs[0].shape)) if a not in op.params["dimensions"]]
-        inner = representative(replay, op.inputs[0], left[axis])
+        inner = representative(replay, op.inputs[0], other_axes(op.inputs[0], op.params["dimensions"])[axis])
         return lax.squeeze(inner, op.params["dimensions"])
     if rule_for(op.name) is not elementwise:
         raise NotImplementedError(f"{op} says that slices are alike, but not how one is made.")

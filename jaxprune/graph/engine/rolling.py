@@ -34,11 +34,7 @@ if TYPE_CHECKING:
 def run_rounds_as_loop(replay: "Replay", loop: LayerLoop, ops: Sequence[Op], level: int) -> dict[int, Any]:
     """Return the outputs of a loop over layers, run as one loop, by the ids of their values.
 
-    Args:
-      replay: the run that the loop stands in.
-      loop: the loop.
-      ops: the ops of those of its rounds that are left.
-      level: how many other loops it lies in.
+    `ops` are those of the rounds that are left; `level` says how many other loops the loop lies in.
 
     Raises:
       LayersDifferError: the rounds differ in more than which slices they take.
@@ -116,11 +112,7 @@ def _copied(value: Value) -> Value:
 
 
 def _read_from_outside(rounds: Sequence[Sequence[Op]], made_here: set[int]) -> list[tuple[Value, ...]]:
-    """Return what the rounds of a loop read that none of them makes: for each, the values of all rounds.
-
-    Raises:
-      LayersDifferError: the rounds do not have the same ops.
-    """
+    """Return what the rounds of a loop read that none of them makes: for each, the values of all rounds."""
     if any([op.name for op in ops] != [op.name for op in rounds[0]] for ops in rounds):
         raise LayersDifferError
     columns: dict[tuple[int, ...], tuple[Value, ...]] = {}

@@ -35,15 +35,10 @@ _Round = tuple[int, int]
 
 
 class Removed(NamedTuple):
-    """Params (or layers of stacked ones) that are removed with their block, by name.
+    """Params (or layers of stacked ones) that are removed with their block, by name."""
 
-    Attributes:
-      names: all of them.
-      alive: those that need not be zero, because the block divides by them.
-    """
-
-    names: frozenset[str]
-    alive: frozenset[str]
+    names: frozenset[str]  # all of them
+    alive: frozenset[str]  # those that need not be zero, because the block divides by them
 
 
 NOTHING = Removed(frozenset(), frozenset())
@@ -52,13 +47,9 @@ NOTHING = Removed(frozenset(), frozenset())
 def removable(network: TracedNetwork, masks: Mapping[str, np.ndarray], blocks: Collection[str]) -> Removed:
     """Return the params of blocks that are masked and that the function does not need if they are zero.
 
-    Blocks are tried all together. If the function still reads some of them, these are kept, and the others
-    are tried again: what is read in place of a block may be the output of another.
-
-    Args:
-      network: the function.
-      masks: masks by name.
-      blocks: the paths of the blocks in lists and dicts that could be removed from these.
+    Blocks are tried all together: layers of stacks, and those entries of lists and dicts that `blocks` names.
+    If the function still reads some of them, these are kept, and the others are tried again: what is read in
+    place of a block may be the output of another.
     """
     dead = frozenset(name for name, mask in masks.items() if not mask.any())
     candidates: list[frozenset[str]] = []
@@ -77,11 +68,7 @@ def removable(network: TracedNetwork, masks: Mapping[str, np.ndarray], blocks: C
 
 
 def remove(network: TracedNetwork, removed: Removed) -> None:
-    """Remove some params from a function and from its loops, in place, with all ops that read them.
-
-    Raises:
-      ValueError: the function needs one of them.
-    """
+    """Remove some params from a function and its loops, in place; ValueError if the function needs one."""
     if not removed.names:
         return
     found, rounds = _bypasses(network, removed)
@@ -170,13 +157,10 @@ def _resolved(value: Value, found: Mapping[int, Value]) -> Value:
 
 
 def _bypasses(network: TracedNetwork, removed: Removed) -> tuple[dict[int, Value], set[_Round]]:
-    """Find what can be read in place of values that depend on some params, if these are zero.
+    """Return, by id, what can be read in place of values that depend on some params, if these are zero.
 
     A value depends on the params if it is made from them and does not equal, given that they are zero, a
-    value that is not.
-
-    Returns:
-      By the id of a value, another that it equals; and the rounds of loops that read the params.
+    value that is not. The rounds of loops that read the params are returned too.
     """
     ids = {id(network.values[name]) for name in removed.names}
     zero = removed.names - removed.alive

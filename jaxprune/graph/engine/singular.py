@@ -38,21 +38,13 @@ _SAME = ("copy", "per_reader")
 
 
 class Singularity(NamedTuple):
-    """An op that is not finite where its operands are zero.
+    """An op that is not finite where its operands are zero."""
 
-    Attributes:
-      op: the op.
-      caller: the op of the outermost region in whose bodies it lies; itself if it lies in none.
-      nodes: the nodes of the axes along which its operands have zero slices.
-      extent: how many slices of its output are not finite; infinity if all entries are not.
-      in_value: whether these reach an output of the function; otherwise only a derivative is not finite.
-    """
-
-    op: Op
-    caller: Op
-    nodes: tuple[int, ...]
-    extent: float
-    in_value: bool
+    op: Op  # the op
+    caller: Op  # the op of the outermost region in whose bodies it lies; itself if it lies in none
+    nodes: tuple[int, ...]  # the nodes of the axes along which its operands have zero slices
+    extent: float  # how many slices of its output are not finite; infinity if all entries are not
+    in_value: bool  # whether these reach an output of the function; otherwise only a derivative is not finite
 
 
 def singularities(region: Region, facts: Facts) -> list[Singularity]:
@@ -86,9 +78,8 @@ def _find(region: Region, facts: Facts, caller: Op | None, forward: bool) -> Ite
 def _cases(op: Op, facts: Facts) -> Iterator[tuple[int | None, Vector, tuple[Any, ...]]]:
     """Yield what an op's operands are where at least one of them is zero.
 
-    Yields:
-      An axis of the output (None for all entries), slices of it, and for each operand the number that it is
-      there; None for an operand that is not known.
+    That is: an axis of the output (None for all entries), slices of it, and for each operand the number that
+    it is there; None for an operand that is not known.
     """
     (output,) = op.outputs
     known = [facts.of(value) for value in op.inputs]

@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from jaxprune.graph.engine.axes import Solution, State, Vector
+from jaxprune.graph.engine.axes import Solution, State
 from jaxprune.graph.engine.divisors import ParamAxis, find_divisors, without
+from jaxprune.graph.engine.facts import either, equal_marks
 from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
 
 
@@ -17,7 +18,7 @@ def solve_to_fixpoint(
     """Return the fewest slices to keep such that only the dropped slices have to be zero for it.
 
     Let needed(Z) be the slices that the function needs if the slices Z of its params are zero, and let M be
-    the slices that masks make zero. There are two fixpoints.
+    the slices that masks make zero: `zeros_given(D)` is M + D. There are two fixpoints.
 
     Growing: D := D + complement of needed(M + D), starting from D empty. A dropped slice counts as zero even
     if its mask does not say so, because nothing of it is left. So a dead unit also takes with it the weights
@@ -32,20 +33,14 @@ def solve_to_fixpoint(
 
     Divisors: the dense function must be finite where the dropped slices have the values that `Plan.expand`
     gives them. Where it divides by a dropped slice, that value must not be zero, so the drop has to be
-    justified without counting that slice among the zeros; see `divisors`.
-
-    Args:
-      network: the function.
-      zeros_given: returns the slices of params that are zero, given those that are dropped.
-      seeds: slices that have to be kept.
-
-    Returns:
-      The solution, and the axes of params whose dropped slices must not be zero.
+    justified without counting that slice among the zeros; see `divisors`. The axes of params that have such
+    slices are returned beside the solution.
     """
     dropped: ZeroSlices = {path: [None] * len(value.axes) for path, value in network.values.items()}
     while True:
         kept = network.solve(network.facts(zeros_given(dropped)), seeds)
-        more = _joined(dropped, network.dropped(kept))
+        new = network.dropped(kept)
+        more = {path: list(map(either, dropped[path], new[path])) for path in dropped}
         if _equal(more, dropped):
             break
         dropped = more
@@ -78,24 +73,8 @@ def _settle(
         dropped = fewer
 
 
-def _joined(a: ZeroSlices, b: ZeroSlices) -> dict[str, list[Vector | None]]:
-    def joined(x: Vector | None, y: Vector | None) -> Vector | None:
-        return (x if y is None else y) if x is None or y is None else x | y
-
-    return {path: [joined(x, y) for x, y in zip(a[path], b[path], strict=True)] for path in a}
-
-
 def _equal(a: ZeroSlices, b: ZeroSlices) -> bool:
-    def equal(x: Vector | None, y: Vector | None) -> bool:
-        return np.array_equal(_marks(x, y), _marks(y, x))
-
-    return all(equal(x, y) for path in a for x, y in zip(a[path], b[path], strict=True))
-
-
-def _marks(marks: Vector | None, like: Vector | None) -> Vector:
-    if marks is None:
-        return np.zeros(0 if like is None else len(like), bool)
-    return marks
+    return all(equal_marks(a[path], b[path]) for path in a)
 
 
 def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = None) -> ZeroSlices:

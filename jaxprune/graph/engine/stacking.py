@@ -48,16 +48,9 @@ def find_stacks(jaxpr: "Jaxpr", count: int) -> Stacks:
 
 
 def _walk(jaxpr: "Jaxpr", inputs: Sequence[_Origins], above: Stacks, found: Stacks) -> list[_Origins]:
-    """Follow inputs through a jaxpr.
+    """Follow inputs through a jaxpr, and return where its outputs come from.
 
-    Args:
-      jaxpr: the jaxpr.
-      inputs: where its inputs come from.
-      above: by input, the axes that the scans around the jaxpr run along.
-      found: by input, the axes found so far; more are added.
-
-    Returns:
-      Where its outputs come from.
+    `above` are the axes, by input, that the scans around the jaxpr run along; more are added to `found`.
     """
     env: dict[Any, _Origins] = {}
 
@@ -69,23 +62,20 @@ def _walk(jaxpr: "Jaxpr", inputs: Sequence[_Origins], above: Stacks, found: Stac
         given = [read(atom) for atom in eqn.invars]
         if not any(given):
             continue
-        name = eqn.primitive.name
-        if name in CALLS:
-            outputs = _walk(called_jaxpr(eqn).jaxpr, given, above, found)
-        elif name == "scan":
-            outputs = _scan(eqn, given, above, found)
-        elif name == "cond":
+        if eqn.primitive.name == "scan":
+            _scan(eqn, given, above, found)
+        elif eqn.primitive.name == "cond":
             for branch in eqn.params["branches"]:
                 _walk(branch.jaxpr, given[1:], above, found)
-            outputs = None
         else:
-            outputs = [_moved(eqn, given)]
-        if outputs is not None:
-            env.update(zip(eqn.outvars, outputs, strict=False))
+            is_call = eqn.primitive.name in CALLS
+            inner = _walk(called_jaxpr(eqn).jaxpr, given, above, found) if is_call else [_moved(eqn, given)]
+            env.update(zip(eqn.outvars, inner, strict=False))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stacks) -> list[_Origins] | None:
+def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stacks) -> None:
+    """Enter the axes that a scan runs along, and follow inputs through its body; its outputs have none."""
     consts, carried = scan_split(eqn.params)
     body, length = eqn.params["jaxpr"].jaxpr, eqn.params["length"]
     stacked: Stacks = {}
@@ -110,7 +100,6 @@ def _scan(eqn: "JaxprEqn", given: Sequence[_Origins], above: Stacks, found: Stac
             if len(axes) >= len(found.get(number, ())):
                 found[number] = axes
     _walk(body, inner, {**above, **stacked} if is_stack else above, found)
-    return None
 
 
 def _indexed_axis(body: "Jaxpr", var: Any, length: int) -> int | None:

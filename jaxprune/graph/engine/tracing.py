@@ -35,12 +35,8 @@ def trace(
 ) -> Program:
     """Trace a function of pytrees of arrays (or of `jax.ShapeDtypeStruct`).
 
-    Args:
-      function: the function.
-      *arguments: its arguments.
-      stacks: by the number of a leaf of the arguments, the axes that count layers; None to read them off the
-        function's scans, for the first `count` leaves.
-      count: how many leaves may be stacks.
+    `stacks` names, by the number of a leaf of the arguments, the axes that count layers; None reads them off
+    the function's scans, for the first `count` leaves.
     """
     leaves, treedef = jax.tree.flatten(arguments)
     out_trees = []
@@ -63,11 +59,7 @@ def trace(
 
 
 class Tracer:
-    """Turns jaxprs into regions whose axes are nodes of one graph.
-
-    Attributes:
-      build: makes the values and ops.
-    """
+    """Turns jaxprs into regions whose axes are nodes of one graph; `build` makes their values and ops."""
 
     def __init__(self):
         self.build = Builder(AxisGraph())

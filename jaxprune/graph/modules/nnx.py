@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -175,10 +176,6 @@ def _functions(nnx: Any, model: Any) -> tuple[Callable[..., Any], Callable[..., 
     return evaluate, step
 
 
-def _second(output: Any) -> Any:
-    return output[1]
-
-
 def _compact(
     nnx: Any, model: Any, masks: Masks | Plan, inputs: Sequence[Any], multiple_of: int, fold_constants: bool
 ) -> Compacted:
@@ -200,7 +197,7 @@ def _compact(
     else:
         given = _full_masks(nnx, model, params, masks)
     options = {"multiple_of": multiple_of, "fold_constants": fold_constants}
-    small = compact(function, params, given, *inputs, state=_second, **options)
+    small = compact(function, params, given, *inputs, state=itemgetter(1), **options)
     # The plan was made for the state that training updates as well; the function is the module's call.
     return replace(small, function=evaluate, apply=small.bind(evaluate))
 
@@ -223,23 +220,17 @@ def _full_masks(nnx: Any, model: Any, params: Params, masks: Masks) -> Masks:
 
 def _modes(nnx: Any, model: Any, module: Any) -> dict[str, tuple[Any, Any]]:
     """Return the two networks as they are, and in each mode that makes the model another network."""
-
-    def training(model: Any) -> Any:
-        copy = nnx.clone(model)
-        copy.train()
-        copy.set_attributes(deterministic=True, raise_if_not_found=False)  # noise cannot be compared
-        return copy
-
-    def evaluation(model: Any) -> Any:
-        copy = nnx.clone(model)
-        copy.eval()
-        return copy
-
     modes = {"": (model, module)}
-    for name, switched in (("in training mode, ", training), ("in evaluation mode, ", evaluation)):
-        copies = switched(model), switched(module)
+    for mode in ("training", "evaluation"):
+        copies = nnx.clone(model), nnx.clone(module)
+        for copy in copies:
+            if mode == "training":
+                copy.train()
+                copy.set_attributes(deterministic=True, raise_if_not_found=False)  # noise cannot be compared
+            else:
+                copy.eval()
         if all(nnx.split(copies[0])[0] != nnx.split(known)[0] for known, _ in modes.values()):
-            modes[name] = copies
+            modes[f"in {mode} mode, "] = copies
     return modes
 
 
@@ -285,7 +276,7 @@ def _compare(nnx: Any, model: Any, module: Any, small: Compacted, inputs: Sequen
         return f"{copy} computes with numbers that the dense one does not: {', '.join(numbers[:3])}"
     if dense.draws:
         return False  # noise of another shape is other noise
-    bound = of_arrays(small.bind(step, state=_second), inputs)
+    bound = of_arrays(small.bind(step, state=itemgetter(1)), inputs)
     try:
         jax.eval_shape(bound, small.params, arrays)
     except ValueError as error:

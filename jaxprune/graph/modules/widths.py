@@ -1,6 +1,7 @@
 """The widths that flax's nnx layers keep beside their arrays: `in_features`, `num_heads` and so on."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -18,15 +19,9 @@ class UnfitError(Exception):
 
 
 def fix_widths(nnx: Any, module: Any, plan: Plan) -> Changes:
-    """Set the widths of flax's own layers to those of their new arrays.
+    """Set the widths of flax's own layers to those of their new arrays, and return what was changed.
 
-    Args:
-      nnx: flax.nnx.
-      module: a module that has its small arrays already; it is changed.
-      plan: the plan that made them, for all variables of the module.
-
-    Returns:
-      The attributes that were changed.
+    The module has its small arrays already, made by the plan, which is for all variables of the module.
 
     Raises:
       UnfitError: a module has no widths that fit.
@@ -88,8 +83,17 @@ def width_dependent_layers(changes: Changes) -> list[str]:
     return found
 
 
-def _linear(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"in_features": m.kernel.shape[-2], "out_features": m.kernel.shape[-1]}
+def _sizes(**axes: tuple[str, int]) -> Callable[[Any, Cut], dict[str, Any]]:
+    """Return widths that are sizes of arrays: by attribute, the array and its axis."""
+
+    def widths(m: Any, cut: Cut) -> dict[str, Any]:
+        return {name: attrgetter(array)(m).shape[axis] for name, (array, axis) in axes.items()}
+
+    return widths
+
+
+def _cell(hidden: str, into: str) -> Callable[[Any, Cut], dict[str, Any]]:
+    return _sizes(hidden_features=(f"{hidden}.kernel", -2), in_features=(f"{into}.kernel", -2))
 
 
 def _linear_general(m: Any, cut: Cut) -> dict[str, Any]:
@@ -133,10 +137,6 @@ def _conv_transpose(m: Any, cut: Cut) -> dict[str, Any]:
     }
 
 
-def _embed(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"num_embeddings": m.embedding.shape[-2], "features": m.embedding.shape[-1]}
-
-
 def _norm(m: Any, cut: Cut) -> dict[str, Any]:
     held = [v for v in (getattr(m, name, None) for name in ("scale", "bias", "mean")) if v is not None]
     return {"num_features": held[0].shape[-1]} if held else {}
@@ -151,49 +151,32 @@ def _group_norm(m: Any, cut: Cut) -> dict[str, Any]:
     return {"num_groups": groups, "group_size": len(kept) // groups}
 
 
+_HEADS = _sizes(
+    in_features=("query.kernel", -3),
+    num_heads=("query.kernel", -2),
+    head_dim=("query.kernel", -1),
+    out_features=("out.kernel", -1),
+    num_kv_heads=("key.kernel", -2),
+    in_kv_features=("key.kernel", -3),
+)
+
+
 def _attention(m: Any, cut: Cut) -> dict[str, Any]:
-    into, heads, width = m.query.kernel.shape[-3:]
-    return {
-        "in_features": into,
-        "num_heads": heads,
-        "head_dim": width,
-        "qkv_features": heads * width,
-        "out_features": m.out.kernel.shape[-1],
-        "num_kv_heads": m.key.kernel.shape[-2],
-        "in_kv_features": m.key.kernel.shape[-3],
-    }
-
-
-def _cell(hidden: str, into: str) -> Callable[[Any, Cut], dict[str, Any]]:
-    def widths(m: Any, cut: Cut) -> dict[str, Any]:
-        return {
-            "hidden_features": getattr(m, hidden).kernel.shape[-2],
-            "in_features": getattr(m, into).kernel.shape[-2],
-        }
-
-    return widths
-
-
-def _lora(m: Any, cut: Cut) -> dict[str, Any]:
-    return {"in_features": m.lora_a.shape[-2], "out_features": m.lora_b.shape[-1]}
+    widths = _HEADS(m, cut)
+    return {**widths, "qkv_features": widths["num_heads"] * widths["head_dim"]}
 
 
 _WIDTHS: dict[str, Callable[[Any, Cut], dict[str, Any]]] = {
-    "Linear": _linear,
+    "Linear": _sizes(in_features=("kernel", -2), out_features=("kernel", -1)),
     "LinearGeneral": _linear_general,
     "Einsum": _einsum,
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
-    "Embed": _embed,
-    "BatchNorm": _norm,
-    "LayerNorm": _norm,
-    "RMSNorm": _norm,
-    "InstanceNorm": _norm,
+    "Embed": _sizes(num_embeddings=("embedding", -2), features=("embedding", -1)),
+    **dict.fromkeys(("BatchNorm", "LayerNorm", "RMSNorm", "InstanceNorm"), _norm),
     "GroupNorm": _group_norm,
     "MultiHeadAttention": _attention,
     "LSTMCell": _cell("hi", "ii"),
-    "OptimizedLSTMCell": _cell("dense_h", "dense_i"),
-    "SimpleCell": _cell("dense_h", "dense_i"),
-    "GRUCell": _cell("dense_h", "dense_i"),
-    "LoRA": _lora,
+    **dict.fromkeys(("OptimizedLSTMCell", "SimpleCell", "GRUCell"), _cell("dense_h", "dense_i")),
+    "LoRA": _sizes(in_features=("lora_a", -2), out_features=("lora_b", -1)),
 }

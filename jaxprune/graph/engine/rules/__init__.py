@@ -1,12 +1,11 @@
 """The rules, one file for each class of primitives. To add one, see `base.Rule` and `register_rule`."""
 
-from jaxprune.graph.engine.rules import (
+from jaxprune.graph.engine.rules import (  # noqa: F401  # each registers its rules
     calls,
     choices,
     collectives,
     contractions,
     indexing,
-    layers,
     linalg,
     others,
     per_reader,
@@ -16,7 +15,7 @@ from jaxprune.graph.engine.rules import (
     slices,
     wrappers,
 )
-from jaxprune.graph.engine.rules.base import (
+from jaxprune.graph.engine.rules.base import (  # noqa: F401
     Frame,
     Rule,
     has_rule,
@@ -26,30 +25,4 @@ from jaxprune.graph.engine.rules.base import (
     register_rule,
     rule_for,
 )
-from jaxprune.graph.engine.rules.elementwise import elementwise
-
-__all__ = [
-    "Frame",
-    "Rule",
-    "calls",
-    "choices",
-    "collectives",
-    "contractions",
-    "elementwise",
-    "has_rule",
-    "indexing",
-    "layers",
-    "learn_changes",
-    "learn_region",
-    "linalg",
-    "link_region",
-    "others",
-    "per_reader",
-    "ragged",
-    "reductions",
-    "register_rule",
-    "rule_for",
-    "shapes",
-    "slices",
-    "wrappers",
-]
+from jaxprune.graph.engine.rules.elementwise import elementwise  # noqa: F401

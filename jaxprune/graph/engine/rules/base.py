@@ -10,7 +10,7 @@ A rule states three things about a primitive:
 A primitive without a rule is safe: its inputs are pinned, and its outputs are cut afterwards.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from jaxprune.graph.engine.axes import AxisGraph
@@ -52,10 +52,7 @@ class Frame(Protocol):
         ...
 
     def same_in_all_layers(self) -> Any:
-        """Return a context in which all layers of a loop have to take slices at the same positions.
-
-        For functions that must not close over arrays, such as those with custom derivatives.
-        """
+        """Return a context, for custom derivatives, in which all layers take slices at the same positions."""
         ...
 
     def foresee(self, region: Region, args: list[Any]) -> None:
@@ -98,6 +95,34 @@ def pin_inputs(op: Op, graph: AxisGraph) -> None:
     for value in op.inputs:
         for node in value.axes:
             graph.pin(node, f"{op} has no rule")
+
+
+def tie_or_pin(graph: AxisGraph, nodes: Sequence[int], tied: bool, why: str) -> None:
+    """Tie some nodes to each other, or pin all of them."""
+    for node in nodes:
+        if tied:
+            graph.same(nodes[0], node)
+        else:
+            graph.pin(node, why)
+
+
+def link_moved(graph: AxisGraph, value: Value, output: Value, axes: Iterable[int | None]) -> None:
+    """Tie each axis of an output to the axis of a value that `axes` says it is; None for a new axis."""
+    for axis, node in zip(axes, output.axes, strict=True):
+        if axis is not None:
+            graph.same(value.axes[axis], node)
+
+
+def learn_moved(
+    facts: Facts, value: Value, output: Value, axes: Iterable[int | None], keeps_fill: bool = False
+) -> None:
+    """Learn which slices of an output are zero, from the axis of a value that each of its axes is, or None.
+
+    With `keeps_fill`, entries only move, so any number that fills the value fills the output; else only 0.
+    """
+    zeros = [None if axis is None else facts.zero(value, axis) for axis in axes]
+    fill = 0 if facts.all_zero(value) else None
+    facts.learn(output, zeros, facts.of(value).fill if keeps_fill else fill)
 
 
 _RULES: dict[str, Rule] = {}
@@ -159,14 +184,8 @@ def learn_region(region: Region, facts: Facts) -> None:
 def learn_changes(region: Region, facts: Facts, before: Facts, changed: Iterable[Value]) -> list[Op]:
     """Learn what follows from new facts about some values, looking only at ops that these reach.
 
-    Args:
-      region: the ops.
-      facts: a copy of `before`, with the new facts.
-      before: the facts of all values of the region without the new ones.
-      changed: the values with new facts.
-
-    Returns:
-      The ops whose inputs have other facts than before, in order.
+    `facts` is a copy of `before`, the facts of all values, with new facts of the values in `changed`. Returns
+    the ops whose inputs have other facts than before, in order.
     """
     reached, ops = set(map(id, changed)), list[Op]()
     for op in region.ops:

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph
-from jaxprune.graph.engine.facts import Facts, ValueFacts, both
-from jaxprune.graph.engine.ir import Op, Region, Value, flat_layers, is_differentiable
+from jaxprune.graph.engine.facts import Facts, ValueFacts, both, equal_marks
+from jaxprune.graph.engine.ir import Op, Region, Value, bodies_of, flat_layers, is_differentiable
 from jaxprune.graph.engine.rules.base import Frame, Rule, learn_region, register_rule
 from jaxprune.tracing.jaxprs import scan_split
 
@@ -85,19 +85,35 @@ register_rule(*CHECKPOINTS, rule=Rule(link_body, flow_body, _emit_checkpoint))
 # Functions with custom derivatives: the derivative is a second body, under the same constraints.
 
 
+def _moving(values: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return those of some values whose counterparts have a tangent."""
+    return [value for value, each in zip(values, like, strict=True) if is_differentiable(each)]
+
+
+def _with_zeros(moving: Sequence[Any], like: Sequence[Any]) -> list[Any]:
+    """Return derivatives of all values, given those of the values that have a tangent."""
+    left = iter(moving)
+    return [next(left) if is_differentiable(p) else np.zeros(np.shape(p), jax.dtypes.float0) for p in like]
+
+
+def _run_alike(op: Op, name: str, args: Sequence[Any], frame: Frame) -> list[Any]:
+    """Run a body where all layers have to take slices at the same positions."""
+    with frame.same_in_all_layers():
+        return frame.run(op.regions[name], list(args))
+
+
 def _link_jvp(op: Op, graph: AxisGraph) -> None:
     link_body(op, graph)
     jvp = op.regions["jvp"]
-    moving = [value for value in op.inputs if is_differentiable(value)]
-    tie(graph, [*op.inputs, *moving], jvp.inputs)
-    tie(graph, [*op.outputs, *(v for v in op.outputs if is_differentiable(v))], jvp.outputs)
+    tie(graph, [*op.inputs, *filter(is_differentiable, op.inputs)], jvp.inputs)
+    tie(graph, [*op.outputs, *filter(is_differentiable, op.outputs)], jvp.outputs)
 
 
 def _flow_jvp(op: Op, facts: Facts) -> None:
     flow_body(op, facts)
     jvp = op.regions["jvp"]
     # A slice that is zero whatever the live params are does not move.
-    moving = [value for value in op.inputs if is_differentiable(value)]
+    moving = filter(is_differentiable, op.inputs)
     _copy_facts(facts, op.inputs, jvp.inputs[: len(op.inputs)])
     for primal, its_tangent in zip(moving, jvp.inputs[len(op.inputs) :], strict=True):
         for value, tangent in zip(flat_layers(primal), flat_layers(its_tangent), strict=True):
@@ -109,22 +125,15 @@ def _flow_jvp(op: Op, facts: Facts) -> None:
 def _emit_jvp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     @jax.custom_jvp
     def function(*args):
-        with frame.same_in_all_layers():
-            return frame.run(op.regions["body"], list(args))
+        return _run_alike(op, "body", args, frame)
 
     def rule(primals, tangents):
-        moving = [t for t, value in zip(tangents, op.inputs, strict=True) if is_differentiable(value)]
-        with frame.same_in_all_layers():
-            out = frame.run(op.regions["jvp"], [*primals, *moving])
-        primals_out, left = out[: len(op.outputs)], iter(out[len(op.outputs) :])
-        return primals_out, [
-            next(left) if is_differentiable(p) else np.zeros(p.shape, jax.dtypes.float0) for p in primals_out
-        ]
+        out = _run_alike(op, "jvp", [*primals, *_moving(tangents, op.inputs)], frame)
+        primals_out = out[: len(op.outputs)]
+        return primals_out, _with_zeros(out[len(op.outputs) :], primals_out)
 
     function.defjvp(rule)
-    frame.foresee(
-        op.regions["jvp"], [*args, *(a for a, v in zip(args, op.inputs, strict=True) if is_differentiable(v))]
-    )
+    frame.foresee(op.regions["jvp"], [*args, *_moving(args, op.inputs)])
     return function(*args)
 
 
@@ -134,9 +143,8 @@ register_rule("custom_jvp_call", rule=Rule(_link_jvp, _flow_jvp, _emit_jvp))
 def _link_vjp(op: Op, graph: AxisGraph) -> None:
     link_body(op, graph)
     vjp = op.regions["vjp"]
-    cotangents = [value for value in op.outputs if is_differentiable(value)]
-    tie(graph, [*op.inputs, *cotangents], vjp.inputs)
-    tie(graph, [value for value in op.inputs if is_differentiable(value)], vjp.outputs)
+    tie(graph, [*op.inputs, *filter(is_differentiable, op.outputs)], vjp.inputs)
+    tie(graph, list(filter(is_differentiable, op.inputs)), vjp.outputs)
 
 
 def _flow_vjp(op: Op, facts: Facts) -> None:
@@ -152,24 +160,18 @@ def _flow_vjp(op: Op, facts: Facts) -> None:
 def _emit_vjp(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     @jax.custom_vjp
     def function(*args):
-        with frame.same_in_all_layers():
-            return frame.run(op.regions["body"], list(args))
+        return _run_alike(op, "body", args, frame)
 
     def forward(*args):
         return function(*args), args
 
     def backward(args, cotangents):
-        moving = [c for c, value in zip(cotangents, op.outputs, strict=True) if is_differentiable(value)]
-        with frame.same_in_all_layers():
-            left = iter(frame.run(op.regions["vjp"], [*args, *moving]))
-        return tuple(
-            next(left) if is_differentiable(a) else np.zeros(np.shape(a), jax.dtypes.float0) for a in args
-        )
+        out = _run_alike(op, "vjp", [*args, *_moving(cotangents, op.outputs)], frame)
+        return tuple(_with_zeros(out, args))
 
     function.defvjp(forward, backward)
     outputs = function(*args)
-    moving = [o for o, value in zip(outputs, op.outputs, strict=True) if is_differentiable(value)]
-    frame.foresee(op.regions["vjp"], [*args, *moving])
+    frame.foresee(op.regions["vjp"], [*args, *_moving(outputs, op.outputs)])
     return outputs
 
 
@@ -255,36 +257,24 @@ def _flow_round(initial: Sequence[Value], body: Region, consts: int, carried: in
         learn_region(body, facts)
         changed = False
         for before, after in zip(body.inputs[consts : consts + carried], body.outputs[:carried], strict=True):
-            known = _shared([facts.of(before), facts.of(after)])
-            changed |= not _same(known, facts.of(before))
+            old = facts.of(before)
+            known = _shared([old, facts.of(after)])
+            changed |= (known.fill is None) != (old.fill is None) or not equal_marks(known.zero, old.zero)
             facts.learn(before, known.zero, known.fill)
         if not changed:
             return
 
 
-def _same(a: ValueFacts, b: ValueFacts) -> bool:
-    if (a.fill is None) != (b.fill is None):
-        return False
-    pairs = zip(a.zero, b.zero, strict=True)
-    return all(x is y or (x is not None and y is not None and np.array_equal(x, y)) for x, y in pairs)
-
-
 def _emit_scan(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    params, body = op.params, op.regions["body"]
+    body = op.regions["body"]
     consts, carried = scan_split(op.params)
 
     def step(carry, xs):
         out = frame.run(body, [*args[:consts], *carry, *xs])
         return out[:carried], out[carried:]
 
-    carry, ys = lax.scan(
-        step,
-        args[consts : consts + carried],
-        args[consts + carried :],
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-    )
+    settings = {name: op.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(step, args[consts : consts + carried], args[consts + carried :], **settings)
     return [*carry, *ys]
 
 
@@ -299,30 +289,23 @@ register_rule(
 )
 
 
-def _while_parts(op: Op) -> tuple[list[Value], list[Value], list[Value]]:
-    """Return the constants of the condition, those of the body, and the carry."""
-    condition, body = op.params["cond_nconsts"], op.params["body_nconsts"]
-    return op.inputs[:condition], op.inputs[condition : condition + body], op.inputs[condition + body :]
-
-
 def _link_while(op: Op, graph: AxisGraph) -> None:
-    of_condition, of_body, carry = _while_parts(op)
-    condition, body = op.regions["condition"], op.regions["body"]
-    tie(graph, [*of_condition, *carry], condition.inputs)
-    tie(graph, [*of_body, *carry], body.inputs)
+    for body in bodies_of(op):
+        tie(graph, body.given, body.region.inputs)
+    carry = op.inputs[len(op.inputs) - len(op.outputs) :]
     tie(graph, carry, op.outputs)
-    tie(graph, carry, body.outputs)
+    tie(graph, carry, op.regions["body"].outputs)
 
 
 def _flow_while(op: Op, facts: Facts) -> None:
-    of_condition, of_body, carry = _while_parts(op)
-    condition, body = op.regions["condition"], op.regions["body"]
-    _copy_facts(facts, of_body, body.inputs[: len(of_body)])
-    _flow_round(carry, body, len(of_body), len(carry), facts)
-    _copy_facts(facts, of_condition, condition.inputs[: len(of_condition)])
-    _copy_facts(facts, body.inputs[len(of_body) :], condition.inputs[len(of_condition) :])
-    learn_region(condition, facts)
-    _copy_facts(facts, body.inputs[len(of_body) :], op.outputs)
+    condition, body = bodies_of(op)
+    inputs, first = body.region.inputs, condition.consts
+    _copy_facts(facts, body.given[: body.consts], inputs[: body.consts])
+    _flow_round(body.given[body.consts :], body.region, body.consts, body.carried, facts)
+    _copy_facts(facts, condition.given[:first], condition.region.inputs[:first])
+    _copy_facts(facts, inputs[body.consts :], condition.region.inputs[first:])
+    learn_region(condition.region, facts)
+    _copy_facts(facts, inputs[body.consts :], op.outputs)
 
 
 def _emit_while(op: Op, args: list[Any], frame: Frame) -> list[Any]:

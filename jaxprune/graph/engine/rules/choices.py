@@ -15,10 +15,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Region
-from jaxprune.graph.engine.rules.base import Frame, Rule, register_rule
+from jaxprune.graph.engine.rules.base import (
+    Frame,
+    Rule,
+    learn_moved,
+    learn_nothing,
+    link_moved,
+    register_rule,
+)
 
 _NAMES = ("argmax", "argmin", "top_k")
 
@@ -30,16 +37,16 @@ def _axis(op: Op) -> int:
     return op.params["axes"][0]
 
 
-def _left(op: Op) -> list[tuple[int, int]]:
-    """Return the other axes, as pairs: in the input and in the outputs."""
-    left = [axis for axis in range(len(op.inputs[0].shape)) if axis != _axis(op)]
-    return [(axis, axis if op.name == "top_k" else place) for place, axis in enumerate(left)]
+def _other_axes(op: Op) -> list[int | None]:
+    """Return, for each axis of the outputs, the axis of the input that it is; None for the chosen places."""
+    along, rank = _axis(op), len(op.inputs[0].shape)
+    axes = [None if axis == along else axis for axis in range(rank)]
+    return axes if op.name == "top_k" else [axis for axis in axes if axis is not None]
 
 
 def _link(op: Op, graph: AxisGraph) -> None:
     for output in op.outputs:
-        for axis, place in _left(op):
-            graph.same(op.inputs[0].axes[axis], output.axes[place])
+        link_moved(graph, op.inputs[0], output, _other_axes(op))
         if op.name == "top_k":
             graph.pin(output.axes[_axis(op)], f"{op} orders it")
 
@@ -68,13 +75,9 @@ def _ops(region: Region) -> Iterator[Op]:
 def _flow(op: Op, facts: Facts) -> None:
     (value,), along = op.inputs, _axis(op)
     facts.need(op, value, along, facts.alike(value, along))
-    for output in op.outputs:
-        facts.learn(output)
+    learn_nothing(op, facts)
     if op.name == "top_k":
-        zeros: list[Vector | None] = [None] * len(value.shape)
-        for axis, place in _left(op):
-            zeros[place] = facts.zero(value, axis)
-        facts.learn(op.outputs[0], zeros, fill=0 if facts.all_zero(value) else None)
+        learn_moved(facts, value, op.outputs[0], _other_axes(op))
 
 
 def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -86,8 +89,7 @@ def _emit(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     source = np.full(value.shape[along], len(kept))
     source[kept] = np.arange(len(kept))
     dropped = jnp.asarray(frame.representative(value, along), array.dtype)
-    shape = list(array.shape)
-    shape[along] = 1
+    shape = [1 if axis == along else size for axis, size in enumerate(array.shape)]
     both = jnp.concatenate([array, jnp.broadcast_to(dropped, shape)], axis=along)
     return op.bind(frame.take(both, along, source))
 

@@ -4,10 +4,17 @@ Under `vmap`, `psum` names axes of its input by number: it is then a reduction l
 `shard_map` axes have names, and each device sums entries at the same positions.
 """
 
-from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
-from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
+from jaxprune.graph.engine.ir import Op, other_axes
+from jaxprune.graph.engine.rules.base import (
+    Rule,
+    emit_unchanged,
+    learn_moved,
+    learn_nothing,
+    link_moved,
+    register_rule,
+)
 from jaxprune.graph.engine.rules.elementwise import link_each
 
 
@@ -16,14 +23,9 @@ def _reduced(op: Op) -> tuple[int, ...]:
     return tuple(axis for axis in op.params["axes"] if isinstance(axis, int))
 
 
-def _left(op: Op, value: Value) -> list[int]:
-    return [axis for axis in range(len(value.shape)) if axis not in _reduced(op)]
-
-
 def _link_reduction(op: Op, graph: AxisGraph) -> None:
     for value, output in zip(op.inputs, op.outputs, strict=True):
-        for axis, node in zip(_left(op, value), output.axes, strict=True):
-            graph.same(value.axes[axis], node)
+        link_moved(graph, value, output, other_axes(value, _reduced(op)))
         if op.name != "psum":
             for axis in _reduced(op):
                 graph.pin(value.axes[axis], f"{op} reads all of it")
@@ -31,23 +33,15 @@ def _link_reduction(op: Op, graph: AxisGraph) -> None:
 
 def _flow_reduction(op: Op, facts: Facts) -> None:
     for value, output in zip(op.inputs, op.outputs, strict=True):
-        zeros = [facts.zero(value, axis) for axis in _left(op, value)]
-        nothing = facts.all_zero(value)
         for axis in _reduced(op) if op.name == "psum" else ():
             facts.need(op, value, axis, facts.zero(value, axis))
-        facts.learn(output, zeros, fill=0 if nothing else None)
+        learn_moved(facts, value, output, other_axes(value, _reduced(op)))
 
 
 register_rule("psum", "psum_invariant", rule=Rule(_link_reduction, _flow_reduction, emit_unchanged))
 register_rule(
-    "pmax",
-    "pmin",
-    rule=Rule(
-        _link_reduction,
-        _flow_reduction,
-        emit_unchanged,
-        conservative="a reduced axis of the input is kept whole",
-    ),
+    *("pmax", "pmin"),
+    rule=Rule(_link_reduction, _flow_reduction, emit_unchanged, "a reduced axis of the input is kept whole"),
 )
 
 
@@ -56,7 +50,7 @@ register_rule(
 
 def _flow_each(op: Op, facts: Facts) -> None:
     for value, output in zip(op.inputs, op.outputs, strict=True):
-        facts.learn(output, facts.of(value).zero, fill=0 if facts.all_zero(value) else None)
+        learn_moved(facts, value, output, range(len(value.shape)))
 
 
 register_rule("ppermute", "pbroadcast", "pvary", rule=Rule(link_each, _flow_each, emit_unchanged))
@@ -77,13 +71,11 @@ def _touched(op: Op) -> tuple[set[int], set[int]]:
     return ({along}, set()) if op.name == "reduce_scatter" else (set(), {along})
 
 
-def _pairs(op: Op) -> list[tuple[int, int]]:
-    """Return the axes that are left alone, as pairs: in the input and in the output."""
-    value, output = op.inputs[0], op.outputs[0]
+def _untouched(op: Op) -> list[int | None]:
+    """Return, for each axis of the output, the axis of the input that it is; None for one of `_touched`."""
     before, after = _touched(op)
-    old = [axis for axis in range(len(value.shape)) if axis not in before]
-    new = [axis for axis in range(len(output.shape)) if axis not in after]
-    return list(zip(old, new, strict=True))
+    left = iter(other_axes(op.inputs[0], before))
+    return [None if axis in after else next(left) for axis in range(len(op.outputs[0].shape))]
 
 
 def _link_along(op: Op, graph: AxisGraph) -> None:
@@ -91,25 +83,16 @@ def _link_along(op: Op, graph: AxisGraph) -> None:
     for array, axes in zip((value, output), _touched(op), strict=True):
         for axis in axes:
             graph.pin(array.axes[axis], f"{op} moves it between devices")
-    for a, b in _pairs(op):
-        graph.same(value.axes[a], output.axes[b])
+    link_moved(graph, value, output, _untouched(op))
 
 
 def _flow_along(op: Op, facts: Facts) -> None:
-    value, output = op.inputs[0], op.outputs[0]
-    zeros: list[Vector | None] = [None] * len(output.shape)
-    for a, b in _pairs(op):
-        zeros[b] = facts.zero(value, a)
-    facts.learn(output, zeros, fill=0 if facts.all_zero(value) else None)
+    learn_moved(facts, op.inputs[0], op.outputs[0], _untouched(op))
 
 
 _ALONG = "the axis that is gathered, scattered or exchanged is kept whole"
 register_rule(
-    "all_gather",
-    "reduce_scatter",
-    "all_to_all",
-    rule=Rule(_link_along, _flow_along, emit_unchanged, conservative=_ALONG),
+    *("all_gather", "reduce_scatter", "all_to_all"),
+    rule=Rule(_link_along, _flow_along, emit_unchanged, _ALONG),
 )
-
-
 register_rule("axis_index", rule=Rule(lambda op, graph: None, learn_nothing, emit_unchanged))

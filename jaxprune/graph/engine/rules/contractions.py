@@ -7,13 +7,8 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
-from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
-
-
-def _free(value: Value, *others: tuple[int, ...]) -> list[int]:
-    used = {axis for axes in others for axis in axes}
-    return [axis for axis in range(len(value.shape)) if axis not in used]
+from jaxprune.graph.engine.ir import Op, other_axes
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule, tie_or_pin
 
 
 def _link_dot(op: Op, graph: AxisGraph) -> None:
@@ -24,14 +19,10 @@ def _link_dot(op: Op, graph: AxisGraph) -> None:
     for place, (a, b) in enumerate(zip(left_batch, right_batch, strict=True)):
         graph.same(left.axes[a], output.axes[place])
         graph.same(right.axes[b], output.axes[place])
-    place = len(left_batch)
-    for value, axes in (
-        (left, _free(left, left_sum, left_batch)),
-        (right, _free(right, right_sum, right_batch)),
-    ):
-        for axis in axes:
-            graph.same(value.axes[axis], output.axes[place])
-            place += 1
+    free = [left.axes[axis] for axis in other_axes(left, left_sum, left_batch)]
+    free += [right.axes[axis] for axis in other_axes(right, right_sum, right_batch)]
+    for a, b in zip(free, output.axes[len(left_batch) :], strict=True):
+        graph.same(a, b)
 
 
 def _flow_dot(op: Op, facts: Facts) -> None:
@@ -46,8 +37,8 @@ def _flow_dot(op: Op, facts: Facts) -> None:
         either(facts.zero(left, a), facts.zero(right, b))
         for a, b in zip(left_batch, right_batch, strict=True)
     ]
-    zeros += [facts.zero(left, a) for a in _free(left, left_sum, left_batch)]
-    zeros += [facts.zero(right, a) for a in _free(right, right_sum, right_batch)]
+    zeros += [facts.zero(left, a) for a in other_axes(left, left_sum, left_batch)]
+    zeros += [facts.zero(right, a) for a in other_axes(right, right_sum, right_batch)]
     facts.learn(output, zeros, fill=0 if nothing else None)
 
 
@@ -75,11 +66,9 @@ def _link_conv(op: Op, graph: AxisGraph) -> None:
     image_axes, kernel_axes, out_axes = op.params["dimension_numbers"]
     groups, batch_groups = op.params["feature_group_count"], op.params["batch_group_count"]
     for spatial, (i, k, o) in enumerate(zip(image_axes[2:], kernel_axes[2:], out_axes[2:], strict=True)):
-        if _is_pointwise(op, spatial):
-            graph.same(image.axes[i], output.axes[o])
-            continue
-        for node in (image.axes[i], kernel.axes[k], output.axes[o]):
-            graph.pin(node, f"{op} slides a window along it")
+        is_free = _is_pointwise(op, spatial)
+        nodes = [image.axes[i], output.axes[o], *([] if is_free else [kernel.axes[k]])]
+        tie_or_pin(graph, nodes, is_free, f"{op} slides a window along it")
     batch, channels = image.axes[image_axes[0]], image.axes[image_axes[1]]
     out_batch, out_channels = output.axes[out_axes[0]], output.axes[out_axes[1]]
     filters, depth = kernel.axes[kernel_axes[0]], kernel.axes[kernel_axes[1]]
@@ -149,23 +138,13 @@ def _flow_conv(op: Op, facts: Facts) -> None:
 
 
 def _emit_conv(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    params = dict(op.params)
-    if params["feature_group_count"] > 1:
-        params["feature_group_count"] = frame.node_size(op.memo["groups"], params["feature_group_count"])
-    return [
-        lax.conv_general_dilated(
-            *args,
-            window_strides=params["window_strides"],
-            padding=params["padding"],
-            lhs_dilation=params["lhs_dilation"],
-            rhs_dilation=params["rhs_dilation"],
-            dimension_numbers=params["dimension_numbers"],
-            feature_group_count=params["feature_group_count"],
-            batch_group_count=params["batch_group_count"],
-            precision=params["precision"],
-            preferred_element_type=params["preferred_element_type"],
-        )
-    ]
+    params, names = op.params, ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    names += ("dimension_numbers", "batch_group_count", "precision", "preferred_element_type")
+    groups = params["feature_group_count"]
+    if groups > 1:
+        groups = frame.node_size(op.memo["groups"], groups)
+    kept = {name: params[name] for name in names}
+    return [lax.conv_general_dilated(*args, feature_group_count=groups, **kept)]
 
 
 register_rule(

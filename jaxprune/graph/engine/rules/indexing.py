@@ -8,8 +8,15 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, both
-from jaxprune.graph.engine.ir import Op, concrete, same_size
-from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
+from jaxprune.graph.engine.ir import Op, concrete, other_axes, same_size
+from jaxprune.graph.engine.rules.base import (
+    Frame,
+    Rule,
+    emit_unchanged,
+    learn_moved,
+    register_rule,
+    tie_or_pin,
+)
 from jaxprune.graph.engine.rules.slices import take_dense
 
 _PICKED = "an axis is kept whole where slices are picked by numbers that are known only at run time"
@@ -21,25 +28,20 @@ _WRITTEN = "an axis is kept whole where only some of its slices are written"
 
 def _windows(op: Op) -> dict[int, int]:
     """Return the axes of the operand that appear in the output, each with its axis of the output."""
-    numbers, rank = op.params["dimension_numbers"], len(op.inputs[0].shape)
-    left = [
-        a for a in range(rank) if a not in {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    ]
+    numbers = op.params["dimension_numbers"]
+    left = other_axes(op.inputs[0], numbers.collapsed_slice_dims, numbers.operand_batching_dims)
     return dict(zip(left, numbers.offset_dims, strict=True))
 
 
 def _index_axes(op: Op) -> dict[int, int]:
     """Return the axes of the indices, except the last, each with its axis of the output."""
-    offset = op.params["dimension_numbers"].offset_dims
-    places = [axis for axis in range(len(op.outputs[0].shape)) if axis not in offset]
-    return dict(enumerate(places))
+    return dict(enumerate(other_axes(op.outputs[0], op.params["dimension_numbers"].offset_dims)))
 
 
 def _known_take(op: Op) -> tuple[int, int, np.ndarray] | None:
-    """Return what a gather takes if its indices are constants along one axis of the operand.
+    """Return the axis that a gather takes constant indices of, its place in the output, and the indices.
 
-    Returns:
-      The axis, its place in the output, and the indices; None for any other gather.
+    None for any other gather.
     """
     numbers = op.params["dimension_numbers"]
     if len(numbers.start_index_map) != 1 or numbers.start_index_map != numbers.collapsed_slice_dims:
@@ -113,30 +115,15 @@ def _emit_gather(op: Op, args: list[Any], frame: Frame) -> list[Any]:
         taken = take_dense(
             frame, args[0], axis, dense if after is None else dense[after], frame.indices(operand, axis)
         )
-        return [
-            np.moveaxis(taken, axis, place) if isinstance(taken, np.ndarray) else _move(taken, axis, place)
-        ]
+        order = [a for a in range(taken.ndim) if a != axis]
+        order.insert(place, axis)
+        return [taken.transpose(order) if isinstance(taken, np.ndarray) else lax.transpose(taken, order)]
     sizes = list(op.params["slice_sizes"])
     for axis in _windows(op):
         if same_size(sizes[axis], operand.shape[axis]):
             sizes[axis] = frame.shape(operand)[axis]
-    return [
-        lax.gather(
-            *args,
-            dimension_numbers=op.params["dimension_numbers"],
-            slice_sizes=sizes,
-            unique_indices=op.params["unique_indices"],
-            indices_are_sorted=op.params["indices_are_sorted"],
-            mode=op.params["mode"],
-            fill_value=op.params["fill_value"],
-        )
-    ]
-
-
-def _move(array: Any, axis: int, place: int) -> Any:
-    order = [a for a in range(array.ndim) if a != axis]
-    order.insert(place, axis)
-    return lax.transpose(array, order)
+    names = ("dimension_numbers", "unique_indices", "indices_are_sorted", "mode", "fill_value")
+    return [lax.gather(*args, slice_sizes=sizes, **{name: op.params[name] for name in names})]
 
 
 register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, conservative=_PICKED))
@@ -144,21 +131,16 @@ register_rule("gather", rule=Rule(_link_gather, _flow_gather, _emit_gather, cons
 
 def _link_dynamic_slice(op: Op, graph: AxisGraph) -> None:
     operand, (output,) = op.inputs[0], op.outputs
-    for axis, (a, b) in enumerate(zip(operand.axes, output.axes, strict=True)):
-        if same_size(operand.shape[axis], output.shape[axis]):
-            graph.same(a, b)
-        else:
-            graph.pin(a, f"{op} takes part of it")
-            graph.pin(b, f"{op} takes part of it")
+    for axis, nodes in enumerate(zip(operand.axes, output.axes, strict=True)):
+        is_whole = same_size(operand.shape[axis], output.shape[axis])
+        tie_or_pin(graph, nodes, is_whole, f"{op} takes part of it")
 
 
 def _flow_dynamic_slice(op: Op, facts: Facts) -> None:
     operand, (output,) = op.inputs[0], op.outputs
-    zeros = [
-        facts.zero(operand, axis) if same_size(operand.shape[axis], output.shape[axis]) else None
-        for axis in range(len(output.shape))
-    ]
-    facts.learn(output, zeros, facts.of(operand).fill)
+    sizes = enumerate(zip(operand.shape, output.shape, strict=True))
+    axes = [axis if same_size(a, b) else None for axis, (a, b) in sizes]
+    learn_moved(facts, operand, output, axes, keeps_fill=True)
 
 
 def _emit_dynamic_slice(op: Op, args: list[Any], frame: Frame) -> list[Any]:
@@ -175,11 +157,8 @@ def _link_update(op: Op, graph: AxisGraph) -> None:
     (operand, update), (output,) = op.inputs[:2], op.outputs
     for axis, (a, u, b) in enumerate(zip(operand.axes, update.axes, output.axes, strict=True)):
         graph.same(a, b)
-        if same_size(operand.shape[axis], update.shape[axis]):
-            graph.same(a, u)
-        else:
-            graph.pin(a, f"{op} writes part of it")
-            graph.pin(u, f"{op} writes part of it")
+        is_whole = same_size(operand.shape[axis], update.shape[axis])
+        tie_or_pin(graph, (a, u), is_whole, f"{op} writes part of it")
 
 
 def _flow_update(op: Op, facts: Facts) -> None:
@@ -207,8 +186,7 @@ def _scatter_windows(op: Op) -> dict[int, int]:
     """Return the axes of the operand that updates write in full, each with its axis of the updates."""
     operand, _, updates = op.inputs
     numbers = op.params["dimension_numbers"]
-    missing = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    left = [axis for axis in range(len(operand.shape)) if axis not in missing]
+    left = other_axes(operand, numbers.inserted_window_dims, numbers.operand_batching_dims)
     pairs = zip(left, numbers.update_window_dims, strict=True)
     return {axis: place for axis, place in pairs if same_size(operand.shape[axis], updates.shape[place])}
 
@@ -244,15 +222,6 @@ def _flow_scatter(op: Op, facts: Facts) -> None:
 
 register_rule(
     "scatter",
-    "scatter-add",
-    "scatter-sub",
-    "scatter-mul",
-    "scatter-min",
-    "scatter-max",
-    "scatter_add",
-    "scatter_sub",
-    "scatter_mul",
-    "scatter_min",
-    "scatter_max",
+    *(f"scatter{dash}{name}" for dash in "-_" for name in ("add", "sub", "mul", "min", "max")),
     rule=Rule(_link_scatter, _flow_scatter, emit_unchanged, conservative=_WRITTEN),
 )

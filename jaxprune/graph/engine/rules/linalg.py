@@ -1,9 +1,9 @@
 """Factorisations and solvers: the axes of the matrices are pinned, batch axes are free."""
 
-from jaxprune.graph.engine.axes import AxisGraph, Vector
+from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op
-from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_nothing, register_rule
+from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, learn_moved, learn_nothing, register_rule
 
 # How many last axes of the first input belong to one problem.
 _TRAILING = {
@@ -43,10 +43,8 @@ def _flow(op: Op, facts: Facts) -> None:
     if columns is None:
         return learn_nothing(op, facts)
     sides, (output,) = op.inputs[1], op.outputs
-    zeros: list[Vector | None] = [None] * len(output.shape)
-    for axis in (*range(_batch(op)), columns):
-        zeros[axis] = facts.zero(sides, axis)
-    return facts.learn(output, zeros, fill=0 if facts.all_zero(sides) else None)
+    axes = [a if a < _batch(op) or a == columns else None for a in range(len(output.shape))]
+    return learn_moved(facts, sides, output, axes)
 
 
 register_rule(*_TRAILING, rule=Rule(_link, _flow, emit_unchanged, conservative="the matrices are kept whole"))

@@ -6,35 +6,42 @@ is exact after some of these were dropped: in a two-pass variance the dropped ch
 zero, but they are all -mean.
 """
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph.engine.axes import AxisGraph, Vector
-from jaxprune.graph.engine.facts import Facts, either
-from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
+from jaxprune.graph.engine.axes import AxisGraph
+from jaxprune.graph.engine.facts import Facts, either, is_zero
+from jaxprune.graph.engine.ir import Op, Value, other_axes
+from jaxprune.graph.engine.rules.base import (
+    Frame,
+    Rule,
+    emit_unchanged,
+    learn_moved,
+    learn_nothing,
+    link_moved,
+    register_rule,
+    tie_or_pin,
+)
 
 _REDUCED = "the reduced axes are kept whole"
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 _EXTREMA = ("reduce_max", "reduce_min", "reduce_or", "reduce_and")
 
 
-def _left(op: Op) -> list[tuple[int, int]]:
-    """Return the axes that are not reduced, as pairs: in the input and in the output."""
-    left = [axis for axis in range(len(op.inputs[0].shape)) if axis not in op.params["axes"]]
-    return [(axis, place) for place, axis in enumerate(left)]
+def _left(op: Op) -> list[int]:
+    """Return the axes that are not reduced, in the order of the output."""
+    return other_axes(op.inputs[0], op.params["axes"])
 
 
 def _link_left(op: Op, graph: AxisGraph) -> None:
-    for axis, place in _left(op):
-        graph.same(op.inputs[0].axes[axis], op.outputs[0].axes[place])
+    link_moved(graph, op.inputs[0], op.outputs[0], _left(op))
 
 
-def _flow_left(op: Op, facts: Facts, empty: bool = False) -> None:
-    (value,) = op.inputs
-    zeros = [facts.zero(value, axis) for axis, _ in _left(op)]
-    facts.learn(op.outputs[0], zeros, fill=0 if empty or facts.all_zero(value) else None)
+def _flow_left(op: Op, facts: Facts) -> None:
+    learn_moved(facts, op.inputs[0], op.outputs[0], _left(op))
 
 
 def _alike_axis(op: Op, facts: Facts, besides_zero: bool) -> int | None:
@@ -112,60 +119,103 @@ def _link_pinned(op: Op, graph: AxisGraph) -> None:
 
 
 def _flow_product(op: Op, facts: Facts) -> None:
-    (value,) = op.inputs
-    _flow_left(op, facts, empty=any(facts.zero(value, axis) is not None for axis in op.params["axes"]))
+    if any(facts.zero(op.inputs[0], axis) is not None for axis in op.params["axes"]):
+        facts.learn(op.outputs[0], fill=0)
+    else:
+        _flow_left(op, facts)
 
 
 register_rule("reduce_prod", rule=Rule(_link_pinned, _flow_product, emit_unchanged, conservative=_REDUCED))
 register_rule("reduce_xor", rule=Rule(_link_pinned, _flow_left, emit_unchanged, conservative=_REDUCED))
 
 
+# `lax.reduce` with a computation that JAX has no primitive for, or over several arrays at once.
+
+
+def _is_sum(op: Op) -> bool:
+    """Whether one array is reduced by addition."""
+    jaxpr = op.params["jaxpr"].jaxpr
+    if len(op.inputs) != 2 or [eqn.primitive.name for eqn in jaxpr.eqns] != ["add"]:
+        return False
+    (eqn,) = jaxpr.eqns
+    return set(map(id, eqn.invars)) == set(map(id, jaxpr.invars)) and jaxpr.outvars == eqn.outvars
+
+
+def _link_reduce(op: Op, graph: AxisGraph) -> None:
+    first, reduced = op.inputs[0], op.params["dimensions"]
+    for value in op.inputs[: len(op.inputs) // 2]:
+        link_moved(graph, first, value, range(len(first.shape)))
+    for output in op.outputs:
+        link_moved(graph, first, output, other_axes(first, reduced))
+    if not _is_sum(op):
+        for axis in reduced:
+            graph.pin(first.axes[axis], f"{op} reads all of it")
+
+
+def _flow_reduce(op: Op, facts: Facts) -> None:
+    if not _is_sum(op):
+        return learn_nothing(op, facts)
+    (value, start), reduced = op.inputs, op.params["dimensions"]
+    for axis in reduced:
+        facts.need(op, value, axis, facts.zero(value, axis))
+    if is_zero(facts.of(start).fill):
+        return learn_moved(facts, value, op.outputs[0], other_axes(value, reduced))
+    return facts.learn(op.outputs[0])
+
+
+register_rule(
+    "reduce",
+    rule=Rule(
+        _link_reduce, _flow_reduce, emit_unchanged, "except for a sum, the reduced axes are kept whole"
+    ),
+)
+
+
 # Ops that move or mix entries along some axes, and do the same to each slice along the others.
 
 
-def _along(axes_of: Any, keeps_zero: bool = True) -> Rule:
+def _link_by_axis(op: Op, graph: AxisGraph, is_free: Callable[[int], bool], why: str) -> None:
+    """Tie the axes of all arrays of an op that are free, and pin the others."""
+    arrays = [value for value in (*op.inputs, *op.outputs) if value.shape]
+    for axis in range(len(op.inputs[0].shape)):
+        tie_or_pin(graph, [value.axes[axis] for value in arrays], is_free(axis), f"{op} {why}")
+
+
+def _along(
+    axes_of: Callable[[Op], Collection[int]],
+    keeps_zero: bool = True,
+    conservative: str = "the axis that it runs along is kept whole",
+) -> Rule:
     """Return a rule for ops all of whose values have the same axes, of which `axes_of(op)` are pinned."""
 
     def link(op: Op, graph: AxisGraph) -> None:
-        first = op.inputs[0]
-        for value in (*op.inputs, *op.outputs):
-            for axis in range(len(first.shape)):
-                if axis in axes_of(op):
-                    graph.pin(value.axes[axis], f"{op} reads all of it")
-                else:
-                    graph.same(first.axes[axis], value.axes[axis])
+        _link_by_axis(op, graph, lambda axis: axis not in axes_of(op), "reads all of it")
 
     def flow(op: Op, facts: Facts) -> None:
-        for value, output in zip(op.inputs, op.outputs, strict=False):
-            if keeps_zero and facts.all_zero(value):
-                facts.learn(output, fill=0)
-                continue
-            zeros = [
-                None if axis in axes_of(op) or not keeps_zero else facts.zero(value, axis)
-                for axis in range(len(output.shape))
-            ]
-            facts.learn(output, zeros)
-        for output in op.outputs[len(op.inputs) :]:
-            facts.learn(output)
+        learn_nothing(op, facts)
+        for value, output in zip(op.inputs, op.outputs, strict=False) if keeps_zero else ():
+            axes = [None if axis in axes_of(op) else axis for axis in range(len(output.shape))]
+            learn_moved(facts, value, output, axes)
 
-    return Rule(link, flow, emit_unchanged, conservative="the axis that it runs along is kept whole")
+    return Rule(link, flow, emit_unchanged, conservative)
 
 
-def _axis(op: Op) -> tuple[int, ...]:
-    return (op.params["axis"],)
-
-
-register_rule("cumsum", "cumprod", "cummax", "cummin", rule=_along(_axis))
-register_rule("cumlogsumexp", rule=_along(_axis, keeps_zero=False))
-register_rule("sort", rule=_along(lambda op: (op.params["dimension"],)))
-
-
-def _fft_axes(op: Op) -> tuple[int, ...]:
+def _fft_axes(op: Op) -> range:
     rank = len(op.inputs[0].shape)
-    return tuple(range(rank - len(op.params["fft_lengths"]), rank))
+    return range(rank - len(op.params["fft_lengths"]), rank)
 
 
+register_rule("cumsum", "cumprod", "cummax", "cummin", rule=_along(lambda op: (op.params["axis"],)))
+register_rule("cumlogsumexp", rule=_along(lambda op: (op.params["axis"],), keeps_zero=False))
+register_rule("sort", rule=_along(lambda op: (op.params["dimension"],)))
 register_rule("fft", rule=_along(_fft_axes))
+register_rule(
+    "approx_top_k",
+    rule=_along(
+        lambda op: (op.params["reduction_dimension"] % len(op.inputs[0].shape),),
+        conservative="the axis that is searched is kept whole",
+    ),
+)
 
 
 # Windows: an axis that the window does not slide along is free.
@@ -175,40 +225,31 @@ _WINDOW = "axes that the window slides along are kept whole"
 
 
 def _window(op: Op, axis: int) -> tuple[Any, ...]:
-    params = op.params
-    rank = len(op.inputs[0].shape)
-    ones = (1,) * rank
-    return (
-        params["window_dimensions"][axis],
-        (params.get("window_strides") or ones)[axis],
-        tuple(params["padding"][axis]),
-        (params.get("base_dilation") or ones)[axis],
-        (params.get("window_dilation") or ones)[axis],
-    )
+    """Return the size of the window along an axis, its stride, padding, and both dilations."""
+    params, ones = op.params, (1,) * len(op.inputs[0].shape)
+    names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+    size, stride, base, dilation = ((params.get(name) or ones)[axis] for name in names)
+    return size, stride, tuple(params["padding"][axis]), base, dilation
+
+
+def _is_still(op: Op, axis: int) -> bool:
+    return _window(op, axis) == (1, 1, (0, 0), 1, 1)
 
 
 def _link_window(op: Op, graph: AxisGraph) -> None:
-    arrays = [value for value in (*op.inputs, *op.outputs) if value.shape]
-    for axis in range(len(op.inputs[0].shape)):
-        still = _window(op, axis) == (1, 1, (0, 0), 1, 1)
-        for value in arrays:
-            if still:
-                graph.same(arrays[0].axes[axis], value.axes[axis])
-            else:
-                graph.pin(value.axes[axis], f"{op} slides a window along it")
+    _link_by_axis(op, graph, lambda axis: _is_still(op, axis), "slides a window along it")
 
 
 def _flow_window(op: Op, facts: Facts) -> None:
     value, (output,) = op.inputs[0], op.outputs
-    zeros: list[Vector | None] = [None] * len(output.shape)
+    axes = range(len(output.shape))
     # Padding counts as 0 in a sum. In a maximum it is -inf, which is what a window of padding alone gives.
-    sums = op.name == "reduce_window_sum"
-    if sums or all(windows_hold_an_entry(op, axis) for axis in range(len(output.shape))):
-        zeros = [
-            facts.zero(value, axis) if _window(op, axis) == (1, 1, (0, 0), 1, 1) else None
-            for axis in range(len(output.shape))
-        ]
-    facts.learn(output, zeros, fill=0 if sums and facts.all_zero(value) else None)
+    if op.name == "reduce_window_sum":
+        learn_moved(facts, value, output, [axis if _is_still(op, axis) else None for axis in axes])
+    elif all(windows_hold_an_entry(op, axis) for axis in axes):
+        facts.learn(output, [facts.zero(value, axis) if _is_still(op, axis) else None for axis in axes])
+    else:
+        facts.learn(output)
 
 
 def windows_hold_an_entry(op: Op, axis: int) -> bool:
@@ -217,39 +258,20 @@ def windows_hold_an_entry(op: Op, axis: int) -> bool:
     return dilation == 1 and base == 1 and min(padding) >= 0 and max(padding) < window
 
 
-register_rule(
-    "reduce_window_sum",
-    "reduce_window_max",
-    "reduce_window_min",
-    rule=Rule(_link_window, _flow_window, emit_unchanged, conservative=_WINDOW),
-)
-
-
-def _link_scatter_windows(op: Op, graph: AxisGraph) -> None:
-    """Link `select_and_scatter_add(source, operand)` or `select_and_gather_add(tangents, operand)`."""
-    arrays = (*op.inputs, *op.outputs)
-    for axis in range(len(op.inputs[0].shape)):
-        params = op.params
-        still = params["window_dimensions"][axis] == 1 and params["window_strides"][axis] == 1
-        still = still and tuple(params["padding"][axis]) == (0, 0)
-        for value in arrays:
-            if still:
-                graph.same(arrays[0].axes[axis], value.axes[axis])
-            else:
-                graph.pin(value.axes[axis], f"{op} slides a window along it")
-
-
 def _flow_scatter_windows(op: Op, facts: Facts) -> None:
+    """Learn from `select_and_scatter_add(source, operand)` or `select_and_gather_add(tangents, operand)`."""
     moved, (output,) = op.inputs[0], op.outputs
-    zeros = [
-        facts.zero(moved, axis) if moved.shape[axis] == output.shape[axis] and size == 1 else None
-        for axis, size in enumerate(op.params["window_dimensions"])
-    ]
-    facts.learn(output, zeros, fill=0 if facts.all_zero(moved) else None)
+    sizes = enumerate(op.params["window_dimensions"])
+    axes = [axis if moved.shape[axis] == output.shape[axis] and size == 1 else None for axis, size in sizes]
+    learn_moved(facts, moved, output, axes)
 
 
 register_rule(
-    "select_and_scatter_add",
-    "select_and_gather_add",
-    rule=Rule(_link_scatter_windows, _flow_scatter_windows, emit_unchanged, conservative=_WINDOW),
+    *("reduce_window_sum", "reduce_window_max", "reduce_window_min"),
+    rule=Rule(_link_window, _flow_window, emit_unchanged, _WINDOW),
 )
+register_rule(
+    *("select_and_scatter_add", "select_and_gather_add"),
+    rule=Rule(_link_window, _flow_scatter_windows, emit_unchanged, _WINDOW),
+)
+register_rule("reduce_window", rule=Rule(_link_window, learn_nothing, emit_unchanged, _WINDOW))

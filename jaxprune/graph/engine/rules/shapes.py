@@ -10,8 +10,8 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, either
-from jaxprune.graph.engine.ir import Op, same_size
-from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
+from jaxprune.graph.engine.ir import Op, other_axes, same_size
+from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, link_moved, register_rule
 
 
 def is_static(size: Any) -> bool:
@@ -22,16 +22,11 @@ def is_static(size: Any) -> bool:
 def _renamed(axes_of: Any, emit: Any) -> Rule:
     """Return a rule for ops that rename axes and make new ones, along which all slices are alike.
 
-    Args:
-      axes_of: `axes_of(op)` returns, for each axis of the output, which axis of the input it is; None for a
-        new one.
-      emit: the `emit` of the rule.
+    `axes_of(op)` returns, for each axis of the output, which axis of the input it is; None for a new one.
     """
 
     def link(op: Op, graph: AxisGraph) -> None:
-        for node, axis in zip(op.outputs[0].axes, axes_of(op), strict=True):
-            if axis is not None:
-                graph.same(op.inputs[0].axes[axis], node)
+        link_moved(graph, op.inputs[0], op.outputs[0], axes_of(op))
 
     def flow(op: Op, facts: Facts) -> None:
         (value,), (output,) = op.inputs[:1], op.outputs
@@ -63,26 +58,22 @@ register_rule("broadcast_in_dim", rule=_renamed(_broadcast_axes, _emit_broadcast
 register_rule("transpose", rule=_renamed(lambda op: list(op.params["permutation"]), emit_unchanged))
 
 
-def _squeezed_axes(op: Op) -> list[int | None]:
-    squeezed = op.params["dimensions"]
-    return [axis for axis in range(len(op.inputs[0].shape)) if axis not in squeezed]
-
-
-register_rule("squeeze", rule=_renamed(_squeezed_axes, emit_unchanged))
 register_rule(
-    "iota",
-    rule=Rule(
-        lambda op, graph: None,
-        lambda op, facts: facts.learn(
-            op.outputs[0],
-            alike=[
-                None if axis == op.params["dimension"] or not is_static(size) else np.ones(size, bool)
-                for axis, size in enumerate(op.outputs[0].shape)
-            ],
-        ),
-        emit_unchanged,
-    ),
+    "squeeze",
+    rule=_renamed(lambda op: other_axes(op.inputs[0], op.params["dimensions"]), emit_unchanged),
 )
+
+
+def _flow_iota(op: Op, facts: Facts) -> None:
+    (output,), along = op.outputs, op.params["dimension"]
+    alike = [
+        None if axis == along or not is_static(size) else np.ones(size, bool)
+        for axis, size in enumerate(output.shape)
+    ]
+    facts.learn(output, alike=alike)
+
+
+register_rule("iota", rule=Rule(lambda op, graph: None, _flow_iota, emit_unchanged))
 
 
 # Reshape: both shapes are row-major products of common factors, where they have such factors. A factor is a
@@ -91,14 +82,9 @@ register_rule(
 
 
 class Segment(NamedTuple):
-    """Some axes before a reshape, and the axes after it that hold the same entries.
+    """Axes before and after a reshape that hold the same entries, each with the factors that it has."""
 
-    Attributes:
-      sizes: the common factors, major first; None where there are none, as between 2 x 3 and 3 x 2.
-      before, after: each axis with the indices of the factors that it is the product of.
-    """
-
-    sizes: tuple[int, ...] | None
+    sizes: tuple[int, ...] | None  # the common factors, major first; None as between 2 x 3 and 3 x 2
     before: list[tuple[int, tuple[int, ...]]]
     after: list[tuple[int, tuple[int, ...]]]
 

@@ -8,8 +8,14 @@ from jax import lax
 
 from jaxprune.graph.engine.axes import AxisGraph, Vector
 from jaxprune.graph.engine.facts import Facts, all_of, is_zero
-from jaxprune.graph.engine.ir import Op, same_size
-from jaxprune.graph.engine.rules.base import Frame, Rule, emit_unchanged, register_rule
+from jaxprune.graph.engine.ir import Op, other_axes, same_size
+from jaxprune.graph.engine.rules.base import (
+    Frame,
+    Rule,
+    emit_unchanged,
+    link_moved,
+    register_rule,
+)
 from jaxprune.graph.engine.rules.shapes import is_static
 
 
@@ -157,14 +163,13 @@ _STACKED = "the axis that is made, or taken apart, is kept whole"
 
 
 def _link_stack(op: Op, graph: AxisGraph) -> None:
-    """Link a `stack` or, the other way round, an `unstack`: the axis of the parts is pinned."""
+    """Link a stack and its parts, whichever is made of the other: the axis of the parts is pinned."""
     along = op.params["axis"]
-    stacked, parts = (op.inputs[0], op.outputs) if op.name == "unstack" else (op.outputs[0], op.inputs)
-    rest = [node for axis, node in enumerate(stacked.axes) if axis != along]
-    graph.pin(stacked.axes[along], f"{op} runs along it")
+    joins = op.name in ("stack", "join_layers")
+    stacked, parts = (op.outputs[0], op.inputs) if joins else (op.inputs[0], op.outputs)
+    graph.pin(stacked.axes[along], f"{op.source if op.name == 'take_layer' else op} runs along it")
     for part in parts:
-        for a, b in zip(part.axes, rest, strict=True):
-            graph.same(a, b)
+        link_moved(graph, stacked, part, other_axes(stacked, (along,)))
 
 
 def _flow_stack(op: Op, facts: Facts) -> None:
@@ -176,24 +181,22 @@ def _flow_stack(op: Op, facts: Facts) -> None:
 
 def _flow_unstack(op: Op, facts: Facts) -> None:
     along, known = op.params["axis"], facts.of(op.inputs[0])
-    zeros = [zero for axis, zero in enumerate(known.zero) if axis != along]
-    for index, output in enumerate(op.outputs):
-        zero = known.zero[along]
-        fill = 0 if zero is not None and zero[index] else known.fill
-        facts.learn(output, zeros, fill)
+    zeros, zero = [known.zero[axis] for axis in other_axes(op.inputs[0], (along,))], known.zero[along]
+    for index, output in enumerate(op.outputs, op.params.get("index", 0)):
+        facts.learn(output, zeros, 0 if zero is not None and zero[index] else known.fill)
 
 
-stack = Rule(_link_stack, _flow_stack, emit_unchanged, conservative=_STACKED)
-register_rule("stack", rule=stack)
-register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, emit_unchanged, conservative=_STACKED))
+# `take_layer` and `join_layers` are ops of the engine: see `building`.
+register_rule("stack", "join_layers", rule=Rule(_link_stack, _flow_stack, emit_unchanged, _STACKED))
+register_rule("unstack", rule=Rule(_link_stack, _flow_unstack, emit_unchanged, _STACKED))
+register_rule("take_layer", rule=Rule(_link_stack, _flow_unstack, emit_unchanged))
 
 
 def _reordered(source: Any) -> Rule:
     """Return a rule for ops that repeat or reorder slices.
 
-    Args:
-      source: `source(op, axis)` returns, for each slice of the output, which slice of the input it is; None
-        for an axis that is left as it is.
+    `source(op, axis)` returns, for each slice of the output, which slice of the input it is; None for an axis
+    that does not change.
     """
 
     def link(op: Op, graph: AxisGraph) -> None:
@@ -229,11 +232,9 @@ register_rule("rev", rule=_reordered(_reversed))
 register_rule("tile", rule=_reordered(_tiled))
 
 
-def _padded(op: Op, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _padded(op: Op, axis: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the input's slices before and after padding, without those cut off."""
-    low, high, interior = op.params["padding_config"][axis]
-    if not (low or high or interior):
-        return None
+    low, _, interior = op.params["padding_config"][axis]
     after = low + np.arange(op.inputs[0].shape[axis]) * (interior + 1)
     inside = (after >= 0) & (after < op.outputs[0].shape[axis])
     return np.flatnonzero(inside), after[inside]
@@ -248,9 +249,8 @@ def _link_pad(op: Op, graph: AxisGraph) -> None:
             graph.pin(a, f"{op} pads an axis of symbolic size")
             graph.pin(b, f"{op} pads an axis of symbolic size")
         else:
-            places = _padded(op, axis)
-            assert places is not None
-            graph.link(a, places[0], b, places[1])
+            before, after = _padded(op, axis)
+            graph.link(a, before, b, after)
 
 
 def _flow_pad(op: Op, facts: Facts) -> None:
@@ -265,10 +265,9 @@ def _flow_pad(op: Op, facts: Facts) -> None:
         elif not (with_zero and is_static(output.shape[axis]) and is_static(value.shape[axis])):
             zeros.append(None)
         else:
-            places = _padded(op, axis)
-            assert places is not None
+            before, after = _padded(op, axis)
             marks = np.ones(output.shape[axis], bool)
-            marks[places[1]] = False if zero is None else zero[places[0]]
+            marks[after] = False if zero is None else zero[before]
             zeros.append(marks)
     facts.learn(output, zeros, fill=0 if with_zero and facts.all_zero(value) else None)
 
@@ -285,7 +284,6 @@ def _emit_pad(op: Op, args: list[Any], frame: Frame) -> list[Any]:
     array = lax.pad(array, filler, config)
     for axis, (before, after) in cut.items():
         places = _padded(op, axis)
-        assert places is not None
         # Where slice n of the small array goes: the kept ones to their places, padding (the last slice,
         # number len(kept)) to all others.
         kept = np.arange(value.shape[axis]) if before is None else before

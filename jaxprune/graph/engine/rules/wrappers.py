@@ -11,17 +11,18 @@ import jax
 from jaxprune.graph.engine.axes import AxisGraph
 from jaxprune.graph.engine.facts import Facts
 from jaxprune.graph.engine.ir import Op, Value
-from jaxprune.graph.engine.rules.base import Frame, Rule, learn_region, register_rule
-from jaxprune.graph.engine.rules.calls import flow_body, link_body
+from jaxprune.graph.engine.rules.base import Frame, Rule, learn_moved, learn_region, register_rule, tie_or_pin
+from jaxprune.graph.engine.rules.calls import CHECKPOINTS, flow_body, link_body
 
 WRAPPERS = ("composite", "custom_vmap_call")
+RUN_ONCE = frozenset((*CHECKPOINTS, *WRAPPERS, "custom_jvp_call", "custom_vjp_call"))
+"""Ops that run their body once, on all of their inputs."""
 
 
-def _emit_body(op: Op, args: list[Any], frame: Frame) -> list[Any]:
-    return frame.run(op.regions["body"], args)
-
-
-register_rule(*WRAPPERS, rule=Rule(link_body, flow_body, _emit_body))
+register_rule(
+    *WRAPPERS,
+    rule=Rule(link_body, flow_body, lambda op, args, frame: frame.run(op.regions["body"], args)),
+)
 
 
 # shard_map: an axis that is sharded is pinned, because each device sees a part of it; all others are free.
@@ -40,26 +41,20 @@ def _is_sharded(spec: Any, axis: int) -> bool:
 
 def _link_shard_map(op: Op, graph: AxisGraph) -> None:
     for value, inner, spec in _sides(op):
-        for axis, (a, b) in enumerate(zip(value.axes, inner.axes, strict=True)):
-            if _is_sharded(spec, axis):
-                graph.pin(a, f"{op} shards it")
-                graph.pin(b, f"{op} shards it")
-            else:
-                graph.same(a, b)
+        for axis, nodes in enumerate(zip(value.axes, inner.axes, strict=True)):
+            tie_or_pin(graph, nodes, not _is_sharded(spec, axis), f"{op} shards it")
 
 
 def _flow_shard_map(op: Op, facts: Facts) -> None:
-    body = op.regions["body"]
-    for value, inner, spec in _sides(op)[: len(op.inputs)]:
-        known = facts.of(value)
-        zeros = [None if _is_sharded(spec, axis) else zero for axis, zero in enumerate(known.zero)]
-        facts.learn(inner, zeros, known.fill)
-    learn_region(body, facts)
-    for value, inner, spec in _sides(op)[len(op.inputs) :]:
-        known = facts.of(inner)
-        zeros = [None if _is_sharded(spec, axis) else zero for axis, zero in enumerate(known.zero)]
+    sides, count = _sides(op), len(op.inputs)
+    for value, inner, spec in sides[:count]:
+        axes = [None if _is_sharded(spec, axis) else axis for axis in range(len(value.shape))]
+        learn_moved(facts, value, inner, axes, keeps_fill=True)
+    learn_region(op.regions["body"], facts)
+    for value, inner, spec in sides[count:]:
         # Devices may have different numbers, so of a fill only zero holds on all of them.
-        facts.learn(value, zeros, 0 if facts.all_zero(inner) else None)
+        axes = [None if _is_sharded(spec, axis) else axis for axis in range(len(value.shape))]
+        learn_moved(facts, inner, value, axes)
 
 
 def _emit_shard_map(op: Op, args: list[Any], frame: Frame) -> list[Any]:
