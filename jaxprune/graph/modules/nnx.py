@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
 
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.equivalence import compare, new_numbers, of_arrays, ops_of
@@ -183,7 +182,7 @@ def _compact(
     evaluate, step = _functions(nnx, model)
     params = _split(nnx, model)[2]
     traced = jax.make_jaxpr(of_arrays(step, inputs))(params, split_static(inputs)[0]).jaxpr
-    read = {v for eqn in traced.eqns for v in eqn.invars if not isinstance(v, Literal)}
+    read = {v for eqn in traced.eqns for v in eqn.invars if not hasattr(v, "val")}
     unread = {path for path, v in zip(leaf_paths(params), traced.invars, strict=False) if v not in read}
 
     def function(params: Params, *inputs: Any) -> Any:
