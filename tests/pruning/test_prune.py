@@ -351,7 +351,7 @@ def assert_trees_equal(got, expected):
         {"threshold": {"a": 1.5}},
         *({"sparsity": 0.5, "structure": structure} for structure in STRUCTURES.values()),
     ],
-    ids=str,
+    ids=lambda target: str({k: getattr(v, "name", v) for k, v in target.items()}),
 )
 def test_jit_equals_eager(small, target):
     scores, before = small
