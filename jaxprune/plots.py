@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from jaxprune.sizing.result import Sensitivity
+from jaxprune.tree.checks import as_integer
 from jaxprune.tree.paths import leaf_paths
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def masks(masks: Any, *, columns: int = 3) -> "Figure":
     pictures = mask_images(masks)
     if not pictures:
         raise ValueError("masks: no leaf has two or more axes, so there is no kernel to draw.")
-    columns = min(columns, len(pictures))
+    columns = min(as_integer(columns, "columns", at_least=1), len(pictures))
     rows = -(-len(pictures) // columns)
     colours = mask_colours()
     shapes = [min(1.2, len(image) / image.shape[1]) for _, image in pictures]

@@ -175,7 +175,9 @@ class Results:
     def _left(self) -> str:
         """Return a sentence on what a run that has not ended leaves, and how to resume it."""
         if self._resume is None:
-            return f"What there was is in {self.unfinished}. This study starts over when it is run again."
+            return (
+                f"Its results so far are in {self.unfinished}. This study starts over when it is run again."
+            )
         flags = "The same command" if self._resume else "The same command without --fresh"
         count = (
             f"{len(self.lines):,} lines of results are" if len(self.lines) != 1 else "1 line of results is"

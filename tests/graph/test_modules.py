@@ -534,5 +534,5 @@ def test_flax_is_imported_only_when_asked(monkeypatch):
 
 
 def test_linen_widths_says_what_to_write_instead():
-    with pytest.raises(AttributeError, match=r"widths of the small params.*compare it with small\.apply"):
+    with pytest.raises(AttributeError, match=r"widths of the small params.*compare with small\.apply"):
         jp.graph.linen_widths  # noqa: B018

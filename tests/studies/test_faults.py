@@ -386,7 +386,7 @@ def test_sigterm_waits_for_a_files_end(tmp_path, capsys):
         toy_preempted(tmp_path, done)
     assert (stop.value.code, done) == (143, ["whole"])
     said, kept = capsys.readouterr().err, tmp_path / "unfinished"
-    assert f"Stopped by SIGTERM. 1 line of results is kept in {kept}. The same command goes on" in said
+    assert f"Stopped by SIGTERM. 1 line of results is kept in {kept}. The same command resumes" in said
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(SystemExit) as stop:
         preempted_at_once(tmp_path)

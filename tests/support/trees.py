@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 import jaxprune as jp
 
@@ -109,7 +110,7 @@ def _mixed(layers: Sequence[dict[str, Any]]) -> Any:
     inside = OrderedDict(
         tail=OrderedDict(second), rest={2 + 8 * n: DataLayer(**x) for n, x in enumerate(rest)}
     )
-    return Unnamed(OrderedDict([("z", {"Z10": [EquinoxLayer(**first)]}), ("B", inside)]))
+    return Unnamed(OrderedDict([("z", FrozenDict({"Z10": [EquinoxLayer(**first)]})), ("B", inside)]))
 
 
 SORTS: dict[str, Build] = {
