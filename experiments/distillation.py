@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loops.use_cores(config.seeds)
     with stopping.exit_with_message(config.out):
         lines = run(config)
-        print(f"\n{config.data}; T={config.temperature:g}, alpha={config.alpha:g} where nothing else is said")
+        print(f"\n{config.data}; T={config.temperature:g}, alpha={config.alpha:g} unless stated otherwise")
         print(summarise(lines, config))
         print(f"\nWrote {', '.join(['results.jsonl', *plot(lines, config)])} to {config.out}")
 

@@ -81,7 +81,7 @@ class ResNet(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Of a ViT: x + attention(norm(x)), then x + mlp(norm(x)); LayerNorm, GELU, biases."""
+    """A ViT's block: x + attention(norm(x)), then x + mlp(norm(x)); LayerNorm, GELU, biases."""
 
     heads: int
     hidden: int
@@ -118,7 +118,7 @@ class ViT(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Of a language model: causal attention and a gated MLP (SwiGLU); RMSNorm, no biases."""
+    """A language model's block: causal attention and a gated MLP (SwiGLU); RMSNorm, no biases."""
 
     heads: int
     hidden: int

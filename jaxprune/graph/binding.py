@@ -56,7 +56,7 @@ def bind(
 
 
 def _dense_struct(shape: tuple[int, ...], leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """Return a dense param as the function took it: sharded as it was, or else as the small one is."""
+    """Return a dense param with the sharding that the function was traced with, else with the small one's."""
     if sharding is None and (of_leaf := explicit_sharding(leaf)) is not None:
         sharding = placing.small_sharding(of_leaf, leaf.shape, shape)
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)

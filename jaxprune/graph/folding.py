@@ -226,7 +226,7 @@ class _Site(NamedTuple):
 
 
 def _site(op: Op, network: TracedNetwork, constants: Constants) -> _Site | None:
-    """Return an op as a place to fold into; None if it is none, or reads no constant slice."""
+    """Return an op as a place to fold into; None if nothing folds there, or it reads no constant slice."""
     if op.name not in ("dot_general", "conv_general_dilated"):
         return None
     image, weights = op.inputs

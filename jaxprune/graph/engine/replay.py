@@ -28,7 +28,7 @@ _READ_FACTS = frozenset((*REDUCTIONS, "argmax", "argmin"))
 class Replay:
     """A program under a solution, and the arrays of one run of one of its regions.
 
-    It is the `Frame` that rules emit in. An op none of whose values lost a slice is applied as it was traced;
+    It is the `Frame` that rules emit in. An op is applied as traced if none of its values lost a slice;
     any other by its rule. Layers are processed as the function did it where they keep equally many slices:
     an op on a stack is applied to all layers at once, and the rounds of a loop over layers are one loop
     (`rolling`). Where that is not possible, `LayersDifferError` says so, and they are processed one by one.
