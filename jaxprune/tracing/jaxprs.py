@@ -104,7 +104,6 @@ def binder(eqn: "JaxprEqn") -> Callable[..., list[Any]]:
             out = eqn.primitive.bind(*subfuns, *args, **params)
         return list(out) if eqn.primitive.multiple_results else [out]
 
-    bind.has_effects = bool(eqn.effects)  # type: ignore[attr-defined]
     return bind
 
 
