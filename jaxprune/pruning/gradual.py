@@ -244,17 +244,20 @@ def pruner(
             before = unpack_masks(state.masks)
             masks = flatten(before, "masks")
             tree, units = score_and_pool(state, masks.by_path)
+            finite = all_finite(tree, before, chosen)
             competing = competing_pools(units.scores, structure, scope)
-            counts = table.counts(position, units.alive, competing)
+            # What is pruned already counts, so a count of 0 removes nothing. That costs less to compile than to
+            # choose between the masks before and after, leaf by leaf.
+            counts = table.counts(position, units.alive, competing, finite)
             if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
                 counts = _no_less_than_removed(counts, units, competing)
             min_kept, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
             target = Target(competing, counts, min_kept, includes_pruned=True, equal=equal)
             after = masks.tree(remove(masks.by_path, units, target))
-            finite = all_finite(tree, before, chosen)
-            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-            after = packed_like(after, state.masks)
-            return state._replace(masks=after, row=jnp.where(finite, position.reached, position.applied))
+            if equal:  # stacks are made equal whatever the counts are
+                after = jax.tree.map(partial(jnp.where, finite), after, before)
+            row = jnp.where(finite, position.reached, position.applied)
+            return state._replace(masks=packed_like(after, state.masks), row=row)
 
         # The row counts in this schedule from now on, also where nothing is due.
         state = state._replace(row=position.applied, schedule=table.schedule_at(position))

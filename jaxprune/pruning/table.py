@@ -299,15 +299,19 @@ class ScheduleTable(NamedTuple):
         return jnp.where(position.follows, self.schedule, -self.schedule).astype(jnp.int32)
 
     def counts(
-        self, position: Position, alive: Mapping[str, jax.Array], competing: Competing
+        self, position: Position, alive: Mapping[str, jax.Array], competing: Competing, finite: Any = True
     ) -> dict[str, Count]:
-        """Return how many units should be removed, those removed before included, by set of pools."""
+        """Return how many units should be removed, those removed before included, by set of pools.
+
+        None are where the scores are not all `finite`.
+        """
         row = jnp.minimum(position.reached, self.last)
         # In two halves, because a count may be more than an int32 holds.
         counts = jax.tree.map(lambda half: jnp.asarray(half)[row], big_counts.big(self.removed))
         if self.fractions is not None:
             taken_over = self._counts_of_remaining(position, alive, competing)
             counts = big_counts.where(position.follows, counts, taken_over)
+        counts = big_counts.where(finite, counts, big_counts.zeros_like(counts))
         # By name: JAX sorts the keys of dicts, so pools may come in another order than the table has.
         return {name: big_counts.pick(counts, self.competing.index(name)) for name in competing}
 

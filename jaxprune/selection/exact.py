@@ -44,6 +44,7 @@ from jaxprune.selection.lazy_scores import (
 from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
 from jaxprune.selection.sort_keys import limits
 from jaxprune.tracing.control import update_if
+from jaxprune.tracing.kernels import pick
 from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
 from jaxprune.tree.leaves import is_concrete
 
@@ -254,7 +255,8 @@ def select(sources: Sequence[LazyScores], removal: Removal) -> list[jax.Array]:
     found, num_from_leaf = _thresholds(sources, removal, shapes)
     num_ties = found.upto - found.below
     cutoffs = _tie_cutoffs(sources, shapes, found.low, num_from_leaf - found.below, num_ties)
-    return [_removed(*of_leaf) for of_leaf in zip(sources, found.low, *cutoffs, strict=True)]
+    of_leaves = (found.low, *cutoffs)
+    return [_removed(source, *pick(of_leaves, i)) for i, source in enumerate(sources)]
 
 
 def _thresholds(
@@ -291,7 +293,7 @@ def _thresholds(
     def count(bounds: jax.Array) -> tuple[Count, Count]:
         now = read_anew(bounds, sources)
         return _stacked(
-            [count_on_all_devices(s, read_keys(s), bounds[:, i], is_big) for i, s in enumerate(now)]
+            [count_on_all_devices(s, read_keys(s), pick(bounds, i), is_big) for i, s in enumerate(now)]
         )
 
     def removable(alive: Count) -> Count:
@@ -369,7 +371,7 @@ def _removed(source: LazyScores, key: jax.Array, row: jax.Array, place: jax.Arra
     """Mark the entries alive below a key, and the ties at it before a position in row-major order."""
     keys, alive = read_keys(source)
     rows, places = positions(source)
-    first = (rows < row) | ((rows == row) & (places < place))
+    first = places < place if rows is None else (rows < row) | ((rows == row) & (places < place))
     removed = (keys < key) | ((keys == key) & first)
     return removed if alive is None else removed & alive
 
@@ -395,47 +397,81 @@ def _tie_cutoffs(
     # before it.
     #
     # Mostly a threshold has one entry, which is removed or stays, and nothing is searched: the cutoff is the
-    # first position if no tie is removed, and behind the last row if all are. Only leaves where some ties are
+    # first position if no tie is removed, and behind the last if all are. Only leaves where some ties are
     # removed and some stay are read again: at most one in each competing set, and those whose floor keeps
     # ties.
     none = big_counts.zeros_like(num_removed)
     removes_all, removes_some = ~(num_removed < num_ties), none < num_removed
     undecided, zeros = removes_some & ~removes_all, jnp.zeros_like(keys, jnp.int32)
+    behind = jnp.where(removes_some & removes_all, MAX_COUNT, zeros)
     is_big = isinstance(num_removed, BigCount)
+    groups = _groups_of_alike(sources)
+    in_order = np.argsort(np.concatenate(groups))
 
-    def search(wanted: jax.Array, target: Count, as_keys: Callable[[int, jax.Array], Keys]) -> Range:
+    def search(
+        wanted: jax.Array, target: Count, as_keys: Callable[[LazyScores, Any, jax.Array], Keys]
+    ) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
             now = read_anew(bounds, sources)
             # Plus a zero that varies over the same devices of a `shard_map`, as both branches must.
             none_below = jnp.zeros(len(bounds) + 1, jnp.int32) + zeros[0]
             nothing = BigCount(none_below, none_below) if is_big else none_below
 
-            def counted(i: int) -> Count:
+            def counted(of: Any, i: Any, group: list[int]) -> Count:
+                """Count in leaf `i`, which is number `of` in its group."""
+
                 def below(_: Any) -> Count:
-                    ties = as_keys(i, entries_at(now[i], keys[i]))
-                    return count_on_all_devices(now[i], ties, bounds[:, i], is_big)
+                    ties = lax.switch(of, [partial(entries_at, now[j]) for j in group], pick(keys, i))
+                    alike = now[group[0]]
+                    return count_on_all_devices(alike, as_keys(alike, i, ties), pick(bounds, i), is_big)
 
-                return update_if(wanted[i], below, nothing) if math.prod(shapes[i]) > 1 else nothing
+                return update_if(pick(wanted, i), below, nothing)
 
-            return _stacked([counted(i) for i in range(len(sources))])
+            def counted_in_each(group: list[int]) -> Count:
+                if math.prod(shapes[group[0]]) <= 1:
+                    return big_counts.stack([nothing] * len(group))
+                if len(group) == 1:
+                    return big_counts.stack([counted(0, group[0], group)])
+                leaves = jnp.arange(len(group)), jnp.array(group)
+                return jax.tree.map(jnp.transpose, lax.map(lambda leaf: counted(*leaf, group), leaves))
+
+            parts = list(map(counted_in_each, groups))
+            counts = jax.tree.map(lambda *part: jnp.concatenate(part, axis=-1)[:, in_order], *parts)
+            return big_counts.pick(counts, slice(-1)), big_counts.pick(counts, -1)
 
         last = jnp.int32(min(MAX_COUNT, max(map(math.prod, shapes))))
         start = full_range(jnp.int32(0), last, zeros, is_big)._replace(open=wanted)
         return bisect(start, count, lambda counts, alive: counts, lambda alive: target, last, _TIE_BITS)
 
-    def by_row(i: int, ties: jax.Array) -> Keys:
-        return Keys(jnp.where(ties, positions(sources[i])[0], MAX_COUNT), ties)
+    def by_row(source: LazyScores, i: Any, ties: jax.Array) -> Keys:
+        row, _ = positions(source)
+        return Keys(jnp.where(ties, 0 if row is None else row, MAX_COUNT), ties)
 
-    def by_place(i: int, ties: jax.Array) -> Keys:
-        row, place = positions(sources[i])
-        ties &= row == rows[i]
+    def by_place(source: LazyScores, i: Any, ties: jax.Array) -> Keys:
+        row, place = positions(source)
+        if row is not None:
+            ties &= row == pick(rows, i)
         return Keys(jnp.where(ties, place, MAX_COUNT), ties)
 
-    rows = jnp.where(removes_some & removes_all, MAX_COUNT, zeros)
+    rows = behind
     # In a leaf of several rows the row comes first, then the place among the ties of that row.
     several_rows = np.array([math.prod(shape) > MAX_COUNT for shape in shapes])
     if several_rows.any():
         found = search(undecided & several_rows, num_removed, by_row)
         rows = jnp.where(undecided & several_rows, found.low, rows)
         num_removed = big_counts.where(undecided & several_rows, num_removed - found.below, num_removed)
-    return rows, jnp.where(undecided, search(undecided, num_removed, by_place).low, 0)
+    return rows, jnp.where(undecided, search(undecided, num_removed, by_place).low, behind)
+
+
+def _groups_of_alike(sources: Sequence[LazyScores]) -> list[list[int]]:
+    """Return the numbers of the leaves, in groups that share the program which counts ties.
+
+    The leaves of a group have equal types. The program copies what is tied in a leaf, a byte for each entry, and
+    with several devices it might move that: then each leaf is a group of its own.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, source in enumerate(sources):
+        types = tuple(jax.typeof(leaf) for leaf in jax.tree.leaves(source.inputs))
+        alike = (source.part.shape, types) if jax.device_count() == 1 else i
+        groups.setdefault(alike, []).append(i)
+    return list(groups.values())

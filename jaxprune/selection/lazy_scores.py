@@ -77,7 +77,8 @@ def zero_of(sources: Sequence[LazyScores]) -> jax.Array:
     A loop that adds up such counts has to start from a value of their type.
     """
     zero = jnp.int32(0)
-    for source in sources:
+    in_shard_map = bool(jax.sharding.get_abstract_mesh().manual_axes)
+    for source in sources if in_shard_map else []:
         none = jnp.sum(read_keys(source).keys & 0, dtype=jnp.int32)
         zero += _over_devices(source, none) if source.names else none
     return zero
@@ -105,11 +106,11 @@ def read_anew(after: Any, sources: Sequence[LazyScores]) -> list[LazyScores]:
     return [source._replace(inputs=lax.optimization_barrier((after, source.inputs))[1]) for source in sources]
 
 
-def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
+def positions(source: LazyScores) -> tuple[jax.Array | None, jax.Array]:
     """Return for each entry its position in row-major order of the leaf: its row, and its place in the row.
 
     A row is as many of the last axes together as have no more than 2**31 - 1 entries, so that an int32 holds
-    the place. A leaf of fewer entries is one row.
+    the place. A leaf of fewer entries is one row, and None is returned for the row of its entries.
     """
     return _positions(source.part.shape, source.names, MAX_COUNT)
 
@@ -117,7 +118,7 @@ def positions(source: LazyScores) -> tuple[jax.Array, jax.Array]:
 @partial(jax.jit, inline=True, static_argnums=(0, 1, 2))  # traced once for all leaves of a shape
 def _positions(
     part_shape: tuple[int, ...], names: tuple[tuple[str, ...], ...], max_count: int
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array | None, jax.Array]:
     shape = _whole_shape(part_shape, names) if names else part_shape
     first = 0
     while math.prod(shape[first:]) > max_count:
@@ -129,7 +130,7 @@ def _positions(
             index = lax.broadcasted_iota(jnp.int32, part_shape, axis)
             if names and names[axis]:
                 index += lax.axis_index(names[axis]) * part_shape[axis]
-            place = place * shape[axis] + index
+            place = index if axis == axes.start else place * shape[axis] + index
         return place
 
-    return flat(range(first)), flat(range(first, len(shape)))
+    return flat(range(first)) if first else None, flat(range(first, len(shape)))

@@ -149,19 +149,25 @@ def count_below(leaf: Keys, bounds: jax.Array, max_count: int) -> Count:
 
     Counts are `BigCount` for a leaf of more than `max_count` entries.
     """
-    living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
+    shape = (1, *leaf.keys.shape)
+    keys = lax.expand_dims(leaf.keys, (0,))
+    living = jnp.ones(shape, bool) if leaf.alive is None else lax.expand_dims(leaf.alive, (0,))
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
-    tests = [leaf.keys < bounds[i] for i in range(len(bounds))]
-    return big_counts.stack(_count([test.astype(jnp.int32) for test in [*tests, living]], max_count))
+    tests = [keys < lax.slice(bounds, (i,), (i + 1,)).reshape([1] * len(shape)) for i in range(len(bounds))]
+    counts = _count([test.astype(jnp.int32) for test in [*tests, living]], max_count)
+    return jax.tree.map(lambda *parts: lax.concatenate(parts, 0), *counts)
 
 
 def _count(flags: list[jax.Array], max_count: int) -> list[Count]:
-    """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond `max_count` entries."""
-    axes = tuple(range(flags[0].ndim))
+    """Count the ones of each of some int32 arrays of one shape (1, ...), as arrays of shape (1,).
+
+    Counts are `BigCount` beyond `max_count` entries.
+    """
     if flags[0].size <= max_count:
-        return _sums(flags, axes)
+        return _sums(flags, tuple(range(1, flags[0].ndim)))
     # An int32 counts what one row has. The counts of the rows are added with a carry.
-    return [big_counts.sum_all(row) for row in _sums(flags, axes[-1:])]
+    rows = _sums(flags, (flags[0].ndim - 1,))
+    return [jax.tree.map(lambda part: part.reshape(1), big_counts.sum_all(row)) for row in rows]
 
 
 def count_true(mask: jax.Array) -> Count:
@@ -169,8 +175,9 @@ def count_true(mask: jax.Array) -> Count:
     flags = mask.astype(jnp.int32)
     # Two counts, of every other entry, because XLA would store the operand of a lone sum of integers.
     odd = lax.broadcasted_iota(jnp.int32, mask.shape, 0) & 1 == 1 if mask.ndim else jnp.array(True)
-    a, b = _count([jnp.where(odd, flags, 0), jnp.where(odd, 0, flags)], MAX_COUNT)
-    return a + b
+    halves = [lax.expand_dims(half, (0,)) for half in (jnp.where(odd, flags, 0), jnp.where(odd, 0, flags))]
+    a, b = _count(halves, MAX_COUNT)
+    return jax.tree.map(lambda part: part[0], a + b)
 
 
 def _sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
