@@ -1,8 +1,8 @@
 """Arrays that numpy computes with in place of XLA: small ones with values, where it can read them.
 
-Called outside `jit`, each operation of JAX on arrays of a new shape is a program to compile, which takes longer
-than the operation: some 30 ms. On bools and integers, and where entries are only moved, numpy gives the same
-bits without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
+Called outside `jit`, each operation of JAX on arrays of a new shape is a program to compile, which takes some
+30 ms, mostly longer than running it. On bools and integers, and where entries are only moved, numpy gives the same bits
+without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ compiling a program. Larger arrays are left to XLA, which uses all cores."""
 def on_host(*trees: Any) -> bool:
     """Return whether numpy should compute with all arrays of some trees, because it can read them in place.
 
-    They have values, numbers in one piece in the memory of this machine, and at most `MAX_ENTRIES` entries each.
-    Arrays of several devices, on accelerators, or of other processes stay where they are.
+    They have values, lie on one device, a CPU, and have at most `MAX_ENTRIES` entries each. Arrays of several
+    devices, on accelerators, or of other processes stay where they are.
     """
     leaves = jax.tree.leaves(trees)
     return is_concrete(leaves) and all(map(_is_readable, leaves))
@@ -39,11 +39,12 @@ def _is_readable(leaf: Any) -> bool:
 
 
 def like_computed(array: np.ndarray, *sources: Any) -> jax.Array:
-    """Return what numpy computed as a JAX array, on the device that JAX would have computed it on from the sources.
+    """Return what numpy computed from some arrays as a JAX array, on the device that JAX would have taken.
 
     That is the device that one of them is committed to, or else the default one.
     """
     for source in sources:
         if isinstance(source, jax.Array) and source.committed:
             return jax.device_put(array, source.sharding)
-    return jnp.asarray(array)
+    # `jnp.asarray` compiles a program for each shape; but within `jax.set_mesh` it takes the mesh's devices.
+    return jax.device_put(array) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(array)
