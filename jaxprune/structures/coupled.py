@@ -343,7 +343,7 @@ def _alive_on_host(members: Sequence[Member], leaves: Sequence[Any]) -> np.ndarr
     alive = np.zeros(len(members[0].indices), bool)
     for member, leaf in zip(members, map(np.asarray, leaves), strict=True):
         others = tuple(a for a in range(leaf.ndim) if a != member.axis)
-        alive |= leaf.any(axis=others)[member.indices].any(axis=1)
+        alive |= np.asarray(np.any(leaf, axis=others))[member.indices].any(axis=1)
     return alive
 
 
@@ -376,7 +376,7 @@ def _by_unit(
     return everywhere(reduce(picked, others))
 
 
-def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:
+def _rounded(keep: Any, scores: Any, alive: Any, multiple_of: int) -> Any:
     """Return the units to keep, filled up to a multiple with the highest of the others that are alive."""
     if multiple_of == 1:
         return keep

@@ -1,8 +1,8 @@
 """Arrays that numpy computes with in place of XLA: small ones with values, where it can read them.
 
 Called outside `jit`, each operation of JAX on arrays of a new shape is a program to compile, which takes some
-30 ms, mostly longer than running it. On bools and integers, and where entries are only moved, numpy gives the same bits
-without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
+30 ms, mostly longer than running it. On bools and integers, and where entries are only moved, numpy gives the
+same bits without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
 """
 
 from typing import Any

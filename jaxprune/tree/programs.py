@@ -34,7 +34,7 @@ def map_compiled(
 
 
 def _in_programs(function: Callable[..., Any], calls: Sequence[tuple[tuple[Any, ...], Any]]) -> list[Any]:
-    alike: defaultdict[Hashable, list[int]] = defaultdict(list)
+    alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, (s, a) in enumerate(calls):
         leaves, treedef = jax.tree.flatten(a)
         alike[s, treedef, tuple(map(_signature, leaves))].append(number)
