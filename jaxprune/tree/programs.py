@@ -1,8 +1,9 @@
 """One function of many arrays, compiled to few programs where it is called outside `jit`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import jax
@@ -10,6 +11,10 @@ import numpy as np
 from jax.errors import JAXIndexError, JAXTypeError
 
 from jaxprune.tree.leaves import is_concrete
+
+_ENTRIES = 2**22
+"""The most entries that the arrays of calls in one program have together, as far as calls are not larger
+themselves: a program holds the temporaries of all its calls, and new memory costs time at each run."""
 
 
 def map_compiled(
@@ -19,8 +24,8 @@ def map_compiled(
 
     Arrays that have values are computed with in compiled programs, which later calls use again. Calls whose
     static arguments, shapes and dtypes are equal are of one kind. A program has one call of each of its
-    kinds, so that each kind is compiled once. Kinds with equally many calls share a program, which runs as
-    often: a network of equal layers takes one program, one run for each layer.
+    kinds, so that each kind is compiled once. Kinds with equally many calls share a program, unless their
+    arrays are large, and it runs as often: equal layers take one program, one run for each layer.
 
     Traced arrays, and a function that reads values (`numpy.median`), run without `jit`.
     """
@@ -44,12 +49,28 @@ def _in_programs(function: Callable[..., Any], calls: Sequence[tuple[tuple[Any, 
         devices = frozenset(device for *_, s in signatures if s is not None for device in s.device_set)
         shared[len(numbers), devices].append(numbers)
     results: dict[int, Any] = {}
-    for kinds in shared.values():
+    for kinds in chain.from_iterable(map(partial(_small_sets, calls), shared.values())):
         for numbers in zip(*kinds, strict=True):
             of_round = [calls[number] for number in numbers]
             outputs = _program(function, tuple(s for s, _ in of_round), [a for _, a in of_round])
             results |= zip(numbers, outputs, strict=True)
     return [results[number] for number in range(len(calls))]
+
+
+def _small_sets(
+    calls: Sequence[tuple[tuple[Any, ...], Any]], kinds: Sequence[list[int]]
+) -> Iterator[list[list[int]]]:
+    """Yield sets of kinds that share a program: one kind, or several of at most `_ENTRIES` together."""
+    some: list[list[int]] = []
+    entries = 0
+    for numbers in kinds:
+        size = sum(map(np.size, jax.tree.leaves(calls[numbers[0]][1])))
+        if some and entries + size > _ENTRIES:
+            yield some
+            some, entries = [], 0
+        some.append(numbers)
+        entries += size
+    yield some
 
 
 @partial(jax.jit, static_argnums=(0, 1))
