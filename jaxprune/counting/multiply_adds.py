@@ -148,7 +148,8 @@ def _known(name: str, leaf: Any, mask: Any) -> ConstValue | None:
 
     def versions() -> tuple[Any, ...]:
         generic = (1 + np.random.default_rng(0).random(leaf.shape, np.float32)).astype(leaf.dtype)
-        return (generic,) if np.all(mask) else (generic, np.where(mask, generic, np.zeros_like(generic)))
+        kept = np.asarray(mask)
+        return (generic,) if kept.all() else (generic, np.where(kept, generic, np.zeros_like(generic)))
 
     return ConstValue((path,), versions)
 

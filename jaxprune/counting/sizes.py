@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune.tree.checks import check_number, shown
 from jaxprune.tree.dtypes import is_numeric
+from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import unpack_masks
 from jaxprune.tree.stacks import Stacked, about_layers, check_stacks, split_layers, stacks_of
@@ -240,13 +241,20 @@ def _stacks(
 
 def alive_units(structure: Any, masks: Mapping[str, Any], where: Where) -> dict[str, jax.Array]:
     """Return which units are kept in each pool, given masks, or params, whose zeros count as pruned."""
-    kept = {path: jnp.asarray(leaf) != 0 for path, leaf in masks.items()}
+    kept = {path: _is_kept(leaf, bool) for path, leaf in masks.items()}
     chosen = {path: mask for path, mask in kept.items() if where(path, mask)}
-    scores = {path: mask.astype(jnp.float32) for path, mask in chosen.items()}
+    scores = {path: _is_kept(mask, jnp.float32) for path, mask in chosen.items()}
     # Whether a unit that spans leaves is alive may depend on leaves that have no scores.
     seen, stacks = kept if structure.spans_leaves else chosen, structure.stacks or {}
     check_stacks(stacks, seen)
     return structure.pool(split_layers(scores, stacks), split_layers(seen, stacks)).alive
+
+
+def _is_kept(leaf: Any, dtype: Any) -> jax.Array:
+    """Return 1 (True) in a dtype for the entries that are not zero."""
+    if on_host(leaf):
+        return like_computed((np.asarray(leaf) != 0).astype(dtype), leaf)
+    return (jnp.asarray(leaf) != 0).astype(dtype)
 
 
 def collapsed(tree: Params | Masks, where: Where = kernels) -> tuple[str, ...]:
@@ -291,6 +299,8 @@ def _nonzeros(leaf: Any) -> int:
         raise TypeError(f"counting needs arrays with values, got {leaf}.")
     if not is_numeric(leaf):  # PRNG keys, among the variables of a module
         return leaf.size
+    if on_host(leaf):
+        return int(np.count_nonzero(np.asarray(leaf) != 0))
     # Rows are counted apart and added up on the host, so that no count passes 2**31.
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the leaf
         rows = jnp.count_nonzero(leaf, axis=tuple(range(1, leaf.ndim)))

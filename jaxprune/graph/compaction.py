@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.binding import bind
@@ -25,6 +24,7 @@ from jaxprune.graph.report import Report, report
 from jaxprune.tracing.jaxprs import explicit_sharding, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
+from jaxprune.tree.host import like_computed
 from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
 from jaxprune.tree.stacks import Stacked, split_layers, stacks_of
@@ -189,7 +189,8 @@ def compact(
         plan, not_removed = masks, ()
         solve_for_plan(network, plan)  # raises if the function needs what the plan drops
         # What the plan drops is masked, so that a plan from a file goes with params that are dense.
-        masks = plan.expand(plan.shrink(jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), params)))
+        ones = jax.tree.map(lambda leaf: like_computed(np.ones(leaf.shape, bool)), params)
+        masks = plan.expand(plan.shrink(ones))
     else:
         masks = like_params(masks, params)
         if not is_concrete(masks):

@@ -5,10 +5,10 @@ are counted within the param. `keep[axis]` has the dense indices of the slices t
 for a stacked param one row for each layer.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,6 +16,7 @@ from jax import lax
 from jaxprune.graph.engine import placing
 from jaxprune.graph.engine.rules.slices import take_slices
 from jaxprune.tracing.jaxprs import explicit_sharding
+from jaxprune.tree.host import MAX_ENTRIES, like_computed, on_host
 
 
 def cut(leaf: Any, lead: int, stack: Sequence[int], keep: Mapping[int, np.ndarray]) -> Any:
@@ -24,10 +25,11 @@ def cut(leaf: Any, lead: int, stack: Sequence[int], keep: Mapping[int, np.ndarra
     `lead` counts its axes before those of the param, and `stack` names the axes of the param that count
     layers.
     """
+    array = _readable(leaf) if keep else leaf
     # Axes that count layers first: the rows of the other axes are those of the layers that stay.
     for axis, rows in sorted(keep.items(), key=lambda item: item[1].ndim):
-        leaf = _pick(leaf, lead, stack, axis, rows)
-    return leaf
+        array = _pick(array, lead, stack, axis, rows)
+    return _returned(array, leaf)
 
 
 def spread(
@@ -42,13 +44,25 @@ def spread(
 
     Along the axes in `divisors` these are copies of the slices that stay, in turn; in a mask they are True.
     """
+    dense = (*leaf.shape[:lead], *shape)
+    array = _readable(leaf) if keep and math.prod(dense) <= MAX_ENTRIES else leaf
     # In the reverse order of `cut`; and divisors first, because zero is what was proved where a slice along
     # another axis went as well.
     for axis, rows in sorted(keep.items(), key=lambda item: (-item[1].ndim, item[0] not in divisors)):
         is_divisor, is_mask = axis in divisors, leaf.dtype == bool
         sources = _sources(rows, shape[axis], copies=is_divisor and not is_mask)
-        leaf = _pick(leaf, lead, stack, axis, sources, filling=is_divisor and is_mask)
-    return leaf
+        array = _pick(array, lead, stack, axis, sources, filling=is_divisor and is_mask)
+    return _returned(array, leaf)
+
+
+def _readable(leaf: Any) -> Any:
+    """Return a leaf as numpy reads it, where it should be cut there: see `on_host`."""
+    return np.asarray(leaf) if on_host(leaf) else leaf
+
+
+def _returned(array: Any, leaf: Any) -> Any:
+    """Return what a leaf became as a JAX array; a leaf that was left alone as it is."""
+    return like_computed(array, leaf) if isinstance(array, np.ndarray) and array is not leaf else array
 
 
 def _sources(rows: np.ndarray, size: int, copies: bool) -> np.ndarray:
@@ -79,13 +93,20 @@ def _pick(
     """
     at, flat = lead + axis, rows.reshape(-1, rows.shape[-1])
     alike = bool((flat == flat[0]).all())
+    if isinstance(leaf, np.ndarray):
+        if filling is not None:
+            of_filling = (*leaf.shape[:at], 1, *leaf.shape[at + 1 :])
+            leaf = np.concatenate([leaf, np.full(of_filling, filling, leaf.dtype)], at)
+        if alike:
+            return np.take(leaf, flat[0], at)
+        return np.take_along_axis(leaf, _aligned(rows, leaf.ndim, lead, stack, axis), at)
     array = placing.gather(leaf, (at,) if alike else range(leaf.ndim))
     if filling is not None:
         array = jnp.concatenate([array, jnp.full_like(lax.slice_in_dim(array, 0, 1, axis=at), filling)], at)
     if alike:
         array = take_slices(array, at, flat[0])
     else:
-        places = _aligned(rows, leaf.ndim, lead, stack, axis)
+        places = jnp.asarray(_aligned(rows, leaf.ndim, lead, stack, axis))
         array = jnp.take_along_axis(array, places, axis=at, mode="clip")
     sharding = explicit_sharding(leaf)
     if sharding is None:
@@ -93,7 +114,7 @@ def _pick(
     return placing.place(array, placing.small_sharding(sharding, leaf.shape, array.shape))
 
 
-def _aligned(rows: np.ndarray, rank: int, lead: int, stack: Sequence[int], axis: int) -> jax.Array:
+def _aligned(rows: np.ndarray, rank: int, lead: int, stack: Sequence[int], axis: int) -> np.ndarray:
     """Return rows of indices laid out as `take_along_axis` wants them: to broadcast with an array of a rank.
 
     The first axes of `rows` are those of `stack`, in its order, which need not be ascending; the last is
@@ -103,4 +124,4 @@ def _aligned(rows: np.ndarray, rank: int, lead: int, stack: Sequence[int], axis:
     shape = [1] * rank
     for n, place in enumerate(along):
         shape[lead + place] = rows.shape[n]
-    return jnp.asarray(rows.transpose(np.argsort(along)).reshape(shape).astype(np.int32))
+    return rows.transpose(np.argsort(along)).reshape(shape).astype(np.int32)

@@ -14,6 +14,7 @@ from jaxprune.graph.blocktrees import Shapes, below, ends_in, put_back, take_out
 from jaxprune.graph.engine.divisors import without
 from jaxprune.graph.engine.shortening import Removed
 from jaxprune.tree.checks import check_function
+from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.leaves import array_leaves, describe, is_array
 from jaxprune.tree.masks import packed_like, restore_packed, unpack_masks
 from jaxprune.tree.paths import leaf_paths
@@ -203,7 +204,10 @@ class Plan:
             shape = (*like.shape[:lead], *self.small_shape(path))
             if isinstance(like, jax.ShapeDtypeStruct):
                 return jax.ShapeDtypeStruct(shape, like.dtype)
-            return jnp.full(shape, bool(self.divisors.get(path)), like.dtype)
+            value = bool(self.divisors.get(path))
+            if on_host(like):
+                return like_computed(np.full(shape, value, like.dtype), like)
+            return jnp.full(shape, value, like.dtype)
 
         return put_back(tree, self.removed, self._shapes_with_removed(), make)
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ import numpy as np
 from jaxprune.graph.groups import ChannelGroups, Group, Member
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.tree.checks import as_integer, check_function, shown
+from jaxprune.tree.host import MAX_ENTRIES, like_computed, on_host
 from jaxprune.tree.paths import explain_paths, some_of
+from jaxprune.tree.programs import map_compiled
 from jaxprune.tree.sharding import everywhere
 from jaxprune.tree.stacks import Family, leaf_of_layer
 from jaxprune.typing import Where
@@ -100,7 +103,7 @@ def channels(
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
     if normalize is not None:
         check_function(normalize, "normalize=", "of a group's scores, such as jnp.max")
-    in_slice = reducer(norm)
+    reducer(norm)  # raises if it is none
     untouched = {
         group.name for group in chosen if not any(_is_on(m, len(m.shape), axis) for m in group.members)
     }
@@ -117,26 +120,22 @@ def channels(
                 "stacked. Pass channels(...) the ChannelGroups themselves, which know their stacks, or say "
                 "by stacked= which axes count layers."
             )
-        pooled, alive = {}, {}
+        scoring: dict[str, list[Member]] = {}
+        telling: dict[str, list[Member]] = {}
         for group in chosen:
             members = [m for m in group.members if m.path in scores and _is_on(m, scores[m.path].ndim, axis)]
             if not members:
                 continue
-            each = [_by_unit(m, jnp.where(masks[m.path], scores[m.path], 0), in_slice) for m in members]
-            total = reduce(jnp.stack(each), axis=0)
+            scoring[group.name] = members
             # Masks leave divisors alive in pruned units too, so only other members tell which are pruned.
-            telling = [m for m in members if not m.divisor] or [
+            others = [m for m in members if not m.divisor] or [
                 m for m in group.members if not m.divisor and m.path in masks
             ]
-            telling = telling or members  # a part of the params may hold divisors alone
-            living = [_by_unit(m, masks[m.path], lambda x, axes: jnp.any(x, axis=axes)) for m in telling]
-            alive[group.name] = jnp.any(jnp.stack(living), axis=0)
-            if normalize is not None:
-                scale = normalize(jnp.where(alive[group.name], total, 0))
-                total = total / jnp.where(scale == 0, 1, scale)
-            pooled[group.name] = total
-        if not pooled:
+            telling[group.name] = others or members  # a part of the params may hold divisors alone
+        if not scoring:
             raise ValueError(_no_member(chosen, scores, axis))
+        alive = _alive(telling, masks)
+        pooled = _pooled(scoring, scores, masks, alive, (norm, reduce, normalize))
         # Only here is it known what `where` takes in. A warning names each group once, not at every update.
         more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
         _warn_about_axis(sorted(more - untouched), axis)
@@ -281,40 +280,151 @@ def _warn_about_multiple(groups: Iterable[Group], multiple_of: int) -> None:
         )
 
 
-def _by_unit(member: Member, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """Reduce the entries of a leaf in each unit's slices to one number."""
-    units, slices = member.indices.shape
+def _pooled(
+    members: Mapping[str, Sequence[Member]],
+    scores: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+    alive: Mapping[str, jax.Array],
+    how: tuple[Any, ...],
+) -> dict[str, jax.Array]:
+    """Return, by group, the scores of its units; `how` is the norm, and `reduce` and `normalize`."""
+    norm, *of_group = how
+    every = [member for of_name in members.values() for member in of_name]
+    in_slices = iter(
+        map_compiled(
+            _norms_of_slices,
+            [(m.axis, m.indices.shape[1], norm) for m in every],
+            [(scores[m.path], masks[m.path], _places(m, scores[m.path])) for m in every],
+        )
+    )
+    each = {name: [next(in_slices) for _ in of_name] for name, of_name in members.items()}
+    pooled = map_compiled(
+        _scores_of_units, [tuple(of_group)] * len(each), [(each[name], alive[name]) for name in each]
+    )
+    return dict(zip(each, pooled, strict=True))
+
+
+def _norms_of_slices(axis: int, slices: int, norm: Norm, scores: jax.Array, mask: jax.Array, places: Any):
+    return _by_unit(jnp.where(mask, scores, 0), axis, slices, places, reducer(norm))
+
+
+def _scores_of_units(
+    reduce: Callable[..., jax.Array],
+    normalize: Callable[[jax.Array], jax.Array] | None,
+    each: Sequence[jax.Array],
+    alive: jax.Array,
+) -> jax.Array:
+    total = reduce(jnp.stack(each), axis=0)
+    if normalize is None:
+        return total
+    scale = normalize(jnp.where(alive, total, 0))
+    return total / jnp.where(scale == 0, 1, scale)
+
+
+def _alive(members: Mapping[str, Sequence[Member]], masks: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Return, by group, which units have entries left in any of its members."""
+    every = list(members.values())
+    leaves = [[masks[member.path] for member in of_name] for of_name in every]
+    if on_host(leaves):
+        alive = [
+            like_computed(_alive_on_host(*of_name), *of_name[1])
+            for of_name in zip(every, leaves, strict=True)
+        ]
+    else:
+        alive = map_compiled(
+            _any_in_slices,
+            [(tuple((m.axis, m.indices.shape[1]) for m in of_name),) for of_name in every],
+            [(of_name, list(map(_places, every[n], of_name))) for n, of_name in enumerate(leaves)],
+        )
+    return dict(zip(members, alive, strict=True))
+
+
+def _alive_on_host(members: Sequence[Member], leaves: Sequence[Any]) -> np.ndarray:
+    alive = np.zeros(len(members[0].indices), bool)
+    for member, leaf in zip(members, map(np.asarray, leaves), strict=True):
+        others = tuple(a for a in range(leaf.ndim) if a != member.axis)
+        alive |= np.asarray(np.any(leaf, axis=others))[member.indices].any(axis=1)
+    return alive
+
+
+def _any_in_slices(
+    axes: Sequence[tuple[int, int]], leaves: Sequence[jax.Array], places: Sequence[Any]
+) -> jax.Array:
+    each = [
+        _by_unit(leaf, axis, slices, at, lambda x, others: jnp.any(x, axis=others))
+        for (axis, slices), leaf, at in zip(axes, leaves, places, strict=True)
+    ]
+    return jnp.any(jnp.stack(each), axis=0)
+
+
+def _places(member: Member, leaf: jax.Array) -> np.ndarray | None:
+    """Return where the slices of all units lie, one unit after another; None if that is their order."""
     flat = member.indices.ravel()
-    in_order = np.array_equal(flat, np.arange(leaf.shape[member.axis]))
-    picked = leaf if in_order else jnp.take(leaf, flat, axis=member.axis)
-    shape = (*leaf.shape[: member.axis], units, slices, *leaf.shape[member.axis + 1 :])
-    picked = picked.reshape(shape)
-    others = tuple(a for a in range(picked.ndim) if a != member.axis)
+    if np.array_equal(flat, np.arange(leaf.shape[member.axis])):
+        return None
+    return flat.astype(np.int32)  # JAX caches how it first converted an int64 array, with or without x64
+
+
+def _by_unit(
+    leaf: jax.Array, axis: int, slices: int, places: Any, reduce: Callable[..., jax.Array]
+) -> jax.Array:
+    """Reduce the entries of a leaf in each unit's slices to one number."""
+    picked = leaf if places is None else jnp.take(leaf, places, axis=axis)
+    units = picked.shape[axis] // slices
+    picked = picked.reshape((*leaf.shape[:axis], units, slices, *leaf.shape[axis + 1 :]))
+    others = tuple(a for a in range(picked.ndim) if a != axis)
     return everywhere(reduce(picked, others))
 
 
-def _rounded(keep: jax.Array, scores: jax.Array, alive: jax.Array, multiple_of: int) -> jax.Array:
+def _rounded(keep: Any, scores: Any, alive: Any, multiple_of: int) -> Any:
     """Return the units to keep, filled up to a multiple with the highest of the others that are alive."""
     if multiple_of == 1:
         return keep
+    xp: Any = jnp
+    if on_host(keep, scores, alive):
+        xp, (keep, scores, alive) = np, map(np.asarray, (keep, scores, alive))
     stays = keep & alive
-    wanted = -(-jnp.sum(stays, dtype=jnp.int32) // multiple_of) * multiple_of
+    wanted = -(-xp.sum(stays, dtype=np.int32) // multiple_of) * multiple_of
     # Units that stay come first, then units alive by falling score, and last pruned ones, which never return.
-    order = jnp.lexsort((-scores, ~stays, ~alive))
-    rank = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    order = xp.lexsort((-scores, ~stays, ~alive))
+    rank = xp.argsort(order)
     return (keep | (rank < wanted)) & (alive | keep)
 
 
 def _entries(groups: Iterable[Group], keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the masks of all leaves that the units lie in."""
-    masks: dict[str, jax.Array] = {}
+    members: dict[str, list[tuple[Member, Any]]] = {}
     for group in groups:
-        for path, axis, indices, shape, divisor in group.members:
-            # int32, because JAX caches how it first converted an int64 array, with or without x64.
-            places = indices.astype(np.int32)
-            along = jnp.ones(shape[axis], bool)
-            if not divisor:
-                along = along.at[places].set(keep[group.name][:, None])
-            others = [a for a in range(len(shape)) if a != axis]
-            masks[path] = masks.get(path, jnp.ones(shape, bool)) & jnp.expand_dims(along, others)
+        for member in group.members:
+            members.setdefault(member.path, []).append((member, keep[group.name]))
+    masks: dict[str, Any] = dict.fromkeys(members)
+    static, arrays = {}, {}
+    for path, pairs in members.items():
+        shape = pairs[0][0].shape
+        pairs = [(member, kept) for member, kept in pairs if not member.divisor]
+        axes, units = tuple(m.axis for m, _ in pairs), [_units_of(m) for m, _ in pairs]
+        kept = [each for _, each in pairs]
+        if on_host(kept) and math.prod(shape) <= MAX_ENTRIES:
+            masks[path] = like_computed(np.array(_leaf_mask(np, shape, axes, kept, units)), *kept)
+        else:
+            static[path], arrays[path] = (jnp, shape, axes), (kept, units)
+    masks |= zip(static, map_compiled(_leaf_mask, list(static.values()), list(arrays.values())), strict=True)
     return masks
+
+
+def _units_of(member: Member) -> np.ndarray:
+    """Return the unit of each slice of a member; the number of units for slices that are in none."""
+    units = np.full(member.shape[member.axis], len(member.indices), np.int32)
+    units[member.indices] = np.arange(len(member.indices))[:, None]
+    return units
+
+
+def _leaf_mask(
+    xp: Any, shape: tuple[int, ...], axes: Sequence[int], kept: Sequence[Any], units: Sequence[Any]
+) -> Any:
+    """Return the mask of a leaf, which keeps the slices of the units that are kept and those in no unit."""
+    mask = xp.ones((1,) * len(shape), bool)
+    for axis, keep, unit in zip(axes, kept, units, strict=True):
+        along = xp.append(xp.asarray(keep), True)[unit]
+        mask = mask & xp.expand_dims(along, [a for a in range(len(shape)) if a != axis])
+    return xp.broadcast_to(mask, shape)

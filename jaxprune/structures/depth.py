@@ -1,15 +1,18 @@
 """Whole residual blocks as units: depth pruning."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.graph.residual import Block, Prefixes, ResidualBlocks, check_blocks, find_blocks
 from jaxprune.structures.base import Norm, Structure, Units, reducer
 from jaxprune.tree.checks import check_function
+from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.paths import prefix_to, some_of
+from jaxprune.tree.programs import map_compiled
 from jaxprune.tree.sharding import everywhere
 from jaxprune.tree.stacks import Stacked, Stacks
 
@@ -62,7 +65,7 @@ def layers(
       layers; they rank them by how much a layer changes its input, which is a score and not a structure.
     """
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
-    in_leaf = reducer(norm)
+    reducer(norm)  # raises if it is none
     checked, prefixes = (blocks, None) if isinstance(blocks, ResidualBlocks) else (None, blocks)
     if checked is not None and stacked is not None:
         raise TypeError("layers takes stacked= beside prefixes; residual_blocks has read its own already.")
@@ -84,22 +87,25 @@ def layers(
     def pool(scores: dict[str, jax.Array], masks: dict[str, jax.Array]) -> Units:
         pools, stacks = found(masks)
         fixed = checked.fixed if checked is not None else frozenset[str]()
-        pooled: dict[str, jax.Array] = {}
-        alive: dict[str, jax.Array] = {}
-        for name, members in pools.items():
-            rows = [_Rows(members[0], stacks)] if members[0].index else [_Rows(b, stacks) for b in members]
-            each = [row.scores(scores, masks, in_leaf, reduce) for row in rows]
-            pooled[name] = everywhere(jnp.concatenate(each))
-            alive[name] = everywhere(jnp.concatenate([row.alive(masks, fixed) for row in rows]))
+        rows = {
+            name: [_Rows(members[0], stacks)] if members[0].index else [_Rows(b, stacks) for b in members]
+            for name, members in pools.items()
+        }
+        pooled = _pooled(rows, scores, masks, norm, reduce)
+        alive = {
+            name: everywhere(_joined([row.alive(masks, fixed) for row in of_pool]))
+            for name, of_pool in rows.items()
+        }
 
         def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             entries: dict[str, jax.Array] = {}
             for name, members in pools.items():
+                kept: Any = np.asarray(keep[name]) if on_host(keep[name]) else keep[name]
                 if members[0].index:
-                    entries |= _Rows(members[0], stacks).expand(keep[name], masks, fixed)
+                    entries |= _Rows(members[0], stacks).expand(kept, masks, fixed)
                     continue
                 for place, block in enumerate(members):
-                    entries |= _Rows(block, stacks).expand(keep[name][place : place + 1], masks, fixed)
+                    entries |= _Rows(block, stacks).expand(kept[place : place + 1], masks, fixed)
             return entries
 
         return Units(pooled, alive, expand)
@@ -131,28 +137,27 @@ class _Rows:
             size *= leaves[path].shape[axis]
         return size
 
-    def scores(
-        self,
-        scores: Mapping[str, jax.Array],
-        masks: Mapping[str, jax.Array],
-        in_leaf: Callable[..., jax.Array],
-        reduce: Callable[..., jax.Array],
-    ) -> jax.Array:
-        """Return one score for each block."""
+    def scoring(self, scores: Mapping[str, jax.Array]) -> list[str]:
+        """Return the paths of the leaves that give scores."""
         paths = [path for path in self.block.paths if path in scores]
         if not paths:
             raise ValueError(
                 f"where= takes in no leaf of the block {self.block.name!r}, so it has no score. Its leaves "
                 f"are {some_of(self.block.paths)}."
             )
-        each = [self._by_block(path, jnp.where(masks[path], scores[path], 0), in_leaf) for path in paths]
-        return reduce(jnp.stack(each), axis=0)
+        return paths
 
     def alive(self, masks: Mapping[str, jax.Array], fixed: frozenset[str]) -> jax.Array:
         """Return, for each block, whether anything is left that pruning it would remove."""
         paths = [path for path in self.block.paths if path not in fixed and path not in self.block.divisors]
-        each = [self._by_block(path, masks[path], lambda x, axes: jnp.any(x, axis=axes)) for path in paths]
-        return jnp.any(jnp.stack(each), axis=0) if each else jnp.ones(self.count(masks), bool)
+        if not paths:
+            return like_computed(np.ones(self.count(masks), bool))
+        leaves = [masks[path] for path in paths]
+        if on_host(leaves):
+            each = [_by_block(self.axes[p], np.asarray(masks[p]), _any, np) for p in paths]
+            return like_computed(np.any(each, axis=0), *leaves)
+        each = [_by_block(self.axes[path], masks[path], _any) for path in paths]
+        return jnp.any(jnp.stack(each), axis=0)
 
     def expand(
         self, keep: jax.Array, masks: Mapping[str, jax.Array], fixed: frozenset[str]
@@ -163,17 +168,56 @@ class _Rows:
             if path in fixed or path in self.block.divisors:
                 continue
             shape, axes = masks[path].shape, self.axes[path]
-            along = jnp.reshape(keep, tuple(shape[axis] for axis in axes))
-            along = jnp.transpose(along, [axes.index(axis) for axis in sorted(axes)])
+            xp: Any = np if isinstance(keep, np.ndarray) else jnp
+            along = xp.reshape(keep, tuple(shape[axis] for axis in axes))
+            along = xp.transpose(along, [axes.index(axis) for axis in sorted(axes)])
             others = [axis for axis in range(len(shape)) if axis not in axes]
-            entries[path] = jnp.broadcast_to(jnp.expand_dims(along, others), shape)
+            mask = xp.broadcast_to(xp.expand_dims(along, others), shape)
+            entries[path] = like_computed(np.array(mask)) if xp is np else mask
         return entries
 
-    def _by_block(self, path: str, leaf: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-        """Reduce the entries of a leaf to one number for each block."""
-        axes = self.axes[path]
-        front = jnp.moveaxis(leaf, axes, range(len(axes)))
-        return jnp.reshape(reduce(front, tuple(range(len(axes), leaf.ndim))), -1)
+
+def _pooled(
+    rows: Mapping[str, Sequence[_Rows]],
+    scores: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
+    norm: Norm,
+    reduce: Callable[..., jax.Array],
+) -> dict[str, jax.Array]:
+    """Return, by pool, the scores of its blocks."""
+    every = [
+        (row.axes[path], path) for of_pool in rows.values() for row in of_pool for path in row.scoring(scores)
+    ]
+    static = [(axes, norm) for axes, _ in every]
+    norms = iter(map_compiled(_norms_by_block, static, [(scores[path], masks[path]) for _, path in every]))
+    each = [[[next(norms) for _ in row.scoring(scores)] for row in of_pool] for of_pool in rows.values()]
+    pooled = map_compiled(_scores_of_blocks, [(reduce,)] * len(each), [(of_pool,) for of_pool in each])
+    return dict(zip(rows, pooled, strict=True))
+
+
+def _norms_by_block(axes: tuple[int, ...], norm: Norm, scores: jax.Array, mask: jax.Array) -> jax.Array:
+    return _by_block(axes, jnp.where(mask, scores, 0), reducer(norm))
+
+
+def _scores_of_blocks(reduce: Callable[..., jax.Array], rows: Sequence[Sequence[jax.Array]]) -> jax.Array:
+    return everywhere(jnp.concatenate([reduce(jnp.stack(each), axis=0) for each in rows]))
+
+
+def _by_block(axes: tuple[int, ...], leaf: Any, reduce: Callable[..., Any], xp: Any = jnp) -> Any:
+    """Reduce the entries of a leaf to one number for each block, along `axes`."""
+    front = xp.moveaxis(leaf, axes, range(len(axes)))
+    return xp.reshape(reduce(front, tuple(range(len(axes), leaf.ndim))), -1)
+
+
+def _any(entries: Any, axes: tuple[int, ...]) -> Any:
+    return entries.any(axis=axes)
+
+
+def _joined(parts: Sequence[jax.Array]) -> jax.Array:
+    """Lay vectors end to end."""
+    if on_host(parts):
+        return like_computed(np.concatenate(parts), *parts)
+    return jnp.concatenate(parts)
 
 
 def _check_paths(blocks: ResidualBlocks, leaves: Mapping[str, Any]) -> None:

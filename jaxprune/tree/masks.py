@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxprune.tree import sharding
 from jaxprune.tree.dtypes import can_be_zero, is_numeric
+from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.leaves import Leaves, array_leaves, describe, flatten, is_array, is_concrete
 from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.paths import keyed_leaves, leaf_paths, path_of
@@ -41,17 +42,20 @@ def ones_masks(params: Params) -> Masks:
 
 def unpruned_masks(leaves: Leaves) -> Masks:
     """Return masks that prune nothing, by path; raise as `ones_masks`."""
-    masks = {}
-    for path, leaf in leaves.by_path.items():
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"params[{path!r}] is a ShapeDtypeStruct, which has no values; for the masks' shapes call "
-                "jax.eval_shape(jaxprune.ones_masks, params)."
-            )
-        # Under jit a plain `ones` does not depend on the param, and so would not be sharded like it.
-        leaf = jnp.asarray(leaf)
-        masks[path] = (leaf == leaf) | (leaf != leaf)
-    return masks
+    return {path: _unpruned_mask(path, leaf) for path, leaf in leaves.by_path.items()}
+
+
+def _unpruned_mask(path: str, leaf: Any) -> jax.Array:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"params[{path!r}] is a ShapeDtypeStruct, which has no values; for the masks' shapes call "
+            "jax.eval_shape(jaxprune.ones_masks, params)."
+        )
+    if on_host(leaf):
+        return like_computed(np.ones(leaf.shape, bool), leaf)
+    # Under jit a plain `ones` does not depend on the param, and so would not be sharded like it.
+    leaf = jnp.asarray(leaf)
+    return (leaf == leaf) | (leaf != leaf)
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -77,10 +81,22 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       [1.0, 0.0]
     """
 
-    def applied(leaf, mask):
-        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype)) if is_numeric(leaf) else leaf
+    def applied(leaf: Any, mask: Any) -> Any:
+        if not is_numeric(leaf):
+            return leaf
+        if on_host(leaf, mask):
+            return like_computed(_masked(np.asarray(leaf), np.asarray(mask)), leaf, mask)
+        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
     return jax.tree.map(applied, params, like_params(masks, params))
+
+
+def _masked(array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return `where(mask, array, 0)`: bits times 0 or 1, which takes a fourth of the time of `np.where`."""
+    if array.dtype.itemsize > 8:  # complex128
+        return np.where(mask, array, 0)
+    bits = np.dtype(f"u{array.dtype.itemsize}")
+    return np.multiply(np.asarray(array, order="C").view(bits), mask, dtype=bits).view(array.dtype)
 
 
 def intersect(*masks: Masks) -> Masks:
@@ -101,7 +117,16 @@ def intersect(*masks: Masks) -> Masks:
     masks = tuple(map(bool_masks, masks))
     first = masks[0]
     alike = [like_params(other, first) for other in masks]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves).all(0), *alike)
+
+    def kept_by_all(*leaves: Any) -> jax.Array:
+        if not on_host(leaves):
+            return jnp.stack(leaves).all(0)
+        kept = np.array(leaves[0])
+        for leaf in leaves[1:]:
+            kept &= np.asarray(leaf)
+        return like_computed(kept, *leaves)
+
+    return jax.tree.map(kept_by_all, *alike)
 
 
 def like_params(masks: Masks, params: Params) -> Masks:
@@ -145,7 +170,15 @@ def own_masks(masks: Masks, params: Params) -> Masks:
       ValueError: the paths or a shape differ.
       TypeError: a mask is not bool.
     """
-    return jax.tree.map(jnp.logical_and, like_params(masks, params), ones_masks(params))
+    leaves = flatten(params)
+
+    def own(path: str, mask: Any) -> jax.Array:
+        param = leaves.by_path[path]
+        if on_host(mask, param):
+            return like_computed(np.array(mask), param, mask)
+        return jnp.logical_and(mask, _unpruned_mask(path, param))
+
+    return leaves.tree({path: own(path, mask) for path, mask in masks_by_path(masks, params, leaves).items()})
 
 
 class PackedMask(NamedTuple):
@@ -199,6 +232,9 @@ def pack_masks(masks: Masks) -> Any:
 
 
 def _pack(mask: jax.Array) -> PackedMask:
+    if on_host(mask):
+        bits = np.packbits(np.atleast_1d(mask), axis=-1, bitorder="little")
+        return PackedMask(like_computed(bits, mask), mask.shape)
     rows = jnp.atleast_1d(mask)
     last = rows.ndim - 1
     if rest := -rows.shape[last] % 8:
@@ -243,6 +279,9 @@ def _unpack(mask: PackedMask) -> Any:
     if isinstance(mask.bits, jax.ShapeDtypeStruct):
         lead = mask.bits.shape[:-1]
         return jax.ShapeDtypeStruct((*lead, size) if mask.shape else lead, bool)
+    if on_host(mask.bits):
+        rows = np.unpackbits(np.asarray(mask.bits), axis=-1, count=size, bitorder="little").view(bool)
+        return like_computed(rows if mask.shape else rows[..., 0], mask.bits)
     eights = mask.bits[..., None] >> lax.broadcasted_iota(jnp.uint8, (8,), 0)
     rows = sharding.join((eights & 1).astype(bool), (eights.ndim - 1,))
     rows = rows if rows.shape[-1] == size else lax.slice_in_dim(rows, 0, size, axis=-1)
@@ -419,7 +458,10 @@ def check_pruned(params: Params, masks: Masks) -> None:
     for path, leaf in array_leaves(params).items():
         if not is_numeric(leaf):
             continue
-        wrong = int(jnp.sum(~kept[path] & (leaf != 0)))
+        if on_host(leaf, kept[path]):
+            wrong = np.count_nonzero(~np.asarray(kept[path]) & (np.asarray(leaf) != 0))
+        else:
+            wrong = int(jnp.sum(~kept[path] & (leaf != 0)))
         if wrong:
             raise ValueError(
                 f"params[{path!r}] has {wrong} pruned entries that are not 0. Apply jaxprune.apply_masks, "

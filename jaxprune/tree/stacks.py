@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune.tree.checks import as_integer, check_function, shown
+from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.kernel_names import names_kernel
 from jaxprune.tree.leaves import describe
 from jaxprune.tree.sharding import sharded_like, whole_along
@@ -155,6 +156,8 @@ def families_of(
 def take_layer(array: Any, axes: Sequence[int], index: Sequence[int]) -> Any:
     """Return one layer of a stacked array."""
     if isinstance(array, jax.Array):
+        if on_host(array):
+            return like_computed(take_layer(np.asarray(array), axes, index), array)
         array = whole_along(array, axes)
     for axis, number in sorted(zip(axes, index, strict=True), reverse=True):
         if isinstance(array, np.ndarray):
@@ -227,7 +230,11 @@ def join_masks(
     for path, axes in stacks.items():
         names = layer_names(path, shapes[path], axes)
         if any(name in by_name for name in names):
-            ones = jnp.ones(layer_shape(shapes[path], axes), bool)
+            ones = np.ones(layer_shape(shapes[path], axes), bool)
             complete |= {name: by_name.get(name, ones) for name in names}
-    joined = join_layers(complete, stacks, shapes)
+    if on_host(complete):
+        joined = join_layers({name: np.asarray(mask) for name, mask in complete.items()}, stacks, shapes)
+        joined = {path: like_computed(mask) for path, mask in joined.items()}
+    else:
+        joined = join_layers(complete, stacks, shapes)
     return {path: sharded_like(x, leaves[path]) if path in leaves else x for path, x in joined.items()}

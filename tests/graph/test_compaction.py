@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.graph.engine.program import TracedNetwork
 from tests.soak.zoo_check import compare, difference, random_masks, tolerance
 from tests.support.devices import on_eight_devices
 from tests.zoo import ZOO
@@ -523,3 +524,58 @@ def test_a_plan_masks_params_that_are_not_masked_yet():
     plan = jp.compact(mlp, params, masks, X).plan
     small = jp.compact(mlp, params, plan, X)  # verified against the masked network
     np.testing.assert_allclose(small.apply(small.params, X), mlp(jp.apply_masks(params, masks), X), rtol=1e-5)
+
+
+def test_trees_are_cut_outside_jit_as_under_it():
+    # Outside numpy moves the entries, under it XLA.
+    rows = np.array([[0, 2], [1, 2], [3, 4]])
+    plan = jp.Plan(
+        shapes={"kernel": (4, 5), "norm": (5,), "up": (3, 2, 5), "layers": (3, 4), "other": (2,)},
+        keep={
+            "kernel": {0: np.array([1, 2]), 1: np.array([0, 3, 4])},
+            "norm": {0: np.array([0, 3, 4])},
+            "up": {2: rows, 1: np.array([[0], [1], [0]])},
+            "layers": {0: np.array([0, 2]), 1: np.array([[0, 1], [2, 3]])},
+        },
+        divisors={"norm": (0,)},
+        stacks={"up": (0,), "layers": (0,)},
+    )
+    draw = np.random.default_rng(0)
+
+    def tree(dtype, lead=()):
+        return {
+            path: jnp.asarray(draw.integers(0, 3, (*lead, *shape))).astype(dtype)
+            for path, shape in plan.shapes.items()
+        }
+
+    for dense in (tree(jnp.float32), tree(jnp.bfloat16), tree(bool), {"mu": tree(jnp.float32, (2,))}):
+        small, again = plan.shrink(dense), jax.jit(plan.shrink)(dense)
+        dense, too = plan.expand(small), jax.jit(plan.expand)(again)
+        for ours, theirs in ((small, again), (dense, too)):
+            assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                assert isinstance(a, jax.Array) and a.dtype == b.dtype
+                np.testing.assert_array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(plan.shrink(dense)), jax.tree.leaves(small), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_facts_that_are_asked_for_again_are_the_same_and_independent():
+    params = mlp_params()
+    network = TracedNetwork(mlp, params, (X,))
+
+    def zeros(unit):
+        marks = {path: [None] * len(value.axes) for path, value in network.values.items()}
+        marks["a/kernel"][1] = marks["a/bias"][0] = np.arange(params["a"]["bias"].size) == unit
+        return marks
+
+    def known(facts):
+        hidden = [value for op in network.region.ops for value in op.outputs]
+        return [[None if v is None else v.tolist() for v in facts.of(value).zero] for value in hidden]
+
+    first = network.facts(zeros(1))
+    expected, other = known(first), known(network.facts(zeros(2)))
+    assert expected != other
+    assert known(network.facts(zeros(1))) == expected
+    network.facts(zeros(1)).learn(network.region.ops[0].outputs[0], fill=0)
+    assert known(network.facts(zeros(1))) == expected == known(first)

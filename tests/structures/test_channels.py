@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxprune as jp
 from jaxprune.structures import channels
+from jaxprune.tree.leaves import array_leaves
 from tests.zoo import ZOO
 from tests.zoo.plain import mlp, mlp_params
 
@@ -323,3 +324,35 @@ def test_no_prefix_is_named_where_none_helps():
     ) as error:
         jp.prune_once({"a": jnp.ones((3, 4))}, jp.scores.magnitude, 0.5, structure=part)
     assert "under(" not in str(error.value)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 3])
+@pytest.mark.parametrize("network", [attention, lambda: (PARAMS, GROUPS)], ids=["attention", "mlp"])
+def test_units_outside_jit_are_those_under_it(network, multiple_of):
+    # Multiples of 1/64, so that sums are exact in any order; and few, so that units tie.
+    params, groups = network()
+    draw = np.random.default_rng(0)
+    structure = channels(groups, norm=1, normalize=jnp.max, multiple_of=multiple_of)
+    leaves = array_leaves(params)
+    scores = {
+        path: jnp.asarray(draw.integers(-3, 4, leaf.shape) / 64, jnp.float32) for path, leaf in leaves.items()
+    }
+    masks = {path: np.ones(leaf.shape, bool) for path, leaf in leaves.items()}
+    for group in groups.removable():  # some units are pruned already
+        for member in group.members:
+            np.moveaxis(masks[member.path], member.axis, 0)[member.indices[1]] = False
+    masks = {path: jnp.asarray(mask) for path, mask in masks.items()}
+
+    def units(scores, masks):
+        found = structure.pool(scores, masks)
+        keep = {
+            name: alive & (jnp.arange(alive.size) % 3 != 0) for name, alive in sorted(found.alive.items())
+        }
+        return found.scores, found.alive, found.expand(keep)
+
+    outside, traced = units(scores, masks), jax.jit(units)(scores, masks)
+    assert jax.tree.structure(outside) == jax.tree.structure(traced)
+    for ours, theirs in zip(jax.tree.leaves(outside), jax.tree.leaves(traced), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+    assert not any(bool(alive[1]) for alive in outside[1].values())

@@ -11,6 +11,7 @@ from flax import linen, nnx
 from jax import lax
 
 import jaxprune as jp
+from jaxprune.tree.leaves import array_leaves
 
 WIDTH, DEPTH = 6, 4
 X = jax.random.normal(jax.random.key(7), (3, 5))
@@ -546,3 +547,27 @@ def test_abstract_params_do():
         of_list(pre_norm), shapes, jax.ShapeDtypeStruct(X.shape, X.dtype), prefixes=PREFIXES
     )
     assert blocks == jp.residual_blocks(of_list(pre_norm), PARAMS, X, prefixes=PREFIXES)
+
+
+def test_blocks_outside_jit_are_those_under_it():
+    blocks = jp.residual_blocks(of_scan(pre_norm), STACKED, X, stacked=in_stack)
+    structure = jp.structures.layers(blocks, norm=1)
+    draw = np.random.default_rng(0)  # multiples of 1/64, whose sums are exact in any order
+    scores = {
+        path: jnp.asarray(draw.integers(-64, 64, leaf.shape) / 64, jnp.float32)
+        for path, leaf in array_leaves(STACKED).items()
+    }
+    masks = {
+        path: jnp.asarray(np.arange(leaf.size).reshape(leaf.shape) % 5 != 0)
+        for path, leaf in array_leaves(STACKED).items()
+    }
+
+    def units(scores, masks):
+        found = structure.pool(scores, masks)
+        keep = {name: alive & (jnp.arange(alive.size) != 1) for name, alive in found.alive.items()}
+        return found.scores, found.alive, found.expand(keep)
+
+    outside, traced = units(scores, masks), jax.jit(units)(scores, masks)
+    assert jax.tree.structure(outside) == jax.tree.structure(traced)
+    for ours, theirs in zip(jax.tree.leaves(outside), jax.tree.leaves(traced), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -11,10 +11,11 @@ import pytest
 
 import jaxprune as jp
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import files, graph, grouping, latency, lottery, memory, python_calls
+from experiments.benchmarks import eager, files, graph, grouping, latency, lottery, memory, python_calls
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
 from experiments.show.tables import markdown, text
+from jaxprune.tree.leaves import array_leaves
 from tests.studies.outcomes import check_width, read
 
 TORCH = importlib.util.find_spec("torch") is not None
@@ -100,6 +101,39 @@ def test_python_calls_benchmark(capsys):
     for line in lines:
         calls, named, functions, files = (int(number.replace(",", "")) for number in line.split()[-4:])
         assert calls > named > files and calls > functions > files > 1
+
+
+def test_calls_outside_jit_compile_few_programs(capsys):
+    eager.main(["--network", "resnet8", "--image", "16", "--rounds", "1"])
+    printed = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed)) <= 100
+    compiled = {line[:16].strip(): int(line[16:].split()[0]) for line in printed[3:11]}
+    # Only scores are computed by XLA: those of units by a few programs, one at least for any.
+    assert {name for name, number in compiled.items() if number} <= {"channel_groups", "prune_once", "table"}
+    assert 1 <= compiled["table"] <= 8
+    assert compiled["table"] <= compiled["prune_once"] <= 60
+
+
+def test_compilations_are_counted():
+    with eager.Compilations() as none:
+        pass
+    with eager.Compilations() as found:
+        jax.jit(lambda x: x * 3 + 5)(jnp.ones(7)).block_until_ready()
+    assert none.number == 0 and found.number >= 1
+
+
+@pytest.mark.filterwarnings("ignore:floor=")
+def test_numpy_chooses_the_same_channels():
+    module = eager.NETWORKS["resnet8"]()
+    x = jnp.ones((1, 16, 16, 3))
+    params = jax.jit(module.init)(jax.random.key(3), x)
+    groups = jp.channel_groups(module.apply, params, x)
+    structure = jp.structures.channels(groups)
+    for share in (0.25, 0.5):
+        masks = jp.prune_once(params, jp.scores.magnitude, share, structure=structure)
+        expected = eager.choose_in_numpy(groups, params, share)
+        for path, mask in array_leaves(masks).items():
+            np.testing.assert_array_equal(mask, expected[path])
 
 
 def test_files_benchmark_stays_above_the_bound():

@@ -192,7 +192,7 @@ _EVALUATED: dict[Any, Any] = {}
 
 def _evaluate(op: Op, scalars: Sequence[Any]) -> Any:
     with jax.ensure_compile_time_eval():
-        inputs = [jnp.asarray(s, v.dtype) for s, v in zip(scalars, op.inputs, strict=True)]
+        inputs = [jax.device_put(np.asarray(s, v.dtype)) for s, v in zip(scalars, op.inputs, strict=True)]
         (output,) = op.bind(*inputs)
     return np.asarray(output)[()]
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxprune.graph.engine.axes import Solution, State
 from jaxprune.graph.engine.divisors import ParamAxis, find_divisors, without
-from jaxprune.graph.engine.facts import either, equal_marks
-from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices
+from jaxprune.graph.engine.facts import either
+from jaxprune.graph.engine.program import TracedNetwork, ZeroSlices, same_zeros
 
 
 def solve_to_fixpoint(
@@ -41,7 +41,7 @@ def solve_to_fixpoint(
         kept = network.solve(network.facts(zeros_given(dropped)), seeds)
         new = network.dropped(kept)
         more = {path: list(map(either, dropped[path], new[path])) for path in dropped}
-        if _equal(more, dropped):
+        if same_zeros(more, dropped):
             break
         dropped = more
     kept, dropped = _settle(network, dropped, seeds)
@@ -52,7 +52,7 @@ def solve_to_fixpoint(
             return kept, divisors
         justified, fewer = _settle(network, dropped, seeds, divisors)
         # If only the derivative is infinite, that does not justify keeping more slices.
-        if not derivatives or _equal(fewer, dropped):
+        if not derivatives or same_zeros(fewer, dropped):
             return justified, divisors
     raise AssertionError
 
@@ -68,13 +68,9 @@ def _settle(
         facts = network.facts(without(dropped, divisors))
         kept = network.solve(facts, [*network.seeds(dropped), *seeds])
         fewer = network.dropped(kept)
-        if _equal(fewer, dropped):
+        if same_zeros(fewer, dropped):
             return kept, dropped
         dropped = fewer
-
-
-def _equal(a: ZeroSlices, b: ZeroSlices) -> bool:
-    return all(equal_marks(a[path], b[path]) for path in a)
 
 
 def zero_slices(masks: Mapping[str, np.ndarray], dropped: ZeroSlices | None = None) -> ZeroSlices:
