@@ -46,6 +46,7 @@ from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
+from jaxprune.tree.host import num_true
 from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.tree.mirrors import mirrored
@@ -246,8 +247,8 @@ def pruner(
             tree, units = score_and_pool(state, masks.by_path)
             finite = all_finite(tree, before, chosen)
             competing = competing_pools(units.scores, structure, scope)
-            # What is pruned already counts, so a count of 0 removes nothing. That costs less to compile than to
-            # choose between the masks before and after, leaf by leaf.
+            # What is pruned already counts, so a count of 0 removes nothing. That compiles faster than a
+            # choice between the masks before and after, leaf by leaf.
             counts = table.counts(position, units.alive, competing, finite)
             if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
                 counts = _no_less_than_removed(counts, units, competing)
@@ -446,6 +447,6 @@ def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stac
         asked = sum(target.counts(target.grid.count(target.grid.last or 1), competing).values())
         at_stop = target.count_at_stop(sum(sizes.values()))
         asked = asked if at_stop is None else min(asked, at_stop)
-    kept = sum(int(jnp.sum(units)) for units in alive.values())
+    kept = sum(map(num_true, alive.values()))
     unit = "entries" if structure.elementwise else f"units of {structure.name}"
     return Progress(unit, kept, sum(sizes.values()), asked, stacks)

@@ -4,6 +4,7 @@ Score the leaves, pool the scores into units, count how many units to remove, se
 the masks. `gradual.pruner` runs the same steps again and again, with counts from a schedule.
 """
 
+import operator
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxprune.pruning.extras import check_extra
@@ -25,8 +27,9 @@ from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
+from jaxprune.tree.host import compute, num_true, on_host
 from jaxprune.tree.leaves import describe, flatten, is_concrete
-from jaxprune.tree.masks import masks_by_path, unpruned_masks
+from jaxprune.tree.masks import masked, masks_by_path, unpruned_masks
 from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.paths import explain_paths, some_of
 from jaxprune.tree.stacks import (
@@ -235,8 +238,7 @@ def pool(
     dtype = _dtype_of_units({leaf.dtype for leaf in raw.values()}, structure)
     # What is pruned already may have any score, such as the gradient of a square root at 0.
     picked = {
-        path: (leaf if unpruned else jnp.where(masks[path], leaf, jnp.zeros((), leaf.dtype))).astype(dtype)
-        for path, leaf in raw.items()
+        path: (leaf if unpruned else masked(leaf, masks[path])).astype(dtype) for path, leaf in raw.items()
     }
     # Leaves that give no scores may still tell whether a unit that spans leaves is alive.
     seen = dict(masks) if structure.spans_leaves else {path: masks[path] for path in chosen}
@@ -281,9 +283,12 @@ def checked_scores(
         elif leaf.dtype.itemsize == 1:
             leaf = leaf.astype(jnp.bfloat16)
         if not isinstance(leaf, Tracer):
-            with jax.ensure_compile_time_eval():  # a traced function may have closed over it
-                kept = True if isinstance(masks[path], Tracer) else masks[path]
-                bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
+            kept = True if isinstance(masks[path], Tracer) else masks[path]
+            if on_host(leaf, kept):
+                bad = num_true(~np.isfinite(leaf) & kept)
+            else:
+                with jax.ensure_compile_time_eval():  # a traced function may have closed over it
+                    bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
             if bad:
                 raise ValueError(
                     f"scores[{path!r}] has {bad} entries that are NaN or inf, which cannot be ranked. "
@@ -389,7 +394,9 @@ def remove(
         pooled, removed = removed, _equally_many(units, target, removed)
         if warn_if_unequal and is_concrete(units.alive, pooled, removed):
             _warn_about_equal_numbers(units, target, pooled, removed)
-    changed = kept_entries(units, {name: ~removed[name] for name in removed}, masks)
+    changed = kept_entries(
+        units, {name: compute(operator.invert, mask) for name, mask in removed.items()}, masks
+    )
     if not any(target.floors.values()) and is_concrete(masks, changed):
         _warn_about_collapse(masks, changed)
     return {**masks, **changed}
@@ -435,7 +442,7 @@ def kept_entries(
                 "channel_groups with the params that are pruned."
             )
         )
-    return {path: before[path] & mask for path, mask in entries.items()}
+    return {path: compute(operator.and_, before[path], mask) for path, mask in entries.items()}
 
 
 def _equally_many(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -454,8 +461,8 @@ def _equally_many(units: Units, target: Target, removed: Mapping[str, jax.Array]
 def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> None:
     """Warn where a target was missed, and where only the floor kept a leaf from being emptied."""
     competing, floors = target.competing, target.floors
-    num_removed = {name: int(jnp.sum(mask)) for name, mask in removed.items()}
-    num_alive = {name: int(jnp.sum(mask)) for name, mask in units.alive.items()}
+    num_removed = {name: num_true(mask) for name, mask in removed.items()}
+    num_alive = {name: num_true(mask) for name, mask in units.alive.items()}
     got, left = competing_sizes(num_removed, competing), competing_sizes(num_alive, competing)
     floor = max(floors.values())
     before = competing_sizes(pool_sizes(units), competing) if target.includes_pruned else left
@@ -480,7 +487,7 @@ def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str
     if not full:
         return
     without_floors = lowest_units(units, target._replace(floors=dict.fromkeys(floors, 0)))
-    if spared := [name for name in full if int(jnp.sum(without_floors[name])) > num_removed[name]]:
+    if spared := [name for name in full if num_true(without_floors[name]) > num_removed[name]]:
         warnings.warn(
             f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "
             "other leaves gave more instead. floor=0 lets a leaf be emptied.",
@@ -494,7 +501,7 @@ def _warn_about_equal_numbers(
     """Warn of stacks that keep more or fewer units than was asked for."""
     for name, family in target.equal.items():
         asked, got = (
-            [int(jnp.sum(units.alive[layer] & ~lowest[layer])) for layer in family.names]
+            [num_true(units.alive[layer]) - num_true(lowest[layer]) for layer in family.names]
             for lowest in (pooled, removed)
         )
         if sum(asked) != sum(got):
@@ -509,9 +516,7 @@ def _warn_about_equal_numbers(
 
 def _warn_about_collapse(before: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Warn where a leaf lost its last entry: no signal passes it any more."""
-    emptied = [
-        path for path, mask in changed.items() if bool(jnp.any(before[path])) and not bool(jnp.any(mask))
-    ]
+    emptied = [path for path, mask in changed.items() if num_true(before[path]) and not num_true(mask)]
     if emptied:
         warnings.warn(
             f"layer collapse: {', '.join(emptied)} kept nothing, so no signal passes there. floor=1 keeps "

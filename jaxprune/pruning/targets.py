@@ -19,6 +19,7 @@ from jaxprune.selection.search import count_true
 from jaxprune.structures.base import Structure, Units
 from jaxprune.tree.checks import as_integer, is_traced_integer, scalar, shown
 from jaxprune.tree.dtypes import is_narrow
+from jaxprune.tree.host import num_true
 from jaxprune.tree.leaves import is_array, is_concrete
 from jaxprune.tree.stacks import Family
 from jaxprune.typing import PerPath
@@ -287,7 +288,7 @@ def sparsity_counts(
 def alive_counts(units: Units) -> dict[str, int]:
     """Count the units of each pool that are left."""
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the masks
-        return {name: int(jnp.sum(alive)) for name, alive in units.alive.items()}
+        return {name: num_true(alive) for name, alive in units.alive.items()}
 
 
 def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:

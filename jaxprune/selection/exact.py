@@ -16,6 +16,9 @@ Passes are comparisons and sums, and nothing else. They read each leaf where it 
 computation of the scores, vectorise, and shard: only the counts move between devices. On a CPU a pass takes
 little more than reading the scores (`python -m experiments.benchmarks.selection`), far less than one scatter
 into a histogram.
+
+Each leaf has its own part of a pass. To keep compiling short, these parts are equal for leaves of one shape and
+dtype (`tracing/kernels.py`). Arrays that numpy can read are selected from by numpy, which needs no compiling.
 """
 
 import math
@@ -42,10 +45,11 @@ from jaxprune.selection.lazy_scores import (
     zero_of,
 )
 from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
-from jaxprune.selection.sort_keys import limits
+from jaxprune.selection.sort_keys import limits, ordered_bits_on_host
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.kernels import pick
 from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
+from jaxprune.tree.host import MAX_ENTRIES, like_computed, num_true, on_host
 from jaxprune.tree.leaves import is_concrete
 
 _BITS, _TIE_BITS = 4, 2
@@ -56,9 +60,6 @@ pass still takes little more than reading the scores; each further bit would dou
 two passes at most. Ties are searched in few leaves, so that fewer bits will do: a program has a sum for each
 bound of each leaf.
 """
-
-_HOST_ENTRIES = 2**20
-"""The most entries that are sorted on the host, which takes less time than compiling a search."""
 
 
 class Removal(NamedTuple):
@@ -159,7 +160,8 @@ def select_arrays(
     scores: Sequence[jax.Array], alive: Sequence[jax.Array | None], removal: Removal
 ) -> list[jax.Array]:
     """Apply `select` to arrays: as one compiled program, or on the host if they are small and not traced."""
-    if _is_for_host([*scores, *[mask for mask in alive if mask is not None]], removal):
+    numbers = removal.counts, removal.floors, removal.includes_pruned
+    if is_concrete(numbers) and on_host(scores, alive) and sum(map(np.size, scores)) <= MAX_ENTRIES:
         return _select_on_host(scores, alive, removal)
     arrays = list(zip(scores, alive, strict=True))
     is_big = _is_big(array.shape for array in scores)
@@ -176,51 +178,48 @@ def _select_compiled(
     return select(sources, Removal(competing, counts, floors, includes_pruned))
 
 
-def _is_for_host(arrays: Sequence[Any], removal: Removal) -> bool:
-    if not is_concrete(arrays, removal.counts, removal.floors, removal.includes_pruned):
-        return False
-    entries = 0
-    for array in arrays:
-        if isinstance(array, jax.Array):
-            device, *others = array.devices()
-            if others or device.platform != "cpu":
-                return False
-        entries += array.size
-    return entries <= _HOST_ENTRIES
-
-
 def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], removal: Removal) -> list[jax.Array]:
-    """Apply `select` by sorting, with the same result.
-
-    The leaves of a competing set are laid end to end and sorted stably, which orders entries by (score, leaf,
-    row-major index) as `select` does: numpy takes -0.0 and 0.0 for equal, and all NaN for equal and highest.
-    """
-    values = [np.asarray(array).ravel() for array in scores]
+    """Apply `select` by numpy, with the same result."""
+    keys = [ordered_bits_on_host(np.asarray(array)).ravel() for array in scores]
     living = [
-        np.ones(v.size, bool) if a is None else np.asarray(a).ravel()
-        for v, a in zip(values, alive, strict=True)
+        np.ones(leaf.size, bool) if mask is None else np.asarray(mask).ravel()
+        for leaf, mask in zip(keys, alive, strict=True)
     ]
-    max_removable = [
-        max(int(a.sum()) - int(floor), 0) for a, floor in zip(living, to_numpy(removal.floors), strict=True)
-    ]
-    removed = [np.zeros(v.size, bool) for v in values]
+    num_alive = [num_true(mask) for mask in living]
+    floors = to_numpy(removal.floors)
+    max_removable = [max(number - int(floor), 0) for number, floor in zip(num_alive, floors, strict=True)]
+    removed: list[np.ndarray] = []
     for number, count in enumerate(removal.counts):
         members = [i for i, competing in enumerate(removal.competing) if competing == number]
-        # Numbers of up to 16 bits are sorted as float32, which holds them exactly and puts every NaN last.
-        joined = np.concatenate(
-            [values[i] if values[i].dtype.itemsize >= 4 else values[i].astype(np.float32) for i in members]
-        )
-        leaf = np.repeat(members, [values[i].size for i in members])
-        left = np.concatenate([living[i] for i in members])
-        order = np.flatnonzero(left)[np.argsort(joined[left], kind="stable")]
-        for i in members:  # the highest of each leaf stay, as many as its floor
-            order = np.delete(order, np.flatnonzero(leaf[order] == i)[max_removable[i] :])
-        num_removed = int(to_numpy(count)) - (int((~left).sum()) if removal.includes_pruned else 0)
-        chosen = np.zeros(joined.size, bool)
-        chosen[order[: max(num_removed, 0)]] = True
-        for i in members:
-            removed[i] = chosen[leaf == i]
-    return [jnp.asarray(mask.reshape(array.shape)) for mask, array in zip(removed, scores, strict=True)]
+        num_removed = int(to_numpy(count))
+        if removal.includes_pruned:
+            num_removed -= sum(keys[i].size - num_alive[i] for i in members)
+        # Laid end to end, entries are in the order in which those with equal keys are removed.
+        joined = np.concatenate([keys[i] for i in members]) if len(members) > 1 else keys[members[0]]
+        ends = np.cumsum([keys[i].size for i in members])[:-1]
+        chosen = np.split(_lowest(joined, np.concatenate([living[i] for i in members]), num_removed), ends)
+        if any(num_true(mask) > max_removable[i] for i, mask in zip(members, chosen, strict=True)):
+            # The highest of each leaf stay, as many as its floor, and other leaves give more in their place.
+            removable = [_lowest(keys[i], living[i], max_removable[i]) for i in members]
+            chosen = np.split(_lowest(joined, np.concatenate(removable), num_removed), ends)
+        removed += chosen
+    return [
+        like_computed(mask.reshape(array.shape), array) for mask, array in zip(removed, scores, strict=True)
+    ]
+
+
+def _lowest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
+    """Mark the `count` lowest of some candidates, or all if they are fewer; of equal keys the first."""
+    if count <= 0:
+        return np.zeros(keys.size, bool)
+    picked = keys[candidates]
+    if count >= picked.size:
+        return candidates
+    threshold = np.partition(picked, count - 1)[count - 1]
+    below = candidates & (keys < threshold)
+    ties = np.flatnonzero(candidates & (keys == threshold))
+    below[ties[: count - num_true(below)]] = True
+    return below
 
 
 def _is_big(shapes: Iterable[tuple[int, ...]]) -> bool:
@@ -466,8 +465,8 @@ def _tie_cutoffs(
 def _groups_of_alike(sources: Sequence[LazyScores]) -> list[list[int]]:
     """Return the numbers of the leaves, in groups that share the program which counts ties.
 
-    The leaves of a group have equal types. The program copies what is tied in a leaf, a byte for each entry, and
-    with several devices it might move that: then each leaf is a group of its own.
+    The leaves of a group have equal types. The program copies what is tied in a leaf, a byte for each entry,
+    and with several devices it might move that: then each leaf is a group of its own.
     """
     groups: dict[Any, list[int]] = {}
     for i, source in enumerate(sources):

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -44,6 +45,24 @@ def ordered_bits(scores: jax.Array) -> jax.Array:
     magnitude = bits & top
     signed = jnp.where(bits < 0, -magnitude, magnitude)
     return jnp.where(magnitude > infinity.astype(bits.dtype), jnp.array(top, bits.dtype), signed)
+
+
+def ordered_bits_on_host(scores: np.ndarray) -> np.ndarray:
+    """Return what `ordered_bits` does of scores that numpy can read, by numpy."""
+    dtype = scores.dtype
+    if jnp.issubdtype(dtype, jnp.integer):
+        if dtype.kind == "u" and dtype.itemsize >= 4:
+            signed = np.dtype(f"i{dtype.itemsize}")
+            return scores.view(signed) ^ np.iinfo(signed).min
+        return scores if dtype.itemsize == 8 else scores.astype(np.int32)
+    if dtype.itemsize == 1:
+        return ordered_bits_on_host(scores.astype(np.float32))
+    bits = scores.view(f"i{dtype.itemsize}")
+    top = np.iinfo(bits.dtype).max
+    magnitude = bits & top
+    keys = np.where(bits < 0, -magnitude, magnitude)
+    keys[magnitude > np.asarray(np.inf, dtype).view(bits.dtype)] = top
+    return keys
 
 
 def limits(dtype: Any) -> tuple[jax.Array, jax.Array]:

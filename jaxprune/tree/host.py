@@ -5,6 +5,7 @@ Called outside `jit`, each operation of JAX on arrays of a new shape is a progra
 same bits without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,3 +49,23 @@ def like_computed(array: np.ndarray, *sources: Any) -> jax.Array:
             return jax.device_put(array, source.sharding)
     # `jnp.asarray` compiles a program for each shape; but within `jax.set_mesh` it takes the mesh's devices.
     return jax.device_put(array) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(array)
+
+
+def compute(function: Callable[..., Any], *arrays: Any) -> jax.Array:
+    """Return `function(*arrays)` as a JAX array, by numpy where it should; the function takes arrays of both.
+
+    Example:
+      >>> import operator
+      >>> import jax.numpy as jnp
+      >>> from jaxprune.tree.host import compute
+      >>> compute(operator.invert, jnp.array([True, False])).tolist()
+      [False, True]
+    """
+    if on_host(arrays):
+        return like_computed(function(*map(np.asarray, arrays)), *arrays)
+    return function(*arrays)
+
+
+def num_true(mask: Any) -> int:
+    """Return how many entries of a mask that has values are True."""
+    return int(np.count_nonzero(mask)) if on_host(mask) else int(jnp.sum(mask))

@@ -80,15 +80,16 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> jp.apply_masks({"w": jnp.array([1.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
       [1.0, 0.0]
     """
+    return jax.tree.map(masked, params, like_params(masks, params))
 
-    def applied(leaf: Any, mask: Any) -> Any:
-        if not is_numeric(leaf):
-            return leaf
-        if on_host(leaf, mask):
-            return like_computed(_masked(np.asarray(leaf), np.asarray(mask)), leaf, mask)
-        return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
-    return jax.tree.map(applied, params, like_params(masks, params))
+def masked(leaf: Any, mask: Any) -> Any:
+    """Return a leaf with 0 where its mask is False; one that holds no numbers, as it is."""
+    if not is_numeric(leaf):
+        return leaf
+    if on_host(leaf, mask):
+        return like_computed(_masked(np.asarray(leaf), np.asarray(mask)), leaf, mask)
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
 def _masked(array: np.ndarray, mask: np.ndarray) -> np.ndarray:

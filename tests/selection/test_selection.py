@@ -73,6 +73,7 @@ def assert_ordered(values):
     keys = np.asarray(sort_keys.ordered_bits(jnp.asarray(values)))
     compiled = np.asarray(jax.jit(sort_keys.ordered_bits)(jnp.asarray(values)))
     np.testing.assert_array_equal(keys, compiled)
+    np.testing.assert_array_equal(keys, sort_keys.ordered_bits_on_host(values))
     assert keys.dtype == (np.int64 if values.dtype.itemsize == 8 else np.int32)
     wide = values if values.dtype.kind in "iu" or values.dtype.itemsize == 8 else values.astype(np.float32)
     order = np.argsort(wide, kind="stable")
