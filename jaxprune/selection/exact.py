@@ -17,8 +17,8 @@ computation of the scores, vectorise, and shard: only the counts move between de
 little more than reading the scores (`python -m experiments.benchmarks.selection`), far less than one scatter
 into a histogram.
 
-Each leaf has its own part of a pass. To keep compiling short, these parts are equal for leaves of one shape and
-dtype (`tracing/kernels.py`). Arrays that numpy can read are selected from by numpy, which needs no compiling.
+Each leaf has its own part of a pass. To keep compiling short, the parts of leaves of one shape and dtype are
+equal (`tracing/kernels.py`). Arrays that numpy can read are selected from by numpy, which compiles nothing.
 """
 
 import math
@@ -416,7 +416,7 @@ def _tie_cutoffs(
             none_below = jnp.zeros(len(bounds) + 1, jnp.int32) + zeros[0]
             nothing = BigCount(none_below, none_below) if is_big else none_below
 
-            def counted(of: Any, i: Any, group: list[int]) -> Count:
+            def counted(group: list[int], of: Any, i: Any) -> Count:
                 """Count in leaf `i`, which is number `of` in its group."""
 
                 def below(_: Any) -> Count:
@@ -430,9 +430,9 @@ def _tie_cutoffs(
                 if math.prod(shapes[group[0]]) <= 1:
                     return big_counts.stack([nothing] * len(group))
                 if len(group) == 1:
-                    return big_counts.stack([counted(0, group[0], group)])
+                    return big_counts.stack([counted(group, 0, group[0])])
                 leaves = jnp.arange(len(group)), jnp.array(group)
-                return jax.tree.map(jnp.transpose, lax.map(lambda leaf: counted(*leaf, group), leaves))
+                return jax.tree.map(jnp.transpose, lax.map(lambda leaf: counted(group, *leaf), leaves))
 
             parts = list(map(counted_in_each, groups))
             counts = jax.tree.map(lambda *part: jnp.concatenate(part, axis=-1)[:, in_order], *parts)
