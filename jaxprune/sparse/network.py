@@ -12,6 +12,7 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, fastest_set, given
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
+from jaxprune.sparse.patches import WIDE
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
 from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
@@ -19,7 +20,7 @@ from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.leaves import array_leaves, is_concrete
-from jaxprune.tree.masks import apply_masks, like_params
+from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.typing import Masks, Params
 
 
@@ -46,7 +47,7 @@ class Sparsified(NamedTuple):
 def sparsify(
     apply_fn: Callable[..., Any],
     params: Params,
-    masks: Masks,
+    masks: Masks | None,
     *inputs: Any,
     choose: Literal["measure", "rule"] | Mapping[str, str] = "measure",
     rounds: int = 9,
@@ -116,6 +117,8 @@ def sparsify(
     """
     call = "sparsify(apply_fn, params, masks, *inputs)"
     check_call(call, apply_fn, (params, *inputs), keywords, ("choose", "rounds"))
+    if masks is None:
+        masks = ones_masks(params)
     check_masks_third(call, params, masks, inputs)
     leaves, dead, masked = _checked(params, masks)
     _check_choose(choose, leaves, rounds)
@@ -164,7 +167,8 @@ def sparsify(
         if path not in taken:
             size = _bytes(leaves[path])
             shape = tuple(leaves[path].shape)
-            rows.append(Row(path, shape, dead[path] / leaves[path].size, "dense", size, size, None, why))
+            part = dead.get(path, 0) / max(leaves[path].size, 1)
+            rows.append(Row(path, shape, part, "dense", size, size, None, why))
     platform = jax.default_backend()
     return Sparsified(apply, stored, SparseReport(tuple(rows), gain, max(rounds, 5), platform))
 
@@ -191,10 +195,8 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
         for path, form in choose.items():
             if path not in leaves and str(path).rpartition("#")[0] not in leaves:
                 raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
-            if form not in (*FORMS, "dense"):
-                raise ValueError(
-                    f"choose has {form!r} for {path!r}, but the forms are {', '.join(FORMS)} and dense."
-                )
+            if form not in (forms := (*FORMS, *WIDE, "shifted", "dense")):
+                raise ValueError(f"choose has {form!r} for {path!r}, but the forms are {', '.join(forms)}.")
     elif not isinstance(choose, str) or choose not in ("measure", "rule"):
         raise ValueError(f"choose is 'measure', 'rule' or a dict from paths to forms, got {choose!r}.")
 
@@ -202,17 +204,26 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
 def _kernels(
     network: Network, inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """Return the kernels that a sparse form may suit, by key, and why other masked params stay dense."""
+    """Return the kernels that another form may suit, by key, and why others stay dense.
+
+    These are kernels of which something is pruned, and all kernels of convolutions.
+    """
     found: dict[str, tuple[str, Layer, ConstValue]] = {}
     reasons: dict[str, str] = {}
     leaves = network.leaves
 
     def pruned(paths: Sequence[str]) -> list[str]:
-        return sorted((path for path in paths if path in dead), key=lambda path: -leaves[path].size)
+        return by_size([path for path in paths if path in dead])
+
+    def by_size(paths: Sequence[str]) -> list[str]:
+        return sorted(paths, key=lambda path: -leaves[path].size)
 
     def product(product: Product, other: Any) -> list[Any]:
         del other
-        if paths := pruned(product.kernel.paths):
+        paths = pruned(product.kernel.paths)
+        if not paths and product.eqn.primitive.name == "conv_general_dilated":
+            paths = by_size(product.kernel.paths)
+        if paths:
             made = layer(product)
             if isinstance(made, str):
                 reasons.setdefault(paths[0], f"{made} ({product.source})")
@@ -246,7 +257,7 @@ def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], cho
     leaf = leaves[kernel.path]
     dense = kernel.matrix.nbytes
     stored = dense if chosen.arrays is None else sum(map(_bytes, jax.tree.leaves(chosen.arrays)))
-    sparsity = dead[kernel.path] / leaf.size
+    sparsity = dead.get(kernel.path, 0) / max(leaf.size, 1)
     return Row(kernel.label, tuple(leaf.shape), sparsity, chosen.form, dense, stored, chosen.gain, chosen.why)
 
 
