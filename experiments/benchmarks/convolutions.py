@@ -25,7 +25,7 @@ from experiments.run.limits import OneOf
 from experiments.run.settings import Count, Settings, Sparsity, parse
 from experiments.show.tables import titled
 
-FORMS = ("wide2", "wide4", "wide8", "shifted", "compact", "padded", "csr", "blocks")
+FORMS = ("wide2", "wide4", "wide8", "shifted", "product", "compact", "padded", "csr")
 
 
 class Shape(NamedTuple):
@@ -97,7 +97,7 @@ def case(shape: Shape, what: str, mask: np.ndarray, rounds: int) -> dict[str, An
     calls: dict[str, tuple[Any, ...]] = {"dense": (apply_fn, masked, x)}
     patches = 4 * want.size // shape.outputs * mask[..., 0].size
     for form in FORMS:
-        if form in ("csr", "blocks") and patches > 2**28:
+        if form in ("csr", "product") and patches > 2**28:
             continue
         try:
             fast = jp.sparsify(apply_fn, params, masks, x, choose={"w": form})
@@ -128,7 +128,7 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table."""
-    table = [("convolution", "zero", *FORMS)]
+    table: list[tuple[str, ...]] = [("convolution", "zero", *FORMS)]
     for line in lines:
         gains = (f"{line[form]:.2f}" if form in line else "-" for form in FORMS)
         table.append((line["convolution"], line["zero"], *gains))

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.counting.timing import latency
 from jaxprune.sparse.forms import stored_entries
 from jaxprune.sparse.layers import Layer, sparse
-from jaxprune.sparse.patches import WIDE
+from jaxprune.sparse.patches import PATCHES, WIDE
 
 # The rule: for so many rows of inputs or fewer, the forms in the order in which they are tried, each with the
 # density (entries stored, over those of the dense kernel) up to which it beats the dense product, and the
@@ -40,11 +40,11 @@ _BREAK_EVEN = (
 )
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # on a GPU or TPU, where the limits were not measured
 
-# The same for convolutions, by `python -m experiments.benchmarks.convolutions`. "shifted" beat XLA's depthwise
-# convolution everywhere. The wide forms pay as long as the outputs leave half of a vector empty, or, for two
-# places, fill one of 16 numbers alone: T times the outputs make 32. "padded" pays with many channels.
+# The same for convolutions, by `python -m experiments.benchmarks.convolutions`. "shifted" beat XLA's
+# depthwise convolution in all shapes. The wide forms pay where the outputs leave half of a vector empty.
+# "padded" pays with many channels.
 _CONV_BREAK_EVEN = (("compact", 0.80, 2**10), ("padded", 0.04, 2**17))
-_WIDE_OUTPUTS = 32  # places at once, times outputs, up to which a wide form pays
+_WIDE_OUTPUTS = 16  # places at once, times outputs, up to which a wide form pays: numbers in a vector
 _MOST_OUTPUTS = 64  # and up to which it is timed
 _MOST_PATCHES = 2**28  # the bytes of the patches of a convolution, up to which forms that need them are timed
 
@@ -123,7 +123,9 @@ def by_rule(kernel: Kernel) -> Chosen:
     if not kernel.matrix.any() and (conv is None or conv.groups == 1):
         return Chosen("compact", stored("compact")[0], None, "it is all zeros")
     on_cpu = jax.default_backend() == "cpu"
-    limits = next(limits for most, limits in _BREAK_EVEN if rows <= most) if conv is None else _CONV_BREAK_EVEN
+    limits = (
+        next(limits for most, limits in _BREAK_EVEN if rows <= most) if conv is None else _CONV_BREAK_EVEN
+    )
     for form, below, entries in limits if on_cpu else _ELSEWHERE:
         arrays, part = stored(form) if size >= entries else (None, math.inf)
         if part <= below:
@@ -133,7 +135,7 @@ def by_rule(kernel: Kernel) -> Chosen:
             return Chosen("shifted", stored("shifted")[0], None, "it is depthwise")
         wide = [form for form, times in WIDE.items() if times * conv.outputs <= _WIDE_OUTPUTS]
         if wide and not isinstance(arrays := _packed(kernel, wide[-1]), str):
-            return Chosen(wide[-1], arrays, None, f"{conv.outputs} outputs do not fill two vectors")
+            return Chosen(wide[-1], arrays, None, f"{conv.outputs} outputs do not fill a vector")
         return Chosen("dense", None, None, f"{density(kernel):.1%} of {size:,} entries are left")
     why = f"{density(kernel):.1%} of {size:,} entries are left, too many or of too few to pay"
     return Chosen("dense", None, None, f"{why} for {rows} rows")
@@ -170,18 +172,17 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
 def _candidates(kernel: Kernel) -> dict[str, Any]:
     """Return the forms that may be faster than a dense product, packed."""
     conv, on_cpu = kernel.layer.conv, jax.default_backend() == "cpu"
-    names = ["compact"]
-    patches = kernel.layer.rows * kernel.layer.inputs * kernel.layer.other.dtype.itemsize
-    small = conv is None or patches <= _MOST_PATCHES
-    if small:
-        names.append("blocks")
-    if conv is not None:
-        names.append("shifted")
-        names += [form for form, times in WIDE.items() if times * conv.outputs <= _MOST_OUTPUTS]
+    names = ["blocks", "compact"]
     if density(kernel) <= 0.5 and not (kernel.matrix.size and not kernel.matrix.any()):
         names.append("padded")
-        if on_cpu and small and kernel.layer.rows > 2:  # for one row its sums are scalar
+        if on_cpu and kernel.layer.rows > 2:  # for one row its sums are scalar
             names.append("csr")
+    if conv is not None:
+        names += ["shifted", *(form for form, times in WIDE.items() if times * conv.outputs <= _MOST_OUTPUTS)]
+        if math.prod(conv.window) == 1:
+            names.append("product")
+        elif kernel.layer.rows * kernel.layer.inputs * kernel.layer.other.dtype.itemsize > _MOST_PATCHES:
+            names = [name for name in names if name not in PATCHES]
     packed = {name: _packed(kernel, name) for name in names}
     return {name: arrays for name, arrays in packed.items() if not isinstance(arrays, str)}
 

@@ -1,4 +1,4 @@
-"""`sparsify`: the masked network with products that skip its zeros."""
+"""`sparsify`: the masked network with products that skip its zeros, and faster convolutions."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, fastest_set, given
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
-from jaxprune.sparse.patches import WIDE
+from jaxprune.sparse.patches import CONV_FORMS
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
 from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
@@ -65,30 +65,42 @@ def sparsify(
     - "compact": a dense kernel without the rows and columns that are zero;
     - "dense": the masked kernel, zeros included.
 
-    Calls (`jit`, `remat`, custom derivatives) are entered; convolutions of one place are products.
-    Other convolutions, batched products and kernels inside `scan`, `while` and `cond` stay dense, and
-    the report says so. Sums of bfloat16 and float16 are in float32.
+    So is each convolution, of any stride, padding and dilation, whether or not its kernel is pruned. It has
+    these forms too (the rows of its kernel are output channels; in groups, "padded" only), and more that are
+    dense, for kernels that XLA's convolution does not suit:
+
+    - "wide2", "wide4", "wide8": 2, 4 or 8 neighbouring places of the output at once, where the output
+      channels alone are fewer than a CPU's vector holds numbers;
+    - "shifted": for depthwise convolutions, the data times one number for each place of the window;
+    - "product": the data's patches written out, and a product.
+
+    So `sparsify(small.apply, small.params, None, x)` makes a compacted network faster without changing it.
+
+    Calls (`jit`, `remat`, custom derivatives) are entered. Batched products and kernels inside `scan`,
+    `while` and `cond` stay dense, and the report says so. Sums of bfloat16 and float16 are in float32.
 
     Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
-    this one does not. It has no derivative: to train, keep the masked network.
+    this one does not. The wide forms multiply neighbours by zeros of their own, so that an infinity or NaN in
+    a convolution's data makes NaN of up to 7 more places along the last axis. The network has no derivative:
+    to train, keep the masked one.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays.
-      masks: bool masks like `params`.
+      masks: bool masks like `params`; None if nothing is pruned.
       *inputs: example inputs, of the batch size to be fast for. Bools and strings are static.
       choose: "measure", the default, times the forms of each kernel against its dense product, on the
         machine it is called on and on inputs of the kernel's shape, then the whole call against the dense
         one, and keeps only what is faster. "rule" decides by density and shape, without running anything: by
         break-even densities measured on one CPU (AMD EPYC, Zen 5, float32), which another CPU need not share;
         on other platforms it takes "compact" alone. A dict from paths to forms is your own choice; kernels
-        that it does not name stay dense. A param that is read along other axes too is several kernels:
+        that it does not name stay dense. A param that is read in several ways is several kernels:
         "path" names all of them, and "path#2" the second.
       rounds: how often "measure" times each form, and each call.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
-      A `Sparsified`. It warns (UserWarning) if no kernel could be stored in a sparse form.
+      A `Sparsified`. It warns (UserWarning) if no kernel could be stored in another form.
 
     Raises:
       ValueError: masks that do not mirror `params`; `choose` names a form or a kernel that does not exist,
@@ -195,7 +207,7 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
         for path, form in choose.items():
             if path not in leaves and str(path).rpartition("#")[0] not in leaves:
                 raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
-            if form not in (forms := (*FORMS, *WIDE, "shifted", "dense")):
+            if form not in (forms := (*FORMS, *CONV_FORMS, "dense")):
                 raise ValueError(f"choose has {form!r} for {path!r}, but the forms are {', '.join(forms)}.")
     elif not isinstance(choose, str) or choose not in ("measure", "rule"):
         raise ValueError(f"choose is 'measure', 'rule' or a dict from paths to forms, got {choose!r}.")

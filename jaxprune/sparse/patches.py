@@ -1,17 +1,17 @@
 """The forms of a convolution's kernel, each with its convolution.
 
-A convolution is a product of the kernel, as a matrix of (outputs, inputs), with patches of its data: the inputs
-of an output are the places of its window times the channels of its group. Written out, the patches are as
-many times as large as the data as the window has places, and reading them takes longer than a CPU's dense
-convolution. So only "csr" and "blocks", which have a product of matrices at hand, get them. The other forms
-read the data itself:
+A convolution is a product of the kernel, as a matrix of (outputs, inputs), with patches of its data: the
+inputs of an output are the places of its window times the channels of its group. Written out, the patches
+are as many times as large as the data as the window has places, and a CPU takes longer to write and read
+them than for its dense convolution. So only the forms that need them get them: "csr", "blocks" and "product",
+the dense product, which pays for windows of one place. The other forms read the data itself:
 
 - `wide2`, `wide4`, `wide8`: a dense convolution that computes so many neighbouring places at once. XLA's
   convolution on a CPU has a vector of output channels as its innermost axis: 16 numbers with AVX-512. A
-  kernel of 8 outputs fills half of it. T copies of the kernel, each shifted by a stride, are a kernel of T
-  times the outputs over a window that is T - 1 strides longer, and its convolution takes T times the stride:
-  the channels of one place of its output are the channels of T places. A window of w places becomes one of
-  (T - 1) s + w, so that it does (T - 1) s / w + 1 times the multiply-adds, some of them by zero.
+  kernel of 8 outputs fills half of it. T copies of the kernel, each shifted by a stride s, are a kernel of T
+  times the outputs over a window that is (T - 1) s places longer, and its convolution takes T times the
+  stride: the channels of one place of its output are the channels of T places. With a window of w places it
+  does ((T - 1) s + w) / w times the multiply-adds, the additional ones by zero.
 - `shifted`: where each group has one input channel (depthwise convolutions), the sum over the places of the
   window of the data, shifted, times a number for each channel. XLA makes one loop of it.
 - `padded`: the same sum over the entries that are not zero, of one shifted channel for each. Shifting a
@@ -36,7 +36,11 @@ from jaxprune.sparse.forms import FORMS, Form
 WIDE = {"wide2": 2, "wide4": 4, "wide8": 8}
 """How many places a form computes at once."""
 
-_CHUNK = 2**17  # about so many sums are made at once by "padded": half a MB, which a core's cache holds
+CONV_FORMS = (*WIDE, "shifted", "product")
+"""The forms that convolutions have besides those of `FORMS`."""
+
+PATCHES = ("csr", "blocks", "product")
+"""The forms of convolutions that write the patches out."""
 
 
 class Convolution(NamedTuple):
@@ -87,7 +91,7 @@ def conv_forms(conv: Convolution) -> dict[str, Form]:
     found["shifted"] = Form("shifted", partial(_shifted_pack, conv), partial(_shifted_product, conv))
     found["padded"] = Form("padded", partial(_padded_pack, conv), partial(_padded_product, conv))
     found["compact"] = Form("compact", partial(_compact_pack, conv), partial(_compact_product, conv))
-    for name in ("csr", "blocks"):
+    for name in PATCHES:
         pack, product = partial(_patches_pack, conv, name), partial(_patches_product, conv, name)
         found[name] = Form(name, pack, product)
     return found
@@ -141,9 +145,7 @@ def _wide_pack(conv: Convolution, times: int, matrix: np.ndarray) -> Any:
     return {"values": wide.reshape(*shape[:-2], -1)}
 
 
-def _dense_product(
-    conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any
-) -> Any:
+def _dense_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
     """Return the convolution with a kernel for several places at once."""
     values = arrays["values"]
     times = values.shape[-1] // outputs
@@ -191,9 +193,7 @@ def _shifted_pack(conv: Convolution, matrix: np.ndarray) -> Any:
     return {"values": np.ascontiguousarray(matrix.T)}
 
 
-def _shifted_product(
-    conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any
-) -> Any:
+def _shifted_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
     del precision  # the products are of single numbers
     values = arrays["values"].astype(dtype).reshape(-1, conv.groups, outputs // conv.groups)
     pairs = zip(_shifts(conv, x), values, strict=True)
@@ -205,7 +205,7 @@ def _padded_pack(conv: Convolution, matrix: np.ndarray) -> Any:
     arrays = FORMS["padded"].pack(matrix)
     if isinstance(arrays, str) or conv.groups == 1:
         return arrays
-    # An index counts places of the window and channels of a group; in the data the group has its own channels.
+    # An index counts places of the window and channels of a group; the data has the channels of all groups.
     own = conv.outputs // conv.groups
     order = np.arange(conv.outputs) if arrays["places"] is None else np.argsort(arrays["places"])
     groups, first = [], 0
@@ -219,9 +219,7 @@ def _padded_pack(conv: Convolution, matrix: np.ndarray) -> Any:
     return arrays | {"groups": groups}
 
 
-def _padded_product(
-    conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any
-) -> Any:
+def _padded_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
     """Return the sums of shifted channels.
 
     The data is laid out as one row of places for each channel, images one behind the other. An output reads
@@ -246,42 +244,27 @@ def _padded_product(
     rest = [[n % s for n, s in zip(place, conv.strides, strict=True)] for place in conv.places()]
     phase = np.array([_flat(some, conv.strides) for some in rest], np.int32)
 
-    def sums(rows: Any) -> Any:
-        """Return (outputs, places) from (channels, places)."""
-        length = rows.shape[1]
-        rows = jnp.pad(rows, ((0, 0), (0, int(shift.max()))))
+    length = images * math.prod(lines)
+    rows = jnp.pad(x.reshape(-1, length), ((0, 0), (0, int(shift.max()))))
 
-        def read(index: Any) -> Any:
-            place, channel = index // channels, index % channels
-            start = jnp.stack([jnp.asarray(phase)[place] * channels + channel, jnp.asarray(shift)[place]], 1)
-            numbers = lax.GatherDimensionNumbers((1,), (0,), (0, 1))
-            return lax.gather(rows, start, numbers, (1, length), mode="promise_in_bounds")
+    def read(index: Any) -> Any:
+        place, channel = index // channels, index % channels
+        start = jnp.stack([jnp.asarray(phase)[place] * channels + channel, jnp.asarray(shift)[place]], 1)
+        numbers = lax.GatherDimensionNumbers((1,), (0,), (0, 1))
+        return lax.gather(rows, start, numbers, (1, length), mode="promise_in_bounds")
 
-        def turn(total: Any, entries: Any) -> Any:
-            for index, value in zip(*map(tuple, entries), strict=True):  # one loop, as in the form of products
-                total = total + value.astype(dtype)[:, None] * read(index)
-            return total, None
+    def turn(total: Any, entries: Any) -> Any:
+        for index, value in zip(*map(tuple, entries), strict=True):  # one loop, as in the form of products
+            total = total + value.astype(dtype)[:, None] * read(index)
+        return total, None
 
-        found = [
-            lax.scan(
-                turn,
-                jnp.zeros((group["values"].shape[2], length), dtype),
-                (group["indices"], group["values"]),
-            )[0]
-            for group in arrays["groups"]
-        ]
-        if arrays["places"] is None:
-            return found[0]
-        return jnp.concatenate(found).at[arrays["places"]].get(mode="promise_in_bounds")
-
-    # Some images at a time, so that their sums stay in the cache.
-    each = math.prod(lines)
-    together = max((n for n in range(1, images + 1) if images % n == 0 and n * each * outputs <= _CHUNK), default=1)
-    rows = x.reshape(-1, images // together, together * each)
-    if rows.shape[1] == 1:
-        total = sums(rows[:, 0])
-    else:
-        total = jnp.moveaxis(lax.map(sums, jnp.moveaxis(rows, 1, 0)), 0, 1)
+    found = []
+    for group in arrays["groups"]:
+        zeros = jnp.zeros((group["values"].shape[2], length), dtype)
+        found.append(lax.scan(turn, zeros, (group["indices"], group["values"]))[0])
+    total = found[0]
+    if arrays["places"] is not None:
+        total = jnp.concatenate(found).at[arrays["places"]].get(mode="promise_in_bounds")
     total = total.reshape(outputs, images, *lines)[(slice(None),) * 2 + tuple(slice(n) for n in sizes)]
     return jnp.moveaxis(total, 0, -1)
 
@@ -295,7 +278,7 @@ def _compact_pack(conv: Convolution, matrix: np.ndarray) -> Any:
         return "its convolution is in groups"
     kernel = _kernel(conv, matrix)
     alive = kernel.reshape(-1, *kernel.shape[-2:]).any(0)
-    channels, rows = (np.flatnonzero(alive.any(axis)).astype(np.int32) for axis in (1, 0))
+    channels, rows = (np.flatnonzero(np.any(each, 0)).astype(np.int32) for each in (alive.T, alive))
     if len(rows) * len(channels) > 0.95 * alive.size:
         return "no whole channels that are zero"
     places = np.full(len(matrix), len(rows), np.int32)  # outputs that are zero read a zero behind the others
@@ -307,9 +290,7 @@ def _compact_pack(conv: Convolution, matrix: np.ndarray) -> Any:
     }
 
 
-def _compact_product(
-    conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any
-) -> Any:
+def _compact_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
     if not arrays["values"].size:
         return jnp.zeros((x.shape[0], *conv.out_sizes(conv.padded_sizes(x.shape[1:-1])), outputs), dtype)
     if arrays["inputs"] is not None:
@@ -322,7 +303,9 @@ def _compact_product(
 
 
 def _patches_pack(conv: Convolution, name: str, matrix: np.ndarray) -> Any:
-    return "its convolution is in groups" if conv.groups > 1 else FORMS[name].pack(matrix)
+    if conv.groups > 1:
+        return "its convolution is in groups"
+    return {"values": np.ascontiguousarray(matrix.T)} if name == "product" else FORMS[name].pack(matrix)
 
 
 def _patches_product(
@@ -330,4 +313,8 @@ def _patches_product(
 ) -> Any:
     patches = jnp.concatenate(_shifts(conv, x), -1)
     rows = patches.reshape(math.prod(patches.shape[:-1]), patches.shape[-1])
-    return FORMS[name].product(arrays, rows, outputs, dtype, precision).reshape(*patches.shape[:-1], outputs)
+    if name == "product":
+        y = lax.dot(*_alike(rows, arrays["values"], dtype), precision=precision, preferred_element_type=dtype)
+    else:
+        y = FORMS[name].product(arrays, rows, outputs, dtype, precision)
+    return y.reshape(*patches.shape[:-1], outputs)

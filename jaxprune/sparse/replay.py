@@ -71,9 +71,7 @@ class Network:
         self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], SparseParams]:
         """Return the function of `SparseParams`, and the `SparseParams`."""
-        forms = {
-            key: (kernels[key].label, one.form) for key, one in chosen.items() if one.arrays is not None
-        }
+        forms = {key: (kernels[key].label, one.form) for key, one in chosen.items() if one.arrays is not None}
         stored = {kernels[key].label: jax.tree.map(jnp.asarray, chosen[key].arrays) for key in forms}
         apply = _applied(self, forms)
         read: set[str] = set()
