@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 import jaxprune as jp
 from jaxprune.counting.width_times import worth_rounding_up_to

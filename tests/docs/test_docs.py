@@ -44,6 +44,7 @@ SMALL = {
     "studies/test_benchmarks.py": "benchmarks benchmarks.compaction benchmarks.files benchmarks.graph "
     "benchmarks.grouping benchmarks.latency benchmarks.lottery benchmarks.memory benchmarks.python_calls "
     "benchmarks.selection benchmarks.sweep benchmarks.train_step",
+    "sparse/test_convolutions.py": "benchmarks.convolutions",
     "sparse/test_sparse_inference.py": "benchmarks.sparse_inference",
 }
 
