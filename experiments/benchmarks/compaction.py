@@ -10,7 +10,7 @@ every width ran at the same rate. Cuts:
 
 A CPU works on 8 or 16 numbers at once, so a convolution of 8 output channels takes about as long
 as one of 16; ResNet-20's first stage has 16. "wide" is ResNet-20 with twice the channels.
-"sparsified" is the network of the row above after `jp.sparsify(small.apply, small.params, None, x)`,
+"+ sparsify" is the network of the row above after `jp.sparsify(small.apply, small.params, None, x)`,
 which computes such convolutions in forms that fill the vectors; the first row has the dense network so.
 torch-pruning cuts half of each group of the same ResNet-20 in PyTorch, and is compared with its own
 dense network; without it (pip install torch torch-pruning) its row is left out.
@@ -64,8 +64,8 @@ class Config(Settings):
 
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)
-SPARSIFIED = ", sparsified"
-TITLES = {"resnet20": "ResNet-20", "wide": "ResNet-20, wide", "vit": "ViT", "tiny": "ViT, tiny"}
+SPARSIFIED = " + sparsify"
+TITLES = {"resnet20": "ResNet-20", "wide": "wide ResNet-20", "vit": "ViT", "tiny": "ViT, tiny"}
 
 
 class Cut(NamedTuple):
@@ -167,17 +167,14 @@ def run(config: Config) -> list[dict[str, Any]]:
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table."""
     table: list[tuple[str, ...]] = [
-        ("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "gap", "cost")
+        ("network", "cut", "MACs x", "speed x", "quartiles", "of it", "gap", "cost")
     ]
     for line in lines:
         if "remark" in line:
             continue
-        cut = (
-            SPARSIFIED.replace(",", " ")
-            if SPARSIFIED in line["cut"] and line["macs_ratio"] != 1
-            else line["cut"]
-        )
-        spread = f"({line['low']:.2f}-{line['high']:.2f})"
+        below = line["cut"].endswith(SPARSIFIED) and line["macs_ratio"] != 1  # its network's own row is above
+        cut = SPARSIFIED if below else line["cut"]
+        spread = f"{line['low']:.2f}-{line['high']:.2f}"
         share = f"{line['speed_up'] / line['macs_ratio']:.2f}"
         ratios = f"{line['macs_ratio']:.2f}", f"{line['speed_up']:.2f}"
         gap = f"{line['gap']:.0e}" if "gap" in line else "-"

@@ -41,8 +41,8 @@ _BREAK_EVEN = (
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # on a GPU or TPU, where the limits were not measured
 
 # The same for convolutions, by `python -m experiments.benchmarks.convolutions`. "shifted" beat XLA's
-# depthwise convolution in all shapes. The wide forms pay where the outputs leave half of a vector empty.
-# "padded" pays with many channels.
+# depthwise convolution in all shapes, and its convolution of one channel to few. The wide forms pay where
+# the outputs leave half of a vector empty. "padded" pays with many channels.
 _CONV_BREAK_EVEN = (("compact", 0.80, 2**10), ("padded", 0.04, 2**17))
 _WIDE_OUTPUTS = 16  # places at once, times outputs, up to which a wide form pays: numbers in a vector
 _MOST_OUTPUTS = 64  # and up to which it is timed
@@ -131,8 +131,8 @@ def by_rule(kernel: Kernel) -> Chosen:
         if part <= below:
             return Chosen(form, arrays, None, f"{part:.1%} stored; it pays up to {below:.0%}")
     if conv is not None and on_cpu:
-        if conv.inputs == 1 < conv.groups:
-            return Chosen("shifted", stored("shifted")[0], None, "it is depthwise")
+        if conv.inputs == 1 and (conv.groups > 1 or conv.outputs <= _WIDE_OUTPUTS):
+            return Chosen("shifted", stored("shifted")[0], None, "its groups have one input channel")
         wide = [form for form, times in WIDE.items() if times * conv.outputs <= _WIDE_OUTPUTS]
         if wide and not isinstance(arrays := _packed(kernel, wide[-1]), str):
             return Chosen(wide[-1], arrays, None, f"{conv.outputs} outputs do not fill a vector")

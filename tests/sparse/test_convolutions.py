@@ -171,6 +171,23 @@ def test_dtypes(form, dtype, tolerance):
         np.testing.assert_allclose(np.asarray(out, np.float64), want, rtol=tolerance, atol=10 * tolerance)
 
 
+def test_what_is_not_finite_reaches_few_places_more():
+    kernel, x = normal(0, 2, 1, 3), normal(1, 1, 1, 20)
+    x[0, 0, 9] = np.inf
+
+    def apply_fn(params, x):
+        return lax.conv_general_dilated(x, params["w"], (1,), "SAME")
+
+    want = np.asarray(apply_fn({"w": kernel}, x))
+    assert np.flatnonzero(~np.isfinite(want[0, 0])).tolist() == [8, 9, 10]
+    for form, reached in {"wide4": 7, "shifted": 3, "padded": 3}.items():  # 4 places at once: up to 3 more
+        fast = jp.sparsify(apply_fn, {"w": kernel}, None, x, choose={"w": form})
+        out = np.asarray(fast.apply(fast.params, x))
+        finite = np.isfinite(out)
+        assert (~finite[0, 0]).sum() <= reached
+        np.testing.assert_allclose(out[finite], want[finite], rtol=1e-5, atol=1e-6)
+
+
 def test_measuring_and_the_rule(network):
     apply_fn, params, x, _ = network
     want = apply_fn(params, x)
