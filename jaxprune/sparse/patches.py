@@ -225,7 +225,8 @@ def _padded_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype:
     The data is laid out as one row of places for each channel, images one behind the other. An output reads
     there, for an entry of the kernel, so many places ahead, and neighbouring outputs read neighbours: the
     whole row of a channel is read from another place on. Near the ends of an axis that reads into the next
-    line, which is computed and thrown away. With strides, the places of each remainder are rows of their own.
+    line; such sums belong to no output, since all that an output reads lies inside the padded data, and they
+    are thrown away. With strides, the places of each remainder are rows of their own.
     """
     images, channels = x.shape[0], x.shape[-1]
     x = _padded(conv, x.astype(dtype))
