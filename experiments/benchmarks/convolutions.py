@@ -26,7 +26,7 @@ from experiments.run.limits import OneOf
 from experiments.run.settings import Count, Settings, Sparsity, parse
 from experiments.show.tables import titled
 
-FORMS = ("wide2", "wide4", "wide8", "shifted", "product", "compact", "padded", "csr")
+FORMS = ("wide2", "wide4", "wide8", "shifted", "compact", "padded", "product", "csr")
 
 
 class Shape(NamedTuple):
