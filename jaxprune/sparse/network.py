@@ -25,7 +25,7 @@ from jaxprune.typing import Masks, Params
 
 
 class Sparsified(NamedTuple):
-    """A network whose products skip zeros, as `sparsify` returns it.
+    """A network with kernels in other forms, as `sparsify` returns it.
 
     Attributes:
       apply: `apply(params, *inputs)`, compiled; any batch size, also under `jit` and, over the inputs,
