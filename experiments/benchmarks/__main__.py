@@ -20,7 +20,7 @@ from experiments.run.limits import OneOf
 from experiments.run.settings import File, Settings, parse
 from experiments.show.tables import markdown, remarks, titled
 
-NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "memory")
+NAMES = ("selection", "train_step", "sweep", "compaction", "sparse_inference", "convolutions", "memory")
 
 
 @dataclass(frozen=True)

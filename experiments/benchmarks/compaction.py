@@ -10,14 +10,17 @@ every width ran at the same rate. Cuts:
 
 A CPU works on 8 or 16 numbers at once, so a convolution of 8 output channels takes about as long
 as one of 16; ResNet-20's first stage has 16. "wide" is ResNet-20 with twice the channels.
+"+ sparsify" is the network of the row above after `jp.sparsify(small.apply, small.params, None, x)`,
+which computes such convolutions in forms that fill the vectors; the first row has the dense network so.
 torch-pruning cuts half of each group of the same ResNet-20 in PyTorch, and is compared with its own
 dense network; without it (pip install torch torch-pruning) its row is left out.
 
     python -m experiments.benchmarks.compaction
     python -m experiments.benchmarks.compaction --networks vit --rounds 31
 
-Dense and compacted take turns in one process. "of it" is the speed-up over the ratio of MACs; cost
-is the time to find the groups, rank and cut them, in dense forward passes, compiling included.
+Dense and compacted take turns in one process. "of it" is the speed-up over the ratio of MACs; gap is
+the largest difference between its outputs and the masked network's; cost is the time to find the
+groups, rank and cut them, or to choose the forms, in dense forward passes, compiling included.
 """
 
 import importlib.util
@@ -61,7 +64,8 @@ class Config(Settings):
 
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)
-TITLES = {"resnet20": "ResNet-20", "wide": "ResNet-20, wide", "vit": "ViT", "tiny": "ViT, tiny"}
+SPARSIFIED = " + sparsify"
+TITLES = {"resnet20": "ResNet-20", "wide": "wide ResNet-20", "vit": "ViT", "tiny": "ViT, tiny"}
 
 
 class Cut(NamedTuple):
@@ -96,30 +100,40 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
     variables = jax.jit(module.init)(jax.random.key(0), x[:1])
     logits = cutting.evaluation(steps.flax_apply(module))
     calls: dict[str, tuple[Any, ...]] = {"dense": (logits, variables, x)}
-    costs = {}
+    masked, costs = {"dense": variables}, {"dense": 0.0}
     for way, cut in cuts(name).items():
         began = time.perf_counter()
-        small = compacted(logits, variables, x[:1], cut, config.share)
+        masked[way], small = compacted(logits, variables, x[:1], cut, config.share)
         costs[way] = time.perf_counter() - began
         calls[way] = (small.apply, small.params, x)
+    for way, (apply, params, _) in list(calls.items()):
+        began = time.perf_counter()
+        fast = jp.sparsify(apply, params, None, x, rounds=config.rounds)
+        costs[f"{way}{SPARSIFIED}"] = time.perf_counter() - began
+        calls[f"{way}{SPARSIFIED}"] = (fast.apply, fast.params, x)
     times = jp.metrics.latency(calls, rounds=config.rounds)
-    macs = {way: jp.metrics.macs(*call).total for way, call in calls.items()}
-    return [
-        {
-            "network": TITLES[name],
-            "cut": way,
-            "macs_ratio": macs["dense"] / macs[way],
-            "speed_up": times["dense"].median / times[way].median,
-            "low": times["dense"].median / times[way].high,
-            "high": times["dense"].median / times[way].low,
-            "cost": costs[way] / times["dense"].median,
-        }
-        for way in costs
-    ]
+    macs = {way: jp.metrics.macs(*calls[way]).total for way in masked}
+    found = []
+    for way, reference in masked.items():
+        want = logits(reference, x)
+        for row in (way, f"{way}{SPARSIFIED}")[way == "dense" :]:
+            apply, params, _ = calls[row]
+            line = {
+                "network": TITLES[name],
+                "cut": row,
+                "macs_ratio": macs["dense"] / macs[way],
+                "speed_up": times["dense"].median / times[row].median,
+                "low": times["dense"].median / times[row].high,
+                "high": times["dense"].median / times[row].low,
+                "gap": float(jnp.max(jnp.abs(apply(params, x) - want))),
+                "cost": costs[row] / times["dense"].median,
+            }
+            found.append(line)
+    return found
 
 
-def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: float) -> Any:
-    """Return the smaller network."""
+def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: float) -> tuple[Any, Any]:
+    """Return the masked variables and the smaller network."""
     groups = jp.channel_groups(logits, variables, example, split="major")
     groups = groups if cut.spared is None else groups.without(cut.spared)
     groups = ChannelGroups(groups.removable(), groups.whole)
@@ -131,7 +145,8 @@ def compacted(logits: Any, variables: Any, example: jax.Array, cut: Cut, share: 
             warnings.simplefilter("ignore", UserWarning)
             return jp.prune_once(variables, jp.scores.magnitude, share, scope=cut.scope, structure=structure)
 
-    return jp.compact(logits, variables, choose(variables), example, verify=False)
+    masks = choose(variables)
+    return jp.apply_masks(variables, masks), jp.compact(logits, variables, masks, example, verify=False)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
@@ -151,14 +166,19 @@ def run(config: Config) -> list[dict[str, Any]]:
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the table."""
-    table: list[tuple[str, ...]] = [("network", "cut", "MACs x", "speed x", "(quartiles)", "of it", "cost")]
+    table: list[tuple[str, ...]] = [
+        ("network", "cut", "MACs x", "speed x", "quartiles", "of it", "gap", "cost")
+    ]
     for line in lines:
         if "remark" in line:
             continue
-        spread = f"({line['low']:.2f}-{line['high']:.2f})"
+        below = line["cut"].endswith(SPARSIFIED) and line["macs_ratio"] != 1  # its network's own row is above
+        cut = SPARSIFIED if below else line["cut"]
+        spread = f"{line['low']:.2f}-{line['high']:.2f}"
         share = f"{line['speed_up'] / line['macs_ratio']:.2f}"
         ratios = f"{line['macs_ratio']:.2f}", f"{line['speed_up']:.2f}"
-        table.append((line["network"], line["cut"], *ratios, spread, share, f"{line['cost']:.0f}"))
+        gap = f"{line['gap']:.0e}" if "gap" in line else "-"
+        table.append((line["network"], cut, *ratios, spread, share, gap, f"{line['cost']:.0f}"))
     return table
 
 

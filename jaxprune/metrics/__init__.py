@@ -3,10 +3,12 @@
 from jaxprune.counting.multiply_adds import Macs, Operation, macs
 from jaxprune.counting.sizes import Sparsity, collapsed, compression, density, nonzeros, sparsity, table
 from jaxprune.counting.timing import Latency, latency
+from jaxprune.counting.width_times import good_widths
 from jaxprune.counting.xla import Cost, cost
 from jaxprune.metrics.activations import Activation, Activations, activation_sparsity
 from jaxprune.metrics.distances import Overlap, overlap
 from jaxprune.metrics.overview import Row, Summary, summary
+from jaxprune.tree.widths import Widths
 
 __all__ = [
     "Activation",
@@ -19,11 +21,13 @@ __all__ = [
     "Row",
     "Sparsity",
     "Summary",
+    "Widths",
     "activation_sparsity",
     "collapsed",
     "compression",
     "cost",
     "density",
+    "good_widths",
     "latency",
     "macs",
     "nonzeros",

@@ -285,7 +285,7 @@ def checked_scores(
         if not isinstance(leaf, Tracer):
             kept = True if isinstance(masks[path], Tracer) else masks[path]
             if on_host(leaf, kept):
-                bad = num_true(~np.isfinite(leaf) & kept)
+                bad = num_true(~np.isfinite(leaf) & np.asarray(kept))
             else:
                 with jax.ensure_compile_time_eval():  # a traced function may have closed over it
                     bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))

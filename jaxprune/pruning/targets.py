@@ -22,6 +22,7 @@ from jaxprune.tree.dtypes import is_narrow
 from jaxprune.tree.host import num_true
 from jaxprune.tree.leaves import is_array, is_concrete
 from jaxprune.tree.stacks import Family
+from jaxprune.tree.widths import Multiple, round_down, round_up
 from jaxprune.typing import PerPath
 
 Counts = Mapping[str, Any]
@@ -128,17 +129,17 @@ def equal_families(families: Mapping[str, Family], scope: str) -> dict[str, Fami
     return {name: family for name, family in families.items() if family.equal and scope != "layerwise"}
 
 
-def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: int) -> Any:
+def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: Multiple) -> Any:
     """Return how many units each layer of a stack keeps, so that all keep equally many.
 
-    That is the mean of what they would keep, rounded half to even, then up to a multiple. What is pruned
-    never comes back, so it is at most what the layer with the fewest has left.
+    That is the mean of what they would keep, rounded half to even, then up to a multiple or width. What is
+    pruned never comes back, so it is at most what the layer with the fewest has left.
 
     Args:
       kept: how many units each layer would keep, an array of NumPy or of JAX.
       alive: how many units each layer has left.
       floor: how many each keeps at least; a layer that has fewer left keeps those.
-      multiple_of: the multiple.
+      multiple_of: the multiple, or the widths.
 
     Example:
       >>> import numpy as np
@@ -152,11 +153,11 @@ def kept_in_each(kept: Any, alive: Any, floor: int, multiple_of: int) -> Any:
     mean, rest = xp.divmod(xp.sum(kept, dtype=kept.dtype), len(kept))
     mean = mean + ((2 * rest > len(kept)) | ((2 * rest == len(kept)) & (mean % 2 == 1)))
     fewest, most = xp.min(alive), xp.max(alive)
-    up = -(-xp.maximum(mean, floor) // multiple_of) * multiple_of
+    up = round_up(xp.maximum(mean, floor), multiple_of)
     # Where `up` is more than some layer has left, all keep the largest multiple that every layer has, `down`.
     # There are two exceptions, in which they keep `fewest` instead: nothing was pruned unequally, so that all
     # of it is what the network has now, multiple or not; or `down` is below the floor.
-    down = fewest - fewest % multiple_of
+    down = round_down(fewest, multiple_of)
     within = xp.where((fewest == most) | (down < floor), fewest, down)
     # If even `fewest` is below the floor, the layers that have more keep the floor, the others all they have:
     # the caller removes max(alive - number, 0) of each.

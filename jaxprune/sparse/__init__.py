@@ -1,4 +1,4 @@
-"""Sparse inference: the masked network with products that skip its zeros."""
+"""Sparse inference: the masked network with products that skip its zeros, and faster convolutions."""
 
 from jaxprune.sparse.network import Sparsified, sparsify
 from jaxprune.sparse.replay import SparseParams

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.counting.timing import latency
-from jaxprune.sparse.forms import FORMS, stored_entries
+from jaxprune.sparse.forms import stored_entries
 from jaxprune.sparse.layers import Layer, sparse
+from jaxprune.sparse.patches import PATCHES, WIDE
 
 # The rule: for so many rows of inputs or fewer, the forms in the order in which they are tried, each with the
 # density (entries stored, over those of the dense kernel) up to which it beats the dense product, and the
@@ -38,6 +39,14 @@ _BREAK_EVEN = (
     ),
 )
 _ELSEWHERE = (("compact", 0.80, 2**16),)  # on a GPU or TPU, where the limits were not measured
+
+# The same for convolutions, by `python -m experiments.benchmarks.convolutions`. "shifted" beat XLA's
+# depthwise convolution in all shapes, and its convolution of one channel to few. The wide forms pay where
+# the outputs leave half of a vector empty. "padded" pays with many channels.
+_CONV_BREAK_EVEN = (("compact", 0.80, 2**10), ("padded", 0.04, 2**17))
+_WIDE_OUTPUTS = 16  # places at once, times outputs, up to which a wide form pays: numbers in a vector
+_MOST_OUTPUTS = 64  # and up to which it is timed
+_MOST_PATCHES = 2**28  # the bytes of the patches of a convolution, up to which forms that need them are timed
 
 _MARGIN = 1.05  # how many times as fast as dense a form has to be, for measuring to choose it
 _CLEAR = 1.5  # the same, for one of the sets of kernels that are tried together
@@ -87,30 +96,47 @@ def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
     form = forms.get(kernel.label, forms.get(kernel.path))
     if form is None or form == "dense":
         return Chosen("dense", None, None, "as chosen" if form else "choose does not name it")
-    arrays = FORMS[form].pack(kernel.matrix)
+    arrays = _packed(kernel, form)
     if isinstance(arrays, str):
         raise ValueError(
             f"choose has {form!r} for {kernel.label!r}, which it does not suit: {arrays}. "
-            "'csr' suits every kernel; 'dense' leaves it."
+            "'csr' suits every kernel that is not a convolution in groups; 'dense' leaves it."
         )
     return Chosen(form, arrays, None, "as chosen")
 
 
+def _packed(kernel: Kernel, form: str) -> Any:
+    """Return a kernel in a form, or a text that says why the form does not suit."""
+    if form not in kernel.layer.forms:
+        return "its product is no convolution"
+    return kernel.layer.forms[form].pack(kernel.matrix)
+
+
 def by_rule(kernel: Kernel) -> Chosen:
     """Return the form that should be fastest, by the figures of the machine where the rule was measured."""
-    size, rows = kernel.matrix.size, kernel.layer.rows
+    size, rows, conv = kernel.matrix.size, kernel.layer.rows, kernel.layer.conv
 
     def stored(form: str) -> tuple[Any, float]:
-        arrays = FORMS[form].pack(kernel.matrix)
+        arrays = _packed(kernel, form)
         return arrays, math.inf if isinstance(arrays, str) else stored_entries(arrays) / max(size, 1)
 
-    if not kernel.matrix.any():
+    if not kernel.matrix.any() and (conv is None or conv.groups == 1):
         return Chosen("compact", stored("compact")[0], None, "it is all zeros")
-    limits = next(limits for most, limits in _BREAK_EVEN if rows <= most)
-    for form, below, entries in limits if jax.default_backend() == "cpu" else _ELSEWHERE:
+    on_cpu = jax.default_backend() == "cpu"
+    limits = (
+        next(limits for most, limits in _BREAK_EVEN if rows <= most) if conv is None else _CONV_BREAK_EVEN
+    )
+    for form, below, entries in limits if on_cpu else _ELSEWHERE:
         arrays, part = stored(form) if size >= entries else (None, math.inf)
         if part <= below:
             return Chosen(form, arrays, None, f"{part:.1%} stored; it pays up to {below:.0%}")
+    if conv is not None and on_cpu:
+        if conv.inputs == 1 and (conv.groups > 1 or conv.outputs <= _WIDE_OUTPUTS):
+            return Chosen("shifted", stored("shifted")[0], None, "its groups have one input channel")
+        wide = [form for form, times in WIDE.items() if times * conv.outputs <= _WIDE_OUTPUTS]
+        if wide and not isinstance(arrays := _packed(kernel, wide[-1]), str):
+            return Chosen(wide[-1], arrays, None, f"{conv.outputs} outputs do not fill a vector")
+        return Chosen("dense", None, None, f"{density(kernel):.1%} of {size:,} entries are left")
     why = f"{density(kernel):.1%} of {size:,} entries are left, too many or of too few to pay"
     return Chosen("dense", None, None, f"{why} for {rows} rows")
 
@@ -125,14 +151,14 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
     if not packed:
         return Chosen("dense", None, None, f"{density(kernel):.1%} is left: too much for any form")
     summed = layer.key.partition(" ")[2]
-    key = (layer.outputs, layer.inputs, layer.other, layer.dtype, kernel.array.shape, summed)
+    key = (layer.outputs, layer.inputs, layer.other, layer.dtype, kernel.array.shape, summed, layer.conv)
     key = (*key, *((name, round(stored_entries(arrays), -3)) for name, arrays in packed.items()))
     if key not in known:
         numbers = np.random.default_rng(0).standard_normal(layer.other.shape, np.float32)
         other = jnp.asarray(numbers).astype(layer.other.dtype)
         calls: dict[str, tuple[Any, ...]] = {"dense": (layer.dense, kernel.array, other)}
         for name, arrays in packed.items():
-            calls[name] = (partial(sparse, layer, FORMS[name]), arrays, other)
+            calls[name] = (partial(sparse, layer, name), arrays, other)
         times = latency(calls, rounds)
         known[key] = {name: times["dense"].median / times[name].median for name in packed}
     gains = known[key]
@@ -145,12 +171,19 @@ def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) 
 
 def _candidates(kernel: Kernel) -> dict[str, Any]:
     """Return the forms that may be faster than a dense product, packed."""
+    conv, on_cpu = kernel.layer.conv, jax.default_backend() == "cpu"
     names = ["blocks", "compact"]
     if density(kernel) <= 0.5 and not (kernel.matrix.size and not kernel.matrix.any()):
         names.append("padded")
-        if jax.default_backend() == "cpu" and kernel.layer.rows > 2:  # for one row its sums are scalar
+        if on_cpu and kernel.layer.rows > 2:  # for one row its sums are scalar
             names.append("csr")
-    packed = {name: FORMS[name].pack(kernel.matrix) for name in names}
+    if conv is not None:
+        names += ["shifted", *(form for form, times in WIDE.items() if times * conv.outputs <= _MOST_OUTPUTS)]
+        if math.prod(conv.window) == 1:
+            names.append("product")
+        elif kernel.layer.rows * kernel.layer.inputs * kernel.layer.other.dtype.itemsize > _MOST_PATCHES:
+            names = [name for name in names if name not in PATCHES]
+    packed = {name: _packed(kernel, name) for name in names}
     return {name: arrays for name, arrays in packed.items() if not isinstance(arrays, str)}
 
 

@@ -1,15 +1,15 @@
 """A product of a kernel and data as a product of matrices, whichever axes it sums over."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from jaxprune.sparse.forms import Form
+from jaxprune.sparse.forms import FORMS, Form
+from jaxprune.sparse.patches import Convolution, conv_forms
 from jaxprune.tracing.dataflow import Product
 from jaxprune.tracing.jaxprs import binder
 
@@ -25,10 +25,12 @@ class Layer(NamedTuple):
       other: shape and dtype of the other operand, the data.
       dtype: of the sums: float32 for bfloat16 and float16, as in dense products.
       matrix: from the kernel's array to (outputs, inputs).
-      gather: from the data to (rows, inputs).
-      scatter: from (rows, outputs) to the output of the equation.
+      gather: from the data to (rows, inputs); that of a convolution to (images, *places, channels).
+      scatter: from (rows, outputs), or (images, *places, outputs), to the output of the equation.
       dense: the equation itself, a function of the kernel and the data.
       precision: the precision of the equation.
+      forms: by name, the forms that the kernel may be stored in.
+      conv: the convolution, or None.
     """
 
     key: str
@@ -43,6 +45,8 @@ class Layer(NamedTuple):
     scatter: Callable[[Any], Any]
     dense: Callable[[Any, Any], Any]
     precision: Any
+    forms: Mapping[str, Form]
+    conv: Convolution | None
 
 
 def layer(product: Product) -> Layer | str:
@@ -55,30 +59,31 @@ def layer(product: Product) -> Layer | str:
         return "its product is not one of floating-point numbers"
     if eqn.params.get("out_sharding") is not None:
         return "its product says how its output is sharded"
-    axes = _dot(product) if eqn.primitive.name == "dot_general" else _pointwise(product)
-    if isinstance(axes, str):
-        return axes
-    order, to_rows, to_out = axes
-    free, summed = order
-    outputs, inputs = (math.prod(kernel.shape[axis] for axis in axes) for axes in order)
-    struct = jax.ShapeDtypeStruct(other.shape, other.dtype)
-    rows = jax.eval_shape(to_rows, struct).shape[0]
+    found = _dot(product) if eqn.primitive.name == "dot_general" else _convolution(product)
+    if isinstance(found, str):
+        return found
+    (free, summed), gather, scatter, conv = found
+    outputs, inputs = (math.prod(kernel.shape[axis] for axis in axes) for axes in (free, summed))
     out = eqn.outvars[0].aval
     run = binder(eqn)
     dtype = jnp.promote_types(jnp.result_type(kernel.dtype, other.dtype), jnp.float32)
+    # The padding of a convolution may change with the size of its data; what a form stores does not.
+    stored = "" if conv is None else f" {conv._replace(padding=())}"
     return Layer(
-        key=f"{product.kernel.key} {summed}",
+        key=f"{product.kernel.key} {summed}{stored}",
         outputs=outputs,
         inputs=inputs,
-        rows=rows,
+        rows=math.prod(out.shape) // max(outputs, 1),
         source=product.source,
-        other=struct,
+        other=jax.ShapeDtypeStruct(other.shape, other.dtype),
         dtype=jnp.promote_types(dtype, out.dtype),
         matrix=lambda array: np.transpose(array, (*free, *summed)).reshape(outputs, inputs),
-        gather=to_rows,
-        scatter=lambda y: to_out(y).astype(out.dtype),
+        gather=gather,
+        scatter=lambda y: scatter(y).astype(out.dtype),
         dense=lambda kernel, other: run(*((kernel, other) if product.side == 0 else (other, kernel)))[0],
         precision=eqn.params["precision"],
+        forms=FORMS if conv is None else conv_forms(conv),
+        conv=conv,
     )
 
 
@@ -103,46 +108,48 @@ def _dot(product: Product) -> Any:
             return y.reshape(*row_sizes, *kernel_sizes)
         return y.T.reshape(*kernel_sizes, *row_sizes)
 
-    return (free, tuple(sums[side])), to_rows, to_out
+    return (free, tuple(sums[side])), to_rows, to_out, None
 
 
-def _pointwise(product: Product) -> Any:
-    """Return the same for a convolution with a kernel of one place, which is a product over channels."""
+def _convolution(product: Product) -> Any:
+    """Return the same for a convolution, with functions to channels last and back, and the convolution."""
     eqn, params = product.eqn, product.eqn.params
     if product.side == 0:
         return "it is the input of a convolution"
+    if params["batch_group_count"] != 1:
+        return "a convolution whose images are in groups stays dense"
+    if not math.prod(eqn.outvars[0].aval.shape[1:]) or not math.prod(eqn.invars[0].aval.shape[1:]):
+        return "a convolution without places or channels stays dense"
     images, kernel, out = params["dimension_numbers"]
     shape = eqn.invars[1].aval.shape
-    window = [shape[axis] for axis in kernel[2:]]
-    if any(size != 1 for size in window):
-        return f"a convolution of {'x'.join(map(str, window))} places stays dense"
-    if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
-        return "a convolution in groups stays dense"
-    if any(low or high for low, high in params["padding"]) or any(n != 1 for n in params["lhs_dilation"]):
-        return "a convolution that pads or spreads its input stays dense"
-    order = (images[0], *images[2:], images[1])  # image, places, channel
-
-    def to_rows(x: Any) -> Any:
-        x = jnp.transpose(x, order)
-        strides = (1, *params["window_strides"], 1)
-        return lax.slice(x, [0] * x.ndim, x.shape, strides).reshape(-1, x.shape[-1])
-
-    sizes = [eqn.outvars[0].aval.shape[axis] for axis in (out[0], *out[2:], out[1])]
-    back = [(out[0], *out[2:], out[1]).index(axis) for axis in range(len(sizes))]
-    return (kernel[:1], kernel[1:]), to_rows, lambda y: jnp.transpose(y.reshape(sizes), back)
+    conv = Convolution(
+        window=tuple(shape[axis] for axis in kernel[2:]),
+        strides=tuple(params["window_strides"]),
+        padding=tuple((low, high) for low, high in params["padding"]),
+        spread=tuple(params["lhs_dilation"]),
+        dilation=tuple(params["rhs_dilation"]),
+        groups=params["feature_group_count"],
+        inputs=shape[kernel[1]],
+        outputs=shape[kernel[0]],
+    )
+    last = (out[0], *out[2:], out[1])
+    back = [last.index(axis) for axis in range(len(out))]
+    axes = (kernel[:1], (*kernel[2:], kernel[1]))
+    order = (images[0], *images[2:], images[1])
+    return axes, lambda x: jnp.transpose(x, order), lambda y: jnp.transpose(y, back), conv
 
 
 def _rest(shape: tuple[int, ...], axes: Any) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis not in axes)
 
 
-def sparse(layer: Layer, form: Form, arrays: Any, other: Any) -> Any:
+def sparse(layer: Layer, form: str, arrays: Any, other: Any) -> Any:
     """Return the output of a layer's equation, computed from the stored kernel."""
-    return layer.scatter(_rows(layer, form, arrays)(layer.gather(other)))
+    return layer.scatter(_multiply(layer, layer.forms[form], arrays)(layer.gather(other)))
 
 
-def _rows(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
-    """Return the product as a function of rows. `vmap` gives it more rows, which the forms are fast for."""
+def _multiply(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
+    """Return the product as a function of rows or images. `vmap` gives it more of them."""
 
     def product(arrays: Any, x: Any) -> Any:
         return form.product(arrays, x, layer.outputs, layer.dtype, layer.precision)
@@ -154,8 +161,8 @@ def _rows(layer: Layer, form: Form, arrays: Any) -> Callable[[Any], Any]:
             raise ValueError(
                 "sparse kernels cannot be batched by vmap: give params in_axes=None, and map over inputs."
             )
-        y = multiply(arrays, x.reshape(size * x.shape[1], x.shape[2]))
-        return y.reshape(size, x.shape[1], layer.outputs), True
+        y = multiply(arrays, x.reshape(size * x.shape[1], *x.shape[2:]))
+        return y.reshape(size, x.shape[1], *y.shape[1:]), True
 
     multiply.def_vmap(batched_rule)
     inference: Any = jax.custom_jvp(multiply)

@@ -1,4 +1,4 @@
-"""`sparsify`: the masked network with products that skip its zeros."""
+"""`sparsify`: the masked network with products that skip its zeros, and faster convolutions."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ from jaxprune.counting.timing import latency
 from jaxprune.sparse.choice import Chosen, Kernel, by_measure, by_rule, fastest_set, given
 from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import Layer, layer
+from jaxprune.sparse.patches import CONV_FORMS
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
 from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
@@ -19,12 +20,12 @@ from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.leaves import array_leaves, is_concrete
-from jaxprune.tree.masks import apply_masks, like_params
+from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.typing import Masks, Params
 
 
 class Sparsified(NamedTuple):
-    """A network whose products skip zeros, as `sparsify` returns it.
+    """A network with kernels in other forms, as `sparsify` returns it.
 
     Attributes:
       apply: `apply(params, *inputs)`, compiled; any batch size, also under `jit` and, over the inputs,
@@ -46,7 +47,7 @@ class Sparsified(NamedTuple):
 def sparsify(
     apply_fn: Callable[..., Any],
     params: Params,
-    masks: Masks,
+    masks: Masks | None,
     *inputs: Any,
     choose: Literal["measure", "rule"] | Mapping[str, str] = "measure",
     rounds: int = 9,
@@ -64,30 +65,42 @@ def sparsify(
     - "compact": a dense kernel without the rows and columns that are zero;
     - "dense": the masked kernel, zeros included.
 
-    Calls (`jit`, `remat`, custom derivatives) are entered; convolutions of one place are products.
-    Other convolutions, batched products and kernels inside `scan`, `while` and `cond` stay dense, and
-    the report says so. Sums of bfloat16 and float16 are in float32.
+    So is each convolution, of any stride, padding and dilation, whether or not its kernel is pruned. It has
+    these forms too (the rows of its kernel are output channels; in groups, "padded" only), and more that are
+    dense, for kernels that XLA's convolution does not suit:
+
+    - "wide2", "wide4", "wide8": 2, 4 or 8 neighbouring places of the output at once, where the output
+      channels alone are fewer than a CPU's vector holds numbers;
+    - "shifted": for depthwise convolutions, the data times one number for each place of the window;
+    - "product": the data's patches written out, and a product.
+
+    So `sparsify(small.apply, small.params, None, x)` makes a compacted network faster without changing it.
+
+    Calls (`jit`, `remat`, custom derivatives) are entered. Batched products and kernels inside `scan`,
+    `while` and `cond` stay dense, and the report says so. Sums of bfloat16 and float16 are in float32.
 
     Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
-    this one does not. It has no derivative: to train, keep the masked network.
+    this one does not. The wide forms multiply neighbours by zeros of their own, so that an infinity or NaN in
+    a convolution's data makes NaN of up to 7 more places along the last axis. The network has no derivative:
+    to train, keep the masked one.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
       params: a pytree of arrays.
-      masks: bool masks like `params`.
+      masks: bool masks like `params`; None if nothing is pruned.
       *inputs: example inputs, of the batch size to be fast for. Bools and strings are static.
       choose: "measure", the default, times the forms of each kernel against its dense product, on the
         machine it is called on and on inputs of the kernel's shape, then the whole call against the dense
         one, and keeps only what is faster. "rule" decides by density and shape, without running anything: by
         break-even densities measured on one CPU (AMD EPYC, Zen 5, float32), which another CPU need not share;
         on other platforms it takes "compact" alone. A dict from paths to forms is your own choice; kernels
-        that it does not name stay dense. A param that is read along other axes too is several kernels:
+        that it does not name stay dense. A param that is read in several ways is several kernels:
         "path" names all of them, and "path#2" the second.
       rounds: how often "measure" times each form, and each call.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
     Returns:
-      A `Sparsified`. It warns (UserWarning) if no kernel could be stored in a sparse form.
+      A `Sparsified`. It warns (UserWarning) if no kernel could be stored in another form.
 
     Raises:
       ValueError: masks that do not mirror `params`; `choose` names a form or a kernel that does not exist,
@@ -116,6 +129,8 @@ def sparsify(
     """
     call = "sparsify(apply_fn, params, masks, *inputs)"
     check_call(call, apply_fn, (params, *inputs), keywords, ("choose", "rounds"))
+    if masks is None:
+        masks = ones_masks(params)
     check_masks_third(call, params, masks, inputs)
     leaves, dead, masked = _checked(params, masks)
     _check_choose(choose, leaves, rounds)
@@ -164,7 +179,8 @@ def sparsify(
         if path not in taken:
             size = _bytes(leaves[path])
             shape = tuple(leaves[path].shape)
-            rows.append(Row(path, shape, dead[path] / leaves[path].size, "dense", size, size, None, why))
+            part = dead.get(path, 0) / max(leaves[path].size, 1)
+            rows.append(Row(path, shape, part, "dense", size, size, None, why))
     platform = jax.default_backend()
     return Sparsified(apply, stored, SparseReport(tuple(rows), gain, max(rounds, 5), platform))
 
@@ -191,10 +207,8 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
         for path, form in choose.items():
             if path not in leaves and str(path).rpartition("#")[0] not in leaves:
                 raise ValueError(f"choose names {path!r}, but params has the leaves {', '.join(leaves)}.")
-            if form not in (*FORMS, "dense"):
-                raise ValueError(
-                    f"choose has {form!r} for {path!r}, but the forms are {', '.join(FORMS)} and dense."
-                )
+            if form not in (forms := (*FORMS, *CONV_FORMS, "dense")):
+                raise ValueError(f"choose has {form!r} for {path!r}, but the forms are {', '.join(forms)}.")
     elif not isinstance(choose, str) or choose not in ("measure", "rule"):
         raise ValueError(f"choose is 'measure', 'rule' or a dict from paths to forms, got {choose!r}.")
 
@@ -202,17 +216,26 @@ def _check_choose(choose: Any, leaves: Mapping[str, Any], rounds: int) -> None:
 def _kernels(
     network: Network, inputs: Sequence[Any], dead: Mapping[str, int]
 ) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """Return the kernels that a sparse form may suit, by key, and why other masked params stay dense."""
+    """Return the kernels that another form may suit, by key, and why others stay dense.
+
+    These are kernels of which something is pruned, and all kernels of convolutions.
+    """
     found: dict[str, tuple[str, Layer, ConstValue]] = {}
     reasons: dict[str, str] = {}
     leaves = network.leaves
 
     def pruned(paths: Sequence[str]) -> list[str]:
-        return sorted((path for path in paths if path in dead), key=lambda path: -leaves[path].size)
+        return by_size([path for path in paths if path in dead])
+
+    def by_size(paths: Sequence[str]) -> list[str]:
+        return sorted(paths, key=lambda path: -leaves[path].size)
 
     def product(product: Product, other: Any) -> list[Any]:
         del other
-        if paths := pruned(product.kernel.paths):
+        paths = pruned(product.kernel.paths)
+        if not paths and product.eqn.primitive.name == "conv_general_dilated":
+            paths = by_size(product.kernel.paths)
+        if paths:
             made = layer(product)
             if isinstance(made, str):
                 reasons.setdefault(paths[0], f"{made} ({product.source})")
@@ -246,7 +269,7 @@ def _row(kernel: Kernel, leaves: Mapping[str, Any], dead: Mapping[str, int], cho
     leaf = leaves[kernel.path]
     dense = kernel.matrix.nbytes
     stored = dense if chosen.arrays is None else sum(map(_bytes, jax.tree.leaves(chosen.arrays)))
-    sparsity = dead[kernel.path] / leaf.size
+    sparsity = dead.get(kernel.path, 0) / max(leaf.size, 1)
     return Row(kernel.label, tuple(leaf.shape), sparsity, chosen.form, dense, stored, chosen.gain, chosen.why)
 
 

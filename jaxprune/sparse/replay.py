@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune.sparse.choice import Chosen, Kernel
-from jaxprune.sparse.forms import FORMS
 from jaxprune.sparse.layers import layer, sparse
 from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products
 from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
@@ -72,11 +71,7 @@ class Network:
         self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
     ) -> tuple[Callable[..., Any], SparseParams]:
         """Return the function of `SparseParams`, and the `SparseParams`."""
-        forms = {
-            key: (kernels[key].label, FORMS[one.form])
-            for key, one in chosen.items()
-            if one.arrays is not None
-        }
+        forms = {key: (kernels[key].label, one.form) for key, one in chosen.items() if one.arrays is not None}
         stored = {kernels[key].label: jax.tree.map(jnp.asarray, chosen[key].arrays) for key in forms}
         apply = _applied(self, forms)
         read: set[str] = set()
@@ -116,7 +111,7 @@ class _Left(dict):
         )
 
 
-def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, Any]]) -> Visitor:
+def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, str]]) -> Visitor:
     def product(product: Product, other: Any) -> list[Any] | None:
         made = layer(product)
         if isinstance(made, str) or made.key not in forms:
@@ -127,7 +122,7 @@ def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, Any]]) ->
     return Visitor(product, lambda eqn, args: binder(eqn)(*map(materialised, args)))
 
 
-def _applied(network: Network, forms: Mapping[str, tuple[str, Any]]) -> Callable[..., Any]:
+def _applied(network: Network, forms: Mapping[str, tuple[str, str]]) -> Callable[..., Any]:
     programs: dict[Any, tuple[Callable[..., Any], list[tuple[int, str]]]] = {}
 
     def apply(params: SparseParams, *inputs: Any) -> Any:

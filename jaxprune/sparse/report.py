@@ -12,7 +12,7 @@ class Row(NamedTuple):
       path: its param; with `#2` and so on if the param is several kernels.
       shape: the param's shape.
       sparsity: the fraction of its mask that is False.
-      form: how it is stored: "dense", "csr", "padded", "blocks" or "compact".
+      form: how it is stored: "dense", "csr", "padded" or another form that `sparsify` names.
       dense: bytes of the dense kernel.
       stored: bytes in this form, indices included.
       gain: how many times as fast as the dense product it was, alone; that of the best form if it stays
@@ -34,7 +34,7 @@ class SparseReport(NamedTuple):
     """What `sparsify` did; printing it gives a table of at most 80 columns.
 
     Attributes:
-      rows: a `Row` for each param that its mask prunes.
+      rows: a `Row` for each param that its mask prunes, and for each kernel of a convolution.
       gain: how many times as fast as dense the whole call was; None if it was not measured, 1.0 if it was
         measured and stays dense.
       rounds: how often each call was timed.

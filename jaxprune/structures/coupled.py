@@ -17,6 +17,7 @@ from jaxprune.tree.paths import explain_paths, some_of
 from jaxprune.tree.programs import map_compiled
 from jaxprune.tree.sharding import everywhere
 from jaxprune.tree.stacks import Family, leaf_of_layer
+from jaxprune.tree.widths import Multiple, Widths, as_multiple, round_up
 from jaxprune.typing import Where
 
 
@@ -29,7 +30,7 @@ def channels(
     axis: int | None = None,
     ignore: Where | None = None,
     min_width: int | Mapping[str, int] = 1,
-    multiple_of: int = 1,
+    multiple_of: int | Sequence[int] | Widths = 1,
 ) -> Structure:
     """Prune coupled channels: a unit is all slices, of any leaves, that can only go together.
 
@@ -68,11 +69,12 @@ def channels(
       min_width: how many units stay at least, in every group or by its name: a floor that is part of the
         structure, where the `floor` of a pruner is one number for all pools.
       multiple_of: the number of units kept in a group is rounded up to a multiple of this, by keeping the
-        highest scores; less is then pruned than asked for.
+        highest scores; less is then pruned than asked for. Widths in place of a number, rising and continued
+        by their last step, are rounded up to; `metrics.good_widths` measures which ones pay on a machine.
 
     Raises:
       ValueError: no group is removable, an `ignore` that matches nothing, an unknown name, a
-        number below 1; on use, `where` takes in no member of any group.
+        number below 1, widths that do not rise; on use, `where` takes in no member of any group.
       TypeError: `groups` does not hold groups, `reduce` or `ignore` is not a function, `axis` is not an
         integer.
 
@@ -97,7 +99,7 @@ def channels(
     """
     chosen = _chosen(groups, ignore)
     widths = _min_widths(min_width, chosen)
-    multiple_of = as_integer(multiple_of, "multiple_of", at_least=1, below=2**31)
+    multiple = as_multiple(multiple_of, "multiple_of")
     if axis is not None:
         axis = as_integer(axis, "axis", what="or None for all")
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
@@ -109,7 +111,8 @@ def channels(
     }
     if len(untouched) < len(chosen):
         _warn_about_axis(sorted(untouched), axis)
-    filled = {group.name for group in chosen if 1 < group.units <= multiple_of}
+    narrowest = multiple if isinstance(multiple, int) else multiple[0]
+    filled = {group.name for group in chosen if 1 < group.units <= narrowest}
 
     layers = {m.path for group in chosen for m in group.members if leaf_of_layer(m.path) is not None}
 
@@ -140,11 +143,11 @@ def channels(
         more = {g.name for g in chosen if g.name not in pooled and any(m.path in scores for m in g.members)}
         _warn_about_axis(sorted(more - untouched), axis)
         untouched.update(more)
-        _warn_about_multiple([g for g in chosen if g.name in filled & pooled.keys()], multiple_of)
+        _warn_about_multiple([g for g in chosen if g.name in filled & pooled.keys()], narrowest)
         filled.difference_update(pooled)
 
         def expand(keep: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-            kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple_of) for n in pooled}
+            kept = {n: _rounded(keep[n], pooled[n], alive[n], multiple) for n in pooled}
             return _entries([group for group in chosen if group.name in pooled], kept)
 
         return Units(pooled, alive, expand)
@@ -159,11 +162,11 @@ def channels(
         sizes_of=lambda shapes: {group.name: _units_in(group, shapes) for group in chosen},
         weights=_weights(chosen),
         stacks=dict(groups.stacks) if isinstance(groups, ChannelGroups) else None,
-        families=_families(chosen, multiple_of),
+        families=_families(chosen, multiple),
     )
 
 
-def _families(groups: Iterable[Group], multiple_of: int) -> dict[str, Family]:
+def _families(groups: Iterable[Group], multiple_of: Multiple) -> dict[str, Family]:
     """Return, by name, the groups that are the same axis in each layer of a stack."""
     by_stack: dict[str, list[tuple[tuple[int, ...], str]]] = {}
     for group in groups:
@@ -376,7 +379,7 @@ def _by_unit(
     return everywhere(reduce(picked, others))
 
 
-def _rounded(keep: Any, scores: Any, alive: Any, multiple_of: int) -> Any:
+def _rounded(keep: Any, scores: Any, alive: Any, multiple_of: Multiple) -> Any:
     """Return the units to keep, filled up to a multiple with the highest of the others that are alive."""
     if multiple_of == 1:
         return keep
@@ -384,7 +387,7 @@ def _rounded(keep: Any, scores: Any, alive: Any, multiple_of: int) -> Any:
     if on_host(keep, scores, alive):
         xp, (keep, scores, alive) = np, map(np.asarray, (keep, scores, alive))
     stays = keep & alive
-    wanted = -(-xp.sum(stays, dtype=np.int32) // multiple_of) * multiple_of
+    wanted = round_up(xp.sum(stays, dtype=np.int32), multiple_of)
     # Units that stay come first, then units alive by falling score, and last pruned ones, which never return.
     order = xp.lexsort((-scores, ~stays, ~alive))
     rank = xp.argsort(order)

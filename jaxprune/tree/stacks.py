@@ -40,13 +40,13 @@ class Family(NamedTuple):
       shape: the sizes of the stack's axes.
       names: the pools, in row-major order of the stack.
       equal: whether the network needs equally many units in each, as coupled channels of a scan do.
-      multiple_of: what is kept of each pool is rounded up to a multiple of so many units.
+      multiple_of: what is kept of each pool is rounded up to a multiple of so many units, or to these widths.
     """
 
     shape: tuple[int, ...]
     names: tuple[str, ...]
     equal: bool = False
-    multiple_of: int = 1
+    multiple_of: int | tuple[int, ...] = 1
 
 
 def layer_name(path: str, index: Sequence[Any]) -> str:

@@ -121,6 +121,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "io.load_safetensors": {"path": TENSORS},
     "l0.apply_gates": {"z": GOOD["gates"]},
     "matching": {"patterns": ("*",)},
+    "metrics.good_widths": {"most": 2, "rows": 3, "inputs": 4, "rounds": 1},
     "metrics.latency": {"calls": {"network": (network, PARAMS, X)}},
     "metrics.table": {"asked": 0.5},
     "optimal_brain_surgeon": {"count": 2, "masks": None, "damping": 1000.0},

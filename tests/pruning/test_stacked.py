@@ -331,7 +331,7 @@ def kept_and_alive(draw):
 
 
 @examples(300)
-@given(kept_and_alive(), st.integers(0, 4), st.integers(1, 5))
+@given(kept_and_alive(), st.integers(0, 4), st.one_of(st.integers(1, 5), st.sampled_from([(3,), (2, 5, 6)])))
 def test_how_many_each_layer_keeps(case, floor, multiple_of):
     kept, alive = map(np.array, case)
     got = int(kept_in_each(kept, alive, floor, multiple_of))
@@ -340,13 +340,16 @@ def test_how_many_each_layer_keeps(case, floor, multiple_of):
     )
     fewest, most = int(min(alive)), int(max(alive))
     wanted = max(round(sum(case[0]) / len(kept)), floor)  # Python rounds half to even
-    up = math.ceil(wanted / multiple_of) * multiple_of
+    steps = (multiple_of,) if isinstance(multiple_of, int) else multiple_of
+    last = steps[-1] - (0, *steps)[-2]
+    allowed = [0, *steps, *range(steps[-1] + last, 40, last)]  # continued by the last step
+    up = next(n for n in allowed if n >= wanted)
     if up <= fewest:
         assert got == max(up, min(floor, most))
     elif fewest == most:
         assert got == fewest
     else:  # no layer can be brought back
-        within = [n for n in range(fewest + 1) if n % multiple_of == 0 and n >= floor]
+        within = [n for n in allowed if floor <= n <= fewest]
         assert got == max(max(within, default=fewest), min(floor, most))
     if fewest >= floor:
         assert min(floor, fewest) <= got <= fewest
@@ -477,6 +480,7 @@ def test_floors_and_multiples_of_stacks():
         ({"min_width": 7}, range(7, 17)),
         ({"multiple_of": 4}, (4, 8, 12, 16)),
         ({"min_width": 5, "multiple_of": 4}, (8, 12, 16)),
+        ({"multiple_of": (3, 10)}, (3, 10, 16)),
     ):
         structure = jp.structures.channels(GROUPS, **options)
         for sparsity in (0.2, 0.5, 0.8, 0.95):

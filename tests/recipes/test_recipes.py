@@ -128,6 +128,7 @@ STRUCTURES = {
         {"channels": {"normalize": "mean", "reduce": "max", "min_width": {"a/kernel:1": 2}, "axis": -1}},
         None,
     ),
+    "channels of some widths": ({"channels": {"multiple_of": [3, 5]}}, None),
 }
 
 
@@ -137,10 +138,12 @@ def test_every_structure(name):
     groups = jp.channel_groups(apply_fn, PARAMS, X)
     if structure is None:
         (group,) = groups.removable()
-        written["channels"]["min_width"] = {group.name: 5}
-        structure = jp.structures.channels(
-            groups, normalize=jnp.mean, reduce=jnp.max, min_width={group.name: 5}, axis=-1
-        )
+        options = {"normalize": jnp.mean, "reduce": jnp.max, "min_width": {group.name: 5}, "axis": -1}
+        if "multiple_of" in written["channels"]:
+            options = {"multiple_of": (3, 5)}
+        else:
+            written["channels"]["min_width"] = {group.name: 5}
+        structure = jp.structures.channels(groups, **options)
     (section,) = recipe_of(structure=written)._sections
     leaves = {"a/kernel": PARAMS["a"]["kernel"], "b/kernel": PARAMS["b"]["kernel"]}
     ones = {path: jnp.ones(leaf.shape, bool) for path, leaf in leaves.items()}

@@ -91,10 +91,21 @@ def test_a_floor_and_a_minimum_width_keep_the_best():
     assert widths(masks) == [0, 0]
 
 
-@pytest.mark.parametrize(("multiple", "expected"), [(2, [4, 4]), (4, [4, 4]), (8, [8, 6]), (1, [3, 3])])
+@pytest.mark.parametrize(
+    ("multiple", "expected"),
+    [
+        (2, [4, 4]),
+        (4, [4, 4]),
+        (8, [8, 6]),
+        (1, [3, 3]),
+        ([1, 5, 6], [5, 5]),
+        (jp.metrics.Widths((2, 4)), [4, 4]),
+        ((8, 16), [8, 6]),
+    ],
+)
 def test_widths_are_multiples_of_the_best(multiple, expected):
     count = {"a/kernel[1]": 5, "b/kernel[1]": 3}
-    wide = multiple == 8
+    wide = multiple in (8, (8, 16))
     structure = channels(GROUPS, multiple_of=multiple)
     with pytest.warns(UserWarning, match="multiple_of=8") if wide else nullcontext():
         masks = prune(structure, count=count, scope="layerwise")
@@ -215,6 +226,8 @@ def test_what_cannot_be_done_is_said():
         channels(jp.channel_groups(refused.apply, refused.params, *refused.inputs))
     with pytest.raises(ValueError, match="multiple_of must be an integer of 1 or more, got 0"):
         channels(GROUPS, multiple_of=0)
+    with pytest.raises(ValueError, match="multiple_of must be rising widths"):
+        channels(GROUPS, multiple_of=[8, 4])
     with pytest.raises(ValueError, match=r"min_width must be an integer of 1 or more .*, got 0"):
         channels(GROUPS, min_width=0)
     with pytest.raises(ValueError, match="min_width names a; the groups are"):

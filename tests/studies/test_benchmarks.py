@@ -11,7 +11,17 @@ import pytest
 
 import jaxprune as jp
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import eager, files, graph, grouping, latency, lottery, memory, python_calls
+from experiments.benchmarks import (
+    compile,
+    eager,
+    files,
+    graph,
+    grouping,
+    latency,
+    lottery,
+    memory,
+    python_calls,
+)
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
 from experiments.show.tables import markdown, text
@@ -112,6 +122,16 @@ def test_calls_outside_jit_compile_few_programs(capsys):
     assert {name for name, number in compiled.items() if number} <= {"channel_groups", "prune_once", "table"}
     assert 1 <= compiled["table"] <= 8
     assert compiled["table"] <= compiled["prune_once"] <= 60
+
+
+def test_compile_benchmark_measures_each_way():
+    ways = ("dense", "wrap_optax", "jit(prune_once)", "prune_once")
+    rounds = [{way: compile.measure(way, 10) for way in ways}] * 2
+    lines = compile.summarise(10, rounds)
+    assert lines[0]["over_dense"] == 1 and lines[1]["over_dense"] > 1
+    assert lines[1]["lines"] > lines[0]["lines"] > 0 and lines[3]["lines"] is None
+    header, *table = text(compile.rows(lines)).splitlines()
+    assert max(map(len, [header, *table])) <= 80 and len(table) == len(ways)
 
 
 def test_compilations_are_counted():
