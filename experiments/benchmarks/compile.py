@@ -182,10 +182,10 @@ def summarise(kernels: int, rounds: Sequence[dict[str, dict[str, Any]]]) -> list
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return the table: a row for each number of kernels and each way."""
-    table = [["kernels", "", "x dense", "(least-most)", "per kernel", "lines"]]
+    table = [["", "kernels", "x dense", "(least-most)", "per kernel", "lines"]]
     dense = lines[0]["seconds"] / lines[0]["kernels"]
     for line in lines:
-        cells = [f"{line['kernels']}", line["way"], f"{line['over_dense']:.2f}"]
+        cells = [line["way"], f"{line['kernels']}", f"{line['over_dense']:.2f}"]
         cells.append(f"({line['least']:.2f}-{line['most']:.2f})")
         cells.append(f"{line['seconds'] / line['kernels'] / dense:.2f}")
         cells.append("" if line["lines"] is None else f"{line['lines'] / line['kernels']:.0f}")

@@ -220,10 +220,19 @@ def pruner(
             return tree, pool(array_leaves(tree, "scores"), masks, chosen, units_of, recipes)
 
         def alive_now(state: PrunerState) -> OrderedDict[str, jax.Array]:
-            _, units = score_and_pool(state, array_leaves(unpack_masks(state.masks), "masks"))
+            masks = array_leaves(unpack_masks(state.masks), "masks")
+            if eager:
+                _, units = score_and_pool(state, masks)
+            else:
+                units = pool(
+                    {path: jnp.zeros(mask.shape) for path, mask in masks.items()}, masks, chosen, units_of
+                )
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
+        # Under `jit` each call traces `prune`, which traces the score. Outside, a call that prunes nothing has to
+        # ask the score too, to raise what is wrong with it.
+        eager = is_concrete(params, state)
         state = state._replace(step=state.step + 1)
         # A state may come from a pruner with another memory.
         if bool(memory) != bool(jax.tree.leaves(state.scores)):

@@ -379,6 +379,8 @@ def _guarded_update(
     Gradients, state and params are 0 where pruned. The last value returned has for each leaf of the new state
     the params with which it is known to be 0 where they are pruned.
     """
+    from jax.extend.core import jaxpr_as_fun
+
     given = (grads, state, params)
 
     def nothing_known() -> tuple[Any, Any, list[ZeroSet]]:
@@ -405,9 +407,9 @@ def _guarded_update(
     divides, zeros = divides_by_zero(closed, inputs)
     if divides:
         leaves, zeros = guarded(closed, inputs, jax.tree.leaves(given), masks)
-        updates, new_state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     else:
-        updates, new_state = update(*given)
+        leaves = jaxpr_as_fun(closed)(*jax.tree.leaves(given))
+    updates, new_state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
     return updates, new_state, zeros[len(jax.tree.leaves(shapes[0])) :]
 
 

@@ -775,3 +775,22 @@ def test_strict_dtype_promotion():
         assert history == list(KEPT[:8])
         _, opt_state, _ = train(jp.keep_masked(make(), half_masks()), 2)
         assert kept(opt_state.masks) == 40
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.9])
+def test_a_traced_step_traces_the_score_and_the_optimizer_once(memory):
+    traced = []
+
+    def score(params, *, grads, key, **_):
+        traced.append("score")
+        return jax.tree.map(jnp.abs, grads)
+
+    def update(grads, state, params=None):
+        traced.append("optimizer")
+        return jax.tree.map(jnp.negative, grads), state
+
+    params = {"kernel": jnp.ones((3, 4))}
+    optimizer = optax.GradientTransformation(lambda params: (), update)
+    tx = jp.wrap_optax(optimizer, jp.pruner(score, sparsity=0.5, memory=memory))
+    jax.jit(tx.update).lower(params, tx.init(params), params)
+    assert sorted(traced) == ["optimizer", "score"]
