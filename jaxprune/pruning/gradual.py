@@ -230,7 +230,7 @@ def pruner(
             # JAX sorts the keys of a dict, but not those of an OrderedDict: the first pool stays the first.
             return OrderedDict((name, units.alive[name]) for name in units.scores)
 
-        # Under `jit` each call traces `prune`, which traces the score. Outside, a call that prunes nothing asks
+        # Under `jit` each call traces `prune`, which traces the score. Outside, calls that prune nothing ask
         # the score as well, which may raise.
         eager = is_concrete(params, state)
         state = state._replace(step=state.step + 1)
