@@ -224,7 +224,7 @@ def _progress(
     if structure.stacks is None and stacked is not None:
         structure = structure._replace(stacks=_stacks(leaves, where, None, stacked))
     alive = alive_units(structure, leaves, where)
-    kept = sum(int(jnp.sum(units)) for units in alive.values())
+    kept = sum(map(_nonzeros, alive.values()))
     size = sum(units.size for units in alive.values())
     return Progress(structure.name, kept, size, None, structure.stacks or {})
 

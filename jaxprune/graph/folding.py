@@ -34,6 +34,7 @@ from jaxprune.graph.engine.rules.shapes import segments
 from jaxprune.graph.engine.rules.wrappers import RUN_ONCE
 from jaxprune.graph.engine.solving import zero_slices
 from jaxprune.tracing.jaxprs import split_static
+from jaxprune.tree.host import like_computed
 from jaxprune.tree.leaves import array_leaves, is_concrete
 from jaxprune.tree.stacks import join_layers, split_layers
 from jaxprune.typing import Masks, Params
@@ -67,7 +68,7 @@ def fold_into_readers(
     tree = jax.tree.structure(params)
     return (
         jax.tree.unflatten(tree, list(leaves.values())),
-        jax.tree.unflatten(tree, [jnp.asarray(mask) for mask in alive.values()]),
+        jax.tree.unflatten(tree, list(map(like_computed, alive.values()))),
     )
 
 

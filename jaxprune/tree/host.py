@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from jaxprune.tree.dtypes import is_numeric
 from jaxprune.tree.leaves import is_concrete
@@ -23,8 +24,8 @@ compiling a program. Larger arrays are left to XLA, which uses all cores."""
 def on_host(*trees: Any) -> bool:
     """Return whether numpy should compute with all arrays of some trees, because it can read them in place.
 
-    They have values, lie on one device, a CPU, and have at most `MAX_ENTRIES` entries each. Arrays of several
-    devices, on accelerators, or of other processes stay where they are.
+    They have values, lie on one device, a CPU, and have at most `MAX_ENTRIES` entries each. Arrays on a mesh,
+    on accelerators, or of other processes stay where they are.
     """
     leaves = jax.tree.leaves(trees)
     return is_concrete(leaves) and all(map(_is_readable, leaves))
@@ -35,8 +36,11 @@ def _is_readable(leaf: Any) -> bool:
         return np.size(leaf) <= MAX_ENTRIES
     if leaf.size > MAX_ENTRIES or not is_numeric(leaf) or leaf.weak_type:  # numpy has no keys, nor weak types
         return False
-    device, *others = leaf.devices()
-    return device.platform == "cpu" and not others
+    # On a mesh, even of one device, shardings may be part of types, which have to be those that JAX gives.
+    if not isinstance(leaf.sharding, SingleDeviceSharding):
+        return False
+    (device,) = leaf.devices()
+    return device.platform == "cpu"
 
 
 def like_computed(array: np.ndarray, *sources: Any) -> jax.Array:

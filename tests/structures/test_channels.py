@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
 from jaxprune.structures import channels
@@ -369,3 +370,17 @@ def test_units_outside_jit_are_those_under_it(network, multiple_of):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
     assert not any(bool(alive[1]) for alive in outside[1].values())
+
+
+def test_params_on_an_explicit_mesh_of_one_device():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
+    placed = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec("x")))
+    expected, masks = prune(sparsity=0.5), prune(params=placed, sparsity=0.5)
+    assert widths(masks) == widths(expected)
+    for leaf, mask in zip(jax.tree.leaves(placed), jax.tree.leaves(masks), strict=True):
+        assert mask.sharding.device_set == leaf.sharding.device_set
+        assert mask.sharding.mesh == mesh
+    plan = jp.compact(mlp, PARAMS, expected, X).plan
+    for ours, wanted in zip(*map(jax.tree.leaves, (plan.shrink(placed), plan.shrink(PARAMS))), strict=True):
+        assert ours.sharding.mesh == mesh
+        np.testing.assert_array_equal(ours, wanted)

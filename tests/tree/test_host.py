@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
 from jaxprune.tree import host
@@ -89,6 +90,8 @@ def test_what_numpy_may_not_read(monkeypatch):
     assert not on_host(jax.random.key(0))
     assert not on_host(jnp.ones(3), jax.ShapeDtypeStruct((3,), jnp.float32))
     assert not on_host(jnp.full((3,), 1.0))  # a weak type, which numpy has not
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))  # where shardings are part of types
+    assert not on_host(jax.device_put(jnp.ones(3), NamedSharding(mesh, PartitionSpec("x"))))
     monkeypatch.setattr(host, "MAX_ENTRIES", 3)
     assert on_host(jnp.ones(3), np.ones(3))
     assert not on_host(jnp.ones(4)) and not on_host(np.ones(4))
