@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxprune.scores.common import map_leaves
 from jaxprune.tree.dtypes import promote_to_float32
+from jaxprune.tree.host import compute
 from jaxprune.tree.leaves import array_leaves, describe, flatten
 from jaxprune.tree.mirrors import check_mirrors
 from jaxprune.typing import Params, Scores
@@ -31,7 +32,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
       Blalock et al., "What is the State of Neural Network Pruning?", MLSys 2020 (as a baseline).
     """
     del extra
-    return map_leaves(lambda _, g: jnp.abs(g), params, _needed(grads, params, "gradient_magnitude"))
+    return map_leaves(lambda _, g: compute(abs, g), params, _needed(grads, params, "gradient_magnitude"))
 
 
 def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:
