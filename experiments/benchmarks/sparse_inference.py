@@ -7,10 +7,19 @@ network on SciPy's and PyTorch's compressed rows, where these are installed.
 
     python -m experiments.benchmarks.sparse_inference
     python -m experiments.benchmarks.sparse_inference --batches 64 --sparsities 0.95,0.98
-    python -m experiments.benchmarks.sparse_inference --layers 1 --ways csr,padded --width 1024
+    python -m experiments.benchmarks.sparse_inference --layers 1 --ways csr,windows --width 1024
     python -m experiments.benchmarks.sparse_inference --structure blocks --ways blocks,compact,measure
 
 All calls are compiled, warm and taken in turn; figures are medians, as ratios to dense: 2.0 is twice as fast.
+
+Beside them is what bounds the ratio of any form:
+
+- bytes: the bytes of the dense kernels, over those of the entries that are left, with an index of one byte
+  each. It is the bound where memory is all that counts: one row of inputs.
+- gathers: the time of the dense call, over that of reading the input of each entry by its index and of
+  multiplying by it, in XLA's best loop of that kind, from the first cache and on one core. XLA gives the
+  gathers of a product one core each; a dense product has all. Not stated for more than 8 rows of inputs,
+  where another loop reads an index once for several rows.
 """
 
 import itertools
@@ -25,6 +34,7 @@ from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
@@ -35,7 +45,8 @@ from experiments.run.settings import BatchSize, Count, Settings, Sparsity, parse
 from experiments.show import tables
 
 PEERS = ("scipy", "torch")
-FORMS = ("csr", "padded", "blocks", "compact")
+BOUNDS = ("bytes", "gathers")
+FORMS = ("csr", "padded", "windows", "blocks", "compact")
 
 
 @dataclass(frozen=True)
@@ -87,8 +98,29 @@ def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
     return lambda: seconds(repeats)
 
 
-def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
-    """Return a line for each way at one batch and sparsity."""
+def gather_seconds(lanes: int = 2048, steps: int = 2000) -> float:
+    """Return the seconds of an entry's product, where its input is read by an index of one byte.
+
+    It is the loop that "windows" runs, over entries that stay in the first cache: XLA has nothing faster.
+    """
+    rng = np.random.default_rng(0)
+    index = jnp.asarray(rng.integers(0, 256, lanes).astype(np.uint8))
+    value = jnp.asarray(rng.standard_normal(lanes, dtype=np.float32))
+
+    @jax.jit
+    def run(x: Any) -> Any:
+        def step(number: Any, total: Any) -> Any:
+            window = jax.lax.dynamic_slice_in_dim(x, number % 256, 256)
+            return total + value * window.at[index].get(mode="promise_in_bounds")
+
+        return jax.lax.fori_loop(0, steps, step, jnp.zeros(lanes))
+
+    measure = timer(run, jnp.asarray(rng.standard_normal(512, dtype=np.float32)))
+    return min(measure() for _ in range(5)) / (lanes * steps)
+
+
+def case(config: Config, batch: int, sparsity: float, gather: float) -> list[dict[str, Any]]:
+    """Return a line for each way at one batch and sparsity, and for each bound; `gather_seconds()` is one."""
     params, masks = pruned(config, sparsity)
     masked = jp.apply_masks(params, masks)
     x = jax.random.normal(jax.random.key(1), (batch, config.width))
@@ -135,6 +167,12 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
             for way in names[first:] + names[:first]:
                 seconds[way].append(turns[way]())
     median = {way: statistics.median(times) for way, times in seconds.items()}
+    kernels = [np.asarray(layer["kernel"]) for layer in masked.values()]
+    left = sum(np.count_nonzero(kernel) for kernel in kernels)
+    least = {"bytes": median["dense"] * left * (kernels[0].itemsize + 1) / sum(k.nbytes for k in kernels)}
+    if batch <= 8:
+        least["gathers"] = batch * left * gather
+    median |= least
     return [
         {
             "batch": batch,
@@ -144,14 +182,14 @@ def case(config: Config, batch: int, sparsity: float) -> list[dict[str, Any]]:
             "seconds": median[way],
             "note": notes.get(way, ""),
         }
-        for way in turns
+        for way in (*turns, *least)
     ]
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Return a line for each batch, sparsity and way: `speed_up` is how many times faster than dense."""
-    pairs = itertools.product(config.batches, config.sparsities)
-    return [line for batch, sparsity in pairs for line in case(config, batch, sparsity)]
+    pairs, gather = itertools.product(config.batches, config.sparsities), gather_seconds()
+    return [line for batch, sparsity in pairs for line in case(config, batch, sparsity, gather)]
 
 
 def notes(lines: Sequence[dict[str, Any]]) -> list[str]:
@@ -164,8 +202,9 @@ def notes(lines: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def rows(lines: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the figures, header first: a row for each batch and sparsity, a column for each way."""
+    """Return the figures, header first: a row for each batch and sparsity, a column for each way or bound."""
     ways = [way for way in dict.fromkeys(line["way"] for line in lines) if way != "dense"]
+    ways.sort(key=lambda way: way in BOUNDS)
     found = [("batch", "sparsity", *ways)]
     for (batch, sparsity), some in itertools.groupby(lines, lambda line: (line["batch"], line["sparsity"])):
         by = {line["way"]: f"{line['speed_up']:.2f}" for line in some}

@@ -60,6 +60,8 @@ def sparsify(
     - "csr": compressed sparse rows, by `jax.experimental.sparse.BCSR`;
     - "padded": the n-th entries of all rows side by side, rows filled up to the longest; N:M sparsity
       needs no filling;
+    - "windows": for one row of inputs or few, entries that read the inputs through windows of 256, so that
+      an index takes one byte;
     - "blocks": the square blocks of 64, 32 or 16 rows that are not all zero;
     - "compact": a dense kernel without the rows and columns that are zero;
     - "dense": the masked kernel, zeros included.
@@ -69,7 +71,8 @@ def sparsify(
     the report says so. Sums of bfloat16 and float16 are in float32.
 
     Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
-    this one does not. It has no derivative: to train, keep the masked network.
+    this one does not, except where a form is filled up with zeros ("csr" never is). It has no derivative: to
+    train, keep the masked network.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.
