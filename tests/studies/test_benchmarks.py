@@ -1,7 +1,11 @@
 """A small run of every benchmark."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,10 @@ import pytest
 
 import jaxprune as jp
 from experiments.benchmarks import __main__ as benchmarks
-from experiments.benchmarks import files, graph, grouping, latency, lottery, memory, python_calls
+from experiments.benchmarks import files, gpu, graph, grouping, latency, lottery, memory, python_calls
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
+from experiments.run.settings import parse
 from experiments.show.tables import markdown, text
 from tests.studies.outcomes import check_width, read
 
@@ -178,6 +183,41 @@ def test_bytes_of_a_step_are_those_that_xla_counts():
     counted: Any = compiled.cost_analysis()
     found = jax_steps.plain_program(compiled.as_text() or "")
     assert abs(found["bytes"] / counted["bytes accessed"] - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_parts_of_the_gpu_page_are_benchmarks_with_these_flags(name):
+    for flags in (gpu.PARTS[name].flags, gpu.PARTS[name].small):
+        benchmark, *rest = flags.split()
+        module = pytest.importorskip(f"experiments.benchmarks.{benchmark}")
+        parse(module.Config, rest)
+
+
+def test_gpu_page_at_small_sizes(tmp_path):
+    page = tmp_path / "gpu.md"
+    script = Path(gpu.__file__).with_suffix(".sh")
+    env = os.environ | {"SMALL": "1", "PYTHON": sys.executable}
+    subprocess.run(
+        ["bash", str(script), "--only", "sparse", "--out", str(page)],
+        check=True,
+        env=env,
+        capture_output=True,
+    )
+    text = page.read_text()
+    kind = jax.devices()[0].device_kind
+    assert re.search(rf"^# .*\n\n\d+ x {kind} of .*jax {jax.__version__}", text)
+    assert "the figures mean nothing" in text
+    assert re.search(r"```text\n(.*\n)+batch  sparsity  measure .*\n4      95%   +[\d.]+ ", text)
+
+
+def test_a_part_that_takes_too_long_or_fails_is_on_the_gpu_page(monkeypatch):
+    began = time.monotonic()
+    cut = gpu.section("sparse", small=True, seconds=0.2)
+    assert time.monotonic() - began < 5
+    assert "Cut off after 0 s" in cut and cut.count("```") == 2
+    part = gpu.PARTS["sparse"]
+    monkeypatch.setitem(gpu.PARTS, "step", part._replace(small="no_such_benchmark"))
+    assert "status 1" in gpu.section("step", small=True, seconds=30)
 
 
 def test_a_benchmark_that_is_none_is_refused(tmp_path, capsys):

@@ -281,7 +281,10 @@ class JaxSteps:
                     tx = jp.keep_masked(adam, jp.prune_once(one, jp.scores.magnitude, sparsity=SPARSITY))
                 elif way in ("masked", "packed"):
                     tx = jp.wrap_optax(adam, pruner, packed=way == "packed")
-                begin, step = idle_step(tx, pruner) if way == "idle" else (tx.init, train_step(tx))
+                begin, step = tx.init, train_step(tx)
+                if way == "idle":
+                    corners = jp.pruner(jp.scores.magnitude, schedule, every=EVERY, floor=0)
+                    begin, step = idle_step(tx, corners)
             self.contenders[way] = Contender(begin, step, params, x, y, seeds)
 
     def plain(self, way: str, count: int) -> float:
