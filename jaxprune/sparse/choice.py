@@ -23,12 +23,12 @@ from jaxprune.sparse.layers import Layer, sparse
 # and the same with `--structure blocks --ways blocks` (or units, compact), for N of 512, 1024 and 2048.
 #
 # What of it holds elsewhere? "compact" and "blocks" are dense products of a part of the kernel, so their time
-# falls with the entries stored, and their limits leave room for the gathers: these carry over. "windows" takes
-# .2 ns for an entry and a row of inputs, on one core; the dense product reads an entry in .05 ns from the last
-# cache, on two. With more rows it is arithmetic that counts: one multiply-add by index against 16 in a vector
-# of AVX-512, and 1/16 is about the limit of "csr". A CPU with shorter vectors has higher limits, a GPU far
-# lower ones, and more cores lower ones, for all of them are dense. So `sparsify` by default measures, and
-# the rule is for where nothing can be run.
+# falls with the entries stored, and their limits leave room for the gathers: these carry over. "windows"
+# takes .2 ns for an entry and a row of inputs, on one core; the dense product reads an entry from the last
+# cache in .05 ns, on two. With more rows it is arithmetic that counts: one multiply-add by index against 16
+# in a vector of AVX-512, and 1/16 is about the limit of "csr". A CPU with shorter vectors has higher limits;
+# one with more cores has lower ones, as dense products use them all; a GPU has far lower ones. So `sparsify`
+# by default measures, and the rule is for where nothing can be run.
 _BREAK_EVEN = (
     (1, (("blocks", 0.60, 2**18), ("windows", 0.18, 2**18), ("compact", 0.80, 2**16))),
     (2, (("blocks", 0.60, 2**18), ("windows", 0.14, 2**18), ("compact", 0.80, 2**16))),

@@ -32,9 +32,11 @@ _FEW_ROWS = 8  # below this many rows of inputs, `blocks` multiplies all blocks 
 _TURN = 4  # entries of each output that a step of `padded` sums, so that sums are read and written less often
 _GROUP = 1024  # the fixed cost of such a step, in rows of the kernel
 _WINDOW = 256  # inputs that a step of `windows` reads from: as many as an index of one byte can tell apart
-_STEP = 500  # the fixed cost of such a step, in entries
+_STEP = 300  # the fixed cost of such a step, in entries
 _LANES = 32  # the most lanes of an output: each is a term of one sum in the program
 _LANE = 2  # the cost of adding a lane of each output, in entries an output
+_NEAR = 3600  # lanes whose sums, entries and indices of a step, 9 bytes in all, fit a first cache of 32 KB
+_FAR = 1.25  # the cost of an entry where there are more lanes than that
 _WINDOW_WASTE = 4  # the most entries stored for each nonzero, of one byte less than elsewhere and the fastest
 
 
@@ -159,13 +161,13 @@ def _windows_pack(matrix: np.ndarray) -> Any:
         even = -(-counts // steps)  # lanes, if no entry is missed
         if steps >= 4 * max(longest, 8) or even.max(initial=0) > _LANES:
             continue
-        if best is not None and steps * (even.sum() + _STEP) > best[0]:
+        if best is not None and _windows_cost(steps, even) >= best[0]:
             continue
         starts = _window_starts(columns, steps, matrix.shape[1])
         if starts is None:
             continue
         lanes, taken = _lanes(rows, columns, counts, starts, matrix.shape[1])
-        cost = steps * (lanes.sum() + _STEP) + _LANE * len(matrix) * lanes.max(initial=0)
+        cost = _windows_cost(steps, lanes)
         if lanes.max(initial=0) <= _LANES and (best is None or cost < best[0]):
             best = cost, starts, lanes, taken
     if best is None:
@@ -183,12 +185,20 @@ def _windows_pack(matrix: np.ndarray) -> Any:
     values = np.zeros(indices.shape, matrix.dtype)
     indices[entry], values[entry] = columns - starts[step], matrix[rows, columns]
     own = np.arange(lanes.max(initial=0))[:, None]
+    narrow = np.uint16 if stored <= 2**16 else np.int32  # the gather of the sum takes half the time by uint16
     return {
         "indices": indices,
         "values": values,
         "starts": starts.astype(np.int32),
-        "lanes": np.where(own < lanes, first + own, stored - 1).astype(np.int32),
+        "lanes": np.where(own < lanes, first + own, stored - 1).astype(narrow),
     }
+
+
+def _windows_cost(steps: int, lanes: np.ndarray) -> float:
+    """Return the time that the product takes, in that of an entry, from the lanes of each output."""
+    total = int(lanes.sum())
+    entry = 1 if total <= _NEAR else _FAR
+    return steps * (entry * total + _STEP) + _LANE * lanes.size * int(lanes.max(initial=0))
 
 
 def _window_starts(columns: np.ndarray, steps: int, inputs: int) -> np.ndarray | None:
