@@ -427,6 +427,24 @@ def test_measuring_and_the_rule_give_the_masked_network():
         np.testing.assert_allclose(fast.apply(fast.params, x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_few_rows_are_multiplied_through_windows():
+    params = {"w": normal(0, 512, 512)}
+    masks = {"w": jnp.asarray(np.random.default_rng(1).random((512, 512)) < 0.05)}
+
+    def apply_fn(params, x):
+        return x @ params["w"]
+
+    for rows, form in ((1, "windows"), (4, "windows"), (40, "csr")):
+        x = normal(2, rows, 512)
+        ruled = jp.sparsify(apply_fn, params, masks, x, choose="rule")
+        assert ruled.forms == {"w": form if jax.default_backend() == "cpu" else "dense"}
+        want = apply_fn(jp.apply_masks(params, masks), x)
+        np.testing.assert_allclose(ruled.apply(ruled.params, x), want, rtol=1e-4, atol=1e-4)
+    measured = jp.sparsify(apply_fn, params, masks, normal(2, 1, 512), rounds=1)
+    if jax.default_backend() == "cpu":
+        assert "windows" in measured.report.rows[0].why
+
+
 def test_no_warnings_on_this_platform(mlp):
     """Narrow floats are cast before jax.experimental.sparse would warn of them; it warns once a process."""
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), mlp[0])
