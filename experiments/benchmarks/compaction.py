@@ -17,6 +17,9 @@ dense network; without it (pip install torch torch-pruning) its row is left out.
 
     python -m experiments.benchmarks.compaction
     python -m experiments.benchmarks.compaction --networks vit --rounds 31
+    python -m experiments.benchmarks.compaction --networks resnet50,vit-base --dtype bfloat16
+
+The last is for an accelerator: ResNet-50 and ViT-B/16, on images of 224 x 224.
 
 Dense and compacted take turns in one process. "of it" is the speed-up over the ratio of MACs; gap is
 the largest difference between its outputs and the masked network's; cost is the time to find the
@@ -28,13 +31,14 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from experiments.benchmarks.graph import ResNet50
 from experiments.benchmarks.parts.machine import machine
 from experiments.benchmarks.parts.turns import Worker
 from experiments.channel_pruning import cutting
@@ -45,6 +49,7 @@ from experiments.show.tables import titled
 from experiments.training import steps
 from jaxprune.graph import ChannelGroups
 
+NETWORKS = ("resnet20", "wide", "vit", "tiny", "resnet50", "vit-base")
 NO_TORCH = "torch-pruning is not installed (pip install torch torch-pruning): its row is left out."
 
 
@@ -53,11 +58,8 @@ class Config(Settings):
     """Flags of the benchmark."""
 
     # of these, in this order
-    networks: tuple[Annotated[str, OneOf(("resnet20", "wide", "vit", "tiny"))], ...] = (
-        "resnet20",
-        "wide",
-        "vit",
-    )
+    networks: tuple[Annotated[str, OneOf(NETWORKS)], ...] = ("resnet20", "wide", "vit")
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of params and images
     batch: BatchSize = 64  # images in a forward pass
     share: Sparsity = 0.5  # of the channels that goes
     rounds: Count = 9  # measurements of each
@@ -65,7 +67,14 @@ class Config(Settings):
 
 SMALL = Config(networks=("tiny",), batch=2, rounds=2)
 SPARSIFIED = " + sparsify"
-TITLES = {"resnet20": "ResNet-20", "wide": "wide ResNet-20", "vit": "ViT", "tiny": "ViT, tiny"}
+TITLES = {
+    "resnet20": "ResNet-20",
+    "wide": "wide ResNet-20",
+    "vit": "ViT",
+    "tiny": "ViT, tiny",
+    "resnet50": "ResNet-50",
+    "vit-base": "ViT-B/16",
+}
 
 
 class Cut(NamedTuple):
@@ -79,7 +88,7 @@ class Cut(NamedTuple):
 def cuts(name: str) -> dict[str, Cut]:
     """Return the cuts of a network."""
     found = {"each group": Cut("layerwise")}
-    if name in ("vit", "tiny"):
+    if name in ("vit", "tiny", "vit-base"):
         return found | {"inside": Cut("layerwise", spared=cutting.NETWORKS["vit"].spared)}
     return found | {"blocks of 16": Cut("global", 16)}
 
@@ -90,15 +99,21 @@ def model(name: str) -> Any:
         return ViT()
     if name == "tiny":
         return ViT(patch=8, dim=16, depth=1, heads=2, mlp=16)
+    if name == "vit-base":
+        return ViT(patch=16, dim=768, depth=12, heads=12, mlp=3072, classes=1000)
+    if name == "resnet50":
+        return ResNet50()
     return ResNet(20, widths=(32, 64, 128) if name == "wide" else (16, 32, 64))
 
 
 def measure(name: str, config: Config) -> list[dict[str, Any]]:
     """Return a line for each cut of a network."""
     module = model(name)
-    x = jax.random.normal(jax.random.key(1), (config.batch, 32, 32, 3))
+    side = 224 if name in ("resnet50", "vit-base") else 32
+    x = jax.random.normal(jax.random.key(1), (config.batch, side, side, 3)).astype(config.dtype)
     variables = jax.jit(module.init)(jax.random.key(0), x[:1])
-    logits = cutting.evaluation(steps.flax_apply(module))
+    variables = jax.tree.map(lambda leaf: leaf.astype(config.dtype), variables)
+    logits: Any = module.apply if name == "resnet50" else cutting.evaluation(steps.flax_apply(module))
     calls: dict[str, tuple[Any, ...]] = {"dense": (logits, variables, x)}
     masked, costs = {"dense": variables}, {"dense": 0.0}
     for way, cut in cuts(name).items():

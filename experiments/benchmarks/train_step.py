@@ -4,9 +4,12 @@ Adam trains perceptrons: LeNet-300-100 on batches of 60, alone and eight seeds s
 jax.vmap, and one of 30 million parameters on batches of 64. Ways, each beside the dense step of its
 own framework:
 
+- copy: the dense step once more, to see by how much a step differs from itself;
 - masked: jaxprune's wrap_optax, with bool masks in its state;
 - packed: the same with masks of one bit per entry;
 - fixed: jaxprune's keep_masked, whose masks never change;
+- idle: the same, and beside it a pruner of two entries of each leaf: what masked takes more than
+  fixed because its program has the update's branch, whether or not this runs;
 - argsort: what jaxpruner does, restated in plain JAX: params are multiplied by uint8 masks, which
   an argsort of all magnitudes makes anew under lax.cond;
 - torch: torch.nn.utils.prune, whose hooks multiply by masks in each forward pass. It is left out
@@ -17,10 +20,12 @@ sparsity, as a multiple of the same program's plain step; large argsorts are lef
 take seconds, unless asked for by --slow.
 
     python -m experiments.benchmarks.train_step
-    python -m experiments.benchmarks.train_step --networks lenet --rounds 51
+    python -m experiments.benchmarks.train_step --networks lenet --ways copy,masked,fixed,idle --runs 10
 
 The contenders take turns, round after round. Figures are medians of the ratios within a round, with
-their quartiles. What needs no clock is counted in the compiled programs and said below the table.
+their quartiles. --runs repeats all of it in new processes; figures are then medians of the runs'
+medians, with the quartiles of these. What needs no clock is counted in the compiled programs and said
+below the table: among others how much more a plain step reads and writes than the dense step.
 """
 
 import contextlib
@@ -38,7 +43,7 @@ from experiments.run.limits import OneOf
 from experiments.run.settings import BatchSize, Count, Positive, Settings, parse
 from experiments.show.tables import titled
 
-OURS = ("masked", "packed", "fixed")
+WAYS = ("copy", "masked", "packed", "fixed", "idle", "argsort", "torch")
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,10 @@ class Config(Settings):
 
     # of these, in this order
     networks: tuple[Annotated[str, OneOf(("lenet", "seeds", "large"))], ...] = ("lenet", "seeds", "large")
+    ways: tuple[Annotated[str, OneOf(WAYS)], ...] = WAYS  # beside dense
     width: BatchSize = 3600  # units of each of the large network's three hidden layers
     rounds: Count = 15  # rounds in which each way has one turn; the large network has 5 at most
+    runs: Count = 1  # of all of this, each in new processes
     turn: Positive = 0.06  # seconds of a turn of plain steps, about; one step at least
     slow: bool = False  # also time the argsort of the large network
 
@@ -93,31 +100,41 @@ def run(config: Config) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     facts: list[dict[str, Any]] = []
     for network in networks(config):
-        shape = {"widths": network.widths, "batch": network.batch}
-        ways = ("dense", *OURS[: 2 if network.seeds else 3], "argsort")
-        with contextlib.ExitStack() as stack:
-            ours = stack.enter_context(
-                Worker(
-                    "experiments.benchmarks.parts.jax_steps:JaxSteps",
-                    **shape,
-                    seeds=network.seeds,
-                    ways=ways,
-                    updates=network.rounds + 1,
-                )
-            )
-            workers: dict[str, Worker] = dict.fromkeys(ways, ours)
-            if TORCH and not network.seeds:
-                target = "experiments.benchmarks.peers.torch_steps:TorchSteps"
-                theirs = stack.enter_context(Worker(target, **shape, sparsity=0.9))
-                workers |= dict.fromkeys(("torch dense", "torch"), theirs)
-            lines += _measured(network, workers, config.turn)
-            facts += [
-                {"network": network.title, "way": way, **ours("facts", way)} for way in ("masked", "packed")
-            ]
+        runs = [_run(network, config) for _ in range(config.runs)]
+        facts += runs[0][1]
+        if config.runs == 1:
+            lines += runs[0][0]
+            continue
+        for same in zip(*(measured for measured, _ in runs), strict=True):
+            medians = {
+                name: None if same[0][name] is None else [float(np.median(line[name])) for line in same]
+                for name in ("step", "update", "dense")
+            }
+            lines.append(same[0] | medians)
     lines.append({"remark": _said(facts), "facts": facts})
-    if not TORCH:
+    if not TORCH and "torch" in config.ways:
         lines.append({"remark": NO_TORCH})
     return lines
+
+
+def _run(network: Network, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the lines of a network, and the facts of each of its programs, from new processes."""
+    shape = {"widths": network.widths, "batch": network.batch}
+    # `fixed` has masks of one network, not of several seeds.
+    left = {"torch", "fixed", "idle"} if network.seeds else {"torch"}
+    ways = ("dense", *(way for way in config.ways if way not in left))
+    with contextlib.ExitStack() as stack:
+        target = "experiments.benchmarks.parts.jax_steps:JaxSteps"
+        settings = {"seeds": network.seeds, "ways": ways, "updates": network.rounds + 1}
+        ours = stack.enter_context(Worker(target, **shape, **settings))
+        workers: dict[str, Worker] = dict.fromkeys(ways, ours)
+        if TORCH and "torch" in config.ways and not network.seeds:
+            target = "experiments.benchmarks.peers.torch_steps:TorchSteps"
+            theirs = stack.enter_context(Worker(target, **shape, sparsity=0.9))
+            workers |= dict.fromkeys(("torch dense", "torch"), theirs)
+        lines = _measured(network, workers, config.turn)
+        own = [way for way in ways if way not in ("copy", "idle", "argsort")]
+        return lines, [{"network": network.title, "way": way, **ours("facts", way)} for way in own]
 
 
 def _measured(network: Network, workers: Mapping[str, Worker], turn: float) -> list[dict[str, Any]]:
@@ -162,14 +179,26 @@ def _timed(times: list[float], worker: Worker, method: str, *arguments: Any) -> 
 
 
 def _said(facts: Sequence[Mapping[str, Any]]) -> str:
-    """Return what the compiled programs of jaxprune hold, in words, the worst of all of them."""
-    most = {name: max(fact[name] for fact in facts) for name in ("sorts", "host", "traces")}
-    kept = sum(fact["leaves"] - fact["aliased"] for fact in facts)
-    return (
+    """Return what the compiled programs of jaxprune hold, in words: the worst of all, then each."""
+    ours = [fact for fact in facts if fact["way"] != "dense"]
+    most = {name: max((fact[name] for fact in ours), default=0) for name in ("sorts", "host", "traces")}
+    kept = sum(fact["leaves"] - fact["aliased"] for fact in ours)
+    said = [
         f"jaxprune's programs: {most['sorts']} sorts, {most['host']} calls of the host, "
         f"{kept} arrays not\nupdated in place, {most['traces']} further compilations, and no transfer "
         "(jax.transfer_guard)."
-    )
+    ]
+    dense = {fact["network"]: fact for fact in facts if fact["way"] == "dense"}
+    for fact in ours:
+        beside = dense[fact["network"]]
+        more = fact["bytes"] - beside["bytes"]
+        said.append(
+            f"{fact['network']}, {fact['way']}: {more / beside['bytes']:.1%} more bytes than dense, "
+            f"{more / max(fact['masks'], 1):.1f} times the masks';\n"
+            f"{fact['operations']} operations ({beside['operations']}), and {fact['skipped']} instructions "
+            f"({beside['skipped']}) that a plain step skips."
+        )
+    return "\n".join(said)
 
 
 def rows(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:

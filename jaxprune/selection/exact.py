@@ -411,7 +411,6 @@ def _tie_cutoffs(
         wanted: jax.Array, target: Count, as_keys: Callable[[LazyScores, Any, jax.Array], Keys]
     ) -> Range:
         def count(bounds: jax.Array) -> tuple[Count, Count]:
-            now = read_anew(bounds, sources)
             # Plus a zero that varies over the same devices of a `shard_map`, as both branches must.
             none_below = jnp.zeros(len(bounds) + 1, jnp.int32) + zeros[0]
             nothing = BigCount(none_below, none_below) if is_big else none_below
@@ -419,10 +418,14 @@ def _tie_cutoffs(
             def counted(group: list[int], of: Any, i: Any) -> Count:
                 """Count in leaf `i`, which is number `of` in its group."""
 
+                def find_ties(source: LazyScores, key: jax.Array, bounds: jax.Array) -> jax.Array:
+                    return entries_at(*read_anew((key, bounds), [source]), key)
+
                 def below(_: Any) -> Count:
-                    ties = lax.switch(of, [partial(entries_at, now[j]) for j in group], pick(keys, i))
-                    alike = now[group[0]]
-                    return count_on_all_devices(alike, as_keys(alike, i, ties), pick(bounds, i), is_big)
+                    key, own_bounds = pick(keys, i), pick(bounds, i)
+                    ties = lax.switch(of, [partial(find_ties, sources[j]) for j in group], key, own_bounds)
+                    alike = sources[group[0]]
+                    return count_on_all_devices(alike, as_keys(alike, i, ties), own_bounds, is_big)
 
                 return update_if(pick(wanted, i), below, nothing)
 

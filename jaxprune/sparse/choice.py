@@ -19,19 +19,21 @@ from jaxprune.sparse.patches import PATCHES, WIDE
 # number of entries that a kernel must have. All of it is of one machine: two cores of an AMD EPYC (Zen 5,
 # AVX-512), in float32, by
 #
-#     python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded
+#     python -m experiments.benchmarks.sparse_inference --layers 1 --width N --ways csr,padded,windows
 #
 # and the same with `--structure blocks --ways blocks` (or units, compact), for N of 512, 1024 and 2048.
 #
 # What of it holds elsewhere? "compact" and "blocks" are dense products of a part of the kernel, so their time
-# falls with the entries stored, and their limits leave room for the gathers: these carry over. "csr" and
-# "padded" read 8 bytes for each stored entry, an index and a value, where the dense product reads 4, so they
-# lose above a density of 1/2 even where reading the kernel is all the time. With more rows it is arithmetic
-# that counts: one multiply-add by index against 16 in a vector of AVX-512, and 1/16 is about the limit of
-# "csr". A CPU with shorter vectors has higher limits, a GPU far lower ones. So `sparsify` by default
-# measures, and the rule is for where nothing can be run.
+# falls with the entries stored, and their limits leave room for the gathers: these carry over. "windows"
+# takes .2 ns for an entry and a row of inputs, on one core; the dense product reads an entry from the last
+# cache in .05 ns, on two. With more rows it is arithmetic that counts: one multiply-add by index against 16
+# in a vector of AVX-512, and 1/16 is about the limit of "csr". A CPU with shorter vectors has higher limits;
+# one with more cores has lower ones, as dense products use them all; a GPU has far lower ones. So `sparsify`
+# by default measures, and the rule is for where nothing can be run.
 _BREAK_EVEN = (
-    (4, (("blocks", 0.60, 2**18), ("padded", 0.12, 2**20), ("compact", 0.80, 2**16))),
+    (1, (("blocks", 0.60, 2**18), ("windows", 0.18, 2**18), ("compact", 0.80, 2**16))),
+    (2, (("blocks", 0.60, 2**18), ("windows", 0.14, 2**18), ("compact", 0.80, 2**16))),
+    (4, (("blocks", 0.60, 2**18), ("windows", 0.08, 2**18), ("compact", 0.80, 2**16))),
     (32, (("blocks", 0.35, 2**18), ("csr", 0.06, 2**16), ("compact", 0.80, 2**16))),
     (
         math.inf,
@@ -174,9 +176,10 @@ def _candidates(kernel: Kernel) -> dict[str, Any]:
     conv, on_cpu = kernel.layer.conv, jax.default_backend() == "cpu"
     names = ["blocks", "compact"]
     if density(kernel) <= 0.5 and not (kernel.matrix.size and not kernel.matrix.any()):
-        names.append("padded")
-        if on_cpu and kernel.layer.rows > 2:  # for one row its sums are scalar
-            names.append("csr")
+        rows = kernel.layer.rows if on_cpu else math.inf
+        names += ["windows"] if rows <= 8 and conv is None else []
+        names += ["csr"] if 2 < rows < math.inf else []  # for one row its sums are scalar
+        names += ["padded"] if rows >= 8 or conv is not None else []
     if conv is not None:
         names += ["shifted", *(form for form, times in WIDE.items() if times * conv.outputs <= _MOST_OUTPUTS)]
         if math.prod(conv.window) == 1:

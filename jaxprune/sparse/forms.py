@@ -4,11 +4,11 @@ A kernel is a matrix of (outputs, inputs) here. A form packs it, in numpy, into 
 rows of inputs by these: (rows, inputs) -> (rows, outputs). Each form is the fastest one somewhere in
 `python -m experiments.benchmarks.sparse_inference --layers 1`, with 2048 x 2048 kernels on a CPU:
 
+- `windows` for one row of inputs or few: gathers from windows of the inputs, by indices of one byte.
 - `csr` for 8 rows of inputs or more, and few scattered entries. XLA's product of compressed rows on a CPU
   runs on one thread, with the rows of inputs as its innermost axis; so activations are transposed to
   (inputs, rows), and XLA leaves them transposed between two such kernels.
-- `padded` for one row or few, and for many rows at about 90 % sparsity: gathers and sums that XLA compiles,
-  on all threads.
+- `padded` for many rows at about 90 % sparsity: gathers of whole rows of inputs, and sums.
 - `blocks` where whole blocks are zero: dense products of the other blocks; for one row, where at least half
   of the blocks are zero.
 - `compact` where whole rows or columns are zero: one dense product of the others.
@@ -28,9 +28,16 @@ from jax import lax
 _BLOCK_SIZES = (64, 32, 16)
 _WASTE = 2  # the most entries stored for each nonzero, since rows are filled up to the longest
 _BLOCK_WASTE = 4  # the same for blocks, whose entries cost far less
-_FEW_ROWS = 8  # below this many rows of inputs, a step of the loop sums one entry of each output
-_TURN = 4  # otherwise it sums so many, so that the sums are read and written less often
-_GROUP = 1024  # the fixed cost of a step of the loop, in rows of the kernel
+_FEW_ROWS = 8  # below this many rows of inputs, `blocks` multiplies all blocks at once
+_TURN = 4  # entries of each output that a step of `padded` sums, so that sums are read and written less often
+_GROUP = 1024  # the fixed cost of such a step, in rows of the kernel
+_WINDOW = 256  # inputs that a step of `windows` reads from: as many as an index of one byte can tell apart
+_STEP = 300  # the fixed cost of such a step, in entries
+_LANES = 32  # the most lanes of an output: each is a term of one sum in the program
+_LANE = 2  # the cost of adding a lane of each output, in entries an output
+_NEAR = 3600  # lanes whose sums, entries and indices of a step, 9 bytes in all, fit a first cache of 32 KB
+_FAR = 1.25  # the cost of an entry where there are more lanes than that
+_WINDOW_WASTE = 4  # the most entries stored for each nonzero, of one byte less than elsewhere and the fastest
 
 
 class Form(NamedTuple):
@@ -112,28 +119,148 @@ def _padded_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
     del outputs, precision
     turned = x.astype(dtype).T
 
-    def one(total: Any, entry: Any) -> Any:
-        index, value = entry
-        return total + value.astype(dtype)[:, None] * _take(turned, index, 0), None
-
     def turn(total: Any, entries: Any) -> Any:
         # Unrolled: XLA fuses it into one loop over the sums, which reads and writes them once.
-        for entry in zip(*map(tuple, entries), strict=True):
-            total, _ = one(total, entry)
+        for index, value in zip(*entries, strict=True):
+            total = total + value.astype(dtype)[:, None] * _take(turned, index, 0)
         return total, None
 
     def group(entries: Any) -> Any:
         turns = entries["indices"], entries["values"]
-        rows = turns[0].shape[2]
-        total = jnp.zeros((rows, x.shape[0]), dtype)
-        if x.shape[0] < _FEW_ROWS:
-            return lax.scan(one, total, [jnp.reshape(array, (-1, rows)) for array in turns])[0]
-        return lax.scan(turn, total, turns)[0]
+        return lax.scan(turn, jnp.zeros((turns[0].shape[2], x.shape[0]), dtype), turns)[0]
 
     sums = [group(entries) for entries in arrays["groups"]]
     if arrays["places"] is None:
         return sums[0].T
     return _take(jnp.concatenate(sums), arrays["places"], 0).T
+
+
+# The form for one row of inputs. What it costs is reading the input of each entry, one by one: XLA has no
+# gather instruction emitted, and puts eight inputs into a vector. Where their indices come as a vector of
+# 16 or 32 bits, each has to be moved from the vector unit to an address, one a cycle. Eight indices of one
+# byte fit one register instead, and are shifted out of it; and as a byte cannot point outside of 256 inputs,
+# none is clamped. That is .20 ns an entry in place of .33, where a loop in C takes .27 (4.1 GHz).
+#
+# So the product runs in steps. Each step multiplies one entry in each of many lanes, and reads all their
+# inputs from one window of 256, which moves along the inputs. A lane holds entries of one output; an output
+# with many entries has several lanes, which are added up in the end.
+#
+# Which entry goes in which step? The windows stand first, as dense as the entries are. Then each output, on
+# its own, takes at each step the first of its entries that are in the window, as many as it has lanes:
+# windows move in one direction, so the entry that comes first among the columns is also the first to leave
+# the window, and taking the earliest deadline first uses every lane that can be used. If an entry is missed
+# all the same, the output gets one more lane.
+
+
+def _windows_pack(matrix: np.ndarray) -> Any:
+    rows, columns = np.nonzero(matrix)
+    counts = np.bincount(rows, minlength=len(matrix))
+    longest = counts.max(initial=1)
+    best: Any = None
+    for steps in sorted(m << n for n in range(3, 20) for m in (2, 3)):
+        even = -(-counts // steps)  # lanes, if no entry is missed
+        if steps >= 4 * max(longest, 8) or even.max(initial=0) > _LANES:
+            continue
+        if best is not None and _windows_cost(steps, even) >= best[0]:
+            continue
+        starts = _window_starts(columns, steps, matrix.shape[1])
+        if starts is None:
+            continue
+        lanes, taken = _lanes(rows, columns, counts, starts, matrix.shape[1])
+        cost = _windows_cost(steps, lanes)
+        if lanes.max(initial=0) <= _LANES and (best is None or cost < best[0]):
+            best = cost, starts, lanes, taken
+    if best is None:
+        return "too many entries close together"
+    _, starts, lanes, taken = best
+    first = np.cumsum(lanes) - lanes
+    stored = -(-(int(lanes.sum()) + 1) // 16) * 16  # the last lane is all zeros
+    if len(starts) * stored > max(_WINDOW_WASTE * len(rows), 16 * len(starts), 64 * len(matrix)):
+        return f"entries too far apart: {len(starts) * stored / max(len(rows), 1):.1f} x padding"
+    # In the order of `np.nonzero`, an output's entries are in the order of the steps.
+    step = np.repeat(np.tile(np.arange(len(starts)), len(matrix)), np.diff(taken, axis=1).ravel())
+    place = np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]
+    entry = step, first[rows] + place - taken[rows, step]
+    indices = np.zeros((len(starts), stored), np.uint8)
+    values = np.zeros(indices.shape, matrix.dtype)
+    indices[entry], values[entry] = columns - starts[step], matrix[rows, columns]
+    own = np.arange(lanes.max(initial=0))[:, None]
+    narrow = np.uint16 if stored <= 2**16 else np.int32  # the gather of the sum takes half the time by uint16
+    return {
+        "indices": indices,
+        "values": values,
+        "starts": starts.astype(np.int32),
+        "lanes": np.where(own < lanes, first + own, stored - 1).astype(narrow),
+    }
+
+
+def _windows_cost(steps: int, lanes: np.ndarray) -> float:
+    """Return the time that the product takes, in that of an entry, from the lanes of each output."""
+    total = int(lanes.sum())
+    entry = 1 if total <= _NEAR else _FAR
+    return steps * (entry * total + _STEP) + _LANE * lanes.size * int(lanes.max(initial=0))
+
+
+def _window_starts(columns: np.ndarray, steps: int, inputs: int) -> np.ndarray | None:
+    """Return where the window of each step starts, in ascending order; None if they cannot hold all columns.
+
+    The windows are centred on quantiles of the entries' columns, except where this would leave out a column.
+    """
+    filled = np.bincount(columns, minlength=inputs)
+    quantiles = (np.arange(steps) + 0.5) / steps * len(columns)
+    centres = np.searchsorted(np.cumsum(filled), quantiles)
+    starts = np.clip(centres - _WINDOW // 2, 0, max(inputs - _WINDOW, 0))
+    used, end = np.flatnonzero(filled), 0
+    for step in range(steps):
+        missing = np.searchsorted(used, end)  # the first column that no window before holds
+        if missing < len(used):
+            starts[step] = min(starts[step], used[missing])
+        end = starts[step] + _WINDOW
+    return starts if end > used.max(initial=0) else None
+
+
+def _lanes(
+    rows: np.ndarray, columns: np.ndarray, counts: np.ndarray, starts: np.ndarray, inputs: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lanes of each output, and how many of its entries it has taken before each step."""
+    outputs, steps = len(counts), len(starts)
+
+    def before(ends: np.ndarray) -> np.ndarray:
+        """Return for each output and step how many entries are in columns before `ends[step]`."""
+        step = np.searchsorted(ends, np.arange(inputs), side="right")  # the first that counts a column
+        found = np.bincount(rows * (steps + 1) + step[columns], minlength=outputs * (steps + 1))
+        return np.cumsum(found.reshape(outputs, -1), axis=1)[:, :steps]
+
+    reached, left = before(starts + _WINDOW), before(starts)
+    lanes = -(-counts // steps)
+    taken = np.zeros((outputs, steps + 1), np.int64)
+    rest = np.flatnonzero(counts)
+    while len(rest):
+        missed = np.zeros(len(rest), bool)
+        for step in range(steps):
+            missed |= taken[rest, step] < left[rest, step]
+            taken[rest, step + 1] = np.minimum(taken[rest, step] + lanes[rest], reached[rest, step])
+        missed |= taken[rest, steps] < counts[rest]
+        rest = rest[missed]
+        lanes[rest] += 1
+    return lanes, taken
+
+
+def _windows_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
+    del precision
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, max(0, _WINDOW - x.shape[1]))))
+
+    def step(total: Any, entries: Any) -> Any:
+        index, value, start = entries
+        window = lax.dynamic_slice_in_dim(x, start, _WINDOW, 1)
+        return total + value.astype(dtype) * _take(window, index, 1), None
+
+    steps = arrays["indices"], arrays["values"], arrays["starts"]
+    total = lax.scan(step, jnp.zeros((x.shape[0], steps[0].shape[1]), dtype), steps)[0]
+    product = jnp.zeros((x.shape[0], outputs), dtype)
+    for lane in arrays["lanes"]:
+        product = product + _take(total, lane, 1)
+    return product
 
 
 def _blocks_pack(matrix: np.ndarray) -> Any:
@@ -212,6 +339,7 @@ FORMS = {
     for form in (
         Form("csr", _csr_pack, _csr_product),
         Form("padded", _padded_pack, _padded_product),
+        Form("windows", _windows_pack, _windows_product),
         Form("blocks", _blocks_pack, _blocks_product),
         Form("compact", _compact_pack, _compact_product),
     )

@@ -61,6 +61,8 @@ def sparsify(
     - "csr": compressed sparse rows, by `jax.experimental.sparse.BCSR`;
     - "padded": the n-th entries of all rows side by side, rows filled up to the longest; N:M sparsity
       needs no filling;
+    - "windows": for one row of inputs or few, entries that read the inputs through windows of 256, so that
+      an index takes one byte;
     - "blocks": the square blocks of 64, 32 or 16 rows that are not all zero;
     - "compact": a dense kernel without the rows and columns that are zero;
     - "dense": the masked kernel, zeros included.
@@ -80,9 +82,9 @@ def sparsify(
     `while` and `cond` stay dense, and the report says so. Sums of bfloat16 and float16 are in float32.
 
     Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
-    this one does not. The wide forms multiply neighbours by zeros of their own, so that an infinity or NaN in
-    a convolution's data makes NaN of up to 7 more places along the last axis. The network has no derivative:
-    to train, keep the masked one.
+    this one does not, except where a form is filled up with zeros ("csr" never is). The wide forms multiply
+    neighbours by zeros of their own, so that an infinity or NaN in a convolution's data makes NaN of up to 7
+    more places along the last axis. The network has no derivative: to train, keep the masked one.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *inputs)`.

@@ -12,7 +12,7 @@ class Row(NamedTuple):
       path: its param; with `#2` and so on if the param is several kernels.
       shape: the param's shape.
       sparsity: the fraction of its mask that is False.
-      form: how it is stored: "dense", "csr", "padded" or another form that `sparsify` names.
+      form: how it is stored: "dense", "csr", "windows" or another form that `sparsify` names.
       dense: bytes of the dense kernel.
       stored: bytes in this form, indices included.
       gain: how many times as fast as the dense product it was, alone; that of the best form if it stays

@@ -18,7 +18,7 @@ from experiments.benchmarks import sparse_inference
 from jaxprune.sparse.choice import Chosen, fastest_set
 from jaxprune.sparse.forms import FORMS, stored_entries
 
-SCATTERED = ("csr", "padded")
+SCATTERED = ("csr", "padded", "windows")
 
 
 def normal(seed, *shape):
@@ -79,6 +79,55 @@ def test_each_form_is_the_product(matrix, rows, name):
     y = FORMS[name].product(arrays, jnp.asarray(x), len(matrix), jnp.float32, None)
     assert y.shape == (rows, len(matrix))
     np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-4, atol=1e-5)
+
+
+@st.composite
+def wide_matrices(draw):
+    """A matrix with more inputs than a window holds, whose rows and columns differ in how full they are."""
+    outputs, inputs = draw(st.sampled_from([(1, 257), (30, 700), (8, 3000), (90, 1100)]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    density = draw(st.sampled_from([0.003, 0.05, 0.5]))
+    alive = rng.random((outputs, inputs)) < density
+    alive &= rng.random((outputs, 1)) < draw(st.sampled_from([1.0, 0.3]))
+    place = np.arange(inputs)
+    alive &= {
+        "even": place >= 0,
+        "ends": (place < 40) | (place >= inputs - 40),
+        "far apart": place % 300 == 0,
+        "together": (place > inputs // 3) & (place < inputs // 3 + 100),
+    }[draw(st.sampled_from(["even", "ends", "far apart", "together"]))]
+    return (rng.standard_normal((outputs, inputs)) * alive).astype(np.float32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(wide_matrices())
+def test_windows_hold_each_entry_once(matrix):
+    arrays = FORMS["windows"].pack(matrix)
+    if isinstance(arrays, str):
+        assert "entries too" in arrays
+        return
+    inputs = arrays["starts"][:, None] + arrays["indices"].astype(np.int64)
+    assert np.all(np.diff(arrays["starts"]) >= 0)
+    by_lane = np.zeros((inputs.shape[1], max(matrix.shape[1], 256)), np.float32)
+    np.add.at(by_lane, (np.arange(inputs.shape[1]), inputs), arrays["values"])
+    entries = np.zeros(matrix.shape, int)
+    total = np.zeros_like(matrix)
+    for lanes in arrays["lanes"]:
+        total += by_lane[lanes, : matrix.shape[1]]
+        entries += by_lane[lanes, : matrix.shape[1]] != 0
+    np.testing.assert_array_equal(total, matrix)
+    np.testing.assert_array_equal(entries, matrix != 0)
+    x = normal(3, 2, matrix.shape[1])
+    y = FORMS["windows"].product(arrays, jnp.asarray(x), len(matrix), jnp.float32, None)
+    np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_take_little_more_than_five_bytes_an_entry():
+    matrix = normal(0, 600, 800) * (np.random.default_rng(1).random((600, 800)) < 0.1)
+    arrays = FORMS["windows"].pack(matrix)
+    assert arrays["indices"].dtype == np.uint8
+    stored = sum(array.nbytes for array in arrays.values())
+    assert stored <= 1.25 * 5 * np.count_nonzero(matrix)
 
 
 @st.composite
@@ -153,7 +202,9 @@ def test_dtypes(mlp, form, dtype, tolerance):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), mlp[0])
         x = jnp.asarray(normal(3, 2, 24), dtype)
         fast = jp.sparsify(perceptron, params, mlp[1], x, choose={"hidden": form, "out": form})
-        assert {leaf.dtype for leaf in jax.tree.leaves(fast.params)} == {jnp.dtype(dtype), jnp.dtype("int32")}
+        narrow = {jnp.dtype("uint8"), jnp.dtype("uint16")} if form == "windows" else set()
+        stored = {leaf.dtype for leaf in jax.tree.leaves(fast.params)}
+        assert stored == {jnp.dtype(dtype), jnp.dtype("int32")} | narrow
         y = fast.apply(fast.params, x)
         assert y.dtype == dtype
         wide = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
@@ -369,6 +420,24 @@ def test_measuring_and_the_rule_give_the_masked_network():
     for fast in (measured, ruled):
         want = apply_fn(jp.apply_masks(params, masks), x)
         np.testing.assert_allclose(fast.apply(fast.params, x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_few_rows_are_multiplied_through_windows():
+    params = {"w": normal(0, 512, 512)}
+    masks = {"w": jnp.asarray(np.random.default_rng(1).random((512, 512)) < 0.05)}
+
+    def apply_fn(params, x):
+        return x @ params["w"]
+
+    for rows, form in ((1, "windows"), (4, "windows"), (40, "csr")):
+        x = normal(2, rows, 512)
+        ruled = jp.sparsify(apply_fn, params, masks, x, choose="rule")
+        assert ruled.forms == {"w": form if jax.default_backend() == "cpu" else "dense"}
+        want = apply_fn(jp.apply_masks(params, masks), x)
+        np.testing.assert_allclose(ruled.apply(ruled.params, x), want, rtol=1e-4, atol=1e-4)
+    measured = jp.sparsify(apply_fn, params, masks, normal(2, 1, 512), rounds=1)
+    if jax.default_backend() == "cpu":
+        assert "windows" in measured.report.rows[0].why
 
 
 def test_no_warnings_on_this_platform(mlp):

@@ -1,12 +1,18 @@
 """A small run of every benchmark."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
@@ -15,6 +21,7 @@ from experiments.benchmarks import (
     compile,
     eager,
     files,
+    gpu,
     graph,
     grouping,
     latency,
@@ -24,6 +31,7 @@ from experiments.benchmarks import (
 )
 from experiments.benchmarks.parts import bound, jax_steps
 from experiments.benchmarks.parts.machine import machine
+from experiments.run.settings import parse
 from experiments.show.tables import markdown, text
 from jaxprune.tree.leaves import array_leaves
 from tests.studies.outcomes import check_width, read
@@ -178,12 +186,93 @@ def test_all_benchmarks_write_one_page(tmp_path, capsys):
 
     # What needs no clock holds of the small programs too.
     assert "programs: 0 sorts, 0 calls of the host, 0 arrays not updated in place, 0 further" in text
+    # A plain step reads and writes what the dense step does, and the masks, once for each of Adam's arrays.
+    beside = re.findall(r", (\w+): [\d.]+% more bytes than dense, ([\d.]+) times the masks'", text)
+    assert [way for way, _ in beside] == ["masked", "packed", "fixed"]
+    assert all(2.9 <= float(times) <= 3.1 for _, times in beside)
+    counts = re.search(r", fixed: .*?; (\d+) operations \((\d+)\), and (\d+) instructions \((\d+)\)", text)
+    assert counts and counts[1] == counts[2] and counts[3] == counts[4]
     steps = [row.split("|")[1:3] for row in sections["train_step"].splitlines() if row.startswith("| LeNet")]
-    ways = ["masked", "packed", "fixed", "argsort", *(["torch"] if TORCH else [])]
+    ways = ["copy", "masked", "packed", "fixed", "idle", "argsort", *(["torch"] if TORCH else [])]
     assert [way.strip() for _, way in steps] == ways
     assert ("PyTorch is not installed" in sections["sweep"]) is not TORCH
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= max(80, len(machine()), len(f"Wrote {page}"))
+
+
+def test_what_a_plain_step_runs_is_read_off_its_program():
+    text = """HloModule jit_step, entry_computation_layout={}
+
+%fused_computation (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} negate(%a)
+}
+
+%branch.1 (c: f32[8]) -> (f32[8]) {
+  %c = f32[8]{0} parameter(0)
+  %d = f32[8]{0} fusion(%c), kind=kLoop, calls=%fused_computation
+  %e = f32[8]{0} copy(%d)
+  ROOT %f = (f32[8]{0}) tuple(%e)
+}
+
+ENTRY %main (x: f32[2,8], m: pred[2,8], n: s32[]) -> (f32[2,8], f32[8]) {
+  %x = f32[2,8]{1,0} parameter(0), metadata={op_name="x"}
+  %m = pred[2,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %g = f32[2,8]{1,0} fusion(%x, %m), kind=kLoop, calls=%fused_computation
+  %h = f32[8,8]{1,0} dot(%g, %g), lhs_contracting_dims={0}, rhs_contracting_dims={0}
+  %i = (f32[8]{0}) conditional(%n, %x, %x), branch_computations={%branch.1, %branch.1}
+  %j = f32[8]{0} get-tuple-element(%i), index=0
+  ROOT %k = (f32[2,8]{1,0}, f32[8]{0}) tuple(%g, %j)
+}
+"""
+    moved = (64 + 16 + 64) + (64 + 64 + 256)
+    assert jax_steps.plain_program(text) == {"operations": 2, "bytes": moved, "skipped": 2}
+
+
+def test_bytes_of_a_step_are_those_that_xla_counts():
+    begin, step = optax.adam(1e-3).init, jax_steps.train_step(optax.adam(1e-3))
+    params = jax_steps.init(jax.random.key(0), (20, 16, 8))
+    given = params, begin(params), jnp.ones((6, 20)), jnp.zeros(6, jnp.int32)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*given).compile()
+    counted: Any = compiled.cost_analysis()
+    found = jax_steps.plain_program(compiled.as_text() or "")
+    assert abs(found["bytes"] / counted["bytes accessed"] - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", gpu.PARTS)
+def test_parts_of_the_gpu_page_are_benchmarks_with_these_flags(name):
+    for flags in (gpu.PARTS[name].flags, gpu.PARTS[name].small):
+        benchmark, *rest = flags.split()
+        module = importlib.import_module(f"experiments.benchmarks.{benchmark}")
+        parse(module.Config, rest)
+
+
+def test_gpu_page_at_small_sizes(tmp_path):
+    page = tmp_path / "gpu.md"
+    script = Path(gpu.__file__).with_suffix(".sh")
+    env = os.environ | {"SMALL": "1", "PYTHON": sys.executable}
+    subprocess.run(
+        ["bash", str(script), "--only", "sparse", "--out", str(page)],
+        check=True,
+        env=env,
+        capture_output=True,
+    )
+    text = page.read_text()
+    kind = jax.devices()[0].device_kind
+    assert re.search(rf"^# .*\n\n\d+ x {kind} of .*jax {jax.__version__}", text)
+    assert "the figures mean nothing" in text
+    assert re.search(r"```text\n(.*\n)+batch  sparsity  measure .*\n4      95%   +[\d.]+ ", text)
+
+
+def test_a_part_that_takes_too_long_or_fails_is_on_the_gpu_page(monkeypatch):
+    began = time.monotonic()
+    cut = gpu.section("sparse", small=True, seconds=0.2)
+    assert time.monotonic() - began < 5
+    assert "Cut off after 0 s" in cut and cut.count("```") == 2
+    part = gpu.PARTS["sparse"]
+    monkeypatch.setitem(gpu.PARTS, "step", part._replace(small="no_such_benchmark"))
+    assert "status 1" in gpu.section("step", small=True, seconds=30)
 
 
 def test_a_benchmark_that_is_none_is_refused(tmp_path, capsys):

@@ -118,7 +118,70 @@ def argsort_step(tx: optax.GradientTransformation, schedule: Callable[[Any], Any
     return begin, step
 
 
+# --- what a branch costs that is not taken
+
+
+def idle_step(tx: optax.GradientTransformation, pruner: jp.Pruner) -> tuple[Callable, Step]:
+    """Return `init(params)` and a train step of `tx` beside which a pruner runs on two entries of each leaf.
+
+    Its masks are used nowhere, and take no time to read: what it adds to a plain step is the time that the
+    program of an update takes although it does not run.
+    """
+    inner = train_step(tx)
+
+    def corners(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[(slice(0, 2),) * leaf.ndim], params)
+
+    def begin(params: Any) -> Any:
+        return tx.init(params), pruner.init(corners(params))
+
+    def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
+        opt_state, pruned = state
+        params, opt_state = inner(params, opt_state, x, y)
+        return params, (opt_state, pruner.update(pruned, corners(params)))
+
+    return begin, step
+
+
 # --- running them
+
+
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+
+
+def plain_program(text: str) -> dict[str, int]:
+    """Return what a step runs in which no masks are updated, from the text of its compiled program.
+
+    `operations` are the fusions, products and copies of the entry computation, and `bytes` are those of their
+    operands and results. Branches of a conditional are not among them: the plain step's branch returns its
+    operands. `skipped` are the instructions of all other computations, fused ones aside, which a plain step
+    does not run, though XLA prepares buffers for them at each call.
+    """
+    sizes: dict[str, int] = {}
+    found = {"operations": 0, "bytes": 0, "skipped": 0}
+    entry, fused = False, False
+    for line in text.splitlines():
+        if line.endswith("{"):
+            entry, fused = line.startswith("ENTRY"), "fused_computation" in line or "wrapped_" in line
+            continue
+        made = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z-]+)\((.*)", line)
+        if made is None:
+            continue
+        name, shape, operation, rest = made.groups()
+        found["skipped"] += not entry and not fused and operation not in _FREE
+        if entry:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+            sizes[name] = sum(_ITEM_BYTES[kind] * _product(dims) for kind, dims in shapes)
+            if operation not in (*_FREE, "conditional"):
+                operands = re.findall(r"%([\w.-]+)", rest.partition(")")[0])
+                found["operations"] += 1
+                found["bytes"] += sizes[name] + sum(sizes[operand] for operand in operands)
+    return found
+
+
+def _product(dims: str) -> int:
+    return int(np.prod([int(size) for size in dims.split(",") if size], dtype=np.int64))
 
 
 class Contender:
@@ -182,6 +245,8 @@ class Contender:
             "leaves": len(jax.tree.leaves(self.state)),
             "traces": self.traces,
             "zeros": float(1 - sum(jnp.sum(k != 0) for k in kernels) / sum(k.size for k in kernels)),
+            "masks": sum(m.nbytes for m in jax.tree.leaves(optax.tree.get(self.state, "masks", ()))),
+            **plain_program(self.text),
         }
 
 
@@ -210,13 +275,16 @@ class JaxSteps:
             if way == "argsort":
                 begin, step = argsort_step(adam, schedule)
             else:
-                tx = adam
-                if way == "fixed":
+                tx = adam  # for "dense" and its "copy"
+                if way in ("fixed", "idle"):
                     one = make(jax.random.key(0))
                     tx = jp.keep_masked(adam, jp.prune_once(one, jp.scores.magnitude, sparsity=SPARSITY))
-                elif way != "dense":
+                elif way in ("masked", "packed"):
                     tx = jp.wrap_optax(adam, pruner, packed=way == "packed")
                 begin, step = tx.init, train_step(tx)
+                if way == "idle":
+                    corners = jp.pruner(jp.scores.magnitude, schedule, every=EVERY, floor=0)
+                    begin, step = idle_step(tx, corners)
             self.contenders[way] = Contender(begin, step, params, x, y, seeds)
 
     def plain(self, way: str, count: int) -> float:
