@@ -149,25 +149,19 @@ def count_below(leaf: Keys, bounds: jax.Array, max_count: int) -> Count:
 
     Counts are `BigCount` for a leaf of more than `max_count` entries.
     """
-    shape = (1, *leaf.keys.shape)
-    keys = lax.expand_dims(leaf.keys, (0,))
-    living = jnp.ones(shape, bool) if leaf.alive is None else lax.expand_dims(leaf.alive, (0,))
+    living = jnp.ones(leaf.keys.shape, bool) if leaf.alive is None else leaf.alive
     # One reduction of all: XLA reads the keys once, and stores nothing of what it compares.
-    tests = [keys < lax.slice(bounds, (i,), (i + 1,)).reshape([1] * len(shape)) for i in range(len(bounds))]
-    counts = _count([test.astype(jnp.int32) for test in [*tests, living]], max_count)
-    return jax.tree.map(lambda *parts: lax.concatenate(parts, 0), *counts)
+    tests = [leaf.keys < bounds[i] for i in range(len(bounds))]
+    return big_counts.stack(_count([test.astype(jnp.int32) for test in [*tests, living]], max_count))
 
 
 def _count(flags: list[jax.Array], max_count: int) -> list[Count]:
-    """Count the ones of each of some int32 arrays of one shape (1, ...), as arrays of shape (1,).
-
-    Counts are `BigCount` beyond `max_count` entries.
-    """
+    """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond `max_count` entries."""
+    axes = tuple(range(flags[0].ndim))
     if flags[0].size <= max_count:
-        return _sums(flags, tuple(range(1, flags[0].ndim)))
+        return _sums(flags, axes)
     # An int32 counts what one row has. The counts of the rows are added with a carry.
-    rows = _sums(flags, (flags[0].ndim - 1,))
-    return [jax.tree.map(lambda part: part.reshape(1), big_counts.sum_all(row)) for row in rows]
+    return [big_counts.sum_all(row) for row in _sums(flags, axes[-1:])]
 
 
 def count_true(mask: jax.Array) -> Count:
@@ -175,9 +169,8 @@ def count_true(mask: jax.Array) -> Count:
     flags = mask.astype(jnp.int32)
     # Two counts, of every other entry, because XLA would store the operand of a lone sum of integers.
     odd = lax.broadcasted_iota(jnp.int32, mask.shape, 0) & 1 == 1 if mask.ndim else jnp.array(True)
-    halves = [lax.expand_dims(half, (0,)) for half in (jnp.where(odd, flags, 0), jnp.where(odd, 0, flags))]
-    a, b = _count(halves, MAX_COUNT)
-    return jax.tree.map(lambda part: part[0], a + b)
+    a, b = _count([jnp.where(odd, flags, 0), jnp.where(odd, 0, flags)], MAX_COUNT)
+    return a + b
 
 
 def _sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
