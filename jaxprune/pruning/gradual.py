@@ -456,6 +456,6 @@ def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stac
         asked = sum(target.counts(target.grid.count(target.grid.last or 1), competing).values())
         at_stop = target.count_at_stop(sum(sizes.values()))
         asked = asked if at_stop is None else min(asked, at_stop)
-    kept = sum(map(num_true, alive.values()))
+    kept = sum(num_true(alive.values()))
     unit = "entries" if structure.elementwise else f"units of {structure.name}"
     return Progress(unit, kept, sum(sizes.values()), asked, stacks)

@@ -274,6 +274,7 @@ def checked_scores(
     """
     checked: dict[str, jax.Array] = {}
     integers: list[str] = []
+    is_readable = on_host([(scores[path], masks[path]) for path in chosen])
     for path in chosen:
         leaf = jnp.asarray(scores[path])
         if jnp.issubdtype(leaf.dtype, jnp.integer):
@@ -284,8 +285,8 @@ def checked_scores(
             leaf = leaf.astype(jnp.bfloat16)
         if not isinstance(leaf, Tracer):
             kept = True if isinstance(masks[path], Tracer) else masks[path]
-            if on_host(leaf, kept):
-                bad = num_true(~np.isfinite(leaf) & np.asarray(kept))
+            if is_readable or on_host(leaf, kept):
+                bad = np.count_nonzero(~np.isfinite(leaf) & np.asarray(kept))
             else:
                 with jax.ensure_compile_time_eval():  # a traced function may have closed over it
                     bad = int(jnp.sum(~jnp.isfinite(leaf) & kept))
@@ -394,9 +395,8 @@ def remove(
         pooled, removed = removed, _equally_many(units, target, removed)
         if warn_if_unequal and is_concrete(units.alive, pooled, removed):
             _warn_about_equal_numbers(units, target, pooled, removed)
-    changed = kept_entries(
-        units, {name: compute(operator.invert, mask) for name, mask in removed.items()}, masks
-    )
+    keep = dict(zip(removed, compute(operator.invert, removed.values()), strict=True))
+    changed = kept_entries(units, keep, masks)
     if not any(target.floors.values()) and is_concrete(masks, changed):
         _warn_about_collapse(masks, changed)
     return {**masks, **changed}
@@ -442,7 +442,8 @@ def kept_entries(
                 "channel_groups with the params that are pruned."
             )
         )
-    return {path: compute(operator.and_, before[path], mask) for path, mask in entries.items()}
+    kept = compute(operator.and_, map(before.__getitem__, entries), entries.values())
+    return dict(zip(entries, kept, strict=True))
 
 
 def _equally_many(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -461,8 +462,8 @@ def _equally_many(units: Units, target: Target, removed: Mapping[str, jax.Array]
 def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> None:
     """Warn where a target was missed, and where only the floor kept a leaf from being emptied."""
     competing, floors = target.competing, target.floors
-    num_removed = {name: num_true(mask) for name, mask in removed.items()}
-    num_alive = {name: num_true(mask) for name, mask in units.alive.items()}
+    num_removed = dict(zip(removed, num_true(removed.values()), strict=True))
+    num_alive = dict(zip(units.alive, num_true(units.alive.values()), strict=True))
     got, left = competing_sizes(num_removed, competing), competing_sizes(num_alive, competing)
     floor = max(floors.values())
     before = competing_sizes(pool_sizes(units), competing) if target.includes_pruned else left
@@ -487,7 +488,8 @@ def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str
     if not full:
         return
     without_floors = lowest_units(units, target._replace(floors=dict.fromkeys(floors, 0)))
-    if spared := [name for name in full if num_true(without_floors[name]) > num_removed[name]]:
+    numbers = num_true(map(without_floors.__getitem__, full))
+    if spared := [name for name, number in zip(full, numbers, strict=True) if number > num_removed[name]]:
         warnings.warn(
             f"floor={floor} kept the last units of {', '.join(spared)}, which rank among the lowest; "
             "other leaves gave more instead. floor=0 lets a leaf be emptied.",
@@ -500,10 +502,10 @@ def _warn_about_equal_numbers(
 ) -> None:
     """Warn of stacks that keep more or fewer units than was asked for."""
     for name, family in target.equal.items():
-        asked, got = (
-            [num_true(units.alive[layer]) - num_true(lowest[layer]) for layer in family.names]
-            for lowest in (pooled, removed)
+        alive, asked_to_go, gone = (
+            num_true(map(masks.__getitem__, family.names)) for masks in (units.alive, pooled, removed)
         )
+        asked, got = (list(map(operator.sub, alive, lost)) for lost in (asked_to_go, gone))
         if sum(asked) != sum(got):
             kept = str(got[0]) if len(set(got)) == 1 else ", ".join(map(str, got))
             warnings.warn(
@@ -516,7 +518,8 @@ def _warn_about_equal_numbers(
 
 def _warn_about_collapse(before: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Warn where a leaf lost its last entry: no signal passes it any more."""
-    emptied = [path for path, mask in changed.items() if num_true(before[path]) and not num_true(mask)]
+    left, right = num_true(map(before.__getitem__, changed)), num_true(changed.values())
+    emptied = [path for path, old, new in zip(changed, left, right, strict=True) if old and not new]
     if emptied:
         warnings.warn(
             f"layer collapse: {', '.join(emptied)} kept nothing, so no signal passes there. floor=1 keeps "

@@ -289,7 +289,7 @@ def sparsity_counts(
 def alive_counts(units: Units) -> dict[str, int]:
     """Count the units of each pool that are left."""
     with jax.ensure_compile_time_eval():  # a traced function may have closed over the masks
-        return {name: num_true(alive) for name, alive in units.alive.items()}
+        return dict(zip(units.alive, num_true(units.alive.values()), strict=True))
 
 
 def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:

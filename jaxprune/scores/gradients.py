@@ -32,7 +32,7 @@ def gradient_magnitude(params: Params, *, grads: Any = None, **extra: Any) -> Sc
       Blalock et al., "What is the State of Neural Network Pruning?", MLSys 2020 (as a baseline).
     """
     del extra
-    return map_leaves(lambda _, g: compute(abs, g), params, _needed(grads, params, "gradient_magnitude"))
+    return map_leaves(lambda _, g: compute(abs, [g])[0], params, _needed(grads, params, "gradient_magnitude"))
 
 
 def taylor(params: Params, *, grads: Any = None, **extra: Any) -> Scores:

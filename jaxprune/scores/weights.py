@@ -1,6 +1,5 @@
 """Scores that need the weights alone."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax import lax
 from jaxprune.scores.common import map_layers, map_leaves
 from jaxprune.tree.checks import check_key
 from jaxprune.tree.dtypes import promote_to_float32
-from jaxprune.tree.host import compute
+from jaxprune.tree.host import compute, on_host
 from jaxprune.tree.leaves import array_leaves
 from jaxprune.tree.stacks import Stacked
 from jaxprune.typing import Params, Scores
@@ -32,7 +31,10 @@ def magnitude(params: Params, **extra: Any) -> Scores:
     """
     del extra
     array_leaves(params)
-    return map_leaves(partial(compute, abs), params)
+    leaves, treedef = jax.tree.flatten(params)
+    if on_host(leaves):
+        return treedef.unflatten(compute(abs, leaves))
+    return map_leaves(jnp.abs, params)
 
 
 def normalized_magnitude(params: Params, *, stacked: Stacked | None = None, **extra: Any) -> Scores:

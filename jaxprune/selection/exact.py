@@ -22,6 +22,7 @@ equal (`tracing/kernels.py`). Arrays that numpy can read are selected from by nu
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ from jaxprune.selection.sort_keys import limits, ordered_bits_on_host
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.kernels import pick
 from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
-from jaxprune.tree.host import MAX_ENTRIES, like_computed, num_true, on_host
+from jaxprune.tree.host import MAX_ENTRIES, all_like_computed, on_host
 from jaxprune.tree.leaves import is_concrete
 
 _BITS, _TIE_BITS = 4, 2
@@ -180,35 +181,35 @@ def _select_compiled(
 
 def _select_on_host(scores: Sequence[Any], alive: Sequence[Any], removal: Removal) -> list[jax.Array]:
     """Apply `select` by numpy, with the same result."""
-    keys = [ordered_bits_on_host(np.asarray(array)).ravel() for array in scores]
+    values = [np.asarray(array).ravel() for array in scores]
     living = [
         np.ones(leaf.size, bool) if mask is None else np.asarray(mask).ravel()
-        for leaf, mask in zip(keys, alive, strict=True)
+        for leaf, mask in zip(values, alive, strict=True)
     ]
-    num_alive = [num_true(mask) for mask in living]
-    floors = to_numpy(removal.floors)
+    floors, num_alive = to_numpy(removal.floors), list(map(np.count_nonzero, living))
     max_removable = [max(number - int(floor), 0) for number, floor in zip(num_alive, floors, strict=True)]
     removed: list[np.ndarray] = []
     for number, count in enumerate(removal.counts):
         members = [i for i, competing in enumerate(removal.competing) if competing == number]
+        ends = np.cumsum([values[i].size for i in members])[:-1]
+        # Laid end to end, entries are in the order in which those with equal keys are removed.
+        keys = ordered_bits_on_host(np.concatenate([values[i] for i in members]))
+        candidates = np.concatenate([living[i] for i in members])
         num_removed = int(to_numpy(count))
         if removal.includes_pruned:
-            num_removed -= sum(keys[i].size - num_alive[i] for i in members)
-        # Laid end to end, entries are in the order in which those with equal keys are removed.
-        joined = np.concatenate([keys[i] for i in members]) if len(members) > 1 else keys[members[0]]
-        ends = np.cumsum([keys[i].size for i in members])[:-1]
-        chosen = np.split(_lowest(joined, np.concatenate([living[i] for i in members]), num_removed), ends)
-        if any(num_true(mask) > max_removable[i] for i, mask in zip(members, chosen, strict=True)):
+            num_removed -= keys.size - np.count_nonzero(candidates)
+        chosen = np.split(_lowest(keys, candidates, num_removed), ends)
+        most = [max_removable[i] for i in members]
+        if any(map(operator.gt, map(np.count_nonzero, chosen), most)):
             # The highest of each leaf stay, as many as its floor, and other leaves give more in their place.
-            removable = [_lowest(keys[i], living[i], max_removable[i]) for i in members]
-            chosen = np.split(_lowest(joined, np.concatenate(removable), num_removed), ends)
+            removable = map(_lowest, np.split(keys, ends), np.split(candidates, ends), most)
+            chosen = np.split(_lowest(keys, np.concatenate(list(removable)), num_removed), ends)
         removed += chosen
-    return [
-        like_computed(mask.reshape(array.shape), array) for mask, array in zip(removed, scores, strict=True)
-    ]
+    shaped = [mask.reshape(array.shape) for mask, array in zip(removed, scores, strict=True)]
+    return all_like_computed(shaped, scores)
 
 
-def _lowest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
+def _lowest(keys: np.ndarray, candidates: np.ndarray, count: Any) -> np.ndarray:
     """Mark the `count` lowest of some candidates, or all if they are fewer; of equal keys the first."""
     if count <= 0:
         return np.zeros(keys.size, bool)
@@ -218,7 +219,7 @@ def _lowest(keys: np.ndarray, candidates: np.ndarray, count: int) -> np.ndarray:
     threshold = np.partition(picked, count - 1)[count - 1]
     below = candidates & (keys < threshold)
     ties = np.flatnonzero(candidates & (keys == threshold))
-    below[ties[: count - num_true(below)]] = True
+    below[ties[: count - np.count_nonzero(below)]] = True
     return below
 
 
@@ -419,7 +420,7 @@ def _tie_cutoffs(
                 """Count in leaf `i`, which is number `of` in its group."""
 
                 def find_ties(source: LazyScores, key: jax.Array, bounds: jax.Array) -> jax.Array:
-                    return entries_at(*read_anew((key, bounds), [source]), key)
+                    return entries_at(read_anew((key, bounds), [source])[0], key)
 
                 def below(_: Any) -> Count:
                     key, own_bounds = pick(keys, i), pick(bounds, i)

@@ -5,20 +5,20 @@ Called outside `jit`, each operation of JAX on arrays of a new shape is a progra
 same bits without compiling. Sums of floats are left to XLA, because their last bits depend on the order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import SingleDeviceSharding
-
-from jaxprune.tree.dtypes import is_numeric
-from jaxprune.tree.leaves import is_concrete
 
 MAX_ENTRIES = 2**25
 """The most entries of an array for which numpy is taken: it needs about 1 ns for each, so about as long as
 compiling a program. Larger arrays are left to XLA, which uses all cores."""
+
+_WITH_VALUES = (jax.Array, np.ndarray, np.generic, bool, int, float)
 
 
 def on_host(*trees: Any) -> bool:
@@ -27,20 +27,18 @@ def on_host(*trees: Any) -> bool:
     They have values, lie on one device, a CPU, and have at most `MAX_ENTRIES` entries each. Arrays on a mesh,
     on accelerators, or of other processes stay where they are.
     """
-    leaves = jax.tree.leaves(trees)
-    return is_concrete(leaves) and all(map(_is_readable, leaves))
-
-
-def _is_readable(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return np.size(leaf) <= MAX_ENTRIES
-    if leaf.size > MAX_ENTRIES or not is_numeric(leaf) or leaf.weak_type:  # numpy has no keys, nor weak types
-        return False
-    # On a mesh, even of one device, shardings may be part of types, which have to be those that JAX gives.
-    if not isinstance(leaf.sharding, SingleDeviceSharding):
-        return False
-    (device,) = leaf.devices()
-    return device.platform == "cpu"
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, Tracer) or not isinstance(leaf, _WITH_VALUES) or np.size(leaf) > MAX_ENTRIES:
+            return False
+        if not isinstance(leaf, jax.Array):
+            continue
+        # numpy has no PRNG keys and no weak types. On a mesh, even of one device, shardings may be part of
+        # types, which have to be those that JAX gives.
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.weak_type:
+            return False
+        if not isinstance(leaf.sharding, SingleDeviceSharding) or leaf.platform() != "cpu":
+            return False
+    return True
 
 
 def like_computed(array: np.ndarray, *sources: Any) -> jax.Array:
@@ -48,28 +46,47 @@ def like_computed(array: np.ndarray, *sources: Any) -> jax.Array:
 
     That is the device that one of them is committed to, or else the default one.
     """
-    for source in sources:
-        if isinstance(source, jax.Array) and source.committed:
-            return jax.device_put(array, source.sharding)
+    return all_like_computed([array], *zip(sources))[0]
+
+
+def all_like_computed(arrays: Sequence[np.ndarray], *columns: Sequence[Any]) -> list[jax.Array]:
+    """Apply `like_computed` to several arrays; each column has a source for each of them."""
+    places: list[Any] = [None] * len(arrays)
+    for column in columns:
+        for number, leaf in enumerate(column):
+            if places[number] is None and isinstance(leaf, jax.Array) and leaf.committed:
+                places[number] = leaf.sharding
+    if places.count(None) < len(places):
+        return list(map(jax.device_put, arrays, places))
+    if jax.sharding.get_abstract_mesh().empty:
+        return jax.device_put(list(arrays))
     # `jnp.asarray` compiles a program for each shape; but within `jax.set_mesh` it takes the mesh's devices.
-    return jax.device_put(array) if jax.sharding.get_abstract_mesh().empty else jnp.asarray(array)
+    return list(map(jnp.asarray, arrays))
 
 
-def compute(function: Callable[..., Any], *arrays: Any) -> jax.Array:
-    """Return `function(*arrays)` as a JAX array, by numpy where it should; the function takes arrays of both.
+def compute(function: Callable[..., Any], *columns: Iterable[Any]) -> list[jax.Array]:
+    """Return `function(a, b, ...)` for each a, b, ... of some columns of arrays, by numpy where it should.
+
+    Args:
+      function: takes arrays of numpy and of JAX.
+      *columns: equally many arrays each.
 
     Example:
       >>> import operator
       >>> import jax.numpy as jnp
       >>> from jaxprune.tree.host import compute
-      >>> compute(operator.invert, jnp.array([True, False])).tolist()
-      [False, True]
+      >>> [found.tolist() for found in compute(operator.invert, [jnp.array([True, False])])]
+      [[False, True]]
     """
-    if on_host(arrays):
-        return like_computed(function(*map(np.asarray, arrays)), *arrays)
-    return function(*arrays)
+    rows = list(zip(*columns, strict=True))
+    if on_host(rows):
+        return all_like_computed([function(*map(np.asarray, row)) for row in rows], *zip(*rows, strict=True))
+    return [compute(function, *zip(row))[0] if on_host(row) else function(*row) for row in rows]
 
 
-def num_true(mask: Any) -> int:
-    """Return how many entries of a mask that has values are True."""
-    return int(np.count_nonzero(mask)) if on_host(mask) else int(jnp.sum(mask))
+def num_true(masks: Iterable[Any]) -> list[int]:
+    """Return for each of some masks that have values how many entries are True."""
+    masks = list(masks)
+    if on_host(masks):
+        return list(map(np.count_nonzero, masks))
+    return [int(jnp.sum(mask)) for mask in masks]

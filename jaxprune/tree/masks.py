@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxprune.tree import sharding
 from jaxprune.tree.dtypes import can_be_zero, is_numeric
-from jaxprune.tree.host import like_computed, on_host
+from jaxprune.tree.host import all_like_computed, like_computed, on_host
 from jaxprune.tree.leaves import Leaves, array_leaves, describe, flatten, is_array, is_concrete
 from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.paths import keyed_leaves, leaf_paths, path_of
@@ -42,6 +42,10 @@ def ones_masks(params: Params) -> Masks:
 
 def unpruned_masks(leaves: Leaves) -> Masks:
     """Return masks that prune nothing, by path; raise as `ones_masks`."""
+    arrays = leaves.by_path.values()
+    if on_host(leaves.by_path):
+        ones = all_like_computed([np.ones(leaf.shape, bool) for leaf in arrays], list(arrays))
+        return dict(zip(leaves.by_path, ones, strict=True))
     return {path: _unpruned_mask(path, leaf) for path, leaf in leaves.by_path.items()}
 
 
