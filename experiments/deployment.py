@@ -108,7 +108,7 @@ def networks(config: Config, train: loops.Split, test: loops.Split, bar: tqdm) -
     init = loops.init(lenet, train, keys[0])
     ones = jp.ones_masks(init)
     dense = fit(init, ones, keys[1], config.epochs, bar)
-    answers = distill.answerer(lenet, train)(dense)
+    answers = loops.answerer(lenet, train)(dense)
     found = {
         "compiled": plain(lenet, accuracy, dense, int8=False),
         "int8": plain(lenet, accuracy, dense),

@@ -167,7 +167,7 @@ class Study(study.Study):
             "few": self._dense("few", few, self.sizes.few_epochs, 2),
         }
         # What the network that has seen all images says of the few.
-        self.told = distill.answerer(MLP(), few)(self.dense["all"].params)
+        self.told = loops.answerer(MLP(), few)(self.dense["all"].params)
 
     def _dense(self, images: str, split: loops.Split, epochs: int, purpose: int) -> Dense:
         fit = distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
@@ -218,7 +218,7 @@ def student(of: Study) -> None:
             if name == "LeNet":
                 make = partial(fit, init, ones, keys, epochs, of.bar, None, mix)
                 params = of.once("teacher", epochs, make)
-                answers = distill.answerer(model, train)(params)
+                answers = loops.answerer(model, train)(params)
                 if not of.missing(f"{name}, {method}", 0, **same):
                     continue
             elif of.missing(f"{name}, {method}", epochs, **same):
@@ -254,7 +254,7 @@ def pruning(of: Study) -> None:
         dense = of.dense[images]
         mix, ways = Mix(of.config.temperature, of.config.alpha), {}
         ways[LABELS] = (None, distill.LABELS)
-        ways[DENSE] = (distill.answerer(MLP(), dense.images)(dense.params), mix)
+        ways[DENSE] = (loops.answerer(MLP(), dense.images)(dense.params), mix)
         if images == "few":
             ways[TAUGHT] = (of.told, mix)
         for method, (answers, mix) in ways.items():
