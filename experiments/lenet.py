@@ -13,6 +13,7 @@ stopped resumes after its last finished fraction when the same command is given 
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -192,6 +193,20 @@ def without_dead_channels(
     ]
 
 
+def updated(pruners: Sequence[jp.Pruner], states: Sequence[Any], params: Any, keys: jax.Array) -> list[Any]:
+    """Return the states of networks' pruners after one more update; params have a leading axis of networks.
+
+    Not under `jit`: choosing masks of so few weights takes milliseconds, compiling it seconds.
+    """
+    with warnings.catch_warnings():
+        # The floor is 0 on purpose, and the tables say which layers have collapsed.
+        warnings.filterwarnings("ignore", "layer collapse", UserWarning)
+        return [
+            pruner.update(state, study.at(index, params), key=keys[index])
+            for index, (pruner, state) in enumerate(zip(pruners, states, strict=True))
+        ]
+
+
 def file_bytes(params: Any, masks: Any = None, int8: bool = False) -> int:
     """Return the bytes of a file of the params (`jp.io.save`), from which zeros are left out."""
     with tempfile.TemporaryDirectory() as folder:
@@ -287,11 +302,7 @@ class Study(study.Study):
         masks, before = None, None
         for number in range(config.rounds):
             keys = jnp.concatenate([self.keys(2 + number)] * len(METHODS))
-            # Not under `jit`: choosing masks of so few weights takes milliseconds, compiling it seconds.
-            states = [
-                pruner.update(state, study.at(index, params), key=keys[index])
-                for index, (pruner, state) in enumerate(zip(pruners, states, strict=True))
-            ]
+            states = updated(pruners, states, params, keys)
             masks = study.stack([state.masks for state in states])
             before = self.answers(jp.apply_masks(params, masks))
             params = self.tune(params, masks, keys, config.tune_epochs, self.bar)
@@ -307,8 +318,8 @@ class Study(study.Study):
     ) -> None:
         """Write the figures of a method, a line per seed; counts and times are those of the first seed.
 
-        All have a leading seed axis. `before` and `after` are the log-probabilities of the test images, before
-        and after the last tuning.
+        All have a leading seed axis. `before` and `after` the last tuning are log-probabilities of the
+        test images.
         """
         first, size = study.at(0, params), measure(study.at(0, masks))
         accuracies = loops.accuracy(np.stack([before, after]), self.test)

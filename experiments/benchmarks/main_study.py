@@ -65,7 +65,6 @@ SMALL = Config(
     train_size=70,
     rounds=1,
     trial_epochs=1,
-    shares=True,
 )
 
 

@@ -91,10 +91,10 @@ def pooled_conv(x, kernel):
     (c, height, width, batch), height and width even, and (5, 5, c, out) -> (out, height / 2 - 2,
     width / 2 - 2, batch). Images are the last axis: they fill the vectors of a CPU, however few the channels.
 
-    The four outputs of a pooling window together see 6 x 6 pixels. One product of these 6 x 6 patches computes
-    all four, with four copies of the kernel, shifted by 0 or 1 and padded with zeros, and the maximum is taken
-    over four blocks of its rows. In blocks of 2 x 2 pixels a patch is 3 x 3, so 9 slices gather all patches and
-    none is strided. That multiplies by 36 pixels instead of 25, but patches have 2.8 times fewer entries.
+    The four outputs of a pooling window together see 6 x 6 pixels. One product of these patches computes all
+    four, with four copies of the kernel, shifted by 0 or 1 and padded with zeros, and the maximum is over
+    four blocks of its rows. In blocks of 2 x 2 pixels a patch is 3 x 3, so 9 slices gather all patches, none
+    of them strided. That multiplies by 36 pixels instead of 25, but patches have 2.8 times fewer entries.
     """
     c, h, w, batch = x.shape
     out, rows, columns = kernel.shape[-1], h // 2 - 2, w // 2 - 2

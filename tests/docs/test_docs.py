@@ -42,7 +42,8 @@ SMALL = {
     "studies/test_real_models.py": "real_models",
     "studies/test_sensitivity_study.py": "sensitivity benchmarks.sensitivity_cost",
     "studies/test_benchmarks.py": "benchmarks benchmarks.compaction benchmarks.files benchmarks.graph "
-    "benchmarks.grouping benchmarks.latency benchmarks.lottery benchmarks.memory benchmarks.python_calls "
+    "benchmarks.grouping benchmarks.latency benchmarks.lottery benchmarks.main_study benchmarks.memory "
+    "benchmarks.python_calls "
     "benchmarks.selection benchmarks.sweep benchmarks.train_step",
     "sparse/test_sparse_inference.py": "benchmarks.sparse_inference",
 }

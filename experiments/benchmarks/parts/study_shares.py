@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
+COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 
 
 class Shares:
@@ -84,6 +84,6 @@ class Shares:
         return lambda *args, **given: self._timed(function(*args, **given), part)
 
     def _compiled(self, event: str, seconds: float, **_: Any) -> None:
-        if event in _COMPILING:
+        if event in COMPILING:
             self.spent[self._parts[-1]] -= seconds
             self.spent["compiling"] += seconds
