@@ -135,15 +135,14 @@ def run(config: Config) -> list[dict[str, Any]]:
     settings = {"jaxprune": "the whole command", "torch": ""}
     with contextlib.ExitStack() as stack:
         worker = stack.enter_context(torch_study(config)) if TORCH else None
-        choice = fastest(worker, config.trial_epochs) if worker else ()
+        threads, fused = fastest(worker, config.trial_epochs) if worker else (0, False)
         for _ in tqdm(range(config.rounds), unit="round"):
             found = {"jaxprune": command(config)}
             if worker:
-                found["torch"] = worker("measure", *choice)
+                found["torch"] = worker("measure", threads, fused)
             for way, (seconds, accuracies[way]) in found.items():
                 taken[way].append(seconds)
         if worker:
-            threads, fused = choice
             version, sgd = worker("version").partition("+")[0], "fused" if fused else "plain"
             settings["torch"] = f"PyTorch {version}, epochs alone, {sgd} SGD, threads: {threads}"
     lines = [
