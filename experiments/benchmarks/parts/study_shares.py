@@ -83,8 +83,8 @@ class Shares:
     def _returning(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
         return lambda *args, **given: self._timed(function(*args, **given), part)
 
-    def _compiled(self, event: str, duration: float, **kwargs: Any) -> None:
+    def _compiled(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         del kwargs  # which program it was
         if event in COMPILING:
-            self.spent[self._parts[-1]] -= duration
-            self.spent["compiling"] += duration
+            self.spent[self._parts[-1]] -= duration_secs
+            self.spent["compiling"] += duration_secs
