@@ -11,7 +11,8 @@
   fastest. Without PyTorch (pip install torch) this part is left out.
 
 They take turns, round after round, in processes of their own. Figures are
-medians of rounds. With --shares it also says what the command's time is spent
+medians of rounds; the seconds of the CPUs, of all cores together, depend less
+on what else the machine does. With --shares it also says what the command's time is spent
 on, from one more run of it.
 
     python -m experiments.benchmarks.main_study
@@ -80,21 +81,27 @@ def _folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="main-study-")
 
 
-def command(config: Config) -> tuple[float, dict[str, list[float]]]:
-    """Return the seconds of the whole command, and its accuracies as `TorchStudy.measure` has them."""
+def command(config: Config) -> tuple[float, float, dict[str, list[float]]]:
+    """Return the same of the whole command as `TorchStudy.measure` of the epochs."""
     environment = {name: os.environ[name] for name in os.environ if name != "JAX_COMPILATION_CACHE_DIR"}
     with _folder() as folder:
         words = [sys.executable, "-m", "experiments.lenet", *flags(config, folder)]
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), _cpu_of_children()
         ran = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, _cpu_of_children() - cpu_began
         if ran.returncode:
             raise RuntimeError(f"the study ended with status {ran.returncode}:\n{ran.stderr}")
         found: dict[str, list[float]] = {}
         for line in map(json.loads, (Path(folder) / "results.jsonl").read_text().splitlines()):
             name = line["method"] if line["method"] == "dense" else f"{line['method']} {line['amount']:g}"
             found.setdefault(name, []).append(line["accuracy"])
-    return seconds, found
+    return seconds, cpu_seconds, found
+
+
+def _cpu_of_children() -> float:
+    """Return the processors' seconds of all child processes that have ended."""
+    used = os.times()
+    return used.children_user + used.children_system
 
 
 def torch_study(config: Config) -> Worker:
@@ -131,6 +138,7 @@ def fastest(worker: Worker, epochs: int) -> tuple[int, bool]:
 def run(config: Config) -> list[dict[str, Any]]:
     """Return a line for each way and, with --shares, for each part of the command's time."""
     taken: dict[str, list[float]] = {"jaxprune": [], "torch": []}
+    used: dict[str, list[float]] = {"jaxprune": [], "torch": []}
     accuracies: dict[str, dict[str, list[float]]] = {}
     settings = {"jaxprune": "the whole command", "torch": ""}
     with contextlib.ExitStack() as stack:
@@ -140,13 +148,20 @@ def run(config: Config) -> list[dict[str, Any]]:
             found = {"jaxprune": command(config)}
             if worker:
                 found["torch"] = worker("measure", threads, fused)
-            for way, (seconds, accuracies[way]) in found.items():
+            for way, (seconds, cpu_seconds, accuracies[way]) in found.items():
                 taken[way].append(seconds)
+                used[way].append(cpu_seconds)
         if worker:
             version, sgd = worker("version").partition("+")[0], "fused" if fused else "plain"
             settings["torch"] = f"PyTorch {version}, epochs alone, {sgd} SGD, threads: {threads}"
     lines = [
-        {"way": way, "settings": settings[way], "seconds": taken[way], "accuracies": _means(accuracies[way])}
+        {
+            "way": way,
+            "settings": settings[way],
+            "seconds": taken[way],
+            "cpu_seconds": used[way],
+            "accuracies": _means(accuracies[way]),
+        }
         for way in accuracies
     ]
     if config.shares:
@@ -169,9 +184,10 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
     ways = {line["way"]: line for line in lines if "way" in line}
     first, *others = ways
     names = list(ways[first]["accuracies"])
-    rows = [["", "seconds", *(f"{other} / this" for other in others), *(f"{name}, %" for name in names)]]
+    ratios = [f"{other} / this" for other in others]
+    rows = [["", "seconds", "of CPUs", *ratios, *(f"{name} %" for name in names)]]
     for line in ways.values():
-        row = [line["way"], f"{np.median(line['seconds']):.1f}"]
+        row = [line["way"], *(f"{np.median(line[key]):.1f}" for key in ("seconds", "cpu_seconds"))]
         for other in others:
             ratios = np.divide(ways[other]["seconds"], line["seconds"])
             row.append(f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")

@@ -129,8 +129,12 @@ def fill_devices(*trees: Any) -> Any:
     def fill(leaf):
         seeds = len(leaf)
         spare = -seeds % min(len(jax.devices()), seeds)
-        concatenate = np.concatenate if isinstance(leaf, np.ndarray) else jnp.concatenate
-        return concatenate([leaf, leaf[:spare]]) if spare else leaf
+        if not spare:
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.concatenate([leaf, leaf[:spare]])
+        leaf = np.asarray(leaf)  # by numpy nothing need be compiled
+        return np.concatenate([leaf, leaf[:spare]])
 
     return jax.tree.map(fill, trees)
 

@@ -60,7 +60,8 @@ def test_main_study_benchmark(capsys):
     ways = {line["way"]: line for line in ran}
     assert list(ways) == ["jaxprune", *(["torch"] if TORCH else [])]
     for line in ran:
-        assert len(line["seconds"]) == 1 and line["seconds"][0] > 0
+        assert len(line["seconds"]) == len(line["cpu_seconds"]) == 1
+        assert line["seconds"][0] > 0 and line["cpu_seconds"][0] > 0
         assert list(line["accuracies"]) == ["dense", "random", "l1", "structured"]
         assert all(0 <= accuracy <= 1 for accuracy in line["accuracies"].values())
     shares = [{"part": "training", "share": 0.75}, {"part": "compiling", "share": 0.25}]
@@ -70,9 +71,10 @@ def test_main_study_benchmark(capsys):
     assert "training                75.0%" in table
     # A made-up run of both: ratios are within rounds.
     made = [
-        {"way": "jaxprune", "settings": "", "seconds": [1.0, 2.0, 4.0], "accuracies": {"dense": 0.5}},
-        {"way": "torch", "settings": "", "seconds": [3.0, 4.0, 20.0], "accuracies": {"dense": 0.5}},
+        {"way": "jaxprune", "seconds": [1.0, 2.0, 4.0], "cpu_seconds": [7.0]},
+        {"way": "torch", "seconds": [3.0, 4.0, 20.0], "cpu_seconds": [7.0]},
     ]
+    made = [line | {"settings": "", "accuracies": {"dense": 0.5}} for line in made]
     assert "3.00 (2.00-5.00)" in main_study.summarise(made)
 
 
