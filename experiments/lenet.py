@@ -294,10 +294,12 @@ class Study(study.Study):
         cost, last = config.rounds * config.tune_epochs, [*METHODS][-1]
         if not self.missing(f"{amount:.0%}", cost, method=last, amount=amount):
             return
-        # On a leading axis, the networks of all seeds for each method in turn.
         seeds, first = len(config.seeds), study.at(0, self.dense)
-        pruners = [pruner for own in recipes.values() for pruner in [own.pruner(first)] * seeds]
-        states = [state for pruner in pruners[::seeds] for state in [pruner.init(first)] * seeds]
+        pruners = [own.pruner(first) for own in recipes.values()]
+        states = [pruner.init(first) for pruner in pruners]
+        # From here on, in lists or on a leading axis: the networks of all seeds, for each method in turn.
+        pruners = [pruner for pruner in pruners for _ in range(seeds)]
+        states = [state for state in states for _ in range(seeds)]
         params = jax.tree.map(lambda leaf: np.concatenate([leaf] * len(METHODS)), self.dense)
         masks, before = None, None
         for number in range(config.rounds):
