@@ -167,7 +167,7 @@ class Study(study.Study):
             "few": self._dense("few", few, self.sizes.few_epochs, 2),
         }
         # What the network that has seen all images says of the few.
-        self.told = distill.answerer(MLP(), few)(self.dense["all"].params)
+        self.told = loops.answerer(MLP(), few)(self.dense["all"].params)
 
     def _dense(self, images: str, split: loops.Split, epochs: int, purpose: int) -> Dense:
         fit = distill.fitter(MLP(), optax.adam(self.config.lr), self.config.batch_size, split)
@@ -206,10 +206,12 @@ def student(of: Study) -> None:
         init = loops.init(model, train, of.keys(10 + 2 * number))
         first = jax.tree.map(operator.itemgetter(0), init)
         image, _ = train.batch(jnp.arange(1))
+        # Of the convolutions themselves: the products that compute them on a CPU multiply by zeros too.
+        convolving = model.clone(im2col=False)
         costs = {
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(first)),
             "macs": jp.metrics.macs(
-                lambda params, x, m=model: m.apply({"params": params}, x), first, image
+                lambda params, x, m=convolving: m.apply({"params": params}, x), first, image
             ).total,
         }
         for method, mix in ({LABELS: distill.LABELS} if name == "LeNet" else student_mixes(config)).items():
@@ -218,7 +220,7 @@ def student(of: Study) -> None:
             if name == "LeNet":
                 make = partial(fit, init, ones, keys, epochs, of.bar, None, mix)
                 params = of.once("teacher", epochs, make)
-                answers = distill.answerer(model, train)(params)
+                answers = loops.answerer(model, train)(params)
                 if not of.missing(f"{name}, {method}", 0, **same):
                     continue
             elif of.missing(f"{name}, {method}", epochs, **same):
@@ -254,7 +256,7 @@ def pruning(of: Study) -> None:
         dense = of.dense[images]
         mix, ways = Mix(of.config.temperature, of.config.alpha), {}
         ways[LABELS] = (None, distill.LABELS)
-        ways[DENSE] = (distill.answerer(MLP(), dense.images)(dense.params), mix)
+        ways[DENSE] = (loops.answerer(MLP(), dense.images)(dense.params), mix)
         if images == "few":
             ways[TAUGHT] = (of.told, mix)
         for method, (answers, mix) in ways.items():

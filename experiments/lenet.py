@@ -3,7 +3,8 @@
 Train to convergence; then K times prune a fraction of what remains in each
 layer and fine-tune for N epochs. Three experiments, at 10 to 70 % per round:
 random and L1 on single weights of all four layers, and L1 on the output
-channels of conv1, conv2 and fc1. Biases are never pruned. A run that was
+channels of conv1, conv2 and fc1. Biases are never pruned. For each fraction
+the networks of all methods and seeds are tuned side by side. A run that was
 stopped resumes after its last finished fraction when the same command is given again.
 
     python -m experiments.lenet                    # digits, embedded
@@ -12,6 +13,7 @@ stopped resumes after its last finished fraction when the same command is given 
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -93,6 +95,8 @@ def recipe(method: str, amount: float) -> jp.recipes.Recipe:
     return jp.recipes.parse({"prune": methods[method] | same})
 
 
+CHUNK = 120  # images evaluated at once: their patches fit the cache
+
 LAYERS = ("conv1", "conv2", "fc1", "fc2")
 
 # Multiply-adds per weight: how many positions it is applied at. VALID convolutions shrink 28x28 to
@@ -144,46 +148,63 @@ def measure(masks: Any) -> Size:
     )
 
 
-def without_dead_channels(params: Any, masks: Any, split: loops.Split) -> dict[str, Any]:
-    """Take the dead channels out of a masked LeNet and measures what is left.
+def without_dead_channels(
+    params: Any, masks: Any, answers: np.ndarray, split: loops.Split
+) -> list[dict[str, Any]]:
+    """Take the dead channels out of masked LeNets, and measure what is left.
 
     A dead channel still gives relu(bias), which is folded into the biases of the next layer.
 
+    Args:
+      params, masks: of all seeds, on a leading axis; every seed has as many channels alive.
+      answers: (seeds, n, 10), the masked networks' log-probabilities of the images of `split`.
+
     Returns:
-      The small network's parameters, multiply-adds of one image and accuracy, and the largest
-      difference of its log-probabilities from those of the masked network; empty if a layer has
-      no channel left.
+      By seed the small network's parameters, multiply-adds of one image and accuracy, and the largest
+      difference of its log-probabilities from the masked network's; empty if a layer has no channel left.
     """
-    if min(measure(masks).alive) == 0:
-        return {}
-    model = LeNet(im2col=False)
+    widths = measure(study.at(0, masks)).alive
+    if min(widths) == 0:
+        return [{} for _ in answers]
+    model, (image, _) = LeNet(im2col=False), split.batch(jnp.arange(1))
 
     def apply(params: Any, images: jax.Array) -> Any:
         return model.apply({"params": params}, images)
 
-    images, _ = split.batch(jnp.arange(2))
-    small = jp.compact(apply, params, masks, images, fold_constants=True)
+    def compact(*own: Any) -> jp.Compacted:
+        # Nothing is compared here, because all test images are below.
+        return jp.compact(apply, *own, image, fold_constants=True, verify=False)
 
-    @jax.jit
-    def compare(split):
-        def part(index):
-            images, labels = split.batch(index)
-            got = small.apply(small.params, images)
-            gap = jnp.abs(got - apply(jp.apply_masks(params, masks), images)).max()
-            return jnp.mean(jnp.argmax(got, -1) == labels), gap
+    small = [compact(*study.at(index, (params, masks))) for index in range(len(answers))]
+    # What is left is a LeNet again, of fewer channels.
+    narrow = loops.answerer(LeNet(im2col=False, widths=widths), split, CHUNK)
+    found = narrow(study.stack([one.params for one in small]))
+    reports = [one.report(image) for one in small]
+    return [
+        {
+            "compact_params": report.params[1],
+            "compact_macs": report.macs and report.macs[1],
+            "compact_accuracy": float(accuracy),
+            "compact_difference": float(difference),
+        }
+        for report, accuracy, difference in zip(
+            reports, loops.accuracy(found, split), np.abs(found - answers).max(axis=(1, 2)), strict=True
+        )
+    ]
 
-        accuracy, gap = jax.lax.map(part, jnp.arange(len(split.y))[:, None])
-        return accuracy.mean(), gap.max()
 
-    accuracy, gap = compare(split)
-    report = small.report(images[:1])
-    assert report.macs is not None
-    return {
-        "compact_params": report.params[1],
-        "compact_macs": report.macs[1],
-        "compact_accuracy": float(accuracy),
-        "compact_difference": float(gap),
-    }
+def updated(pruners: Sequence[jp.Pruner], states: Sequence[Any], params: Any, keys: jax.Array) -> list[Any]:
+    """Return the states of networks' pruners after one more update; params have a leading axis of networks.
+
+    Not under `jit`: choosing masks of so few weights takes milliseconds, compiling it seconds.
+    """
+    with warnings.catch_warnings():
+        # The floor is 0 on purpose, and the tables say which layers have collapsed.
+        warnings.filterwarnings("ignore", "layer collapse", UserWarning)
+        return [
+            pruner.update(state, study.at(index, params), key=keys[index])
+            for index, (pruner, state) in enumerate(zip(pruners, states, strict=True))
+        ]
 
 
 def file_bytes(params: Any, masks: Any = None, int8: bool = False) -> int:
@@ -249,7 +270,7 @@ class Study(study.Study):
         dense, tuned = optimizers(self.training, len(self.train.y))
         self.fit = loops.masked_fitter(self.model, dense, training.batch_size, self.train)
         self.tune = loops.masked_fitter(self.model, tuned, training.tune_batch_size, self.train)
-        self.accuracy = loops.evaluator(self.model, self.test)
+        self.answers = loops.answerer(self.model, self.test, CHUNK)
         self.speed = timer(self.model, self.train, config.timing_runs)
 
     def train_dense(self) -> None:
@@ -261,43 +282,62 @@ class Study(study.Study):
         )
         self.dense_bytes = [file_bytes(study.at(i, self.dense)) for i in range(len(self.config.seeds))]
         if self.missing("dense", 0, method="dense"):
-            self.record("dense", 0.0, self.dense, self.ones, self.accuracy(self.dense))
+            answers = self.answers(self.dense)
+            self.record("dense", 0.0, self.dense, self.ones, answers, answers)
 
-    def prune(self, method: str, amount: float) -> None:
-        """Prune and tune for some rounds, and write the figures."""
-        config, own = self.config, recipe(method, amount)
-        saved_recipes.save_method(self.results.unfinished, f"{method}-{amount:g}", own)
-        cost = config.rounds * config.tune_epochs
-        if not self.missing(f"{METHODS[method]} {amount:.0%}", cost, method=method, amount=amount):
+    def prune(self, amount: float) -> None:
+        """Prune and tune for some rounds, all methods and seeds side by side, and write the figures."""
+        config, recipes = self.config, {method: recipe(method, amount) for method in METHODS}
+        for method, own in recipes.items():
+            saved_recipes.save_method(self.results.unfinished, f"{method}-{amount:g}", own)
+        # The last method's lines are written last, so where they are, all are.
+        cost, last = config.rounds * config.tune_epochs, [*METHODS][-1]
+        if not self.missing(f"{amount:.0%}", cost, method=last, amount=amount):
             return
-        pruner = own.pruner(study.at(0, self.dense))
-        update = jax.jit(jax.vmap(lambda state, params, key: pruner.update(state, params, key=key)))
-        params, state, before = self.dense, jax.vmap(pruner.init)(self.dense), np.zeros(len(config.seeds))
+        seeds, first = len(config.seeds), study.at(0, self.dense)
+        pruners = [own.pruner(first) for own in recipes.values()]
+        states = [pruner.init(first) for pruner in pruners]
+        # From here on, in lists or on a leading axis: the networks of all seeds, for each method in turn.
+        pruners = [pruner for pruner in pruners for _ in range(seeds)]
+        states = [state for state in states for _ in range(seeds)]
+        params = jax.tree.map(lambda leaf: np.concatenate([leaf] * len(METHODS)), self.dense)
+        masks, before = None, None
         for number in range(config.rounds):
-            keys = self.keys(2 + number)
-            state = update(state, params, keys)
-            before = self.accuracy(jp.apply_masks(params, state.masks))
-            params = self.tune(params, state.masks, keys, config.tune_epochs, self.bar)
-        self.record(method, amount, params, state.masks, before)
+            keys = jnp.concatenate([self.keys(2 + number)] * len(METHODS))
+            states = updated(pruners, states, params, keys)
+            masks = study.stack([state.masks for state in states])
+            before = self.answers(jp.apply_masks(params, masks))
+            params = self.tune(params, masks, keys, config.tune_epochs, self.bar)
+            params = jax.tree.map(np.asarray, params)
+        found = (params, masks, before, self.answers(params))
+        for index, method in enumerate(METHODS):
+            own = jax.tree.map(lambda leaf, start=index * seeds: leaf[start : start + seeds], found)
+            if not self.results.done(method=method, amount=amount):
+                self.record(method, amount, *own)
 
-    def record(self, method: str, amount: float, params: Any, masks: Any, before: np.ndarray) -> None:
-        """Write the figures of a method, a line per seed; sizes and times are those of the first seed."""
-        first = study.at(0, (params, masks))
-        first_params, first_masks = jax.tree.map(np.asarray, first)
-        after, size = self.accuracy(params), measure(first_masks)
-        compacted = {}
+    def record(
+        self, method: str, amount: float, params: Any, masks: Any, before: np.ndarray, after: np.ndarray
+    ) -> None:
+        """Write the figures of a method, a line per seed; counts and times are those of the first seed.
+
+        All have a leading seed axis. `before` and `after` the last tuning are log-probabilities of the
+        test images.
+        """
+        first, size = study.at(0, params), measure(study.at(0, masks))
+        accuracies = loops.accuracy(np.stack([before, after]), self.test)
+        compacted = [{}] * len(after)
         if method == "structured":
-            compacted = without_dead_channels(first_params, first_masks, self.test)
-        speed = self.speed(study.at(0, self.dense), first_params) if self.config.timing_runs else None
+            compacted = without_dead_channels(params, masks, after, self.test)
+        speed = self.speed(study.at(0, self.dense), first) if self.config.timing_runs else None
 
         def of_seed(index: int, _: Any) -> dict[str, Any]:
             return {
                 "preset": self.preset,
                 "training": asdict(self.training),
-                "accuracy": float(after[index]),
-                "accuracy_before_last_tuning": float(before[index]),
+                "accuracy": float(accuracies[1, index]),
+                "accuracy_before_last_tuning": float(accuracies[0, index]),
                 **size._asdict(),
-                **(compacted if index == 0 else {}),
+                **compacted[index],
                 "file_ratio": self.dense_bytes[index] / file_bytes(study.at(index, params)),
                 "masked_speed_up": speed,
             }
@@ -308,13 +348,13 @@ class Study(study.Study):
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Run the study, write its lines, and return them."""
+    loops.use_cores(range(len(METHODS) * len(config.seeds)))
     lenet = Study(config)
-    tuning = len(METHODS) * len(config.amounts) * config.rounds * config.tune_epochs
+    tuning = len(config.amounts) * config.rounds * config.tune_epochs
     with lenet.running(lenet.training.epochs + tuning, "epoch"):
         lenet.train_dense()
-        for method in METHODS:
-            for amount in config.amounts:
-                lenet.prune(method, amount)
+        for amount in config.amounts:
+            lenet.prune(amount)
     return lenet.results.lines
 
 
@@ -343,37 +383,50 @@ def summarise(lines: Sequence[dict[str, Any]], dataset: str) -> str:
             row.append(f"{np.mean([line['file_ratio'] for line in group]):.2f}")
             rows.append([*row, "-" if speed is None else f"{speed:.2f}"])
         text += ["", f"{title}, {len(dense)} seeds", tables.text(rows)]
-    text += ["", "L1 channels: the network without the dead channels, of the first seed, and the"]
-    text.append("largest difference of its log-probabilities from the masked network's")
-    rows = [["pruned", "conv1,conv2,fc1", "parameters", "size x", "MACs", "MACs x", "accuracy %", "differs"]]
-    for line in lines:
-        if (line["method"], line["seed"]) != ("structured", base["seed"]):
-            continue
-        row = [f"{line['amount']:.0%}", ",".join(map(str, line["alive"]))]
-        if "compact_params" in line:
-            row += [f"{line['compact_params']}", _ratio(base["nonzero"], line["compact_params"])]
-            row += [f"{line['compact_macs']}", _ratio(base["macs"], line["compact_macs"])]
-            row += [f"{100 * line['compact_accuracy']:.2f}", f"{line['compact_difference']:.0e}"]
+    text += ["", f"L1 channels, {len(dense)} seeds: the networks without the dead channels, and the largest"]
+    text.append("difference of their log-probabilities from the masked networks'")
+    rows = [["pruned", "conv1,conv2,fc1", "nonzero", "size x", "MACs", "MACs x", "accuracy %", "differs"]]
+    structured = [line for line in lines if line["method"] == "structured"]
+    for amount in sorted({line["amount"] for line in structured}):
+        group = [line for line in structured if line["amount"] == amount]
+        one = group[0]
+        row = [f"{amount:.0%}", ",".join(map(str, one["alive"]))]
+        if "compact_params" in one:
+            row += [f"{one['compact_params']}", _ratio(base["nonzero"], one["compact_params"])]
+            row += [f"{one['compact_macs']}", _ratio(base["macs"], one["compact_macs"])]
+            row.append(tables.cell(group, "compact_accuracy"))
+            row.append(f"{max(line['compact_difference'] for line in group):.0e}")
         else:
-            row += ["collapsed", *["-"] * 5]
+            row += [*["-"] * 4, "collapsed", "-"]
         rows.append(row)
     return "\n".join([*text, tables.text(rows)])
 
 
 def plot(lines: Sequence[dict[str, Any]], config: Config) -> None:
-    """Draw accuracy against compression and against theoretical speed-up, as `accuracy.png`."""
+    """Draw accuracy against compression and against theoretical speed-up, as `accuracy.png`.
+
+    Networks that have lost channels are drawn twice, masked and compacted. Compacted they are as accurate and
+    smaller, because the weights that read the dead channels are gone as well.
+    """
     dense = [line for line in lines if line["method"] == "dense"]
+    shown = [(title, method, "", "accuracy") for method, title in METHODS.items() if method != "structured"]
+    shown.append((f"{METHODS['structured']}, masked", "structured", "", "accuracy"))
+    shown.append((f"{METHODS['structured']}, compacted", "structured", "compact_", "compact_accuracy"))
+    sizes = (
+        ("compression (parameters)", "nonzero", {"": "nonzero", "compact_": "compact_params"}),
+        ("theoretical speed-up (MACs)", "macs", {"": "macs", "compact_": "compact_macs"}),
+    )
     panels: dict[str, dict[str, plots.Line]] = {}
-    for label, key in (("compression (parameters)", "nonzero"), ("theoretical speed-up (MACs)", "macs")):
+    for label, of_dense, keys in sizes:
         panels[label] = {}
-        for method, title in METHODS.items():
+        for title, method, kind, accuracy in shown:
             own = [line for line in lines if line["method"] == method]
             groups = [[x for x in own if x["amount"] == a] for a in sorted({x["amount"] for x in own})]
             # Without channels in a layer the network is cut in two, and its size means nothing.
             groups = [group for group in groups if min(group[0]["alive"]) > 0]
             if groups:
-                ratios = [dense[0][key] / group[0][key] for group in groups]
-                panels[label][title] = ratios, [[line["accuracy"] for line in group] for group in groups]
+                ratios = [dense[0][of_dense] / group[0][keys[kind]] for group in groups]
+                panels[label][title] = ratios, [[line[accuracy] for line in group] for group in groups]
     title = f"LeNet, {config.data}; {config.rounds} rounds of pruning and tuning, {len(dense)} seeds"
     own = [line["accuracy"] for line in dense]
     figures.against_compression(Path(config.out) / "accuracy.png", title, panels, own)

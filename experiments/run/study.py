@@ -2,11 +2,12 @@
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from experiments.data import datasets
@@ -112,3 +113,8 @@ class Study:
 def at(index: int, tree: Any) -> Any:
     """Return one seed's part of a tree with a leading seed axis."""
     return jax.tree.map(operator.itemgetter(index), tree)
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Return trees alike as one with a leading axis, of which `at` gives each back."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

@@ -117,26 +117,6 @@ def fitter(
     return fit
 
 
-def answerer(model: Any, split: loops.Split, chunk: int = 500) -> Callable[[Any], jax.Array]:
-    """Return `answers(params)`: log-probabilities (seeds, n, classes) of a split, in evaluation mode."""
-
-    @jax.jit
-    def answers(params, split):
-        size = len(split.y)
-        # The last chunk is filled up with the first image.
-        index = jnp.pad(jnp.arange(size), (0, -size % chunk)).reshape(-1, chunk)
-
-        def of_one(params):
-            def part(index):
-                return model.apply({"params": params}, split.batch(index)[0])
-
-            return jax.lax.map(part, index).reshape(index.size, -1)[:size]
-
-        return loops.over_seeds(of_one)(params)
-
-    return lambda params: answers(params, split)
-
-
 def prune(params: Any, masks: Any, sparsity: float) -> Any:
     """Return masks that remove more of the smallest weights of all layers, up to a sparsity."""
     left = [leaf[0] for leaf in jax.tree.leaves(masks) if leaf.ndim > 2]  # kernels, of the first seed

@@ -43,8 +43,8 @@ SMALL = {
     "studies/test_sensitivity_study.py": "sensitivity benchmarks.sensitivity_cost",
     "studies/test_benchmarks.py": "benchmarks benchmarks.compaction benchmarks.compile benchmarks.eager "
     "benchmarks.files benchmarks.gpu benchmarks.graph benchmarks.grouping benchmarks.latency "
-    "benchmarks.lottery benchmarks.memory benchmarks.python_calls benchmarks.selection benchmarks.sweep "
-    "benchmarks.train_step",
+    "benchmarks.lottery benchmarks.main_study benchmarks.memory benchmarks.python_calls "
+    "benchmarks.selection benchmarks.sweep benchmarks.train_step",
     "sparse/test_convolutions.py": "benchmarks.convolutions",
     "sparse/test_sparse_inference.py": "benchmarks.sparse_inference",
 }

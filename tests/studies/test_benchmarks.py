@@ -26,10 +26,11 @@ from experiments.benchmarks import (
     grouping,
     latency,
     lottery,
+    main_study,
     memory,
     python_calls,
 )
-from experiments.benchmarks.parts import bound, jax_steps
+from experiments.benchmarks.parts import bound, jax_steps, study_shares
 from experiments.benchmarks.parts.machine import machine
 from experiments.run.settings import parse
 from experiments.show.tables import markdown, text
@@ -63,6 +64,39 @@ def test_lottery_benchmark(tmp_path, capsys):
         assert len(speed[way, "alone"]) == 1
         assert speed[way, "alone"][0] > 0
     assert speed["alone", "alone"] == [1.0]
+
+
+def test_main_study_benchmark(capsys):
+    ran = main_study.run(main_study.SMALL)
+    ways = {line["way"]: line for line in ran}
+    assert list(ways) == ["jaxprune", *(["torch"] if TORCH else [])]
+    for line in ran:
+        assert len(line["seconds"]) == len(line["cpu_seconds"]) == 1
+        assert line["seconds"][0] > 0 and line["cpu_seconds"][0] > 0
+        assert list(line["accuracies"]) == ["dense", "random", "l1", "structured"]
+        assert all(0 <= accuracy <= 1 for accuracy in line["accuracies"].values())
+    shares = [{"part": "training", "share": 0.75}, {"part": "compiling", "share": 0.25}]
+    table = main_study.summarise([*ran, *shares])
+    check_width(table)
+    assert ("PyTorch is not installed" in table) is not TORCH
+    assert re.search(r"\ntraining +75.0%\n", table)
+    # A made-up run of both: ratios are within rounds.
+    made = [
+        {"way": "jaxprune", "seconds": [1.0, 2.0, 4.0], "cpu_seconds": [7.0]},
+        {"way": "torch", "seconds": [3.0, 4.0, 20.0], "cpu_seconds": [7.0]},
+    ]
+    made = [line | {"settings": "", "accuracies": {"dense": 0.5}} for line in made]
+    assert "3.00 (2.00-5.00)" in main_study.summarise(made)
+
+
+def test_a_second_of_the_study_belongs_to_its_innermost_part(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(study_shares.time, "perf_counter", lambda: float(next(now)))
+    shares = study_shares.Shares()  # at 0
+    inner = shares._timed(lambda: shares._compiled(study_shares.COMPILING[0], 0.25), "inner")
+    outer = shares._timed(inner, "outer")
+    outer()  # outer from 1 to 4, inner from 2 to 3
+    assert shares.spent == {"everything else": 1.0, "outer": 2.0, "inner": 0.75, "compiling": 0.25}
 
 
 def test_what_a_step_works_and_moves():

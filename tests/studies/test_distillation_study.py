@@ -81,7 +81,7 @@ def test_a_student_comes_near_its_teacher_or_stays_there(digits):
     params = {"fc1": layer(64, 16), "fc2": layer(16, 10)}
     masks = distill.prune(params, jp.ones_masks(params), 0.5)
     fit = distill.fitter(model, optax.adam(1e-2), 60, train)
-    answer = distill.answerer(model, train, chunk=50)
+    answer = loops.answerer(model, train, chunk=50)
     teacher = fit(params, masks, keys, 10, bar)
     jp.check_pruned(teacher, masks)
 

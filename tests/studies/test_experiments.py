@@ -52,6 +52,7 @@ def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
     lines = read(out)
     assert len(lines) == 1 + 3 * 7
     assert is_png(out / "accuracy.png")
+    assert {path.stem for path in (out / "recipes").iterdir()} >= {"random-0.1", "l1-0.5", "structured-0.7"}
     dense = lines[0]
     assert dense["method"] == "dense"
     assert (dense["nonzero"], dense["macs"], dense["article_macs"]) == (21840, 480500, 932500)
@@ -85,15 +86,33 @@ def test_lenet_study_has_the_articles_arithmetic(tmp_path, capsys):
     assert "collapsed" in table
 
 
-def test_lenet_study_trains(tmp_path):
+def test_lenet_study_trains_and_draws_the_compacted_networks(tmp_path, monkeypatch):
     config = lenet.Config(
-        seeds=(0,), amounts=(0.3,), rounds=2, tune_epochs=2, epochs=10, timing_runs=0, out=str(tmp_path)
+        seeds=(0, 1), amounts=(0.3,), rounds=2, tune_epochs=2, epochs=10, timing_runs=0, out=str(tmp_path)
     )
     lines = lenet.run(config)
+    assert [(line["method"], line["seed"]) for line in lines] == [
+        (method, seed) for method in ("dense", "random", "l1", "structured") for seed in (0, 1)
+    ]
     accuracy = {line["method"]: line["accuracy"] for line in lines}
     assert accuracy["dense"] > 0.9
     assert accuracy["l1"] > 0.9
-    assert [line["masked_speed_up"] for line in lines] == [None] * 4
+    assert [line["masked_speed_up"] for line in lines] == [None] * 8
+    assert [line["accuracy"] for line in lines[:2]] == [x["accuracy_before_last_tuning"] for x in lines[:2]]
+
+    drawn = {}
+    monkeypatch.setattr(lenet.figures, "against_compression", lambda *args: drawn.update(args[2]))
+    lenet.plot(lines, config)
+    compacted = lines[-2:]
+    for line in compacted:
+        assert line["compact_params"] < line["nonzero"] and line["compact_macs"] < line["macs"]
+        assert line["compact_accuracy"] == line["accuracy"]
+        assert line["compact_difference"] < 1e-4
+    sizes = {"compact_params": 21840, "compact_macs": 480500}
+    for panel, (key, whole) in zip(drawn.values(), sizes.items(), strict=True):
+        accuracies = [line["accuracy"] for line in compacted]
+        assert panel["L1 channels, compacted"] == ([whole / compacted[0][key]], [accuracies])
+        assert panel["L1 channels, masked"][1] == [accuracies]
 
 
 def test_gradual_study(tmp_path, capsys):
@@ -294,6 +313,32 @@ together = jax.jit(lambda tree, keys: loops.over_seeds(one)(tree, keys))(tree, k
 alone = jax.jit(lambda tree, keys: jax.lax.map(lambda each: one(*each), (tree, keys)))(tree, keys)
 jax.tree.map(np.testing.assert_array_equal, together, alone)
 loops.use_cores((0, 1))  # too late, and harmless
+
+(filled,) = loops.fill_devices(tree)
+assert len(filled["x"]) == 5 + -5 % jax.device_count()
+np.testing.assert_array_equal(filled["x"], tree["x"][jnp.arange(len(filled["x"])) % 5])
+
+import optax
+from tqdm import tqdm
+from experiments.networks.small import MLP
+rng = np.random.default_rng(0)
+split = loops.Split(jnp.asarray(rng.integers(0, 256, (25, 2, 2, 1)), jnp.uint8), jnp.arange(25) % 3, 0.4, 0.3)
+model = MLP((3,))
+params = jax.tree.map(np.asarray, loops.init(model, split, keys))
+masks = jax.tree.map(lambda leaf: leaf > -0.2, params)
+fit, bar = loops.masked_fitter(model, optax.sgd(0.1, 0.9), 10, split), tqdm(disable=True)
+found = fit(params, masks, keys, 2, bar)
+alone = fit(*(jax.tree.map(lambda leaf: leaf[3:4], tree) for tree in (params, masks)), keys[3:4], 2, bar)
+for one, all in zip(jax.tree.leaves(alone), jax.tree.leaves(found), strict=True):
+    assert len(all) == 5
+    np.testing.assert_allclose(all[3:4], one, rtol=1e-5, atol=1e-6)
+answers = loops.answerer(model, split, chunk=10)(found)
+plain = [model.apply({"params": jax.tree.map(lambda leaf: leaf[i], found)}, split.batch(jnp.arange(25))[0])
+         for i in range(5)]
+np.testing.assert_allclose(answers, np.stack(plain), rtol=1e-5, atol=1e-6)
+assert loops.accuracy(answers, split).tolist() == [
+    np.mean([row.argmax() == y for row, y in zip(own, np.arange(25) % 3)]) for own in answers
+]
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
@@ -362,6 +407,59 @@ def test_missing_data_is_said_in_a_sentence(monkeypatch, tmp_path):
         lenet.run(lenet.Config(dataset="mnist", out=str(tmp_path / "out")))
     with pytest.raises(SystemExit, match="--dataset digits"):
         gradual.main(["--dataset", "mnist", "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("side", "inputs", "outputs", "batch"), [(28, 1, 10, 3), (12, 10, 20, 2), (8, 3, 1, 1)]
+)
+def test_a_pooled_convolution_is_a_convolution_and_a_maximum(side, inputs, outputs, batch):
+    keys = jax.random.split(jax.random.key(side), 3)
+    x = jax.random.normal(keys[0], (inputs, side, side, batch))
+    kernel = jax.random.normal(keys[1], (5, 5, inputs, outputs))
+
+    def plain(x, kernel):
+        dims, window = ("CHWN", "HWIO", "CHWN"), (1, 2, 2, 1)
+        convolved = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=dims)
+        return jax.lax.reduce_window(convolved, -jnp.inf, jax.lax.max, window, window, "VALID")
+
+    ours, ours_back = jax.vjp(small.pooled_conv, x, kernel)
+    theirs, back = jax.vjp(plain, x, kernel)
+    assert ours.dtype == jnp.float32 and ours.shape == (outputs, side // 2 - 2, side // 2 - 2, batch)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
+    grad = jax.random.normal(keys[2], ours.shape)
+    for one, other in zip(ours_back(grad), back(grad), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_the_maximum_of_four_has_the_gradient_of_jaxs_maximum_with_and_without_ties():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, 3, (4, 5, 7)), jnp.float32)
+    grad = jnp.asarray(rng.normal(size=(5, 7)), jnp.float32)
+    ours, ours_back = jax.vjp(small.max_of_four, x)
+    theirs, back = jax.vjp(lambda x: x.max(0), x)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(ours_back(grad)[0], back(grad)[0], rtol=1e-6)
+    assert (np.asarray(x) == np.asarray(ours)).sum(0).max() == 4  # there are ties of all four
+
+
+def test_lenet_drops_whole_channels_of_single_images():
+    x, key = jax.random.normal(jax.random.key(0), (6, 28, 28, 1)), jax.random.key(2)
+    for im2col, (channels, images) in {True: (0, 3), False: (3, 0)}.items():
+        model = small.LeNet(im2col=im2col)
+        params = model.init(jax.random.key(1), x)
+        _, seen = model.apply(
+            params,
+            x,
+            train=True,
+            rngs={"dropout": key},
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+        (dropped,) = seen["intermediates"]["Dropout_0"]["__call__"]
+        zero = np.moveaxis(np.asarray(dropped) == 0, (channels, images), (0, 1)).reshape(20, 6, 16)
+        assert (zero.all(-1) | ~zero.any(-1)).all()
+        assert 0.3 < zero.mean() < 0.7
+        assert len({tuple(row) for row in zero[:, :, 0].T}) == 6
 
 
 def test_im2col_lenet_equals_the_convolution():
