@@ -8,6 +8,7 @@ leaf, which finds its value in an array that has one for each leaf: the 3 of `ke
 `pick` reads such a value by an index that is an input of the kernel.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +31,5 @@ def pick(values: Any, number: int | jax.Array) -> Any:
     if isinstance(number, int):
         index = lax.optimization_barrier(np.array([number, 0], np.int32))[0]
 
-    def of_array(array: Any) -> jax.Array:
-        return lax.dynamic_index_in_dim(array, index, -1, keepdims=False, allow_negative_indices=False)
-
-    return jax.tree.map(of_array, values)
+    options: Any = {"axis": -1, "keepdims": False, "allow_negative_indices": False}
+    return jax.tree.map(partial(lax.dynamic_index_in_dim, index=index, **options), values)

@@ -81,7 +81,7 @@ def compute(function: Callable[..., Any], *columns: Iterable[Any]) -> list[jax.A
     rows = list(zip(*columns, strict=True))
     if on_host(rows):
         return all_like_computed([function(*map(np.asarray, row)) for row in rows], *zip(*rows, strict=True))
-    return [compute(function, *zip(row))[0] if on_host(row) else function(*row) for row in rows]
+    return [function(*row) for row in rows]
 
 
 def num_true(masks: Iterable[Any]) -> list[int]:

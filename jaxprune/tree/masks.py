@@ -55,8 +55,6 @@ def _unpruned_mask(path: str, leaf: Any) -> jax.Array:
             f"params[{path!r}] is a ShapeDtypeStruct, which has no values; for the masks' shapes call "
             "jax.eval_shape(jaxprune.ones_masks, params)."
         )
-    if on_host(leaf):
-        return like_computed(np.ones(leaf.shape, bool), leaf)
     # Under jit a plain `ones` does not depend on the param, and so would not be sharded like it.
     leaf = jnp.asarray(leaf)
     return (leaf == leaf) | (leaf != leaf)
