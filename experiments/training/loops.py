@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -149,14 +150,19 @@ def init(model: Any, split: Split, keys: jax.Array) -> Any:
 
     One program, and one for all splits of such images.
     """
-    return _init(model, split._replace(x=split.x[:1], y=split.y[:1]), keys)
+    program = _init if isinstance(keys, Tracer) else _init_alone
+    return program(model, split._replace(x=split.x[:1], y=split.y[:1]), keys)
 
 
-# It runs once, and without LLVM's costly passes, which change no value, it compiles 5 times as fast.
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
+@partial(jax.jit, static_argnums=0)
 def _init(model: Any, split: Split, keys: jax.Array) -> Any:
     image, _ = split.batch(jnp.arange(1))
     return jax.vmap(lambda key: model.init(key, image)["params"])(keys)
+
+
+# It runs once, and without LLVM's costly passes, which change no value, it compiles 5 times as fast. Options
+# are for programs that stand alone.
+_init_alone = jax.jit(_init, static_argnums=0, compiler_options={"xla_backend_optimization_level": 1})
 
 
 def nll(model: Any, params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.counting.timing import latency
-from jaxprune.tree.checks import as_integer, check_function, check_number, name_of
+from jaxprune.tree.checks import as_integer, check_function, check_number, name_of, shown
 from jaxprune.tree.widths import Widths
 
 
@@ -71,7 +71,11 @@ def good_widths(
         )
     if call is None:
         rows, inputs = (as_integer(n, name, at_least=1) for name, n in (("rows", rows), ("inputs", inputs)))
-        what = f"{rows} rows of {inputs} inputs, {jnp.dtype(dtype).name}"
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise TypeError(f"dtype must be of floats, such as jnp.bfloat16, got {shown(dtype)}.") from None
+        what = f"{rows} rows of {inputs} inputs, {dtype.name}"
         timed = _layer(rows, inputs, dtype)
     else:
         check_function(call, "call=", "from a width to a tuple (function, *arguments)")

@@ -18,7 +18,8 @@ little more than reading the scores (`python -m experiments.benchmarks.selection
 into a histogram.
 
 Each leaf has its own part of a pass. To keep compiling short, the parts of leaves of one shape and dtype are
-equal (`tracing/kernels.py`). Arrays that numpy can read are selected from by numpy, which compiles nothing.
+equal (`tracing/equal_kernels.py`). Arrays that numpy can read are selected from by numpy, which compiles
+nothing.
 """
 
 import math
@@ -48,7 +49,7 @@ from jaxprune.selection.lazy_scores import (
 from jaxprune.selection.search import MAX_COUNT, Keys, Range, bisect, full_range
 from jaxprune.selection.sort_keys import limits, ordered_bits_on_host
 from jaxprune.tracing.control import update_if
-from jaxprune.tracing.kernels import pick
+from jaxprune.tracing.equal_kernels import pick
 from jaxprune.tree.checks import as_integer, check_array, check_number, is_traced_integer, shown
 from jaxprune.tree.host import MAX_ENTRIES, all_like_computed, on_host
 from jaxprune.tree.leaves import is_concrete

@@ -21,7 +21,7 @@ def pick(values: Any, number: int | jax.Array) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from jaxprune.tracing.kernels import pick
+      >>> from jaxprune.tracing.equal_kernels import pick
       >>> pick(jnp.array([[1, 2, 3], [4, 5, 6]]), 1).tolist()
       [2, 5]
     """

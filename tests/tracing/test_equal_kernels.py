@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.tracing.kernels import pick
+from jaxprune.tracing.equal_kernels import pick
 
 
 def test_pick_is_indexing_by_numbers_and_arrays():
