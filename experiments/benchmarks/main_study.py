@@ -11,9 +11,9 @@
   fastest. Without PyTorch (pip install torch) this part is left out.
 
 They take turns, round after round, in processes of their own. Figures are
-medians of rounds; the seconds of the CPUs, of all cores together, depend less
-on what else the machine does. With --shares it also says what the command's time is spent
-on, from one more run of it.
+medians of the ratios within rounds; those of the time of all cores together
+(", CPUs") depend less on what else the machine does. With --shares it also
+says what the command's time is spent on, from one more run of it.
 
     python -m experiments.benchmarks.main_study
     python -m experiments.benchmarks.main_study --rounds 1 --shares
@@ -184,13 +184,14 @@ def summarise(lines: Sequence[Mapping[str, Any]]) -> str:
     ways = {line["way"]: line for line in lines if "way" in line}
     first, *others = ways
     names = list(ways[first]["accuracies"])
-    ratios = [f"{other} / this" for other in others]
-    rows = [["", "seconds", "of CPUs", *ratios, *(f"{name} %" for name in names)]]
+    heads = [f"{other} / this{what}" for other in others for what in ("", ", CPUs")]
+    rows = [["", *heads, *(f"{name} %" for name in names)]]
     for line in ways.values():
-        row = [line["way"], *(f"{np.median(line[key]):.1f}" for key in ("seconds", "cpu_seconds"))]
+        row = [line["way"]]
         for other in others:
-            ratios = np.divide(ways[other]["seconds"], line["seconds"])
-            row.append(f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
+            for key in ("seconds", "cpu_seconds"):
+                ratios = np.divide(ways[other][key], line[key])
+                row.append(f"{np.median(ratios):.2f} ({ratios.min():.2f}-{ratios.max():.2f})")
         rows.append([*row, *(f"{100 * line['accuracies'][name]:.2f}" for name in names)])
     text = [tables.text(rows), *(f"{way}: {line['settings']}" for way, line in ways.items())]
     if not others:
