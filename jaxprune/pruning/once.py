@@ -285,7 +285,7 @@ def checked_scores(
             leaf = leaf.astype(jnp.bfloat16)
         if not isinstance(leaf, Tracer):
             kept = True if isinstance(masks[path], Tracer) else masks[path]
-            if is_readable or on_host(leaf, kept):
+            if is_readable:
                 bad = np.count_nonzero(~np.isfinite(leaf) & np.asarray(kept))
             else:
                 with jax.ensure_compile_time_eval():  # a traced function may have closed over it
