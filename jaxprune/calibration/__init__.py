@@ -1,0 +1,1 @@
+"""Pruning trained networks without training them: statistics of what each layer reads, and solvers."""

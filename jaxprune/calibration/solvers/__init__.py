@@ -1,0 +1,5 @@
+"""Solvers: which entries of a matrix to remove, and the values of those that stay.
+
+A solver is a function `solver(weight, gram, counts, pattern) -> (weight, mask)` of matrices in batches. It keeps the
+output of a layer, `X W^T`, near to what it was, where X are the layer's inputs and `gram` is `X^T X`.
+"""
