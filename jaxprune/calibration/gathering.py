@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune.calibration.matrices import UnknownRowsError, gram_of_rows, squares_of_rows, sums_of_rows
+from jaxprune.calibration.matrices import (
+    Rows,
+    UnknownRowsError,
+    gram_of_rows,
+    squares_of_rows,
+    sums_of_rows,
+)
 from jaxprune.calibration.row_weights import Known, agree, of_input, scan_with_weights, through
 from jaxprune.calibration.survey import Site
 from jaxprune.tracing.dataflow import ConstValue, Product, Visitor, inside_scan, param, visit_products
@@ -63,6 +69,41 @@ def gather(
     return gatherer.run(closed, values)[1]
 
 
+def rows_of(site: Site, eqn: "JaxprEqn", array: Any, known: Known | None, others: Sequence[Any]) -> Rows:
+    """Return what a product reads as rows.
+
+    Args:
+      site: the product.
+      eqn: its equation.
+      array: the data that it multiplies.
+      known: what is known of the weights of its rows; None if all count.
+      others: its inputs behind the operands.
+
+    Raises:
+      UnknownRowsError: the weights are not known.
+    """
+    if known is not None and eqn.primitive.name == "conv_general_dilated":
+        known = through(eqn, [known, ()], [array, None])[0]
+    try:
+        return site.form.rows(array, known, others)
+    except UnknownRowsError:
+        raise UnknownRowsError(site.path, site.source) from None
+
+
+def run_with_weights(
+    eqn: "JaxprEqn", arrays: Sequence[Any], known: Sequence[Known]
+) -> tuple[list[Any], list[Known]]:
+    """Run an equation, and return its outputs and what is known of the weights of their rows."""
+    gatherer = _Gatherer({}, False, True)
+    data = list(map(_Data, arrays, known))
+    if eqn.primitive.name in ("scan", "cond"):
+        run = gatherer.scan if eqn.primitive.name == "scan" else gatherer.cond
+        outputs: Any = run(eqn, data, (), 0)[0]
+    else:
+        outputs = gatherer.plain(eqn, data)
+    return [one.array for one in outputs], [one.known or () for one in outputs]
+
+
 class _Gatherer:
     def __init__(self, sites: Mapping[tuple[int, ...], Site], gram: bool, weighted: bool):
         self.sites, self.gram, self.weighted = sites, gram, weighted
@@ -93,9 +134,11 @@ class _Gatherer:
 
         def other(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
             inside = (*stack, id(eqn))
-            if eqn.primitive.name == "scan" and self.within(inside):
+            # Weights are carried through loops and branches, whether or not something is gathered in them.
+            entered = self.weighted or self.within(inside)
+            if eqn.primitive.name == "scan" and entered:
                 outputs, more = self.scan(eqn, args, inside, level)
-            elif eqn.primitive.name == "cond" and self.within(inside):
+            elif eqn.primitive.name == "cond" and entered:
                 outputs, more = self.cond(eqn, args, inside, level)
             else:
                 return self.plain(eqn, args)
@@ -115,31 +158,13 @@ class _Gatherer:
         outputs = binder(eqn)(*arrays)
         if not self.weighted:
             return [_Data(output, None) for output in outputs]
-        name = eqn.primitive.name
-        if name == "scan":  # without a product that is gathered: its weights are those it would have
-            known = self.known_after_scan(eqn, data)
-        else:
-            known = through(eqn, [one.known or () for one in data], arrays)
+        known = through(eqn, [one.known or () for one in data], arrays)
         return [_Data(*pair) for pair in zip(outputs, known, strict=True)]
-
-    def known_after_scan(self, eqn: "JaxprEqn", data: Sequence[_Data]) -> list[Known]:
-        def body(values: list[Any], known: list[Known]) -> Any:
-            outputs, _ = self.run(eqn.params["jaxpr"], list(map(_Data, values, known)), (), 0)
-            outputs = list(map(self.data, outputs))
-            return [one.array for one in outputs], [one.known or () for one in outputs], ()
-
-        return scan_with_weights(eqn, [d.array for d in data], [d.known or () for d in data], body)[1]
 
     def statistics(self, site: Site, product: Product, data: _Data) -> Sums:
         """Return the statistics of what a product reads."""
-        known = data.known
         others = [self.data(other).array for other in product.others]
-        if known is not None and product.eqn.primitive.name == "conv_general_dilated":
-            known = through(product.eqn, [known, ()], [data.array, None])[0]
-        try:
-            rows = site.form.rows(data.array, known, others)
-        except UnknownRowsError:
-            raise UnknownRowsError(site.path, site.source) from None
+        rows = rows_of(site, product.eqn, data.array, data.known, others)
         number, total = sums_of_rows(rows)
         batch, inputs = site.form.batch, site.form.inputs
         sums = {

@@ -8,7 +8,7 @@ of it, `sparsify` to replace the product, and statistics of the data that a laye
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -98,18 +98,27 @@ def _constant_or_data(value: Any) -> Any:
     return constant(value)
 
 
-def const_outputs(eqn: "JaxprEqn", args: Sequence[ConstValue]) -> list[ConstValue]:
+def const_outputs(
+    eqn: "JaxprEqn", args: Sequence[ConstValue], stamp: Callable[[Sequence[str]], Any] | None = None
+) -> list[ConstValue]:
     """Return the outputs of an equation of const values, computed at most once.
 
-    Where an input has one version, it stands for all; where all have one, so have the outputs.
+    Where an input has one version, it stands for all; where all have one, so have the outputs. `stamp` is
+    that of a `Visitor`.
     """
     bind, sources = binder(eqn), [arg.versions for arg in args]
+    last: list[Any] = []
 
-    @cache
     def computed() -> list[list[Any]]:
-        given = [versions() for versions in sources if versions is not None]
-        several = max(map(len, given), default=1)
-        return [bind(*(arrays[v if len(arrays) > 1 else 0] for arrays in given)) for v in range(several)]
+        now = None if stamp is None else stamp(tuple(paths))
+        if not last or last[0] != now:
+            given = [versions() for versions in sources if versions is not None]
+            several = max(map(len, given), default=1)
+            last[:] = (
+                now,
+                [bind(*(arrays[v if len(arrays) > 1 else 0] for arrays in given)) for v in range(several)],
+            )
+        return last[1]
 
     def described() -> tuple[Any, ...]:
         return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args]
@@ -163,10 +172,13 @@ class Visitor(NamedTuple):
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
         It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
         `switch_with` and `visit_products`.
+      stamp: for params that change while the jaxpr runs: `stamp(paths)` returns another value once one of
+        these has changed, so that what is made of them is computed again. None if they never do.
     """
 
     product: Callable[[Product, Any], list[Any] | None]
     other: Callable[["JaxprEqn", list[Any]], list[Any]]
+    stamp: Callable[[Sequence[str]], Any] | None = None
 
 
 def visit_products(
@@ -188,7 +200,7 @@ def visit_products(
         if name in CALLS:
             return visit_products(called_jaxpr(eqn), args, visitor, source, (*stack, id(eqn)))
         if all(const) and not eqn.effects:
-            return const_outputs(eqn, args)
+            return const_outputs(eqn, args, visitor.stamp)
         outputs = None
         if name in PRODUCTS and const[:2].count(True) == 1:
             side = const.index(True)
