@@ -21,6 +21,9 @@ from jaxprune import (
     structures,
 )
 
+# Trained networks, pruned by what their layers read
+from jaxprune.calibration import solvers
+
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
@@ -145,6 +148,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "solvers",
     "sparsify",
     "straight_through",
     "structures",
