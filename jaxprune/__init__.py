@@ -21,7 +21,10 @@ from jaxprune import (
     structures,
 )
 
-# Trained networks, pruned without training: what their layers read
+# Trained networks, pruned without training by what their layers read
+from jaxprune.calibration import solvers
+from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
+from jaxprune.calibration.least_squares import reconstruct
 from jaxprune.calibration.statistics import Statistics, calibrate
 
 # Structured pruning: coupled channels, and the network without them
@@ -92,6 +95,7 @@ __all__ = [
     "CompactedModule",
     "KeepMaskedState",
     "PackedMask",
+    "PrunedLayers",
     "Plan",
     "Pruner",
     "PrunerState",
@@ -135,11 +139,13 @@ __all__ = [
     "pack_masks",
     "penalties",
     "plots",
+    "prune_layers",
     "prune_once",
     "prune_rounds",
     "pruner",
     "quantization",
     "recipes",
+    "reconstruct",
     "residual_blocks",
     "rewind",
     "rewiring",
@@ -150,6 +156,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "solvers",
     "sparsify",
     "straight_through",
     "structures",

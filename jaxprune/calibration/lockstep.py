@@ -526,7 +526,9 @@ class LockStep:
         taken = {int(lane.array) for lane in lanes}
         if len(taken) > 1:
             for part in self.unsolved_within(stack):
-                self.refused[part.site.path] = f"the batches take different branches of a cond ({part.site.source})"
+                self.refused[part.site.path] = (
+                    f"the batches take different branches of a cond ({part.site.source})"
+                )
                 layer = tuple(index[level] for level in part.site.view.levels if level < len(index))
                 self.unsolved = {
                     (site, each): other

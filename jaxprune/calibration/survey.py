@@ -372,10 +372,3 @@ def _bias_form(bias: _Bias, site: Site) -> BiasForm | None:
 def _place(axis: int, form: MatrixForm) -> tuple[bool, int]:
     """Return the order of a kernel's axis among those of the batch, then those of the outputs."""
     return axis not in form.batch_axes, axis
-
-
-def layer_of(leaf: Any, view: LeafView, index: Sequence[int]) -> Any:
-    """Return one layer of a leaf, given its number along each axis that counts layers."""
-    for axis, number in sorted(zip([axis for _, axis in view.stack], index, strict=True), reverse=True):
-        leaf = jax.lax.dynamic_index_in_dim(jnp.asarray(leaf), number, axis, keepdims=False)
-    return leaf
