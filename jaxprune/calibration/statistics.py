@@ -66,12 +66,6 @@ class Statistics:
     """What the products of a network read on some batches, as `calibrate` returns it; printing gives a table.
 
     A pytree, which may pass through `jit`.
-
-    Attributes:
-      statistics: "norms" or "gram".
-      paths: the leaves that have statistics.
-      reasons: by path, why another leaf has none.
-      stacks: by path, the axes of a leaf that count layers.
     """
 
     def __init__(self, network: _Network, sums: dict[str, list[dict[str, Any]]]):
@@ -79,21 +73,24 @@ class Statistics:
 
     @property
     def statistics(self) -> str:
+        """What they are: "norms" or "gram"."""
         return self._network.statistics
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The leaves that have statistics."""
         return tuple(self._network.parts)
 
     @property
     def reasons(self) -> dict[str, str]:
+        """By path, why another leaf has none."""
         return dict(self._network.reasons)
 
     @property
     def stacks(self) -> dict[str, tuple[int, ...]]:
-        return {
-            path: parts[0].stack_axes for path, parts in self._network.parts.items() if parts[0].stack_axes
-        }
+        """By path, the axes of a leaf that count layers."""
+        axes = {path: parts[0].matrix.stack_axes for path, parts in self._network.parts.items()}
+        return {path: some for path, some in axes.items() if some}
 
     @property
     def nbytes(self) -> int:
