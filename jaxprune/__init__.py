@@ -21,6 +21,9 @@ from jaxprune import (
     structures,
 )
 
+# Trained networks, pruned without training
+from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
@@ -92,6 +95,8 @@ __all__ = [
     "Plan",
     "Pruner",
     "PrunerState",
+    "Recovered",
+    "RecoveryReport",
     "Schedule",
     "Sensitivity",
     "SparseParams",
@@ -135,6 +140,7 @@ __all__ = [
     "pruner",
     "quantization",
     "recipes",
+    "recover",
     "residual_blocks",
     "rewind",
     "rewiring",
