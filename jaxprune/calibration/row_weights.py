@@ -422,6 +422,38 @@ def _concatenate(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
     return [_joined(known, shapes, eqn.params["dimension"])]
 
 
+def _stack(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    along, shape = eqn.params["axis"], eqn.invars[0].aval.shape
+    shape = (*shape[:along], 1, *shape[along:])
+    pieces = [_settled(_mapped(each, lambda axis: axis + (axis >= along))) for each in known]
+    return [_joined(pieces, [shape] * len(pieces), along)]
+
+
+def _unstack(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    along, shape = eqn.params["axis"], eqn.invars[0].aval.shape
+    cuts, made = [slice(0, size, 1) for size in shape], []
+    for number in range(shape[along]):
+        cuts[along] = slice(number, number + 1, 1)
+        piece = tuple(_cut(known[0], shape, cuts))
+        made.append(_mapped(piece, lambda axis: None if axis == along else axis - (axis > along)))
+    return made
+
+
+def _tile(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    reps = eqn.params["reps"]
+    return [
+        [
+            one
+            if one.array is None
+            else one._replace(array=jnp.tile(one.array, [reps[axis] for axis in one.axes]))
+            for one in known[0]
+        ]
+    ]
+
+
 def _joined(known: Sequence[Known], shapes: Sequence[Sequence[int]], axis: int) -> list[RowWeights]:
     """Return what is known of values that lie end to end along an axis."""
     made = [one for each in known for one in each if one.array is None]
@@ -682,10 +714,14 @@ _EACH = frozenset(("optimization_barrier", "sharding_constraint", "device_put", 
 _RULES: dict[str, Callable[[Any, Sequence[Known], Sequence[Any]], Any]] = {
     "broadcast_in_dim": _broadcast_in_dim, "transpose": _transpose, "squeeze": _squeeze,
     "expand_dims": _expand_dims, "reshape": _reshape, "slice": _slice, "split": _split, "rev": _rev,
-    "concatenate": _concatenate, "pad": _pad, "dot_general": _dot_general,
+    "concatenate": _concatenate, "stack": _stack,
+    "unstack": _unstack, "tile": _tile, "pad": _pad, "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general, "conv_general_dilated": _convolution,
     "dynamic_slice": _dynamic_slice, "gather": _gather, "dynamic_update_slice": _dynamic_update_slice,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-max", "scatter_max"), _scatter),
+    **dict.fromkeys((
+        "scatter", "scatter-add", "scatter_add", "scatter-max", "scatter_max", "scatter-min", "scatter_min",
+        "scatter-mul", "scatter_mul", "scatter-sub", "scatter_sub",
+    ), _scatter),
     **dict.fromkeys(("sort", "top_k", "approx_top_k"), _sort),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulative),
     **dict.fromkeys(("argmax", "argmin", "reduce"), _reduce),
