@@ -21,6 +21,9 @@ from jaxprune import (
     structures,
 )
 
+# Trained networks, pruned without training: what their layers read
+from jaxprune.calibration.statistics import Statistics, calibrate
+
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
@@ -96,6 +99,7 @@ __all__ = [
     "Sensitivity",
     "SparseParams",
     "Sparsified",
+    "Statistics",
     "Structure",
     "Ticket",
     "Units",
@@ -104,6 +108,7 @@ __all__ = [
     "any_of",
     "apply_masks",
     "budget",
+    "calibrate",
     "channel_groups",
     "check_masks",
     "check_pruned",

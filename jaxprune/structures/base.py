@@ -70,6 +70,9 @@ class Structure(NamedTuple):
         "output"; empty in other scopes.
       along: for a structure of groups along one axis of a leaf, the structure with the groups along other
         axes: from the axes by pool. Statistics then say along which axis the groups lie.
+      n_of_m: for groups of neighbours, how many entries stay of how many, and the axis that was asked for or
+        None.
+      tiles: for rectangular blocks, the side of a block by the axis that it lies along.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -86,6 +89,8 @@ class Structure(NamedTuple):
     keeps_axes: bool = False
     inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     along: Callable[[Mapping[str, int]], "Structure"] | None = None
+    n_of_m: tuple[int, int, int | None] | None = None
+    tiles: Mapping[int, int] = MappingProxyType({})
 
 
 def with_stacks(

@@ -155,7 +155,7 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
         pooled = reduce(jnp.where(inside, tile(scores), 0), within)
         return _LeafUnits(pooled, jnp.any(inside, axis=within), expand)
 
-    return _leafwise(pool_leaf, name, keeps_axes=True)
+    return _leafwise(pool_leaf, name, keeps_axes=True)._replace(tiles=dict(zip(along, sides, strict=True)))
 
 
 def nm(n: int, m: int, axis: int | None = None) -> Structure:
@@ -200,7 +200,7 @@ def nm(n: int, m: int, axis: int | None = None) -> Structure:
     def along(axes: Mapping[str, int]) -> Structure:
         return _nm_along(n, m, axis, tuple(axes.items()))
 
-    return _nm_along(n, m, -2 if axis is None else axis)._replace(along=along)
+    return _nm_along(n, m, -2 if axis is None else axis)._replace(along=along, n_of_m=(n, m, axis))
 
 
 @lru_cache(maxsize=64)  # a program compiled for a structure is found again by its function
