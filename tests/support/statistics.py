@@ -84,6 +84,16 @@ class StandIn:
     def per_entry(self, path: str, what: str) -> Any:
         return self.values[path][what]
 
+    def map_matrices(self, path: str, leaf: Any, function: Any) -> Any:
+        layer = self.layers[path]
+        outputs = [a for a in range(leaf.ndim) if a not in (*layer.apart, *layer.contracted)]
+        order = (*layer.apart, *outputs, *layer.contracted)
+        front = jnp.transpose(leaf, order)
+        inputs = int(np.prod([leaf.shape[axis] for axis in layer.contracted]))
+        apart = int(np.prod([leaf.shape[axis] for axis in layer.apart]))
+        found = function(front.reshape(apart, -1, inputs)).reshape(front.shape)
+        return jnp.transpose(found, np.argsort(order))
+
 
 def _unflatten(static, values):
     stats = object.__new__(StandIn)
