@@ -23,6 +23,7 @@ from jaxprune import (
 
 # Trained networks, pruned without training
 from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+from jaxprune.calibration.running_statistics import reestimate_statistics
 
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
@@ -141,6 +142,7 @@ __all__ = [
     "quantization",
     "recipes",
     "recover",
+    "reestimate_statistics",
     "residual_blocks",
     "rewind",
     "rewiring",
