@@ -86,7 +86,12 @@ def reestimate_statistics(update_fn: Callable[..., Any], state: Any, batches: Se
         return dict(zip(by_path, jax.tree.leaves(new), strict=True))
 
     first = call(old, listed[0])
-    statistics = [path for path in old if _is_floating(old[path]) and not _equal(first[path], old[path])]
+    # A leaf that stays is no statistic, or one that has the batch's value already: a small push tells.
+    still = [path for path in old if _is_floating(old[path]) and _equal(first[path], old[path])]
+    pushed = old | {path: old[path] + old[path] / 64 + jnp.ones((), old[path].dtype) / 64 for path in still}
+    second = call(pushed, listed[0]) if still else {}
+    constant = {path for path in still if _equal(second[path], pushed[path])}
+    statistics = [path for path in old if _is_floating(old[path]) and path not in constant]
     counters = [
         path
         for path, leaf in old.items()

@@ -75,6 +75,16 @@ def test_large_values_are_not_rounded_away():
         np.testing.assert_allclose(layer["var"], var, rtol=1e-3)
 
 
+def test_a_statistic_that_the_first_batch_does_not_move():
+    given = [np.zeros((3, WIDTH), np.float32), np.full((3, WIDTH), 4.0, np.float32)]
+    state = {"mean": jnp.zeros(WIDTH), "kernel": jnp.full(WIDTH, 2.0)}
+    new = jp.reestimate_statistics(
+        lambda s, x: s | {"mean": 0.9 * s["mean"] + 0.1 * (x * s["kernel"]).mean(0)}, state, given
+    )
+    np.testing.assert_allclose(new["mean"], 4.0, rtol=1e-6)
+    np.testing.assert_array_equal(new["kernel"], state["kernel"])
+
+
 class Linen(nn.Module):
     @nn.compact
     def __call__(self, x, train):
