@@ -72,7 +72,7 @@ def of_step(arrays: Any, step: int) -> Any:
 
 
 def _place(counts: np.ndarray, *group: np.ndarray) -> np.ndarray:
-    """Return which entry of its group each entry is, given the sizes of the groups, and each entry's group."""
+    """Return which entry of its group each entry is, given the groups' sizes, and the group of each entry."""
     sizes = counts.ravel()
     first = (np.cumsum(sizes) - sizes).reshape(counts.shape)
     return np.arange(len(group[0])) - first[group]
@@ -190,7 +190,7 @@ def _padded_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
 def _windows_pack(stack: np.ndarray) -> Any:
     kernels, outputs, inputs = stack.shape
     counts = np.count_nonzero(stack, axis=2)
-    entries = [np.nonzero(matrix) for matrix in stack]
+    entries: list[Any] = [np.nonzero(matrix) for matrix in stack]
     longest = counts.max(initial=1)
     best: Any = None
     for steps in sorted(m << n for n in range(3, 20) for m in (2, 3)):
@@ -199,10 +199,12 @@ def _windows_pack(stack: np.ndarray) -> Any:
             continue
         if best is not None and _windows_cost(steps, even) >= best[0]:
             continue
-        found = [_window_starts(columns, steps, inputs) for _, columns in entries]
-        if any(starts is None for starts in found):
+        placed = (_window_starts(columns, steps, inputs) for _, columns in entries)
+        found = [starts for starts in placed if starts is not None]
+        if len(found) < kernels:
             continue
-        filled = [_lanes(*entries[n], counts[n], found[n], inputs) for n in range(kernels)]
+        parts = zip(entries, counts, found, strict=True)
+        filled = [_lanes(rows, columns, count, starts, inputs) for (rows, columns), count, starts in parts]
         lanes = np.stack([lanes for lanes, _ in filled])
         cost = _windows_cost(steps, lanes)
         if lanes.max(initial=0) <= _LANES and (best is None or cost < best[0]):

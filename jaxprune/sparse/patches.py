@@ -207,7 +207,9 @@ def _padded_pack(conv: Convolution, stack: np.ndarray) -> Any:
         return arrays
     # An index counts places of the window and channels of a group; the data has the channels of all groups.
     own = conv.outputs // conv.groups
-    order = np.arange(conv.outputs)[None] if arrays["places"] is None else np.argsort(arrays["places"], axis=1)
+    order = (
+        np.arange(conv.outputs)[None] if arrays["places"] is None else np.argsort(arrays["places"], axis=1)
+    )
     groups, first = [], 0
     for group in arrays["groups"]:
         indices = group["indices"]

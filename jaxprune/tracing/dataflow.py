@@ -7,6 +7,7 @@ of it, `sparsify` to replace the product, and statistics of the data that a laye
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,14 +26,30 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """The primitives that multiply matrices; their first two inputs are the operands."""
 
 
+class Loop:
+    """A scan whose body is being visited.
+
+    Attributes:
+      length: how many steps it has.
+      index: the number of the step, an int32 scalar of the trace of the body; None if the body is only looked
+        at, for all steps at once.
+    """
+
+    def __init__(self, length: int, index: Any = None):
+        self.length, self.index = length, index
+
+
 class ConstValue:
     """A value made of params and constants alone, computed when it is asked for.
 
     Attributes:
       paths: the params it is made of.
       versions: returns the array; several arrays if the params come in several versions (dense and masked);
-        None if it cannot be computed.
+        None if it cannot be computed. In the body of a scan that is only looked at, one for each step.
+      loops: the scans from whose steps it depends, because it is made of slices that they take.
     """
+
+    loops: tuple[Loop, ...] = ()
 
     def __init__(
         self,
@@ -46,6 +63,12 @@ class ConstValue:
         """Return the array, in the first version."""
         assert self.versions is not None
         return self.versions()[0]
+
+    def without_value(self, paths: Iterable[str]) -> "ConstValue":
+        """Return a value with the same key that cannot be computed, and is said to be made of other paths."""
+        known = ConstValue(paths, None, self._described)
+        known.loops = self.loops
+        return known
 
     @cached_property
     def key(self) -> str:
@@ -90,26 +113,48 @@ def _constant_or_data(value: Any) -> Any:
 def const_outputs(eqn: "JaxprEqn", args: Sequence[ConstValue]) -> list[ConstValue]:
     """Return the outputs of an equation of const values, computed at most once.
 
-    Where an input has one version, it stands for all; where all have one, so have the outputs.
+    Where an input has one version, it stands for all; where all have one, so have the outputs. With several
+    loops there is a version for each combination of their steps, those of the last loop fastest.
     """
     bind, sources = binder(eqn), [arg.versions for arg in args]
+    loops = tuple(dict.fromkeys(loop for arg in args for loop in arg.loops))
 
     @cache
     def computed() -> list[list[Any]]:
         given = [versions() for versions in sources if versions is not None]
         several = max(map(len, given), default=1)
-        return [bind(*(arrays[v if len(arrays) > 1 else 0] for arrays in given)) for v in range(several)]
+        if len(loops) > 1 and several > 1:
+            several = math.prod(loop.length for loop in loops)
+        which = [
+            [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
+            for arg, arrays in zip(args, given, strict=True)
+        ]
+        pairs = list(zip(given, which, strict=True))
+        return [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
 
     def described() -> tuple[Any, ...]:
-        return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args]
+        steps = [[loops.index(loop) for loop in arg.loops] for arg in args]
+        return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args], steps
 
     paths = dict.fromkeys(path for arg in args for path in arg.paths)
 
     def output(number: int) -> ConstValue:
         versions = None if None in sources else lambda: tuple(made[number] for made in computed())
-        return ConstValue(paths, versions, lambda: (*described(), number))
+        value = ConstValue(paths, versions, lambda: (*described(), number))
+        value.loops = loops
+        return value
 
     return [output(number) for number in range(len(eqn.outvars))]
+
+
+def _versions_of(own: Sequence[Loop], loops: Sequence[Loop], several: int) -> Sequence[int]:
+    """Return, for each combination of the steps of `loops`, the version of a value that depends on `own`."""
+    if own == loops or not own:
+        return range(several)
+    steps = np.indices([loop.length for loop in loops]).reshape(len(loops), -1)
+    places = tuple(steps[loops.index(loop)] for loop in own)
+    which: Any = np.ravel_multi_index(places, tuple(loop.length for loop in own))
+    return which.tolist()
 
 
 def materialised(value: ConstValue | Any) -> Any:
@@ -181,6 +226,61 @@ def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
     return [before is after for before, after in zip(given, outputs, strict=True)]
 
 
+def inside_scan(
+    eqn: "JaxprEqn", args: Sequence[Any], values: Sequence[Any], loop: Loop | None = None
+) -> list[Any]:
+    """Return the inputs of the body of a scan in one step, given those of the scan, and the step's arrays.
+
+    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
+    carry that the body passes on; any other carry holds data from the second step on. If `loop` is given,
+    what is made of slices has it among its `loops`.
+    """
+    consts, carried = scan_split(eqn.params)
+    passed = passed_on(eqn.params["jaxpr"], consts, carried)
+
+    def inside(number: int, arg: Any, value: Any) -> Any:
+        sliced = number >= consts + carried
+        if not isinstance(arg, ConstValue) or not (number < consts or sliced or passed[number - consts]):
+            return value
+        described = (lambda: ("slice", arg.key)) if sliced else arg._described
+        known = ConstValue(arg.paths, lambda: (value,), described)
+        known.loops = (*arg.loops, loop) if sliced and loop is not None else arg.loops
+        return known
+
+    return [inside(number, *pair) for number, pair in enumerate(zip(args, values, strict=True))]
+
+
+def every_step(eqn: "JaxprEqn", args: Sequence[Any]) -> list[Any]:
+    """Return the inputs of the body of a scan for all its steps at once: const values, and None for data.
+
+    A slice has as many versions as what it is cut from has in all steps.
+    """
+    loop = Loop(eqn.params["length"])
+
+    def of_all(arg: Any, known: Any) -> Any:
+        if not isinstance(known, ConstValue):
+            return None
+        source = arg.versions
+        if known.loops != arg.loops and source is not None:
+            steps = range(loop.length)
+            known.versions = lambda: tuple(array[step] for array in source() for step in steps)
+        else:
+            known.versions = source
+        return known
+
+    inside = inside_scan(eqn, args, [None] * len(args), loop)
+    return [of_all(*pair) for pair in zip(args, inside, strict=True)]
+
+
+def const_after_scan(eqn: "JaxprEqn", args: Sequence[Any]) -> list[ConstValue | None]:
+    """Return the outputs of a scan that are const, because its body passes a carry on; else None."""
+    consts, carried = scan_split(eqn.params)
+    passed = passed_on(eqn.params["jaxpr"], consts, carried)
+    before = zip(passed, args[consts : consts + carried], strict=True)
+    known = [arg if yes and isinstance(arg, ConstValue) else None for yes, arg in before]
+    return known + [None] * (len(eqn.outvars) - carried)
+
+
 def visit_scan(
     eqn: "JaxprEqn",
     args: Sequence[Any],
@@ -188,25 +288,13 @@ def visit_scan(
 ) -> tuple[list[Any], Any]:
     """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
 
-    In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
-    carry that the body passes on; any other carry holds data from the second step on.
-
-    `visit(body, inputs)` returns the outputs of the body, as `visit_products` does, and any tree of arrays
-    besides. The trees of all steps are returned beside the scan's outputs, stacked along a new first axis.
+    `visit(body, inputs)` takes the inputs as `inside_scan` returns them. It returns the outputs of the body,
+    as `visit_products` does, and any tree of arrays besides. The trees of all steps are returned beside the
+    scan's outputs, stacked along a new first axis.
     """
-    closed = eqn.params["jaxpr"]
-    consts, carried = scan_split(eqn.params)
-    same = [True] * consts + passed_on(closed, consts, carried) + [True] * (len(args) - consts - carried)
-
-    def inside(number: int, value: Any) -> Any:
-        arg = args[number]
-        if not isinstance(arg, ConstValue) or not same[number]:
-            return value
-        sliced = number >= consts + carried
-        return ConstValue(arg.paths, lambda: (value,), lambda: ("scan", sliced, arg.key))
 
     def body(values: list[Any]) -> tuple[list[Any], Any]:
-        outputs, extra = visit(closed, [inside(number, value) for number, value in enumerate(values)])
+        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values))
         return list(map(materialised, outputs)), extra
 
     return scan_with(eqn, list(map(materialised, args)), body)
