@@ -277,6 +277,11 @@ def _kernels(
 
     visitor, traced = Visitor(product, other), network.traced(inputs)
     visit_products(traced.closed, traced.inputs(leaves, None), visitor)
+    taken = {path for path, _, _ in found.values()}
+    for path, _, known in found.values():
+        for part in pruned(known.paths):
+            if part not in taken:
+                reasons.setdefault(part, f"it is a part of the kernel of {path}")
     kernels, times = {}, {}
     for key, (path, made, known) in found.items():
         times[path] = times.get(path, 0) + 1

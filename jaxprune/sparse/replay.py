@@ -210,7 +210,8 @@ def _this_step(arrays: Any, loops: Sequence[Loop]) -> Any:
     index: Any = np.int32(0)
     for loop in loops:
         index = index * np.int32(loop.length) + loop.index
-    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, keepdims=False), arrays)
+    options: Any = {"keepdims": False, "allow_negative_indices": False}
+    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, **options), arrays)
 
 
 def _scan(eqn: Any, args: list[Any], visitor: Visitor, forms: Forms) -> list[Any] | None:

@@ -373,6 +373,27 @@ def test_a_stack_that_is_also_read_dense_stays_among_the_leaves():
     np.testing.assert_allclose(fast.apply(fast.params, x), want, rtol=1e-4, atol=1e-5)
 
 
+def test_a_kernel_joined_of_several_params_goes_by_the_largest():
+    """As that of an LSTM, whose gates are computed by one product in each step."""
+    params = {"gate": normal(0, WIDTH, 4), "state": normal(1, WIDTH, WIDTH)}
+    masks, x = masks_of(params), normal(2, 3, 4, WIDTH)
+
+    def apply_fn(params, x):
+        kernel = jnp.concatenate([params["gate"], params["state"]], 1)
+
+        def step(h, x):
+            gate, state = jnp.split(h @ kernel, [4], 1)
+            return jnp.tanh(state + x) * jnp.tile(jax.nn.sigmoid(gate), 4), None
+
+        return lax.scan(step, x[0], x)[0]
+
+    fast = jp.sparsify(apply_fn, params, masks, x, choose={"state": "csr"})
+    assert fast.forms == {"state": "csr", "gate": "dense"}
+    assert fast.report.rows[1].why == "it is a part of the kernel of state"
+    want = apply_fn(jp.apply_masks(params, masks), x)
+    np.testing.assert_allclose(fast.apply(fast.params, x), want, rtol=1e-4, atol=1e-5)
+
+
 def test_a_scan_without_steps_stays_dense():
     params = {"w": normal(0, 0, WIDTH, WIDTH), "v": normal(1, WIDTH, WIDTH)}
     masks, x = masks_of(params), normal(2, 4, WIDTH)
