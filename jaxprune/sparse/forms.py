@@ -52,11 +52,14 @@ class Form(NamedTuple):
         to a text that says why the form does not suit.
       product: `product(arrays, x, outputs, dtype, precision)`, from the arrays of one matrix and (rows,
         inputs) to (rows, outputs), summed in `dtype`.
+      looped: the names of the arrays that the product runs along by `each_row`. In a scan over a stack they
+        are given as `OfStack`.
     """
 
     name: str
     pack_stack: Callable[[np.ndarray], Any]
     product: Callable[[Any, Any, int, Any, Any], Any]
+    looped: tuple[str, ...] = ()
 
     def pack(self, matrix: np.ndarray) -> Any:
         """Return the arrays of a matrix of (outputs, inputs), or the text; those of a stack if it is one."""
@@ -64,6 +67,61 @@ class Form(NamedTuple):
             return self.pack_stack(matrix)
         arrays = self.pack_stack(matrix[None])
         return arrays if isinstance(arrays, str) else of_step(arrays, 0)
+
+
+class OfStack(NamedTuple):
+    """The array of one step of a stack, not yet read.
+
+    A slice of a stack that goes into a loop or a call is a copy, which takes about as long as a product of
+    few rows. So a product that is a loop itself reads its slices from the stack, one in each round.
+
+    Attributes:
+      stack: the arrays of all steps, along the first axis.
+      step: the number of the step.
+    """
+
+    stack: Any
+    step: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.stack.shape[1:]
+
+    def row(self, number: Any) -> Any:
+        """Return `array[number]`."""
+        start = self.step, number, *(0 for _ in self.shape[1:])
+        return lax.dynamic_slice(self.stack, start, (1, 1, *self.shape[1:]), allow_negative_indices=False)[
+            0, 0
+        ]
+
+
+def _is_of_stack(value: Any) -> bool:
+    return isinstance(value, OfStack)
+
+
+def read(array: Any) -> Any:
+    """Return an array, of a stack or not."""
+    if not _is_of_stack(array):
+        return array
+    return lax.dynamic_index_in_dim(array.stack, array.step, keepdims=False, allow_negative_indices=False)
+
+
+def each_row(body: Callable[[Any, Any], Any], init: Any, arrays: Any) -> Any:
+    """Return `lax.scan(body, init, arrays)`; some of the arrays may be of a stack."""
+    leaves, tree = jax.tree.flatten(arrays, is_leaf=_is_of_stack)
+    lengths = [leaf.shape[0] for leaf in leaves if _is_of_stack(leaf)]
+    if not lengths:
+        return lax.scan(body, init, arrays)
+
+    def step(carry: Any, given: Any) -> Any:
+        number, rows = given
+        pairs = zip(leaves, rows, strict=True)
+        rows = [leaf.row(number) if _is_of_stack(leaf) else row for leaf, row in pairs]
+        return body(carry, tree.unflatten(rows))
+
+    plain = [None if _is_of_stack(leaf) else leaf for leaf in leaves]
+    return lax.scan(step, init, (jnp.arange(lengths[0], dtype=jnp.int32), plain))
 
 
 def of_step(arrays: Any, step: int) -> Any:
@@ -162,7 +220,7 @@ def _padded_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
 
     def group(entries: Any) -> Any:
         turns = entries["indices"], entries["values"]
-        return lax.scan(turn, jnp.zeros((turns[0].shape[2], x.shape[0]), dtype), turns)[0]
+        return each_row(turn, jnp.zeros((turns[0].shape[2], x.shape[0]), dtype), turns)[0]
 
     sums = [group(entries) for entries in arrays["groups"]]
     if arrays["places"] is None:
@@ -296,7 +354,7 @@ def _windows_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: A
         return total + value.astype(dtype) * _take(window, index, 1), None
 
     steps = arrays["indices"], arrays["values"], arrays["starts"]
-    total = lax.scan(step, jnp.zeros((x.shape[0], steps[0].shape[1]), dtype), steps)[0]
+    total = each_row(step, jnp.zeros((x.shape[0], steps[0].shape[1]), dtype), steps)[0]
     product = jnp.zeros((x.shape[0], outputs), dtype)
     for lane in arrays["lanes"]:
         product = product + _take(total, lane, 1)
@@ -337,6 +395,7 @@ def _blocks_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
     rows, size = x.shape[0], values.shape[2]
     tiles = x.reshape(rows, x.shape[1] // size, size)
     if rows < _FEW_ROWS:  # all blocks at once: XLA's batched product is a plain loop on a CPU
+        indices, values = read(indices), read(values)
         chosen = _take(tiles, indices, 1).reshape(rows, *values.shape[:2])
         numbers = (((2,), (1,)), ((1,), (0,)))
         product = lax.dot_general(*_alike(chosen, values, dtype), numbers, precision, dtype)
@@ -347,7 +406,7 @@ def _blocks_product(arrays: Any, x: Any, outputs: int, dtype: Any, precision: An
         chosen = _take(tiles, index, 1).reshape(rows, value.shape[0])
         return None, _matmul(chosen, value, dtype, precision)
 
-    _, product = lax.scan(one, None, (indices, values))
+    _, product = each_row(one, None, (indices, values))
     return product.swapaxes(0, 1).reshape(rows, outputs)
 
 
@@ -395,9 +454,9 @@ FORMS = {
     form.name: form
     for form in (
         Form("csr", _csr_pack, _csr_product),
-        Form("padded", _padded_pack, _padded_product),
-        Form("windows", _windows_pack, _windows_product),
-        Form("blocks", _blocks_pack, _blocks_product),
+        Form("padded", _padded_pack, _padded_product, ("indices", "values")),
+        Form("windows", _windows_pack, _windows_product, ("indices", "values")),
+        Form("blocks", _blocks_pack, _blocks_product, ("indices", "values")),
         Form("compact", _compact_pack, _compact_product),
     )
 }

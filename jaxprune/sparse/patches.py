@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.sparse.forms import FORMS, Form, alive_first, places_of
+from jaxprune.sparse.forms import FORMS, Form, alive_first, each_row, places_of
 
 WIDE = {"wide2": 2, "wide4": 4, "wide8": 8}
 """How many places a form computes at once."""
@@ -89,7 +89,8 @@ def conv_forms(conv: Convolution) -> dict[str, Form]:
         for name, times in WIDE.items()
     }
     found["shifted"] = Form("shifted", partial(_shifted_pack, conv), partial(_shifted_product, conv))
-    found["padded"] = Form("padded", partial(_padded_pack, conv), partial(_padded_product, conv))
+    pack, product = partial(_padded_pack, conv), partial(_padded_product, conv)
+    found["padded"] = Form("padded", pack, product, FORMS["padded"].looped)
     found["compact"] = Form("compact", partial(_compact_pack, conv), partial(_compact_product, conv))
     for name in PATCHES:
         pack, product = partial(_patches_pack, conv, name), partial(_patches_product, conv, name)
@@ -264,7 +265,7 @@ def _padded_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype:
     found = []
     for group in arrays["groups"]:
         zeros = jnp.zeros((group["values"].shape[2], length), dtype)
-        found.append(lax.scan(turn, zeros, (group["indices"], group["values"]))[0])
+        found.append(each_row(turn, zeros, (group["indices"], group["values"]))[0])
     total = found[0]
     if arrays["places"] is not None:
         total = jnp.concatenate(found).at[arrays["places"]].get(mode="promise_in_bounds")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 
 from jaxprune.sparse.choice import Chosen, Kernel
+from jaxprune.sparse.forms import OfStack, read
 from jaxprune.sparse.layers import layer, sparse
 from jaxprune.tracing.dataflow import (
     ConstValue,
@@ -193,7 +193,8 @@ def _visitor(stored: Mapping[str, Any], forms: Forms) -> Visitor:
         if isinstance(made, str) or made.key not in forms:
             return None
         label, form = forms[made.key]
-        return [sparse(made, form, _this_step(stored[label], product.kernel.loops), other)]
+        arrays = _this_step(stored[label], product.kernel.loops, made.forms[form].looped)
+        return [sparse(made, form, arrays, other)]
 
     def other(eqn: Any, args: list[Any]) -> list[Any]:
         outputs = _scan(eqn, args, visitor, forms) if eqn.primitive.name == "scan" else None
@@ -203,15 +204,22 @@ def _visitor(stored: Mapping[str, Any], forms: Forms) -> Visitor:
     return visitor
 
 
-def _this_step(arrays: Any, loops: Sequence[Loop]) -> Any:
-    """Return the arrays of a kernel in the present step of the loops that it depends on."""
+def _this_step(arrays: Any, loops: Sequence[Loop], looped: Collection[str]) -> Any:
+    """Return the arrays of a kernel in the present step of the loops that it depends on.
+
+    Those with the names `looped` are left for the product to read.
+    """
     if not loops:
         return arrays
     index: Any = np.int32(0)
     for loop in loops:
         index = index * np.int32(loop.length) + loop.index
-    options: Any = {"keepdims": False, "allow_negative_indices": False}
-    return jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, index, **options), arrays)
+
+    def of_step(path: Any, array: Any) -> Any:
+        known = OfStack(array, index)
+        return known if path[-1].key in looped else read(known)
+
+    return jax.tree_util.tree_map_with_path(of_step, arrays)
 
 
 def _scan(eqn: Any, args: list[Any], visitor: Visitor, forms: Forms) -> list[Any] | None:
