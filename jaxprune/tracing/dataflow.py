@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split
 from jaxprune.tracing.leaf_views import LeafView, of_leaf, slice_of_scan, view_after
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -213,8 +213,8 @@ class Visitor(NamedTuple):
     Attributes:
       product: `product(found, data)` returns the outputs of a `Product`, or None to leave it to `other`.
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
-        It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
-        `switch_with` and `visit_products`.
+        It is given loops and branches as one equation; to see the products inside, it calls
+        `visit_products` on `inside_scan`, or on the jaxpr of a branch.
       stamp: for params that change while the jaxpr runs: `stamp(paths)` returns another value once one of
         these has changed, so that what is made of them is computed again. None if they never do.
     """
@@ -326,23 +326,3 @@ def const_after_scan(eqn: "JaxprEqn", args: Sequence[Any]) -> list[ConstValue | 
     before = zip(passed, args[consts : consts + carried], strict=True)
     known = [arg if yes and isinstance(arg, ConstValue) else None for yes, arg in before]
     return known + [None] * (len(eqn.outvars) - carried)
-
-
-def visit_scan(
-    eqn: "JaxprEqn",
-    args: Sequence[Any],
-    visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
-    level: int = 0,
-) -> tuple[list[Any], Any]:
-    """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
-
-    `visit(body, inputs)` takes the inputs as `inside_scan` returns them. It returns the outputs of the body,
-    as `visit_products` does, and any tree of arrays besides. The trees of all steps are returned beside the
-    scan's outputs, stacked along a new first axis.
-    """
-
-    def body(values: list[Any]) -> tuple[list[Any], Any]:
-        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values, level=level))
-        return list(map(materialised, outputs)), extra
-
-    return scan_with(eqn, list(map(materialised, args)), body)
