@@ -29,7 +29,6 @@ from jaxprune.tree.checks import as_integer, check_function, check_number, shown
 from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import leaf_of_layer
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, Where
 
@@ -232,7 +231,9 @@ def _plan(
                 name = part.name(index)
                 value: Any = sparsity
                 if isinstance(sparsity, Mapping):
-                    value = sparsity.get(name, sparsity.get(leaf_of_layer(name) or name, 0.0))
+                    value = sparsity.get(name, sparsity.get(path, 0.0))
+                    if np.ndim(value):
+                        value = _of_layer(value, part, index)
                 elif sparsity is None:
                     assert structure.n_of_m is not None
                     value = 1 - structure.n_of_m[0] / structure.n_of_m[1]
@@ -242,6 +243,17 @@ def _plan(
                 pattern = pattern_of(structure, scope == "output", part, name)
                 plan[path, part.number, index] = pattern, count_of(value, pattern, part, structure, name)
     return plan
+
+
+def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
+    """Return the value of one layer, of an array that has one for each layer of a stacked leaf."""
+    shape, path = part.site.stack_shape, part.site.path
+    if np.shape(values) != shape:
+        raise ValueError(
+            f"sparsity[{path!r}] has shape {np.shape(values)}, and the leaf holds layers of shape {shape}: pass one "
+            "sparsity for each layer, or a number for all of them."
+        )
+    return float(np.asarray(values)[index])
 
 
 class _Layers:
