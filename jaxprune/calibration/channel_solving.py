@@ -1,9 +1,9 @@
 """Pruning coupled channels of a trained network: which to remove, and least squares of what reads the others.
 
-A unit of coupled channels is slices of several leaves: outputs of the products that make the channel, inputs of
-those that read it. The readers are the layers to solve: without a removed channel their output is to stay what it
-was. Which leaves these are is read off the masks of the units alone. An input of a matrix belongs to a unit if
-masking the unit masks that input's whole column.
+A unit of coupled channels is slices of several leaves: outputs of the products that make the channel, inputs
+of those that read it. The readers are the layers to solve: without a removed channel their output should stay
+what it was. The masks of the units tell which layers these are. An input of a matrix belongs to a unit if masking
+the unit masks the whole column of that input.
 """
 
 import time
@@ -77,7 +77,7 @@ class ChannelPlan(NamedTuple):
         return [name for name in self.counts if len(self.readers_of(name)) > 1]
 
     def entries(self, keep: Mapping[str, Any]) -> dict[str, Any]:
-        """Return by path the masks in which units are kept or not, by pool; all units of other pools are kept."""
+        """Return by path the masks that keep some units of some pools, and all units of the others."""
         every = {name: jnp.ones(alive.shape, bool) for name, alive in self.units.alive.items()}
         return kept_entries(self.units, every | dict(keep), self.masks)
 
@@ -106,9 +106,9 @@ def plan_channels(
         _find_readers(plan, name, parts)
     if unread := [name for name in plan.counts if not plan.readers_of(name)]:
         raise ValueError(
-            f"no product of a leaf reads the channels of {some_of(unread)} as whole columns, so there is no layer to "
-            "solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity per group, "
-            "{name: fraction}, prunes the groups that it names, and groups.without(...) takes some away."
+            f"no product of a leaf reads the channels of {some_of(unread)} as whole columns, so there is no "
+            "layer to solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity per "
+            "group, {name: fraction}, prunes the groups that it names, and groups.without(...) takes some away."
         )
     return plan
 
@@ -239,7 +239,7 @@ class ChannelSolver:
             self.progress(row)
 
     def solved(self, reader: Reader, moments: Moments) -> tuple[dict[str, Any], LayerRow]:
-        """Return a layer that keeps its output as far as the channels that stay allow, and the report's row."""
+        """Return a layer solved for its output from the channels that stay, and the row of the report."""
         began, (part, index, _) = time.perf_counter(), reader
         problem = self.problem(reader, moments)
         for name in reader.labels:
