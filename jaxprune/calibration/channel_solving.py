@@ -2,8 +2,8 @@
 
 A unit of coupled channels is slices of several leaves: outputs of the products that make the channel, inputs
 of those that read it. The readers are the layers to solve: without a removed channel their output should stay
-what it was. The masks of the units tell which layers these are. An input of a matrix belongs to a unit if masking
-the unit masks the whole column of that input.
+what it was. The masks of the units tell which layers these are. An input of a matrix belongs to a unit if
+masking the unit masks the whole column of that input.
 """
 
 import time
@@ -107,8 +107,9 @@ def plan_channels(
     if unread := [name for name in plan.counts if not plan.readers_of(name)]:
         raise ValueError(
             f"no product of a leaf reads the channels of {some_of(unread)} as whole columns, so there is no "
-            "layer to solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity per "
-            "group, {name: fraction}, prunes the groups that it names, and groups.without(...) takes some away."
+            "layer to solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity "
+            "per group, {name: fraction}, prunes the groups that it names, and groups.without(...) takes "
+            "some away."
         )
     return plan
 
@@ -117,8 +118,8 @@ def _find_readers(plan: ChannelPlan, name: str, parts: Mapping[str, Sequence[Par
     """Note the layers that read the channels of a pool.
 
     For each bit of the units' numbers, once the units that have the bit are removed and once the others. An
-    input of a reader is masked in exactly one of the two cases, and that tells the bit of its unit. The matrix
-    that makes the channels has no column that is masked, because some of its outputs stay.
+    input of a reader is masked in exactly one of the two cases, and that tells the bit of its unit. The
+    matrix that makes the channels has no column that is masked, because some of its outputs stay.
     """
     shape, size = plan.units.alive[name].shape, plan.units.alive[name].size
     has_bit = [np.arange(size) >> bit & 1 == 1 for bit in range((size - 1).bit_length())]

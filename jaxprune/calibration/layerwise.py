@@ -67,8 +67,8 @@ def prune_layers(
     """Prune a trained network layer by layer, without training it: one forward pass over a few batches.
 
     The network runs on all batches at once, and stops before each product of a leaf with data. The solver is
-    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads in
-    the network as pruned so far. It chooses the entries to remove and new values for the others, so that
+    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads
+    in the network as pruned so far. It chooses the entries to remove and new values for the others, so that
 
         ||Y - X V^T||    is small, over matrices V with the sparsity asked for,
 
@@ -111,8 +111,8 @@ def prune_layers(
 
     Raises:
       ValueError: no batch, batches of different structure or shape, `where` matches no product, an unknown
-        path, a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a Gram
-        matrix that has no factor with any damping, a checkpoint of another run.
+        path, a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a
+        Gram matrix that has no factor with any damping, a checkpoint of another run.
       TypeError: arguments of another kind; params that are traced.
 
     Example:
@@ -252,8 +252,8 @@ def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
     shape, path = part.site.stack_shape, part.site.path
     if np.shape(values) != shape:
         raise ValueError(
-            f"sparsity[{path!r}] has shape {np.shape(values)}, and the leaf holds layers of shape {shape}: pass one "
-            "sparsity for each layer, or a number for all of them."
+            f"sparsity[{path!r}] has shape {np.shape(values)}, and the leaf holds layers of shape {shape}: "
+            "pass one sparsity for each layer, or a number for all of them."
         )
     return float(np.asarray(values)[index])
 
@@ -321,9 +321,9 @@ class _Layers:
         solution = self.solver_of(pattern)(problem, counts)
         if not bool(jnp.all(jnp.isfinite(solution.weight))):
             raise ValueError(
-                f"the solver returned weights that are not finite for {name} ({part.site.source}), whose Gram "
-                f"matrix had a factor with damping {np.asarray(solution.damping).tolist()}. Raise damping= of "
-                "the solver, or pass more batches."
+                f"the solver returned weights that are not finite for {name} ({part.site.source}), whose "
+                f"Gram matrix had a factor with damping {np.asarray(solution.damping).tolist()}. Raise "
+                "damping= of the solver, or pass more batches."
             )
 
         def put(layer: Any, added: Any, problem: Problem, solution: Any) -> Any:
