@@ -21,9 +21,13 @@ from jaxprune import (
     structures,
 )
 
-# Trained networks, pruned without training
+# Trained networks, pruned without training by what their layers read
+from jaxprune.calibration import solvers
+from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
+from jaxprune.calibration.least_squares import reconstruct
 from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
 from jaxprune.calibration.running_statistics import reestimate_statistics
+from jaxprune.calibration.statistics import Statistics, calibrate
 
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
@@ -94,6 +98,7 @@ __all__ = [
     "KeepMaskedState",
     "PackedMask",
     "Plan",
+    "PrunedLayers",
     "Pruner",
     "PrunerState",
     "Recovered",
@@ -102,6 +107,7 @@ __all__ = [
     "Sensitivity",
     "SparseParams",
     "Sparsified",
+    "Statistics",
     "Structure",
     "Ticket",
     "Units",
@@ -110,6 +116,7 @@ __all__ = [
     "any_of",
     "apply_masks",
     "budget",
+    "calibrate",
     "channel_groups",
     "check_masks",
     "check_pruned",
@@ -136,11 +143,13 @@ __all__ = [
     "pack_masks",
     "penalties",
     "plots",
+    "prune_layers",
     "prune_once",
     "prune_rounds",
     "pruner",
     "quantization",
     "recipes",
+    "reconstruct",
     "recover",
     "reestimate_statistics",
     "residual_blocks",
@@ -153,6 +162,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "solvers",
     "sparsify",
     "straight_through",
     "structures",
