@@ -186,7 +186,7 @@ class _Gatherer:
         data = list(map(self.data, args))
 
         def body(values: list[Any], known: list[Known]) -> Any:
-            inputs = inside_scan(eqn, args, values, level)
+            inputs = inside_scan(eqn, args, values, level=level)
             inputs = [
                 value if isinstance(value, ConstValue) else _Data(value, each if self.weighted else None)
                 for value, each in zip(inputs, known, strict=True)
