@@ -1,5 +1,6 @@
 """`recover`: the survivors of a pruned network, tuned for the outputs of the dense one."""
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -177,12 +178,7 @@ def recover(
         as_integer(patience, "patience", at_least=1),
         as_integer(seed, "seed", at_least=0),
     )
-    for function, name, what in (
-        (loss, "loss=", "of (outputs, teacher_outputs)"),
-        (progress, "progress=", ""),
-    ):
-        if function is not None:
-            check_function(function, name, what)
+    _check_callables(loss, progress)
     if tx is None:
         tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
     network = Network(apply_fn, params, inputs)
@@ -468,6 +464,20 @@ def _arrays_alone(batches: list[Batch]) -> list[Batch]:
                     "functools.partial(apply_fn, train=False)."
                 )
     return batches
+
+
+def _check_callables(loss: Any, progress: Any) -> None:
+    if progress is not None:
+        check_function(progress, "progress=", "of an evaluation, such as print")
+    if loss is None:
+        return
+    check_function(loss, "loss=", "of (outputs, teacher_outputs)")
+    try:
+        inspect.signature(loss).bind(None, None)
+    except ValueError:
+        return  # no signature to look at
+    except TypeError as error:
+        raise TypeError(f"loss= is called as loss(outputs, teacher_outputs): {error}.") from None
 
 
 def _tuned_paths(leaves: Leaves, network: Network, where: Where | None) -> list[str]:
