@@ -21,6 +21,13 @@ from jaxprune import (
     structures,
 )
 
+# Trained networks, pruned without training by what their layers read
+from jaxprune.calibration import solvers
+from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
+from jaxprune.calibration.least_squares import reconstruct
+from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+from jaxprune.calibration.statistics import Statistics, calibrate
+
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
@@ -89,13 +96,17 @@ __all__ = [
     "CompactedModule",
     "KeepMaskedState",
     "PackedMask",
+    "PrunedLayers",
     "Plan",
     "Pruner",
     "PrunerState",
+    "Recovered",
+    "RecoveryReport",
     "Schedule",
     "Sensitivity",
     "SparseParams",
     "Sparsified",
+    "Statistics",
     "Structure",
     "Ticket",
     "Units",
@@ -104,6 +115,7 @@ __all__ = [
     "any_of",
     "apply_masks",
     "budget",
+    "calibrate",
     "channel_groups",
     "check_masks",
     "check_pruned",
@@ -130,11 +142,14 @@ __all__ = [
     "pack_masks",
     "penalties",
     "plots",
+    "prune_layers",
     "prune_once",
     "prune_rounds",
     "pruner",
     "quantization",
     "recipes",
+    "reconstruct",
+    "recover",
     "residual_blocks",
     "rewind",
     "rewiring",
@@ -145,6 +160,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "solvers",
     "sparsify",
     "straight_through",
     "structures",

@@ -86,7 +86,8 @@ class Progress(NamedTuple):
       unit: what is counted, such as "entries" or "units of nm(2, 4)".
       kept: how many units are left.
       size: how many units there are, pruned or not.
-      asked: how many units are removed when the schedule ends; None for a schedule without an end.
+      asked: how many units are removed when the schedule ends; None for a schedule without an end, and
+        with scope="output", where that depends on which axes of a leaf are those of its outputs.
       stacks: by path, the axes of stacked leaves that count layers.
     """
 
@@ -107,7 +108,7 @@ class Pruner(NamedTuple):
         optimizer step in an update that changes masks.
       remembers: whether the state holds scores of earlier calls.
       description: the pruner and its schedule in one line, for messages.
-      takes: the names of the extra arguments of `update` that its scores read; None for a pruner
+      takes: the names of the extra arguments of `update` that it and its scores read; None for a pruner
         whose `update` takes any.
       compounds: whether every call prunes further: by one level, or by a fraction of what is left.
       where: which leaves take part.

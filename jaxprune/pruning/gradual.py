@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxprune.counting.sizes import alive_units
+from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, with_contracted_axes
 from jaxprune.pruning.extras import check_extra, named_by
 from jaxprune.pruning.once import (
     check_choices,
@@ -39,6 +41,7 @@ from jaxprune.pruning.targets import (
     competing_sizes,
     equal_families,
     floors,
+    pool_sizes,
 )
 from jaxprune.schedules import Schedule, check_sparsity
 from jaxprune.selection.big_counts import Count, to_numpy
@@ -46,11 +49,12 @@ from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.control import update_if
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_state, is_number, name_of, shown
-from jaxprune.tree.host import num_true
+from jaxprune.tree.host import num_true, num_true_along
 from jaxprune.tree.leaves import array_leaves, flatten, is_concrete
 from jaxprune.tree.masks import apply_masks, bool_masks, ones_masks, own_masks, packed_like, unpack_masks
 from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.stacks import Stacked, check_stacked, split_shapes
+from jaxprune.tree.statistics import InputStatistics
 from jaxprune.tree.where import kernels, selected_among
 from jaxprune.typing import (
     DenseShapes,
@@ -106,10 +110,13 @@ def pruner(
       structure: which entries form a unit (see `structures`); by default each entry is one.
       scope: which units compete. `"global"`: those of all leaves. `"layerwise"`: those of one leaf, so each
         leaf meets the target. `"isomorphic"`, for coupled channels: those of all groups of one kind.
-      where: which leaves take part, a function of (path, leaf).
+        `"output"`, for entries, N:M groups and blocks: the inputs of one output, so each output meets the
+        target (see `prune_once`).
+      where: which leaves take part, a function of (path, leaf). If `update` gets `stats=`, the default is the
+        calibrated leaves; pass `where=stats.where` for tables of the masks to show these as well.
       of: `"total"`, or `"remaining"`: each update removes its fraction of what the last one left.
       every: how many calls lie between two updates of the masks.
-      floor: how many units of each leaf stay at least.
+      floor: how many units of each leaf stay at least, with `scope="output"` of each output.
       memory: in [0, 1]. Every call computes scores and adds them to `memory` times the sum so far: 0 uses the
         present scores alone, 1 their sum over all calls (movement pruning, taylor over many batches), 0.99 a
         moving average.
@@ -123,8 +130,9 @@ def pruner(
         leaf of its own. In a dict of targets a stacked leaf may have an array of numbers.
 
     Raises:
-      ValueError: an argument out of range; on `init`, what `where` does not match; on `update`,
-        what `prune_once` raises.
+      ValueError: an argument out of range, `stop` or `of="remaining"` with `scope="output"`; on `init`, what
+        `where` does not match; on `update`, what `prune_once` raises, but not that params changed since they
+        were calibrated.
       TypeError: a schedule that is a plain function, without begin and end; on `update`, an extra argument
         that the score does not name.
 
@@ -159,11 +167,16 @@ def pruner(
         raise ValueError(f"memory must be in [0, 1], the weight of earlier calls' scores, got {memory!r}.")
     seed = as_integer(seed, "seed")
     stop = None if stop is None else check_sparsity(stop, "stop")
+    if stop is not None and scope == "output":
+        raise ValueError(
+            "stop= is met to the unit by all leaves together, and with scope='output' all outputs of a leaf "
+            "lose equally many. Let the schedule end at the sparsity."
+        )
     schedules = schedules_by_path(sparsity)
     first = next(iter(schedules.values()))
     grid = Grid(first.begin_step, first.end_step, every)
     structure = checked_structure(structure)
-    where = default_where(where, structure, stacked)
+    given_where, where = where, default_where(where, structure, stacked)
     masks = None if masks is None else bool_masks(masks)
     if stacked is not None:
         check_stacked(stacked)
@@ -199,15 +212,30 @@ def pruner(
         total = _zero_scores(params) if memory else ()
         return PrunerState(start, step, row, total, jnp.asarray(schedule, jnp.int32))
 
-    def update_fn(state: PrunerState, params: Params, grads: Any = None, key: Any = None, **extra: Any):
+    def update_fn(
+        state: PrunerState,
+        params: Params,
+        grads: Any = None,
+        key: Any = None,
+        stats: InputStatistics | None = None,
+        **extra: Any,
+    ) -> PrunerState:
         if params is None:
             raise ValueError("pruner.update needs params: the scores are of them.")
         check_state(state)
-        check_extra(scores, extra, "pruner.update", ("grads", "key"))
+        check_extra(scores, extra, "pruner.update", ("grads", "key", "stats"))
         leaves = flatten(params)
-        chosen = selected_among(leaves.by_path, where)
-        units_of = with_stacks(structure, stacked, leaves.by_path, chosen)
-        score = of_layers(scores, params, units_of.stacks, stacked)
+        takes_part, axes_of, reads = where, stacked, False
+        if stats is not None:
+            takes_part, axes_of = calibrated_defaults(stats, given_where, stacked, structure)
+            takes_part = default_where(takes_part, structure, axes_of)
+            reads = reads_statistics(scores, params)
+            extra = {**extra, "stats": stats} if reads else extra
+        chosen = selected_among(leaves.by_path, takes_part)
+        units_of = with_stacks(structure, axes_of, leaves.by_path, chosen)
+        if stats is not None or scope == "output":
+            units_of = with_contracted_axes(units_of, scope, stats, leaves.by_path, chosen, reads)
+        score = of_layers(scores, params, units_of.stacks, axes_of)
         mirrored(jax.eval_shape(unpack_masks, state.masks), leaves, "the masks of the pruner's state")
 
         # `update_if` passes a state on to its branch, and what the branch closes over is one operand more.
@@ -241,7 +269,7 @@ def pruner(
         if memory:
             state, added = _remembered(state, scores_now(state.step)[0], memory, chosen)
 
-        sizes = {name: alive.size for name, alive in jax.eval_shape(alive_now, state).items()}
+        sizes = pool_sizes(jax.eval_shape(alive_now, state), units_of.inputs)
         cut_out = _cut_out(state.dense, sizes, units_of, chosen, description)
         places = tuple(names_by_place(sizes, list(leaves.by_path)))
         stacks = tuple(
@@ -260,9 +288,9 @@ def pruner(
             # choice between the masks before and after, leaf by leaf.
             counts = table.counts(position, units.alive, competing, finite)
             if is_concrete(units.alive, position.reached) and int(position.reached) < table.last:
-                counts = _no_less_than_removed(counts, units, competing)
+                counts = _no_less_than_removed(counts, units, competing, units_of.inputs)
             min_kept, equal = floors(units.scores, structure, floor), equal_families(units.families, scope)
-            target = Target(competing, counts, min_kept, includes_pruned=True, equal=equal)
+            target = Target(competing, counts, min_kept, True, equal, units_of.inputs)
             after = masks.tree(remove(masks.by_path, units, target))
             if equal:  # stacks are made equal whatever the counts are
                 after = jax.tree.map(partial(jnp.where, finite), after, before)
@@ -278,7 +306,7 @@ def pruner(
         update_fn,
         remembers=memory > 0,
         description=description,
-        takes=named_by(scores),
+        takes=None if (names := named_by(scores)) is None else names | {"stats"},
         compounds=_compounds(scheduled),
         where=where,
         progress=partial(_progress, target=scheduled, where=where, stacked=stacked),
@@ -350,11 +378,21 @@ def _remembered(
     return state._replace(scores=jax.tree.map(total_of, state.scores, scores)), finite
 
 
-def _no_less_than_removed(counts: Mapping[str, Count], units: Units, competing: Competing) -> dict[str, int]:
+def _no_less_than_removed(
+    counts: Mapping[str, Count],
+    units: Units,
+    competing: Competing,
+    inputs: Mapping[str, tuple[int, ...]],
+) -> dict[str, Any]:
     """Return the counts, each no less than what is removed already, so that `remove` does not warn of it.
 
-    Masks to start from may be ahead of the schedule, which is worth a warning at its end only.
+    Masks to start from may be ahead of the schedule, which is worth a warning at its end only. Where `inputs`
+    says which axes of units the inputs of an output lie along, each output gets a count.
     """
+    if inputs:
+        sizes = pool_sizes(units.alive, inputs)
+        left = {name: num_true_along(units.alive[name], axes) for name, axes in inputs.items()}
+        return {name: np.maximum(to_numpy(count), sizes[name] - left[name]) for name, count in counts.items()}
     by_pool = {name: units.alive[name].size - left for name, left in alive_counts(units).items()}
     removed = competing_sizes(by_pool, competing)
     return {name: max(int(to_numpy(count)), removed[name]) for name, count in counts.items()}
@@ -423,7 +461,7 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], structure: Structure) -> dict[
         return OrderedDict(structure.pool(scores, masks).alive)
 
     masks = {path: jax.ShapeDtypeStruct(shape, jnp.bool_) for path, shape in shapes.items()}
-    return {name: units.size for name, units in jax.eval_shape(alive, masks).items()}
+    return pool_sizes(jax.eval_shape(alive, masks), structure.inputs)
 
 
 def _target_by_layer(
@@ -451,7 +489,8 @@ def _progress(masks: Masks, target: ScheduledTarget, where: Where, stacked: Stac
     stacks = {path: axes for path, axes in (structure.stacks or {}).items() if path in leaves}
     target = _target_by_layer(target, structure, {path: leaves[path].shape for path in stacks}, sizes)
     asked = None
-    if target.of == "total" and (target.grid.end is not None or target.is_constant()):
+    ends = target.grid.end is not None or target.is_constant()
+    if target.of == "total" and target.scope != "output" and ends:
         competing = competing_sizes(sizes, competing_pools(sizes, structure, target.scope))
         asked = sum(target.counts(target.grid.count(target.grid.last or 1), competing).values())
         at_stop = target.count_at_stop(sum(sizes.values()))

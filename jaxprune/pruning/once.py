@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, with_contracted_axes
 from jaxprune.pruning.extras import check_extra
 from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_recompute
 from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_each, pool_sizes, target_of
+from jaxprune.selection.along_axes import lowest_along, select_along
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
 from jaxprune.selection.lazy_scores import LazyScores, stored_scores
@@ -27,7 +29,7 @@ from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tracing.recompute import Recomputation
 from jaxprune.tree.checks import as_integer, check_params, shown
 from jaxprune.tree.dtypes import common_dtype
-from jaxprune.tree.host import compute, num_true, on_host
+from jaxprune.tree.host import compute, num_true, num_true_along, on_host
 from jaxprune.tree.leaves import describe, flatten, is_concrete
 from jaxprune.tree.masks import masked, masks_by_path, unpruned_masks
 from jaxprune.tree.mirrors import mirrored
@@ -45,6 +47,7 @@ from jaxprune.tree.stacks import (
     split_layers,
     take_layer,
 )
+from jaxprune.tree.statistics import InputStatistics, check_unchanged
 from jaxprune.tree.where import kernels, selected_among
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
@@ -63,6 +66,7 @@ def prune_once(
     masks: Masks | None = None,
     floor: int = 1,
     stacked: Stacked | None = None,
+    stats: InputStatistics | None = None,
     grads: Any = None,
     key: jax.Array | None = None,
     **extra: Any,
@@ -87,19 +91,25 @@ def prune_once(
       of: `"total"`: the sparsity includes what was pruned before. `"remaining"`: it is a
         fraction of what `masks` keep.
       scope: `"global"` ranks all leaves together; `"layerwise"` takes the sparsity or the count
-        from each leaf; `"isomorphic"`, for coupled channels, from all groups of one kind. A
-        threshold means the same in all scopes.
+        from each leaf; `"isomorphic"`, for coupled channels, from all groups of one kind; `"output"`, for
+        entries, N:M groups and blocks, from the inputs of each output of a leaf, so that all of its outputs
+        lose equally many (of blocks: all columns of blocks along the axes of inputs). The axes of inputs are
+        those that the leaf's product sums over if `stats` are passed, else all but the last. A threshold
+        means the same in all scopes.
       structure: which entries go together (see `structures`); by default each is a unit.
       where: which leaves take part, a function of (path, leaf); by default `kernels`, which sees one layer of
         a stacked leaf, and for coupled channels what the network uses as weights (see `structures.channels`).
+        With `stats` the default is the calibrated leaves, `stats.where`.
       masks: masks to start from; by default nothing is pruned.
-      floor: how many units of each leaf stay at least. 0 lets a leaf be emptied, which cuts
-        the network there.
+      floor: how many units of each leaf stay at least, with `scope="output"` of each output. 0 lets a leaf
+        be emptied, which cuts the network there.
       stacked: which leaves hold the same param of many layers: a function of (path, leaf) that returns how
         many leading axes of the leaf count layers, or a tuple of the axes that do. Each layer is then
         pruned as a leaf of its own, called `path[i]`, and the axes of structures are those of one layer.
         Coupled channels know their stacks. A target by the path of a stacked leaf is one number for all
-        layers, or an array of the stack's shape.
+        layers, or an array of the stack's shape. By default the axes that `stats` know.
+      stats: what `jaxprune.calibrate` returns, for scores that read it (`scores.wanda`), and for the axes
+        that products sum over: those of N:M groups, and of `scope="output"`. Other scores do not mind it.
       grads: gradients like `params`, for scores that need them.
       key: a PRNG key, for scores that need it.
       **extra: passed on to the score, which must name them; a bare `**_` in its signature names nothing.
@@ -109,7 +119,9 @@ def prune_once(
 
     Raises:
       ValueError: not exactly one target, a target out of range, a `where` that matches nothing,
-        trees or shapes that differ, NaN or inf scores, an unknown path.
+        trees or shapes that differ, NaN or inf scores, an unknown path; a leaf without statistics where the
+        score, the scope or the structure needs them; outside `jit`, params that changed since they were
+        calibrated.
       TypeError: a leaf that cannot be pruned, a sparsity that is traced, scores that cannot rank, an
         argument that neither this function nor the score names.
 
@@ -132,6 +144,12 @@ def prune_once(
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, prune_once)
     structure = checked_structure(structure)
     floor = check_choices(scope, of, floor)
+    reads = False
+    if stats is not None:
+        where, stacked = calibrated_defaults(stats, where, stacked, structure)
+        check_unchanged(stats, params)
+        reads = reads_statistics(scores, params)
+        extra = {**extra, "stats": stats} if reads else extra
     where = default_where(where, structure, stacked)
     given = {"sparsity": sparsity, "count": count, "threshold": threshold}
     asked = [name for name in given if given[name] is not None]
@@ -143,6 +161,10 @@ def prune_once(
     leaves = flatten(params)
     chosen = selected_among(leaves.by_path, where)
     structure = with_stacks(structure, stacked, leaves.by_path, chosen)
+    if stats is not None or scope == "output":
+        structure = with_contracted_axes(structure, scope, stats, leaves.by_path, chosen, reads)
+        if asked[0] == "threshold":  # which is the same for all, so that outputs have no counts
+            structure = structure._replace(inputs={})
     unpruned = masks is None
     before = unpruned_masks(leaves) if masks is None else masks_by_path(masks, params, leaves)
     scores = of_layers(scores, params, structure.stacks, stacked)
@@ -206,6 +228,12 @@ def check_choices(scope: str, of: str, floor: Any) -> int:
         raise ValueError(f"scope must be one of {', '.join(map(repr, SCOPES))}, got {scope!r}.")
     if not isinstance(of, str) or of not in ("total", "remaining"):
         raise ValueError(f"of must be 'total' or 'remaining', got {of!r}.")
+    if scope == "output" and of == "remaining":
+        raise ValueError(
+            "of='remaining' cannot go with scope='output', where all outputs of a leaf have one count: masks "
+            "may leave more of one output than of another. Pass of='total'; schedules.geometric removes a "
+            "fraction of what is left in each round."
+        )
     return as_integer(floor, "floor", at_least=0, what="units that stay per leaf")
 
 
@@ -404,6 +432,8 @@ def remove(
 
 def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
     """Return, by pool, the units that a target removes."""
+    if target.inputs:
+        return _lowest_of_outputs(units, target)
     names = [name for pools in target.competing.values() for name in pools]
     removal = Removal(
         competing=tuple([number for number, pools in enumerate(target.competing.values()) for _ in pools]),
@@ -422,6 +452,20 @@ def lowest_units(units: Units, target: Target) -> dict[str, jax.Array]:
         pairs = [source.read(source.inputs) for source in sources]
     scores, alive = zip(*pairs, strict=True)
     return dict(zip(names, select_arrays(scores, alive, removal), strict=True))
+
+
+def _lowest_of_outputs(units: Units, target: Target) -> dict[str, jax.Array]:
+    """Return, by pool, the units that a target removes, of each output the same number."""
+    removed = {}
+    for name, count in target.counts.items():
+        axes, floor = target.inputs[name], target.floors[name]
+        source = units.sources.get(name) or stored_scores(units.scores[name], units.alive[name])
+        if is_concrete(count, source.inputs):
+            pair = source.read(source.inputs)
+            removed[name] = lowest_along(*pair, axes, count, floor, target.includes_pruned)
+        else:
+            removed[name] = select_along(source, axes, count, floor, target.includes_pruned)
+    return removed
 
 
 def kept_entries(
@@ -461,12 +505,15 @@ def _equally_many(units: Units, target: Target, removed: Mapping[str, jax.Array]
 
 def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> None:
     """Warn where a target was missed, and where only the floor kept a leaf from being emptied."""
+    if target.inputs:
+        _warn_about_outputs(units, target, removed)
+        return
     competing, floors = target.competing, target.floors
     num_removed = dict(zip(removed, num_true(removed.values()), strict=True))
     num_alive = dict(zip(units.alive, num_true(units.alive.values()), strict=True))
     got, left = competing_sizes(num_removed, competing), competing_sizes(num_alive, competing)
     floor = max(floors.values())
-    before = competing_sizes(pool_sizes(units), competing) if target.includes_pruned else left
+    before = competing_sizes(pool_sizes(units.alive, {}), competing) if target.includes_pruned else left
     for name, count in target.counts.items():
         number = int(to_numpy(count)) - (before[name] - left[name])
         if number < 0:
@@ -495,6 +542,29 @@ def _warn_about_missed_target(units: Units, target: Target, removed: Mapping[str
             "other leaves gave more instead. floor=0 lets a leaf be emptied.",
             stacklevel=4,
         )
+
+
+def _warn_about_outputs(units: Units, target: Target, removed: Mapping[str, jax.Array]) -> None:
+    """Warn of outputs that lost more or fewer inputs than the target asks for."""
+    for name, axes in target.inputs.items():
+        alive, gone = (num_true_along(masks[name], axes) for masks in (units.alive, removed))
+        pruned = pool_sizes(units.alive, target.inputs)[name] - alive if target.includes_pruned else 0
+        asked = to_numpy(target.counts[name]) - pruned
+        if ahead := np.count_nonzero(asked < 0):
+            warnings.warn(
+                f"{name}: in {ahead} of {alive.size} outputs more units are pruned already than the target "
+                "asks for. What is pruned only ever grows, so nothing was removed there.",
+                stacklevel=5,
+            )
+        if short := np.count_nonzero((asked > 0) & (gone < asked)):
+            reason = "no more are left"
+            if (alive > gone).any():
+                reason = f"floor={target.floors[name]} units of each output stay. floor=0 lets one be emptied"
+            warnings.warn(
+                f"{name}: {short} of {alive.size} outputs lost fewer units than were asked for, because "
+                f"{reason}.",
+                stacklevel=5,
+            )
 
 
 def _warn_about_equal_numbers(

@@ -31,7 +31,7 @@ Counts = Mapping[str, Any]
 Competing = Mapping[str, tuple[str, ...]]
 """By name, the sets of pools that compete."""
 
-SCOPES = ("global", "layerwise", "isomorphic")
+SCOPES = ("global", "layerwise", "isomorphic", "output")
 _ALL = "all leaves together"
 
 
@@ -45,6 +45,9 @@ class Target(NamedTuple):
       includes_pruned: whether the counts include units that are pruned already.
       equal: by name, the stacks of which each layer keeps equally many units, the number nearest to what its
         layers would keep together.
+      inputs: with scope="output", by pool the axes of its units that the inputs of an output lie along. The
+        counts and the floors are then those of each output; a count may be an array of one for each, with
+        size 1 along these axes.
     """
 
     competing: Competing
@@ -52,6 +55,7 @@ class Target(NamedTuple):
     floors: Mapping[str, int]
     includes_pruned: bool = False
     equal: Mapping[str, Family] = MappingProxyType({})
+    inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
 
 class LayerOf(NamedTuple):
@@ -78,7 +82,7 @@ def target_of(
     if what == "sparsity":
         counts = sparsity_counts(value, units, structure, competing, scope, of)
     elif what == "count":
-        counts = checked_counts(value, units, competing, scope)
+        counts = checked_counts(value, units, structure, competing, scope)
     else:
         counts = threshold_counts(value, units)
     return Target(
@@ -87,15 +91,26 @@ def target_of(
         floors(units.scores, structure, floor),
         includes_pruned=what == "sparsity" and of == "total",
         equal=equal_families(units.families, scope),
+        inputs=structure.inputs,
     )
 
 
 def competing_pools(pools: Iterable[str], structure: Structure, scope: str) -> dict[str, tuple[str, ...]]:
-    """Return the sets of pools that compete under a scope, by name."""
+    """Return the sets of pools that compete under a scope, by name.
+
+    With scope="output" the inputs of one output compete. All outputs of a leaf have the same count, so there
+    is one set for each pool.
+    """
     names = tuple(pools)
     if scope == "global":
         return {_ALL: names}
-    if scope == "layerwise":
+    if scope == "output" and not structure.keeps_axes:
+        raise ValueError(
+            "scope='output' takes the same number of entries, N:M groups or blocks from the inputs of each "
+            f"output; the units of {structure.name} are not the inputs of one output. Pass structure="
+            "jaxprune.structures.elements(), nm or blocks, or scope='layerwise'."
+        )
+    if scope in ("layerwise", "output"):
         return {name: (name,) for name in names}
     if not structure.kinds:
         raise ValueError(
@@ -265,9 +280,11 @@ def per_pool(
     return {name: value.get(name, default) for name in pools}
 
 
-def pool_sizes(units: Units) -> dict[str, int]:
-    """Return how many units each pool has, pruned ones included."""
-    return {name: alive.size for name, alive in units.alive.items()}
+def pool_sizes(alive: Mapping[str, Any], inputs: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return how many units each pool has, pruned ones included; with `inputs`, how many each output has."""
+    if inputs:
+        return {name: math.prod(alive[name].shape[axis] for axis in inputs[name]) for name in alive}
+    return {name: units.size for name, units in alive.items()}
 
 
 def sparsity_counts(
@@ -275,7 +292,7 @@ def sparsity_counts(
 ) -> Counts:
     """Count the units that a sparsity removes: of the total, pruned ones included, or of what remains."""
     if of == "total":
-        sizes = competing_sizes(pool_sizes(units), competing)
+        sizes = competing_sizes(pool_sizes(units.alive, structure.inputs), competing)
         return target_counts(sparsity, sizes, structure, scope)
     if not is_concrete(units.alive):
         raise TypeError(
@@ -292,9 +309,11 @@ def alive_counts(units: Units) -> dict[str, int]:
         return dict(zip(units.alive, num_true(units.alive.values()), strict=True))
 
 
-def checked_counts(count: Any, units: Units, competing: Competing, scope: str) -> Counts:
+def checked_counts(
+    count: Any, units: Units, structure: Structure, competing: Competing, scope: str
+) -> Counts:
     """Check counts, and return them by set of competing pools."""
-    sizes = competing_sizes(pool_sizes(units), competing)
+    sizes = competing_sizes(pool_sizes(units.alive, structure.inputs), competing)
     counts = per_pool(count, sizes, "count", 0, scope)
     for name, number in counts.items():
         what = f"count[{name!r}]" if isinstance(count, Mapping) else "count"

@@ -18,6 +18,9 @@ ValueError if `batch` is missing or `where` matches nothing. Entries that a crit
 NaN, which `prune_once` refuses to rank.
 """
 
+# From weights and statistics of what each layer reads
+from jaxprune.scores.calibrated import flap, obs_diagonal, ria, wanda
+
 # From whole channels, for structures.slices
 from jaxprune.scores.channels import apoz, bn_scale, fpgm, mean_activation
 
@@ -38,6 +41,7 @@ __all__ = [
     "bn_scale",
     "brute_force",
     "fisher",
+    "flap",
     "fpgm",
     "gradient_magnitude",
     "grasp",
@@ -48,10 +52,13 @@ __all__ = [
     "normalized_magnitude",
     "obd",
     "obs",
+    "obs_diagonal",
     "over_batches",
     "random",
+    "ria",
     "signed_taylor",
     "snip",
     "synflow",
     "taylor",
+    "wanda",
 ]

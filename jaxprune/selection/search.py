@@ -128,7 +128,7 @@ def _rows(number: jax.Array, arrays: Any) -> Any:
     """Pick for each leaf one row of arrays of shape (rows, leaves); 0 where there is no such row."""
     leaves, treedef = jax.tree.flatten(arrays)
     chosen = lax.broadcasted_iota(jnp.int32, leaves[0].shape, 0) == number
-    return jax.tree.unflatten(treedef, _sums([jnp.where(chosen, x, 0) for x in leaves], (0,)))
+    return jax.tree.unflatten(treedef, sums([jnp.where(chosen, x, 0) for x in leaves], (0,)))
 
 
 def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
@@ -138,7 +138,7 @@ def _cut(low: jax.Array, high: jax.Array, bits: int) -> jax.Array:
     unsigned = jnp.uint32 if low.dtype.itemsize == 4 else jnp.uint64
     width = high.astype(unsigned) - low.astype(unsigned)  # right modulo 2**32, where a signed one overflows
     last = 2**bits - 1
-    place = jnp.arange(1, 2**bits, dtype=unsigned)[:, None]
+    place = jnp.expand_dims(jnp.arange(1, 2**bits, dtype=unsigned), tuple(range(1, low.ndim + 1)))
     step = (width >> bits) * place + (((width & last) * place + last) >> bits)
     return (low.astype(unsigned) + step).astype(low.dtype)
 
@@ -159,9 +159,9 @@ def _count(flags: list[jax.Array], max_count: int) -> list[Count]:
     """Count the ones of each of some int32 arrays of one shape; as `BigCount` beyond `max_count` entries."""
     axes = tuple(range(flags[0].ndim))
     if flags[0].size <= max_count:
-        return _sums(flags, axes)
+        return sums(flags, axes)
     # An int32 counts what one row has. The counts of the rows are added with a carry.
-    return [big_counts.sum_all(row) for row in _sums(flags, axes[-1:])]
+    return [big_counts.sum_all(row) for row in sums(flags, axes[-1:])]
 
 
 def count_true(mask: jax.Array) -> Count:
@@ -173,7 +173,7 @@ def count_true(mask: jax.Array) -> Count:
     return a + b
 
 
-def _sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+def sums(arrays: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     """Sum several integer arrays of one shape along the same axes, in one reduction."""
 
     def add(a: list[jax.Array], b: list[jax.Array]) -> list[jax.Array]:

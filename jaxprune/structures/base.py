@@ -64,6 +64,15 @@ class Structure(NamedTuple):
       families: by name, pools that are the same in each layer of a stack.
       elementwise: whether each unit is one entry, so that `pool` returns the scores and masks that it is
         given. A selection then computes the scores in each pass instead of storing them.
+      keeps_axes: whether the units of a leaf lie in an array with the leaf's axes, some of them shorter, so
+        that `scope="output"` can take the same number of units from each output.
+      inputs: by pool, the axes of its units along which the inputs of an output lie, if the scope is
+        "output"; empty in other scopes.
+      along: for a structure of groups along one axis of a leaf, the structure with the groups along other
+        axes: from the axes by pool. Statistics then say along which axis the groups lie.
+      n_of_m: for groups of neighbours, how many entries stay of how many, and the axis that was asked for or
+        None.
+      tiles: for rectangular blocks, the side of a block by the axis that it lies along.
     """
 
     pool: Callable[[dict[str, jax.Array], dict[str, jax.Array]], Units]
@@ -77,6 +86,11 @@ class Structure(NamedTuple):
     stacks: Stacks | None = None
     families: Mapping[str, Family] = MappingProxyType({})
     elementwise: bool = False
+    keeps_axes: bool = False
+    inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    along: Callable[[Mapping[str, int]], "Structure"] | None = None
+    n_of_m: tuple[int, int, int | None] | None = None
+    tiles: Mapping[int, int] = MappingProxyType({})
 
 
 def with_stacks(

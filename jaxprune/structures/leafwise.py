@@ -1,7 +1,7 @@
 """Structures whose units each lie in one leaf: entries, slices, blocks, N:M groups."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,10 @@ class _LeafUnits(NamedTuple):
 
 
 def _leafwise(
-    pool_leaf: Callable[[str, jax.Array, jax.Array], _LeafUnits], name: str, max_sparsity: float = 1.0
+    pool_leaf: Callable[[str, jax.Array, jax.Array], _LeafUnits],
+    name: str,
+    max_sparsity: float = 1.0,
+    keeps_axes: bool = False,
 ) -> Structure:
     """Return a structure whose units each lie in one leaf: `pool_leaf(path, scores, mask)`."""
 
@@ -35,7 +38,7 @@ def _leafwise(
             expand=lambda keep: {path: leaf.expand(keep[path]) for path, leaf in leaves.items()},
         )
 
-    return Structure(pool, max_sparsity, name)
+    return Structure(pool, max_sparsity, name, keeps_axes=keeps_axes)
 
 
 def elements() -> Structure:
@@ -48,7 +51,9 @@ def elements() -> Structure:
       >>> masks["kernel"].tolist()
       [[True, False], [False, True]]
     """
-    return Structure(lambda scores, masks: Units(scores, masks, dict), name="elements()", elementwise=True)
+    return Structure(
+        lambda scores, masks: Units(scores, masks, dict), name="elements()", elementwise=True, keeps_axes=True
+    )
 
 
 def slices(axis: int | Sequence[int] = -1, norm: Norm = 1) -> Structure:
@@ -150,10 +155,10 @@ def blocks(shape: Sequence[int], axes: Sequence[int] | None = None, norm: Norm =
         pooled = reduce(jnp.where(inside, tile(scores), 0), within)
         return _LeafUnits(pooled, jnp.any(inside, axis=within), expand)
 
-    return _leafwise(pool_leaf, name)
+    return _leafwise(pool_leaf, name, keeps_axes=True)._replace(tiles=dict(zip(along, sides, strict=True)))
 
 
-def nm(n: int, m: int, axis: int = -2) -> Structure:
+def nm(n: int, m: int, axis: int | None = None) -> Structure:
     """Prune to N:M sparsity: in every group of m neighbours along an axis, the n highest stay.
 
     The unit is a group, and pruning it leaves its n highest entries. Its score is the sum of the
@@ -166,11 +171,13 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
       n: how many entries of a group stay, 1 or more.
       m: the size of a group, above n.
       axis: the axis of the groups: the *input* (reduction) axis, as sparse tensor cores need. By
-        default -2, where flax's dense and conv kernels have it; -1 for equinox and torch layouts.
+        default the axis that the leaf's product sums over, whatever the layout, where `stats=` is passed (the
+        last such axis; the input channels of a convolution). Without `stats=` the default is -2, where flax's
+        dense and conv kernels have it; pass -1 for equinox and torch layouts.
 
     Raises:
-      ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide, or one that
-        is known to be sharded through groups.
+      ValueError: not integers 0 < n < m; on use, a leaf whose axis m does not divide, one that
+        is known to be sharded through groups, or with `stats=` an `axis` that the product does not sum over.
 
     Example:
       >>> import jax.numpy as jnp, jaxprune as jp
@@ -186,17 +193,40 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
         as_integer(each, name, at_least=1, what="of every m entries n stay")
         for name, each in (("n", n), ("m", m))
     )
-    axis = as_integer(axis, "axis")
+    axis = None if axis is None else as_integer(axis, "axis")
     if not n < m:
         raise ValueError(f"nm needs integers 0 < n < m (n of every m entries stay), got n={n}, m={m}.")
-    name = f"nm({n}, {m}, axis={axis})"
+
+    def along(axes: Mapping[str, int]) -> Structure:
+        return _nm_along(n, m, axis, tuple(axes.items()))
+
+    return _nm_along(n, m, -2 if axis is None else axis)._replace(along=along, n_of_m=(n, m, axis))
+
+
+@lru_cache(maxsize=64)  # a program compiled for a structure is found again by its function
+def _nm_along(n: int, m: int, axis: int | None, axes: tuple[tuple[str, int], ...] | None = None) -> Structure:
+    """Return N:M groups along one axis of every leaf, or, by leaf, along the axes that products sum over."""
+    by_path = None if axes is None else dict(axes)
+    name = f"nm({n}, {m})" if axis is None else f"nm({n}, {m}, axis={axis})"
+
+    def axis_of(path: str, leaf: jax.Array) -> int:
+        if by_path is None:
+            assert axis is not None
+            return _axes(path, leaf, (axis,), name)[0]
+        if axis is not None and _axes(path, leaf, (axis,), name)[0] != by_path[path]:
+            raise ValueError(
+                f"{name} on params[{path!r}] of shape {tuple(leaf.shape)}: its product sums over axis "
+                f"{by_path[path]}, and N:M groups lie along that axis. Leave out axis=, or pass no stats=."
+            )
+        return by_path[path]
 
     def pool_leaf(path, scores, mask):
-        (along,) = _axes(path, scores, (axis,), name)
+        along = axis_of(path, scores)
         size = scores.shape[along]
         if size % m:
             raise ValueError(
-                f"{name} on params[{path!r}] of shape {tuple(scores.shape)}: its axis {axis} has size "
+                f"{name} on params[{path!r}] of shape {tuple(scores.shape)}: its axis "
+                f"{along if axis is None else axis} has size "
                 f"{size}, which {m} does not divide. Leave the leaf out with where=..., or choose "
                 "another axis or group."
             )
@@ -208,7 +238,7 @@ def nm(n: int, m: int, axis: int = -2) -> Structure:
 
         return _LeafUnits(cost, dense, expand)
 
-    return _leafwise(pool_leaf, name, max_sparsity=1 - n / m)
+    return _leafwise(pool_leaf, name, max_sparsity=1 - n / m, keeps_axes=True)
 
 
 @partial(jax.jit, static_argnames=("n", "m", "axis"))

@@ -9,7 +9,7 @@ of it, `sparsify` to replace the product, and statistics of the data that a laye
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
+from jaxprune.tracing.leaf_views import LeafView, of_leaf, slice_of_scan, view_after
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -56,8 +57,10 @@ class ConstValue:
         paths: Iterable[str],
         versions: Callable[[], tuple[Any, ...]] | None,
         described: Callable[[], tuple[Any, ...]] = tuple,
+        viewed: Callable[[], LeafView | str | None] | None = None,
     ):
         self.paths, self.versions, self._described = tuple(paths), versions, described
+        self._viewed = viewed
 
     def value(self) -> Any:
         """Return the array, in the first version."""
@@ -75,10 +78,18 @@ class ConstValue:
         """The same text for values that are computed in the same way, in whatever trace."""
         return hashlib.sha256(repr(self._described()).encode()).hexdigest()
 
+    @cached_property
+    def view(self) -> LeafView | str | None:
+        """The value as a view of one leaf, or the reason why it is none; None for a constant."""
+        if self._viewed is None:
+            return f"its kernel is made of {' and '.join(self.paths)}" if self.paths else None
+        return self._viewed()
 
-def param(path: str, value: Callable[[], Any]) -> ConstValue:
-    """Return the `ConstValue` of a param."""
-    return ConstValue((path,), lambda: (value(),), lambda: ("param", path))
+
+def param(path: str, value: Callable[[], Any], shape: Sequence[int] | None = None) -> ConstValue:
+    """Return the `ConstValue` of a param; its shape is needed for `view` alone."""
+    viewed = None if shape is None else lambda: of_leaf(path, shape)
+    return ConstValue((path,), lambda: (value(),), lambda: ("param", path), viewed)
 
 
 def constant(value: Any) -> ConstValue:
@@ -110,27 +121,33 @@ def _constant_or_data(value: Any) -> Any:
     return constant(value)
 
 
-def const_outputs(eqn: "JaxprEqn", args: Sequence[ConstValue]) -> list[ConstValue]:
+def const_outputs(
+    eqn: "JaxprEqn", args: Sequence[ConstValue], stamp: Callable[[Sequence[str]], Any] | None = None
+) -> list[ConstValue]:
     """Return the outputs of an equation of const values, computed at most once.
 
     Where an input has one version, it stands for all; where all have one, so have the outputs. With several
-    loops there is a version for each combination of their steps, those of the last loop fastest.
+    loops there is a version for each combination of their steps, those of the last loop fastest. `stamp` is
+    that of a `Visitor`.
     """
     bind, sources = binder(eqn), [arg.versions for arg in args]
     loops = tuple(dict.fromkeys(loop for arg in args for loop in arg.loops))
+    last: list[Any] = []
 
-    @cache
     def computed() -> list[list[Any]]:
-        given = [versions() for versions in sources if versions is not None]
-        several = max(map(len, given), default=1)
-        if len(loops) > 1 and several > 1:
-            several = math.prod(loop.length for loop in loops)
-        which = [
-            [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
-            for arg, arrays in zip(args, given, strict=True)
-        ]
-        pairs = list(zip(given, which, strict=True))
-        return [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
+        now = None if stamp is None else stamp(tuple(paths))
+        if not last or last[0] != now:
+            given = [versions() for versions in sources if versions is not None]
+            several = max(map(len, given), default=1)
+            if len(loops) > 1 and several > 1:
+                several = math.prod(loop.length for loop in loops)
+            which = [
+                [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
+                for arg, arrays in zip(args, given, strict=True)
+            ]
+            pairs = list(zip(given, which, strict=True))
+            last[:] = now, [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
+        return last[1]
 
     def described() -> tuple[Any, ...]:
         steps = [[loops.index(loop) for loop in arg.loops] for arg in args]
@@ -140,9 +157,15 @@ def const_outputs(eqn: "JaxprEqn", args: Sequence[ConstValue]) -> list[ConstValu
 
     def output(number: int) -> ConstValue:
         versions = None if None in sources else lambda: tuple(made[number] for made in computed())
-        value = ConstValue(paths, versions, lambda: (*described(), number))
-        value.loops = loops
-        return value
+        values = [arg.value for arg in args]
+        made = ConstValue(
+            paths,
+            versions,
+            lambda: (*described(), number),
+            lambda: view_after(eqn, number, values, [arg.view for arg in args]),
+        )
+        made.loops = loops
+        return made
 
     return [output(number) for number in range(len(eqn.outvars))]
 
@@ -170,12 +193,17 @@ class Product(NamedTuple):
       side: which of its two operands is the kernel.
       kernel: the kernel.
       source: the line of the user's code that it comes from.
+      stack: what tells it from all other products of the trace: the equations around it, outermost first,
+        and its own, by `id`.
+      others: its inputs behind the operands, the sizes of groups of a ragged product.
     """
 
     eqn: Any
     side: int
     kernel: ConstValue
     source: str
+    stack: tuple[int, ...] = ()
+    others: tuple[Any, ...] = ()
 
 
 class Visitor(NamedTuple):
@@ -186,31 +214,40 @@ class Visitor(NamedTuple):
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
         It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
         `switch_with` and `visit_products`.
+      stamp: for params that change while the jaxpr runs: `stamp(paths)` returns another value once one of
+        these has changed, so that what is made of them is computed again. None if they never do.
     """
 
     product: Callable[[Product, Any], list[Any] | None]
     other: Callable[["JaxprEqn", list[Any]], list[Any]]
+    stamp: Callable[[Sequence[str]], Any] | None = None
 
 
 def visit_products(
-    closed: "ClosedJaxpr", inputs: Sequence[Any], visitor: Visitor, called_at: str = ""
+    closed: "ClosedJaxpr",
+    inputs: Sequence[Any],
+    visitor: Visitor,
+    called_at: str = "",
+    stack: tuple[int, ...] = (),
 ) -> list[Any]:
     """Run a jaxpr by a visitor, on const values and data, and return its outputs.
 
-    Calls are entered. An equation whose inputs are all const is not run: its outputs are const too.
+    Calls are entered. An equation whose inputs are all const is not run: its outputs are const too. `stack`
+    is the beginning of the `stack` of each product.
     """
 
     def handle(eqn: "JaxprEqn", args: list[Any]) -> list[Any]:
         name, source = eqn.primitive.name, place(eqn, called_at)
         const = [isinstance(arg, ConstValue) for arg in args]
         if name in CALLS:
-            return visit_products(called_jaxpr(eqn), args, visitor, source)
+            return visit_products(called_jaxpr(eqn), args, visitor, source, (*stack, id(eqn)))
         if all(const) and not eqn.effects:
-            return const_outputs(eqn, args)
+            return const_outputs(eqn, args, visitor.stamp)
         outputs = None
         if name in PRODUCTS and const[:2].count(True) == 1:
             side = const.index(True)
-            outputs = visitor.product(Product(eqn, side, args[side], source), args[1 - side])
+            found = Product(eqn, side, args[side], source, (*stack, id(eqn)), tuple(args[2:]))
+            outputs = visitor.product(found, args[1 - side])
         return visitor.other(eqn, args) if outputs is None else outputs
 
     return interpret(closed, inputs, handle, _constant_or_data, literal)
@@ -227,23 +264,33 @@ def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
 
 
 def inside_scan(
-    eqn: "JaxprEqn", args: Sequence[Any], values: Sequence[Any], loop: Loop | None = None
+    eqn: "JaxprEqn",
+    args: Sequence[Any],
+    values: Sequence[Any],
+    level: int = 0,
+    loop: Loop | None = None,
 ) -> list[Any]:
     """Return the inputs of the body of a scan in one step, given those of the scan, and the step's arrays.
 
     In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
-    carry that the body passes on; any other carry holds data from the second step on. If `loop` is given,
-    what is made of slices has it among its `loops`.
+    carry that the body passes on; any other carry holds data from the second step on. `level` says how many
+    scans are around this one. If `loop` is given, what is made of slices has it among its `loops`.
     """
     consts, carried = scan_split(eqn.params)
-    passed = passed_on(eqn.params["jaxpr"], consts, carried)
+    unchanged = passed_on(eqn.params["jaxpr"], consts, carried)
 
     def inside(number: int, arg: Any, value: Any) -> Any:
-        sliced = number >= consts + carried
-        if not isinstance(arg, ConstValue) or not (number < consts or sliced or passed[number - consts]):
+        if not isinstance(arg, ConstValue) or (
+            number >= consts and not all(unchanged[number - consts :][:1])
+        ):
             return value
-        described = (lambda: ("slice", arg.key)) if sliced else arg._described
-        known = ConstValue(arg.paths, lambda: (value,), described)
+        sliced = number >= consts + carried
+
+        def viewed() -> LeafView | str | None:
+            return slice_of_scan(arg.view, level) if sliced and isinstance(arg.view, LeafView) else arg.view
+
+        described = (lambda: ("scan", True, arg.key)) if sliced else arg._described
+        known = ConstValue(arg.paths, lambda: (value,), described, viewed)
         known.loops = (*arg.loops, loop) if sliced and loop is not None else arg.loops
         return known
 
@@ -268,7 +315,7 @@ def every_step(eqn: "JaxprEqn", args: Sequence[Any]) -> list[Any]:
             known.versions = source
         return known
 
-    inside = inside_scan(eqn, args, [None] * len(args), loop)
+    inside = inside_scan(eqn, args, [None] * len(args), loop=loop)
     return [of_all(*pair) for pair in zip(args, inside, strict=True)]
 
 
@@ -285,6 +332,7 @@ def visit_scan(
     eqn: "JaxprEqn",
     args: Sequence[Any],
     visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
+    level: int = 0,
 ) -> tuple[list[Any], Any]:
     """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
 
@@ -294,7 +342,7 @@ def visit_scan(
     """
 
     def body(values: list[Any]) -> tuple[list[Any], Any]:
-        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values))
+        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values, level))
         return list(map(materialised, outputs)), extra
 
     return scan_with(eqn, list(map(materialised, args)), body)

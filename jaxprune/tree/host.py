@@ -90,3 +90,10 @@ def num_true(masks: Iterable[Any]) -> list[int]:
     if on_host(masks):
         return list(map(np.count_nonzero, masks))
     return [int(jnp.sum(mask)) for mask in masks]
+
+
+def num_true_along(mask: Any, axes: Sequence[int]) -> np.ndarray:
+    """Return how many entries of a mask that has values are True along some axes, which stay, with size 1."""
+    if on_host(mask):
+        return np.asarray(mask).sum(axis=tuple(axes), dtype=np.int64, keepdims=True)
+    return np.asarray(jnp.sum(mask, axis=tuple(axes), dtype=jnp.int32, keepdims=True), np.int64)

@@ -683,7 +683,11 @@ REFUSED = [
         (ValueError, f"a {kind} per path needs scope='layerwise'", {kind: {"fc/kernel": 0}})
         for kind in ("sparsity", "count")
     ),
-    (ValueError, "scope must be one of 'global', 'layerwise', 'isomorphic', got 'local'", {"scope": "local"}),
+    (
+        ValueError,
+        "scope must be one of 'global', 'layerwise', 'isomorphic', 'output', got",
+        {"scope": "local"},
+    ),
     (ValueError, "of must be 'total' or 'remaining', got 'rest'", {"of": "rest"}),
     (ValueError, "floor must be an integer of 0 or more.*got -1", {"floor": -1}),
     ((TypeError, ValueError), "floor must be an integer of 0 or more.*got 0.5", {"floor": 0.5}),

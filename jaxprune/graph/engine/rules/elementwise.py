@@ -10,7 +10,7 @@ from jaxprune.graph.engine.ir import Op, Value, same_size
 from jaxprune.graph.engine.rules.base import Rule, emit_unchanged, register_rule
 
 # fmt: off
-_NAMES = (
+ELEMENTWISE = (
     "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
     "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "complex", "conj", "convert_element_type",
     "copy", "copy_p", "cos", "cosh", "digamma", "div", "eq", "eq_to", "erf", "erf_inv", "erfc", "exp",
@@ -22,6 +22,7 @@ _NAMES = (
     "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeta",
 )
 # fmt: on
+"""The elementwise primitives: each entry of the output is made of the entries at its place."""
 
 
 def matching_axes(value: Value, like: Value) -> list[int]:
@@ -104,7 +105,7 @@ def _are_zeros(known: ValueFacts, axis: int) -> bool:
 
 
 elementwise = Rule(_link, _flow, emit_unchanged)
-register_rule(*_NAMES, rule=elementwise)
+register_rule(*ELEMENTWISE, rule=elementwise)
 
 
 def link_each(op: Op, graph: AxisGraph) -> None:
