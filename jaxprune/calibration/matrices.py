@@ -85,7 +85,7 @@ def _rest(ndim: int, *axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _float32(array: Any) -> Any:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array if array.dtype == jnp.float64 else array.astype(jnp.float32)
 
 
 def _matrix(shape: Sequence[int], batch: Sequence[int], free: Sequence[int], summed: Sequence[int]) -> Any:

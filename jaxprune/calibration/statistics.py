@@ -91,9 +91,8 @@ class Statistics:
 
     @property
     def stacks(self) -> dict[str, tuple[int, ...]]:
-        return {
-            path: parts[0].stack_axes for path, parts in self._network.parts.items() if parts[0].stack_axes
-        }
+        axes = {path: parts[0].matrix.stack_axes for path, parts in self._network.parts.items()}
+        return {path: each for path, each in axes.items() if each}
 
     @property
     def nbytes(self) -> int:
