@@ -25,6 +25,8 @@ from jaxprune import (
 from jaxprune.calibration import solvers
 from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
 from jaxprune.calibration.least_squares import reconstruct
+from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+from jaxprune.calibration.running_statistics import reestimate_statistics
 from jaxprune.calibration.statistics import Statistics, calibrate
 
 # Structured pruning: coupled channels, and the network without them
@@ -99,6 +101,8 @@ __all__ = [
     "Plan",
     "Pruner",
     "PrunerState",
+    "Recovered",
+    "RecoveryReport",
     "Schedule",
     "Sensitivity",
     "SparseParams",
@@ -146,6 +150,8 @@ __all__ = [
     "quantization",
     "recipes",
     "reconstruct",
+    "recover",
+    "reestimate_statistics",
     "residual_blocks",
     "rewind",
     "rewiring",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.calibration.batches import Batch, batches_of, padded
+from jaxprune.calibration.channel_solving import ChannelSolver, plan_channels
 from jaxprune.calibration.layer_report import LayerRow, LayersReport
 from jaxprune.calibration.lockstep import LockStep, Moments
 from jaxprune.calibration.matrices import UnknownRowsError
@@ -20,14 +21,16 @@ from jaxprune.calibration.solvers.pattern import Pattern, Solver
 from jaxprune.calibration.solving import Problem, relative_error, solve, with_rows_everywhere
 from jaxprune.calibration.statistics import chosen_parts, unknown_rows
 from jaxprune.calibration.survey import survey
-from jaxprune.pruning.once import checked_structure
+from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
 from jaxprune.structures.base import Structure
 from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, check_number, shown
 from jaxprune.tree.leaves import flatten, is_concrete
+from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
 from jaxprune.tree.stacks import leaf_of_layer
+from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, Where
 
 
@@ -49,7 +52,7 @@ def prune_layers(
     apply_fn: Callable[..., Any],
     params: Params,
     batches: Iterable[Any],
-    solver: Solver,
+    solver: Solver | None,
     sparsity: float | PerPath | None = None,
     *,
     structure: Structure | None = None,
@@ -85,9 +88,11 @@ def prune_layers(
       sparsity: the fraction of each layer that is removed, in [0, 1); or one per path, "layers/up" or
         "layers/up[2]", where nothing is removed from layers that are not named. `round_half_even(sparsity * n)`
         of the n units of each matrix go, but one unit stays. Not needed for N:M.
-      structure: single entries, the default, `structures.nm`, whose groups run along the axis that a product sums
-        over, or `structures.blocks`; or coupled channels, of which the solver then is not asked: see
-        below.
+      structure: single entries, the default; `structures.nm`, whose groups run along the axis that a product
+        sums over; `structures.blocks`; or `structures.channels(groups)`. The solver is not asked about
+        channels, and may be None: one after the other, the channel goes whose removal costs the layers that
+        read it least once their other weights make up for it. Then these layers are refined, with their
+        biases, and `compact` makes the network smaller.
       scope: "layerwise" takes the sparsity from each matrix as a whole; "output" from each of its outputs.
       where: which leaves; by default every leaf that is a kernel of a product with data, except the last before
         the output.
@@ -95,7 +100,7 @@ def prune_layers(
       target: whether a layer is solved for its own output, or for that of the dense network, which runs beside
         it, so that later layers make up for what earlier ones lost.
       refine: how many steps of conjugate gradients to refine weights and biases by once the mask is chosen, as
-        `reconstruct` does; 0 leaves them as the solver returned them.
+        `reconstruct` does; 0 leaves them as the solver returned them (for channels it stands for 20).
       damping: a fraction of the mean diagonal of H, for what is factorised here (a dense target).
       checkpoint: a folder that solved layers are saved in. A run that was stopped goes on from there.
       progress: called with the `LayerRow` of each layer that is done; `print` will do.
@@ -125,10 +130,11 @@ def prune_layers(
       modules of a transformer block, and run each block twice.
     """
     check_function(apply_fn, "prune_layers", "apply_fn(params, *batch)")
-    check_function(
-        solver, "prune_layers", "solver(weight, gram, counts, pattern), such as jaxprune.solvers.alps()"
-    )
     structure = checked_structure(structure)
+    of_channels = structure.spans_leaves
+    if not of_channels:
+        solvers = "solver(weight, gram, counts, pattern), such as jaxprune.solvers.alps()"
+        check_function(solver, "prune_layers", solvers)
     steps = as_integer(refine, "refine", at_least=0, what="steps of conjugate gradients")
     for name, value, allowed in (
         ("scope", scope, ("layerwise", "output")),
@@ -146,25 +152,42 @@ def prune_layers(
         )
     listed = padded(list(batches_of(batches, weights, "prune_layers")), "prune_layers")
     closed, inputs = trace(apply_fn, (params, *listed[0].inputs))
-    parts, reasons = chosen_parts(survey(closed, inputs), leaves.by_path, where)
-    plan = _plan(parts, sparsity, structure, scope)
+    found = survey(closed, inputs)
+    told = {
+        "structure": structure.name,
+        "scope": scope,
+        "target": target,
+        "refine": steps,
+        "damping": damping,
+    }
     settings = _Settings(solver, target == "dense", steps, float(damping))
-    saved = None
-    if checkpoint is not None:
-        told = {
-            "sparsity": [[*key, *each] for key, each in plan.items()],
-            "structure": structure.name,
-            "scope": scope,
-            "target": target,
-            "refine": steps,
-            "damping": damping,
-        }
-        saved = SavedLayers(checkpoint, told | _identity(leaves.by_path, listed, solver))
     arrays = [split_static((params, *batch.inputs))[0] for batch in listed]
     weighed = None if listed[0].weights is None else [batch.weights for batch in listed]
-    lock = LockStep(closed, list(inputs), arrays, weighed, leaves.by_path, parts, with_dense=settings.dense)
-    layers = _Layers(lock, settings, plan, saved, progress)
+
+    def lock_of(parts: Mapping[str, Sequence[Part]], with_dense: bool) -> LockStep:
+        return LockStep(closed, list(inputs), arrays, weighed, leaves.by_path, parts, with_dense=with_dense)
+
+    def saved_layers(plan: Any) -> SavedLayers | None:
+        if checkpoint is None:
+            return None
+        return SavedLayers(checkpoint, told | {"plan": plan} | _identity(leaves.by_path, listed, solver))
+
+    if of_channels:
+        parts, reasons = chosen_parts(found, leaves.by_path, lambda path, leaf: True)
+        channels = plan_channels(
+            leaves, parts, structure, sparsity, default_where(where or kernels, structure, None)
+        )
+        lock = lock_of(channels.parts, settings.dense or bool(channels.shared))
+        layers = ChannelSolver(lock, channels, steps, saved_layers(channels.counts), progress)
+    else:
+        parts, reasons = chosen_parts(found, leaves.by_path, where)
+        plan = _plan(parts, sparsity, structure, scope)
+        lock = lock_of(parts, settings.dense)
+        layers = _Layers(
+            lock, settings, plan, saved_layers([[*k, *each] for k, each in plan.items()]), progress
+        )
     try:
+        layers.begin()
         lock.run(layers.solve)
     except UnknownRowsError as error:
         raise unknown_rows(*error.args) from None
@@ -172,12 +195,13 @@ def prune_layers(
         part.site.path: f"no batch reaches its product ({part.site.source})"
         for part in lock.unsolved.values()
     }
-    report = LayersReport(tuple(layers.rows), reasons | left | lock.refused)
-    return PrunedLayers(leaves.tree(lock.leaves), leaves.tree(layers.masks), report)
+    masks = leaves.tree(layers.masks)
+    report = LayersReport(tuple(layers.rows), ({} if of_channels else reasons) | left | lock.refused)
+    return PrunedLayers(apply_masks(leaves.tree(lock.leaves), masks), masks, report)
 
 
 class _Settings(NamedTuple):
-    solver: Solver
+    solver: Any
     dense: bool
     steps: int
     damping: float
@@ -240,6 +264,9 @@ class _Layers:
         self.masks: dict[str, Any] = {p: jnp.ones(np.shape(x), bool) for p, x in lock.leaves.items()}
         self.rows: list[LayerRow] = []
         self.solvers: dict[Any, Any] = {}
+
+    def begin(self) -> None:
+        """Do what comes before the walk: nothing."""
 
     def solve(self, part: Part, index: tuple[int, ...], moments: Moments) -> None:
         """Solve a layer, or load it, and replace its leaf and its mask."""
@@ -347,7 +374,7 @@ def _check_finite(moments: Moments, name: str, source: str) -> None:
         )
 
 
-def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solver) -> dict[str, Any]:
+def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solver | None) -> dict[str, Any]:
     """Return checksums of what a run depends on."""
 
     def checksum(arrays: Iterable[Any]) -> int:
@@ -360,7 +387,7 @@ def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solve
         jax.ShapeDtypeStruct(s, d)
         for s, d in (((1, 4, 8), jnp.float32), ((1, 8, 8), jnp.float32), ((1,), jnp.int32))
     ]
-    text = str(jax.make_jaxpr(lambda *args: solver(*args, Pattern()))(*example))
+    text = "" if solver is None else str(jax.make_jaxpr(lambda *args: solver(*args, Pattern()))(*example))
     inputs = [
         leaf
         for batch in batches

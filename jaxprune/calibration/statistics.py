@@ -66,12 +66,6 @@ class Statistics:
     """What the products of a network read on some batches, as `calibrate` returns it; printing gives a table.
 
     A pytree, which may pass through `jit`.
-
-    Attributes:
-      statistics: "norms" or "gram".
-      paths: the leaves that have statistics.
-      reasons: by path, why another leaf has none.
-      stacks: by path, the axes of a leaf that count layers.
     """
 
     def __init__(self, network: _Network, sums: dict[str, list[dict[str, Any]]]):
@@ -79,20 +73,24 @@ class Statistics:
 
     @property
     def statistics(self) -> str:
+        """What they are: "norms" or "gram"."""
         return self._network.statistics
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The leaves that have statistics."""
         return tuple(self._network.parts)
 
     @property
     def reasons(self) -> dict[str, str]:
+        """By path, why another leaf has none."""
         return dict(self._network.reasons)
 
     @property
     def stacks(self) -> dict[str, tuple[int, ...]]:
+        """By path, the axes of a leaf that count layers."""
         axes = {path: parts[0].matrix.stack_axes for path, parts in self._network.parts.items()}
-        return {path: each for path, each in axes.items() if each}
+        return {path: some for path, some in axes.items() if some}
 
     @property
     def nbytes(self) -> int:
@@ -188,6 +186,35 @@ class Statistics:
                 return jnp.where(seen, spread, 0)
 
             of_layers = jax.vmap(spread)(values).reshape(*part.site.stack_shape, *layer_shape)
+            total = total + jnp.moveaxis(of_layers, range(len(axes)), axes)
+        return total
+
+    def map_matrices(self, path: str, leaf: Any, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Apply a function to the matrices that products read from a leaf.
+
+        Args:
+          path: the leaf.
+          leaf: an array of its shape.
+          function: from (batch, outputs, inputs) to the same shape.
+
+        Returns:
+          float32 of the leaf's shape: the value at the place of each entry in its matrix, 0 if it has none.
+
+        Raises:
+          ValueError: the leaf has no statistics.
+        """
+        self._check_path(path)
+        total: Any = 0
+        for part in self._network.parts[path]:
+            axes = part.stack_axes
+            layers = jnp.moveaxis(leaf, axes, range(len(axes)))
+            layer_shape = layers.shape[len(axes) :]
+
+            def mapped(layer: jax.Array, part: Part = part, layer_shape: Any = layer_shape) -> jax.Array:
+                spread, seen = part.spread(layer_shape, function(part.matrix(layer)))
+                return jnp.where(seen, spread, 0)
+
+            of_layers = jax.vmap(mapped)(layers.reshape(-1, *layer_shape)).reshape(layers.shape)
             total = total + jnp.moveaxis(of_layers, range(len(axes)), axes)
         return total
 

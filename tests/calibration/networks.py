@@ -59,8 +59,8 @@ def network(build):
     return build
 
 
-def nothing(path, rows, *layer, step=None):
-    """The hook of a network that is not looked at."""
+def nothing(path, rows, *layer, when=()):
+    """The hook of a network that is not looked at; `when` is which of the batch's weights are those of the rows."""
 
 
 def hooked_once(params, batches, net, leaves):
@@ -211,7 +211,7 @@ def shared_leaves():
 
 
 def patches(x, window, strides, pads, image_dilation, dilation):
-    """Return the rows of a convolution of (batch, space..., channels): (places, window * channels)."""
+    """Return the rows of a convolution of (batch, space..., channels): (batch, places, window * channels)."""
     x = np.asarray(x, np.float64)
     space = x.shape[1:-1]
     grown = np.zeros(
@@ -226,7 +226,7 @@ def patches(x, window, strides, pads, image_dilation, dilation):
         begin = [p * t for p, t in zip(place, strides, strict=True)]
         cut = [slice(b, b + s, d) for b, s, d in zip(begin, spans, dilation, strict=True)]
         rows.append(grown[(slice(None), *cut)].reshape(len(x), -1))
-    return np.concatenate(rows)
+    return np.stack(rows, 1)
 
 
 def convolution(
@@ -317,11 +317,12 @@ def experts_apart():
     def net(p, x, see):
         x = x.reshape(3, 4, 5)
         for e in range(3):
-            see("up", lambda e=e: x[e], e)
+            see("up", lambda e=e: x[e], e, when=slice(4 * e, 4 * e + 4))
         y = jax.nn.relu(jnp.einsum("etd,edh->eth", x, p["up"]))
         for e in range(3):
-            see("down", lambda e=e: y[e], e)
+            see("down", lambda e=e: y[e], e, when=slice(4 * e, 4 * e + 4))
         y = jnp.einsum("eth,ehd->etd", y, p["down"])
+        y = y.reshape(12, 5)
         see("out", lambda: y)
         return y @ p["out"]
 
@@ -337,7 +338,8 @@ def ragged():
         sizes = jnp.asarray([3, 2, 5], jnp.int32)
         ends = [0, 3, 5, 10]
         for e in range(3):
-            see("up", lambda e=e: x[ends[e] : ends[e + 1]], e)
+            rows = slice(ends[e], ends[e + 1])
+            see("up", lambda rows=rows: x[rows], e, when=rows)
         y = jax.nn.relu(lax.ragged_dot(x, p["up"], sizes))
         see("out", lambda: y)
         return y @ p["out"]
@@ -478,8 +480,8 @@ def stacked_recurrent():
             h, ys = jnp.zeros((xs.shape[0], 4)), []
             for t in range(xs.shape[1]):
                 x = xs[:, t]
-                see("x", lambda x=x: x, i, step=t)
-                see("h", lambda h=h: h, i, step=t)
+                see("x", lambda x=x: x, i, when=(slice(None), t))
+                see("h", lambda h=h: h, i, when=(slice(None), t))
                 h = jnp.tanh(x @ p["x"][i] + h @ p["h"][i])
                 ys.append(h)
             xs = jnp.stack(ys, 1)
@@ -521,8 +523,8 @@ def _recurrent(cell, gates, start, state, reverse=False):
         carry, ys = start(xs), {}
         for t in range(xs.shape[1])[:: -1 if reverse else 1]:
             x, before = xs[:, t], state(carry)
-            see("x", lambda x=x: x, step=t)
-            see("h", lambda before=before: before, step=t)
+            see("x", lambda x=x: x, when=(slice(None), t))
+            see("h", lambda before=before: before, when=(slice(None), t))
             carry, ys[t] = cell(p, carry, x)
         y = jnp.stack([ys[t] for t in range(xs.shape[1])], 1)
         see("out", lambda: y)

@@ -18,14 +18,12 @@ class Hooks:
         self.rows, self.weights = {}, {}
         self.now = None  # the weights of the batch
 
-    def __call__(self, path, rows, *layer, step=None):
+    def __call__(self, path, rows, *layer, when=()):
         if layer == (None,):
             return  # read beside others that read the same
         x = np.asarray(rows(), np.float64)
         lead = x.shape[:-1]
-        weight = np.ones(lead) if self.now is None else np.asarray(self.now, np.float64)
-        if step is not None and weight.ndim > 1:
-            weight = weight[:, step]
+        weight = np.ones(lead) if self.now is None else np.asarray(self.now, np.float64)[when]
         weight = np.broadcast_to(weight.reshape(weight.shape + (1,) * (len(lead) - weight.ndim)), lead)
         self.rows.setdefault(path, {}).setdefault(layer, []).append(x.reshape(-1, x.shape[-1]))
         self.weights.setdefault(path, {}).setdefault(layer, []).append(weight.ravel())
@@ -47,12 +45,13 @@ class Hooks:
 
 
 def watched(net, weights=None):
+    """Return what the hooks of a network saw, which computes the same with hooks and without."""
     hooks = Hooks()
     for number, batch in enumerate(net.batches):
         hooks.now = None if weights is None else weights[number]
         batch = batch if isinstance(batch, tuple) else (batch,)
         got, wanted = net.hooked(net.params, *batch, see=hooks), net.apply(net.params, *batch)
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)  # hooks are in the same network
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     return hooks
 
 
@@ -64,8 +63,10 @@ def close(got, wanted, within=1e-6):
 def check(stats, path, leaf: Leaf, hooks):
     counts, sums, gram = hooks.expected(path)
     read = leaf.reads >= 0
-    of_entry = {"squares": np.diagonal(gram), "rows": counts, "mean": sums / counts}
-    of_entry["variance"] = of_entry["squares"] / counts - of_entry["mean"] ** 2
+    of_entry = {"squares": np.diagonal(gram), "rows": counts}
+    if stats.statistics == "gram":
+        of_entry = {"mean": sums / counts}
+        of_entry["variance"] = np.diagonal(gram) / counts - of_entry["mean"] ** 2
     for what, by_column in of_entry.items():
         wanted = np.where(read, by_column[leaf.reads], 0)
         got = np.broadcast_to(stats.per_entry(path, what), leaf.reads.shape)
@@ -73,6 +74,8 @@ def check(stats, path, leaf: Leaf, hooks):
     assert stats.contracted_axes(path) == leaf.contracted
     assert stats.group_axis(path) == (leaf.contracted[-1] if leaf.group is None else leaf.group)
     assert stats.stacks.get(path, ()) == leaf.stack
+    if stats.statistics == "norms":
+        return
     # What matrix the library makes of the leaf is told by making it of the numbers of the columns.
     seen = np.zeros(leaf.reads.shape)
     for layer in stats.layers(path):
@@ -82,9 +85,8 @@ def check(stats, path, leaf: Leaf, hooks):
         numbers = np.asarray(view.array(of_layer)) / np.where(scale == 0, 1, scale) - 1
         columns = np.rint(np.where(scale == 0, -1, numbers)).astype(int).max(1)  # (batch, inputs)
         assert np.all((scale == 0) | (np.rint(numbers) == columns[:, None]))
-        if layer.gram is not None:
-            for found, mine in zip(np.asarray(layer.gram), columns, strict=True):
-                close(found, gram[np.ix_(mine, mine)])
+        for found, mine in zip(np.asarray(layer.gram), columns, strict=True):
+            close(found, gram[np.ix_(mine, mine)])
         close(layer.squares, np.diagonal(gram)[columns])
         read_here = view.spread(of_layer.shape, 1.0)[1]
         seen += np.asarray(view.with_layer(jnp.zeros(seen.shape), layer.index, read_here.astype(jnp.float32)))
@@ -110,3 +112,14 @@ def test_statistics_are_those_of_hooks(name):
                 assert leaf.refused in stats.reasons[path]
             else:
                 check(stats, path, leaf, hooks)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("scan_axis_1", "fused_by_split")])
+def test_weighted_rows_count_as_they_weigh(name):
+    net, rng = NETWORKS[name](), np.random.default_rng(0)
+    shapes = [x.shape[: 2 if x.ndim == 3 and "convolution" not in name else 1] for x in net.batches]
+    weights = [jnp.asarray(rng.choice([0, 0.5, 1], size=shape), jnp.float32) for shape in shapes]
+    hooks = watched(net, weights)
+    stats = calibrated(net.apply, net, statistics="gram", weights=weights)
+    for path, leaf in net.leaves.items():
+        check(stats, path, leaf, hooks)
