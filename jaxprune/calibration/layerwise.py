@@ -18,14 +18,14 @@ from jaxprune.calibration.parts import Part
 from jaxprune.calibration.patterns_of import count_of, pattern_of
 from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
-from jaxprune.calibration.solving import Problem, relative_error, solve, with_rows_everywhere
+from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, layer_solver, solve
 from jaxprune.calibration.statistics import chosen_parts, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
 from jaxprune.structures.base import Structure
 from jaxprune.tracing.jaxprs import split_static, trace
-from jaxprune.tree.checks import as_integer, check_function, check_number, shown
+from jaxprune.tree.checks import as_integer, check_function, check_number, name_of, shown
 from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
@@ -275,7 +275,7 @@ class _Layers:
         progress: Callable[[LayerRow], Any] | None,
     ):
         self.lock, self.settings, self.plan, self.saved, self.progress = lock, settings, plan, saved, progress
-        self.masks: dict[str, Any] = {p: jnp.ones(np.shape(x), bool) for p, x in lock.leaves.items()}
+        self.masks: dict[str, Any] = {p: jax.device_put(np.ones(np.shape(x), bool)) for p, x in lock.leaves.items()}
         self.rows: list[LayerRow] = []
         self.solvers: dict[Any, Any] = {}
 
@@ -310,49 +310,54 @@ class _Layers:
         bias = part.bias if self.settings.steps and count else None
         layer = view.layer(lock.leaves[view.path], index)
         added = None if bias is None else bias.layer(lock.leaves[bias.path], index)
-        _check_finite(moments, name, part.site.source)
-        counts = jnp.full(form.batch, count, jnp.int32)
-
-        def read(layer: Any, added: Any, moments: Moments) -> Problem:
-            vector = None if bias is None else bias.array(added)
-            return with_rows_everywhere(Problem(view.array(layer), vector, moments))
-
-        problem = lock.programs.compiled(read, layer, added, moments)(layer, added, moments)
-        solution = self.solver_of(pattern)(problem, counts)
-        if not bool(jnp.all(jnp.isfinite(solution.weight))):
-            raise ValueError(
-                f"the solver returned weights that are not finite for {name} ({part.site.source}), whose "
-                f"Gram matrix had a factor with damping {np.asarray(solution.damping).tolist()}. Raise "
-                "damping= of the solver, or pass more batches."
-            )
-
-        def put(layer: Any, added: Any, problem: Problem, solution: Any) -> Any:
-            new = view.put(layer, solution.weight)
-            vector = None if bias is None else bias.put(added, solution.bias)
-            rounded, moved = view.array(new), None if bias is None else bias.array(vector)
-            masked = jnp.where(solution.mask, problem.weight, 0)
-            errors = [relative_error(problem, masked, problem.bias), relative_error(problem, rounded, moved)]
-            return new, view.mask(layer.shape, solution.mask), vector, errors, jnp.sum(solution.mask)
-
-        arguments = layer, added, problem, solution
-        new, mask, vector, errors, kept = lock.programs.compiled(put, *arguments)(*arguments)
-        arrays = {"layer": new, "mask": mask} | ({} if bias is None else {"bias": vector})
-        size = form.batch * form.outputs * form.inputs
+        arguments = layer, added, moments, np.full(form.batch, count, np.int32)
+        try:
+            function = layer_solver(view, bias, pattern, self.solver_of(pattern))
+            program = lock.programs.compiled(function, *arguments)
+        except WrongSolutionError as error:
+            raise ValueError(f"{self.solver_name} on {name} ({part.site.source}) {error}") from None
+        arrays, facts = program(*arguments)
+        facts = jax.device_get(facts)
+        self.check(facts, name, part.site.source)
         row = LayerRow(
             name,
             part.number,
             form.batch,
             form.outputs,
             form.inputs,
-            1 - int(kept) / size,
-            float(errors[0]),
-            float(errors[1]),
-            float(jnp.sum(moments.rows)),
-            float(jnp.max(solution.damping)),
+            int(facts.removed.sum(dtype=np.int64)) / (form.batch * form.outputs * form.inputs),
+            float(facts.masked_error),
+            float(facts.error),
+            float(facts.rows.sum(dtype=np.float64)),
+            float(facts.damping.max()),
             time.perf_counter() - began,
-            self.note(moments, solution.damping),
+            self.note(facts, moments),
         )
         return arrays, row
+
+    @property
+    def solver_name(self) -> str:
+        """The name of the solver, for messages."""
+        return f"the solver {name_of(self.settings.solver)}"
+
+    def check(self, facts: Facts, name: str, source: str) -> None:
+        """Check what is known of a layer once it is solved."""
+        if not facts.finite:
+            raise ValueError(
+                f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares overflow. "
+                "Check the params, and the batches, on which the network runs."
+            )
+        if not facts.solved:
+            raise ValueError(
+                f"{self.solver_name} returned weights that are not finite for {name} ({source}). Raise its damping=, or "
+                "pass more batches."
+            )
+        if not facts.exact:
+            raise ValueError(
+                f"{self.solver_name} returned a mask for {name} ({source}) that does not remove what was asked for: it "
+                f"removes {facts.removed.tolist()} entries. It must remove whole units of the pattern, exactly counts[b] "
+                "of matrix b, or of each output if pattern.per_output."
+            )
 
     def solver_of(self, pattern: Pattern) -> Callable[[Problem, Any], Any]:
         """Return the solver of a pattern, compiled once for each shape of matrices."""
@@ -365,27 +370,19 @@ class _Layers:
             self.solvers[pattern] = jax.jit(run)
         return self.solvers[pattern]
 
-    def note(self, moments: Moments, damping: Any) -> str:
+    def note(self, facts: Facts, moments: Moments) -> str:
         """Return what was unusual about a layer."""
         notes = []
-        if empty := np.flatnonzero(np.asarray(moments.rows) == 0).tolist():
+        if empty := np.flatnonzero(facts.rows == 0).tolist():
             some = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
             notes.append(f"matrix {some} saw no row (an expert without tokens), so it is pruned by magnitude")
-        if (used := float(jnp.max(damping))) > self.settings.damping * (1 + 1e-6):
+        if (used := float(facts.damping.max())) > self.settings.damping * (1 + 1e-6):
             notes.append(
                 f"its Gram matrix had no factor with damping {self.settings.damping:g}, so {used:g} was taken"
             )
         if self.settings.dense and moments.cross is None:
             notes.append("it is used several times, so it was solved for its own output")
         return "; ".join(notes)
-
-
-def _check_finite(moments: Moments, name: str, source: str) -> None:
-    if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
-        raise ValueError(
-            f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares "
-            "overflow. Check the params, and the batches, on which the network runs."
-        )
 
 
 def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solver | None) -> dict[str, Any]:
