@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -242,6 +243,7 @@ class ChannelSolver:
     def solved(self, reader: Reader, moments: Moments) -> tuple[dict[str, Any], LayerRow]:
         """Return a layer solved for its output from the channels that stay, and the row of the report."""
         began, (part, index, _) = time.perf_counter(), reader
+        _check_finite(moments, part, index)
         problem = self.problem(reader, moments)
         for name in reader.labels:
             if name not in self.keep:
@@ -282,3 +284,11 @@ class ChannelSolver:
             f"reads {', '.join(reader.labels)}",
         )
         return arrays if bias is None else arrays | {"bias": vector}, row
+
+
+def _check_finite(moments: Moments, part: Part, index: tuple[int, ...]) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
+        raise ValueError(
+            f"the data that params[{part.name(index)!r}] multiplies ({part.site.source}) is NaN or infinite, or "
+            "its squares overflow. Check the params, and the batches, on which the network runs."
+        )
