@@ -18,7 +18,7 @@ from jaxprune.calibration.layer_report import LayerRow
 from jaxprune.calibration.lockstep import LockStep, Moments
 from jaxprune.calibration.parts import Part
 from jaxprune.calibration.saved_layers import SavedLayers
-from jaxprune.calibration.solvers.columns import choose_columns
+from jaxprune.calibration.solvers.columns import Consumer, choose_columns
 from jaxprune.calibration.solving import Problem, refined_layer, relative_error, with_rows_everywhere
 from jaxprune.pruning.once import kept_entries, pool
 from jaxprune.pruning.targets import target_of
@@ -197,19 +197,26 @@ class ChannelSolver:
 
     def decide(self, name: str, problems: Sequence[tuple[Reader, Problem]]) -> None:
         """Choose the units of a pool that stay, and mask the others from here on."""
-        consumers = []
+        grams, consumers = [], []
         for reader, problem in problems:
+            gram = problem.moments.gram
+            if problem.bias is not None:
+                # The bias makes up for what a channel is on average.
+                rows = jnp.maximum(problem.moments.rows, 1)[:, None, None]
+                total = problem.moments.total
+                gram = gram - total[:, :, None] * total[:, None, :] / rows
             for number, labels in enumerate(reader.labels[name]):
-                gram = problem.moments.gram[number]
-                if problem.bias is not None:
-                    # What a channel is on average, the bias makes up for.
-                    rows = jnp.maximum(problem.moments.rows[number], 1)
-                    total = problem.moments.total[number]
-                    gram = gram - jnp.outer(total, total) / rows
-                consumers.append((problem.weight[number], gram, jnp.asarray(labels)))
-        shape = self.plan.units.alive[name].shape
-        keep = choose_columns(consumers, self.plan.counts[name], self.plan.units.alive[name].size)
-        self.keep[name] = jnp.asarray(keep).reshape(shape)
+                consumers.append((problem.weight[number], labels))
+                grams.append(gram[number])
+        alive = self.plan.units.alive[name]
+
+        def choose(weights: Any, grams: Any, count: Any) -> Any:
+            layers = [Consumer(w, g, of[1]) for w, g, of in zip(weights, grams, consumers, strict=True)]
+            return choose_columns(layers, alive.size, count)
+
+        arguments = [each[0] for each in consumers], grams, np.int32(self.plan.counts[name])
+        keep = self.lock.programs.compiled(choose, *arguments)(*arguments)
+        self.keep[name] = keep.reshape(alive.shape)
         self.mask()
 
     def mask(self) -> None:

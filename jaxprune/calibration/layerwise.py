@@ -275,7 +275,9 @@ class _Layers:
         progress: Callable[[LayerRow], Any] | None,
     ):
         self.lock, self.settings, self.plan, self.saved, self.progress = lock, settings, plan, saved, progress
-        self.masks: dict[str, Any] = {p: jax.device_put(np.ones(np.shape(x), bool)) for p, x in lock.leaves.items()}
+        self.masks: dict[str, Any] = {
+            p: jax.device_put(np.ones(np.shape(x), bool)) for p, x in lock.leaves.items()
+        }
         self.rows: list[LayerRow] = []
         self.solvers: dict[Any, Any] = {}
 

@@ -14,6 +14,7 @@ from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul
 from jaxprune.calibration.solvers.refining import refine
 from jaxprune.tree.checks import shown
 
+
 class Problem(NamedTuple):
     """A layer `x -> W x + b`, and what it should compute: `W y + b` of the dense network's rows y.
 
