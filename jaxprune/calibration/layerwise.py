@@ -30,7 +30,6 @@ from jaxprune.tree.checks import as_integer, check_function, name_of, shown
 from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import leaf_of_layer
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, Where
 
@@ -69,38 +68,39 @@ def prune_layers(
     """Prune a trained network layer by layer, without training it: one forward pass over a few batches.
 
     The network runs on all batches at once, and stops before each product of a leaf with data. The solver is
-    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads, in
-    the network as pruned so far. It chooses the entries to remove and new values for the others, so as to keep
+    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads
+    in the network as pruned so far. It chooses the entries to remove and new values for the others, so that
 
-        ||Y - X V^T||    small, over matrices V with the sparsity asked for,
+        ||Y - X V^T||    is small, over matrices V with the sparsity asked for,
 
     where X are those rows, and Y what the layer computes of them (`target="own"`) or what the dense network
     computes at this place (`target="dense"`). Then the network runs on with V. Each step of a scan over
-    stacked layers is a layer of its own, and so is each expert, and each group of a convolution. A leaf that is
-    used several times (a recurrent or a tied one) is solved once, at its first use, on the rows of all uses,
-    for its own output.
+    stacked layers is a separate layer, and each expert and each group of a convolution a separate matrix. A
+    leaf that is used several times (a recurrent or a tied one) is solved once, at its first use, on the rows
+    of all uses, for its own output.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.
       params: a pytree of arrays, trained.
-      batches: a list of batches, as for `calibrate`. All have one shape, but the first axis may differ: smaller
-        ones are padded, and their padding does not count. All are held in memory.
-      solver: one of `jaxprune.solvers`, or a function `solver(weight, gram, counts, pattern) -> (weight, mask)`.
+      batches: a list of batches, as for `calibrate`. All have one shape, but for the size of the first axis:
+        smaller ones are padded, and their padding does not count. All are held in memory.
+      solver: one of `jaxprune.solvers`, or a function of your own,
+        `solver(weight, gram, counts, pattern) -> (weight, mask)`.
       sparsity: the fraction of each layer that is removed, in [0, 1); or one per path, "layers/up" or
-        "layers/up[2]", where nothing is removed from layers that are not named. `round_half_even(sparsity * n)`
-        of the n units of each matrix go, but one unit stays. Not needed for N:M.
+        "layers/up[2]", where nothing is removed from layers that are not named. Of the n units of each matrix
+        `round_half_even(sparsity * n)` go, but one stays. Not needed for N:M.
       structure: single entries, the default; `structures.nm`, whose groups run along the axis that a product
         sums over; `structures.blocks`; or `structures.channels(groups)`. The solver is not asked about
         channels, and may be None: one after the other, the channel goes whose removal costs the layers that
         read it least once their other weights make up for it. Then these layers are refined, with their
         biases, and `compact` makes the network smaller.
       scope: "layerwise" takes the sparsity from each matrix as a whole; "output" from each of its outputs.
-      where: which leaves; by default every leaf that is a kernel of a product with data, except the last before
-        the output.
+      where: which leaves; by default every leaf that is a kernel of a product with data, except the last
+        before the output.
       weights: how much each row counts, as for `calibrate`.
-      target: whether a layer is solved for its own output, or for that of the dense network, which runs beside
-        it, so that later layers make up for what earlier ones lost.
-      refine: how many steps of conjugate gradients to refine weights and biases by once the mask is chosen, as
+      target: whether a layer is solved for its own output, or for that of the dense network, which runs
+        beside it, so that later layers make up for what earlier ones lost.
+      refine: how many steps of conjugate gradients refine weights and biases once the mask is chosen, as
         `reconstruct` does; 0 leaves them as the solver returned them (for channels it stands for 20).
       damping: a fraction of the mean diagonal of H, for what is factorised here (a dense target).
       checkpoint: a folder that solved layers are saved in. A run that was stopped goes on from there.
@@ -111,9 +111,9 @@ def prune_layers(
       errors are those after rounding. Layers with sparsity 0 are as they were, to the bit.
 
     Raises:
-      ValueError: no batch, batches of different structure or shape, `where` matches no product, an unknown path,
-        a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a Gram
-        matrix that has no factor with any damping, a checkpoint of another run.
+      ValueError: no batch, batches of different structure or shape, `where` matches no product, an unknown
+        path, a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a
+        Gram matrix that has no factor with any damping, a checkpoint of another run.
       TypeError: arguments of another kind; params that are traced.
 
     Example:
@@ -222,7 +222,8 @@ def _plan(
     if isinstance(sparsity, Mapping):
         if unknown := [path for path in sparsity if path not in every and path not in parts]:
             raise ValueError(
-                f"sparsity names {some_of(unknown)}, which where= does not take in. The layers: {some_of(every)}."
+                f"sparsity names {some_of(unknown)}, which where= does not take in. The layers are "
+                f"{some_of(every)}."
             )
         if not sparsity:
             raise ValueError("sparsity is an empty dict, so nothing would be pruned.")
@@ -233,7 +234,9 @@ def _plan(
                 name = part.name(index)
                 value: Any = sparsity
                 if isinstance(sparsity, Mapping):
-                    value = sparsity.get(name, sparsity.get(leaf_of_layer(name) or name, 0.0))
+                    value = sparsity.get(name, sparsity.get(path, 0.0))
+                    if np.ndim(value):
+                        value = _of_layer(value, part, index)
                 elif sparsity is None:
                     assert structure.n_of_m is not None
                     value = 1 - structure.n_of_m[0] / structure.n_of_m[1]
@@ -243,6 +246,17 @@ def _plan(
                 pattern = pattern_of(structure, scope == "output", part, name)
                 plan[path, part.number, index] = pattern, count_of(value, pattern, part, structure, name)
     return plan
+
+
+def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
+    """Return the value of one layer, of an array that has one for each layer of a stacked leaf."""
+    shape, path = part.site.stack_shape, part.site.path
+    if np.shape(values) != shape:
+        raise ValueError(
+            f"sparsity[{path!r}] has shape {np.shape(values)}, and the leaf holds layers of shape {shape}: "
+            "pass one sparsity for each layer, or a number for all of them."
+        )
+    return float(np.asarray(values)[index])
 
 
 class _Layers:

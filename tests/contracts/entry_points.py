@@ -185,6 +185,7 @@ UNCHECKED = {
     "lottery_ticket": ("after",),
     "metrics.latency": ("donate",),
     "quantization.dequantize": ("dtype",),
+    "reestimate_statistics": ("state",),
     "selection.lowest": ("specs",),
     "sensitivity": ("grads", "key"),
     "structures.blocks": ("axes",),
