@@ -23,7 +23,7 @@ from jax import lax
 from jaxprune.calibration.gathering import gather, rows_of, run_with_weights
 from jaxprune.calibration.matrices import gram_of_rows, sums_of_rows
 from jaxprune.calibration.parts import Part
-from jaxprune.calibration.programs import Programs
+from jaxprune.calibration.programs import PROGRAMS
 from jaxprune.calibration.row_weights import Known, RowWeights, of_input
 from jaxprune.calibration.survey import Site
 from jaxprune.tracing.dataflow import ConstValue, Product, Visitor, passed_on, visit_products
@@ -115,7 +115,7 @@ class LockStep:
 
     Attributes:
       leaves: by path, the leaves as solved so far.
-      programs: the programs compiled.
+      programs: the programs that segments and solvers run as.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class LockStep:
             for part in each
             for index in part.layers()
         }
-        self.programs, self.pending, self.last = Programs(), list[_Pending](), None
+        self.programs, self.pending, self.last = PROGRAMS, list[_Pending](), None
         self.refused: dict[str, str] = {}
         self.passes: dict[Any, Any] = {}
         self.solve: Solve = lambda part, index, moments: None
