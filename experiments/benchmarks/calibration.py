@@ -59,7 +59,7 @@ def make_params(config: Config) -> dict[str, Any]:
     def kernel(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[0]))
 
-    shapes = {name: (width, width) for name in ("q", "k", "v", "out")}
+    shapes = dict.fromkeys(("q", "k", "v", "out"), (width, width))
     shapes |= {"up": (width, 4 * width), "down": (4 * width, width)}
     layers = [{name: kernel(*shape) for name, shape in shapes.items()} for _ in range(config.layers)]
     return {"embed": kernel(VOCABULARY, width), "layers": layers, "head": kernel(width, VOCABULARY)}
@@ -92,8 +92,7 @@ def make_parts(config: Config, params: Any, batches: Sequence[jax.Array]) -> dic
     # By width, how many Gram matrices a layer of the decoder has: of q, k and v together, out and up; of down.
     widths = {config.width: 3, 4 * config.width: 1}
     rows = {
-        width: jax.random.normal(key, (config.length, width))
-        for key, width in zip(keys, widths, strict=True)
+        width: jax.random.normal(key, (config.length, width)) for key, width in zip(keys, widths, strict=True)
     }
     add = jax.jit(lambda total, x: total + jnp.matmul(x.T, x, precision="highest"))
     factor = jax.jit(lambda gram: damped_factor(gram[None], 0.01))

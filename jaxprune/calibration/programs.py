@@ -1,8 +1,8 @@
 """Compiled programs that are found again by what they compute, in place of the function that they come from.
 
-The layers of a network are often alike: the jaxpr of one differs from that of the next in its variables alone. So a
-program is looked up by the text of its jaxpr. A network of many equal layers compiles as many programs as one of two,
-and a second run with the same shapes compiles none.
+The layers of a network are often alike: the jaxpr of one differs from that of the next in its variables
+alone. So a program is looked up by the text of its jaxpr. A network of many equal layers compiles as many
+programs as one of two, and a second run with the same shapes compiles none.
 """
 
 from collections import OrderedDict
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -67,10 +68,10 @@ class Programs:
 
 def _identity(const: Any) -> Any:
     """Return what tells a constant from others: its content if it is small, else itself."""
-    if isinstance(const, (np.ndarray, jax.Array)) and not isinstance(const, Tracer) and const.size <= _SMALL:
-        if not jax.dtypes.issubdtype(const.dtype, jax.dtypes.extended):
-            array = np.asarray(const)
-            return array.dtype.name, array.shape, array.tobytes()
+    concrete = isinstance(const, (np.ndarray, jax.Array)) and not isinstance(const, Tracer)
+    if concrete and const.size <= _SMALL and not jnp.issubdtype(const.dtype, jax.dtypes.extended):
+        array = np.asarray(const)
+        return array.dtype.name, array.shape, array.tobytes()
     return id(const)  # the program keeps it, so that no other can have the same number
 
 

@@ -76,22 +76,27 @@ class TorchDecoder:
                 for name, layer in block.named_children()
             }
 
-            def gather(name: str, grams: dict[str, torch.Tensor] = grams) -> Any:
-                def hook(layer: Any, inputs: Any, output: Any) -> None:
-                    rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-                    grams[name].addmm_(rows.T, rows)
-
-                return hook
-
-            hooks = [layer.register_forward_hook(gather(name)) for name, layer in block.named_children()]
+            hooks = [
+                layer.register_forward_hook(_gatherer(grams[name])) for name, layer in block.named_children()
+            ]
             for each in data:
                 block(each)
-            for hook in hooks:
-                hook.remove()
+            for each in hooks:
+                each.remove()
             for name, layer in block.named_children():
                 sparsegpt(layer.weight.data, grams[name], self.sparsity)
             data = [block(each) for each in data]
         return time.perf_counter() - began
+
+
+def _gatherer(gram: torch.Tensor) -> Any:
+    """Return a hook that adds what a layer reads to a Gram matrix."""
+
+    def hook(layer: Any, inputs: Any, output: Any) -> None:
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        gram.addmm_(rows.T, rows)
+
+    return hook
 
 
 class _Block(torch.nn.Module):
