@@ -89,7 +89,7 @@ def make_parts(config: Config, params: Any, batches: Sequence[jax.Array]) -> dic
     """Return the forward passes, the Gram products and the factorisations, each as a function."""
     apply = jax.jit(forward)
     keys = jax.random.split(jax.random.key(0), 2)
-    # By width, how many Gram matrices a layer of the decoder has: of q, k and v together, out and up; of down.
+    # By width, how many Gram matrices a block has: of q, k and v together, of out and of up; of down.
     widths = {config.width: 3, 4 * config.width: 1}
     rows = {
         width: jax.random.normal(key, (config.length, width)) for key, width in zip(keys, widths, strict=True)

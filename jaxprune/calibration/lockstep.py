@@ -2,8 +2,8 @@
 
 `LockStep` walks the jaxpr of a network in the order in which it runs. It does not run an equation when it
 comes to it, but keeps it pending. When it comes to a product whose kernel is to be solved, it runs all
-pending equations as one program, a segment, for one batch after the other. So the data that the product reads is
-there for all batches, computed with the leaves as solved so far. Then the leaf is solved and replaced, and
+pending equations as one program, a segment, for one batch after the other. So the data that the product reads
+is there for all batches, computed with the leaves as solved so far. Then the leaf is solved and replaced, and
 the walk goes on with the product itself. In all this is one forward pass.
 
 The bodies of scans over stacked layers are walked once for each step. A kernel that is used in several
