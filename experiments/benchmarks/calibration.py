@@ -42,8 +42,8 @@ class Config(Settings):
     """Flags of the benchmark."""
 
     width: Count = 512  # of the decoder, a multiple of 64
-    layers: Count = 4
-    batches: Count = 16
+    layers: Count = 2
+    batches: Count = 64
     length: Count = 512  # tokens of each batch
     rounds: Count = 5  # in which all take their turn
     peer: File | None = None  # a Python file with another implementation
