@@ -26,6 +26,7 @@ from jaxprune.calibration import solvers
 from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
 from jaxprune.calibration.least_squares import reconstruct
 from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+from jaxprune.calibration.running_statistics import reestimate_statistics
 from jaxprune.calibration.statistics import Statistics, calibrate
 
 # Structured pruning: coupled channels, and the network without them
@@ -96,8 +97,8 @@ __all__ = [
     "CompactedModule",
     "KeepMaskedState",
     "PackedMask",
-    "PrunedLayers",
     "Plan",
+    "PrunedLayers",
     "Pruner",
     "PrunerState",
     "Recovered",
@@ -150,6 +151,7 @@ __all__ = [
     "recipes",
     "reconstruct",
     "recover",
+    "reestimate_statistics",
     "residual_blocks",
     "rewind",
     "rewiring",

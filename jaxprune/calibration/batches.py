@@ -49,7 +49,11 @@ def batches_of(
         raise TypeError(
             f"{caller} needs a list of batches, got {shown(batches)}. For one batch pass [batch]."
         )
-    if weights is not None and not callable(weights) and is_array(weights):
+    if not callable(weights) and (
+        is_array(weights)
+        or not isinstance(weights, (Iterable, type(None)))
+        or isinstance(weights, (str, dict))
+    ):
         raise TypeError(
             f"weights= needs an array for each batch, in a list, or a function; got {shown(weights)}."
         )

@@ -189,6 +189,35 @@ class Statistics:
             total = total + jnp.moveaxis(of_layers, range(len(axes)), axes)
         return total
 
+    def map_matrices(self, path: str, leaf: Any, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Apply a function to the matrices that products read from a leaf.
+
+        Args:
+          path: the leaf.
+          leaf: an array of its shape.
+          function: from (batch, outputs, inputs) to the same shape.
+
+        Returns:
+          float32 of the leaf's shape: the value at the place of each entry in its matrix, 0 if it has none.
+
+        Raises:
+          ValueError: the leaf has no statistics.
+        """
+        self._check_path(path)
+        total: Any = 0
+        for part in self._network.parts[path]:
+            axes = part.stack_axes
+            layers = jnp.moveaxis(leaf, axes, range(len(axes)))
+            layer_shape = layers.shape[len(axes) :]
+
+            def mapped(layer: jax.Array, part: Part = part, layer_shape: Any = layer_shape) -> jax.Array:
+                spread, seen = part.spread(layer_shape, function(part.matrix(layer)))
+                return jnp.where(seen, spread, 0)
+
+            of_layers = jax.vmap(mapped)(layers.reshape(-1, *layer_shape)).reshape(layers.shape)
+            total = total + jnp.moveaxis(of_layers, range(len(axes)), axes)
+        return total
+
     def check_params(self, params: Params) -> None:
         """Check that params are those that were calibrated.
 

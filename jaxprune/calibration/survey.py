@@ -254,7 +254,7 @@ class _Surveyor:
         values = [_Flow(arg.made_by) if isinstance(arg, _Flow) else _Flow() for arg in args]
         outputs: list[Any] = []
         for _ in range(2):  # in the second round the carry comes of the products of the first
-            inputs = inside_scan(eqn, args, values, level)
+            inputs = inside_scan(eqn, args, values, level=level)
             outputs = self.walk(body, inputs, (*steps, eqn.params["length"]), stack)
             for number, output in enumerate(outputs[:carried]):
                 if isinstance(output, _Flow):

@@ -20,7 +20,7 @@ from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, w
 from jaxprune.pruning.extras import check_extra
 from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_recompute
 from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_each, pool_sizes, target_of
-from jaxprune.selection.along_axes import lowest_along, select_along
+from jaxprune.selection.along_axes import lowest_along
 from jaxprune.selection.big_counts import to_numpy
 from jaxprune.selection.exact import Removal, select, select_arrays
 from jaxprune.selection.lazy_scores import LazyScores, stored_scores
@@ -458,13 +458,8 @@ def _lowest_of_outputs(units: Units, target: Target) -> dict[str, jax.Array]:
     """Return, by pool, the units that a target removes, of each output the same number."""
     removed = {}
     for name, count in target.counts.items():
-        axes, floor = target.inputs[name], target.floors[name]
-        source = units.sources.get(name) or stored_scores(units.scores[name], units.alive[name])
-        if is_concrete(count, source.inputs):
-            pair = source.read(source.inputs)
-            removed[name] = lowest_along(*pair, axes, count, floor, target.includes_pruned)
-        else:
-            removed[name] = select_along(source, axes, count, floor, target.includes_pruned)
+        pair, axes, floor = (units.scores[name], units.alive[name]), target.inputs[name], target.floors[name]
+        removed[name] = lowest_along(*pair, axes, count, floor, target.includes_pruned)
     return removed
 
 

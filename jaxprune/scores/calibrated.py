@@ -16,7 +16,7 @@ images.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +47,25 @@ def wanda(params: Params, *, stats: InputStatistics | None = None, **extra: Any)
       ValueError: `stats` is None, or is of other params.
       TypeError: `stats` is not what `jaxprune.calibrate` returns, or a leaf is not an array.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.ones((2, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> stats = jp.calibrate(apply_fn, params, [jnp.array([[3.0, 0.0], [4.0, 1.0]])])
+      >>> jp.scores.wanda(params, stats=stats)["a"].tolist()  # the norms are 5 and 1
+      [[5.0, 10.0], [0.5, 3.0]]
+      >>> masks = jp.prune_once(params, jp.scores.wanda, sparsity=0.5, scope="output", stats=stats)
+      >>> masks["a"].tolist()
+      [[True, True], [False, False]]
+
     References:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024,
       arXiv:2306.11695.
     """
     del extra
 
-    def score(path: str, size: jax.Array, stats: InputStatistics) -> jax.Array:
-        return size * jnp.sqrt(stats.per_entry(path, "squares")).astype(size.dtype)
+    def score(size: jax.Array, layer: _Layer) -> jax.Array:
+        return size * jnp.sqrt(layer.read("squares"))
 
     return _calibrated("wanda", params, stats, score)
 
@@ -71,11 +82,19 @@ def ria(params: Params, *, stats: InputStatistics | None = None, power: float = 
       power: the exponent of the norm; 0 leaves the inputs out. The paper takes 0.5.
 
     Returns:
-      float32 scores like `params` (float64 for float64 leaves), NaN for leaves without statistics. In a
-      grouped convolution, where each output reads inputs of its own, the second sum has one term.
+      float32 scores like `params` (float64 for float64 leaves), NaN for leaves without statistics.
 
     Raises:
       ValueError, TypeError: as `wanda`; a `power` that is not a number of 0 or more.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.ones((2, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> stats = jp.calibrate(apply_fn, params, [jnp.array([[3.0, 0.0], [4.0, 1.0]])])
+      >>> print(jp.scores.ria(params, stats=stats)["a"].round(1))
+      [[2.2 2.4]
+       [0.5 1.5]]
 
     References:
       Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
@@ -86,14 +105,8 @@ def ria(params: Params, *, stats: InputStatistics | None = None, power: float = 
     if not 0 <= power < math.inf:
         raise ValueError(f"power must be a finite number of 0 or more, got {power}.")
 
-    def score(path: str, size: jax.Array, stats: InputStatistics) -> jax.Array:
-        squares = stats.per_entry(path, "squares")
-        inputs = tuple(stats.contracted_axes(path))
-        apart = {*inputs, *stats.stacks.get(path, ())}
-        # An axis along which the inputs differ is one of batches, such as experts, and not of outputs.
-        outputs = tuple(a for a in range(size.ndim) if a not in apart and squares.shape[a] == 1)
-        relative = _share(size, inputs) + _share(size, outputs)
-        return relative * (squares ** (power / 2)).astype(size.dtype)
+    def score(size: jax.Array, layer: _Layer) -> jax.Array:
+        return layer.map_matrices(size, _relative_importance) * layer.read("squares") ** (power / 2)
 
     return _calibrated("ria", params, stats, score)
 
@@ -117,14 +130,22 @@ def flap(params: Params, *, stats: InputStatistics | None = None, **extra: Any) 
     Raises:
       ValueError, TypeError: as `wanda`.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.ones((2, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> stats = jp.calibrate(apply_fn, params, [jnp.array([[3.0, 0.0], [4.0, 1.0]])])
+      >>> jp.scores.flap(params, stats=stats)["a"].tolist()  # both variances are 1/4
+      [[0.25, 1.0], [0.0625, 2.25]]
+
     References:
       An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models", AAAI 2024,
       arXiv:2312.11983.
     """
     del extra
 
-    def score(path: str, size: jax.Array, stats: InputStatistics) -> jax.Array:
-        return size * size * stats.per_entry(path, "variance").astype(size.dtype)
+    def score(size: jax.Array, layer: _Layer) -> jax.Array:
+        return size * size * layer.read("variance")
 
     return _calibrated("flap", params, stats, score)
 
@@ -145,26 +166,70 @@ def obs_diagonal(params: Params, *, stats: InputStatistics | None = None, **extr
     Raises:
       ValueError, TypeError: as `wanda`; statistics without Gram matrices.
 
+    Example:
+      >>> import jax.numpy as jnp, jaxprune as jp
+      >>> params = {"a": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.ones((2, 1))}
+      >>> apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+      >>> batch = jnp.array([[3.0, 0.0], [4.0, 1.0]])
+      >>> stats = jp.calibrate(apply_fn, params, [batch], statistics="gram")
+      >>> print(jp.scores.obs_diagonal(params, stats=stats)["a"].round(1))
+      [[11.  43.9]
+       [ 0.1  4.4]]
+
     References:
       Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992;
       Frantar and Alistarh, "SparseGPT", ICML 2023, arXiv:2301.00774.
     """
     del extra
 
-    def score(path: str, size: jax.Array, stats: InputStatistics) -> jax.Array:
-        return size * size / stats.per_entry(path, "inverse_diagonal").astype(size.dtype)
+    def score(size: jax.Array, layer: _Layer) -> jax.Array:
+        return size * size / layer.read("inverse_diagonal")
 
     return _calibrated("obs_diagonal", params, stats, score, needs_gram=True)
+
+
+class _Layer(NamedTuple):
+    """A leaf that has statistics, and what its scores read of them.
+
+    Attributes:
+      path: the leaf.
+      leaf: its values.
+      stats: the statistics.
+    """
+
+    path: str
+    leaf: Any
+    stats: InputStatistics
+
+    def read(self, what: str) -> jax.Array:
+        """Return a statistic of the input that each entry multiplies, in the dtype of its score."""
+        found = self.stats.per_entry(self.path, what)
+        shape, known = self.leaf.shape, found.shape
+        if len(known) != len(shape) or any(a not in (1, b) for a, b in zip(known, shape, strict=True)):
+            raise ValueError(
+                f"the statistics of {self.path!r} have the shape {known}, which does not fit "
+                f"params[{self.path!r}], {describe(self.leaf)}. Calibrate the params that are pruned."
+            )
+        return found.astype(_size(self.leaf).dtype)
+
+    def map_matrices(self, size: jax.Array, function: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """Apply a function of (batch, outputs, inputs) to the matrices that products read."""
+        self.read("rows")  # raises where shapes differ
+        return self.stats.map_matrices(self.path, size, function).astype(size.dtype)
+
+
+def _size(leaf: Any) -> jax.Array:
+    return promote_to_float32(jnp.abs(leaf))
 
 
 def _calibrated(
     name: str,
     params: Params,
     stats: InputStatistics | None,
-    score: Callable[[str, jax.Array, InputStatistics], jax.Array],
+    score: Callable[[jax.Array, _Layer], jax.Array],
     needs_gram: bool = False,
 ) -> Scores:
-    """Return `score(path, |w|, stats)` of the leaves that have statistics, NaN for the others."""
+    """Return `score(|w|, layer)` of the leaves that have statistics, NaN for the others."""
     leaves = array_leaves(params)
     if stats is None:
         raise ValueError(f"scores.{name} needs statistics of what layers read: pass {CALIBRATE}.")
@@ -179,22 +244,15 @@ def _calibrated(
             f"the statistics are of {some_of(missing)}, which the params do not have. The params have "
             f"{some_of(leaves)}. Calibrate the params that are pruned."
         )
-
-    def scored(path: str) -> jax.Array:
-        leaf = leaves[path]
-        size = promote_to_float32(jnp.abs(leaf))
-        known = jnp.shape(stats.per_entry(path, "rows"))
-        if len(known) != leaf.ndim or any(a not in (1, b) for a, b in zip(known, leaf.shape, strict=True)):
-            raise ValueError(
-                f"the statistics of {path!r} have the shape {known}, which does not fit params[{path!r}], "
-                f"{describe(leaf)}. Calibrate the params that are pruned."
-            )
-        return score(path, size, stats)
-
-    return with_nan_elsewhere({path: scored(path) for path in stats.paths}, params)
+    layers = [_Layer(path, leaves[path], stats) for path in stats.paths]
+    return with_nan_elsewhere({layer.path: score(_size(layer.leaf), layer) for layer in layers}, params)
 
 
-def _share(size: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Return each number's share in the sum along some axes; 0 where that is 0."""
-    total = jnp.sum(size, axis=axes, keepdims=True)
-    return size / jnp.where(total == 0, jnp.ones_like(total), total)
+def _relative_importance(size: jax.Array) -> jax.Array:
+    """Return each number's share in the sum of its row plus that of its column; 0 where a sum is 0."""
+
+    def share(axis: int) -> jax.Array:
+        total = jnp.sum(size, axis=axis, keepdims=True)
+        return size / jnp.where(total == 0, jnp.ones_like(total), total)
+
+    return share(-1) + share(-2)

@@ -7,6 +7,7 @@ runs for each row. The order is that of `selection/exact.py`: equal scores by ro
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,8 @@ import numpy as np
 from jax import lax
 
 from jaxprune.selection.big_counts import as_int32, to_numpy
-from jaxprune.selection.lazy_scores import LazyScores, read_anew, read_keys, stored_scores
-from jaxprune.selection.search import MAX_COUNT, bisect, full_range, sums
-from jaxprune.selection.sort_keys import limits, ordered_bits_on_host
+from jaxprune.selection.search import MAX_COUNT, Range, bisect, full_range, sums
+from jaxprune.selection.sort_keys import limits, ordered_bits, ordered_bits_on_host
 from jaxprune.tree.host import like_computed, on_host
 from jaxprune.tree.leaves import is_concrete
 
@@ -57,7 +57,7 @@ def lowest_along(
     return _lowest_compiled(scores, alive, as_int32(count), axes, floor, includes_pruned)
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
+@partial(jax.jit, static_argnums=(3, 5))  # traced once for all leaves of a shape
 def _lowest_compiled(
     scores: jax.Array,
     alive: jax.Array | None,
@@ -66,60 +66,61 @@ def _lowest_compiled(
     floor: int,
     includes_pruned: bool,
 ) -> jax.Array:
-    return select_along(stored_scores(scores, alive), axes, count, floor, includes_pruned)
-
-
-def select_along(source: LazyScores, axes: Axes, count: Any, floor: int, includes_pruned: bool) -> jax.Array:
-    """Apply `lowest_along` to scores that are computed anew in each pass."""
-    shape = source.part.shape
-    size = math.prod(shape[axis] for axis in axes)
+    size = math.prod(scores.shape[axis] for axis in axes)
     if size > MAX_COUNT:
         raise ValueError(f"cannot rank {size} inputs of one output: more than {MAX_COUNT}.")
-    lowest_key, highest_key = limits(source.part.dtype)
-    asked = as_int32(count)
-    # All arrays by row have size 1 along the axes, so that they broadcast against the scores, and nothing is
-    # reshaped. Zeros made of the keys have the shardings that the counts will have.
-    zeros = jnp.expand_dims(jnp.sum(read_keys(source).keys & 0, axis=axes, dtype=jnp.int32), axes)
+    # The keys are stored with the axes of rows last, because on a CPU XLA sums over leading axes several
+    # times as slowly; without the barrier it would do that nevertheless, rather than transpose. Arrays by row
+    # have size 1 along these axes, so that they broadcast against the keys, and no axes of a sharded array
+    # are joined or split.
+    last = tuple(range(scores.ndim - len(axes), scores.ndim))
+    behind_bounds = tuple(axis + 1 for axis in last)
 
-    def count_rows(tests: list[jax.Array], living: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *below, alive = sums([test.astype(jnp.int32) for test in [*tests, living]], axes)
-        return jnp.expand_dims(jnp.stack(below), tuple(axis + 1 for axis in axes)), jnp.expand_dims(
-            alive, axes
-        )
+    def rows_last(array: jax.Array) -> jax.Array:
+        return jnp.moveaxis(array, axes, last)
 
-    def count_below(bounds: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keys, alive = read_keys(read_anew(bounds, [source])[0])
-        living = jnp.ones(shape, bool) if alive is None else alive
-        return count_rows([keys < bound for bound in bounds], living)
+    lowest_key, highest_key = limits(scores.dtype)
+    keys = ordered_bits(scores)
+    keys = keys if alive is None else jnp.where(alive, keys, highest_key)
+    stored = keys if axes == last else lax.optimization_barrier(rows_last(keys))
+    # Zeros made of the keys are sharded as the counts will be.
+    zeros = jnp.expand_dims(jnp.sum(stored & 0, axis=last, dtype=jnp.int32), last)
+    num_alive = zeros + size
+    if alive is not None:
+        num_alive = jnp.expand_dims(jnp.sum(rows_last(alive), axis=last, dtype=jnp.int32), last)
+    num_removed = (rows_last(count) if count.ndim else count) - (size - num_alive if includes_pruned else 0)
+    num_removed = jnp.maximum(jnp.minimum(num_removed, num_alive - floor), 0)
 
-    def target(alive: jax.Array) -> jax.Array:
-        num_removed = asked - (size - alive) if includes_pruned else asked + zeros
-        return jnp.maximum(jnp.minimum(num_removed, alive - floor), 0)
+    def search(start: Range, flags: Callable[[jax.Array], list[jax.Array]], num: Any, highest: Any, of: Any):
+        def count_below(bounds: jax.Array) -> tuple[jax.Array, jax.Array]:
+            below = sums([flag.astype(jnp.int32) for flag in flags(bounds)], last)
+            return jnp.expand_dims(jnp.stack(below), behind_bounds), of
+
+        return bisect(start, count_below, lambda counts, alive: counts, lambda alive: num, highest, _BITS)
+
+    def below_bounds(bounds: jax.Array) -> list[jax.Array]:
+        return [stored < bounds[i] for i in range(len(bounds))]
 
     start = full_range(lowest_key, highest_key, zeros, False)
-    found = bisect(start, count_below, lambda counts, alive: counts, target, highest_key, _BITS)
+    found = search(start, below_bounds, num_removed, highest_key, num_alive)
 
-    # As in `exact.py`: the first ties go, and which are the first is searched only in rows where some of the
-    # ties go and some stay.
-    num_ties, num_removed = found.upto - found.below, target(found.alive) - found.below
-    undecided = (num_removed > 0) & (num_removed < num_ties)
-    decided = jnp.where(num_removed > 0, size, zeros)
-    place = _places(shape, axes)
+    # As in `exact.py`, the first ties go. Which those are is searched only in rows where some of the ties go
+    # and some stay. The barrier leaves it in the loop, which mostly ends before its first pass.
+    num_ties, num_from_ties = found.upto - found.below, num_removed - found.below
+    undecided = (num_from_ties > 0) & (num_from_ties < num_ties)
 
-    def ties_in(source: LazyScores) -> jax.Array:
-        keys, alive = read_keys(source)
-        return keys == found.low if alive is None else alive & (keys == found.low)
+    def ties_before_bounds(bounds: jax.Array) -> list[jax.Array]:
+        keys, living = lax.optimization_barrier((bounds, (stored, alive)))[1]
+        ties = keys == found.low if living is None else rows_last(living) & (keys == found.low)
+        place = _places(keys.shape, last)
+        return [ties & (place < bounds[i]) for i in range(len(bounds))]
 
-    def count_ties(bounds: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ties = ties_in(read_anew(bounds, [source])[0])
-        return count_rows([ties & (place < bound) for bound in bounds], ties)
-
-    last = jnp.int32(size)
-    start = full_range(jnp.int32(0), last, zeros, False)._replace(open=undecided)
-    cutoff = bisect(start, count_ties, lambda counts, alive: counts, lambda alive: num_removed, last, _BITS)
-    behind = jnp.where(undecided, cutoff.low, decided)
-    keys, alive = read_keys(source)
-    removed = (keys < found.low) | ((keys == found.low) & (place < behind))
+    behind = jnp.int32(size)
+    start = full_range(jnp.int32(0), behind, zeros, False)._replace(open=undecided)
+    cutoff = search(start, ties_before_bounds, num_from_ties, behind, num_ties)
+    first = jnp.where(undecided, cutoff.low, jnp.where(num_from_ties > 0, behind, 0))
+    low, first = (jnp.moveaxis(by_row, last, axes) for by_row in (found.low, first))
+    removed = (keys < low) | ((keys == low) & (_places(scores.shape, axes) < first))
     return removed if alive is None else removed & alive
 
 
@@ -140,14 +141,15 @@ def _lowest_on_host(
     last = range(-len(axes), 0)
     moved = np.moveaxis(values, axes, last)
     size = math.prod(values.shape[axis] for axis in axes)
+    num_rows = math.prod(values.shape[axis] for axis in range(values.ndim) if axis not in axes)
 
     def rows(array: np.ndarray) -> np.ndarray:
-        return np.moveaxis(array, axes, last).reshape(-1, size)
+        return np.moveaxis(array, axes, last).reshape(num_rows, size)
 
     keys = ordered_bits_on_host(np.ascontiguousarray(rows(values)))
     living = np.ones(keys.shape, bool) if alive is None else rows(np.asarray(alive))
     by_row = [1 if axis in axes else length for axis, length in enumerate(values.shape)]
-    asked = np.moveaxis(np.broadcast_to(to_numpy(count), by_row), axes, last).reshape(-1, 1)
+    asked = np.moveaxis(np.broadcast_to(to_numpy(count), by_row), axes, last).reshape(num_rows, 1)
     num_alive = np.count_nonzero(living, axis=1)[:, None]
     num_removed = asked - (size - num_alive) if includes_pruned else asked
     num_removed = np.maximum(np.minimum(num_removed, num_alive - floor), 0)

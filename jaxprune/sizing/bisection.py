@@ -23,6 +23,7 @@ from jaxprune.sizing.ranking import Counts, RankedUnits, rank_units
 from jaxprune.structures.base import Structure
 from jaxprune.tree.checks import check_function, check_number
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.statistics import InputStatistics
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
@@ -62,6 +63,7 @@ def budget(
     masks: Masks | None = None,
     floor: int = 1,
     stacked: Stacked | None = None,
+    stats: InputStatistics | None = None,
     grads: Any = None,
     key: jax.Array | None = None,
     **extra: Any,
@@ -85,13 +87,14 @@ def budget(
       params: a pytree of arrays.
       at_most: the highest measure allowed. Pass either this or `at_least`.
       at_least: the lowest measure allowed.
-      scores, structure, where, stacked, grads, key, **extra: as for `prune_once`.
-      scope: as for `prune_once`. With `"layerwise"` all leaves, or groups, have the same sparsity.
+      scores, structure, where, stacked, stats, grads, key, **extra: as for `prune_once`.
+      scope: as for `prune_once`. With `"layerwise"` all leaves, or groups, have the same sparsity, with
+        `"output"` all outputs.
       distribution: a function from a sparsity to targets by path or group, for targets that differ:
         `functools.partial(jaxprune.distributions.erk, params)`. No target may fall as the sparsity
-        rises. It needs `scope="layerwise"`.
+        rises. It needs `scope="layerwise"` or `"output"`.
       masks: masks to start from.
-      floor: how many units of each leaf or group stay at least.
+      floor: how many units of each leaf or group stay at least, with `scope="output"` of each output.
 
     Raises:
       ValueError: not exactly one bound; a budget that cannot be met, with what comes closest; and as
@@ -121,9 +124,10 @@ def budget(
     if bound != bound:
         raise ValueError("the bound of a budget is nan, which no measure meets.")
     check_choices(scope, "total", floor)
-    if distribution is not None and scope != "layerwise":
+    if distribution is not None and scope not in ("layerwise", "output"):
         raise ValueError(f"a distribution has a target for each path: pass scope='layerwise', got {scope!r}.")
-    ranked = rank_units(params, scores, structure, where, masks, floor, stacked, grads, key, extra, budget)
+    shared = (params, scores, structure, where, masks, floor, stacked, grads, key, extra, budget)
+    ranked = rank_units(*shared, "output" if scope == "output" else "layerwise", stats)
     ladder = _SparsityLadder(ranked, scope, distribution)
     measured: dict[Counts, tuple[Masks, Any]] = {}
     tried: list[tuple[float, float]] = []
@@ -139,7 +143,7 @@ def budget(
     find = _lowest_within_cost if at_least is None else _highest_with_quality
     step = find(ladder, value, bound)
     counts = ladder.counts(step)
-    removed = dict(zip(ranked.sizes, counts, strict=True))
+    removed = ranked.num_removed(counts)
     return Budget(measured[counts][0], ladder.sparsity(step), measured[counts][1], removed, tuple(tried))
 
 
@@ -166,8 +170,8 @@ def _highest_with_quality(ladder: "_SparsityLadder", value: Callable[[int], Any]
     if value(ladder.last) >= bound:
         return ladder.last
     step, broken = _bisect(0, ladder.last, lambda step: not value(step) >= bound)
-    if not any(ladder.counts(step)):
-        more = sum(ladder.counts(broken))
+    if not any(ladder.num_removed(step).values()):
+        more = sum(ladder.num_removed(broken).values())
         _warn(
             f"at_least={bound:g}: nothing was removed, because with {more} units less the measure is "
             f"{value(broken):,}."
@@ -204,12 +208,16 @@ class _SparsityLadder:
         # A sparsity is below 1, but all groups of n:m are pruned at a sparsity of 1 - n/m.
         self.last = self._num_units - (ranked.structure.max_sparsity == 1)
 
+    def num_removed(self, step: int) -> dict[str, int]:
+        """Return how many units a step removes from each pool."""
+        return self._ranked.num_removed(self.counts(step))
+
     def sparsity(self, step: int) -> float:
         """Return the sparsity of a step."""
         return self._ranked.structure.max_sparsity * step / max(self._num_units, 1)
 
     def counts(self, step: int) -> Counts:
-        """Return how many units a step removes from each pool."""
+        """Return how many units a step removes from each pool; with scope="output" from each output."""
         sparsity: Any = self.sparsity(step)
         if self._distribution is not None:
             sparsity = taken_apart(self._distribution(sparsity), "sparsity")

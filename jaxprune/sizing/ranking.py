@@ -6,6 +6,7 @@ XLA on a CPU and compiles nothing; one program on the device makes the masks, wh
 """
 
 import contextlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
@@ -15,15 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, with_contracted_axes
 from jaxprune.pruning.extras import check_extra
 from jaxprune.pruning.once import check_choices, checked_structure, default_where, kept_entries, pool
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
-from jaxprune.pruning.targets import floors
+from jaxprune.pruning.targets import floors, pool_sizes
 from jaxprune.structures import elements
 from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.stacks import Family, Stacked
+from jaxprune.tree.statistics import InputStatistics, check_unchanged
 from jaxprune.tree.where import selected_among
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
@@ -52,6 +55,9 @@ class RankedUnits(NamedTuple):
       num_alive: by pool, how many units are left.
       min_kept: by pool, how many units stay at least.
       families: by name, the pools that are the layers of a stack.
+      lost: with scope="output", by pool how many units each output has lost before; else empty. Ranks, sizes
+        and counts are then those within an output. The units pruned before come first, and counts include
+        them: outputs may have lost more or fewer, but have one count.
     """
 
     params: Params
@@ -65,6 +71,7 @@ class RankedUnits(NamedTuple):
     num_alive: dict[str, int]
     min_kept: dict[str, int]
     families: dict[str, Family]
+    lost: dict[str, np.ndarray]
 
     def max_removable(self, name: str) -> int:
         """Return how many units of a pool can be removed."""
@@ -81,6 +88,11 @@ class RankedUnits(NamedTuple):
             return min(max(target, 0), self.max_removable(name))
 
         return tuple(more(name) for name in self.sizes)
+
+    def num_removed(self, counts: Counts) -> dict[str, int]:
+        """Return how many units of each pool such counts remove."""
+        found = dict(zip(self.sizes, counts, strict=True))
+        return found | {p: int(np.maximum(found[p] - lost, 0).sum()) for p, lost in self.lost.items()}
 
     def masks_of(self, counts: Counts) -> Masks:
         """Return the masks without so many units of each pool."""
@@ -116,15 +128,23 @@ def rank_units(
     key: Any,
     extra: Mapping[str, Any],
     caller: Callable[..., Any],
+    scope: str = "layerwise",
+    stats: InputStatistics | None = None,
 ) -> RankedUnits:
     """Score the params, pool the scores into units and rank the units of each pool.
 
     Arguments up to `extra` are those of `prune_once`, and so are the errors; params may not be traced.
-    `caller` is the public function, for messages.
+    `caller` is the public function, for messages. With scope="output" units are ranked within each output.
     """
     check_extra(None if is_tree_of_scores(scores, params) else scores, extra, caller)
-    floor = check_choices("layerwise", "total", floor)
+    floor = check_choices(scope, "total", floor)
     structure = checked_structure(_ELEMENTS if structure is None else structure)
+    reads = False
+    if stats is not None:
+        where, stacked = calibrated_defaults(stats, where, stacked, structure)
+        check_unchanged(stats, params)
+        reads = reads_statistics(scores, params)
+        extra = {**extra, "stats": stats} if reads else extra
     where = default_where(where, structure, stacked)
     by_path = array_leaves(params)
     chosen = tuple(selected_among(by_path, where))
@@ -134,6 +154,8 @@ def rank_units(
             "values."
         )
     structure = with_stacks(structure, stacked, by_path, chosen)
+    if stats is not None or scope == "output":
+        structure = with_contracted_axes(structure, scope, stats, by_path, chosen, reads)
     shapes = {path: tuple(by_path[path].shape) for path in structure.stacks or {} if path in by_path}
     scores = of_layers(scores, params, structure.stacks, stacked)
     tree = _scored(scores, params, {"grads": grads, "key": key, **extra})
@@ -151,6 +173,12 @@ def rank_units(
         )
     units, alive = jax.device_get((units, alive))
     num_alive = {name: int(mask.sum()) for name, mask in alive.items()}
+    inputs, sizes = structure.inputs, pool_sizes(alive, structure.inputs)
+    if inputs:
+        ranks = {name: _ranks_along(units[name], alive[name], axes) for name, axes in inputs.items()}
+        num_alive = sizes
+    else:
+        ranks = {name: _ranks(units[name], alive[name]) for name in units}
     return RankedUnits(
         params=params,
         masks=masks,
@@ -158,11 +186,12 @@ def rank_units(
         chosen=chosen,
         scores=picked,
         unit_scores=units,
-        ranks=OrderedDict((name, jax.device_put(_ranks(units[name], alive[name]))) for name in units),
-        sizes={name: mask.size for name, mask in alive.items()},
+        ranks=OrderedDict((name, jax.device_put(ranks[name])) for name in units),
+        sizes=sizes,
         num_alive=num_alive,
         min_kept=floors(num_alive, structure, floor),
         families=families_in(structure, shapes, num_alive),
+        lost={name: np.count_nonzero(~alive[name], axis=axes) for name, axes in inputs.items()},
     )
 
 
@@ -191,6 +220,17 @@ def _ranks(scores: np.ndarray, alive: np.ndarray) -> np.ndarray:
     ranks = np.empty(flat.size, np.int32)
     ranks[order] = np.arange(flat.size, dtype=np.int32)
     return ranks.reshape(scores.shape)
+
+
+def _ranks_along(scores: np.ndarray, alive: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Return each unit's place in the order of removal from its output; those pruned before come first."""
+    last = range(-len(axes), 0)
+    moved = np.moveaxis(scores, axes, last)
+    rows = (-1, math.prod(moved.shape[axis] for axis in last))
+    keys = [np.moveaxis(array, axes, last).reshape(rows) for array in (scores, alive)]
+    ranks = np.empty(keys[0].shape, np.int32)
+    np.put_along_axis(ranks, np.lexsort(keys), np.arange(rows[1], dtype=np.int32)[None], axis=1)
+    return np.moveaxis(ranks.reshape(moved.shape), last, axes)
 
 
 @partial(jax.jit, static_argnums=(3, 4))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split
 from jaxprune.tracing.leaf_views import LeafView, of_leaf, slice_of_scan, view_after
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -136,17 +136,18 @@ def const_outputs(
 
     def computed() -> list[list[Any]]:
         now = None if stamp is None else stamp(tuple(paths))
-        if not last or last[0] != now:
-            given = [versions() for versions in sources if versions is not None]
-            several = max(map(len, given), default=1)
-            if len(loops) > 1 and several > 1:
-                several = math.prod(loop.length for loop in loops)
-            which = [
-                [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
-                for arg, arrays in zip(args, given, strict=True)
-            ]
-            pairs = list(zip(given, which, strict=True))
-            last[:] = now, [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
+        if last and last[0] == now:
+            return last[1]
+        given = [versions() for versions in sources if versions is not None]
+        several = max(map(len, given), default=1)
+        if len(loops) > 1 and several > 1:
+            several = math.prod(loop.length for loop in loops)
+        which = [
+            [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
+            for arg, arrays in zip(args, given, strict=True)
+        ]
+        pairs = list(zip(given, which, strict=True))
+        last[:] = now, [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
         return last[1]
 
     def described() -> tuple[Any, ...]:
@@ -157,15 +158,15 @@ def const_outputs(
 
     def output(number: int) -> ConstValue:
         versions = None if None in sources else lambda: tuple(made[number] for made in computed())
-        values = [arg.value for arg in args]
-        made = ConstValue(
+        viewed = [arg.value for arg in args]
+        value = ConstValue(
             paths,
             versions,
             lambda: (*described(), number),
-            lambda: view_after(eqn, number, values, [arg.view for arg in args]),
+            lambda: view_after(eqn, number, viewed, [arg.view for arg in args]),
         )
-        made.loops = loops
-        return made
+        value.loops = loops
+        return value
 
     return [output(number) for number in range(len(eqn.outvars))]
 
@@ -212,8 +213,8 @@ class Visitor(NamedTuple):
     Attributes:
       product: `product(found, data)` returns the outputs of a `Product`, or None to leave it to `other`.
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
-        It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
-        `switch_with` and `visit_products`.
+        It is given loops and branches as one equation; to see the products inside, it calls
+        `visit_products` on `inside_scan`, or on the jaxpr of a branch.
       stamp: for params that change while the jaxpr runs: `stamp(paths)` returns another value once one of
         these has changed, so that what is made of them is computed again. None if they never do.
     """
@@ -267,29 +268,28 @@ def inside_scan(
     eqn: "JaxprEqn",
     args: Sequence[Any],
     values: Sequence[Any],
-    level: int = 0,
     loop: Loop | None = None,
+    level: int = 0,
 ) -> list[Any]:
     """Return the inputs of the body of a scan in one step, given those of the scan, and the step's arrays.
 
     In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
-    carry that the body passes on; any other carry holds data from the second step on. `level` says how many
-    scans are around this one. If `loop` is given, what is made of slices has it among its `loops`.
+    carry that the body passes on; any other carry holds data from the second step on. If `loop` is given,
+    what is made of slices has it among its `loops`. `level` says how many scans are around this one, for the
+    views of slices.
     """
     consts, carried = scan_split(eqn.params)
-    unchanged = passed_on(eqn.params["jaxpr"], consts, carried)
+    passed = passed_on(eqn.params["jaxpr"], consts, carried)
 
     def inside(number: int, arg: Any, value: Any) -> Any:
-        if not isinstance(arg, ConstValue) or (
-            number >= consts and not all(unchanged[number - consts :][:1])
-        ):
-            return value
         sliced = number >= consts + carried
+        if not isinstance(arg, ConstValue) or not (number < consts or sliced or passed[number - consts]):
+            return value
 
         def viewed() -> LeafView | str | None:
             return slice_of_scan(arg.view, level) if sliced and isinstance(arg.view, LeafView) else arg.view
 
-        described = (lambda: ("scan", True, arg.key)) if sliced else arg._described
+        described = (lambda: ("slice", arg.key)) if sliced else arg._described
         known = ConstValue(arg.paths, lambda: (value,), described, viewed)
         known.loops = (*arg.loops, loop) if sliced and loop is not None else arg.loops
         return known
@@ -326,23 +326,3 @@ def const_after_scan(eqn: "JaxprEqn", args: Sequence[Any]) -> list[ConstValue | 
     before = zip(passed, args[consts : consts + carried], strict=True)
     known = [arg if yes and isinstance(arg, ConstValue) else None for yes, arg in before]
     return known + [None] * (len(eqn.outvars) - carried)
-
-
-def visit_scan(
-    eqn: "JaxprEqn",
-    args: Sequence[Any],
-    visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
-    level: int = 0,
-) -> tuple[list[Any], Any]:
-    """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
-
-    `visit(body, inputs)` takes the inputs as `inside_scan` returns them. It returns the outputs of the body,
-    as `visit_products` does, and any tree of arrays besides. The trees of all steps are returned beside the
-    scan's outputs, stacked along a new first axis.
-    """
-
-    def body(values: list[Any]) -> tuple[list[Any], Any]:
-        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values, level))
-        return list(map(materialised, outputs)), extra
-
-    return scan_with(eqn, list(map(materialised, args)), body)

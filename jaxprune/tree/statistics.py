@@ -1,29 +1,35 @@
 """What scores, scopes and structures read of the statistics that `jaxprune.calibrate` returns."""
 
-from collections.abc import Collection, Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Protocol
 
 from jaxprune.tree.checks import shown
 from jaxprune.tree.leaves import describe, is_concrete
 from jaxprune.tree.paths import some_of
+from jaxprune.typing import Where
 
 
-@runtime_checkable
 class InputStatistics(Protocol):
-    """Statistics of what each layer reads, by the leaf that multiplies it.
+    """Statistics of what each layer reads, by the leaf that multiplies it."""
 
-    Attributes:
-      paths: the leaves that have statistics.
-      stacks: by path, the axes of a leaf that count layers.
-      statistics: "norms", or "gram" if there are Gram matrices as well.
-    """
+    @property
+    def paths(self) -> Collection[str]:
+        """The leaves that have statistics."""
+        ...
 
-    paths: Collection[str]
-    stacks: Mapping[str, tuple[int, ...]]
-    statistics: str
+    @property
+    def where(self) -> Where:
+        """The predicate of these leaves."""
+        ...
 
-    def where(self, path: str, leaf: Any) -> bool:
-        """Return whether a leaf has statistics."""
+    @property
+    def stacks(self) -> Mapping[str, tuple[int, ...]]:
+        """By path, the axes of a leaf that count layers."""
+        ...
+
+    @property
+    def statistics(self) -> str:
+        """Return "norms", or "gram" if there are Gram matrices as well."""
         ...
 
     def contracted_axes(self, path: str) -> tuple[int, ...]:
@@ -38,9 +44,22 @@ class InputStatistics(Protocol):
         """Return a statistic of the input that each entry multiplies, broadcastable to the leaf."""
         ...
 
+    def map_matrices(self, path: str, leaf: Any, function: Callable[[Any], Any]) -> Any:
+        """Apply a function of (batch, outputs, inputs) to the matrices that products read from a leaf."""
+        ...
+
 
 CALIBRATE = "stats=jaxprune.calibrate(apply_fn, params, batches)"
-_NEEDED = ("paths", "stacks", "statistics", "where", "contracted_axes", "group_axis", "per_entry")
+_NEEDED = (
+    "paths",
+    "stacks",
+    "statistics",
+    "where",
+    "contracted_axes",
+    "group_axis",
+    "per_entry",
+    "map_matrices",
+)
 
 
 def check_statistics(stats: Any) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import jaxprune as jp
 from tests.oracles import brute_force
 from tests.sizing.problem import STRUCTURES, drawn, network, pruning
+from tests.support.statistics import StandIn, layer
 
 SIZES = {"elements": {"a/kernel": 24, "head/kernel": 18}, "filters": {"a/kernel": 6, "head/kernel": 3}}
 
@@ -184,3 +185,39 @@ def test_errors(kwargs, error, match):
 def test_it_is_refused_under_jit():
     with pytest.raises(TypeError, match="budget counts and ranks on the host, so it cannot run under jit"):
         jax.jit(lambda p: jp.budget(jp.metrics.nonzeros, p, at_most=30).masks)(drawn(0))
+
+
+# Each output alike
+
+
+@pytest.mark.parametrize("structure", [None, jp.structures.nm(2, 4), jp.structures.blocks((2, 2))])
+def test_a_budget_for_outputs_is_what_prune_once_prunes(structure):
+    rng = np.random.default_rng(0)
+    shapes = {"a": ((8, 6), (0,)), "b": ((6, 12), (1,))}
+    stats = StandIn({path: layer(rng, *shape) for path, shape in shapes.items()})
+    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, (shape, _) in shapes.items()}
+    params["c"] = jnp.ones((3, 3))
+    options = {"scores": jp.scores.wanda, "scope": "output", "structure": structure, "stats": stats}
+    found = jp.budget(jp.metrics.nonzeros, params, at_most=100, **options)
+    masks = jp.prune_once(params, sparsity=found.sparsity, **options)
+    jax.tree.map(np.testing.assert_array_equal, found.masks, masks)
+    assert found.value == jp.metrics.nonzeros(masks) <= 100 and found.sparsity > 0
+    if structure is None:
+        assert found.removed == {path: int((~mask).sum()) for path, mask in masks.items() if path != "c"}
+    # From masks of which some outputs have lost more than others.
+    start = jp.prune_once(params, jp.scores.magnitude, 0.2, stats=stats)
+    again = jp.budget(jp.metrics.nonzeros, params, at_most=80, masks=start, **options)
+    masks = jp.prune_once(params, sparsity=again.sparsity, masks=start, **options)
+    jax.tree.map(np.testing.assert_array_equal, again.masks, masks)
+
+
+def test_a_distribution_over_outputs():
+    params = {"up": jnp.arange(1.0, 33.0).reshape(8, 4), "down": jnp.arange(1.0, 17.0).reshape(8, 2)}
+    found = jp.budget(
+        jp.metrics.nonzeros,
+        params,
+        at_most=24,
+        scope="output",
+        distribution=lambda s: {"up": s, "down": s / 2},
+    )
+    assert found.value <= 24 and found.masks["up"].sum(0).tolist() == [found.masks["up"][:, 0].sum()] * 4

@@ -49,14 +49,38 @@ class Layer:
         return h + damping * mean[..., None, None] * np.eye(h.shape[-1])
 
 
+class _Static:
+    """What does not change of statistics; compared by identity, because arrays do not compare."""
+
+    def __init__(self, layers: dict[str, Layer], statistics: str):
+        self.layers, self.statistics = layers, statistics
+
+
 class StandIn:
     """The statistics of some layers, by path."""
 
     def __init__(self, layers: Mapping[str, Layer], statistics: str = "gram", damping: float = 0.01):
-        self.layers, self.statistics = dict(layers), statistics
-        self.paths = tuple(layers)
-        self.stacks = {path: layer.stack for path, layer in layers.items() if layer.stack}
+        self._static = _Static(dict(layers), statistics)
+        self.statistics = statistics
         self.values = {path: self._of(layer, damping) for path, layer in layers.items()}
+
+    @classmethod
+    def _of_values(cls, static, values):
+        stats = object.__new__(cls)
+        stats._static, stats.statistics, stats.values = static, static.statistics, values
+        return stats
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        return self._static.layers
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(self.layers)
+
+    @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        return {path: layer.stack for path, layer in self.layers.items() if layer.stack}
 
     def _of(self, layer, damping):
         mean = layer.x.mean(-2)
@@ -84,28 +108,21 @@ class StandIn:
     def per_entry(self, path: str, what: str) -> Any:
         return self.values[path][what]
 
-
-def _unflatten(static, values):
-    stats = object.__new__(StandIn)
-    stats.layers, stats.statistics, stats.paths, stats.stacks = static
-    stats.values = values[0]
-    return stats
-
-
-class _Static(tuple):
-    """Compared by identity, because arrays do not compare."""
-
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
+    def map_matrices(self, path: str, leaf: Any, function: Any) -> Any:
+        layer = self.layers[path]
+        outputs = [a for a in range(leaf.ndim) if a not in (*layer.apart, *layer.contracted)]
+        order = (*layer.apart, *outputs, *layer.contracted)
+        front = jnp.transpose(leaf, order)
+        inputs = int(np.prod([leaf.shape[axis] for axis in layer.contracted]))
+        apart = int(np.prod([leaf.shape[axis] for axis in layer.apart]))
+        found = function(front.reshape(apart, -1, inputs)).reshape(front.shape)
+        return jnp.transpose(found, np.argsort(order))
 
 
 jax.tree_util.register_pytree_node(
     StandIn,
-    lambda s: (
-        (s.values,),
-        s.__dict__.setdefault("_static", _Static((s.layers, s.statistics, s.paths, s.stacks))),
-    ),
-    _unflatten,
+    lambda stats: ((stats.values,), stats._static),
+    lambda static, values: StandIn._of_values(static, *values),
 )
 
 

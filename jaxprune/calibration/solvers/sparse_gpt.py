@@ -8,6 +8,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from jaxprune.calibration.solvers.factors import check_damping, damped_factor
+from jaxprune.calibration.solvers.grids import searched_scale
 from jaxprune.calibration.solvers.pattern import (
     Pattern,
     Solver,
@@ -19,6 +20,7 @@ from jaxprune.calibration.solvers.pattern import (
     spread_over_units,
     sum_over_units,
 )
+from jaxprune.quantization import check_bits, nearest_codes
 from jaxprune.tree.checks import as_integer
 
 _AT_ONCE = 16
@@ -79,13 +81,19 @@ def sparsegpt(block: int | None = None, damping: float = 0.01, bits: int | None 
     """
     block = None if block is None else as_integer(block, "block", at_least=1, what="columns")
     damping = check_damping(damping, "sparsegpt")
+    bits = None if bits is None else check_bits(bits)
 
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
         check_problem("sparsegpt", weight, gram, counts, pattern)
         root, _ = damped_factor(gram, damping)
-        return _sweep(weight, root, counts, pattern, _columns_at_once(block, weight.shape[2], pattern))
+        width = _columns_at_once(block, weight.shape[2], pattern)
+        grid = None
+        if bits is not None:
+            importance = jnp.diagonal(root, axis1=1, axis2=2) ** 2
+            grid = _Grid(searched_scale(weight, importance, bits), bits)
+        return _sweep(weight, root, counts, pattern, width, grid)
 
     return solve
 
@@ -96,8 +104,20 @@ def _columns_at_once(block: int | None, columns: int, pattern: Pattern) -> int:
     return max(asked // width, 1) * width
 
 
+class _Grid(NamedTuple):
+    """A uniform grid for each output: the scale (B, out), and the bits of a code."""
+
+    scale: jax.Array
+    bits: int
+
+
 def _sweep(
-    weight: jax.Array, root: jax.Array, counts: jax.Array, pattern: Pattern, width: int
+    weight: jax.Array,
+    root: jax.Array,
+    counts: jax.Array,
+    pattern: Pattern,
+    width: int,
+    grid: _Grid | None,
 ) -> tuple[jax.Array, jax.Array]:
     # Everything is transposed, (B, in, out): a column of the matrix is then contiguous.
     #
@@ -133,7 +153,7 @@ def _sweep(
             quota = shares(counts, after, all_units) - shares(counts, done, all_units)
             exist = done + jnp.arange(units_at_once) < all_units
             kept = _kept_of_block(now, factor, quota, pattern, exist)
-        solved, kept = _sweep_columns(now, kept, factor, pattern)
+        solved, kept = _sweep_columns(now, kept, factor, pattern, grid)
         return _Swept(
             *(
                 lax.dynamic_update_slice_in_dim(whole, part, start, 1)
@@ -173,7 +193,7 @@ def _kept_of_block(
 
 
 def _sweep_columns(
-    weight: jax.Array, kept: jax.Array, factor: jax.Array, pattern: Pattern
+    weight: jax.Array, kept: jax.Array, factor: jax.Array, pattern: Pattern, grid: _Grid | None
 ) -> tuple[jax.Array, jax.Array]:
     """Sweep (B, columns, out); for "nm" choose on the way, unless the mask keeps everything already."""
     # A rank-one update of all columns of the block for each column would be bound by memory. So a few columns
@@ -192,7 +212,9 @@ def _sweep_columns(
             lax.dynamic_slice_in_dim(kept, start, few, 1),
             jnp.zeros((weight.shape[0], few, weight.shape[2]), weight.dtype),
         )
-        done = lax.fori_loop(0, few // unit, lambda at, few: _sweep_unit(at * unit, few, own, pattern), part)
+        done = lax.fori_loop(
+            0, few // unit, lambda at, part: _sweep_unit(at * unit, part, own, pattern, grid), part
+        )
         # Rows of U are 0 before their diagonal, so columns that are done change by exactly 0.
         weight = weight - matmul(rows.swapaxes(1, 2), done.errors)
         weight = lax.dynamic_update_slice_in_dim(weight, done.weight, start, 1)
@@ -209,7 +231,7 @@ class _Few(NamedTuple):
     errors: jax.Array
 
 
-def _sweep_unit(start: jax.Array, few: _Few, factor: jax.Array, pattern: Pattern) -> _Few:
+def _sweep_unit(start: jax.Array, few: _Few, factor: jax.Array, pattern: Pattern, grid: _Grid | None) -> _Few:
     """Sweep the columns of one unit."""
     weight, kept, errors = few
     diagonal = jnp.diagonal(factor, axis1=1, axis2=2)
@@ -224,7 +246,8 @@ def _sweep_unit(start: jax.Array, few: _Few, factor: jax.Array, pattern: Pattern
         at = start + inside
         column, keep = (lax.dynamic_index_in_dim(x, at, 1, keepdims=False) for x in (weight, kept))
         pivot = lax.dynamic_index_in_dim(diagonal, at, 1)
-        rounded = jnp.where(keep, column, 0)
+        rounded = column if grid is None else nearest_codes(column, grid.scale, grid.bits) * grid.scale
+        rounded = jnp.where(keep, rounded, 0)
         error = (column - rounded) / pivot
         row = lax.dynamic_index_in_dim(factor, at, 1, keepdims=False)
         later = jnp.where(jnp.arange(row.shape[1]) > at, row, 0)
