@@ -21,7 +21,12 @@ from jaxprune import (
     structures,
 )
 
-# Trained networks, pruned without training: what their layers read
+# Trained networks, pruned without training by what their layers read
+from jaxprune.calibration import solvers
+from jaxprune.calibration.layerwise import PrunedLayers, prune_layers
+from jaxprune.calibration.least_squares import reconstruct
+from jaxprune.calibration.recovery import Recovered, RecoveryReport, recover
+from jaxprune.calibration.running_statistics import reestimate_statistics
 from jaxprune.calibration.statistics import Statistics, calibrate
 
 # Structured pruning: coupled channels, and the network without them
@@ -93,8 +98,11 @@ __all__ = [
     "KeepMaskedState",
     "PackedMask",
     "Plan",
+    "PrunedLayers",
     "Pruner",
     "PrunerState",
+    "Recovered",
+    "RecoveryReport",
     "Schedule",
     "Sensitivity",
     "SparseParams",
@@ -135,11 +143,15 @@ __all__ = [
     "pack_masks",
     "penalties",
     "plots",
+    "prune_layers",
     "prune_once",
     "prune_rounds",
     "pruner",
     "quantization",
     "recipes",
+    "reconstruct",
+    "recover",
+    "reestimate_statistics",
     "residual_blocks",
     "rewind",
     "rewiring",
@@ -150,6 +162,7 @@ __all__ = [
     "sensitivity",
     "set_",
     "shuffled_masks",
+    "solvers",
     "sparsify",
     "straight_through",
     "structures",

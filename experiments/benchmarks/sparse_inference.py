@@ -9,6 +9,10 @@ network on SciPy's and PyTorch's compressed rows, where these are installed.
     python -m experiments.benchmarks.sparse_inference --batches 64 --sparsities 0.95,0.98
     python -m experiments.benchmarks.sparse_inference --layers 1 --ways csr,windows --width 1024
     python -m experiments.benchmarks.sparse_inference --structure blocks --ways blocks,compact,measure
+    python -m experiments.benchmarks.sparse_inference --scan --batches 64 --ways masked,measure,bcsr
+
+With --scan the layers are stacked, and the network runs through them with `lax.scan`: dense, masked and
+in the forms of `sparsify`. BCSR by hand, SciPy and PyTorch have one kernel after the other all the same.
 
 All calls are compiled, warm and taken in turn; figures are medians, or what --quantile says, as ratios to
 dense: 2.0 is twice as fast.
@@ -56,6 +60,7 @@ class Config(Settings):
 
     width: BatchSize = 2048  # units of the input and of each layer
     layers: Annotated[int, Range(at_least=1, at_most=1000)] = 3  # kernels
+    scan: bool = False  # whether the layers are stacked and run by a scan
     batches: tuple[BatchSize, ...] = (1, 8, 64, 512)  # rows in a call
     sparsities: tuple[Sparsity, ...] = (0.8, 0.9, 0.95, 0.98, 0.99)  # of all kernels together
     structure: Literal["entries", "blocks", "units"] = "entries"  # what is pruned; blocks are 64 x 64
@@ -83,6 +88,20 @@ def pruned(config: Config, sparsity: float) -> tuple[Any, Any]:
         "units": partial(jp.structures.slices, axis=-1),
     }[config.structure]()
     return params, jp.prune_once(params, jp.scores.magnitude, sparsity=sparsity, structure=structure)
+
+
+def scanned(params: Any, x: jax.Array) -> jax.Array:
+    """Return `network` of stacked layers, for x >= 0, which relu leaves as it is."""
+
+    def layer(x: Any, p: Any) -> tuple[Any, None]:
+        return jax.nn.relu(x) @ p["kernel"] + p["bias"], None
+
+    return jax.lax.scan(layer, x, params["layers"])[0]
+
+
+def stacked(layers: Any) -> Any:
+    """Return the layers of `network` as `scanned` takes them."""
+    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers.values())}
 
 
 def timer(function: Callable[..., Any], *arguments: Any) -> Callable[[], float]:
@@ -139,11 +158,14 @@ def case(config: Config, batch: int, sparsity: float, gather: float | None) -> l
     params, masks = pruned(config, sparsity)
     masked = jp.apply_masks(params, masks)
     x = jax.random.normal(jax.random.key(1), (batch, config.width))
+    x = jnp.abs(x) if config.scan else x
     want = np.asarray(network(masked, x))
-    turns, notes = {"dense": timer(network, params, x)}, {}
+    run = (scanned, stacked(params), stacked(masks)) if config.scan else (network, params, masks)
+    turns, notes = {"dense": timer(*run[:2], x)}, {}
     leaves = zip(jp.leaf_paths(masked), jax.tree.leaves(masked), strict=True)
     kernels = {path: np.asarray(leaf) for path, leaf in leaves if path.endswith("kernel")}
     left = {path: np.count_nonzero(kernel) for path, kernel in kernels.items()}
+    kept = {"layers/kernel": sum(left.values())} if config.scan else left
 
     def check(way: str, output: Any) -> None:
         gap = float(np.max(np.abs(np.asarray(output) - want)))
@@ -162,13 +184,14 @@ def case(config: Config, batch: int, sparsity: float, gather: float | None) -> l
                 check(way, peer("output"))
                 turns[way] = partial(peer, "measure")
                 continue
-            function, given = network, masked
+            function, given = run[0], jp.apply_masks(*run[1:])
             if way == "bcsr":
                 function, given = bcsr_network, to_bcsr(masked)
             elif way != "masked":
-                choose: Any = way if way in ("measure", "rule") else dict.fromkeys(kernels, way)
+                paths = [path for path in jp.leaf_paths(run[1]) if path.endswith("kernel")]
+                choose: Any = way if way in ("measure", "rule") else dict.fromkeys(paths, way)
                 try:
-                    fast = jp.sparsify(network, params, masks, x, choose=choose)
+                    fast = jp.sparsify(*run, x, choose=choose)
                 except ValueError as error:  # this form does not suit these masks
                     notes[way] = str(error)
                     continue
@@ -176,7 +199,8 @@ def case(config: Config, batch: int, sparsity: float, gather: float | None) -> l
                 notes[way] = ", ".join(dict.fromkeys(fast.forms.values()))
                 if small := fast.params.kernels:
                     entries = sum(stored_entries(small[path]) for path in small)
-                    notes[way] += f", {entries / sum(left[path] for path in small):.2f} stored for each left"
+                    stored = entries / sum(kept[path] for path in small)
+                    notes[way] += f", {stored:.2f} stored for each left"
             check(way, jax.jit(function)(given, x))
             turns[way] = timer(function, given, x)
         seconds: dict[str, list[float]] = {way: [] for way in turns}
@@ -237,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark from the command line."""
     config = parse(Config, argv, __doc__)
     of = "medians" if config.quantile == 0.5 else f"{config.quantile:g} quantiles"
-    print(f"{config.layers} kernels of {config.width} x {config.width}, {config.structure} pruned,")
+    where = " in a scan" if config.scan else ""
+    print(f"{config.layers} kernels of {config.width} x {config.width}{where}, {config.structure} pruned,")
     print(f"{jax.devices()[0].device_kind}; times faster than dense, {of} of {config.rounds}")
     lines = run(config)
     print("\n".join([tables.text(rows(lines), labels=2), *notes(lines)]))

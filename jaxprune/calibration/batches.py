@@ -49,7 +49,11 @@ def batches_of(
         raise TypeError(
             f"{caller} needs a list of batches, got {shown(batches)}. For one batch pass [batch]."
         )
-    if weights is not None and not callable(weights) and is_array(weights):
+    if not callable(weights) and (
+        is_array(weights)
+        or not isinstance(weights, (Iterable, type(None)))
+        or isinstance(weights, (str, dict))
+    ):
         raise TypeError(
             f"weights= needs an array for each batch, in a list, or a function; got {shown(weights)}."
         )
@@ -108,3 +112,44 @@ def _checked_weights(weight: Any, inputs: tuple[Any, ...], number: int, caller: 
     if not bool(jnp.all(jnp.isfinite(weight) & (weight >= 0))):
         raise ValueError(f"{caller}: the weights of batch {number} must be finite, and 0 or more.")
     return weight
+
+
+def padded(batches: list[Batch], caller: str) -> list[Batch]:
+    """Return batches of one shape: smaller ones are filled up by copies of their last row, with weight 0.
+
+    The axis that is filled up is the first of the arrays that have as many rows as the first of them.
+
+    Raises:
+      ValueError: batches that differ by more than that.
+    """
+    largest = max(batches, key=lambda batch: _rows(batch.inputs))
+    if all(batch.key == largest.key for batch in batches):
+        return batches
+    most = _rows(largest.inputs)
+    made = []
+    for number, batch in enumerate(batches):
+        rows = _rows(batch.inputs)
+        weights = jnp.ones(rows, jnp.float32) if batch.weights is None else batch.weights
+
+        def filled(array: Any, rows: int = rows) -> Any:
+            if not is_array(array) or np.shape(array)[:1] != (rows,):
+                return array
+            return jnp.concatenate([array, jnp.repeat(jnp.asarray(array)[-1:], most - rows, axis=0)])
+
+        inputs = jax.tree.map(filled, batch.inputs)
+        wanted = [np.shape(leaf) for leaf in jax.tree.leaves(largest.inputs)]
+        if [np.shape(leaf) for leaf in jax.tree.leaves(inputs)] != wanted:
+            got = [np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)]
+            raise ValueError(
+                f"{caller}: batch {number} has arrays of shapes {got}, and the largest batch {wanted}. They may differ "
+                "in the first axis alone: pad the others, and pass weights= with 0 for the padding."
+            )
+        extra = jnp.zeros((most - rows, *weights.shape[1:]), jnp.float32)
+        made.append(Batch(inputs, jnp.concatenate([weights, extra]), None))
+    return made
+
+
+def _rows(inputs: tuple[Any, ...]) -> int:
+    """Return the size of the first axis of the first array that has one."""
+    shapes = [np.shape(leaf) for leaf in jax.tree.leaves(inputs) if is_array(leaf)]
+    return next((shape[0] for shape in shapes if shape), 1)

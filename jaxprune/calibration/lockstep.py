@@ -305,6 +305,13 @@ class LockStep:
 
     def solve_early(self, parts: Sequence[Part]) -> None:
         """Solve parts on statistics from a pass of the whole network as it is now, for their own output."""
+        found = self.statistics(parts)
+        for part in parts:
+            for layer in part.layers():
+                self.solved(part, layer, found[part.site.stack, layer])
+
+    def statistics(self, parts: Sequence[Part]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Moments]:
+        """Return, by layer of a part, statistics from a pass of the whole network as it is now."""
         sites = {use.stack: use for part in parts for use in part.uses}
         key = frozenset(sites)
         if key not in self.passes:
@@ -322,12 +329,15 @@ class LockStep:
             }
             found = self.passes[key](inputs, weight)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
+        made = {}
         for part in parts:
             sums = [total[use.stack] for use in part.uses]
             one = jax.tree.map(lambda *arrays: sum(arrays[1:], arrays[0]), *sums)
             for layer in part.layers():
-                moments = Moments(one["rows"][layer], one["sum"][layer], one["gram"][layer])
-                self.solved(part, layer, moments)
+                made[part.site.stack, layer] = Moments(
+                    one["rows"][layer], one["sum"][layer], one["gram"][layer]
+                )
+        return made
 
     # Pending equations, and segments
 
@@ -526,7 +536,9 @@ class LockStep:
         taken = {int(lane.array) for lane in lanes}
         if len(taken) > 1:
             for part in self.unsolved_within(stack):
-                self.refused[part.site.path] = f"the batches take different branches of a cond ({part.site.source})"
+                self.refused[part.site.path] = (
+                    f"the batches take different branches of a cond ({part.site.source})"
+                )
                 layer = tuple(index[level] for level in part.site.view.levels if level < len(index))
                 self.unsolved = {
                     (site, each): other

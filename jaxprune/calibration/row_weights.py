@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -125,6 +126,7 @@ def scan_with_weights(
     inputs: Sequence[Any],
     known: Sequence[Known],
     body: Callable[[list[Any], list[Known]], tuple[Sequence[Any], Sequence[Known], Any]],
+    zeros: Any = None,
 ) -> tuple[list[Any], list[Known], Any]:
     """Run a scan as `tracing.jaxprs.scan_with` does, with the weights of its values beside them.
 
@@ -141,10 +143,12 @@ def scan_with_weights(
         outputs of the scan's own body, what is known of these, and any tree of arrays besides. It is called
         until what it returns for the carry agrees with what it was given, two times as a rule and once if
         it returns the same arrays of weights. The last call counts.
+      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like these,
+        which are summed over the steps without storing them for each.
 
     Returns:
       The outputs of the scan; what is known of each; and the trees of all steps, stacked along a new first
-      axis.
+      axis, or the pair of these and the sums.
     """
     consts, carried = scan_split(eqn.params)
     ends = consts + carried
@@ -154,8 +158,8 @@ def scan_with_weights(
     ]
     structures: list[list[tuple[tuple[int, ...], bool]]] = []
 
-    def step(carry: list[Any], slices: Any) -> Any:
-        values, arrays = slices
+    def step(carry: Any, slices: Any) -> Any:
+        (carry, total), (values, arrays) = carry, slices
         fixed, seen = known[:consts], [put(some) for (_, put), some in zip(sliced, arrays, strict=True)]
         inside, first = list(begins), True
         while True:
@@ -167,11 +171,14 @@ def scan_with_weights(
             inside, first = agreed, False
         structures[:] = _structures(found)
         weights = [[one.array for one in _arrays(each)] for each in found]
-        return list(outputs[:carried]), (list(outputs[carried:]), weights, extra)
+        if zeros is not None:
+            extra, more = extra
+            total = jax.tree.map(jnp.add, total, more)
+        return (list(outputs[:carried]), total), (list(outputs[carried:]), weights, extra)
 
-    values, (stacked, weights, extras) = lax.scan(
+    (values, total), (stacked, weights, extras) = lax.scan(
         step,
-        list(inputs[consts:ends]),
+        (list(inputs[consts:ends]), zeros),
         (list(inputs[ends:]), [arrays for arrays, _ in sliced]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
@@ -188,7 +195,7 @@ def scan_with_weights(
             else:
                 each.append(RowWeights(next(left), (0, *moved)))
         of_outputs.append(tuple(each))
-    return [*values, *stacked], of_outputs, extras
+    return [*values, *stacked], of_outputs, extras if zeros is None else (extras, total)
 
 
 # What is known, put together
@@ -420,6 +427,38 @@ def _concatenate(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
     del args
     shapes = [atom.aval.shape for atom in eqn.invars]
     return [_joined(known, shapes, eqn.params["dimension"])]
+
+
+def _stack(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    along, shape = eqn.params["axis"], eqn.invars[0].aval.shape
+    shape = (*shape[:along], 1, *shape[along:])
+    pieces = [_settled(_mapped(each, lambda axis: axis + (axis >= along))) for each in known]
+    return [_joined(pieces, [shape] * len(pieces), along)]
+
+
+def _unstack(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    along, shape = eqn.params["axis"], eqn.invars[0].aval.shape
+    cuts, made = [slice(0, size, 1) for size in shape], []
+    for number in range(shape[along]):
+        cuts[along] = slice(number, number + 1, 1)
+        piece = tuple(_cut(known[0], shape, cuts))
+        made.append(_mapped(piece, lambda axis: None if axis == along else axis - (axis > along)))
+    return made
+
+
+def _tile(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
+    del args
+    reps = eqn.params["reps"]
+    return [
+        [
+            one
+            if one.array is None
+            else one._replace(array=jnp.tile(one.array, [reps[axis] for axis in one.axes]))
+            for one in known[0]
+        ]
+    ]
 
 
 def _joined(known: Sequence[Known], shapes: Sequence[Sequence[int]], axis: int) -> list[RowWeights]:
@@ -682,10 +721,14 @@ _EACH = frozenset(("optimization_barrier", "sharding_constraint", "device_put", 
 _RULES: dict[str, Callable[[Any, Sequence[Known], Sequence[Any]], Any]] = {
     "broadcast_in_dim": _broadcast_in_dim, "transpose": _transpose, "squeeze": _squeeze,
     "expand_dims": _expand_dims, "reshape": _reshape, "slice": _slice, "split": _split, "rev": _rev,
-    "concatenate": _concatenate, "pad": _pad, "dot_general": _dot_general,
+    "concatenate": _concatenate, "stack": _stack,
+    "unstack": _unstack, "tile": _tile, "pad": _pad, "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general, "conv_general_dilated": _convolution,
     "dynamic_slice": _dynamic_slice, "gather": _gather, "dynamic_update_slice": _dynamic_update_slice,
-    **dict.fromkeys(("scatter", "scatter-add", "scatter_add", "scatter-max", "scatter_max"), _scatter),
+    **dict.fromkeys((
+        "scatter", "scatter-add", "scatter_add", "scatter-max", "scatter_max", "scatter-min", "scatter_min",
+        "scatter-mul", "scatter_mul", "scatter-sub", "scatter_sub",
+    ), _scatter),
     **dict.fromkeys(("sort", "top_k", "approx_top_k"), _sort),
     **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _cumulative),
     **dict.fromkeys(("argmax", "argmin", "reduce"), _reduce),

@@ -15,7 +15,7 @@ from jaxprune.calibration.gathering import Found, gather
 from jaxprune.calibration.matrices import UnknownRowsError
 from jaxprune.calibration.parts import Part, parts_of
 from jaxprune.calibration.survey import Site, Survey, survey
-from jaxprune.tracing.jaxprs import trace
+from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.paths import some_of
@@ -66,12 +66,6 @@ class Statistics:
     """What the products of a network read on some batches, as `calibrate` returns it; printing gives a table.
 
     A pytree, which may pass through `jit`.
-
-    Attributes:
-      statistics: "norms" or "gram".
-      paths: the leaves that have statistics.
-      reasons: by path, why another leaf has none.
-      stacks: by path, the axes of a leaf that count layers.
     """
 
     def __init__(self, network: _Network, sums: dict[str, list[dict[str, Any]]]):
@@ -79,21 +73,24 @@ class Statistics:
 
     @property
     def statistics(self) -> str:
+        """What they are: "norms" or "gram"."""
         return self._network.statistics
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The leaves that have statistics."""
         return tuple(self._network.parts)
 
     @property
     def reasons(self) -> dict[str, str]:
+        """By path, why another leaf has none."""
         return dict(self._network.reasons)
 
     @property
     def stacks(self) -> dict[str, tuple[int, ...]]:
-        return {
-            path: parts[0].stack_axes for path, parts in self._network.parts.items() if parts[0].stack_axes
-        }
+        """By path, the axes of a leaf that count layers."""
+        axes = {path: parts[0].matrix.stack_axes for path, parts in self._network.parts.items()}
+        return {path: some for path, some in axes.items() if some}
 
     @property
     def nbytes(self) -> int:
@@ -179,13 +176,13 @@ class Statistics:
         shape = self._network.shapes[path]
         total: Any = 0
         for number, part in enumerate(self._network.parts[path]):
-            axes, layers = part.stack_axes, part.layers()
+            axes, layers = part.matrix.stack_axes, part.layers()
             layer_shape = [size for axis, size in enumerate(shape) if axis not in axes]
             values = _statistic(self._sums[path][number], what, damping, path)
             values = values.reshape(len(layers), *values.shape[len(axes) :])
 
             def spread(value: Any, part: Part = part, layer_shape: Any = layer_shape) -> Any:
-                spread, seen = part.spread(layer_shape, value[:, None, :])
+                spread, seen = part.matrix.spread(layer_shape, value[:, None, :])
                 return jnp.where(seen, spread, 0)
 
             of_layers = jax.vmap(spread)(values).reshape(*part.site.stack_shape, *layer_shape)
@@ -272,7 +269,7 @@ class Statistics:
                 shape = f"{form.batch} of {shape}" if form.batch > 1 else shape
                 seen = np.asarray(self._sums[path][number]["rows"]) if is_concrete(self._sums) else None
                 for index in part.layers():
-                    name = layer_name(path, index) if index else path
+                    name = part.name(index)
                     text = "-" if seen is None else _rows_text(seen[index])
                     rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-21:]))
         lines = text_lines("{:<32}{:>12}{:>5}{:>11}  {}", *rows)
@@ -409,18 +406,20 @@ class _Pass:
         self.run = jax.jit(run)
 
     def __call__(self, params: Params, batch: Batch) -> dict[str, list[dict[str, Any]]]:
-        from jaxprune.tracing.jaxprs import split_static
-
         inputs, _ = split_static((params, *batch.inputs))
         try:
             return self.run({name: inputs[name] for name in self.names}, batch.weights)
         except UnknownRowsError as error:
-            path, source = error.args
-            raise ValueError(
-                f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an "
-                "operation on the way mixes or reorders rows in a way that is not known. Leave the leaf out with "
-                "where=, or leave out weights= and pass batches without padding."
-            ) from None
+            raise unknown_rows(*error.args) from None
+
+
+def unknown_rows(path: str, source: str) -> ValueError:
+    """Return the error for a product whose rows cannot be weighted."""
+    return ValueError(
+        f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an operation on "
+        "the way mixes or reorders rows in a way that is not known. Leave the leaf out with where=, or leave out "
+        "weights= and pass batches of one size without padding."
+    )
 
 
 def _summed(part: Part, found: Found) -> dict[str, Any]:
@@ -573,7 +572,7 @@ def _check_finite(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, Any]) 
         for part, found in zip(each, sums[path], strict=True):
             for index in part.layers():
                 if not all(bool(jnp.all(jnp.isfinite(array[index]))) for array in found.values()):
-                    name = layer_name(path, index) if index else path
+                    name = part.name(index)
                     raise ValueError(
                         f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, or "
                         "its squares overflow. Check the params, and the batches, on which the network runs."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
 
 
 class BiasForm(NamedTuple):
-    """A leaf that is added to the outputs of a product.
+    """A leaf that is added to the outputs of a product, or taken from them, as a running mean is.
 
     Attributes:
       view: the sum's other operand as a view of the leaf.
@@ -116,6 +116,7 @@ class _Bias(NamedTuple):
     axes: Axes
     shape: tuple[int, ...]
     between: tuple[_Flow, ...]
+    subtracted: bool
 
 
 def survey(closed: "ClosedJaxpr", inputs: Mapping[str, Any]) -> Survey:
@@ -227,12 +228,12 @@ class _Surveyor:
             return flow.moved(axes) if jnp.issubdtype(params["new_dtype"], jnp.floating) else None
         if name in ("add", "add_any", "sub"):
             other = next((arg for arg in args if arg is not flow), None)
-            if name == "sub":
+            if name == "sub" and args[0] is not flow:
                 return None
             if isinstance(other, ConstValue) and other.paths:
                 if isinstance(other.view, LeafView) and flow.site not in self.biases:
                     between = (*flow.before, flow)
-                    self.biases[flow.site] = _Bias(other.view, axes, shape, between)
+                    self.biases[flow.site] = _Bias(other.view, axes, shape, between, name == "sub")
                 return None
             return flow.moved(axes)
         if name == "transpose":
@@ -253,7 +254,7 @@ class _Surveyor:
         values = [_Flow(arg.made_by) if isinstance(arg, _Flow) else _Flow() for arg in args]
         outputs: list[Any] = []
         for _ in range(2):  # in the second round the carry comes of the products of the first
-            inputs = inside_scan(eqn, args, values, level)
+            inputs = inside_scan(eqn, args, values, level=level)
             outputs = self.walk(body, inputs, (*steps, eqn.params["length"]), stack)
             for number, output in enumerate(outputs[:carried]):
                 if isinstance(output, _Flow):
@@ -364,6 +365,7 @@ def _bias_form(bias: _Bias, site: Site) -> BiasForm | None:
         return None
 
     def matrix(array: Any) -> Any:
+        array = -array if bias.subtracted else array
         return jnp.transpose(array[tuple(indices)].reshape(sizes), order).reshape(batch, outputs)
 
     return BiasForm(bias.view, matrix)
@@ -372,10 +374,3 @@ def _bias_form(bias: _Bias, site: Site) -> BiasForm | None:
 def _place(axis: int, form: MatrixForm) -> tuple[bool, int]:
     """Return the order of a kernel's axis among those of the batch, then those of the outputs."""
     return axis not in form.batch_axes, axis
-
-
-def layer_of(leaf: Any, view: LeafView, index: Sequence[int]) -> Any:
-    """Return one layer of a leaf, given its number along each axis that counts layers."""
-    for axis, number in sorted(zip([axis for _, axis in view.stack], index, strict=True), reverse=True):
-        leaf = jax.lax.dynamic_index_in_dim(jnp.asarray(leaf), number, axis, keepdims=False)
-    return leaf

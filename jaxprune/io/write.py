@@ -213,7 +213,7 @@ def _quantized(array: np.ndarray, where: trees.Path) -> tuple[np.ndarray, bytes]
             f"params[{trees.show(where)!r}] has {np.count_nonzero(~np.isfinite(array))} values that are not "
             "finite in float32, so it has no scale. Leave it out with int8=where."
         )
-    values, scale = quantize(array)
+    values, (scale, _) = quantize(array)
     return np.asarray(values), np.asarray(scale, "<f4").tobytes()
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.counting.timing import latency
-from jaxprune.sparse.forms import stored_entries
+from jaxprune.sparse.forms import of_step, stored_entries
 from jaxprune.sparse.layers import Layer, sparse
 from jaxprune.sparse.patches import PATCHES, WIDE
 
@@ -61,8 +61,8 @@ class Kernel(NamedTuple):
       label: its name: the path of its param, with a number if the param is several kernels.
       path: its param.
       layer: its product; if it has several, the one with the most rows.
-      array: its values, zeros included.
-      matrix: its values as a matrix of (outputs, inputs).
+      array: its values, zeros included; those of the first step, if it is a kernel of each step of a scan.
+      matrix: its values as a matrix of (outputs, inputs), or those of all steps as (steps, outputs, inputs).
     """
 
     label: str
@@ -70,6 +70,11 @@ class Kernel(NamedTuple):
     layer: Layer
     array: Any
     matrix: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """The number of its entries, in one step."""
+        return math.prod(self.matrix.shape[-2:])
 
 
 class Chosen(NamedTuple):
@@ -110,17 +115,19 @@ def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
 def _packed(kernel: Kernel, form: str) -> Any:
     """Return a kernel in a form, or a text that says why the form does not suit."""
     if form not in kernel.layer.forms:
-        return "its product is no convolution"
+        return f"its product is {'no' if kernel.layer.conv is None else 'a'} convolution"
     return kernel.layer.forms[form].pack(kernel.matrix)
 
 
 def by_rule(kernel: Kernel) -> Chosen:
     """Return the form that should be fastest, by the figures of the machine where the rule was measured."""
-    size, rows, conv = kernel.matrix.size, kernel.layer.rows, kernel.layer.conv
+    size, rows, conv = kernel.size, kernel.layer.rows, kernel.layer.conv
 
     def stored(form: str) -> tuple[Any, float]:
         arrays = _packed(kernel, form)
-        return arrays, math.inf if isinstance(arrays, str) else stored_entries(arrays) / max(size, 1)
+        if isinstance(arrays, str):
+            return arrays, math.inf
+        return arrays, stored_entries(arrays) / max(kernel.matrix.size, 1)
 
     if not kernel.matrix.any() and (conv is None or conv.groups == 1):
         return Chosen("compact", stored("compact")[0], None, "it is all zeros")
@@ -146,23 +153,24 @@ def by_rule(kernel: Kernel) -> Chosen:
 def by_measure(kernel: Kernel, rounds: int, known: dict[Any, dict[str, float]]) -> Chosen:
     """Return the form that is fastest here, when each form and the dense product are timed in turn.
 
-    `known` holds the gains measured so far, by shape, and gets those measured now: kernels alike are timed
-    once.
+    The kernel of a scan is timed in one step. `known` holds the gains measured so far, by shape, and gets
+    those measured now: kernels alike are timed once.
     """
     packed, layer = _candidates(kernel), kernel.layer
+    timed = packed if kernel.matrix.ndim == 2 else {name: of_step(packed[name], 0) for name in packed}
     if not packed:
         return Chosen("dense", None, None, f"{density(kernel):.1%} is left: too much for any form")
     summed = layer.key.partition(" ")[2]
     key = (layer.outputs, layer.inputs, layer.other, layer.dtype, kernel.array.shape, summed, layer.conv)
-    key = (*key, *((name, round(stored_entries(arrays), -3)) for name, arrays in packed.items()))
+    key = (*key, *((name, round(stored_entries(arrays), -3)) for name, arrays in timed.items()))
     if key not in known:
         numbers = np.random.default_rng(0).standard_normal(layer.other.shape, np.float32)
         other = jnp.asarray(numbers).astype(layer.other.dtype)
         calls: dict[str, tuple[Any, ...]] = {"dense": (layer.dense, kernel.array, other)}
-        for name, arrays in packed.items():
+        for name, arrays in timed.items():
             calls[name] = (partial(sparse, layer, name), arrays, other)
         times = latency(calls, rounds)
-        known[key] = {name: times["dense"].median / times[name].median for name in packed}
+        known[key] = {name: times["dense"].median / times[name].median for name in timed}
     gains = known[key]
     best = max(gains, key=lambda name: gains[name])
     figures = ", ".join(f"{name} {gain:.2f} x" for name, gain in gains.items())

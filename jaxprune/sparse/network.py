@@ -1,5 +1,6 @@
 """`sparsify`: the masked network with products that skip its zeros, and faster convolutions."""
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -15,8 +16,16 @@ from jaxprune.sparse.layers import Layer, layer
 from jaxprune.sparse.patches import CONV_FORMS
 from jaxprune.sparse.replay import Network, SparseParams
 from jaxprune.sparse.report import Row, SparseReport
-from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor
-from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, split_static
+from jaxprune.tracing.dataflow import (
+    PRODUCTS,
+    ConstValue,
+    Product,
+    Visitor,
+    const_after_scan,
+    every_step,
+    visit_products,
+)
+from jaxprune.tracing.jaxprs import inner_jaxprs, nested_jaxprs, place, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.leaves import array_leaves, is_concrete
@@ -78,8 +87,12 @@ def sparsify(
 
     So `sparsify(small.apply, small.params, None, x)` makes a compacted network faster without changing it.
 
-    Calls (`jit`, `remat`, custom derivatives) are entered. Batched products and kernels inside `scan`,
-    `while` and `cond` stay dense, and the report says so. Sums of bfloat16 and float16 are in float32.
+    Calls (`jit`, `remat`, custom derivatives) are entered, and so is the body of a `scan`. The kernels of a
+    scan over stacked layers are stored together: each array of their form has one more axis, the first, with
+    an entry for each step, and is filled up to the step that needs the most; a form that does not suit all
+    steps together is refused. A kernel that every step reads, as in a recurrent network, is stored once.
+    Batched products and kernels inside `while` and `cond` stay dense, and the report says so. Sums of
+    bfloat16 and float16 are in float32.
 
     Pruned entries are skipped: where the dense network multiplies a zero by infinity or NaN, and gives NaN,
     this one does not, except where a form is filled up with zeros ("csr" never is). The wide forms multiply
@@ -92,12 +105,12 @@ def sparsify(
       masks: bool masks like `params`; None if nothing is pruned.
       *inputs: example inputs, of the batch size to be fast for. Bools and strings are static.
       choose: "measure", the default, times the forms of each kernel against its dense product, on the
-        machine it is called on and on inputs of the kernel's shape, then the whole call against the dense
-        one, and keeps only what is faster. "rule" decides by density and shape, without running anything: by
-        break-even densities measured on one CPU (AMD EPYC, Zen 5, float32), which another CPU need not share;
-        on other platforms it takes "compact" alone. A dict from paths to forms is your own choice; kernels
-        that it does not name stay dense. A param that is read in several ways is several kernels:
-        "path" names all of them, and "path#2" the second.
+        machine it is called on and on inputs of the kernel's shape (in a scan: one step of it), then the
+        whole call against the dense one, and keeps only what is faster. "rule" decides by density and shape,
+        without running anything: by break-even densities measured on one CPU (AMD EPYC, Zen 5, float32),
+        which another CPU need not share; on other platforms it takes "compact" alone. A dict from paths to
+        forms is your own choice; kernels that it does not name stay dense. A param that is read in several
+        ways is several kernels: "path" names all of them, and "path#2" the second.
       rounds: how often "measure" times each form, and each call.
       **keywords: none; those of the function go in by `functools.partial(apply_fn, train=False)`.
 
@@ -232,13 +245,20 @@ def _kernels(
     def by_size(paths: Sequence[str]) -> list[str]:
         return sorted(paths, key=lambda path: -leaves[path].size)
 
-    def product(product: Product, other: Any) -> list[Any]:
-        del other
+    def too_many(product: Product) -> str | None:
+        steps = math.prod(loop.length for loop in product.kernel.loops)
+        entries = steps * math.prod(product.eqn.invars[product.side].aval.shape)
+        if product.kernel.loops and entries > sum(leaves[path].size for path in product.kernel.paths):
+            return f"the kernels of its {steps} steps have more entries than the params they are made of"
+        return None
+
+    def product(product: Product, data: Any) -> list[Any]:
+        del data
         paths = pruned(product.kernel.paths)
         if not paths and product.eqn.primitive.name == "conv_general_dilated":
             paths = by_size(product.kernel.paths)
         if paths:
-            made = layer(product)
+            made = too_many(product) or layer(product)
             if isinstance(made, str):
                 reasons.setdefault(paths[0], f"{made} ({product.source})")
             elif made.key not in found or found[made.key][1].rows < made.rows:
@@ -246,19 +266,30 @@ def _kernels(
         return [None] * len(product.eqn.outvars)
 
     def other(eqn: Any, args: list[Any]) -> list[Any]:
+        if eqn.primitive.name == "scan" and eqn.params["length"]:
+            visit_products(eqn.params["jaxpr"], every_step(eqn, args), visitor, place(eqn))
+            return const_after_scan(eqn, args)
         paths = pruned([path for arg in args if isinstance(arg, ConstValue) for path in arg.paths])
         if paths and _has_product(eqn):
             for path in paths:
                 reasons.setdefault(path, f"its product is inside {eqn.primitive.name!r}, which runs as it is")
         return [None] * len(eqn.outvars)
 
-    network.traced(inputs)(leaves, None, Visitor(product, other))
+    visitor, traced = Visitor(product, other), network.traced(inputs)
+    visit_products(traced.closed, traced.inputs(leaves, None), visitor)
+    taken = {path for path, _, _ in found.values()}
+    for path, _, known in found.values():
+        for part in pruned(known.paths):
+            if part not in taken:
+                reasons.setdefault(part, f"it is a part of the kernel of {path}")
     kernels, times = {}, {}
     for key, (path, made, known) in found.items():
         times[path] = times.get(path, 0) + 1
         label = path if times[path] == 1 else f"{path}#{times[path]}"
-        array = known.value()
-        kernels[key] = Kernel(label, path, made, array, made.matrix(np.asarray(array)))
+        assert known.versions is not None
+        arrays = known.versions()
+        stack = np.stack([made.matrix(np.asarray(array)) for array in arrays])
+        kernels[key] = Kernel(label, path, made, arrays[0], stack if known.loops else stack[0])
     return kernels, reasons
 
 

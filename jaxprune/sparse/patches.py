@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.sparse.forms import FORMS, Form
+from jaxprune.sparse.forms import FORMS, Form, alive_first, each_row, places_of
 
 WIDE = {"wide2": 2, "wide4": 4, "wide8": 8}
 """How many places a form computes at once."""
@@ -89,7 +89,8 @@ def conv_forms(conv: Convolution) -> dict[str, Form]:
         for name, times in WIDE.items()
     }
     found["shifted"] = Form("shifted", partial(_shifted_pack, conv), partial(_shifted_product, conv))
-    found["padded"] = Form("padded", partial(_padded_pack, conv), partial(_padded_product, conv))
+    pack, product = partial(_padded_pack, conv), partial(_padded_product, conv)
+    found["padded"] = Form("padded", pack, product, FORMS["padded"].looped)
     found["compact"] = Form("compact", partial(_compact_pack, conv), partial(_compact_product, conv))
     for name in PATCHES:
         pack, product = partial(_patches_pack, conv, name), partial(_patches_product, conv, name)
@@ -97,9 +98,9 @@ def conv_forms(conv: Convolution) -> dict[str, Form]:
     return found
 
 
-def _kernel(conv: Convolution, matrix: np.ndarray) -> np.ndarray:
-    """Return a matrix of (outputs, inputs) as a kernel of (*window, inputs, outputs)."""
-    return np.moveaxis(matrix.reshape(conv.outputs, *conv.window, conv.inputs), 0, -1)
+def _kernels(conv: Convolution, stack: np.ndarray) -> np.ndarray:
+    """Return matrices of (steps, outputs, inputs) as kernels of (steps, *window, inputs, outputs)."""
+    return np.moveaxis(stack.reshape(len(stack), conv.outputs, *conv.window, conv.inputs), 1, -1)
 
 
 def _padded(conv: Convolution, x: Any) -> Any:
@@ -129,19 +130,19 @@ def _alike(x: Any, values: Any, dtype: Any) -> tuple[Any, Any]:
     return (x, values) if x.dtype == values.dtype else (x.astype(dtype), values.astype(dtype))
 
 
-def _wide_pack(conv: Convolution, times: int, matrix: np.ndarray) -> Any:
+def _wide_pack(conv: Convolution, times: int, stack: np.ndarray) -> Any:
     if conv.groups > 1:
         return "its convolution is in groups"
     if not conv.window:
         return "its convolution has no axis of places"
-    kernel, stride = _kernel(conv, matrix), conv.strides[-1]
+    kernels, stride = _kernels(conv, stack), conv.strides[-1]
     gap, size = conv.dilation[-1], conv.window[-1]
     span = (size - 1) * gap + 1
-    shape = (*conv.window[:-1], (times - 1) * stride + span, conv.inputs, times, conv.outputs)
-    wide = np.zeros(shape, matrix.dtype)
+    shape = (*kernels.shape[:-3], (times - 1) * stride + span, conv.inputs, times, conv.outputs)
+    wide = np.zeros(shape, stack.dtype)
     for copy in range(times):
         first = copy * stride
-        wide[..., first : first + span : gap, :, copy, :] = kernel
+        wide[..., first : first + span : gap, :, copy, :] = kernels
     return {"values": wide.reshape(*shape[:-2], -1)}
 
 
@@ -187,10 +188,10 @@ def _convolve(x: Any, kernel: Any, conv: Convolution, dtype: Any, precision: Any
     )
 
 
-def _shifted_pack(conv: Convolution, matrix: np.ndarray) -> Any:
+def _shifted_pack(conv: Convolution, stack: np.ndarray) -> Any:
     if conv.inputs != 1:
         return "each group of its convolution has several input channels"
-    return {"values": np.ascontiguousarray(matrix.T)}
+    return {"values": np.ascontiguousarray(stack.swapaxes(1, 2))}
 
 
 def _shifted_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype: Any, precision: Any) -> Any:
@@ -201,21 +202,23 @@ def _shifted_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype
     return total.reshape(*total.shape[:-2], outputs)
 
 
-def _padded_pack(conv: Convolution, matrix: np.ndarray) -> Any:
-    arrays = FORMS["padded"].pack(matrix)
+def _padded_pack(conv: Convolution, stack: np.ndarray) -> Any:
+    arrays = FORMS["padded"].pack_stack(stack)
     if isinstance(arrays, str) or conv.groups == 1:
         return arrays
     # An index counts places of the window and channels of a group; the data has the channels of all groups.
     own = conv.outputs // conv.groups
-    order = np.arange(conv.outputs) if arrays["places"] is None else np.argsort(arrays["places"])
+    order = (
+        np.arange(conv.outputs)[None] if arrays["places"] is None else np.argsort(arrays["places"], axis=1)
+    )
     groups, first = [], 0
     for group in arrays["groups"]:
         indices = group["indices"]
-        rows = order[first : first + indices.shape[2]]
+        rows = order[:, first : first + indices.shape[3]]
         place, channel = np.divmod(indices, conv.inputs)
-        channel = channel + (rows // own * conv.inputs).astype(np.int32)
+        channel = channel + (rows // own * conv.inputs).astype(np.int32)[:, None, None]
         groups.append(group | {"indices": place * (conv.inputs * conv.groups) + channel})
-        first += len(rows)
+        first += indices.shape[3]
     return arrays | {"groups": groups}
 
 
@@ -262,7 +265,7 @@ def _padded_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype:
     found = []
     for group in arrays["groups"]:
         zeros = jnp.zeros((group["values"].shape[2], length), dtype)
-        found.append(lax.scan(turn, zeros, (group["indices"], group["values"]))[0])
+        found.append(each_row(turn, zeros, (group["indices"], group["values"]))[0])
     total = found[0]
     if arrays["places"] is not None:
         total = jnp.concatenate(found).at[arrays["places"]].get(mode="promise_in_bounds")
@@ -274,20 +277,20 @@ def _flat(index: Sequence[int], shape: Sequence[int]) -> int:
     return int(np.ravel_multi_index(tuple(index), tuple(shape))) if shape else 0
 
 
-def _compact_pack(conv: Convolution, matrix: np.ndarray) -> Any:
+def _compact_pack(conv: Convolution, stack: np.ndarray) -> Any:
     if conv.groups > 1:
         return "its convolution is in groups"
-    kernel = _kernel(conv, matrix)
-    alive = kernel.reshape(-1, *kernel.shape[-2:]).any(0)
-    channels, rows = (np.flatnonzero(np.any(each, 0)).astype(np.int32) for each in (alive.T, alive))
-    if len(rows) * len(channels) > 0.95 * alive.size:
+    kernels = _kernels(conv, stack)
+    alive = kernels.reshape(len(stack), -1, *kernels.shape[-2:]).any(1)
+    channels, rows = (alive_first(np.any(alive, axis)) for axis in (2, 1))
+    if rows.shape[1] * channels.shape[1] > 0.95 * conv.inputs * conv.outputs:
         return "no whole channels that are zero"
-    places = np.full(len(matrix), len(rows), np.int32)  # outputs that are zero read a zero behind the others
-    places[rows] = np.arange(len(rows))
+    part = np.moveaxis(kernels, (-2, -1), (1, 2))  # (steps, inputs, outputs, *window)
+    part = part[np.arange(len(stack))[:, None, None], channels[..., None], rows[:, None]]
     return {
-        "inputs": channels if len(channels) < conv.inputs else None,
-        "places": places if len(rows) < len(matrix) else None,
-        "values": np.ascontiguousarray(kernel[..., channels, :][..., rows]),
+        "inputs": channels if channels.shape[1] < conv.inputs else None,
+        "places": places_of(rows, conv.outputs) if rows.shape[1] < conv.outputs else None,
+        "values": np.ascontiguousarray(np.moveaxis(part, (1, 2), (-2, -1))),
     }
 
 
@@ -303,10 +306,12 @@ def _compact_product(conv: Convolution, arrays: Any, x: Any, outputs: int, dtype
     return y.at[..., arrays["places"]].get(mode="promise_in_bounds")
 
 
-def _patches_pack(conv: Convolution, name: str, matrix: np.ndarray) -> Any:
+def _patches_pack(conv: Convolution, name: str, stack: np.ndarray) -> Any:
     if conv.groups > 1:
         return "its convolution is in groups"
-    return {"values": np.ascontiguousarray(matrix.T)} if name == "product" else FORMS[name].pack(matrix)
+    if name == "product":
+        return {"values": np.ascontiguousarray(stack.swapaxes(1, 2))}
+    return FORMS[name].pack_stack(stack)
 
 
 def _patches_product(

@@ -1,16 +1,38 @@
 """A network with some of its kernels in other forms, run by replaying its jaxpr."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxprune.sparse.choice import Chosen, Kernel
+from jaxprune.sparse.forms import OfStack, read
 from jaxprune.sparse.layers import layer, sparse
-from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products
-from jaxprune.tracing.jaxprs import abstract, binder, of_first, split_static, trace
+from jaxprune.tracing.dataflow import (
+    ConstValue,
+    Loop,
+    Product,
+    Visitor,
+    const_after_scan,
+    inside_scan,
+    materialised,
+    param,
+    visit_products,
+)
+from jaxprune.tracing.jaxprs import (
+    abstract,
+    binder,
+    of_first,
+    place,
+    scan_split,
+    scan_with,
+    split_static,
+    trace,
+)
 from jaxprune.tree.checks import check_function
 from jaxprune.tree.leaves import is_array
 from jaxprune.tree.paths import leaf_paths
@@ -21,7 +43,8 @@ class SparseParams(NamedTuple):
 
     Attributes:
       leaves: by path, the masked params that the network still reads dense.
-      kernels: by path, the arrays of the kernels stored in another form.
+      kernels: by path, the arrays of the kernels stored in another form; those of a scan with its steps as
+        their first axis.
     """
 
     leaves: dict[str, Any]
@@ -36,11 +59,8 @@ class Network:
         self.function, self.treedef, self.leaves = function, treedef, leaves
         self.shapes = treedef.unflatten([abstract(leaf) for leaf in leaves.values()])
 
-    def traced(self, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Return the function for inputs of some shapes, as `run(leaves, arrays, visitor)`.
-
-        With `arrays=None` it only visits the equations, and returns None.
-        """
+    def traced(self, inputs: Sequence[Any]) -> "Traced":
+        """Return the function for inputs of some shapes."""
         trees = []
 
         def flat(*arguments: Any) -> list[Any]:
@@ -49,23 +69,7 @@ class Network:
             return out
 
         closed, order = trace(flat, (self.shapes, *inputs))
-
-        def run(leaves: Mapping[str, Any], arrays: Mapping[str, Any] | None, visitor: Visitor) -> Any:
-            def value(name: str) -> Any:
-                path = of_first(name)
-                if path is not None:
-                    return param(path, lambda: leaves[path])
-                first, _, rest = name.partition("/")
-                number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
-                return None if arrays is None else arrays[number]
-
-            outputs = visit_products(closed, [value(name) for name in order], visitor)
-            if arrays is None:
-                return None
-            return trees[-1].unflatten([jnp.asarray(materialised(output)) for output in outputs])
-
-        run.traced = any(isinstance(const, Tracer) for const in closed.consts)  # type: ignore[attr-defined]
-        return run
+        return Traced(closed, tuple(order), trees[-1])
 
     def stored(
         self, kernels: Mapping[str, Kernel], chosen: Mapping[str, Chosen], inputs: Sequence[Any]
@@ -73,31 +77,54 @@ class Network:
         """Return the function of `SparseParams`, and the `SparseParams`."""
         forms = {key: (kernels[key].label, one.form) for key, one in chosen.items() if one.arrays is not None}
         stored = {kernels[key].label: jax.tree.map(jnp.asarray, chosen[key].arrays) for key in forms}
-        apply = _applied(self, forms)
-        read: set[str] = set()
-        everything = SparseParams(self.leaves, stored)
         traced = self.traced(inputs)
-
-        def watched(params: SparseParams, arrays: Any) -> Any:
-            return traced(_Watched(params.leaves, read), arrays, _visitor(params.kernels, forms))
-
-        jax.eval_shape(watched, everything, split_static(inputs)[0])
+        read, _ = _survey(traced.closed, traced.inputs(self.leaves, None), forms)
         # A param with a kernel in another form is left out, unless something still reads it dense.
         whole = {path for path in self.leaves if path not in {kernels[key].path for key in forms}}
         leaves = {path: leaf for path, leaf in self.leaves.items() if path in read | whole}
-        return apply, SparseParams(leaves, stored)
+        return _applied(self, forms), SparseParams(leaves, stored)
 
 
-class _Watched(dict):
-    """Leaves by path; it notes which are read."""
+class Traced(NamedTuple):
+    """A function of params, traced for inputs of some shapes.
 
-    def __init__(self, leaves: Mapping[str, Any], read: set[str]):
-        super().__init__(leaves)
-        self._read = read
+    Attributes:
+      closed: its jaxpr.
+      order: its inputs by path, in the order of the jaxpr.
+      tree: the structure of what it returns.
+    """
 
-    def __getitem__(self, path: str) -> Any:
-        self._read.add(path)
-        return super().__getitem__(path)
+    closed: Any
+    order: tuple[str, ...]
+    tree: Any
+
+    @property
+    def holds_tracers(self) -> bool:
+        """Whether it closes over values of a trace around it."""
+        return any(isinstance(const, Tracer) for const in self.closed.consts)
+
+    def inputs(self, leaves: Mapping[str, Any], arrays: Mapping[str, Any] | None) -> list[Any]:
+        """Return the inputs of the jaxpr: const values of the leaves, and the arrays, or None for each."""
+
+        def value(name: str) -> Any:
+            path = of_first(name)
+            if path is not None:
+                return param(path, lambda: leaves[path])
+            first, _, rest = name.partition("/")
+            number = f"{int(first) - 1}" + (f"/{rest}" if rest else "")
+            return None if arrays is None else arrays[number]
+
+        return [value(name) for name in self.order]
+
+    def run(self, params: SparseParams, arrays: Mapping[str, Any], forms: "Forms") -> Any:
+        """Return the outputs, with kernels in other forms."""
+        visitor = _visitor(params.kernels, forms)
+        outputs = visit_products(self.closed, self.inputs(_Left(params.leaves), arrays), visitor)
+        return self.tree.unflatten([jnp.asarray(materialised(output)) for output in outputs])
+
+
+Forms = Mapping[str, tuple[str, str]]
+"""By the key of its layer, the label and the form of each kernel that is not dense."""
 
 
 class _Left(dict):
@@ -111,18 +138,120 @@ class _Left(dict):
         )
 
 
-def _visitor(stored: Mapping[str, Any], forms: Mapping[str, tuple[str, str]]) -> Visitor:
+def _survey(
+    closed: Any, inputs: Sequence[Any], forms: Forms, unread: Collection[int] = ()
+) -> tuple[set[str], set[str]]:
+    """Return the paths of what a jaxpr reads dense, and the keys of the kernels that it reads in other forms.
+
+    Nothing is computed: its inputs are const values and None for data. `unread` are numbers of outputs that
+    nobody reads.
+    """
+    read: set[str] = set()
+    kernels: set[str] = set()
+
+    def product(found: Product, data: Any) -> list[Any] | None:
+        del data
+        made = layer(found)
+        if isinstance(made, str) or made.key not in forms:
+            return None
+        kernels.add(made.key)
+        return [None] * len(found.eqn.outvars)
+
+    def other(eqn: Any, args: list[Any]) -> list[Any]:
+        if eqn.primitive.name == "scan":
+            inside, taken = _survey_scan(eqn, args, forms)
+            if taken:
+                read.update(inside)
+                kernels.update(taken)
+                return const_after_scan(eqn, args)
+        read.update(_paths(args))
+        return [None] * len(eqn.outvars)
+
+    outputs = visit_products(closed, inputs, Visitor(product, other))
+    read.update(_paths([output for number, output in enumerate(outputs) if number not in unread]))
+    return read, kernels
+
+
+def _survey_scan(eqn: Any, args: Sequence[Any], forms: Forms) -> tuple[set[str], set[str]]:
+    """Return the same of a scan whose body is entered."""
+    unread = [number for number, known in enumerate(const_after_scan(eqn, args)) if known is not None]
+    inside = inside_scan(eqn, args, [None] * len(args), loop=Loop(eqn.params["length"]))
+    read, kernels = _survey(eqn.params["jaxpr"], inside, forms, unread)
+    starts = [
+        arg for arg, known in zip(args, inside, strict=True) if known is None
+    ]  # of a carry that changes
+    return read | set(_paths(starts)), kernels
+
+
+def _paths(values: Sequence[Any]) -> list[str]:
+    return [path for value in values if isinstance(value, ConstValue) for path in value.paths]
+
+
+def _visitor(stored: Mapping[str, Any], forms: Forms) -> Visitor:
     def product(product: Product, other: Any) -> list[Any] | None:
         made = layer(product)
         if isinstance(made, str) or made.key not in forms:
             return None
         label, form = forms[made.key]
-        return [sparse(made, form, stored[label], other)]
+        arrays = _this_step(stored[label], product.kernel.loops, made.forms[form].looped)
+        return [sparse(made, form, arrays, other)]
 
-    return Visitor(product, lambda eqn, args: binder(eqn)(*map(materialised, args)))
+    def other(eqn: Any, args: list[Any]) -> list[Any]:
+        outputs = _scan(eqn, args, visitor, forms) if eqn.primitive.name == "scan" else None
+        return binder(eqn)(*map(materialised, args)) if outputs is None else outputs
+
+    visitor = Visitor(product, other)
+    return visitor
 
 
-def _applied(network: Network, forms: Mapping[str, tuple[str, str]]) -> Callable[..., Any]:
+def _this_step(arrays: Any, loops: Sequence[Loop], looped: Collection[str]) -> Any:
+    """Return the arrays of a kernel in the present step of the loops that it depends on.
+
+    Those with the names `looped` are left for the product to read.
+    """
+    if not loops:
+        return arrays
+    index: Any = np.int32(0)
+    for loop in loops:
+        index = index * np.int32(loop.length) + loop.index
+
+    def of_step(path: Any, array: Any) -> Any:
+        known = OfStack(array, index)
+        return known if path[-1].key in looped else read(known)
+
+    return jax.tree_util.tree_map_with_path(of_step, arrays)
+
+
+def _scan(eqn: Any, args: list[Any], visitor: Visitor, forms: Forms) -> list[Any] | None:
+    """Run a scan with the kernels of its body in other forms; return None if it has none of them.
+
+    What the body no longer reads is not among its inputs, since the params may no longer have it. The kernels
+    of all steps are constants of the body, which reads those of its step by the step's number.
+    """
+    names = [
+        arg.without_value((str(number),)) if isinstance(arg, ConstValue) else None
+        for number, arg in enumerate(args)
+    ]
+    read, kernels = _survey_scan(eqn, names, forms)
+    if not kernels:
+        return None
+    unread = [isinstance(arg, ConstValue) and str(number) not in read for number, arg in enumerate(args)]
+    given = [None if absent else materialised(arg) for absent, arg in zip(unread, args, strict=True)]
+    length, first = eqn.params["length"], scan_split(eqn.params)[0]
+    passed = const_after_scan(eqn, args)
+
+    def body(values: list[Any]) -> tuple[list[Any], None]:
+        *values, index = values
+        inside = inside_scan(eqn, args, values, loop=Loop(length, index))
+        outputs = visit_products(eqn.params["jaxpr"], inside, visitor, place(eqn))
+        carried = enumerate(zip(passed, outputs, strict=True), start=first)
+        return [materialised(out) if known is None else values[n] for n, (known, out) in carried], None
+
+    outputs, _ = scan_with(eqn, [*given, np.arange(length, dtype=np.int32)], body)
+    return [out if known is None else known for known, out in zip(passed, outputs, strict=True)]
+
+
+def _applied(network: Network, forms: Forms) -> Callable[..., Any]:
     programs: dict[Any, tuple[Callable[..., Any], list[tuple[int, str]]]] = {}
 
     def apply(params: SparseParams, *inputs: Any) -> Any:
@@ -134,16 +263,10 @@ def _applied(network: Network, forms: Mapping[str, tuple[str, str]]) -> Callable
         key = (treedef, tuple(_signature(leaf) for leaf in leaves), jnp.result_type(float))
         if key not in programs:
             traced, arrays = network.traced(inputs), split_static(inputs)[0]
-
-            def run(params: SparseParams, arrays: Any) -> Any:
-                return traced(_Left(params.leaves), arrays, _visitor(params.kernels, forms))
-
-            if (
-                traced.traced
-            ):  # it closes over values of the trace around it, so it is good for this call only
-                return run(params, arrays)
+            if traced.holds_tracers:  # it is good for this call only
+                return traced.run(params, arrays, forms)
             names = [(number, name) for number, name in enumerate(leaf_paths(inputs)) if name in arrays]
-            programs[key] = jax.jit(run), names
+            programs[key] = jax.jit(partial(traced.run, forms=forms)), names
         program, names = programs[key]
         return program(params, {name: leaves[number] for number, name in names})
 

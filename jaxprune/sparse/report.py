@@ -13,7 +13,7 @@ class Row(NamedTuple):
       shape: the param's shape.
       sparsity: the fraction of its mask that is False.
       form: how it is stored: "dense", "csr", "windows" or another form that `sparsify` names.
-      dense: bytes of the dense kernel.
+      dense: bytes of the dense kernel, in a scan of the kernels of all steps.
       stored: bytes in this form, indices included.
       gain: how many times as fast as the dense product it was, alone; that of the best form if it stays
         dense; None if it was not measured.

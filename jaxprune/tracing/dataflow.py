@@ -7,6 +7,7 @@ of it, `sparsify` to replace the product, and statistics of the data that a laye
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split, scan_with
+from jaxprune.tracing.jaxprs import CALLS, binder, called_jaxpr, interpret, place, scan_split
 from jaxprune.tracing.leaf_views import LeafView, of_leaf, slice_of_scan, view_after
 
 if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
@@ -26,14 +27,30 @@ PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 """The primitives that multiply matrices; their first two inputs are the operands."""
 
 
+class Loop:
+    """A scan whose body is being visited.
+
+    Attributes:
+      length: how many steps it has.
+      index: the number of the step, an int32 scalar of the trace of the body; None if the body is only looked
+        at, for all steps at once.
+    """
+
+    def __init__(self, length: int, index: Any = None):
+        self.length, self.index = length, index
+
+
 class ConstValue:
     """A value made of params and constants alone, computed when it is asked for.
 
     Attributes:
       paths: the params it is made of.
       versions: returns the array; several arrays if the params come in several versions (dense and masked);
-        None if it cannot be computed.
+        None if it cannot be computed. In the body of a scan that is only looked at, one for each step.
+      loops: the scans from whose steps it depends, because it is made of slices that they take.
     """
+
+    loops: tuple[Loop, ...] = ()
 
     def __init__(
         self,
@@ -49,6 +66,12 @@ class ConstValue:
         """Return the array, in the first version."""
         assert self.versions is not None
         return self.versions()[0]
+
+    def without_value(self, paths: Iterable[str]) -> "ConstValue":
+        """Return a value with the same key that cannot be computed, and is said to be made of other paths."""
+        known = ConstValue(paths, None, self._described)
+        known.loops = self.loops
+        return known
 
     @cached_property
     def key(self) -> str:
@@ -103,39 +126,59 @@ def const_outputs(
 ) -> list[ConstValue]:
     """Return the outputs of an equation of const values, computed at most once.
 
-    Where an input has one version, it stands for all; where all have one, so have the outputs. `stamp` is
+    Where an input has one version, it stands for all; where all have one, so have the outputs. With several
+    loops there is a version for each combination of their steps, those of the last loop fastest. `stamp` is
     that of a `Visitor`.
     """
     bind, sources = binder(eqn), [arg.versions for arg in args]
+    loops = tuple(dict.fromkeys(loop for arg in args for loop in arg.loops))
     last: list[Any] = []
 
     def computed() -> list[list[Any]]:
         now = None if stamp is None else stamp(tuple(paths))
-        if not last or last[0] != now:
-            given = [versions() for versions in sources if versions is not None]
-            several = max(map(len, given), default=1)
-            last[:] = (
-                now,
-                [bind(*(arrays[v if len(arrays) > 1 else 0] for arrays in given)) for v in range(several)],
-            )
+        if last and last[0] == now:
+            return last[1]
+        given = [versions() for versions in sources if versions is not None]
+        several = max(map(len, given), default=1)
+        if len(loops) > 1 and several > 1:
+            several = math.prod(loop.length for loop in loops)
+        which = [
+            [0] * several if len(arrays) == 1 else _versions_of(arg.loops, loops, several)
+            for arg, arrays in zip(args, given, strict=True)
+        ]
+        pairs = list(zip(given, which, strict=True))
+        last[:] = now, [bind(*(arrays[own[v]] for arrays, own in pairs)) for v in range(several)]
         return last[1]
 
     def described() -> tuple[Any, ...]:
-        return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args]
+        steps = [[loops.index(loop) for loop in arg.loops] for arg in args]
+        return eqn.primitive.name, sorted(eqn.params.items(), key=str), [arg.key for arg in args], steps
 
     paths = dict.fromkeys(path for arg in args for path in arg.paths)
 
     def output(number: int) -> ConstValue:
         versions = None if None in sources else lambda: tuple(made[number] for made in computed())
-        values = [arg.value for arg in args]
-        return ConstValue(
+        viewed = [arg.value for arg in args]
+        value = ConstValue(
             paths,
             versions,
             lambda: (*described(), number),
-            lambda: view_after(eqn, number, values, [arg.view for arg in args]),
+            lambda: view_after(eqn, number, viewed, [arg.view for arg in args]),
         )
+        value.loops = loops
+        return value
 
     return [output(number) for number in range(len(eqn.outvars))]
+
+
+def _versions_of(own: Sequence[Loop], loops: Sequence[Loop], several: int) -> Sequence[int]:
+    """Return, for each combination of the steps of `loops`, the version of a value that depends on `own`."""
+    if own == loops or not own:
+        return range(several)
+    steps = np.indices([loop.length for loop in loops]).reshape(len(loops), -1)
+    places = tuple(steps[loops.index(loop)] for loop in own)
+    which: Any = np.ravel_multi_index(places, tuple(loop.length for loop in own))
+    return which.tolist()
 
 
 def materialised(value: ConstValue | Any) -> Any:
@@ -170,8 +213,8 @@ class Visitor(NamedTuple):
     Attributes:
       product: `product(found, data)` returns the outputs of a `Product`, or None to leave it to `other`.
       other: `other(eqn, inputs)` returns the outputs of another equation, whose inputs may be const values.
-        It is given loops and branches as one equation; to see the products inside, it calls `visit_scan`, or
-        `switch_with` and `visit_products`.
+        It is given loops and branches as one equation; to see the products inside, it calls
+        `visit_products` on `inside_scan`, or on the jaxpr of a branch.
       stamp: for params that change while the jaxpr runs: `stamp(paths)` returns another value once one of
         these has changed, so that what is made of them is computed again. None if they never do.
     """
@@ -221,46 +264,65 @@ def passed_on(body: "ClosedJaxpr", consts: int, carried: int) -> list[bool]:
     return [before is after for before, after in zip(given, outputs, strict=True)]
 
 
-def inside_scan(eqn: "JaxprEqn", args: Sequence[Any], values: Sequence[Any], level: int = 0) -> list[Any]:
+def inside_scan(
+    eqn: "JaxprEqn",
+    args: Sequence[Any],
+    values: Sequence[Any],
+    loop: Loop | None = None,
+    level: int = 0,
+) -> list[Any]:
     """Return the inputs of the body of a scan in one step, given those of the scan, and the step's arrays.
 
     In the body a slice of a const value is const too, of the same params. So is a constant of the body, and a
-    carry that the body passes on; any other carry holds data from the second step on. `level` says how many
-    scans are around this one.
+    carry that the body passes on; any other carry holds data from the second step on. If `loop` is given,
+    what is made of slices has it among its `loops`. `level` says how many scans are around this one, for the
+    views of slices.
     """
     consts, carried = scan_split(eqn.params)
-    unchanged = passed_on(eqn.params["jaxpr"], consts, carried)
+    passed = passed_on(eqn.params["jaxpr"], consts, carried)
 
     def inside(number: int, arg: Any, value: Any) -> Any:
-        if not isinstance(arg, ConstValue) or (
-            number >= consts and not all(unchanged[number - consts :][:1])
-        ):
-            return value
         sliced = number >= consts + carried
+        if not isinstance(arg, ConstValue) or not (number < consts or sliced or passed[number - consts]):
+            return value
 
         def viewed() -> LeafView | str | None:
             return slice_of_scan(arg.view, level) if sliced and isinstance(arg.view, LeafView) else arg.view
 
-        return ConstValue(arg.paths, lambda: (value,), lambda: ("scan", sliced, arg.key), viewed)
+        described = (lambda: ("slice", arg.key)) if sliced else arg._described
+        known = ConstValue(arg.paths, lambda: (value,), described, viewed)
+        known.loops = (*arg.loops, loop) if sliced and loop is not None else arg.loops
+        return known
 
     return [inside(number, *pair) for number, pair in enumerate(zip(args, values, strict=True))]
 
 
-def visit_scan(
-    eqn: "JaxprEqn",
-    args: Sequence[Any],
-    visit: Callable[["ClosedJaxpr", list[Any]], tuple[Sequence[Any], Any]],
-    level: int = 0,
-) -> tuple[list[Any], Any]:
-    """Run a scan whose body is visited, for the `other` of a `Visitor` that wants to see inside.
+def every_step(eqn: "JaxprEqn", args: Sequence[Any]) -> list[Any]:
+    """Return the inputs of the body of a scan for all its steps at once: const values, and None for data.
 
-    `visit(body, inputs)` takes the inputs as `inside_scan` returns them. It returns the outputs of the body,
-    as `visit_products` does, and any tree of arrays besides. The trees of all steps are returned beside the
-    scan's outputs, stacked along a new first axis.
+    A slice has as many versions as what it is cut from has in all steps.
     """
+    loop = Loop(eqn.params["length"])
 
-    def body(values: list[Any]) -> tuple[list[Any], Any]:
-        outputs, extra = visit(eqn.params["jaxpr"], inside_scan(eqn, args, values, level))
-        return list(map(materialised, outputs)), extra
+    def of_all(arg: Any, known: Any) -> Any:
+        if not isinstance(known, ConstValue):
+            return None
+        source = arg.versions
+        if known.loops != arg.loops and source is not None:
+            steps = range(loop.length)
+            known.versions = lambda: tuple(array[step] for array in source() for step in steps)
+        else:
+            known.versions = source
+        return known
 
-    return scan_with(eqn, list(map(materialised, args)), body)
+    inside = inside_scan(eqn, args, [None] * len(args), loop=loop)
+    return [of_all(*pair) for pair in zip(args, inside, strict=True)]
+
+
+def const_after_scan(eqn: "JaxprEqn", args: Sequence[Any]) -> list[ConstValue | None]:
+    """Return the outputs of a scan that are const, because its body passes a carry on; else None."""
+    consts, carried = scan_split(eqn.params)
+    passed = passed_on(eqn.params["jaxpr"], consts, carried)
+    before = zip(passed, args[consts : consts + carried], strict=True)
+    known = [arg if yes and isinstance(arg, ConstValue) else None for yes, arg in before]
+    return known + [None] * (len(eqn.outvars) - carried)

@@ -198,6 +198,7 @@ def scan_with(
         list(inputs[consts + carried :]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
     )
     return [*carry, *stacked], extras
 

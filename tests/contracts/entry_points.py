@@ -73,6 +73,7 @@ GOOD: dict[str, Any] = {
     "arguments": (PARAMS, X),
     "array": X,
     "batch": X,
+    "batches": [X, X],
     "end_step": 8,
     "every": 2,
     "features": X,
@@ -133,6 +134,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "optimal_brain_surgeon": {"count": 2, "masks": None, "damping": 1000.0},
     "quantization.dequantize": {"quantized": jp.quantization.quantize(X)},
     "recipes.parse": {"source": {"prune": {"score": "magnitude", "sparsity": 0.5}}, "scores": None},
+    "recover": {"tx": optax.sgd(0.1), "teacher": PARAMS, "steps": 2, "loss": None, "progress": None},
+    "reestimate_statistics": {
+        "update_fn": lambda state, x: {"mean": state["mean"] / 2 + x.mean(0) / 2},
+        "state": {"mean": jnp.ones(3)},
+    },
     "residual_blocks": {
         "apply_fn": residual,
         "params": LAYERS,
@@ -186,6 +192,7 @@ UNCHECKED = {
     "lottery_ticket": ("after",),
     "metrics.latency": ("donate",),
     "quantization.dequantize": ("dtype",),
+    "reestimate_statistics": ("state",),
     "selection.lowest": ("specs",),
     "sensitivity": ("grads", "key"),
     "structures.blocks": ("axes",),

@@ -1,5 +1,12 @@
 """Solvers: which entries of a matrix to remove, and the values of those that stay.
 
-A solver is a function `solver(weight, gram, counts, pattern) -> (weight, mask)` of matrices in batches. It keeps the
-output of a layer, `X W^T`, near to what it was, where X are the layer's inputs and `gram` is `X^T X`.
+A solver is a function `solver(weight, gram, counts, pattern) -> (weight, mask)` of matrices in batches. It
+keeps the output of a layer, `X W^T`, near to what it was, where X are the layer's inputs and `gram` is `X^T
+X`.
 """
+
+from jaxprune.calibration.solvers.masking import mask_only
+from jaxprune.calibration.solvers.pattern import Pattern, Solver
+from jaxprune.calibration.solvers.sparse_gpt import sparsegpt
+
+__all__ = ["Pattern", "Solver", "mask_only", "sparsegpt"]

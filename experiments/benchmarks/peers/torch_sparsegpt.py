@@ -1,0 +1,76 @@
+"""SparseGPT in PyTorch, as the paper states it: one matrix, float32, in place.
+
+    python -m experiments.benchmarks.peers.torch_sparsegpt --shapes 512x512 2048x2048
+
+It needs torch and numpy alone.
+"""
+
+import argparse
+import time
+
+import torch
+
+
+def sparsegpt(
+    weight: torch.Tensor, gram: torch.Tensor, sparsity: float, block: int = 128, damping: float = 0.01
+) -> torch.Tensor:
+    """Prune (out, in) in place to a sparsity, with the Gram matrix (in, in) of its inputs; return the weight.
+
+    The number removed from each block of columns is the sparsity of the columns so far, rounded down, less
+    what is gone.
+    """
+    columns = weight.shape[1]
+    gram = gram.clone()
+    diagonal = torch.diagonal(gram)
+    mean = diagonal.mean()
+    diagonal[diagonal == 0] = 1
+    diagonal += damping * mean
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    count, gone = round(sparsity * weight.numel()), 0
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        now, own = weight[:, start:end].clone(), factor[start:end, start:end]
+        errors = torch.zeros_like(now)
+        scores = (now / torch.diagonal(own)) ** 2
+        quota = count * end // columns - gone
+        gone += quota
+        kept = torch.ones_like(now, dtype=torch.bool)
+        if quota:
+            kept.view(-1)[torch.topk(scores.view(-1), quota, largest=False).indices] = False
+        for j in range(end - start):
+            column = now[:, j]
+            rounded = torch.where(kept[:, j], column, 0)
+            error = (column - rounded) / own[j, j]
+            now[:, j:] -= torch.outer(error, own[j, j:])
+            weight[:, start + j] = rounded
+            errors[:, j] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight
+
+
+def main() -> None:
+    """Print the least time of some runs for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", default=["512x512", "2048x512", "2048x2048"], help="out x in")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    torch.manual_seed(0)
+    for shape in flags.shapes:
+        outputs, columns = map(int, shape.split("x"))
+        inputs = torch.randn(2 * columns, columns // 4) @ torch.randn(columns // 4, columns)
+        inputs += 0.1 * torch.randn(2 * columns, columns)
+        weight, gram = torch.randn(outputs, columns), inputs.T @ inputs
+        times = []
+        for _ in range(flags.repeat):
+            start = time.perf_counter()
+            sparsegpt(weight.clone(), gram, 0.5)
+            times.append(time.perf_counter() - start)
+        print(f"torch {torch.__version__}, {shape}: {min(times):.3f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""One layer as a problem of least squares: its target, its solution by a solver, its error."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.calibration.lockstep import Moments
+from jaxprune.calibration.solvers.factors import damped_factor
+from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul
+from jaxprune.calibration.solvers.refining import refine
+
+TARGET_DAMPING = 0.01
+"""The damping under which a layer's weights are moved towards the dense network's output, before they are pruned."""
+
+
+class Problem(NamedTuple):
+    """A layer `x -> W x + b`, and what it should compute: `W y + b` of the dense network's rows y.
+
+    Attributes:
+      weight: (batch, outputs, inputs), W.
+      bias: (batch, outputs), b; None if the layer has none that may change.
+      moments: of what it reads; with `cross` None the dense network's rows are its own, y = x.
+    """
+
+    weight: Any
+    bias: Any
+    moments: Moments
+
+
+class Solution(NamedTuple):
+    """The solved layer.
+
+    Attributes:
+      weight, bias: what replaces those of the problem.
+      mask: (batch, outputs, inputs), True for the entries kept.
+      damping: (batch,), that with which the Gram matrices had a factor.
+    """
+
+    weight: Any
+    bias: Any
+    mask: Any
+    damping: Any
+
+
+def with_rows_everywhere(problem: Problem) -> Problem:
+    """Return the problem with the identity as the Gram matrix of matrices that saw no row.
+
+    To keep `W x` for unknown inputs, all alike, is to keep the largest weights.
+    """
+    moments = problem.moments
+    seen = (moments.rows > 0)[:, None, None]
+    identity = jnp.eye(moments.gram.shape[-1], dtype=jnp.float32)
+    gram = jnp.where(seen, moments.gram, identity)
+    cross = None if moments.cross is None else jnp.where(seen, moments.cross, identity)
+    dense = None if moments.dense_gram is None else jnp.where(seen, moments.dense_gram, identity)
+    return problem._replace(moments=moments._replace(gram=gram, cross=cross, dense_gram=dense))
+
+
+def solve(
+    problem: Problem, counts: Any, solver: Solver, pattern: Pattern, steps: int, damping: float
+) -> Solution:
+    """Prune a layer by a solver, and refine the weights and the bias that stay by conjugate gradients.
+
+    Where a count is 0 the solver is given the weights of the problem, and what it returns is not refined.
+    """
+    weight, moments = problem.weight, problem.moments
+    root, used = damped_factor(moments.gram, damping)
+    pruned = (counts > 0)[:, None, None]
+    start = weight
+    if moments.cross is not None:
+        # W* = W + W (C - H) (H + d I)^-1 is the least-squares solution without a mask, where C = sum y x^T.
+        # For it `tr((V - W*) H (V - W*)^T)` is the error of V for the dense target, up to a constant.
+        ahead = matmul(weight, moments.cross - moments.gram)
+        start = jnp.where(pruned, weight + _times_inverse(ahead, root), weight)
+    solved, mask = solver(start, moments.gram, counts, pattern)
+    bias = problem.bias
+    if steps:
+        refined, moved = refined_layer(problem, solved, mask, steps)
+        solved = jnp.where(pruned, refined, solved)
+        bias = None if bias is None else jnp.where(pruned[:, :, 0], moved, bias)
+    return Solution(solved, bias, mask, used)
+
+
+def _times_inverse(rows: jax.Array, root: jax.Array) -> jax.Array:
+    """Return `rows (R R^T)^-1`, for an upper triangular R."""
+    options: Any = {"left_side": False, "lower": False}
+    half = lax.linalg.triangular_solve(root, rows, transpose_a=True, **options)
+    return lax.linalg.triangular_solve(root, half, **options)
+
+
+def refined_layer(problem: Problem, start: Any, mask: Any, steps: int) -> tuple[Any, Any]:
+    """Return the weights and bias of least squared error on the support of a mask.
+
+    For any weights V the best bias is `b + W mean(y) - V mean(x)`. With that, the error of V is that of rows
+    from which their mean is taken, so the weights are solved for with centred Gram matrices.
+    """
+    weight, bias, moments = problem
+    cross = moments.gram if moments.cross is None else moments.cross
+    dense_total = moments.total if moments.dense_total is None else moments.dense_total
+    gram = moments.gram
+    if bias is None:
+        return refine(start, mask, gram, matmul(weight, cross), steps), None
+    rows = jnp.where(moments.rows > 0, moments.rows, 1)[:, None, None]
+    # Where no row was seen, the totals are 0 and the Gram matrix stays the identity.
+    gram = gram - moments.total[:, :, None] * moments.total[:, None, :] / rows
+    cross = cross - dense_total[:, :, None] * moments.total[:, None, :] / rows
+    solved = refine(start, mask, gram, matmul(weight, cross), steps)
+    means = dense_total / rows[:, 0], moments.total / rows[:, 0]
+    return solved, bias + _times(weight, means[0]) - _times(solved, means[1])
+
+
+def _times(matrix: jax.Array, vector: jax.Array) -> jax.Array:
+    return matmul(matrix, vector[:, :, None])[:, :, 0]
+
+
+def relative_error(problem: Problem, weight: Any, bias: Any) -> jax.Array:
+    """Return `||W y + b - (V x + c)|| / ||W y||`, over all rows and matrices, for weights V and bias c."""
+    dense, old, moments = problem
+    shift = None if old is None else old - bias
+    if moments.cross is None:
+        change = dense - weight
+        square = jnp.sum(matmul(change, moments.gram) * change)
+        ahead = _times(change, moments.total)
+        reference = jnp.sum(matmul(dense, moments.gram) * dense)
+    else:
+        reference = jnp.sum(matmul(dense, moments.dense_gram) * dense)
+        both = jnp.sum(matmul(dense, moments.cross) * weight)
+        square = reference - 2 * both + jnp.sum(matmul(weight, moments.gram) * weight)
+        ahead = _times(dense, moments.dense_total) - _times(weight, moments.total)
+    if shift is not None:
+        square = square + jnp.sum(2 * shift * ahead + moments.rows[:, None] * shift**2)
+    return jnp.sqrt(jnp.maximum(square, 0) / jnp.where(reference > 0, reference, 1))
