@@ -113,7 +113,7 @@ GOOD: dict[str, Any] = {
 """By the name of an argument, a value that is right in any function that has it."""
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "budget": {"measure": jp.metrics.nonzeros, "at_most": 20, "masks": None},
+    "budget": {"measure": jp.metrics.nonzeros, "at_most": 26, "masks": None},
     "check_pruned": {"masks": MASKS},
     "compact": {"masks": MASKS},
     "distillation.attention": dict.fromkeys(("features", "teacher_features"), X[..., None]),
