@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune.calibration.batches import Batch, batches_of
 from jaxprune.calibration.gathering import Found, gather
 from jaxprune.calibration.matrices import UnknownRowsError
-from jaxprune.calibration.parts import Part, parts_of
+from jaxprune.calibration.parts import Part, View, parts_of
 from jaxprune.calibration.survey import Site, Survey, survey
 from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, shown
@@ -206,12 +206,12 @@ class Statistics:
         self._check_path(path)
         total: Any = 0
         for part in self._network.parts[path]:
-            axes = part.stack_axes
+            matrix, axes = part.matrix, part.matrix.stack_axes
             layers = jnp.moveaxis(leaf, axes, range(len(axes)))
             layer_shape = layers.shape[len(axes) :]
 
-            def mapped(layer: jax.Array, part: Part = part, layer_shape: Any = layer_shape) -> jax.Array:
-                spread, seen = part.spread(layer_shape, function(part.matrix(layer)))
+            def mapped(layer: jax.Array, matrix: View = matrix, layer_shape: Any = layer_shape) -> jax.Array:
+                spread, seen = matrix.spread(layer_shape, function(matrix.array(layer)))
                 return jnp.where(seen, spread, 0)
 
             of_layers = jax.vmap(mapped)(layers.reshape(-1, *layer_shape)).reshape(layers.shape)
