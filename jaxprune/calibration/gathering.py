@@ -66,7 +66,10 @@ def gather(
             known = None if weights is None else of_input(jnp.shape(array), weights)
             values.append(_Data(array, known))
     gatherer = _Gatherer(sites, gram, weights is not None)
-    return gatherer.run(closed, values)[1]
+    found = gatherer.run(closed, values)[1]
+    for error in gatherer.unknown.values():
+        raise error
+    return found
 
 
 def rows_of(site: Site, eqn: "JaxprEqn", array: Any, known: Known | None, others: Sequence[Any]) -> Rows:
@@ -107,6 +110,7 @@ def run_with_weights(
 class _Gatherer:
     def __init__(self, sites: Mapping[tuple[int, ...], Site], gram: bool, weighted: bool):
         self.sites, self.gram, self.weighted = sites, gram, weighted
+        self.unknown: dict[tuple[int, ...], UnknownRowsError] = {}  # by product, in its last run
 
     def data(self, value: Any) -> _Data:
         """Return any value as data."""
@@ -164,7 +168,13 @@ class _Gatherer:
     def statistics(self, site: Site, product: Product, data: _Data) -> Sums:
         """Return the statistics of what a product reads."""
         others = [self.data(other).array for other in product.others]
-        rows = rows_of(site, product.eqn, data.array, data.known, others)
+        self.unknown.pop(product.stack, None)
+        try:
+            rows = rows_of(site, product.eqn, data.array, data.known, others)
+        except UnknownRowsError as error:
+            # What is known of a carry is found out by running the body several times, of which the last counts.
+            self.unknown[product.stack] = error
+            rows = rows_of(site, product.eqn, data.array, None, others)
         number, total = sums_of_rows(rows)
         batch, inputs = site.form.batch, site.form.inputs
         sums = {
@@ -174,6 +184,18 @@ class _Gatherer:
         if self.gram:
             return sums | {"gram": jnp.broadcast_to(gram_of_rows(rows), (batch, inputs, inputs))}
         return sums | {"squares": jnp.broadcast_to(squares_of_rows(rows), (batch, inputs))}
+
+    def zeros(self, site: Site, level: int) -> Sums:
+        """Return statistics of no row, of a product inside a scan, before the scans inside that are left."""
+        form = site.form
+        layers = [site.steps[inner] for inner in site.view.levels if inner > level]
+
+        def zeros(*shape: int, dtype: Any = form.dtype) -> jax.Array:
+            return jnp.zeros((*layers, form.batch, *shape), dtype)
+
+        sums = {"rows": zeros(dtype=jnp.float32), "sum": zeros(form.inputs)}
+        last = {"gram": zeros(form.inputs, form.inputs)} if self.gram else {"squares": zeros(form.inputs)}
+        return sums | last
 
     def scan(
         self, eqn: "JaxprEqn", args: Sequence[Any], stack: tuple[int, ...], level: int
@@ -193,14 +215,19 @@ class _Gatherer:
             ]
             outputs, found = self.run(eqn.params["jaxpr"], inputs, stack, level + 1)
             outputs = list(map(self.data, outputs))
-            of_steps, shared = {}, {}
-            for key, sums in found.items():
-                (of_steps if level in self.sites[key].view.levels else shared)[key] = sums
+            of_steps = {key: sums for key, sums in found.items() if key not in zeros}
+            shared = {key: found[key] for key in zeros}
             return [one.array for one in outputs], [one.known or () for one in outputs], (of_steps, shared)
 
+        # Those of kernels that all steps share are added up in the carry: one Gram matrix, not one for each step.
+        zeros = {
+            key: self.zeros(site, level)
+            for key, site in self.sites.items()
+            if key[: len(stack)] == stack and level not in site.view.levels
+        }
         given = [one.known or () for one in data]
-        outputs, known, (of_steps, shared) = scan_with_weights(eqn, [one.array for one in data], given, body)
-        shared = jax.tree.map(lambda array: jnp.sum(array, axis=0), shared)
+        arrays = [one.array for one in data]
+        outputs, known, (of_steps, shared) = scan_with_weights(eqn, arrays, given, body, zeros)
         pairs = zip(outputs, known, strict=True)
         return [_Data(array, each if self.weighted else None) for array, each in pairs], of_steps | shared
 

@@ -46,6 +46,7 @@ class MatrixForm(NamedTuple):
       summed: the axes of the kernel that the product sums over.
       group_axis: that of them along which N:M groups run.
       shared: the same for products that read the same rows of the same data.
+      dtype: of the rows.
     """
 
     batch: int
@@ -58,6 +59,7 @@ class MatrixForm(NamedTuple):
     summed: tuple[int, ...]
     group_axis: int
     shared: Any
+    dtype: Any
 
 
 class UnknownRowsError(Exception):
@@ -85,7 +87,11 @@ def _rest(ndim: int, *axes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _float32(array: Any) -> Any:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(_float32_or_wider(array.dtype))
+
+
+def _float32_or_wider(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _matrix(shape: Sequence[int], batch: Sequence[int], free: Sequence[int], summed: Sequence[int]) -> Any:
@@ -134,6 +140,7 @@ def _dot(product: Product, view: LeafView) -> MatrixForm | str:
         summed=summed,
         group_axis=summed[-1],
         shared=(data_batch, data_summed),
+        dtype=_float32_or_wider(eqn.invars[1 - side].aval.dtype),
     )
 
 
@@ -208,6 +215,7 @@ def _convolution(product: Product) -> MatrixForm | str:
         summed=tuple(sorted(kernel[1:])),
         group_axis=kernel[1],
         shared=(images, *(str(params[name]) for name in _OF_PATCHES), tuple(window)),
+        dtype=_float32_or_wider(eqn.invars[0].aval.dtype),
     )
 
 
@@ -248,6 +256,7 @@ def _ragged(product: Product) -> MatrixForm | str:
         summed=tuple(kernel_sums),
         group_axis=kernel_sums[0],
         shared=None,
+        dtype=_float32_or_wider(product.eqn.invars[0].aval.dtype),
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -126,6 +127,7 @@ def scan_with_weights(
     inputs: Sequence[Any],
     known: Sequence[Known],
     body: Callable[[list[Any], list[Known]], tuple[Sequence[Any], Sequence[Known], Any]],
+    zeros: Any = None,
 ) -> tuple[list[Any], list[Known], Any]:
     """Run a scan as `tracing.jaxprs.scan_with` does, with the weights of its values beside them.
 
@@ -142,10 +144,12 @@ def scan_with_weights(
         outputs of the scan's own body, what is known of these, and any tree of arrays besides. It is called
         until what it returns for the carry agrees with what it was given, two times as a rule and once if
         it returns the same arrays of weights. The last call counts.
+      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like these,
+        which are summed over the steps without storing them for each.
 
     Returns:
       The outputs of the scan; what is known of each; and the trees of all steps, stacked along a new first
-      axis.
+      axis, or the pair of these and the sums.
     """
     consts, carried = scan_split(eqn.params)
     ends = consts + carried
@@ -155,8 +159,8 @@ def scan_with_weights(
     ]
     structures: list[list[tuple[tuple[int, ...], bool]]] = []
 
-    def step(carry: list[Any], slices: Any) -> Any:
-        values, arrays = slices
+    def step(carry: Any, slices: Any) -> Any:
+        (carry, total), (values, arrays) = carry, slices
         fixed, seen = known[:consts], [put(some) for (_, put), some in zip(sliced, arrays, strict=True)]
         inside, first = list(begins), True
         while True:
@@ -168,11 +172,14 @@ def scan_with_weights(
             inside, first = agreed, False
         structures[:] = _structures(found)
         weights = [[one.array for one in _arrays(each)] for each in found]
-        return list(outputs[:carried]), (list(outputs[carried:]), weights, extra)
+        if zeros is not None:
+            extra, more = extra
+            total = jax.tree.map(jnp.add, total, more)
+        return (list(outputs[:carried]), total), (list(outputs[carried:]), weights, extra)
 
-    values, (stacked, weights, extras) = lax.scan(
+    (values, total), (stacked, weights, extras) = lax.scan(
         step,
-        list(inputs[consts:ends]),
+        (list(inputs[consts:ends]), zeros),
         (list(inputs[ends:]), [arrays for arrays, _ in sliced]),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
@@ -189,7 +196,7 @@ def scan_with_weights(
             else:
                 each.append(RowWeights(next(left), (0, *moved)))
         of_outputs.append(tuple(each))
-    return [*values, *stacked], of_outputs, extras
+    return [*values, *stacked], of_outputs, extras if zeros is None else (extras, total)
 
 
 # What is known, put together
