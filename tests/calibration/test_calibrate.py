@@ -43,6 +43,16 @@ class Hooks:
             place += len(block)
         return np.concatenate(counts), np.concatenate(sums), gram
 
+    def block_rows(self, path):
+        """Return the rows of all layers as one matrix, 0 in the columns of other layers."""
+        blocks = [np.concatenate(rows) for _, rows in sorted(self.rows[path].items())]
+        made = np.zeros((sum(map(len, blocks)), sum(b.shape[1] for b in blocks)))
+        row = column = 0
+        for block in blocks:
+            made[row : row + len(block), column : column + block.shape[1]] = block
+            row, column = row + len(block), column + block.shape[1]
+        return made
+
 
 def watched(net, weights=None):
     """Return what the hooks of a network saw, which computes the same with hooks and without."""
