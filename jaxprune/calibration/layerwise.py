@@ -17,6 +17,7 @@ from jaxprune.calibration.matrices import UnknownRowsError
 from jaxprune.calibration.parts import Part
 from jaxprune.calibration.patterns_of import count_of, pattern_of
 from jaxprune.calibration.saved_layers import SavedLayers
+from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
 from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, layer_solver, solve
 from jaxprune.calibration.statistics import chosen_parts, unknown_rows
@@ -25,7 +26,7 @@ from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
 from jaxprune.structures.base import Structure
 from jaxprune.tracing.jaxprs import split_static, trace
-from jaxprune.tree.checks import as_integer, check_function, check_number, name_of, shown
+from jaxprune.tree.checks import as_integer, check_function, name_of, shown
 from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
@@ -142,7 +143,7 @@ def prune_layers(
     ):
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
-    check_number(damping, "damping", "of 0 or more")
+    damping = check_damping(damping, "prune_layers")
     if progress is not None:
         check_function(progress, "progress=", "of the row of a layer")
     leaves = flatten(params)
@@ -160,7 +161,7 @@ def prune_layers(
         "refine": steps,
         "damping": damping,
     }
-    settings = _Settings(solver, target == "dense", steps, float(damping))
+    settings = _Settings(solver, target == "dense", steps, damping)
     arrays = [split_static((params, *batch.inputs))[0] for batch in listed]
     weighed = None if listed[0].weights is None else [batch.weights for batch in listed]
 
@@ -297,7 +298,9 @@ class _Layers:
         matrix, bias = part.matrix, part.bias
         lock = self.lock
         lock.change(matrix.path, matrix.with_layer(lock.leaves[matrix.path], index, arrays["layer"]))
-        self.masks[matrix.path] = matrix.with_layer(self.masks[matrix.path], index, arrays["mask"])
+        # Another part of the leaf may have pruned it already.
+        mask = matrix.layer(self.masks[matrix.path], index) & arrays["mask"]
+        self.masks[matrix.path] = matrix.with_layer(self.masks[matrix.path], index, mask)
         if bias is not None and "bias" in arrays:
             lock.change(bias.path, bias.with_layer(lock.leaves[bias.path], index, arrays["bias"]))
         self.rows.append(row)
