@@ -97,7 +97,7 @@ def test_a_layer_that_saw_nothing_is_pruned_by_magnitude(name):
             for row in weight[0]
         ]
     assert (np.asarray(mask[0]) == expected).all()
-    np.testing.assert_allclose(np.asarray(answer[0]), np.where(expected, weight[0], 0), rtol=1e-6)
+    assert (np.asarray(answer[0]) == np.where(expected, weight[0], 0)).all()
 
 
 @pytest.mark.parametrize("solver", [jp.solvers.sparsegpt(), jp.solvers.alps()])
@@ -239,11 +239,10 @@ def test_refine_reaches_least_squares(name):
     mask[3], mask[4] = True, False
     start = np.where(mask, weight, 0)
     target = jnp.asarray(weight)[None] @ gram
-    answers = [np.asarray(refine(start[None], mask[None], gram, target, n)[0]) for n in (0, 5, 20, 60)]
+    answers = [np.asarray(refine(start[None], mask[None], gram, target, n)[0]) for n in (0, 2, 20)]
     best = oracle.output_error(x, weight, oracle.least_squares(x, x @ weight.T, mask))
     errors = [oracle.output_error(x, weight, answer) / best for answer in answers]
-    assert (answers[0] == start).all() and errors[0] > errors[1] > errors[2] > errors[3]
-    assert errors[2] < 1.05 and errors[3] < 1.0001
+    assert (answers[0] == start).all() and errors[0] > errors[1] > errors[2] and errors[2] < 1.0001
     for answer in answers:
         assert (answer[~mask] == 0).all() and (answer[3] == weight[3]).all()
     for row in range(len(weight)):
