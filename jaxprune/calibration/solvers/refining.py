@@ -41,13 +41,15 @@ def refine(weight: jax.Array, mask: jax.Array, gram: jax.Array, target: jax.Arra
     """
     mask = jnp.broadcast_to(mask, weight.shape)
     start = jnp.where(mask, weight, 0)
-    precondition = _preconditioner(gram, mask)
+    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None, :]
+    free = mask & (diagonal > 0)
+    precondition = _preconditioner(gram, free)
 
     def gradient(at: jax.Array) -> jax.Array:
-        return jnp.where(mask, matmul(at, gram) - target, 0)
+        return jnp.where(free, matmul(at, gram) - target, 0)
 
     def step(_: jax.Array, state: _Descent) -> _Descent:
-        image = jnp.where(mask, matmul(state.direction, gram), 0)
+        image = jnp.where(free, matmul(state.direction, gram), 0)
         curvature = _dot(state.direction, image)
         # Where H is singular, the curvature of a direction may be 0, or a rounding error of the terms it is
         # summed from. To divide by it would send the row far away, so the row stops here.
@@ -62,7 +64,6 @@ def refine(weight: jax.Array, mask: jax.Array, gram: jax.Array, target: jax.Arra
         return _Descent(at, residual, scaled + turn * state.direction, norm, moving)
 
     first = gradient(start)
-    diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None, :]
     inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
     # The target's own rounding errors are no reason to move a row that has lost nothing.
     intact = jnp.all(mask, axis=-1, keepdims=True)
