@@ -159,6 +159,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "selection.lowest": {"scores": [X, X], "alive": [None, None], "count": 3},
     "selection.removed_count": {"size": 10},
     "sensitivity": {"evaluate": total, "levels": (0.5,), "masks": None},
+    "solvers.mask_only": {"score": jp.scores.magnitude},
+    "solvers.with_swaps": {"solver": jp.solvers.alps(2)},
     "sparsify": {"choose": "rule", "rounds": 1},
     "structures.blocks": {"shape": (2, 2)},
     "structures.channels": {"groups": jp.channel_groups(network, PARAMS, X)},
