@@ -4,6 +4,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.paths import some_of
 from jaxprune.tree.stacks import layer_name
 from jaxprune.tree.tables import shorten, text_lines
-from jaxprune.tree.where import check_where
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Params, Where
 
 What = Literal["squares", "mean", "variance", "rows", "inverse_diagonal"]
@@ -271,9 +272,10 @@ class Statistics:
                 for index in part.layers():
                     name = part.name(index)
                     text = "-" if seen is None else _rows_text(seen[index])
-                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-21:]))
+                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-18:]))
         lines = text_lines("{:<32}{:>12}{:>5}{:>11}  {}", *rows)
-        lines += [f"{path}: {why}" for path, why in self._network.reasons.items()]
+        for path, why in self._network.reasons.items():
+            lines += wrap(f"{path}: {why}", 80, subsequent_indent="  ", break_on_hyphens=False)
         if self.statistics == "gram":
             lines.append(f"Gram matrices: {_bytes_text(self.nbytes)}")
         return "\n".join(lines)
@@ -444,12 +446,13 @@ def chosen_parts(
     reasons = dict(found.refused)
     if where is not None:
         check_where(where)
+    biases = {site.bias.view.path for site in found.sites if site.bias is not None}
     everything_last = all(site.is_last for site in found.sites)
     parts: dict[str, list[Part]] = {}
     for path in leaves:
         sites = by_path.get(path)
         if sites is None:
-            if len(leaves[path].shape) > 1:
+            if path not in biases and kernels(path, leaves[path]):
                 reasons.setdefault(path, "no product multiplies it by data")
         elif where is None and not everything_last and all(site.is_last for site in sites):
             reasons[path] = (

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxprune.calibration.matrices import MatrixForm, form_of
@@ -204,6 +203,7 @@ class _Surveyor:
         if any(True for _ in inner_jaxprs(eqn)):
             self.hidden(eqn, args)
         elif (moved := self.moved(eqn, args, flows)) is not None:
+            moved.made_by = made_by  # also what the other operand of a sum is computed from
             return [moved]
         return [_Flow(made_by) for _ in eqn.outvars]
 

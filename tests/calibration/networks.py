@@ -202,9 +202,7 @@ def shared_leaves():
         return x @ p["table"].T
 
     ids = [jnp.asarray(np.random.default_rng(n).integers(0, 9, (2, 5))) for n in range(2)]
-    return hooked_once(
-        params, ids, net, {"w": dense_leaf((6, 6)), "table": Leaf(along((9, 6), 1), (1,))}
-    )
+    return hooked_once(params, ids, net, {"w": dense_leaf((6, 6)), "table": Leaf(along((9, 6), 1), (1,))})
 
 
 # --- convolutions
@@ -277,10 +275,14 @@ def convolution(
 convolution("plain", (5, 6), 4, (3, 2, 4, 6), strides=(1, 1), pads=((1, 1), (0, 1)))
 convolution("first", (5, 6), 4, (3, 2, 4, 6), strides=(2, 1), pads=((1, 1), (0, 1)), first=True)
 convolution("grouped", (6, 6), 4, (3, 3, 2, 6), strides=(2, 2), pads=((0, 0), (0, 0)), groups=2)
-convolution("grouped_first", (6, 6), 4, (3, 3, 2, 6), strides=(2, 2), pads=((0, 0),) * 2, groups=2, first=True)
+convolution(
+    "grouped_first", (6, 6), 4, (3, 3, 2, 6), strides=(2, 2), pads=((0, 0),) * 2, groups=2, first=True
+)
 convolution("depthwise", (6, 6), 4, (3, 3, 1, 8), strides=(1, 1), pads=((1, 1), (1, 1)), groups=4)
 convolution("dilated", (7, 7), 3, (2, 3, 3, 4), strides=(1, 2), pads=((0, 0), (2, 2)), dilation=(2, 2))
-convolution("transposed", (4, 4), 3, (3, 3, 3, 4), strides=(1, 1), pads=((2, 1), (2, 1)), image_dilation=(2, 2))
+convolution(
+    "transposed", (4, 4), 3, (3, 3, 3, 4), strides=(1, 1), pads=((2, 1), (2, 1)), image_dilation=(2, 2)
+)
 convolution("line", (9,), 3, (3, 3, 4), strides=(2,), pads=((2, 0),))
 convolution("solid", (3, 4, 3), 2, (2, 2, 2, 2, 4), strides=(1, 1, 1), pads=((0, 0), (1, 0), (0, 0)))
 
@@ -456,6 +458,25 @@ def nested_scans():
         return x @ p["out"]
 
     leaves = {"w": Leaf(along((2, 3, 4, 4), 0, 1, 2), (2,), None, (0, 1)), "out": dense_leaf((4, 2))}
+    return Network(params, inputs(5, 4), apply, hooked, leaves)
+
+
+@network
+def repeated():
+    """One kernel in all steps of a scan."""
+    params = draw(15, w=(4, 4), out=(4, 2))
+
+    def apply(p, x):
+        return lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, length=3)[0] @ p["out"]
+
+    def hooked(p, x, see):
+        for _ in range(3):
+            see("w", lambda x=x: x)
+            x = jnp.tanh(x @ p["w"])
+        see("out", lambda: x)
+        return x @ p["out"]
+
+    leaves = {"w": dense_leaf((4, 4)), "out": dense_leaf((4, 2))}
     return Network(params, inputs(5, 4), apply, hooked, leaves)
 
 
