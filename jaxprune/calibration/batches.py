@@ -41,13 +41,17 @@ def batches_of(
       caller: for messages.
 
     Raises:
-      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are as
-        many as other batches.
+      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are
+        as many as other batches.
       TypeError: `batches` is one array, or one dict.
     """
     if is_array(batches) or isinstance(batches, dict) or not isinstance(batches, Iterable):
         raise TypeError(f"{caller} needs a list of batches, got {_got(batches)}. For one batch pass [batch].")
-    if weights is not None and not callable(weights) and is_array(weights):
+    if not callable(weights) and (
+        is_array(weights)
+        or not isinstance(weights, (Iterable, type(None)))
+        or isinstance(weights, (str, dict))
+    ):
         raise TypeError(
             f"weights= needs an array for each batch, in a list, or a function; got {_got(weights)}."
         )

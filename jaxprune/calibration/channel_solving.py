@@ -1,15 +1,16 @@
 """Pruning coupled channels of a trained network: which to remove, and least squares of what reads the others.
 
-A unit of coupled channels is slices of several leaves: outputs of the products that make the channel, inputs of
-those that read it. The readers are the layers to solve: without a removed channel their output is to stay what it
-was. Which leaves these are is read off the masks of the units alone. An input of a matrix belongs to a unit if
-masking the unit masks that input's whole column.
+A unit of coupled channels is slices of several leaves: outputs of the products that make the channel, inputs
+of those that read it. The readers are the layers to solve: without a removed channel their output should stay
+what it was. The masks of the units tell which layers these are. An input of a matrix belongs to a unit if
+masking the unit masks the whole column of that input.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,7 +18,7 @@ from jaxprune.calibration.layer_report import LayerRow
 from jaxprune.calibration.lockstep import LockStep, Moments
 from jaxprune.calibration.parts import Part
 from jaxprune.calibration.saved_layers import SavedLayers
-from jaxprune.calibration.solvers.columns import choose_columns
+from jaxprune.calibration.solvers.columns import Consumer, choose_columns
 from jaxprune.calibration.solving import Problem, refined_layer, relative_error, with_rows_everywhere
 from jaxprune.pruning.once import kept_entries, pool
 from jaxprune.pruning.targets import target_of
@@ -77,7 +78,7 @@ class ChannelPlan(NamedTuple):
         return [name for name in self.counts if len(self.readers_of(name)) > 1]
 
     def entries(self, keep: Mapping[str, Any]) -> dict[str, Any]:
-        """Return by path the masks in which units are kept or not, by pool; all units of other pools are kept."""
+        """Return by path the masks that keep some units of some pools, and all units of the others."""
         every = {name: jnp.ones(alive.shape, bool) for name, alive in self.units.alive.items()}
         return kept_entries(self.units, every | dict(keep), self.masks)
 
@@ -106,9 +107,10 @@ def plan_channels(
         _find_readers(plan, name, parts)
     if unread := [name for name in plan.counts if not plan.readers_of(name)]:
         raise ValueError(
-            f"no product of a leaf reads the channels of {some_of(unread)} as whole columns, so there is no layer to "
-            "solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity per group, "
-            "{name: fraction}, prunes the groups that it names, and groups.without(...) takes some away."
+            f"no product of a leaf reads the channels of {some_of(unread)} as whole columns, so there is no "
+            "layer to solve: queries meet keys, say, which are data too. Leave these groups out: a sparsity "
+            "per group, {name: fraction}, prunes the groups that it names, and groups.without(...) takes "
+            "some away."
         )
     return plan
 
@@ -117,8 +119,8 @@ def _find_readers(plan: ChannelPlan, name: str, parts: Mapping[str, Sequence[Par
     """Note the layers that read the channels of a pool.
 
     For each bit of the units' numbers, once the units that have the bit are removed and once the others. An
-    input of a reader is masked in exactly one of the two cases, and that tells the bit of its unit. The matrix
-    that makes the channels has no column that is masked, because some of its outputs stay.
+    input of a reader is masked in exactly one of the two cases, and that tells the bit of its unit. The
+    matrix that makes the channels has no column that is masked, because some of its outputs stay.
     """
     shape, size = plan.units.alive[name].shape, plan.units.alive[name].size
     has_bit = [np.arange(size) >> bit & 1 == 1 for bit in range((size - 1).bit_length())]
@@ -195,19 +197,26 @@ class ChannelSolver:
 
     def decide(self, name: str, problems: Sequence[tuple[Reader, Problem]]) -> None:
         """Choose the units of a pool that stay, and mask the others from here on."""
-        consumers = []
+        grams, consumers = [], []
         for reader, problem in problems:
+            gram = problem.moments.gram
+            if problem.bias is not None:
+                # The bias makes up for what a channel is on average.
+                rows = jnp.maximum(problem.moments.rows, 1)[:, None, None]
+                total = problem.moments.total
+                gram = gram - total[:, :, None] * total[:, None, :] / rows
             for number, labels in enumerate(reader.labels[name]):
-                gram = problem.moments.gram[number]
-                if problem.bias is not None:
-                    # What a channel is on average, the bias makes up for.
-                    rows = jnp.maximum(problem.moments.rows[number], 1)
-                    total = problem.moments.total[number]
-                    gram = gram - jnp.outer(total, total) / rows
-                consumers.append((problem.weight[number], gram, jnp.asarray(labels)))
-        shape = self.plan.units.alive[name].shape
-        keep = choose_columns(consumers, self.plan.counts[name], self.plan.units.alive[name].size)
-        self.keep[name] = jnp.asarray(keep).reshape(shape)
+                consumers.append((problem.weight[number], labels))
+                grams.append(gram[number])
+        alive = self.plan.units.alive[name]
+
+        def choose(weights: Any, grams: Any, count: Any) -> Any:
+            layers = [Consumer(w, g, of[1]) for w, g, of in zip(weights, grams, consumers, strict=True)]
+            return choose_columns(layers, alive.size, count)
+
+        arguments = [each[0] for each in consumers], grams, np.int32(self.plan.counts[name])
+        keep = self.lock.programs.compiled(choose, *arguments)(*arguments)
+        self.keep[name] = keep.reshape(alive.shape)
         self.mask()
 
     def mask(self) -> None:
@@ -239,8 +248,9 @@ class ChannelSolver:
             self.progress(row)
 
     def solved(self, reader: Reader, moments: Moments) -> tuple[dict[str, Any], LayerRow]:
-        """Return a layer that keeps its output as far as the channels that stay allow, and the report's row."""
+        """Return a layer solved for its output from the channels that stay, and the row of the report."""
         began, (part, index, _) = time.perf_counter(), reader
+        _check_finite(moments, part, index)
         problem = self.problem(reader, moments)
         for name in reader.labels:
             if name not in self.keep:
@@ -281,3 +291,11 @@ class ChannelSolver:
             f"reads {', '.join(reader.labels)}",
         )
         return arrays if bias is None else arrays | {"bias": vector}, row
+
+
+def _check_finite(moments: Moments, part: Part, index: tuple[int, ...]) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
+        raise ValueError(
+            f"the data that params[{part.name(index)!r}] multiplies ({part.site.source}) is NaN or infinite, or "
+            "its squares overflow. Check the params, and the batches, on which the network runs."
+        )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 Sums = dict[str, Any]
-"""The statistics of one product: "rows" (layers..., batch), "sum" and "squares" (layers..., batch, inputs), and in
-place of the squares "gram" (layers..., batch, inputs, inputs)."""
+"""The statistics of one product: "rows" (layers..., batch), "sum" and "squares" (layers..., batch, inputs),
+and in place of the squares "gram" (layers..., batch, inputs, inputs)."""
 
 Found = dict[tuple[int, ...], Sums]
 """By `Site.stack`."""
@@ -204,7 +204,8 @@ class _Gatherer:
         try:
             return sums(data.known)
         except UnknownRowsError as error:
-            # What is known of a carry is found out by running the body several times, of which the last counts.
+            # What is known of a carry is found out by running the body several times, of which the last
+            # counts.
             self.unknown[product.stack] = error
             return sums(None)
 
@@ -254,7 +255,8 @@ class _Gatherer:
             shared = {key: found[key] for key in zeros}
             return [one.array for one in outputs], [one.known or () for one in outputs], (of_steps, shared)
 
-        # Those of kernels that all steps share are added up in the carry: one Gram matrix, not one for each step.
+        # Those of kernels that all steps share are added up in the carry: one Gram matrix, not one for each
+        # step.
         zeros = {
             key: self.zeros(site, level)
             for key, site in self.sites.items()

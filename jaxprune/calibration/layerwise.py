@@ -17,19 +17,19 @@ from jaxprune.calibration.matrices import UnknownRowsError
 from jaxprune.calibration.parts import Part
 from jaxprune.calibration.patterns_of import count_of, pattern_of
 from jaxprune.calibration.saved_layers import SavedLayers
+from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
-from jaxprune.calibration.solving import Problem, relative_error, solve, with_rows_everywhere
+from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, layer_solver, solve
 from jaxprune.calibration.statistics import chosen_parts, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
 from jaxprune.structures.base import Structure
 from jaxprune.tracing.jaxprs import split_static, trace
-from jaxprune.tree.checks import as_integer, check_function, check_number, shown
+from jaxprune.tree.checks import as_integer, check_function, name_of, shown
 from jaxprune.tree.leaves import flatten, is_concrete
 from jaxprune.tree.masks import apply_masks
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import leaf_of_layer
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, Where
 
@@ -68,38 +68,39 @@ def prune_layers(
     """Prune a trained network layer by layer, without training it: one forward pass over a few batches.
 
     The network runs on all batches at once, and stops before each product of a leaf with data. The solver is
-    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads, in
-    the network as pruned so far. It chooses the entries to remove and new values for the others, so as to keep
+    given the leaf as a matrix W (outputs x inputs) and the Gram matrix H of the rows that the product reads
+    in the network as pruned so far. It chooses the entries to remove and new values for the others, so that
 
-        ||Y - X V^T||    small, over matrices V with the sparsity asked for,
+        ||Y - X V^T||    is small, over matrices V with the sparsity asked for,
 
     where X are those rows, and Y what the layer computes of them (`target="own"`) or what the dense network
     computes at this place (`target="dense"`). Then the network runs on with V. Each step of a scan over
-    stacked layers is a layer of its own, and so is each expert, and each group of a convolution. A leaf that is
-    used several times (a recurrent or a tied one) is solved once, at its first use, on the rows of all uses,
-    for its own output.
+    stacked layers is a separate layer, and each expert and each group of a convolution a separate matrix. A
+    leaf that is used several times (a recurrent or a tied one) is solved once, at its first use, on the rows
+    of all uses, for its own output.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.
       params: a pytree of arrays, trained.
-      batches: a list of batches, as for `calibrate`. All have one shape, but the first axis may differ: smaller
-        ones are padded, and their padding does not count. All are held in memory.
-      solver: one of `jaxprune.solvers`, or a function `solver(weight, gram, counts, pattern) -> (weight, mask)`.
+      batches: a list of batches, as for `calibrate`. All have one shape, but for the size of the first axis:
+        smaller ones are padded, and their padding does not count. All are held in memory.
+      solver: one of `jaxprune.solvers`, or a function of your own,
+        `solver(weight, gram, counts, pattern) -> (weight, mask)`.
       sparsity: the fraction of each layer that is removed, in [0, 1); or one per path, "layers/up" or
-        "layers/up[2]", where nothing is removed from layers that are not named. `round_half_even(sparsity * n)`
-        of the n units of each matrix go, but one unit stays. Not needed for N:M.
+        "layers/up[2]", where nothing is removed from layers that are not named. Of the n units of each matrix
+        `round_half_even(sparsity * n)` go, but one stays. Not needed for N:M.
       structure: single entries, the default; `structures.nm`, whose groups run along the axis that a product
         sums over; `structures.blocks`; or `structures.channels(groups)`. The solver is not asked about
         channels, and may be None: one after the other, the channel goes whose removal costs the layers that
         read it least once their other weights make up for it. Then these layers are refined, with their
         biases, and `compact` makes the network smaller.
       scope: "layerwise" takes the sparsity from each matrix as a whole; "output" from each of its outputs.
-      where: which leaves; by default every leaf that is a kernel of a product with data, except the last before
-        the output.
+      where: which leaves; by default every leaf that is a kernel of a product with data, except the last
+        before the output.
       weights: how much each row counts, as for `calibrate`.
-      target: whether a layer is solved for its own output, or for that of the dense network, which runs beside
-        it, so that later layers make up for what earlier ones lost.
-      refine: how many steps of conjugate gradients to refine weights and biases by once the mask is chosen, as
+      target: whether a layer is solved for its own output, or for that of the dense network, which runs
+        beside it, so that later layers make up for what earlier ones lost.
+      refine: how many steps of conjugate gradients refine weights and biases once the mask is chosen, as
         `reconstruct` does; 0 leaves them as the solver returned them (for channels it stands for 20).
       damping: a fraction of the mean diagonal of H, for what is factorised here (a dense target).
       checkpoint: a folder that solved layers are saved in. A run that was stopped goes on from there.
@@ -110,9 +111,9 @@ def prune_layers(
       errors are those after rounding. Layers with sparsity 0 are as they were, to the bit.
 
     Raises:
-      ValueError: no batch, batches of different structure or shape, `where` matches no product, an unknown path,
-        a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a Gram
-        matrix that has no factor with any damping, a checkpoint of another run.
+      ValueError: no batch, batches of different structure or shape, `where` matches no product, an unknown
+        path, a structure that does not fit a layer (named), data that is NaN or infinite (layer named), a
+        Gram matrix that has no factor with any damping, a checkpoint of another run.
       TypeError: arguments of another kind; params that are traced.
 
     Example:
@@ -142,7 +143,7 @@ def prune_layers(
     ):
         if not isinstance(value, str) or value not in allowed:
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
-    check_number(damping, "damping", "of 0 or more")
+    damping = check_damping(damping, "prune_layers")
     if progress is not None:
         check_function(progress, "progress=", "of the row of a layer")
     leaves = flatten(params)
@@ -160,7 +161,7 @@ def prune_layers(
         "refine": steps,
         "damping": damping,
     }
-    settings = _Settings(solver, target == "dense", steps, float(damping))
+    settings = _Settings(solver, target == "dense", steps, damping)
     arrays = [split_static((params, *batch.inputs))[0] for batch in listed]
     weighed = None if listed[0].weights is None else [batch.weights for batch in listed]
 
@@ -221,7 +222,8 @@ def _plan(
     if isinstance(sparsity, Mapping):
         if unknown := [path for path in sparsity if path not in every and path not in parts]:
             raise ValueError(
-                f"sparsity names {some_of(unknown)}, which where= does not take in. The layers: {some_of(every)}."
+                f"sparsity names {some_of(unknown)}, which where= does not take in. The layers are "
+                f"{some_of(every)}."
             )
         if not sparsity:
             raise ValueError("sparsity is an empty dict, so nothing would be pruned.")
@@ -232,7 +234,9 @@ def _plan(
                 name = part.name(index)
                 value: Any = sparsity
                 if isinstance(sparsity, Mapping):
-                    value = sparsity.get(name, sparsity.get(leaf_of_layer(name) or name, 0.0))
+                    value = sparsity.get(name, sparsity.get(path, 0.0))
+                    if np.ndim(value):
+                        value = _of_layer(value, part, index)
                 elif sparsity is None:
                     assert structure.n_of_m is not None
                     value = 1 - structure.n_of_m[0] / structure.n_of_m[1]
@@ -242,6 +246,17 @@ def _plan(
                 pattern = pattern_of(structure, scope == "output", part, name)
                 plan[path, part.number, index] = pattern, count_of(value, pattern, part, structure, name)
     return plan
+
+
+def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
+    """Return the value of one layer, of an array that has one for each layer of a stacked leaf."""
+    shape, path = part.site.stack_shape, part.site.path
+    if np.shape(values) != shape:
+        raise ValueError(
+            f"sparsity[{path!r}] has shape {np.shape(values)}, and the leaf holds layers of shape {shape}: "
+            "pass one sparsity for each layer, or a number for all of them."
+        )
+    return float(np.asarray(values)[index])
 
 
 class _Layers:
@@ -261,7 +276,9 @@ class _Layers:
         progress: Callable[[LayerRow], Any] | None,
     ):
         self.lock, self.settings, self.plan, self.saved, self.progress = lock, settings, plan, saved, progress
-        self.masks: dict[str, Any] = {p: jnp.ones(np.shape(x), bool) for p, x in lock.leaves.items()}
+        self.masks: dict[str, Any] = {
+            p: jax.device_put(np.ones(np.shape(x), bool)) for p, x in lock.leaves.items()
+        }
         self.rows: list[LayerRow] = []
         self.solvers: dict[Any, Any] = {}
 
@@ -281,7 +298,9 @@ class _Layers:
         matrix, bias = part.matrix, part.bias
         lock = self.lock
         lock.change(matrix.path, matrix.with_layer(lock.leaves[matrix.path], index, arrays["layer"]))
-        self.masks[matrix.path] = matrix.with_layer(self.masks[matrix.path], index, arrays["mask"])
+        # Another part of the leaf may have pruned it already.
+        mask = matrix.layer(self.masks[matrix.path], index) & arrays["mask"]
+        self.masks[matrix.path] = matrix.with_layer(self.masks[matrix.path], index, mask)
         if bias is not None and "bias" in arrays:
             lock.change(bias.path, bias.with_layer(lock.leaves[bias.path], index, arrays["bias"]))
         self.rows.append(row)
@@ -296,49 +315,54 @@ class _Layers:
         bias = part.bias if self.settings.steps and count else None
         layer = view.layer(lock.leaves[view.path], index)
         added = None if bias is None else bias.layer(lock.leaves[bias.path], index)
-        _check_finite(moments, name, part.site.source)
-        counts = jnp.full(form.batch, count, jnp.int32)
-
-        def read(layer: Any, added: Any, moments: Moments) -> Problem:
-            vector = None if bias is None else bias.array(added)
-            return with_rows_everywhere(Problem(view.array(layer), vector, moments))
-
-        problem = lock.programs.compiled(read, layer, added, moments)(layer, added, moments)
-        solution = self.solver_of(pattern)(problem, counts)
-        if not bool(jnp.all(jnp.isfinite(solution.weight))):
-            raise ValueError(
-                f"the solver returned weights that are not finite for {name} ({part.site.source}), whose Gram matrix "
-                f"had a factor with damping {np.asarray(solution.damping).tolist()}. Raise damping= of the solver, "
-                "or pass more batches."
-            )
-
-        def put(layer: Any, added: Any, problem: Problem, solution: Any) -> Any:
-            new = view.put(layer, solution.weight)
-            vector = None if bias is None else bias.put(added, solution.bias)
-            rounded, moved = view.array(new), None if bias is None else bias.array(vector)
-            masked = jnp.where(solution.mask, problem.weight, 0)
-            errors = [relative_error(problem, masked, problem.bias), relative_error(problem, rounded, moved)]
-            return new, view.mask(layer.shape, solution.mask), vector, errors, jnp.sum(solution.mask)
-
-        arguments = layer, added, problem, solution
-        new, mask, vector, errors, kept = lock.programs.compiled(put, *arguments)(*arguments)
-        arrays = {"layer": new, "mask": mask} | ({} if bias is None else {"bias": vector})
-        size = form.batch * form.outputs * form.inputs
+        arguments = layer, added, moments, np.full(form.batch, count, np.int32)
+        try:
+            function = layer_solver(view, bias, pattern, self.solver_of(pattern))
+            program = lock.programs.compiled(function, *arguments)
+        except WrongSolutionError as error:
+            raise ValueError(f"{self.solver_name} on {name} ({part.site.source}) {error}") from None
+        arrays, facts = program(*arguments)
+        facts = jax.device_get(facts)
+        self.check(facts, name, part.site.source)
         row = LayerRow(
             name,
             part.number,
             form.batch,
             form.outputs,
             form.inputs,
-            1 - int(kept) / size,
-            float(errors[0]),
-            float(errors[1]),
-            float(jnp.sum(moments.rows)),
-            float(jnp.max(solution.damping)),
+            int(facts.removed.sum(dtype=np.int64)) / (form.batch * form.outputs * form.inputs),
+            float(facts.masked_error),
+            float(facts.error),
+            float(facts.rows.sum(dtype=np.float64)),
+            float(facts.damping.max()),
             time.perf_counter() - began,
-            self.note(moments, solution.damping),
+            self.note(facts, moments),
         )
         return arrays, row
+
+    @property
+    def solver_name(self) -> str:
+        """The name of the solver, for messages."""
+        return f"the solver {name_of(self.settings.solver)}"
+
+    def check(self, facts: Facts, name: str, source: str) -> None:
+        """Check what is known of a layer once it is solved."""
+        if not facts.finite:
+            raise ValueError(
+                f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares overflow. "
+                "Check the params, and the batches, on which the network runs."
+            )
+        if not facts.solved:
+            raise ValueError(
+                f"{self.solver_name} returned weights that are not finite for {name} ({source}). Raise its damping=, or "
+                "pass more batches."
+            )
+        if not facts.exact:
+            raise ValueError(
+                f"{self.solver_name} returned a mask for {name} ({source}) that does not remove what was asked for: it "
+                f"removes {facts.removed.tolist()} entries. It must remove whole units of the pattern, exactly counts[b] "
+                "of matrix b, or of each output if pattern.per_output."
+            )
 
     def solver_of(self, pattern: Pattern) -> Callable[[Problem, Any], Any]:
         """Return the solver of a pattern, compiled once for each shape of matrices."""
@@ -351,27 +375,19 @@ class _Layers:
             self.solvers[pattern] = jax.jit(run)
         return self.solvers[pattern]
 
-    def note(self, moments: Moments, damping: Any) -> str:
+    def note(self, facts: Facts, moments: Moments) -> str:
         """Return what was unusual about a layer."""
         notes = []
-        if empty := np.flatnonzero(np.asarray(moments.rows) == 0).tolist():
+        if empty := np.flatnonzero(facts.rows == 0).tolist():
             some = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
             notes.append(f"matrix {some} saw no row (an expert without tokens), so it is pruned by magnitude")
-        if (used := float(jnp.max(damping))) > self.settings.damping * (1 + 1e-6):
+        if (used := float(facts.damping.max())) > self.settings.damping * (1 + 1e-6):
             notes.append(
                 f"its Gram matrix had no factor with damping {self.settings.damping:g}, so {used:g} was taken"
             )
         if self.settings.dense and moments.cross is None:
             notes.append("it is used several times, so it was solved for its own output")
         return "; ".join(notes)
-
-
-def _check_finite(moments: Moments, name: str, source: str) -> None:
-    if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
-        raise ValueError(
-            f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares overflow. Check "
-            "the params, and the batches, on which the network runs."
-        )
 
 
 def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solver | None) -> dict[str, Any]:

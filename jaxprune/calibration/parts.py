@@ -30,7 +30,7 @@ class View(NamedTuple):
         """Return one layer of the leaf, given its number along each of `stack_axes`."""
         leaf = jnp.asarray(leaf)
         for axis, number in sorted(zip(self.stack_axes, index, strict=True), reverse=True):
-            leaf = lax.index_in_dim(leaf, number, axis, keepdims=False)
+            leaf = lax.dynamic_index_in_dim(leaf, number, axis, keepdims=False)
         return leaf
 
     def with_layer(self, leaf: Any, index: Sequence[int], layer: Any) -> Any:

@@ -39,6 +39,7 @@ class Programs:
             def run(consts: Any, arrays: Any) -> Any:
                 return jaxpr_as_fun(closed.replace(consts=consts))(*arrays)
 
+            run.__name__ = function.__name__  # the name of the program in profiles
             self._compiled[key] = jax.jit(run), inner
         run, _ = self._compiled[key]
         consts = list(closed.consts)

@@ -1,6 +1,7 @@
 """`recover`: the survivors of a pruned network, tuned for the outputs of the dense one."""
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,21 +10,15 @@ import numpy as np
 import optax
 from jax import lax
 
+from jaxprune.calibration.batches import Batch, batches_of
 from jaxprune.calibration.blocks import Block, Key, Network, find_blocks
-from jaxprune.calibration.tuning import (
-    Evaluation,
-    Plan,
-    Programs,
-    as_arguments,
-    check_batches,
-    programs,
-    tune,
-)
+from jaxprune.calibration.programs import Programs
+from jaxprune.calibration.tuning import Evaluation, Plan, tune
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.training.optimizer import keep_masked
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.checks import as_integer, check_function, is_number, shown
-from jaxprune.tree.leaves import Leaves, flatten, is_concrete
+from jaxprune.tree.leaves import Leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import masked, masks_by_path
 from jaxprune.tree.mirrors import mirrored
 from jaxprune.tree.paths import leaf_paths, some_of
@@ -82,13 +77,14 @@ def recover(
     apply_fn: Callable[..., Any],
     params: Params,
     masks: Masks,
-    batches: Sequence[Any],
+    batches: Iterable[Any],
     tx: optax.GradientTransformation | None = None,
     *,
     teacher: Params,
     steps: int = 600,
-    held_out: float | Sequence[Any] = 0.125,
+    held_out: float | Iterable[Any] = 0.125,
     loss: Loss | None = None,
+    weights: Iterable[Any] | Callable[..., Any] | None = None,
     where: Where | None = None,
     by_block: bool = False,
     every: int | None = None,
@@ -114,8 +110,8 @@ def recover(
     with data; each step of a scan over stacked layers is one. It reads what the network tuned so far computes
     before it, and its target is what the dense network has after it. Between blocks the loss is the mean
     squared error; `loss` is that of the last, which ends with the outputs. A leaf that several blocks read is
-    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Unlike layers in
-    a scan, which share their programs, every other block is compiled by itself.
+    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Equal blocks
+    share their compiled programs.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`, in evaluation mode.
@@ -132,6 +128,10 @@ def recover(
       loss: `loss(outputs, teacher_outputs)`, a scalar or an array whose mean is taken. By default the mean
         squared error, over all floating-point outputs alike. For logits
         `jaxprune.distillation.soft_targets` is the divergence of the predictions.
+      weights: as for `calibrate`, so that padding does not count: for each batch an array, or a function of
+        the batch, `weights(*batch)`. Its shape is that of the first axes of the outputs, (batch, length) say;
+        where only the first axis is, an example counts as much as the largest of its weights. The loss then
+        returns an array with these axes. If `held_out` is a list, `weights` is a function.
       where: which leaves are tuned; by default all that are floating-point and that the outputs depend on.
         Leave out those that are no params, such as the running statistics of BatchNorm.
       by_block: tune block by block.
@@ -167,8 +167,9 @@ def recover(
       ICLR 2021.
     """
     leaves, by_path, dense = _checked_trees(params, masks, teacher)
-    listed, others = _split(check_batches(batches, "batches"), held_out)
-    check_call(_CALL, apply_fn, (params, *as_arguments(listed[0])), {})
+    listed, others = _split(batches, held_out, weights)
+    inputs = listed[0].inputs
+    check_call(_CALL, apply_fn, (params, *inputs), {})
     steps = as_integer(steps, "steps", at_least=1)
     every = max(1, steps // 20) if every is None else as_integer(every, "every", at_least=1)
     plan = Plan(
@@ -177,18 +178,13 @@ def recover(
         as_integer(patience, "patience", at_least=1),
         as_integer(seed, "seed", at_least=0),
     )
-    for function, name, what in (
-        (loss, "loss=", "of (outputs, teacher_outputs)"),
-        (progress, "progress=", ""),
-    ):
-        if function is not None:
-            check_function(function, name, what)
+    _check_callables(loss, progress)
     if tx is None:
         tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
-    network = Network(apply_fn, params, as_arguments(listed[0]))
+    network = Network(apply_fn, params, inputs)
     tuned = _tuned_paths(leaves, network, where)
-    work = _Work(apply_fn, leaves, by_path, dense, tuned, tx, loss or _squared_error, plan, progress)
-    work.check_outputs(listed[0], loss is None)
+    work = _Work(apply_fn, leaves, by_path, dense, tuned, tx, loss, plan, progress)
+    work.check_outputs(listed[0])
     if by_block:
         _check_shapes([*listed, *others])
         return work.by_block(network, listed, others)
@@ -212,7 +208,7 @@ class _Work:
         dense: Mapping[str, Any],
         tuned: Sequence[str],
         tx: optax.GradientTransformation,
-        loss: Loss,
+        loss: Loss | None,
         plan: Plan,
         progress: Callable[[Evaluation], Any] | None,
     ):
@@ -229,22 +225,25 @@ class _Work:
         if self.progress is not None:
             self.progress(evaluation)
 
-    def check_outputs(self, batch: Any, by_default: bool) -> None:
-        """Check that there is a scalar loss of the outputs."""
-        inputs = as_arguments(batch)
-        outputs = jax.eval_shape(self.apply_fn, self.leaves.tree(self.leaves.by_path), *inputs)
-        if by_default and not any(map(_is_floating, jax.tree.leaves(outputs))):
+    def check_outputs(self, batch: Batch) -> None:
+        """Check that there is a loss of the outputs."""
+        outputs = jax.eval_shape(self.apply_fn, self.leaves.tree(self.leaves.by_path), *batch.inputs)
+        self.out_tree = jax.tree.structure(outputs)
+        if self.loss is None and not any(map(_is_floating, jax.tree.leaves(outputs))):
             raise TypeError(
                 f"recover: apply_fn returns {shown(outputs)}, nothing floating-point to compare with the "
                 "dense network's. Let it return logits, not predictions, or pass a loss."
             )
-        self.out_tree = jax.tree.structure(outputs)
-        value = jax.eval_shape(self.loss, outputs, outputs)
-        if not hasattr(value, "dtype") or not _is_floating(value):
-            raise TypeError(f"loss= must return a number or an array of them, got {shown(value)}.")
+        if self.loss is not None:
+            value = jax.eval_shape(self.loss, outputs, outputs)
+            if not hasattr(value, "dtype") or not _is_floating(value):
+                raise TypeError(f"loss= must return a number or an array of them, got {shown(value)}.")
+        jax.eval_shape(self.mean_loss, outputs, outputs, batch.weights)
 
-    def mean_loss(self, outputs: Any, target: Any) -> jax.Array:
-        return jnp.mean(self.loss(outputs, lax.stop_gradient(target)))
+    def mean_loss(self, outputs: Any, target: Any, weights: Any) -> jax.Array:
+        if self.loss is None:
+            return _squared_error(outputs, target, weights)
+        return _weighted_mean(self.loss(outputs, lax.stop_gradient(target)), weights, "what loss= returns")
 
     def start(self, keys: Sequence[Key]) -> tuple[Any, Any]:
         """Return trees like the params of what is tuned, in float32 at least, and of its masks.
@@ -265,20 +264,17 @@ class _Work:
         own = self.leaves.by_path
         return {path: array.astype(own[path].dtype) for path, array in zip(paths, arrays, strict=True)}
 
-    def whole(self, batches: Sequence[Any], held_out: Sequence[Any]) -> Recovered:
-        keys: list[Key] = [(path, None) for path in self.tuned]
-
+    def whole(self, batches: Sequence[Batch], held_out: Sequence[Batch]) -> Recovered:
         def objective(tuned: Any, fixed: Any, batch: Any) -> jax.Array:
-            params, dense = fixed
-            outputs = self.apply_fn(self.leaves.tree(params | self.rounded(tuned)), *as_arguments(batch))
-            return self.mean_loss(outputs, self.apply_fn(self.leaves.tree(dense), *as_arguments(batch)))
+            (params, dense), (inputs, weights) = fixed, batch
+            outputs = self.apply_fn(self.leaves.tree(params | self.rounded(tuned)), *inputs)
+            return self.mean_loss(outputs, self.apply_fn(self.leaves.tree(dense), *inputs), weights)
 
-        tuned, masks = self.start(keys)
-        tx = keep_masked(self.tx, masks)
+        tuned, masks = self.start([(path, None) for path in self.tuned])
         params = {path: leaf for path, leaf in self.leaves.by_path.items() if path not in self.tuned}
-        made = programs(objective, tx)
-        fixed = params, self.dense
-        best = tune("network", made, tuned, tx.init(tuned), fixed, batches, held_out, self.plan, self.note)
+        data, others = ([(batch.inputs, batch.weights) for batch in some] for some in (batches, held_out))
+        tx, fixed = keep_masked(self.tx, masks), (params, self.dense)
+        best = tune("network", objective, tx, tuned, fixed, data, others, self.plan, self.note, Programs())
         return self.result(self.leaves.by_path | self.rounded(best), self.evaluations)
 
     def result(self, by_path: Mapping[str, Any], of_network: Sequence[Evaluation]) -> Recovered:
@@ -290,31 +286,31 @@ class _Work:
         )
         return Recovered(self.leaves.tree(by_path), report)
 
-    def by_block(self, network: Network, batches: Sequence[Any], held_out: Sequence[Any]) -> Recovered:
-        own, dense = dict(self.leaves.by_path), self.dense
+    def by_block(self, network: Network, batches: Sequence[Batch], held_out: Sequence[Batch]) -> Recovered:
+        own, dense, programs = dict(self.leaves.by_path), self.dense, Programs()
         shared = [path for path in own if path not in self.tuned and _equal(own[path], dense[path])]
         blocks = find_blocks(network, self.tuned, shared)
         before = Evaluation("network", 0, float("nan"), self.network_loss(own, held_out))
         self.note(before)
-        inputs = [split_static(as_arguments(batch))[0] for batch in (*batches, *held_out)]
+        every = [*batches, *held_out]
+        inputs = [split_static(batch.inputs)[0] for batch in every]
         # Of each batch what the network tuned so far and the dense network compute before the block.
-        ours: list[Any] = [()] * len(inputs)
-        theirs: list[Any] = [()] * len(inputs)
+        ours: list[Any] = [[]] * len(every)
+        theirs: list[Any] = [[]] * len(every)
         tuned: set[Key] = set()
-        made: dict[Any, Programs] = {}
-        forward: dict[Any, Callable[..., Any]] = {}
         for block in blocks:
-            run = forward.setdefault(block.run, jax.jit(block.run))
+            values = [_layer(own, key) for key in block.reads]
+            forward = programs.compiled(block.run, values, own, ours[0], inputs[0])
 
-            def after(leaves: Any, states: Any, run: Any = run, reads: Any = block.reads) -> list[Any]:
-                values = [_layer(leaves, key) for key in reads]
-                return [_on_host(run(values, leaves, s, x)) for s, x in zip(states, inputs, strict=True)]
+            def after(leaves: Any, states: Any, block: Block = block, forward: Any = forward) -> list[Any]:
+                values = [_layer(leaves, key) for key in block.reads]
+                return [_on_host(forward(values, leaves, s, x)) for s, x in zip(states, inputs, strict=True)]
 
             theirs = after(dense, theirs)
             if keys := [key for key in block.reads if not _already(key, tuned)]:
-                data = list(zip(ours, theirs, inputs, strict=True))
+                data = list(zip(ours, theirs, inputs, [batch.weights for batch in every], strict=True))
                 parts = data[: len(batches)], data[len(batches) :]
-                best = self.rounded(self.tune_block(block, keys, own, *parts, made, block is blocks[-1]))
+                best = self.rounded(self.tune_block(block, keys, own, *parts, programs, block is blocks[-1]))
                 for path, layer in keys:
                     array = best[path]
                     own[path] = array if layer is None else own[path].at[layer].set(array)
@@ -332,45 +328,34 @@ class _Work:
         own: Mapping[str, Any],
         batches: Sequence[Any],
         held_out: Sequence[Any],
-        made: dict[Any, Programs],
+        programs: Programs,
         last: bool,
     ) -> Any:
-        is_tuned = tuple(key in keys for key in block.reads)
-        paths = tuple(path for path, _ in block.reads)
-
         def objective(tuned: Any, fixed: Any, batch: Any) -> jax.Array:
-            of_tuned, (others, leaves), (state, target, inputs) = self.rounded(tuned), fixed, batch
+            of_tuned, (others, leaves), (state, target, inputs, weights) = self.rounded(tuned), fixed, batch
             rest = iter(others)
-            values = [
-                of_tuned[path] if yes else next(rest) for path, yes in zip(paths, is_tuned, strict=True)
-            ]
+            values = [of_tuned[key[0]] if key in keys else next(rest) for key in block.reads]
             outputs = block.run(values, leaves, state, inputs)
             if not last:
-                return _squared_error(outputs, target)
-            return self.mean_loss(*map(self.out_tree.unflatten, (outputs, target)))
+                return _squared_error(outputs, target, weights, block.name)
+            return self.mean_loss(self.out_tree.unflatten(outputs), self.out_tree.unflatten(target), weights)
 
         tree, masks = self.start(keys)
+        fixed = [_layer(own, key) for key in block.reads if key not in keys], dict(own)
         tx = keep_masked(self.tx, masks)
-        # The update takes its masks from the state, so the steps of a scan share the programs of the first.
-        key = block.run, paths, is_tuned, last
-        if key not in made:
-            made[key] = programs(objective, tx)
-        others = [_layer(own, one) for one, yes in zip(block.reads, is_tuned, strict=True) if not yes]
-        fixed = others, dict(own)
-        return tune(
-            block.name, made[key], tree, tx.init(tree), fixed, batches, held_out, self.plan, self.note
-        )
+        return tune(block.name, objective, tx, tree, fixed, batches, held_out, self.plan, self.note, programs)
 
-    def network_loss(self, by_path: Mapping[str, Any], batches: Sequence[Any]) -> float:
+    def network_loss(self, by_path: Mapping[str, Any], batches: Sequence[Batch]) -> float:
         @jax.jit
-        def of_batch(params: Any, dense: Any, batch: Any) -> jax.Array:
-            pair = (self.apply_fn(self.leaves.tree(p), *as_arguments(batch)) for p in (params, dense))
-            return self.mean_loss(*pair)
+        def of_batch(params: Any, dense: Any, inputs: Any, weights: Any) -> jax.Array:
+            ours, theirs = (self.apply_fn(self.leaves.tree(p), *inputs) for p in (params, dense))
+            return self.mean_loss(ours, theirs, weights)
 
-        return float(np.mean([float(of_batch(dict(by_path), self.dense, batch)) for batch in batches]))
+        losses = [of_batch(dict(by_path), self.dense, batch.inputs, batch.weights) for batch in batches]
+        return float(np.mean(list(map(float, losses))))
 
 
-def _squared_error(outputs: Any, target: Any) -> jax.Array:
+def _squared_error(outputs: Any, target: Any, weights: Any, of: str = "the outputs") -> jax.Array:
     """The mean of squared differences, of all floating-point arrays alike."""
     pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(target), strict=True)
     gaps = [
@@ -378,7 +363,25 @@ def _squared_error(outputs: Any, target: Any) -> jax.Array:
         for a, b in pairs
         if _is_floating(a)
     ]
-    return jnp.mean(jnp.stack([jnp.mean(jnp.square(gap)) for gap in gaps]))
+    means = [_weighted_mean(jnp.square(gap), weights if gap.ndim else None, of) for gap in gaps]
+    return jnp.mean(jnp.stack(means))
+
+
+def _weighted_mean(values: Any, weights: Any, what: str) -> jax.Array:
+    """Return the mean of values, which the weights count along the first axes; padding may hold NaN."""
+    if weights is None:
+        return jnp.mean(values)
+    if values.shape[: weights.ndim] != weights.shape:
+        if values.shape[:1] != weights.shape[:1]:
+            raise ValueError(
+                f"recover: weights= has the shape {weights.shape}, and {what} {values.shape}: the first "
+                "axes, or the first alone, must be those of the weights."
+            )
+        weights = jnp.max(weights, tuple(range(1, weights.ndim)))
+    values = jnp.mean(values, tuple(range(weights.ndim, values.ndim)))
+    weights = weights.astype(values.dtype)
+    counted = jnp.sum(jnp.where(weights > 0, weights * values, jnp.zeros((), values.dtype)))
+    return counted / jnp.maximum(jnp.sum(weights), jnp.finfo(values.dtype).tiny)
 
 
 def _is_floating(array: Any) -> bool:
@@ -423,23 +426,58 @@ def _checked_trees(params: Any, masks: Any, teacher: Any) -> tuple[Leaves, dict[
     return leaves, by_path, {path: jnp.asarray(leaf) for path, leaf in dense.items()}
 
 
-def _split(batches: list[Any], held_out: Any) -> tuple[list[Any], list[Any]]:
+def _split(batches: Any, held_out: Any, weights: Any) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to tune on, and those that decide."""
+    listed = _arrays_alone(list(batches_of(batches, weights, "recover")))
     if not is_number(held_out):
-        others = check_batches(held_out, "held_out")
-        check_batches([batches[0], *others], "held_out")
-        return batches, others
+        if weights is not None and not callable(weights):
+            raise TypeError(
+                "recover: with a list of held_out batches, weights must be a function of a batch, so that "
+                "these have some too."
+            )
+        others = list(batches_of(held_out, weights, "recover(held_out=)"))
+        if jax.tree.structure(others[0].inputs) != jax.tree.structure(listed[0].inputs):
+            raise ValueError(
+                f"held_out has batches of the structure {jax.tree.structure(others[0].inputs)}, and batches "
+                f"of {jax.tree.structure(listed[0].inputs)}: they must be alike."
+            )
+        return listed, _arrays_alone(others)
     if isinstance(held_out, bool) or not 0 < float(held_out) < 1:
         raise ValueError(
             f"held_out must be a fraction between 0 and 1, or a list of batches, got {held_out}."
         )
-    if len(batches) < 2:
+    if len(listed) < 2:
         raise ValueError(
             "recover was given one batch, and needs others to decide when to stop: split it, or pass "
             "held_out=[batch]."
         )
-    count = min(max(1, round(float(held_out) * len(batches))), len(batches) - 1)
-    return batches[:-count], batches[-count:]
+    count = min(max(1, round(float(held_out) * len(listed))), len(listed) - 1)
+    return listed[:-count], listed[-count:]
+
+
+def _arrays_alone(batches: list[Batch]) -> list[Batch]:
+    for number, batch in enumerate(batches):
+        for leaf in jax.tree.leaves(batch.inputs):
+            if not is_array(leaf):
+                raise TypeError(
+                    f"recover: batch {number} holds {leaf!r}, which is no array. Settings go in by "
+                    "functools.partial(apply_fn, train=False)."
+                )
+    return batches
+
+
+def _check_callables(loss: Any, progress: Any) -> None:
+    if progress is not None:
+        check_function(progress, "progress=", "of an evaluation, such as print")
+    if loss is None:
+        return
+    check_function(loss, "loss=", "of (outputs, teacher_outputs)")
+    try:
+        inspect.signature(loss).bind(None, None)
+    except ValueError:
+        return  # no signature to look at
+    except TypeError as error:
+        raise TypeError(f"loss= is called as loss(outputs, teacher_outputs): {error}.") from None
 
 
 def _tuned_paths(leaves: Leaves, network: Network, where: Where | None) -> list[str]:
@@ -456,11 +494,11 @@ def _tuned_paths(leaves: Leaves, network: Network, where: Where | None) -> list[
     return tuned
 
 
-def _check_shapes(batches: Sequence[Any]) -> None:
-    shapes = [[(x.shape, jnp.result_type(x)) for x in jax.tree.leaves(batch)] for batch in batches]
-    for number, shape in enumerate(shapes):
-        if shape != shapes[0]:
+def _check_shapes(batches: Sequence[Batch]) -> None:
+    for number, batch in enumerate(batches):
+        if batch.key != batches[0].key:
+            shapes = [[x.shape for x in jax.tree.leaves(one.inputs)] for one in (batch, batches[0])]
             raise ValueError(
-                f"recover(by_block=True) needs batches of one shape: batch {number} has {shape}, the first "
-                f"has {shapes[0]}. Leave the last examples out, or repeat some of them."
+                f"recover(by_block=True) needs batches of one shape: batch {number} has {shapes[0]}, the "
+                f"first has {shapes[1]}. Leave the last examples out, or repeat some with weights= of 0."
             )

@@ -1,13 +1,13 @@
 """`reestimate_statistics`: the running statistics of a network after pruning, those of BatchNorm say."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.calibration.tuning import as_arguments, check_batches
+from jaxprune.calibration.batches import batches_of
 from jaxprune.tree.calls import check_call
 from jaxprune.tree.leaves import flatten, is_concrete
 
@@ -18,7 +18,7 @@ _FORGOTTEN = 1e-8
 """What may be left of the state before the first update, as a fraction."""
 
 
-def reestimate_statistics(update_fn: Callable[..., Any], state: Any, batches: Sequence[Any]) -> Any:
+def reestimate_statistics(update_fn: Callable[..., Any], state: Any, batches: Iterable[Any]) -> Any:
     """Replace running statistics by the plain mean of the batches' own statistics.
 
     The mean and variance that a BatchNorm layer has accumulated are those of the dense network. After
@@ -68,8 +68,8 @@ def reestimate_statistics(update_fn: Callable[..., Any], state: Any, batches: Se
       Ioffe & Szegedy, "Batch Normalization", ICML 2015, Algorithm 2. Statistics computed anew over fixed
       weights: Wu & Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, 2021 (precise BatchNorm).
     """
-    listed = check_batches(batches, "batches")
-    check_call(_CALL, update_fn, (state, *as_arguments(listed[0])), {})
+    listed = [batch.inputs for batch in batches_of(batches, None, "reestimate_statistics")]
+    check_call(_CALL, update_fn, (state, *listed[0]), {})
     leaves = flatten(state, "state")
     if not is_concrete(leaves.by_path):
         raise TypeError("reestimate_statistics runs outside jit: the state is traced.")
@@ -77,7 +77,7 @@ def reestimate_statistics(update_fn: Callable[..., Any], state: Any, batches: Se
 
     @jax.jit
     def call(by_path: Mapping[str, Any], batch: Any) -> dict[str, Any]:
-        new = update_fn(leaves.tree(by_path), *as_arguments(batch))
+        new = update_fn(leaves.tree(by_path), *batch)
         if jax.tree.structure(new) != leaves.treedef:
             raise ValueError(
                 "update_fn must return a state of the same structure as it is given, "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,14 @@ class SavedLayers:
         if not file.exists():
             return None
         try:
-            with np.load(file, allow_pickle=False) as data:
+            with file.open("rb") as opened, np.load(opened, allow_pickle=False) as data:
                 row = LayerRow(**json.loads(str(data["row"])))
                 arrays = {
                     key[1:]: _unpacked(data[key], str(data[f"dtype {key[1:]}"]))
                     for key in data
                     if key[0] == "@"
                 }
-        except (ValueError, KeyError, OSError, TypeError) as error:
+        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
             raise ValueError(
                 f"{file} cannot be read ({error}): remove it, and the layer is solved again."
             ) from error

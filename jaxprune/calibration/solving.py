@@ -1,5 +1,6 @@
 """One layer as a problem of least squares: its target, its solution by a solver, its error."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,12 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune.calibration.lockstep import Moments
+from jaxprune.calibration.parts import View
 from jaxprune.calibration.solvers.factors import damped_factor
 from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul
 from jaxprune.calibration.solvers.refining import refine
-
-TARGET_DAMPING = 0.01
-"""The damping under which a layer's weights are moved towards the dense network's output, before they are pruned."""
+from jaxprune.tree.checks import shown
 
 
 class Problem(NamedTuple):
@@ -42,6 +42,33 @@ class Solution(NamedTuple):
     bias: Any
     mask: Any
     damping: Any
+
+
+class Facts(NamedTuple):
+    """What was found out about a layer while it was solved.
+
+    Attributes:
+      finite: whether its moments are.
+      solved: whether the weights that the solver returned are finite.
+      exact: whether its mask removes what was asked for from each matrix.
+      removed: how many entries were removed from each matrix, (batch,).
+      rows: how many rows each matrix saw, (batch,).
+      damping: that of each matrix, (batch,).
+      masked_error, error: the relative errors of the dense weights under the mask, and of the new ones as rounded.
+    """
+
+    finite: Any
+    solved: Any
+    exact: Any
+    removed: Any
+    rows: Any
+    damping: Any
+    masked_error: Any
+    error: Any
+
+
+class WrongSolutionError(Exception):
+    """A solver returned something other than weights and a mask."""
 
 
 def with_rows_everywhere(problem: Problem) -> Problem:
@@ -74,13 +101,80 @@ def solve(
         # For it `tr((V - W*) H (V - W*)^T)` is the error of V for the dense target, up to a constant.
         ahead = matmul(weight, moments.cross - moments.gram)
         start = jnp.where(pruned, weight + _times_inverse(ahead, root), weight)
-    solved, mask = solver(start, moments.gram, counts, pattern)
+    solved, mask = _checked(solver(start, moments.gram, counts, pattern), weight.shape)
     bias = problem.bias
     if steps:
         refined, moved = refined_layer(problem, solved, mask, steps)
         solved = jnp.where(pruned, refined, solved)
         bias = None if bias is None else jnp.where(pruned[:, :, 0], moved, bias)
     return Solution(solved, bias, mask, used)
+
+
+def _checked(returned: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Return what a solver returned as weights that are 0 where the mask is False, and the mask."""
+    wanted = f"(weight, mask), float32 and bool of shape {shape}"
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise WrongSolutionError(f"must return {wanted}, got {shown(returned)}.")
+    try:
+        weight, mask = map(jnp.asarray, returned)
+    except (TypeError, ValueError):
+        raise WrongSolutionError(f"must return {wanted}, got {shown(returned)}.") from None
+    if not weight.shape == mask.shape == shape or (weight.dtype, mask.dtype) != (jnp.float32, jnp.bool_):
+        got = f"{weight.dtype} {weight.shape} and {mask.dtype} {mask.shape}"
+        raise WrongSolutionError(f"must return {wanted}, got {got}.")
+    return jnp.where(mask, weight, 0), mask
+
+
+def is_exact(mask: Any, counts: Any, pattern: Pattern) -> jax.Array:
+    """Return whether a mask (batch, out, in) removes whole units, `counts` of them from each matrix or output."""
+    tall, wide = pattern.sides
+    batch, outputs, inputs = mask.shape
+    units = mask.reshape(batch, outputs // tall, tall, inputs // wide, wide)
+    if pattern.kind == "nm":
+        wanted = jnp.where(counts == 0, pattern.m, pattern.n)
+        return jnp.all(jnp.sum(units, axis=(2, 4), dtype=jnp.int32) == wanted[:, None, None])
+    kept = jnp.all(units, axis=(2, 4))
+    whole = jnp.all(kept == jnp.any(units, axis=(2, 4)))
+    axes = -1 if pattern.per_output else (-2, -1)
+    removed = jnp.sum(~kept, axis=axes, dtype=jnp.int32)
+    return whole & jnp.all(removed == (counts[:, None] if pattern.per_output else counts))
+
+
+def layer_solver(
+    view: View, bias: View | None, pattern: Pattern, solve: Callable[[Problem, Any], Solution]
+) -> Callable[..., tuple[dict[str, Any], Facts]]:
+    """Return a function of a layer, its bias, its moments and counts that returns the new arrays, and facts.
+
+    Args:
+      view: the matrices of the layer.
+      bias: what is added to their outputs; None if that must not change.
+      pattern: what is removed.
+      solve: from a problem and counts to its solution.
+    """
+
+    def solve_layer(layer: Any, added: Any, moments: Moments, counts: Any) -> tuple[dict[str, Any], Facts]:
+        vector = None if bias is None else bias.array(added)
+        problem = with_rows_everywhere(Problem(view.array(layer), vector, moments))
+        solution = solve(problem, counts)
+        arrays = {"layer": view.put(layer, solution.weight), "mask": view.mask(layer.shape, solution.mask)}
+        rounded, moved = view.array(arrays["layer"]), None
+        if bias is not None:
+            arrays["bias"] = bias.put(added, solution.bias)
+            moved = bias.array(arrays["bias"])
+        masked = jnp.where(solution.mask, problem.weight, 0)
+        finite = [jnp.all(jnp.isfinite(array)) for array in jax.tree.leaves(moments)]
+        return arrays, Facts(
+            jnp.all(jnp.stack(finite)),
+            jnp.all(jnp.isfinite(solution.weight)),
+            is_exact(solution.mask, counts, pattern),
+            jnp.sum(~solution.mask, axis=(1, 2), dtype=jnp.int32),
+            moments.rows,
+            solution.damping,
+            relative_error(problem, masked, problem.bias),
+            relative_error(problem, rounded, moved),
+        )
+
+    return solve_layer
 
 
 def _times_inverse(rows: jax.Array, root: jax.Array) -> jax.Array:

@@ -14,13 +14,12 @@ import numpy as np
 from jaxprune.calibration.batches import Batch, batches_of
 from jaxprune.calibration.gathering import Found, gather
 from jaxprune.calibration.matrices import UnknownRowsError
-from jaxprune.calibration.parts import Part, parts_of
+from jaxprune.calibration.parts import Part, View, parts_of
 from jaxprune.calibration.survey import Site, Survey, survey
 from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import layer_name
 from jaxprune.tree.tables import shorten, text_lines
 from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Params, Where
@@ -49,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class _Network:
-    """What does not change of a network that was calibrated; compared by identity, as static data of a pytree."""
+    """What does not change of a calibrated network; compared by identity, as static data of a pytree."""
 
     def __init__(
         self,
@@ -207,12 +206,12 @@ class Statistics:
         self._check_path(path)
         total: Any = 0
         for part in self._network.parts[path]:
-            axes = part.stack_axes
+            matrix, axes = part.matrix, part.matrix.stack_axes
             layers = jnp.moveaxis(leaf, axes, range(len(axes)))
             layer_shape = layers.shape[len(axes) :]
 
-            def mapped(layer: jax.Array, part: Part = part, layer_shape: Any = layer_shape) -> jax.Array:
-                spread, seen = part.spread(layer_shape, function(part.matrix(layer)))
+            def mapped(layer: jax.Array, matrix: View = matrix, layer_shape: Any = layer_shape) -> jax.Array:
+                spread, seen = matrix.spread(layer_shape, function(matrix.array(layer)))
                 return jnp.where(seen, spread, 0)
 
             of_layers = jax.vmap(mapped)(layers.reshape(-1, *layer_shape)).reshape(layers.shape)
@@ -311,9 +310,9 @@ def calibrate(
     summed over all batches, and over all products that read the same matrix. The function is traced, and its
     products are found in the trace, so nothing has to be named or wrapped: `dot_general` in any layout,
     convolutions (grouped, strided, dilated, transposed), ragged products, through `jit`, `remat`, custom
-    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each layer.
-    A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is named with
-    the reason in the table that printing gives.
+    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each
+    layer. A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is
+    named with the reason in the table that printing gives.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.

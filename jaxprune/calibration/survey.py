@@ -203,7 +203,7 @@ class _Surveyor:
         if any(True for _ in inner_jaxprs(eqn)):
             self.hidden(eqn, args)
         elif (moved := self.moved(eqn, args, flows)) is not None:
-            moved.made_by = made_by  # also what the other operand of a sum is computed from
+            moved.made_by |= made_by  # of all that were added
             return [moved]
         return [_Flow(made_by) for _ in eqn.outvars]
 

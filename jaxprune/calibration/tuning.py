@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from jaxprune.tree.leaves import is_array
+from jaxprune.calibration.programs import Programs
 
 Objective = Callable[[Any, Any, Any], jax.Array]
 """`objective(tuned, fixed, batch)`: the loss of a batch, a scalar; all three are trees of arrays."""
@@ -53,24 +53,37 @@ class Plan(NamedTuple):
     seed: int
 
 
-class Programs(NamedTuple):
-    """The compiled parts of a tuning, to be used again for arrays of the same shapes.
+def tune(
+    name: str,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    tuned: Any,
+    fixed: Any,
+    batches: Sequence[Any],
+    held_out: Sequence[Any],
+    plan: Plan,
+    note: Callable[[Evaluation], None],
+    programs: Programs,
+) -> Any:
+    """Return the arrays that had the lowest loss on the held-out batches; those given are among them.
 
-    Attributes:
-      chunk: `chunk(tuned, opt_state, fixed, stacked, count)` takes `count` steps, on that many of the stacked
-        batches, and returns the new arrays, the new state and the sum of the losses.
-      evaluate: `evaluate(tuned, fixed, batch)`.
+    Each pass over the batches takes them in a new order. Each evaluation is noted.
+
+    Raises:
+      ValueError: the loss is not finite before the first step.
     """
-
-    chunk: Callable[..., Any]
-    evaluate: Callable[..., Any]
-
-
-def programs(objective: Objective, tx: optax.GradientTransformation) -> Programs:
-    """Return the compiled parts for an objective and an optimizer."""
     optimizer = optax.with_extra_args_support(tx)
+    compiled: dict[Any, Callable[..., Any]] = {}
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        key = function, _shapes(arguments)
+        if key not in compiled:
+            compiled[key] = programs.compiled(function, *arguments)
+        return compiled[key](*arguments)
 
     def chunk(tuned: Any, opt_state: Any, fixed: Any, stacked: Any, count: Any) -> Any:
+        """Take `count` steps, on as many of the stacked batches; return the sum of the losses besides."""
+
         def step(number: Any, state: Any) -> Any:
             tuned, opt_state, total = state
             batch = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, 0, keepdims=False), stacked)
@@ -85,32 +98,10 @@ def programs(objective: Objective, tx: optax.GradientTransformation) -> Programs
 
         return lax.fori_loop(0, count, step, (tuned, opt_state, jnp.zeros((), jnp.float32)))
 
-    return Programs(jax.jit(chunk), jax.jit(objective))
-
-
-def tune(
-    name: str,
-    made: Programs,
-    tuned: Any,
-    opt_state: Any,
-    fixed: Any,
-    batches: Sequence[Any],
-    held_out: Sequence[Any],
-    plan: Plan,
-    note: Callable[[Evaluation], None],
-) -> Any:
-    """Return the arrays that had the lowest loss on the held-out batches; those given are among them.
-
-    Each pass over the batches takes them in a new order. Each evaluation is noted.
-
-    Raises:
-      ValueError: the loss is not finite before the first step.
-    """
-
     def evaluate(tuned: Any) -> float:
-        return float(np.mean([float(made.evaluate(tuned, fixed, batch)) for batch in held_out]))
+        return float(np.mean([float(run(objective, tuned, fixed, batch)) for batch in held_out]))
 
-    best, lowest = tuned, evaluate(tuned)
+    opt_state, best, lowest = tx.init(tuned), tuned, evaluate(tuned)
     if not np.isfinite(lowest):
         raise ValueError(
             f"recover: the loss of {name} on the held-out batches is {lowest} before any step: the outputs "
@@ -125,7 +116,7 @@ def tune(
         now, order = order[:count], order[count:]
         total = jnp.zeros((), jnp.float32)
         for stacked, number in _stacks([batches[n] for n in now], plan.every):
-            tuned, opt_state, losses = made.chunk(tuned, opt_state, fixed, stacked, number)
+            tuned, opt_state, losses = run(chunk, tuned, opt_state, fixed, stacked, jnp.asarray(number))
             total += losses
         taken += count
         value = evaluate(tuned)
@@ -136,12 +127,16 @@ def tune(
     return best
 
 
+def _shapes(tree: Any) -> tuple[Any, ...]:
+    return tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree))
+
+
 def _stacks(batches: Sequence[Any], size: int) -> list[tuple[Any, int]]:
     """Stack the batches of each shape, filled up to `size`, and say how many there are.
 
     The stacks of all chunks have the same shapes, so that there is one program for each shape of a batch.
     """
-    shapes = [tuple((x.shape, jnp.result_type(x)) for x in jax.tree.leaves(batch)) for batch in batches]
+    shapes = list(map(_shapes, batches))
     made = []
     for shape in Counter(shapes):
         some = [batch for batch, own in zip(batches, shapes, strict=True) if own == shape]
@@ -152,42 +147,3 @@ def _stacks(batches: Sequence[Any], size: int) -> list[tuple[Any, int]]:
 
 def _stack(*arrays: Any) -> Any:
     return np.stack(arrays) if all(isinstance(x, np.ndarray) for x in arrays) else jnp.stack(arrays)
-
-
-def check_batches(batches: Any, name: str) -> list[Any]:
-    """Return a list of batches, checked: of arrays, and all of one structure.
-
-    Raises:
-      ValueError: there are none, or their structures differ.
-      TypeError: they are not a sequence of batches of arrays.
-    """
-    if is_array(batches) or isinstance(batches, (str, bytes, dict)) or not hasattr(batches, "__iter__"):
-        raise TypeError(
-            f"{name} must be a list of batches, got {type(batches).__name__}. A single batch is [batch]; an "
-            "array of examples is split by jnp.split."
-        )
-    listed = list(batches)
-    if not listed:
-        raise ValueError(f"{name} is empty: pass at least one batch.")
-    first = jax.tree.structure(listed[0])
-    for number, batch in enumerate(listed):
-        if (structure := jax.tree.structure(batch)) != first:
-            raise ValueError(
-                f"{name}[{number}] has the structure {structure}, but {name}[0] has {first}: all batches "
-                "must be alike."
-            )
-        if not all(map(is_array, jax.tree.leaves(batch))):
-            wrong = next(leaf for leaf in jax.tree.leaves(batch) if not is_array(leaf))
-            raise TypeError(
-                f"{name}[{number}] holds {wrong!r}, which is no array. Settings go in by "
-                "functools.partial(apply_fn, train=False)."
-            )
-    return listed
-
-
-def as_arguments(batch: Any) -> tuple[Any, ...]:
-    """Return the arguments after the params: a batch that is a tuple is unpacked, anything else is one.
-
-    A named tuple is one argument, as a dict is.
-    """
-    return tuple(batch) if type(batch) is tuple else (batch,)

@@ -18,6 +18,9 @@ ValueError if `batch` is missing or `where` matches nothing. Entries that a crit
 NaN, which `prune_once` refuses to rank.
 """
 
+# Of residual blocks, for structures.layers
+from jaxprune.scores.blocks import block_influence
+
 # From weights and statistics of what each layer reads
 from jaxprune.scores.calibrated import flap, obs_diagonal, ria, wanda
 
@@ -38,6 +41,7 @@ from jaxprune.scores.weights import lamp, magnitude, normalized_magnitude, rando
 
 __all__ = [
     "apoz",
+    "block_influence",
     "bn_scale",
     "brute_force",
     "fisher",

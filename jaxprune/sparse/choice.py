@@ -115,7 +115,7 @@ def given(kernel: Kernel, forms: Mapping[str, str]) -> Chosen:
 def _packed(kernel: Kernel, form: str) -> Any:
     """Return a kernel in a form, or a text that says why the form does not suit."""
     if form not in kernel.layer.forms:
-        return "its product is no convolution"
+        return f"its product is {'no' if kernel.layer.conv is None else 'a'} convolution"
     return kernel.layer.forms[form].pack(kernel.matrix)
 
 

@@ -62,7 +62,7 @@ def layers(
 
     References:
       Elhoushi et al., "LayerSkip", ACL 2024, and Men et al., "ShortGPT", arXiv:2403.03853, drop whole
-      layers; they rank them by how much a layer changes its input, which is a score and not a structure.
+      layers; the second ranks them by how much a layer changes its input: `scores.block_influence`.
     """
     check_function(reduce, "reduce=", "of stacked scores and an axis, such as jnp.mean")
     reducer(norm)  # raises if it is none

@@ -315,7 +315,7 @@ def every_step(eqn: "JaxprEqn", args: Sequence[Any]) -> list[Any]:
             known.versions = source
         return known
 
-    inside = inside_scan(eqn, args, [None] * len(args), loop)
+    inside = inside_scan(eqn, args, [None] * len(args), loop=loop)
     return [of_all(*pair) for pair in zip(args, inside, strict=True)]
 
 

@@ -1,9 +1,9 @@
 """A kernel as a view of one leaf: each of its entries is one entry of the leaf, times a constant.
 
 A network seldom multiplies by a leaf itself. It transposes the leaf, cuts it in three, splits an axis into
-heads, casts it, scales it. `LeafView` follows such a value back to the leaf. It is a linear map from (one layer
-of) the leaf to the value, so that its transpose, `jax.linear_transpose`, carries a changed kernel back to the
-leaf, and no operation needs an inverse of its own.
+heads, casts it, scales it. `LeafView` follows such a value back to the leaf. It is a linear map from (one
+layer of) the leaf to the value, so that its transpose, `jax.linear_transpose`, carries a changed kernel back
+to the leaf, and no operation needs an inverse of its own.
 
 Beside the map it knows of each axis of the value which axes of the leaf it runs along. A reshape may split an
 axis of the leaf into several factors, or join factors of several axes.

@@ -34,7 +34,7 @@ class Hooks:
         self.weights.setdefault(path, {}).setdefault(layer, []).append(weight.ravel())
 
     def expected(self, path):
-        """Return, through all layers, how many rows there are for each column, their sums, and Gram matrix."""
+        """Return how many rows there are for each column of all layers, their sums, and the Gram matrix."""
         counts, sums, blocks = [], [], []
         for layer in sorted(self.rows[path]):
             x, w = np.concatenate(self.rows[path][layer]), np.concatenate(self.weights[path][layer])

@@ -244,7 +244,7 @@ def test_bad_input():
     stats = jp.calibrate(apply, params, [x], statistics="gram")
     with pytest.raises(ValueError, match=r"needs Gram matrices, and these statistics are norms: .*\"gram\""):
         jp.reconstruct(params, masks, norms)
-    with pytest.raises(TypeError, match="needs what jaxprune.calibrate returns as stats, got "):
+    with pytest.raises(TypeError, match=r"needs what jaxprune\.calibrate returns as stats, got "):
         jp.reconstruct(params, masks, {"w": 1})
     with pytest.raises(TypeError, match="steps"):
         jp.reconstruct(params, masks, stats, steps=1.5)

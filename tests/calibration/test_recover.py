@@ -12,7 +12,9 @@ from flax import nnx
 from jax import lax
 
 import jaxprune as jp
+from jaxprune.calibration import recovery
 from jaxprune.calibration.blocks import Network, find_blocks
+from jaxprune.calibration.programs import Programs
 from jaxprune.tracing.jaxprs import split_static
 
 WIDTH, DEPTH = 6, 3
@@ -70,6 +72,9 @@ def by_hand(
     params = best = jp.apply_masks(start, masks)
     state, rng, order, now = tx.init(params), np.random.default_rng(0), [], []
 
+    loss_of = jax.jit(loss_of)
+    update, gradient = jax.jit(tx.update), jax.jit(jax.grad(loss_of))
+
     def value(params: Any) -> float:
         return float(np.mean([loss_of(params, batch) for batch in held_out]))
 
@@ -81,7 +86,7 @@ def by_hand(
             now, order = order[:every], order[every:]
             shapes = [batches[n].shape for n in now]
             now = sorted(now, key=lambda n, shapes=shapes: shapes.index(batches[n].shape))
-        updates, state = tx.update(jax.grad(loss_of)(params, batches[now.pop(0)]), state, params)
+        updates, state = update(gradient(params, batches[now.pop(0)]), state, params)
         params = optax.apply_updates(params, updates)
         if (step + 1) % every == 0 and value(params) < lowest:
             best, lowest = params, value(params)
@@ -245,33 +250,41 @@ def test_the_blocks_run_one_after_the_other_are_the_network(model, params, input
     assert {path for path, _ in reads} == set(paths)
 
 
+def mixing(kernel: Any, x: Any, mask: Any) -> Any:
+    """A small layer that reads other tokens: those that the mask keeps."""
+    kept = mask[..., None].astype(x.dtype)
+    return x + jnp.tanh((x + jnp.sum(x * kept, 1, keepdims=True) / kept.sum(1, keepdims=True)) @ kernel)
+
+
+def small_params() -> Any:
+    return {
+        "table": normal(0, 9, WIDTH),
+        "layers": normal(1, DEPTH, WIDTH, WIDTH),
+        "head": normal(5, WIDTH, 9),
+    }
+
+
+def in_one_scan(params: Any, tokens: Any, mask: Any) -> Any:
+    x, _ = lax.scan(lambda x, p: (mixing(p, x, mask), None), params["table"][tokens], params["layers"])
+    return x @ params["head"]
+
+
+def in_scans_of_one(params: Any, tokens: Any, mask: Any) -> Any:
+    """Each layer is one equation, and so one block."""
+    x = params["table"][tokens]
+    for p in params["layers"]:
+        x, _ = lax.scan(lambda x, p: (mixing(p, x, mask), None), x, p[None])
+    return x @ params["head"]
+
+
 def test_layers_in_a_scan_are_tuned_as_layers_written_out():
-    dense = stacked_params()
+    dense = small_params()
     masks = jp.prune_once(dense, jp.scores.magnitude, sparsity=0.4, scope="layerwise")
-    where = jp.matching("layers/*")
-    options: Any = {"steps": 6, "every": 3, "by_block": True, "where": where}
-
-    def in_one_scan(params: Any, tokens: Any, mask: Any) -> Any:
-        bias = jnp.where(mask, 0.0, -1e9)
-        return (
-            lax.scan(lambda x, p: (layer(p, x, bias), None), params["table"][tokens], params["layers"])[0]
-            @ params["head"]
-        )
-
-    def in_scans_of_one(params: Any, tokens: Any, mask: Any) -> Any:
-        """Each layer is one equation, and so one block."""
-        bias = jnp.where(mask, 0.0, -1e9)
-        x = params["table"][tokens]
-        for p in params["layers"]:
-            one = jax.tree.map(lambda leaf: leaf[None], p)
-            x, _ = lax.scan(lambda x, p: (layer(p, x, bias), None), x, one)
-        return x @ params["head"]
-
-    done = jp.recover(in_one_scan, dense, masks, text_batches(), optax.sgd(0.1), teacher=dense, **options)
+    options: Any = {"steps": 6, "every": 3, "by_block": True, "where": jp.matching("layers*")}
+    tx, batches = optax.sgd(0.1), text_batches()
+    done = jp.recover(in_one_scan, dense, masks, batches, tx, teacher=dense, **options)
     flat, flat_masks = unrolled_params(dense), unrolled_params(masks)
-    other = jp.recover(
-        in_scans_of_one, flat, flat_masks, text_batches(), optax.sgd(0.1), teacher=flat, **options
-    )
+    other = jp.recover(in_scans_of_one, flat, flat_masks, batches, tx, teacher=flat, **options)
     assert done.report.after < 0.9 * done.report.before
     close(unrolled_params(done.params), other.params, 1e-4)
     np.testing.assert_array_equal(done.params["head"], jp.apply_masks(dense, masks)["head"])
@@ -421,6 +434,59 @@ def test_modules_of_libraries(library, by_block):
     assert done.report.after < 0.7 * done.report.before
 
 
+@pytest.mark.parametrize("by_block", [False, True])
+def test_padding_does_not_count(by_block):
+    """What stands where the weights are 0 changes nothing."""
+    dense = small_params()
+    masks = jp.prune_once(dense, jp.scores.magnitude, sparsity=0.4)
+    rng = np.random.default_rng(5)
+
+    def other_padding(tokens: Any, mask: Any) -> Any:
+        return jnp.where(mask, tokens, jnp.asarray(rng.integers(0, 9, tokens.shape))), mask
+
+    def run(batches: Any, weights: Any) -> Any:
+        return jp.recover(
+            in_one_scan,
+            dense,
+            masks,
+            batches,
+            optax.sgd(0.05),
+            teacher=dense,
+            steps=4,
+            every=2,
+            by_block=by_block,
+            weights=weights,
+        )
+
+    first = text_batches()
+    second = [other_padding(*batch) for batch in first]
+    done = run(first, lambda tokens, mask: mask)
+    close(done.params, run(second, [mask for _, mask in second]).params)
+
+    tokens, mask = first[-1]
+    gap = in_one_scan(jp.apply_masks(dense, masks), tokens, mask) - in_one_scan(dense, tokens, mask)
+    np.testing.assert_allclose(done.report.before, np.mean(np.asarray(gap)[np.asarray(mask)] ** 2), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"(?s)weights.*\(7,\)"):
+        run(first, lambda tokens, mask: mask[0])
+
+
+def test_equal_layers_share_their_programs(monkeypatch):
+    made: list[Programs] = []
+    monkeypatch.setattr(recovery, "Programs", lambda: made.append(Programs()) or made[-1])
+
+    def written_out(params: Any, tokens: Any, mask: Any) -> Any:
+        x = params["table"][tokens]
+        for p in params["layers"]:
+            x = mixing(p, x, mask)
+        return x @ params["head"]
+
+    dense, batches = unrolled_params(small_params()), text_batches(3)
+    for depth in (2, 3):
+        params = dense | {"layers": dense["layers"][:depth]}
+        jp.recover(written_out, params, half(params), batches, teacher=params, steps=1, by_block=True)
+    assert len(made[0]) == len(made[1]) > 0
+
+
 def test_a_dict_is_one_input_and_packed_masks_are_masks():
     dense = mlp_params()
     batches = [{"x": x} for x in correlated(0, 4, 8)]
@@ -438,17 +504,17 @@ def test_a_dict_is_one_input_and_packed_masks_are_masks():
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        ({"batches": []}, ValueError, "batches is empty"),
-        ({"batches": jnp.ones((4, WIDTH))}, TypeError, "must be a list of batches"),
+        ({"batches": []}, ValueError, "got no batch"),
+        ({"batches": jnp.ones((4, WIDTH))}, TypeError, "needs a list of batches"),
         ({"batches": correlated(0, 1, 4)}, ValueError, "one batch"),
         (
-            {"batches": [jnp.ones((2, WIDTH)), (jnp.ones((2, WIDTH)),)]},
+            {"batches": [jnp.ones((2, WIDTH)), {"x": jnp.ones((2, WIDTH))}]},
             ValueError,
-            r"batches\[1\] has the structure",
+            "batch 1 has the structure",
         ),
         ({"batches": [(jnp.ones((2, WIDTH)), True)] * 2}, TypeError, "functools.partial"),
         ({"held_out": 1.5}, ValueError, "a fraction between 0 and 1"),
-        ({"held_out": [(jnp.ones((2, WIDTH)),)]}, ValueError, r"held_out\[1\] has the structure"),
+        ({"held_out": [{"x": jnp.ones((2, WIDTH))}]}, ValueError, "held_out has batches of the structure"),
         ({"teacher": {"a": jnp.ones(3)}}, ValueError, "teacher must have the tree structure"),
         ({"teacher": mlp}, TypeError, "teacher must be the dense params"),
         ({"masks": {"a": jnp.ones(3, bool)}}, ValueError, "masks must have"),

@@ -203,7 +203,7 @@ def test_wrong_arguments_are_named():
         return {"mean": state["mean"] + x.mean(0)}
 
     state = {"mean": jnp.ones(WIDTH)}
-    with pytest.raises(ValueError, match="batches is empty"):
+    with pytest.raises(ValueError, match="got no batch"):
         jp.reestimate_statistics(total, state, [])
     with pytest.raises(ValueError, match="a weight of 1"):
         jp.reestimate_statistics(total, state, batches())

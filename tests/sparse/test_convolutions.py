@@ -72,7 +72,7 @@ def suits(form, matrix, window, groups):
         return window[1] == 1
     if form == "padded":
         return not isinstance(FORMS["padded"].pack(matrix), str)
-    if groups > 1 or form == "blocks":  # no kernel here has 16 outputs
+    if groups > 1 or form in ("blocks", "windows"):  # no kernel here has 16 outputs; windows are for products
         return False
     kernel = matrix.reshape(len(matrix), -1, window[1])
     return form != "compact" or not (kernel.any((1, 2)).all() and kernel.any((0, 1)).all())

@@ -31,7 +31,7 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
     they need R itself and the inverses of its diagonal blocks alone, which saves inverting twice.
 
     d starts as `damping`. While a matrix has no factor in float32, because a pivot is not positive or is
-    smaller than the rounding error of its diagonal entry, its d is multiplied by 10 (and is at least .001),
+    smaller than the rounding error of its diagonal entry, its d is multiplied by 10 (and is at least 1e-6),
     up to 1.
 
     Args:
@@ -58,7 +58,7 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
 
     def raised(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         relative, _, sound = state
-        more = jnp.minimum(jnp.maximum(10 * relative, 1e-3), MAX_DAMPING)
+        more = jnp.minimum(jnp.maximum(10 * relative, 1e-6), MAX_DAMPING)
         relative = jnp.where(sound, relative, more)
         return relative, *attempt(relative)
 
@@ -72,3 +72,23 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
 def _with_diagonal(matrices: jax.Array, diagonal: jax.Array) -> jax.Array:
     identity = jnp.eye(matrices.shape[-1], dtype=bool)
     return jnp.where(identity, diagonal[:, :, None], matrices)
+
+
+def scaled_to_ones(gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale inputs so that their squares sum to 1; dead inputs are taken to do so.
+
+    Returns:
+      `H_ij / (s_i s_j)`, with ones on the diagonal, and s (B, in). Weights times s belong to it.
+    """
+    gram = with_ones_for_dead(gram)
+    sizes = jnp.sqrt(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    return gram / sizes[:, :, None] / sizes[:, None, :], sizes
+
+
+def damped_gram(gram: jax.Array, damping: float) -> jax.Array:
+    """Return Gram matrices with as much damping as factorising them takes."""
+    _, relative = damped_factor(gram, damping)
+    gram = with_ones_for_dead(gram)
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    mean = jnp.mean(diagonal, axis=-1, keepdims=True)
+    return _with_diagonal(gram, diagonal + relative[:, None] * mean)
