@@ -41,21 +41,19 @@ def batches_of(
       caller: for messages.
 
     Raises:
-      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are as
-        many as other batches.
+      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are
+        as many as other batches.
       TypeError: `batches` is one array, or one dict.
     """
     if is_array(batches) or isinstance(batches, dict) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{caller} needs a list of batches, got {shown(batches)}. For one batch pass [batch]."
-        )
+        raise TypeError(f"{caller} needs a list of batches, got {_got(batches)}. For one batch pass [batch].")
     if not callable(weights) and (
         is_array(weights)
         or not isinstance(weights, (Iterable, type(None)))
         or isinstance(weights, (str, dict))
     ):
         raise TypeError(
-            f"weights= needs an array for each batch, in a list, or a function; got {shown(weights)}."
+            f"weights= needs an array for each batch, in a list, or a function; got {_got(weights)}."
         )
     each_weight: Iterable[Any] = () if weights is None or callable(weights) else weights
     listed = weights is not None and not callable(weights)
@@ -85,6 +83,10 @@ def batches_of(
         raise ValueError(
             f"{caller} got no batch: pass a list of one or more, such as [x]. A generator can be used once."
         )
+
+
+def _got(value: Any) -> str:
+    return describe(value) if is_array(value) else shown(value)
 
 
 def _check_inputs(inputs: tuple[Any, ...], number: int, caller: str) -> None:

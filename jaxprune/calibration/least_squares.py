@@ -34,8 +34,9 @@ def reconstruct(params: Params, masks: Masks, stats: Statistics, *, steps: int =
         the least error; as many as a layer has inputs reach it.
 
     Returns:
-      The params, exactly 0 where pruned. Leaves without statistics are masked and otherwise as they were, and so
-      are layers of which nothing is pruned, to the bit. Solved in float32, rounded once to the leaf's dtype.
+      The params, exactly 0 where pruned. Leaves without statistics are masked and otherwise as they were, and
+      so are layers of which nothing is pruned, to the bit. Solved in float32, rounded once to the leaf's
+      dtype.
 
     Raises:
       ValueError: statistics without Gram matrices, params that changed since `calibrate`, masks that do not

@@ -144,8 +144,8 @@ def scan_with_weights(
         outputs of the scan's own body, what is known of these, and any tree of arrays besides. It is called
         until what it returns for the carry agrees with what it was given, two times as a rule and once if
         it returns the same arrays of weights. The last call counts.
-      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like these,
-        which are summed over the steps without storing them for each.
+      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like
+        these, which are summed over the steps without storing them for each.
 
     Returns:
       The outputs of the scan; what is known of each; and the trees of all steps, stacked along a new first

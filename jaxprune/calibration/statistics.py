@@ -4,6 +4,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +20,8 @@ from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import layer_name
 from jaxprune.tree.tables import shorten, text_lines
-from jaxprune.tree.where import check_where
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Params, Where
 
 What = Literal["squares", "mean", "variance", "rows", "inverse_diagonal"]
@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class _Network:
-    """What does not change of a network that was calibrated; compared by identity, as static data of a pytree."""
+    """What does not change of a calibrated network; compared by identity, as static data of a pytree."""
 
     def __init__(
         self,
@@ -271,9 +271,10 @@ class Statistics:
                 for index in part.layers():
                     name = part.name(index)
                     text = "-" if seen is None else _rows_text(seen[index])
-                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-21:]))
+                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-18:]))
         lines = text_lines("{:<32}{:>12}{:>5}{:>11}  {}", *rows)
-        lines += [f"{path}: {why}" for path, why in self._network.reasons.items()]
+        for path, why in self._network.reasons.items():
+            lines += wrap(f"{path}: {why}", 80, subsequent_indent="  ", break_on_hyphens=False)
         if self.statistics == "gram":
             lines.append(f"Gram matrices: {_bytes_text(self.nbytes)}")
         return "\n".join(lines)
@@ -309,9 +310,9 @@ def calibrate(
     summed over all batches, and over all products that read the same matrix. The function is traced, and its
     products are found in the trace, so nothing has to be named or wrapped: `dot_general` in any layout,
     convolutions (grouped, strided, dilated, transposed), ragged products, through `jit`, `remat`, custom
-    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each layer.
-    A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is named with
-    the reason in the table that printing gives.
+    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each
+    layer. A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is
+    named with the reason in the table that printing gives.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.
@@ -444,12 +445,13 @@ def chosen_parts(
     reasons = dict(found.refused)
     if where is not None:
         check_where(where)
+    biases = {site.bias.view.path for site in found.sites if site.bias is not None}
     everything_last = all(site.is_last for site in found.sites)
     parts: dict[str, list[Part]] = {}
     for path in leaves:
         sites = by_path.get(path)
         if sites is None:
-            if len(leaves[path].shape) > 1:
+            if path not in biases and kernels(path, leaves[path]):
                 reasons.setdefault(path, "no product multiplies it by data")
         elif where is None and not everything_last and all(site.is_last for site in sites):
             reasons[path] = (

@@ -79,9 +79,10 @@ def dense_layer(p, x):
 
 
 def convolution_layer(p, x):
-    return lax.conv_general_dilated(
-        x, p["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    ) + p["b"]
+    return (
+        lax.conv_general_dilated(x, p["w"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        + p["b"]
+    )
 
 
 def heads_layer(p, x):
@@ -129,7 +130,15 @@ LAYERS = [
     (dense_layer, (8, 5), (5,), (40, 8), (0,), as_rows, lambda s: along(s, 0)),
     (convolution_layer, (2, 2, 3, 4), (4,), (4, 5, 5, 3), (0, 1, 2), windows, lambda s: along(s, 0, 1, 2)),
     (heads_layer, (6, 2, 3), (2, 3), (8, 5, 6), (0,), as_rows, lambda s: along(s, 0)),
-    (output_projection, (2, 3, 6), (6,), (40, 2, 3), (0, 1), lambda x: x.reshape(-1, 6), lambda s: along(s, 0, 1)),
+    (
+        output_projection,
+        (2, 3, 6),
+        (6,),
+        (40, 2, 3),
+        (0, 1),
+        lambda x: x.reshape(-1, 6),
+        lambda s: along(s, 0, 1),
+    ),
     (residual_before_the_bias, (6, 6), (6,), (40, 6), (0,), as_rows, lambda s: along(s, 0)),
     (experts_layer, (3, 6, 4), (3, 4), (8, 5, 6), (1,), as_rows, lambda s: along(s, 1)),
     (experts_apart_layer, (3, 6, 4), (3, 4), (3, 30, 6), (1,), apart, lambda s: along(s, 0, 1)),
@@ -147,7 +156,9 @@ def test_biases_are_solved_for(case):
     masks = {"w": jnp.asarray(keep), "b": jnp.ones(bias, bool)}
     new = jp.reconstruct(params, masks, stats, steps=100)
     seen = rows(np.asarray(x, np.float64))
-    best, moved = solved(np.asarray(params["w"]), keep, reads(kernel), seen, contracted, np.asarray(params["b"]))
+    best, moved = solved(
+        np.asarray(params["w"]), keep, reads(kernel), seen, contracted, np.asarray(params["b"])
+    )
     close(new["w"], best, 1e-4)
     close(new["b"], moved, 1e-4)
     assert np.all(np.asarray(new["w"])[~keep] == 0)
@@ -233,7 +244,7 @@ def test_bad_input():
     stats = jp.calibrate(apply, params, [x], statistics="gram")
     with pytest.raises(ValueError, match=r"needs Gram matrices, and these statistics are norms: .*\"gram\""):
         jp.reconstruct(params, masks, norms)
-    with pytest.raises(TypeError, match="needs what jaxprune.calibrate returns as stats, got "):
+    with pytest.raises(TypeError, match=r"needs what jaxprune\.calibrate returns as stats, got "):
         jp.reconstruct(params, masks, {"w": 1})
     with pytest.raises(TypeError, match="steps"):
         jp.reconstruct(params, masks, stats, steps=1.5)
