@@ -13,8 +13,8 @@ class LayerRow(NamedTuple):
       part: which of several matrices that products read from the leaf; 0 if there is one.
       batch, outputs, inputs: the shape of its matrices.
       sparsity: the fraction of their entries that is pruned.
-      masked_error: the relative error of its output, `||Y - X M^T|| / ||Y||` with M the dense weights under the
-        mask: what masking alone would leave.
+      masked_error: the relative error of its output, `||Y - X M^T|| / ||Y||` with M the dense weights under
+        the mask: what masking alone would leave.
       error: the same with the weights that were solved for, rounded to the leaf's dtype.
       rows: how many rows were seen, of all matrices together.
       damping: what was added to the diagonal of its Gram matrix, a fraction of its mean: the largest of its

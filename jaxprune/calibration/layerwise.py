@@ -349,19 +349,19 @@ class _Layers:
         """Check what is known of a layer once it is solved."""
         if not facts.finite:
             raise ValueError(
-                f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares overflow. "
-                "Check the params, and the batches, on which the network runs."
+                f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its "
+                "squares overflow. Check the params, and the batches, on which the network runs."
             )
         if not facts.solved:
             raise ValueError(
-                f"{self.solver_name} returned weights that are not finite for {name} ({source}). Raise its damping=, or "
-                "pass more batches."
+                f"{self.solver_name} returned weights that are not finite for {name} ({source}). Raise its "
+                "damping=, or pass more batches."
             )
         if not facts.exact:
             raise ValueError(
-                f"{self.solver_name} returned a mask for {name} ({source}) that does not remove what was asked for: it "
-                f"removes {facts.removed.tolist()} entries. It must remove whole units of the pattern, exactly counts[b] "
-                "of matrix b, or of each output if pattern.per_output."
+                f"{self.solver_name} returned a mask for {name} ({source}) that does not remove what was "
+                f"asked for: it removes {facts.removed.tolist()} entries. It must remove whole units of the "
+                "pattern, exactly counts[b] of matrix b, or of each output if pattern.per_output."
             )
 
     def solver_of(self, pattern: Pattern) -> Callable[[Problem, Any], Any]:

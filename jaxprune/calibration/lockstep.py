@@ -1,15 +1,17 @@
 """A network run layer by layer, on all batches at once, with a stop before each product that is to be solved.
 
-`LockStep` walks the jaxpr of a network in the order in which it runs. It does not run an equation when it comes
-to it, but keeps it pending. When it comes to a product whose kernel is to be solved, it runs all pending
-equations as one program, a segment, for one batch after the other. So the data that the product reads is there
-for all batches, computed with the leaves as solved so far. Then the leaf is solved and replaced, and the walk
-goes on with the product itself. In all this is one forward pass.
+`LockStep` walks the jaxpr of a network in the order in which it runs. It does not run an equation when it
+comes to it, but keeps it pending. When it comes to a product whose kernel is to be solved, it runs all
+pending equations as one program, a segment, for one batch after the other. So the data that the product reads
+is there for all batches, computed with the leaves as solved so far. Then the leaf is solved and replaced, and
+the walk goes on with the product itself. In all this is one forward pass.
 
-The bodies of scans over stacked layers are walked once for each step. A kernel that is used in several places,
-as a recurrent one is, is solved at the first of them, on statistics that a pass of the whole network gathers.
+The bodies of scans over stacked layers are walked once for each step. A kernel that is used in several
+places, as a recurrent one is, is solved at the first of them, on statistics that a pass of the whole network
+gathers.
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
@@ -23,10 +25,10 @@ from jax import lax
 from jaxprune.calibration.gathering import gather, rows_of, run_with_weights
 from jaxprune.calibration.matrices import gram_of_rows, sums_of_rows
 from jaxprune.calibration.parts import Part
-from jaxprune.calibration.programs import Programs
+from jaxprune.calibration.programs import PROGRAMS
 from jaxprune.calibration.row_weights import Known, RowWeights, of_input
 from jaxprune.calibration.survey import Site
-from jaxprune.tracing.dataflow import ConstValue, Product, Visitor, passed_on, visit_products
+from jaxprune.tracing.dataflow import PRODUCTS, ConstValue, Product, Visitor, passed_on, visit_products
 from jaxprune.tracing.jaxprs import binder, close, of_first, scan_split
 from jaxprune.tracing.leaf_views import LeafView, of_leaf, slice_of_scan
 
@@ -44,7 +46,8 @@ class Moments(NamedTuple):
       rows: (batch,), how many rows.
       total: (batch, inputs), their sum.
       gram: (batch, inputs, inputs), the sum of x x^T.
-      dense_total: the sum of what the dense network has in place of these rows; None if that is not asked for.
+      dense_total: the sum of what the dense network has in place of these rows; None if that is not asked
+        for.
       dense_gram: the sum of y y^T, with y the dense network's rows.
       cross: the sum of y x^T.
     """
@@ -115,7 +118,7 @@ class LockStep:
 
     Attributes:
       leaves: by path, the leaves as solved so far.
-      programs: the programs compiled.
+      programs: the programs that segments and solvers run as.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class LockStep:
             for part in each
             for index in part.layers()
         }
-        self.programs, self.pending, self.last = Programs(), list[_Pending](), None
+        self.programs, self.pending, self.last = PROGRAMS, list[_Pending](), None
         self.refused: dict[str, str] = {}
         self.passes: dict[Any, Any] = {}
         self.solve: Solve = lambda part, index, moments: None
@@ -153,10 +156,8 @@ class LockStep:
         for name in self.names:
             path = of_first(name)
             values.append(self.input(name) if path is None else self.param(path))
-        try:
+        with contextlib.suppress(_AllSolvedError):
             self.walk(self.closed, values, ())
-        except _AllSolvedError:
-            pass
 
     def change(self, path: str, leaf: Any) -> None:
         """Replace a leaf."""
@@ -214,7 +215,7 @@ class LockStep:
         return visit_products(closed, values, Visitor(product, other, stamp), called_at, stack)
 
     def node(self, value: Any) -> _Node:
-        """Return a value that depends on data; an array that the trace closed over is the same on all batches."""
+        """Return a value as data; an array that the trace closed over is the same on all batches."""
         if isinstance(value, _Node):
             return value
         node = _Node(jax.typeof(value))
@@ -360,13 +361,10 @@ class LockStep:
         return nodes
 
     def kernel_of(self, eqn: "JaxprEqn", args: Sequence[Any]) -> str | None:
-        """Return the leaf that an equation multiplies by as the product at which that leaf was just solved."""
-        for position in range(min(2, len(args))):
-            view = args[position].view if isinstance(args[position], ConstValue) else None
-            if eqn.primitive.name in ("dot_general", "conv_general_dilated", "ragged_dot_general"):
-                if isinstance(view, LeafView):
-                    return view.path
-        return None
+        """Return the leaf that a product multiplies by; it was solved when the walk came to the product."""
+        views = [arg.view for arg in args[:2] if isinstance(arg, ConstValue)]
+        paths = [view.path for view in views if isinstance(view, LeafView)]
+        return paths[0] if paths and eqn.primitive.name in PRODUCTS else None
 
     def lanes(self, value: Any, version: int) -> list[_Lane]:
         """Return a value on all batches, in the network as solved so far (0) or in the dense one (1)."""

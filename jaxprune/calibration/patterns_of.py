@@ -27,16 +27,17 @@ def pattern_of(structure: Structure, per_output: bool, part: Part, name: str) ->
         n, m, axis = structure.n_of_m
         if form.run % m:
             raise ValueError(
-                f"{structure.name} on params[{name!r}]: its product ({part.site.source}) sums over an axis of size "
-                f"{form.run}, which {m} does not divide. Leave the leaf out with where=, or choose another group."
+                f"{structure.name} on params[{name!r}]: its product ({part.site.source}) sums over an axis "
+                f"of size {form.run}, which {m} does not divide. Leave the leaf out with where=, or choose "
+                "another group."
             )
         if axis is not None:
             ndim = 0 if view.axes is None else 1 + max(f.axis for fs in view.axes for f in fs)
             factors = [] if view.axes is None else [f.axis for f in view.axes[form.group_axis] if f.axis >= 0]
             if not factors or axis % ndim != factors[-1]:
                 raise ValueError(
-                    f"{structure.name} on params[{name!r}]: N:M groups run along the axis that the product sums "
-                    f"over{f', {factors[-1]}' if factors else ''}. Leave out axis=."
+                    f"{structure.name} on params[{name!r}]: N:M groups run along the axis that the product "
+                    f"sums over{f', {factors[-1]}' if factors else ''}. Leave out axis=."
                 )
         return Pattern("nm", per_output, n, m)
     if structure.tiles:
@@ -51,8 +52,9 @@ def _block(structure: Structure, part: Part, name: str) -> tuple[int, int]:
     """Return the sides of a block, outputs x inputs."""
     axes, form = part.site.view.axes, part.site.form
     refused = ValueError(
-        f"{structure.name} on params[{name!r}]: its blocks do not lie along the last axis of its outputs and the last "
-        f"that its product ({part.site.source}) sums over, or do not divide them. Leave the leaf out with where=."
+        f"{structure.name} on params[{name!r}]: its blocks do not lie along the last axis of its outputs and "
+        f"the last that its product ({part.site.source}) sums over, or do not divide them. Leave the leaf out "
+        "with where=."
     )
     if axes is None or any(len([f for f in fs if f.size > 1]) > 1 for fs in axes):
         raise refused

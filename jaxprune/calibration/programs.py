@@ -1,23 +1,35 @@
 """Compiled programs that are found again by what they compute, in place of the function that they come from.
 
-The layers of a network are often alike: the jaxpr of one differs from that of the next in its variables alone. So a
-program is looked up by the text of its jaxpr, and a network of many equal layers compiles as many programs as one of
-two.
+The layers of a network are often alike: the jaxpr of one differs from that of the next in its variables
+alone. So a program is looked up by the text of its jaxpr. A network of many equal layers compiles as many
+programs as one of two, and a second run with the same shapes compiles none.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jaxprune.tracing.jaxprs import nested_jaxprs
 
+_SMALL = 4096
+"""The most entries of a constant that is compared by its content."""
+
 
 class Programs:
-    """The programs compiled so far."""
+    """The programs compiled so far, those used last.
 
-    def __init__(self):
-        self._compiled: dict[Any, tuple[Callable[..., Any], Any]] = {}
+    Args:
+      most: how many are kept.
+    """
+
+    def __init__(self, most: int = 256):
+        self._most = most
+        self._compiled: OrderedDict[Any, tuple[Callable[..., Any], Any]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -27,20 +39,24 @@ class Programs:
 
         Arrays that the function closes over become inputs of the program.
         """
-        from jax.extend.core import jaxpr_as_fun
+        from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
         treedef = jax.tree.structure(shapes)
-        # Constants inside the jaxprs of equations are not part of the text, and are told apart by identity.
+        # Constants inside the jaxprs of equations are not part of the text.
         inner = [const for one in nested_jaxprs(closed) for const in one.consts][len(closed.consts) :]
-        key = (str(closed.jaxpr), tuple(map(id, inner)))
+        key = (str(closed.jaxpr), tuple(map(_identity, inner)))
         if key not in self._compiled:
+            jaxpr = closed.jaxpr  # without the arrays, which would be kept as long as the program
 
             def run(consts: Any, arrays: Any) -> Any:
-                return jaxpr_as_fun(closed.replace(consts=consts))(*arrays)
+                return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*arrays)
 
             run.__name__ = function.__name__  # the name of the program in profiles
             self._compiled[key] = jax.jit(run), inner
+            if len(self._compiled) > self._most:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
         run, _ = self._compiled[key]
         consts = list(closed.consts)
 
@@ -48,3 +64,16 @@ class Programs:
             return treedef.unflatten(run(consts, jax.tree.leaves(arguments)))
 
         return call
+
+
+def _identity(const: Any) -> Any:
+    """Return what tells a constant from others: its content if it is small, else itself."""
+    concrete = isinstance(const, (np.ndarray, jax.Array)) and not isinstance(const, Tracer)
+    if concrete and const.size <= _SMALL and not jnp.issubdtype(const.dtype, jax.dtypes.extended):
+        array = np.asarray(const)
+        return array.dtype.name, array.shape, array.tobytes()
+    return id(const)  # the program keeps it, so that no other can have the same number
+
+
+PROGRAMS = Programs()
+"""Those of all runs in this process."""

@@ -37,13 +37,13 @@ class SavedLayers:
             different = [name for name in run if not isinstance(old, dict) or old.get(name) != run[name]]
             if different:
                 raise ValueError(
-                    f"checkpoint={os.fspath(folder)!r} is of another run: it differs in {', '.join(different)}. "
-                    "Pass another folder, or remove this one."
+                    f"checkpoint={os.fspath(folder)!r} is of another run: it differs in "
+                    f"{', '.join(different)}. Pass another folder, or remove this one."
                 )
         elif any(self.folder.iterdir()):
             raise ValueError(
-                f"checkpoint={os.fspath(folder)!r} holds other files, and no run of prune_layers. Pass a folder "
-                "of its own."
+                f"checkpoint={os.fspath(folder)!r} holds other files, and no run of prune_layers. Pass a "
+                "folder of its own."
             )
         else:
             with replacing(head) as new:

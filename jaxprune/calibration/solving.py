@@ -54,7 +54,8 @@ class Facts(NamedTuple):
       removed: how many entries were removed from each matrix, (batch,).
       rows: how many rows each matrix saw, (batch,).
       damping: that of each matrix, (batch,).
-      masked_error, error: the relative errors of the dense weights under the mask, and of the new ones as rounded.
+      masked_error, error: the relative errors of the dense weights under the mask, and of the new ones as
+        rounded.
     """
 
     finite: Any
@@ -126,7 +127,7 @@ def _checked(returned: Any, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Arra
 
 
 def is_exact(mask: Any, counts: Any, pattern: Pattern) -> jax.Array:
-    """Return whether a mask (batch, out, in) removes whole units, `counts` of them from each matrix or output."""
+    """Return whether a mask removes whole units, `counts` of them from each matrix or each output."""
     tall, wide = pattern.sides
     batch, outputs, inputs = mask.shape
     units = mask.reshape(batch, outputs // tall, tall, inputs // wide, wide)

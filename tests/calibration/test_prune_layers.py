@@ -134,7 +134,7 @@ def block(params: Any, x: Any, tap: Any = nothing, style: str = "pre", heads: in
 
 
 def block_params(seed: int, width: int = 16) -> Any:
-    shapes = {name: (width, width) for name in ("q", "k", "v", "out")}
+    shapes = dict.fromkeys(("q", "k", "v", "out"), (width, width))
     shapes |= {"up": (width, 2 * width), "down": (2 * width, width)}
     params = {name: kernel(seed + n, *shape) for n, (name, shape) in enumerate(shapes.items())}
     vectors = {name: normal(seed + 50, width) / 9 for name in ("out_bias", "down_bias")}
@@ -188,10 +188,9 @@ def leaf(params: Any, path: str) -> Any:
 
 
 def replaced(params: Any, path: str, new: Any) -> Any:
-    changed = jax.tree_util.tree_map_with_path(
+    return jax.tree_util.tree_map_with_path(
         lambda at, x: new if jax.tree_util.keystr(at, simple=True, separator="/") == path else x, params
     )
-    return changed
 
 
 def rows_of(apply_fn: Any, params: Any, batches: Any) -> dict[str, np.ndarray]:
@@ -206,7 +205,7 @@ def rows_of(apply_fn: Any, params: Any, batches: Any) -> dict[str, np.ndarray]:
 
 
 def by_hand(apply_fn: Any, params: Any, batches: Any, solver: Any, dense_target: bool) -> Any:
-    """Prune half of each layer but the last, in order, each on a whole run of the network as pruned so far."""
+    """Prune half of each layer but the last, in order, each on a run of the network as pruned so far."""
     masks, errors, now = {}, {}, params
     of_dense = rows_of(apply_fn, params, batches)
     for path in list(of_dense)[:-1]:
@@ -280,7 +279,7 @@ def compiled_by(function: Any) -> list[str]:
 
     def listen(event: str, duration_secs: float, **about: Any) -> None:
         if event.endswith("/backend_compile_duration"):
-            names.append(str(about.get("fun_name")))
+            names.append(str(about.get("fun_name")).removeprefix("jit(").removesuffix(")"))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
@@ -305,7 +304,7 @@ def residual_scanned(params: Any, x: Any) -> Any:
 
 def residual_params(depth: int) -> Any:
     layers = [
-        {"up": kernel(n, 8, 12), "bias": normal(n + 50, 12), "down": kernel(n + 80, 12, 8)}
+        {"up": kernel(n, 8, 14), "bias": normal(n + 50, 14), "down": kernel(n + 80, 14, 8)}
         for n in range(depth)
     ]
     return {"layers": layers, "head": kernel(9, 8, 4)}
@@ -322,10 +321,12 @@ def test_deeper_networks_compile_no_more_programs(scan):
             lambda: jp.prune_layers(apply_fn, params, batches, jacobi, sparsity=0.5, target="dense", refine=1)
         )
 
-    programs(3)  # what is compiled for shapes that all depths share
-    first = programs(2)
-    assert first
-    assert programs(4) == first == programs(8)
+    first, second = programs(2), programs(4)
+    assert scan or {"segment", "added", "solve_layer"} <= set(first)
+    # Eager operations on stacked leaves are compiled for each depth; segments and solvers never.
+    assert not {"segment", "added", "solve_layer"} & set(second)
+    assert second == programs(8)
+    assert scan or not second
 
 
 def test_layers_with_other_sparsities_share_their_programs():
@@ -336,7 +337,7 @@ def test_layers_with_other_sparsities_share_their_programs():
         return compiled_by(lambda: jp.prune_layers(residual, params, batches, jacobi, sparsity=sparsity))
 
     programs(0.5)
-    assert programs(0.5) == programs(each)
+    assert programs(each) == programs(0.5) == []
 
 
 # Batches
@@ -556,7 +557,7 @@ def test_sparsities_per_path_and_per_layer():
     each = {"layers/up": 0.25, "layers/up[1]": 0.75}
     done = jp.prune_layers(residual_scanned, params, [normal(0, 32, 8)], jacobi, sparsity=each)
     kept = np.sum(np.asarray(done.masks["layers"]["up"]), axis=(1, 2)).tolist()
-    assert kept == [72, 24, 72]
+    assert kept == [84, 28, 84]
     same(done.params["layers"]["down"], params["layers"]["down"])
     assert {row.name: row.sparsity for row in done.report.rows if "up" in row.name} == {
         "layers/up[0]": 0.25,
@@ -626,8 +627,8 @@ def progress(row):
     if row.name == "b":
         os.kill(os.getpid(), signal.SIGKILL)
 
-jp.prune_layers(mlp, mlp_params(), [normal(0, 40, 12)], jacobi, sparsity=0.5, refine=2, checkpoint=sys.argv[1],
-                progress=progress)
+jp.prune_layers(mlp, mlp_params(), [normal(0, 40, 12)], jacobi, sparsity=0.5, refine=2,
+                checkpoint=sys.argv[1], progress=progress)
 """
 
 
@@ -749,7 +750,7 @@ BAD = {
     "nan": ({"apply_fn": nan_at_b}, ValueError, r"data that params\['b'\] multiplies \(.*\) is NaN"),
     "no sparsity": ({"sparsity": None}, ValueError, "prune_layers needs sparsity="),
     "sparsity": ({"sparsity": 1.5}, ValueError, "sparsity"),
-    "unknown path": ({"sparsity": {"x": 0.5}}, ValueError, "sparsity names x, .* The layers: a, b, c"),
+    "unknown path": ({"sparsity": {"x": 0.5}}, ValueError, "sparsity names x, .* The layers are a, b, c"),
     "empty dict": ({"sparsity": {}}, ValueError, "empty dict"),
     "scope": ({"scope": "global"}, ValueError, "scope must be 'layerwise' or 'output', got 'global'"),
     "target": ({"target": 3}, ValueError, "target must be 'own' or 'dense'"),
