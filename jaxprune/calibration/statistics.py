@@ -600,7 +600,12 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
 def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
     """Return a checksum of each leaf that this process can read."""
     readable = {p: x for p, x in leaves.items() if not isinstance(x, jax.Array) or x.is_fully_addressable}
-    return {path: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)) for path, leaf in readable.items()}
+
+    def checksum(leaf: Any) -> int:
+        data: Any = np.ascontiguousarray(leaf).view(np.uint8)  # the leaf's own bytes, not a copy
+        return zlib.crc32(data)
+
+    return {path: checksum(leaf) for path, leaf in readable.items()}
 
 
 def _uses(part: Part) -> int:
@@ -615,7 +620,7 @@ def _rows_text(rows: np.ndarray) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def _bytes_text(size: int) -> str:
+def _bytes_text(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             return f"{size:.4g} {unit}"

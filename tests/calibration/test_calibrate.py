@@ -229,6 +229,7 @@ def test_statistics_pass_through_jit():
     damped = h + 0.01 * np.trace(h) / 4 * np.eye(4)
     wanted = np.broadcast_to(np.diagonal(np.linalg.inv(damped))[:, None], (4, 6))
     close(direct["inverse_diagonal"], wanted, 1e-4)
+    other: Any = "x"
     with pytest.raises(
         ValueError, match="'squares', 'mean', 'variance', 'rows' or 'inverse_diagonal', got 'x'"
     ):
