@@ -108,8 +108,8 @@ def _checked_weights(weight: Any, inputs: tuple[Any, ...], number: int, caller: 
     if not weight.ndim or not any(shape[: weight.ndim] == weight.shape for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(
-            f"{caller}: the weights of batch {number} have the shape {weight.shape}, which are not the first axes "
-            f"of any input: {listing}. Pass (batch,), or (batch, length) for tokens."
+            f"{caller}: the weights of batch {number} have the shape {weight.shape}, which are not the first "
+            f"axes of any input: {listing}. Pass (batch,), or (batch, length) for tokens."
         )
     if not bool(jnp.all(jnp.isfinite(weight) & (weight >= 0))):
         raise ValueError(f"{caller}: the weights of batch {number} must be finite, and 0 or more.")
@@ -143,8 +143,9 @@ def padded(batches: list[Batch], caller: str) -> list[Batch]:
         if [np.shape(leaf) for leaf in jax.tree.leaves(inputs)] != wanted:
             got = [np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)]
             raise ValueError(
-                f"{caller}: batch {number} has arrays of shapes {got}, and the largest batch {wanted}. They may differ "
-                "in the first axis alone: pad the others, and pass weights= with 0 for the padding."
+                f"{caller}: batch {number} has arrays of shapes {got}, and the largest batch {wanted}. They "
+                "may differ in the first axis alone: pad the others, and pass weights= with 0 for the "
+                "padding."
             )
         extra = jnp.zeros((most - rows, *weights.shape[1:]), jnp.float32)
         made.append(Batch(inputs, jnp.concatenate([weights, extra]), None))

@@ -135,8 +135,8 @@ class Statistics:
         axes = found.pop()
         if axes is None or found:
             raise ValueError(
-                f"the products that read params[{path!r}] do not sum over whole axes of it, so its outputs are "
-                "not slices of the leaf. Use scope='layerwise', or prune_layers, which sees its matrices."
+                f"the products that read params[{path!r}] do not sum over whole axes of it, so its outputs "
+                "are not slices of the leaf. Use scope='layerwise', or prune_layers, which sees its matrices."
             )
         return axes
 
@@ -417,9 +417,9 @@ class _Pass:
 def unknown_rows(path: str, source: str) -> ValueError:
     """Return the error for a product whose rows cannot be weighted."""
     return ValueError(
-        f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an operation on "
-        "the way mixes or reorders rows in a way that is not known. Leave the leaf out with where=, or leave out "
-        "weights= and pass batches of one size without padding."
+        f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an operation "
+        "on the way mixes or reorders rows in a way that is not known. Leave the leaf out with where=, or "
+        "leave out weights= and pass batches of one size without padding."
     )
 
 
@@ -563,8 +563,9 @@ def _check_bytes(parts: Mapping[str, Sequence[Part]], gram: bool, max_bytes: int
     largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
     listing = ", ".join(f"{path} {_bytes_text(sizes[path])}" for path in largest)
     raise ValueError(
-        f"the Gram matrices would take {_bytes_text(total)} ({listing}{', ...' if len(sizes) > 3 else ''}), more "
-        f"than max_bytes={max_bytes}, {_bytes_text(max_bytes)}. Raise max_bytes=, take fewer leaves with where=, "
+        f"the Gram matrices would take {_bytes_text(total)} ({listing}{', ...' if len(sizes) > 3 else ''}), "
+        f"more than max_bytes={max_bytes}, {_bytes_text(max_bytes)}. Raise max_bytes=, take fewer leaves "
+        "with where=, "
         'use statistics="norms", or prune_layers, which holds those of one layer at a time.'
     )
 
@@ -576,8 +577,9 @@ def _check_finite(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, Any]) 
                 if not all(bool(jnp.all(jnp.isfinite(array[index]))) for array in found.values()):
                     name = part.name(index)
                     raise ValueError(
-                        f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, or "
-                        "its squares overflow. Check the params, and the batches, on which the network runs."
+                        f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, "
+                        "or its squares overflow. Check the params, and the batches, on which the network "
+                        "runs."
                     )
 
 
@@ -588,9 +590,9 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
             if np.any(rows == 0):
                 where = ["[" + ",".join(map(str, i)) + "]" for i in np.argwhere(rows == 0)]
                 warnings.warn(
-                    f"{some_of(where)} of params[{path!r}] saw no row ({part.site.source}): an expert without "
-                    "tokens, or a branch that was not taken. Nothing is known of its inputs, so it is pruned by "
-                    "magnitude. More batches may reach it.",
+                    f"{some_of(where)} of params[{path!r}] saw no row ({part.site.source}): an expert "
+                    "without tokens, or a branch that was not taken. Nothing is known of its inputs, so it "
+                    "is pruned by magnitude. More batches may reach it.",
                     stacklevel=3,
                 )
 
@@ -598,7 +600,12 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
 def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
     """Return a checksum of each leaf that this process can read."""
     readable = {p: x for p, x in leaves.items() if not isinstance(x, jax.Array) or x.is_fully_addressable}
-    return {path: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)) for path, leaf in readable.items()}
+
+    def checksum(leaf: Any) -> int:
+        data: Any = np.ascontiguousarray(leaf).view(np.uint8)  # the leaf's own bytes, not a copy
+        return zlib.crc32(data)
+
+    return {path: checksum(leaf) for path, leaf in readable.items()}
 
 
 def _uses(part: Part) -> int:
@@ -613,7 +620,7 @@ def _rows_text(rows: np.ndarray) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def _bytes_text(size: int) -> str:
+def _bytes_text(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             return f"{size:.4g} {unit}"

@@ -9,7 +9,7 @@ import jaxprune as jp
 from tests.calibration.networks import NETWORKS
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
-NAMES = ("dense", "convolution_plain", "scan", "repeated")
+NAMES = ("convolution_plain", "scan", "repeated")
 
 
 def run():

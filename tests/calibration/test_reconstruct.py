@@ -1,5 +1,7 @@
 """`reconstruct` against least squares in numpy and float64, output by output."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -240,14 +242,15 @@ def test_bad_input():
         return x @ p["w"]
 
     masks = {"w": jnp.asarray(random_mask(1, (4, 3)))}
+    reconstruct: Any = jp.reconstruct
     norms = jp.calibrate(apply, params, [x])
     stats = jp.calibrate(apply, params, [x], statistics="gram")
     with pytest.raises(ValueError, match=r"needs Gram matrices, and these statistics are norms: .*\"gram\""):
         jp.reconstruct(params, masks, norms)
     with pytest.raises(TypeError, match=r"needs what jaxprune\.calibrate returns as stats, got "):
-        jp.reconstruct(params, masks, {"w": 1})
+        reconstruct(params, masks, {"w": 1})
     with pytest.raises(TypeError, match="steps"):
-        jp.reconstruct(params, masks, stats, steps=1.5)
+        reconstruct(params, masks, stats, steps=1.5)
     changed = {"w": params["w"] + 1}
     with pytest.raises(ValueError, match=r"params changed since calibrate: w.*stats.for_params\(params\)"):
         jp.reconstruct(changed, masks, stats)

@@ -1,5 +1,7 @@
 """Of the whole zoo, every product of a param with data is found, or refused by name."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +153,7 @@ class Watched:
             if isinstance(module, nn.Conv):
                 x = self.of_convolution(module, x)
             else:
-                axes = module.axis if isinstance(module, nn.DenseGeneral) else -1
+                axes: Any = module.axis if isinstance(module, nn.DenseGeneral) else -1
                 axes = [axis % x.ndim for axis in (axes if isinstance(axes, tuple) else (axes,))]
                 x = np.moveaxis(x, axes, range(-len(axes), 0))
                 x = x.reshape(-1, *x.shape[-len(axes) :])
@@ -188,7 +190,7 @@ def test_flax_linen_networks(name):
     assert len(watched.rows) >= 3 and {p.removeprefix("params/") for p in stats.paths} >= set(watched.rows)
     for path, rows in watched.rows.items():
         path = next(each for each in stats.paths if each.removeprefix("params/") == path)
-        squares = sum(np.sum(x * x, 0) for x in rows)
+        squares = np.sum(np.concatenate(rows) ** 2, 0)
         got = np.asarray(stats.per_entry(path, "squares"))
         close(
             got, np.broadcast_to(squares.reshape(*squares.shape, *[1] * (got.ndim - squares.ndim)), got.shape)
