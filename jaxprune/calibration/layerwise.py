@@ -19,7 +19,7 @@ from jaxprune.calibration.patterns_of import count_of, pattern_of
 from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
-from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, layer_solver, solve
+from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, reader, solve, writer
 from jaxprune.calibration.statistics import chosen_parts, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
@@ -315,13 +315,15 @@ class _Layers:
         bias = part.bias if self.settings.steps and count else None
         layer = view.layer(lock.leaves[view.path], index)
         added = None if bias is None else bias.layer(lock.leaves[bias.path], index)
-        arguments = layer, added, moments, np.full(form.batch, count, np.int32)
+        arguments = layer, added, moments
+        problem = lock.programs.compiled(reader(view, bias), *arguments)(*arguments)
+        counts = np.full(form.batch, count, np.int32)
         try:
-            function = layer_solver(view, bias, pattern, self.solver_of(pattern))
-            program = lock.programs.compiled(function, *arguments)
+            solver = self.solver_of(pattern, problem, counts)
         except WrongSolutionError as error:
             raise ValueError(f"{self.solver_name} on {name} ({part.site.source}) {error}") from None
-        arrays, facts = program(*arguments)
+        arguments = *arguments, counts, problem, solver(problem, counts)
+        arrays, facts = lock.programs.compiled(writer(view, bias, pattern), *arguments)(*arguments)
         facts = jax.device_get(facts)
         self.check(facts, name, part.site.source)
         row = LayerRow(
@@ -364,16 +366,19 @@ class _Layers:
                 "pattern, exactly counts[b] of matrix b, or of each output if pattern.per_output."
             )
 
-    def solver_of(self, pattern: Pattern) -> Callable[[Problem, Any], Any]:
-        """Return the solver of a pattern, compiled once for each shape of matrices."""
-        if pattern not in self.solvers:
+    def solver_of(self, pattern: Pattern, problem: Problem, counts: Any) -> Callable[[Problem, Any], Any]:
+        """Return the compiled solver of a pattern for problems like this one."""
+        shapes = jax.tree.structure(problem), tuple(leaf.shape for leaf in jax.tree.leaves(problem))
+        # To trace a solver takes longer than to run a small one, so it is looked up by shapes within a run.
+        if (pattern, shapes) not in self.solvers:
             solver, _, steps, damping = self.settings
 
             def run(problem: Problem, counts: Any) -> Any:
                 return solve(problem, counts, solver, pattern, steps, damping)
 
-            self.solvers[pattern] = jax.jit(run)
-        return self.solvers[pattern]
+            run.__name__ = "solve_layer"
+            self.solvers[pattern, shapes] = self.lock.programs.compiled(run, problem, counts)
+        return self.solvers[pattern, shapes]
 
     def note(self, facts: Facts, moments: Moments) -> str:
         """Return what was unusual about a layer."""

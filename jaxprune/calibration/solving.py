@@ -141,22 +141,27 @@ def is_exact(mask: Any, counts: Any, pattern: Pattern) -> jax.Array:
     return whole & jnp.all(removed == (counts[:, None] if pattern.per_output else counts))
 
 
-def layer_solver(
-    view: View, bias: View | None, pattern: Pattern, solve: Callable[[Problem, Any], Solution]
-) -> Callable[..., tuple[dict[str, Any], Facts]]:
-    """Return a function of a layer, its bias, its moments and counts that returns the new arrays, and facts.
+def reader(view: View, bias: View | None) -> Callable[[Any, Any, Moments], Problem]:
+    """Return the function of a layer, its bias and its moments that makes the problem to solve.
 
     Args:
       view: the matrices of the layer.
       bias: what is added to their outputs; None if that must not change.
-      pattern: what is removed.
-      solve: from a problem and counts to its solution.
     """
 
-    def solve_layer(layer: Any, added: Any, moments: Moments, counts: Any) -> tuple[dict[str, Any], Facts]:
+    def read(layer: Any, added: Any, moments: Moments) -> Problem:
         vector = None if bias is None else bias.array(added)
-        problem = with_rows_everywhere(Problem(view.array(layer), vector, moments))
-        solution = solve(problem, counts)
+        return with_rows_everywhere(Problem(view.array(layer), vector, moments))
+
+    return read
+
+
+def writer(view: View, bias: View | None, pattern: Pattern) -> Callable[..., tuple[dict[str, Any], Facts]]:
+    """Return the function that puts a solution back into a layer and its bias, and tells the facts."""
+
+    def write(
+        layer: Any, added: Any, moments: Moments, counts: Any, problem: Problem, solution: Solution
+    ) -> tuple[dict[str, Any], Facts]:
         arrays = {"layer": view.put(layer, solution.weight), "mask": view.mask(layer.shape, solution.mask)}
         rounded, moved = view.array(arrays["layer"]), None
         if bias is not None:
@@ -175,7 +180,7 @@ def layer_solver(
             relative_error(problem, rounded, moved),
         )
 
-    return solve_layer
+    return write
 
 
 def _times_inverse(rows: jax.Array, root: jax.Array) -> jax.Array:
