@@ -41,21 +41,19 @@ def batches_of(
       caller: for messages.
 
     Raises:
-      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are as
-        many as other batches.
+      ValueError: no batch, batches of different structure, weights that fit no input or are negative, or are
+        as many as other batches.
       TypeError: `batches` is one array, or one dict.
     """
     if is_array(batches) or isinstance(batches, dict) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{caller} needs a list of batches, got {shown(batches)}. For one batch pass [batch]."
-        )
+        raise TypeError(f"{caller} needs a list of batches, got {_got(batches)}. For one batch pass [batch].")
     if not callable(weights) and (
         is_array(weights)
         or not isinstance(weights, (Iterable, type(None)))
         or isinstance(weights, (str, dict))
     ):
         raise TypeError(
-            f"weights= needs an array for each batch, in a list, or a function; got {shown(weights)}."
+            f"weights= needs an array for each batch, in a list, or a function; got {_got(weights)}."
         )
     each_weight: Iterable[Any] = () if weights is None or callable(weights) else weights
     listed = weights is not None and not callable(weights)
@@ -87,6 +85,10 @@ def batches_of(
         )
 
 
+def _got(value: Any) -> str:
+    return describe(value) if is_array(value) else shown(value)
+
+
 def _check_inputs(inputs: tuple[Any, ...], number: int, caller: str) -> None:
     arrays = [leaf for leaf in jax.tree.leaves(inputs) if is_array(leaf)]
     if not arrays:
@@ -106,8 +108,8 @@ def _checked_weights(weight: Any, inputs: tuple[Any, ...], number: int, caller: 
     if not weight.ndim or not any(shape[: weight.ndim] == weight.shape for shape in shapes.values()):
         listing = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(
-            f"{caller}: the weights of batch {number} have the shape {weight.shape}, which are not the first axes "
-            f"of any input: {listing}. Pass (batch,), or (batch, length) for tokens."
+            f"{caller}: the weights of batch {number} have the shape {weight.shape}, which are not the first "
+            f"axes of any input: {listing}. Pass (batch,), or (batch, length) for tokens."
         )
     if not bool(jnp.all(jnp.isfinite(weight) & (weight >= 0))):
         raise ValueError(f"{caller}: the weights of batch {number} must be finite, and 0 or more.")
@@ -141,8 +143,9 @@ def padded(batches: list[Batch], caller: str) -> list[Batch]:
         if [np.shape(leaf) for leaf in jax.tree.leaves(inputs)] != wanted:
             got = [np.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)]
             raise ValueError(
-                f"{caller}: batch {number} has arrays of shapes {got}, and the largest batch {wanted}. They may differ "
-                "in the first axis alone: pad the others, and pass weights= with 0 for the padding."
+                f"{caller}: batch {number} has arrays of shapes {got}, and the largest batch {wanted}. They "
+                "may differ in the first axis alone: pad the others, and pass weights= with 0 for the "
+                "padding."
             )
         extra = jnp.zeros((most - rows, *weights.shape[1:]), jnp.float32)
         made.append(Batch(inputs, jnp.concatenate([weights, extra]), None))

@@ -296,6 +296,6 @@ class ChannelSolver:
 def _check_finite(moments: Moments, part: Part, index: tuple[int, ...]) -> None:
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
         raise ValueError(
-            f"the data that params[{part.name(index)!r}] multiplies ({part.site.source}) is NaN or infinite, or "
-            "its squares overflow. Check the params, and the batches, on which the network runs."
+            f"the data that params[{part.name(index)!r}] multiplies ({part.site.source}) is NaN or infinite, "
+            "or its squares overflow. Check the params, and the batches, on which the network runs."
         )

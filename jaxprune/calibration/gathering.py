@@ -1,11 +1,12 @@
 """One pass of a network that also gathers statistics of what its products read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxprune.calibration.matrices import (
     Rows,
@@ -14,7 +15,7 @@ from jaxprune.calibration.matrices import (
     squares_of_rows,
     sums_of_rows,
 )
-from jaxprune.calibration.row_weights import Known, agree, of_input, scan_with_weights, through
+from jaxprune.calibration.row_weights import Known, RowWeights, agree, of_input, scan_with_weights, through
 from jaxprune.calibration.survey import Site
 from jaxprune.tracing.dataflow import ConstValue, Product, Visitor, inside_scan, param, visit_products
 from jaxprune.tracing.jaxprs import binder, close, of_first
@@ -23,8 +24,8 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 Sums = dict[str, Any]
-"""The statistics of one product: "rows" (layers..., batch), "sum" and "squares" (layers..., batch, inputs), and in
-place of the squares "gram" (layers..., batch, inputs, inputs)."""
+"""The statistics of one product: "rows" (layers..., batch), "sum" and "squares" (layers..., batch, inputs),
+and in place of the squares "gram" (layers..., batch, inputs, inputs)."""
 
 Found = dict[tuple[int, ...], Sums]
 """By `Site.stack`."""
@@ -91,6 +92,20 @@ def rows_of(site: Site, eqn: "JaxprEqn", array: Any, known: Known | None, others
         return site.form.rows(array, known, others)
     except UnknownRowsError:
         raise UnknownRowsError(site.path, site.source) from None
+
+
+def on_automatic_axes(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """Call a function of arrays that may be sharded over explicit axes of a mesh; what it returns is whole.
+
+    On explicit axes each reshape and each contraction has to say how its result is sharded. Inside, XLA finds
+    out, and adds up the statistics of all devices.
+    """
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(arrays)]
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    if mesh is None:
+        return function(arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(function, out_sharding=PartitionSpec())(arrays)
 
 
 def run_with_weights(
@@ -168,13 +183,34 @@ class _Gatherer:
     def statistics(self, site: Site, product: Product, data: _Data) -> Sums:
         """Return the statistics of what a product reads."""
         others = [self.data(other).array for other in product.others]
+
+        def sums(known: Known | None) -> Sums:
+            axes = None if known is None else [(one.axes, one.array is None) for one in known]
+            weights = None if known is None else [one.array for one in known if one.array is not None]
+
+            def of_arrays(arrays: Any) -> Sums:
+                array, weights, others = arrays
+                each = iter(weights or ())
+                known = (
+                    None
+                    if axes is None
+                    else tuple(RowWeights(None if lost else next(each), on) for on, lost in axes)
+                )
+                return self.sums(site, rows_of(site, product.eqn, array, known, others))
+
+            return on_automatic_axes(of_arrays, (data.array, weights, others))
+
         self.unknown.pop(product.stack, None)
         try:
-            rows = rows_of(site, product.eqn, data.array, data.known, others)
+            return sums(data.known)
         except UnknownRowsError as error:
-            # What is known of a carry is found out by running the body several times, of which the last counts.
+            # What is known of a carry is found out by running the body several times, of which the last
+            # counts.
             self.unknown[product.stack] = error
-            rows = rows_of(site, product.eqn, data.array, None, others)
+            return sums(None)
+
+    def sums(self, site: Site, rows: Rows) -> Sums:
+        """Return the statistics of rows."""
         number, total = sums_of_rows(rows)
         batch, inputs = site.form.batch, site.form.inputs
         sums = {
@@ -219,7 +255,8 @@ class _Gatherer:
             shared = {key: found[key] for key in zeros}
             return [one.array for one in outputs], [one.known or () for one in outputs], (of_steps, shared)
 
-        # Those of kernels that all steps share are added up in the carry: one Gram matrix, not one for each step.
+        # Those of kernels that all steps share are added up in the carry: one Gram matrix, not one for each
+        # step.
         zeros = {
             key: self.zeros(site, level)
             for key, site in self.sites.items()

@@ -34,8 +34,9 @@ def reconstruct(params: Params, masks: Masks, stats: Statistics, *, steps: int =
         the least error; as many as a layer has inputs reach it.
 
     Returns:
-      The params, exactly 0 where pruned. Leaves without statistics are masked and otherwise as they were, and so
-      are layers of which nothing is pruned, to the bit. Solved in float32, rounded once to the leaf's dtype.
+      The params, exactly 0 where pruned. Leaves without statistics are masked and otherwise as they were, and
+      so are layers of which nothing is pruned, to the bit. Solved in float32, rounded once to the leaf's
+      dtype.
 
     Raises:
       ValueError: statistics without Gram matrices, params that changed since `calibrate`, masks that do not
@@ -87,20 +88,25 @@ def _solve(
     old, mask = view.layer(dense[view.path], index), view.layer(masks[view.path], index)
     if bool(jnp.all(mask)):
         return
+    # Other parts of the leaf, the queries beside the keys, may have been solved already.
+    now = view.layer(changed[view.path], index)
     moments = Moments(layer.rows, layer.mean * layer.rows[:, None], layer.gram)
     added = (
         None if bias is None else (bias.layer(dense[bias.path], index), bias.layer(masks[bias.path], index))
     )
 
-    def solve(old: Any, mask: Any, moments: Moments, added: Any) -> Any:
+    def solve(old: Any, now: Any, mask: Any, moments: Moments, added: Any) -> Any:
         matrix, kept = view.array(old), view.kept(mask)
         vector = None if bias is None else bias.array(added[0])
         problem = with_rows_everywhere(Problem(matrix, vector, moments))
         solved, moved = refined_layer(problem, jnp.where(kept, matrix, 0), kept, steps)
-        new = masked(view.put(old, solved), mask)
+        pruned = jnp.any(~kept, axis=(1, 2))
+        new = masked(view.put(now, jnp.where(pruned[:, None, None], solved, matrix)), mask)
+        moved = None if vector is None else jnp.where(pruned[:, None], moved, vector)
         return new, None if bias is None else masked(bias.put(added[0], moved), added[1])
 
-    new, vector = programs.compiled(solve, old, mask, moments, added)(old, mask, moments, added)
+    given = (old, now, mask, moments, added)
+    new, vector = programs.compiled(solve, *given)(*given)
     changed[view.path] = view.with_layer(changed[view.path], index, new)
     if bias is not None:
         changed[bias.path] = bias.with_layer(changed[bias.path], index, vector)

@@ -1,7 +1,9 @@
-"""A product of a kernel with data as products of matrices: `(batch, rows, inputs)` times `(batch, outputs, inputs)`.
+"""A product of a kernel with data as products of matrices.
 
-The batch counts matrices that are multiplied independently of each other: the batch axes of a `dot_general`, the
-groups of a convolution, the experts of a ragged product. The inputs are ordered so that the groups of N:M
+These are `(batch, rows, inputs)` times `(batch, outputs, inputs)`.
+
+The batch counts matrices that are multiplied independently of each other: the batch axes of a `dot_general`,
+the groups of a convolution, the experts of a ragged product. The inputs are ordered so that the groups of N:M
 sparsity are neighbours: along the last axis that the product sums over, for a convolution along its channels.
 """
 

@@ -53,8 +53,8 @@ def _block(structure: Structure, part: Part, name: str) -> tuple[int, int]:
     axes, form = part.site.view.axes, part.site.form
     refused = ValueError(
         f"{structure.name} on params[{name!r}]: its blocks do not lie along the last axis of its outputs and "
-        f"the last that its product ({part.site.source}) sums over, or do not divide them. Leave the leaf out "
-        "with where=."
+        f"the last that its product ({part.site.source}) sums over, or do not divide them. Leave the leaf "
+        "out with where=."
     )
     if axes is None or any(len([f for f in fs if f.size > 1]) > 1 for fs in axes):
         raise refused

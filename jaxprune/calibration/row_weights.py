@@ -9,7 +9,8 @@ may be several, because attention scores (batch, heads, queries, keys) have weig
 (batch, key). All of them hold: a position counts as much as the least of them says. Three cases differ:
 
 - An axis that is summed over, or contracted, is gone. What remains counts as much as the largest of the
-  weights along it: an example counts if any of its tokens does.
+  weights along it: an example counts if any of its tokens does. So do the places of experts that tokens are
+  sent to by a product with a one-hot array, the empty ones included.
 - An axis whose positions have lost their meaning (sorted, or convolved with a stride) is still there, but
   nothing is known along it. It is noted as `RowWeights(None, (axis,))`, so that rows along it are
   refused rather than counted. A residual connection that knows the axis settles it again.
@@ -143,8 +144,8 @@ def scan_with_weights(
         outputs of the scan's own body, what is known of these, and any tree of arrays besides. It is called
         until what it returns for the carry agrees with what it was given, two times as a rule and once if
         it returns the same arrays of weights. The last call counts.
-      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like these,
-        which are summed over the steps without storing them for each.
+      zeros: if given, the tree that `body` returns is a pair, and the second of the pair has arrays like
+        these, which are summed over the steps without storing them for each.
 
     Returns:
       The outputs of the scan; what is known of each; and the trees of all steps, stacked along a new first
@@ -516,8 +517,8 @@ def _cumulative(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
 
 def _sort(eqn: Any, known: Sequence[Known], args: Sequence[Any]) -> Any:
     del args
-    axis = eqn.params["dimension"] if "dimension" in eqn.params else eqn.params.get("axis", -1)
-    axis %= eqn.invars[0].aval.ndim
+    names = ("dimension", "axis", "reduction_dimension")
+    axis = next(eqn.params[name] for name in names if name in eqn.params) % eqn.invars[0].aval.ndim
     together = [one for each in known for one in _losing(each, [axis])]
     return [together] * len(eqn.outvars)
 

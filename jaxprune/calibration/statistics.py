@@ -4,6 +4,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,15 +14,14 @@ import numpy as np
 from jaxprune.calibration.batches import Batch, batches_of
 from jaxprune.calibration.gathering import Found, gather
 from jaxprune.calibration.matrices import UnknownRowsError
-from jaxprune.calibration.parts import Part, parts_of
+from jaxprune.calibration.parts import Part, View, parts_of
 from jaxprune.calibration.survey import Site, Survey, survey
 from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, shown
 from jaxprune.tree.leaves import array_leaves, describe, is_concrete
 from jaxprune.tree.paths import some_of
-from jaxprune.tree.stacks import layer_name
 from jaxprune.tree.tables import shorten, text_lines
-from jaxprune.tree.where import check_where
+from jaxprune.tree.where import check_where, kernels
 from jaxprune.typing import Params, Where
 
 What = Literal["squares", "mean", "variance", "rows", "inverse_diagonal"]
@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class _Network:
-    """What does not change of a network that was calibrated; compared by identity, as static data of a pytree."""
+    """What does not change of a calibrated network; compared by identity, as static data of a pytree."""
 
     def __init__(
         self,
@@ -135,8 +135,8 @@ class Statistics:
         axes = found.pop()
         if axes is None or found:
             raise ValueError(
-                f"the products that read params[{path!r}] do not sum over whole axes of it, so its outputs are "
-                "not slices of the leaf. Use scope='layerwise', or prune_layers, which sees its matrices."
+                f"the products that read params[{path!r}] do not sum over whole axes of it, so its outputs "
+                "are not slices of the leaf. Use scope='layerwise', or prune_layers, which sees its matrices."
             )
         return axes
 
@@ -206,12 +206,12 @@ class Statistics:
         self._check_path(path)
         total: Any = 0
         for part in self._network.parts[path]:
-            axes = part.stack_axes
+            matrix, axes = part.matrix, part.matrix.stack_axes
             layers = jnp.moveaxis(leaf, axes, range(len(axes)))
             layer_shape = layers.shape[len(axes) :]
 
-            def mapped(layer: jax.Array, part: Part = part, layer_shape: Any = layer_shape) -> jax.Array:
-                spread, seen = part.spread(layer_shape, function(part.matrix(layer)))
+            def mapped(layer: jax.Array, matrix: View = matrix, layer_shape: Any = layer_shape) -> jax.Array:
+                spread, seen = matrix.spread(layer_shape, function(matrix.array(layer)))
                 return jnp.where(seen, spread, 0)
 
             of_layers = jax.vmap(mapped)(layers.reshape(-1, *layer_shape)).reshape(layers.shape)
@@ -271,9 +271,10 @@ class Statistics:
                 for index in part.layers():
                     name = part.name(index)
                     text = "-" if seen is None else _rows_text(seen[index])
-                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-21:]))
+                    rows.append((shorten(name, 31), shape, str(_uses(part)), text, part.site.source[-18:]))
         lines = text_lines("{:<32}{:>12}{:>5}{:>11}  {}", *rows)
-        lines += [f"{path}: {why}" for path, why in self._network.reasons.items()]
+        for path, why in self._network.reasons.items():
+            lines += wrap(f"{path}: {why}", 80, subsequent_indent="  ", break_on_hyphens=False)
         if self.statistics == "gram":
             lines.append(f"Gram matrices: {_bytes_text(self.nbytes)}")
         return "\n".join(lines)
@@ -309,9 +310,9 @@ def calibrate(
     summed over all batches, and over all products that read the same matrix. The function is traced, and its
     products are found in the trace, so nothing has to be named or wrapped: `dot_general` in any layout,
     convolutions (grouped, strided, dilated, transposed), ragged products, through `jit`, `remat`, custom
-    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each layer.
-    A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is named with
-    the reason in the table that printing gives.
+    derivatives, `cond`, `vmap` and `scan`; layers stacked along an axis of a leaf have statistics for each
+    layer. A kernel may be a transposed, reshaped, cut, cast or scaled leaf. What cannot be calibrated is
+    named with the reason in the table that printing gives.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.
@@ -416,9 +417,9 @@ class _Pass:
 def unknown_rows(path: str, source: str) -> ValueError:
     """Return the error for a product whose rows cannot be weighted."""
     return ValueError(
-        f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an operation on "
-        "the way mixes or reorders rows in a way that is not known. Leave the leaf out with where=, or leave out "
-        "weights= and pass batches of one size without padding."
+        f"the weights of the rows that params[{path!r}] multiplies ({source}) cannot be told: an operation "
+        "on the way mixes or reorders rows in a way that is not known. Leave the leaf out with where=, or "
+        "leave out weights= and pass batches of one size without padding."
     )
 
 
@@ -444,12 +445,13 @@ def chosen_parts(
     reasons = dict(found.refused)
     if where is not None:
         check_where(where)
+    biases = {site.bias.view.path for site in found.sites if site.bias is not None}
     everything_last = all(site.is_last for site in found.sites)
     parts: dict[str, list[Part]] = {}
     for path in leaves:
         sites = by_path.get(path)
         if sites is None:
-            if len(leaves[path].shape) > 1:
+            if path not in biases and kernels(path, leaves[path]):
                 reasons.setdefault(path, "no product multiplies it by data")
         elif where is None and not everything_last and all(site.is_last for site in sites):
             reasons[path] = (
@@ -561,8 +563,9 @@ def _check_bytes(parts: Mapping[str, Sequence[Part]], gram: bool, max_bytes: int
     largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
     listing = ", ".join(f"{path} {_bytes_text(sizes[path])}" for path in largest)
     raise ValueError(
-        f"the Gram matrices would take {_bytes_text(total)} ({listing}{', ...' if len(sizes) > 3 else ''}), more "
-        f"than max_bytes={max_bytes}, {_bytes_text(max_bytes)}. Raise max_bytes=, take fewer leaves with where=, "
+        f"the Gram matrices would take {_bytes_text(total)} ({listing}{', ...' if len(sizes) > 3 else ''}), "
+        f"more than max_bytes={max_bytes}, {_bytes_text(max_bytes)}. Raise max_bytes=, take fewer leaves "
+        "with where=, "
         'use statistics="norms", or prune_layers, which holds those of one layer at a time.'
     )
 
@@ -574,8 +577,9 @@ def _check_finite(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, Any]) 
                 if not all(bool(jnp.all(jnp.isfinite(array[index]))) for array in found.values()):
                     name = part.name(index)
                     raise ValueError(
-                        f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, or "
-                        "its squares overflow. Check the params, and the batches, on which the network runs."
+                        f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, "
+                        "or its squares overflow. Check the params, and the batches, on which the network "
+                        "runs."
                     )
 
 
@@ -586,9 +590,9 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
             if np.any(rows == 0):
                 where = ["[" + ",".join(map(str, i)) + "]" for i in np.argwhere(rows == 0)]
                 warnings.warn(
-                    f"{some_of(where)} of params[{path!r}] saw no row ({part.site.source}): an expert without "
-                    "tokens, or a branch that was not taken. Nothing is known of its inputs, so it is pruned by "
-                    "magnitude. More batches may reach it.",
+                    f"{some_of(where)} of params[{path!r}] saw no row ({part.site.source}): an expert "
+                    "without tokens, or a branch that was not taken. Nothing is known of its inputs, so it "
+                    "is pruned by magnitude. More batches may reach it.",
                     stacklevel=3,
                 )
 
@@ -596,7 +600,12 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
 def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
     """Return a checksum of each leaf that this process can read."""
     readable = {p: x for p, x in leaves.items() if not isinstance(x, jax.Array) or x.is_fully_addressable}
-    return {path: zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8)) for path, leaf in readable.items()}
+
+    def checksum(leaf: Any) -> int:
+        data: Any = np.ascontiguousarray(leaf).view(np.uint8)  # the leaf's own bytes, not a copy
+        return zlib.crc32(data)
+
+    return {path: checksum(leaf) for path, leaf in readable.items()}
 
 
 def _uses(part: Part) -> int:
@@ -611,7 +620,7 @@ def _rows_text(rows: np.ndarray) -> str:
     return f"{low:g}" if low == high else f"{low:g}-{high:g}"
 
 
-def _bytes_text(size: int) -> str:
+def _bytes_text(size: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             return f"{size:.4g} {unit}"

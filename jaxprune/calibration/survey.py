@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from jaxprune.calibration.matrices import MatrixForm, form_of
@@ -216,7 +215,7 @@ class _Surveyor:
                 for path in arg.paths if isinstance(arg, ConstValue) else ():
                     self.refused.setdefault(path, f"its product is inside {eqn.primitive.name!r}")
 
-    def moved(self, eqn: "JaxprEqn", args: Sequence[Any], flows: Sequence[_Flow]) -> _Flow | None:
+    def moved(self, eqn: Any, args: Sequence[Any], flows: Sequence[_Flow]) -> _Flow | None:
         """Follow the outputs of a product through moves and sums; note the leaf that is added to them."""
         known = [flow for flow in flows if flow.site is not None and flow.axes is not None]
         if not known:

@@ -32,7 +32,8 @@ def block_influence(apply_fn: Callable[..., Any], blocks: ResidualBlocks, *, axi
 
     Returns:
       A score `score(params, *, batch, **extra)`, in [0, 2] and float32; NaN for leaves that are in no block.
-      The batch is an array, or a tuple of the arguments of `apply_fn` after the params.
+      The batch is an array, or a tuple of the arguments of `apply_fn` after the params. If the params have
+      other kernels, leave them out: `where=jaxprune.matching("blocks/*")`.
 
     Raises:
       TypeError: `apply_fn` is not a function, `blocks` are not from `residual_blocks`.

@@ -177,9 +177,8 @@ def _survey_scan(eqn: Any, args: Sequence[Any], forms: Forms) -> tuple[set[str],
     unread = [number for number, known in enumerate(const_after_scan(eqn, args)) if known is not None]
     inside = inside_scan(eqn, args, [None] * len(args), loop=Loop(eqn.params["length"]))
     read, kernels = _survey(eqn.params["jaxpr"], inside, forms, unread)
-    starts = [
-        arg for arg, known in zip(args, inside, strict=True) if known is None
-    ]  # of a carry that changes
+    # What a carry starts from is read, if the body changes it: it is no const value there.
+    starts = [arg for arg, known in zip(args, inside, strict=True) if known is None]
     return read | set(_paths(starts)), kernels
 
 
@@ -244,8 +243,9 @@ def _scan(eqn: Any, args: list[Any], visitor: Visitor, forms: Forms) -> list[Any
         *values, index = values
         inside = inside_scan(eqn, args, values, loop=Loop(length, index))
         outputs = visit_products(eqn.params["jaxpr"], inside, visitor, place(eqn))
-        carried = enumerate(zip(passed, outputs, strict=True), start=first)
-        return [materialised(out) if known is None else values[n] for n, (known, out) in carried], None
+        numbered = enumerate(zip(passed, outputs, strict=True), start=first)
+        # A carry that is passed on has no value if nothing in the body reads it.
+        return [materialised(out) if known is None else values[n] for n, (known, out) in numbered], None
 
     outputs, _ = scan_with(eqn, [*given, np.arange(length, dtype=np.int32)], body)
     return [out if known is None else known for known, out in zip(passed, outputs, strict=True)]

@@ -11,16 +11,13 @@ axis of the leaf into several factors, or join factors of several axes.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.tracing.jaxprs import binder
-
-if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
-    from jax.extend.core import JaxprEqn
 
 
 class Factor(NamedTuple):
@@ -100,7 +97,7 @@ _ITSELF = (
 
 
 def view_after(
-    eqn: "JaxprEqn", number: int, args: Sequence[Any], views: Sequence["LeafView | str | None"]
+    eqn: Any, number: int, args: Sequence[Any], views: Sequence["LeafView | str | None"]
 ) -> "LeafView | str | None":
     """Return an output of an equation as a view of a leaf, or the reason why it is none.
 
@@ -180,7 +177,7 @@ def _transposition(permutation: Sequence[int]) -> _Operation:
 
 
 def _step(
-    eqn: "JaxprEqn", number: int, position: int, args: Sequence[Any], view: LeafView
+    eqn: Any, number: int, position: int, args: Sequence[Any], view: LeafView
 ) -> tuple[tuple[_Operation, ...], Axes | None] | None:
     """Return the operations of an equation on a view, and the axes after it; None if it is not linear."""
     name, params, axes = eqn.primitive.name, eqn.params, view.axes
@@ -231,7 +228,7 @@ def _values(args: Sequence[Any]) -> list[Any]:
     return [arg() for arg in args]
 
 
-def _scaling(eqn: "JaxprEqn", position: int, args: Sequence[Any], view: LeafView) -> Any:
+def _scaling(eqn: Any, position: int, args: Sequence[Any], view: LeafView) -> Any:
     """Return the step of a product or quotient with a constant."""
     if eqn.primitive.name == "div" and position != 0:
         return None
@@ -245,7 +242,7 @@ def _scaling(eqn: "JaxprEqn", position: int, args: Sequence[Any], view: LeafView
     return ((_each_entry(apply) if is_scalar else _Operation(apply)),), view.axes
 
 
-def _selection(eqn: "JaxprEqn", position: int, args: Sequence[Any], view: LeafView) -> Any:
+def _selection(eqn: Any, position: int, args: Sequence[Any], view: LeafView) -> Any:
     """Return the step of a choice between a view and zeros, which is a product with a mask."""
     if position == 0 or len(args) != 3 or np.any(np.asarray(args[3 - position]()) != 0):
         return None
@@ -292,7 +289,7 @@ def reshaped(axes: Axes, shape: Sequence[int]) -> Axes | None:
 def _broadcast(axes: Axes | None, old: Sequence[int], new: Sequence[int], params: Any) -> Axes | None:
     if axes is None:
         return None
-    made = [(Factor(-1, size),) if size > 1 else () for size in new]
+    made: list[tuple[Factor, ...]] = [(Factor(-1, size),) if size > 1 else () for size in new]
     for axis, place in enumerate(params["broadcast_dimensions"]):
         if old[axis] == new[place]:
             made[place] = axes[axis]

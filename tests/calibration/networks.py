@@ -1,8 +1,8 @@
 """Networks with hooks written by hand: what each kernel reads, as explicit rows, for numpy.
 
-A hook is a call `see(path, rows, *layer)` in the network: `rows()` returns the inputs of the product as an array
-(..., columns). A leaf says by `reads` which of the columns each of its entries multiplies. That is all that the
-statistics of `calibrate` depend on, however the network writes its product.
+A hook is a call `see(path, rows, *layer)` in the network: `rows()` returns the inputs of the product as an
+array (..., columns). A leaf says by `reads` which of the columns each of its entries multiplies. That is all
+that the statistics of `calibrate` depend on, however the network writes its product.
 """
 
 import math
@@ -19,8 +19,8 @@ class Leaf(NamedTuple):
     """What is known of a leaf.
 
     Attributes:
-      reads: of the leaf's shape, the column that each entry multiplies; -1 if no product reads it. Columns are
-        numbered through all layers: those of the first layer come first.
+      reads: of the leaf's shape, the column that each entry multiplies; -1 if no product reads it. Columns
+        are numbered through all layers: those of the first layer come first.
       contracted: the axes of the leaf that its product sums over.
       group: the axis of N:M groups, the last of `contracted` unless given.
       stack: the axes that count layers.
@@ -60,7 +60,7 @@ def network(build):
 
 
 def nothing(path, rows, *layer, when=()):
-    """The hook of a network that is not looked at; `when` is which of the batch's weights are those of the rows."""
+    """The hook of a network that is not looked at; `when` picks the weights of the rows from the batch's."""
 
 
 def hooked_once(params, batches, net, leaves):
@@ -128,7 +128,7 @@ def dense():
 
 @network
 def heads():
-    """Attention by einsum, with kernels (d, heads, k) and (heads, k, d), and keys repeated for more queries."""
+    """Attention by einsum, with kernels (d, heads, k) and (heads, k, d), and a repeated kernel of keys."""
     params = draw(2, q=(6, 4, 3), k=(6, 2, 3), v=(6, 2, 3), o=(4, 3, 6), out=(6, 2))
 
     def net(p, x, see):
@@ -458,6 +458,25 @@ def nested_scans():
         return x @ p["out"]
 
     leaves = {"w": Leaf(along((2, 3, 4, 4), 0, 1, 2), (2,), None, (0, 1)), "out": dense_leaf((4, 2))}
+    return Network(params, inputs(5, 4), apply, hooked, leaves)
+
+
+@network
+def repeated():
+    """One kernel in all steps of a scan."""
+    params = draw(15, w=(4, 4), out=(4, 2))
+
+    def apply(p, x):
+        return lax.scan(lambda h, _: (jnp.tanh(h @ p["w"]), None), x, length=3)[0] @ p["out"]
+
+    def hooked(p, x, see):
+        for _ in range(3):
+            see("w", lambda x=x: x)
+            x = jnp.tanh(x @ p["w"])
+        see("out", lambda: x)
+        return x @ p["out"]
+
+    leaves = {"w": dense_leaf((4, 4)), "out": dense_leaf((4, 2))}
     return Network(params, inputs(5, 4), apply, hooked, leaves)
 
 

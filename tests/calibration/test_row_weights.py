@@ -279,9 +279,20 @@ def known_after(function: Any, arrays: list[Any], known: list[Any]) -> list[Any]
             return interpret(called_jaxpr(eqn), given, handle, lambda array: (array, ()))
         return list(zip(binder(eqn)(*values), through(eqn, of_values, values), strict=True))
 
-    closed = jax.make_jaxpr(function)(*arrays)
-    pairs = list(zip(arrays, known, strict=True))
-    return interpret(closed, pairs, handle, lambda array: (array, ()))
+    closed, axes = jax.make_jaxpr(function)(*arrays), []
+
+    @jax.jit
+    def run(arrays: Any, weights: Any) -> Any:
+        given = [
+            (array, tuple(map(RowWeights, each, [one.axes for one in own])))
+            for array, each, own in zip(arrays, weights, known, strict=True)
+        ]
+        outputs = interpret(closed, given, handle, lambda array: (array, ()))
+        axes[:] = [[one.axes for one in each] for _, each in outputs]
+        return [(value, [one.array for one in each]) for value, each in outputs]
+
+    made = run(arrays, [[one.array for one in each] for each in known])
+    return [(value, tuple(map(RowWeights, each, of))) for (value, each), of in zip(made, axes, strict=True)]
 
 
 def spread(weights: RowWeights, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The solvers of one layer, against float64 statements of the papers and brute force."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,12 @@ def solved(solver, x, weight, pattern, count):
     return tuple(np.asarray(array[0]) for array in answer)
 
 
+def refined(start, mask, gram, target, steps):
+    """Refine one matrix; return a numpy array."""
+    given = jnp.asarray(start)[None], jnp.asarray(mask)[None]
+    return np.asarray(refine(*given, gram, target, steps)[0])
+
+
 def half(weight, pattern):
     return weight.shape[1] // 2 if pattern.per_output else weight.size // 2
 
@@ -62,7 +70,7 @@ def test_counts_are_exact_in_a_batch_and_what_is_removed_is_zero(name):
     x[2] = 0  # a layer that has seen nothing
     weight = jnp.asarray(rng.normal(size=(3, 5, 12)), jnp.float32)
     gram = jnp.asarray(np.einsum("bri,brj->bij", x, x))
-    patterns = {
+    patterns: dict[Pattern, tuple[list[int], Any]] = {
         ELEMENTS: ([0, 23, 60], lambda kept: (~kept).sum((1, 2))),
         PER_OUTPUT: ([0, 7, 12], lambda kept: (~kept).sum(2).T),
         TWO_OF_FOUR: ([0, 3, 3], lambda kept: (~kept).reshape(3, 5, 3, 4).sum(3).max((1, 2)) * 1.5),
@@ -97,7 +105,7 @@ def test_a_layer_that_saw_nothing_is_pruned_by_magnitude(name):
             for row in weight[0]
         ]
     assert (np.asarray(mask[0]) == expected).all()
-    np.testing.assert_allclose(np.asarray(answer[0]), np.where(expected, weight[0], 0), rtol=1e-6)
+    assert (np.asarray(answer[0]) == np.where(expected, weight[0], 0)).all()
 
 
 @pytest.mark.parametrize("solver", [jp.solvers.sparsegpt(), jp.solvers.alps()])
@@ -224,7 +232,7 @@ def test_mask_only_takes_any_score():
         assert (mask == [~oracle.lowest_first(row, 48) for row in values]).all()
         assert (answer == np.where(mask, weight, 0)).all()
     with pytest.raises(TypeError, match=r"pass jaxprune\.scores\.magnitude itself"):
-        jp.solvers.mask_only("magnitude")
+        jp.solvers.mask_only("magnitude")  # pyright: ignore[reportArgumentType]
 
 
 # --- least squares ------------------------------------------------------------------------------------------
@@ -239,11 +247,10 @@ def test_refine_reaches_least_squares(name):
     mask[3], mask[4] = True, False
     start = np.where(mask, weight, 0)
     target = jnp.asarray(weight)[None] @ gram
-    answers = [np.asarray(refine(start[None], mask[None], gram, target, n)[0]) for n in (0, 5, 20, 60)]
+    answers = [refined(start, mask, gram, target, n) for n in (0, 2, 20)]
     best = oracle.output_error(x, weight, oracle.least_squares(x, x @ weight.T, mask))
     errors = [oracle.output_error(x, weight, answer) / best for answer in answers]
-    assert (answers[0] == start).all() and errors[0] > errors[1] > errors[2] > errors[3]
-    assert errors[2] < 1.05 and errors[3] < 1.0001
+    assert (answers[0] == start).all() and errors[0] > errors[1] > errors[2] and errors[2] < 1.0001
     for answer in answers:
         assert (answer[~mask] == 0).all() and (answer[3] == weight[3]).all()
     for row in range(len(weight)):
@@ -256,9 +263,9 @@ def test_refine_towards_the_dense_networks_output():
     dense_x = x + np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
     mask = np.random.default_rng(0).random(weight.shape) < 0.6
     target = jnp.asarray(weight @ (dense_x.T @ x))[None]
-    answer = refine(np.where(mask, weight, 0)[None], mask[None], jnp.asarray(gram_of(x))[None], target, 40)
+    answer = refined(np.where(mask, weight, 0), mask, jnp.asarray(gram_of(x))[None], target, 40)
     expected = oracle.least_squares(x, dense_x @ weight.T, mask)
-    np.testing.assert_allclose(answer[0], expected, atol=1e-4)
+    np.testing.assert_allclose(answer, expected, atol=1e-4)
 
 
 def test_refine_keeps_its_head_where_the_gram_matrix_is_singular():
@@ -269,7 +276,7 @@ def test_refine_keeps_its_head_where_the_gram_matrix_is_singular():
     mask = rng.random(weight.shape) < 0.7
     mask[:, 4] = True
     start, gram = np.where(mask, weight, 0), jnp.asarray(gram_of(x))[None]
-    answer = np.asarray(refine(start[None], mask[None], gram, jnp.asarray(weight)[None] @ gram, 50)[0])
+    answer = refined(start, mask, gram, jnp.asarray(weight)[None] @ gram, 50)
     assert np.isfinite(answer).all() and (answer[:, 4] == weight[:, 4]).all()
     assert np.abs(answer).max() < 10
     assert oracle.output_error(x, weight, answer) < 1e-3
@@ -361,7 +368,8 @@ def test_no_swap_helps_where_swaps_end():
 def test_columns_are_chosen_as_by_brute_force(size):
     rng = np.random.default_rng(size)
     first, second = well_conditioned(0, 6 * size, 4), well_conditioned(1, 6 * size + 2, 3)
-    groups = [np.repeat(np.arange(6), size), rng.permutation([*np.repeat(np.arange(6), size), -1, 0])]
+    of_channels = np.repeat(np.arange(6), size)
+    groups = [of_channels, rng.permutation(np.append(of_channels, [-1, 0]))]
     layers = [
         (w, gram_of(x).astype(np.float64), g) for (x, w), g in zip((first, second), groups, strict=True)
     ]

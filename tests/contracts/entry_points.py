@@ -49,6 +49,9 @@ def residual(params, x):
     return x
 
 
+BLOCKS = jp.residual_blocks(residual, LAYERS, jnp.ones((2, 4)), prefixes=["layers/0", "layers/1"])
+
+
 def loss(params, batch):
     """Return the loss of the network's outputs."""
     return jnp.mean(network(params, batch) ** 2)
@@ -98,6 +101,7 @@ GOOD: dict[str, Any] = {
     "small": jp.compact(network, PARAMS, MASKS, X),
     "sparsity": 0.5,
     "stacked": layers,
+    "stats": jp.calibrate(network, PARAMS, [X], statistics="gram"),
     "teacher": lambda x: x,
     "teacher_features": X,
     "teacher_logits": X,
@@ -109,10 +113,12 @@ GOOD: dict[str, Any] = {
 """By the name of an argument, a value that is right in any function that has it."""
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "budget": {"measure": jp.metrics.nonzeros, "at_most": 20, "masks": None},
+    "budget": {"measure": jp.metrics.nonzeros, "at_most": 26, "masks": None},
     "check_pruned": {"masks": MASKS},
     "compact": {"masks": MASKS},
     "distillation.attention": dict.fromkeys(("features", "teacher_features"), X[..., None]),
+    "distributions.from_errors": {"errors": {"a/kernel": {0.6: 1.0}}},
+    "distributions.owl": {"where": jp.matching("a/kernel")},
     "distributions.from_sensitivity": {"result": jp.sensitivity(total, PARAMS, levels=(0.5,))},
     "distributions.sigma": {"quality": 0.5},
     "export.stablehlo": {"batch": "b"},
@@ -126,6 +132,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "metrics.latency": {"calls": {"network": (network, PARAMS, X)}},
     "metrics.table": {"asked": 0.5},
     "optimal_brain_surgeon": {"count": 2, "masks": None, "damping": 1000.0},
+    "prune_layers": {"solver": jp.solvers.sparsegpt(), "checkpoint": None},
     "quantization.dequantize": {"quantized": jp.quantization.quantize(X)},
     "recipes.parse": {"source": {"prune": {"score": "magnitude", "sparsity": 0.5}}, "scores": None},
     "recover": {"tx": optax.sgd(0.1), "teacher": PARAMS, "steps": 2, "loss": None, "progress": None},
@@ -145,6 +152,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "schedules.geometric": {"rate": 0.5},
     "schedules.one_shot": {"step": 3},
     "scores.apoz": {"stacked": None},
+    "scores.block_influence": {"apply_fn": residual, "blocks": BLOCKS},
     "scores.bn_scale": {"scales": {"a/kernel": "a/bias"}},
     "scores.mean_activation": {"stacked": None},
     "scores.obs": {"damping": 1000.0},
@@ -152,6 +160,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "selection.lowest": {"scores": [X, X], "alive": [None, None], "count": 3},
     "selection.removed_count": {"size": 10},
     "sensitivity": {"evaluate": total, "levels": (0.5,), "masks": None},
+    "solvers.mask_only": {"score": jp.scores.magnitude},
+    "solvers.with_swaps": {"solver": jp.solvers.alps(2)},
     "sparsify": {"choose": "rule", "rounds": 1},
     "structures.blocks": {"shape": (2, 2)},
     "structures.channels": {"groups": jp.channel_groups(network, PARAMS, X)},
@@ -206,6 +216,7 @@ USES: dict[str, Callable[[Any], Any]] = {
         lambda where: jp.prune_once(PARAMS, jp.scores.magnitude, 0.5, where=where),
     ),
     "lottery_ticket": list,
+    "scores.block_influence": lambda score: score(LAYERS, batch=jnp.ones((2, 4))),
     "structures.channels": lambda structure: jp.prune_once(
         PARAMS, jp.scores.magnitude, 0.5, structure=structure
     ),
@@ -218,10 +229,12 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 def use(name: str, result: Any) -> Any:
     """Return what comes of a result; scores that a function of `jp.scores` makes are computed."""
+    if name in USES:
+        return USES[name](result)
     if name.startswith("scores.") and callable(result):
         given = {"batches": X[None]} if name == "scores.over_batches" else {"batch": X}
         return result(PARAMS, **given)
-    return USES.get(name, lambda result: result)(result)
+    return result
 
 
 def unknown(name: str, function: Callable[..., Any]) -> list[str]:

@@ -8,6 +8,7 @@ A new member is entered here and nowhere else: `entry_points` and `pruner_kinds`
 from its signature and from this table.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from tests.contracts.problem import (
     apart,
     apply_fn,
     below_a_deviation,
+    calibrated,
     channels,
     coupled_channels,
     erk_by_hand,
@@ -42,9 +44,11 @@ from tests.contracts.problem import (
     problem,
     size_of,
     together,
+    weighed,
+    weighed_by_hand,
     whole_layers,
 )
-from tests.oracles.brute_force import Spec
+from tests.oracles.brute_force import Spec, half_even
 from tests.support.trees import path_of
 
 
@@ -111,6 +115,17 @@ def _of_channel_score(name: str, score: Any, sizes: Mapping[str, int] = COLUMNS)
         return jp.pruner(score, s, structure=filters, where=where, scope="layerwise")
 
     return Member((f"scores.{name}",), make, apart(sizes), units=Spec("slices", axes=(-1,)), blind="channels")
+
+
+def _of_calibrated_score(name: str) -> Member:
+    """A score that reads statistics, which are those of the first problem for all."""
+    score = getattr(jp.scores, name)
+
+    def make(p: Problem, s: Any) -> jp.Pruner:
+        stats = calibrated(jax.tree.structure(p.params))
+        return jp.pruner(functools.partial(score, stats=stats), s, scope="layerwise")
+
+    return Member((f"scores.{name}",), make, apart(ENTRIES), blind="columns")
 
 
 def _of_structure(name: str, structure: jp.Structure, gone: list[Gone], units: Any, **known: Any) -> Member:
@@ -196,6 +211,7 @@ def _by_path(p: Problem, sparsity: Any) -> Any:
     return {path_of(p.params, role): value for role, value in sparsity.items()}
 
 
+_ERRORS = {"a/kernel": {0.5: 1.0, 0.75: 3.0}, "b/kernel": {0.25: 0.1, 0.75: 3.0}}
 _LINEAR = {"sparsity": 0.6, "begin_step": 1, "end_step": 3, "initial_sparsity": 0.2}
 _RECIPE = {"prune": {"score": "lamp", "sparsity": {"linear": _LINEAR}, "scope": "layerwise"}}
 
@@ -247,6 +263,19 @@ TABLE: dict[str, Member] = {
     ),
     "synflow": _of_score(
         "synflow", jp.scores.synflow(apply_fn, jnp.ones((2, 4))), blind="channels", half=ROUNDED
+    ),
+    "wanda": _of_calibrated_score("wanda"),
+    "ria": _of_calibrated_score("ria"),
+    "flap": _of_calibrated_score("flap"),
+    "obs_diagonal": _of_calibrated_score("obs_diagonal"),
+    "each output": Member(
+        ("scope output",),
+        lambda p, s: jp.pruner(jp.scores.magnitude, s, scope="output"),
+        [
+            {("a/kernel",): 8 * half_even(s, 4), ("b/kernel",): 3 * half_even(s, 8)}
+            for s in (0.2, 0.4, 0.6, 0.6)
+        ],
+        blind="columns",
     ),
     "fpgm": _of_channel_score("fpgm", jp.scores.fpgm),
     "bn_scale": _of_channel_score("bn_scale", _bn_scale, {"a/kernel": 8}),
@@ -332,6 +361,13 @@ TABLE: dict[str, Member] = {
     "erk": _of_targets("erk", lambda p: jp.distributions.erk(p.params, 0.6), erk_by_hand(0.6), "uniform"),
     "from_sensitivity": _of_targets(
         "from_sensitivity", lambda p: analysed(jax.tree.structure(p.params)), analysed_by_hand(), "uniform"
+    ),
+    "owl": _of_targets("owl", lambda p: weighed(jax.tree.structure(p.params)), weighed_by_hand(), "uniform"),
+    "from_errors": _of_targets(
+        "from_errors",
+        lambda p: jp.distributions.from_errors(_by_path(p, _ERRORS), p.params, 0.6),
+        {"a/kernel": 0.5, "b/kernel": 0.25 + (0.6 * 56 - 16 - 6) / 24},
+        "uniform",
     ),
     "sigma": Member(
         ("distributions.sigma",),

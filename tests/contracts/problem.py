@@ -156,6 +156,40 @@ def analysed(treedef: Any) -> dict[str, float]:
     return jp.distributions.from_sensitivity(found, tolerance=0.1 * float(size_of(params)))
 
 
+@cache
+def calibrated(treedef: Any) -> Any:
+    """Return statistics of what the kernels of the flat network read, for a tree of some structure."""
+    given = problem(0)
+    params = treedef.unflatten(jax.tree.leaves(given.params))
+    with jax.enable_x64(False):
+        batch = jnp.asarray(given.batch[0], jnp.float32)
+        where = jp.matching(*(path_of(params, role) for role in ENTRIES))
+        return jp.calibrate(apply_fn, params, [batch], statistics="gram", where=where)
+
+
+@cache
+def weighed(treedef: Any) -> dict[str, float]:
+    """Return targets from outliers."""
+    params = treedef.unflatten(jax.tree.leaves(problem(0).params))
+    return jp.distributions.owl(params, calibrated(treedef), 0.6, multiple=2.0, spread=0.1)
+
+
+def weighed_by_hand() -> dict[str, float]:
+    """Return the targets from the inputs of each layer, in numpy."""
+    params, x = problem(0).params, np.asarray(problem(0).batch[0], np.float64)
+    a = {name: np.asarray(leaf, np.float64) for name, leaf in params["a"].items()}
+    hidden_inputs = np.tanh(x @ a["kernel"] + a["bias"]) * a.get("scale", 1.0)
+    ratios = {}
+    for role, inputs in (("a/kernel", x), ("b/kernel", hidden_inputs)):
+        w = np.asarray(params[role[0]]["kernel"], np.float64)
+        scores = np.abs(w) * np.linalg.norm(inputs, axis=0)[:, None]
+        ratios[role] = (scores > 2 * scores.mean()).mean()
+    first, second = ratios.values()
+    scaled = {role: float(ratio == max(first, second)) for role, ratio in ratios.items()}
+    mean = sum(scaled[role] * ENTRIES[role] for role in ENTRIES) / sum(ENTRIES.values())
+    return {role: 0.6 - 0.2 * (scaled[role] - mean) for role in ENTRIES}
+
+
 def size_of(params: Any) -> jax.Array:
     leaves = by_role(params)
     return jnp.sum(jnp.abs(leaves["a/kernel"])) + jnp.sum(jnp.abs(leaves["b/kernel"]))

@@ -120,7 +120,7 @@ def test_several_sections_of_a_recipe_get_what_each_names():
     }
     recipe = jp.recipes.parse(source, scores={"bonus": by_bonus, "second": second})
     pruner = recipe.pruner(PARAMS)
-    assert pruner.takes == {"bonus", "weights"}
+    assert pruner.takes == {"bonus", "stats", "weights"}
     assert rows(jp.metrics.table(jp.ones_masks(PARAMS), asked=pruner))["(asked)"] == ["0.5000"]
     masks = jp.prune_rounds(PARAMS, pruner, 1, bonus=1.0, weights=PARAMS)
     assert [int(mask.sum()) for mask in jax.tree.leaves(masks)] == [12, 6]

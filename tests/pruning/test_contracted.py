@@ -13,7 +13,7 @@ import pytest
 
 import jaxprune as jp
 from tests.oracles.brute_force import half_even
-from tests.support.statistics import StandIn, layer
+from tests.support.statistics import Layer, StandIn, layer
 
 LAYOUTS = {
     "in x out": ((8, 6), (0,), {}),
@@ -350,3 +350,61 @@ def test_what_is_no_statistics():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         jp.prune_once(params, functools.partial(jp.scores.wanda, stats=stats), 0.5)
+
+
+# --- the statistics of `calibrate`
+
+
+def test_calibrated_networks():
+    """Fused queries and keys, experts and a stack, of which the scores are those of their matrices."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "fused": draw(6, 8),
+        "experts": draw(2, 4, 6),
+        "stack": draw(3, 6, 6),
+        "torch": draw(5, 6),
+        "out": draw(5, 2),
+    }
+
+    def apply_fn(params, x):
+        q, k = jnp.split(x @ params["fused"], 2, axis=1)
+        h = jnp.einsum("erd,edf->erf", jnp.stack([q, k]), params["experts"]).sum(0)
+        h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["stack"])[0]
+        return (h @ params["torch"].T) @ params["out"]
+
+    x = draw(30, 6)
+    stats = jp.calibrate(apply_fn, params, [x[:20], x[20:]])
+    q, k = np.split(np.asarray(x) @ np.asarray(params["fused"]), 2, axis=1)
+    h, inputs = jnp.einsum("erd,edf->erf", jnp.stack([q, k]), params["experts"]).sum(0), []
+    for w in params["stack"]:
+        inputs.append(np.asarray(h))
+        h = jnp.tanh(h @ w)
+    layers = {
+        "fused": Layer((6, 8), (0,), np.asarray(x)),
+        "experts": Layer((2, 4, 6), (1,), np.stack([q, k]), batch=(0,)),
+        "stack": Layer((3, 6, 6), (1,), np.stack(inputs), stack=(0,)),
+        "torch": Layer((5, 6), (1,), np.asarray(h)),
+    }
+    expected = StandIn(layers)
+    assert set(stats.paths) == layers.keys() and stats.stacks == expected.stacks
+    for score in (jp.scores.wanda, jp.scores.ria, jp.scores.flap):
+        ours, theirs = (score(params, stats=each) for each in (stats, expected))
+        for path in layers:
+            np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-4)
+    for scope in ("layerwise", "output"):
+        ours, theirs = (
+            jp.prune_once(params, jp.scores.ria, 0.5, scope=scope, stats=each) for each in (stats, expected)
+        )
+        same(ours, theirs)
+        traced = jax.jit(lambda p, s, scope=scope: jp.prune_once(p, jp.scores.ria, 0.5, scope=scope, stats=s))
+        same(traced(params, stats), theirs)
+    two_of_four = {"structure": jp.structures.nm(1, 2), "stats": stats}
+    masks = jp.prune_once(params, jp.scores.wanda, 0.5, **two_of_four)
+    groups = np.asarray(masks["torch"]).reshape(5, 3, 2), np.asarray(masks["experts"]).reshape(2, 2, 2, 6)
+    assert (groups[0].sum(2) == 1).all() and (groups[1].sum(2) == 1).all()
+    with pytest.raises(ValueError, match="params changed since calibrate: torch"):
+        jp.prune_once(params | {"torch": params["torch"] + 1}, jp.scores.wanda, 0.5, stats=stats)

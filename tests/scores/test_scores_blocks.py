@@ -54,15 +54,16 @@ def test_the_block_that_changes_least_goes():
     apply_fn = of_scan(pre_norm)
     blocks = jp.residual_blocks(apply_fn, STACKED, X, stacked=in_stack)
     score, structure = jp.scores.block_influence(apply_fn, blocks), jp.structures.layers(blocks)
+    where = jp.matching("blocks/*")
 
     def prune(params, x):
-        return jp.prune_once(params, score, count=1, structure=structure, batch=x)
+        return jp.prune_once(params, score, count=1, structure=structure, where=where, batch=x)
 
     masks = prune(STACKED, X)
     kept = [i for i in range(4) if masks["blocks"]["up"]["kernel"][i].any()]
     assert kept == sorted(np.argsort(by_hand(pre_norm))[1:])
     jax.tree.map(np.testing.assert_array_equal, masks, jax.jit(prune)(STACKED, X))
-    pruner = jp.pruner(score, 0.25, structure=structure)
+    pruner = jp.pruner(score, 0.25, structure=structure, where=where)
     state = pruner.update(pruner.init(STACKED), STACKED, batch=X)
     jax.tree.map(np.testing.assert_array_equal, masks, state.masks)
 

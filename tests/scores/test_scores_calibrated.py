@@ -41,7 +41,7 @@ def problem(name, statistics="gram", damping=0.01):
 
 
 def by_matrix(mine, leaf, score, damping=0.01):
-    """Apply `score(w, x, h)` to each matrix of inputs x outputs in a leaf, and put the results in its place."""
+    """Apply `score(w, x, h)` to each matrix of inputs x outputs in a leaf, and put back what it gives."""
     rest = [a for a in range(leaf.ndim) if a not in (*mine.apart, *mine.contracted)]
     order = (*mine.apart, *mine.contracted, *rest)
     front = np.transpose(np.asarray(leaf, np.float64), order)
@@ -136,7 +136,7 @@ def test_statistics_that_do_not_fit():
         score = getattr(jp.scores, name)
         with pytest.raises(ValueError, match=rf"scores.{name} needs statistics.*stats=jaxprune.calibrate\("):
             score(params)
-        with pytest.raises(TypeError, match="stats must be what jaxprune.calibrate returns, got 3"):
+        with pytest.raises(TypeError, match=r"stats must be what jaxprune\.calibrate returns, got 3"):
             score(params, stats=3)
     with pytest.raises(ValueError, match="the statistics are of kernel, which the params do not have"):
         jp.scores.wanda({"weight": params["kernel"]}, stats=stats)

@@ -67,7 +67,7 @@ def stacks(draw):
     return (rng.standard_normal((3, outputs, inputs)) * np.stack(steps)).astype(np.float32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(stacks(), st.sampled_from(sorted(FORMS)))
 def test_each_step_of_a_packed_stack_is_its_product(stack, name):
     arrays = FORMS[name].pack(stack)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.tracing.dataflow import Product, Visitor, materialised, param, visit_products, visit_scan
+from jaxprune.tracing.dataflow import Product, Visitor, inside_scan, materialised, param, visit_products
 from jaxprune.tracing.jaxprs import binder, called_jaxpr, interpret, nested_jaxprs, scan_with, switch_with
 
 X = jnp.arange(6.0).reshape(2, 3)
@@ -113,14 +113,14 @@ def test_products_of_kernels_and_data_are_seen_everywhere():
         if eqn.primitive.name != "scan":
             return bind(eqn, map(materialised, args))
 
-        def visit(body, inputs):
+        def body(values):
             before = len(read)
-            outputs = visit_products(body, inputs, visitor)
+            outputs = visit_products(eqn.params["jaxpr"], inside_scan(eqn, args, values), visitor)
             inside = read[before:]
             del read[before:]
-            return outputs, inside
+            return list(map(materialised, outputs)), inside
 
-        outputs, inside = visit_scan(eqn, args, visit)
+        outputs, inside = scan_with(eqn, list(map(materialised, args)), body)
         read.extend(inside)
         return outputs
 

@@ -9,6 +9,7 @@ from jax import lax
 from jaxprune.calibration.solvers.factors import check_damping, damped_gram, scaled_to_ones
 from jaxprune.calibration.solvers.pattern import Pattern, Solver, check_problem, lowest_units, matmul
 from jaxprune.calibration.solvers.rows import check_work, map_rows, solve_on_support, support_inverse
+from jaxprune.tree.checks import check_number
 
 
 def obc(damping: float = 1e-6, limit: float = 2e11) -> Solver:
@@ -44,6 +45,7 @@ def obc(damping: float = 1e-6, limit: float = 2e11) -> Solver:
       Frantar, Singh and Alistarh, "Optimal Brain Compression", NeurIPS 2022, arXiv:2208.11580.
     """
     damping = check_damping(damping, "obc")
+    check_number(limit, "limit", "of multiply-adds")
 
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
@@ -68,8 +70,9 @@ def obc(damping: float = 1e-6, limit: float = 2e11) -> Solver:
             removed = jnp.sum(lowest_units(highest, counts, False), axis=-1, dtype=jnp.int32)
         mask = trace.turns >= removed[:, :, None]
         solved = map_rows(solve_on_support, unit_gram, mask, matmul(dense, unit_gram)) / sizes[:, None, :]
-        intact = jnp.all(mask, axis=-1, keepdims=True)
-        return jnp.where(intact, weight, solved), mask
+        dead = jnp.diagonal(gram, axis1=1, axis2=2)[:, None, :] == 0
+        as_before = jnp.all(mask, axis=-1, keepdims=True) | (mask & dead)
+        return jnp.where(as_before, weight, solved), mask
 
     return solve
 

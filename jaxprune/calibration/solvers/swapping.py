@@ -9,7 +9,7 @@ from jax import lax
 from jaxprune.calibration.solvers.factors import damped_gram, scaled_to_ones
 from jaxprune.calibration.solvers.pattern import Pattern, Solver, check_problem, matmul
 from jaxprune.calibration.solvers.rows import check_work, map_rows, solve_on_support, support_inverse
-from jaxprune.tree.checks import as_integer, check_function
+from jaxprune.tree.checks import as_integer, check_function, check_number
 
 _DAMPING = 1e-6
 _LEAST_GAIN = 1e-4
@@ -49,6 +49,7 @@ def with_swaps(solver: Solver, max_swaps: int = 100, limit: float = 2e11) -> Sol
     """
     check_function(solver, "with_swaps", "solver(weight, gram, counts, pattern)")
     max_swaps = as_integer(max_swaps, "max_swaps", at_least=0)
+    check_number(limit, "limit", "of multiply-adds")
 
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
@@ -99,7 +100,8 @@ def swap(
     dead = jnp.diagonal(gram, axis1=1, axis2=2)[:, None, :] == 0
     scaled_target = jnp.where(dead, weight, target) / sizes[:, None, :]
     mask = map_rows(lambda h, m, t: _swap_row(h, m, t, pattern, max_swaps), unit_gram, mask, scaled_target)
-    return map_rows(solve_on_support, unit_gram, mask, scaled_target) / sizes[:, None, :], mask
+    solved = map_rows(solve_on_support, unit_gram, mask, scaled_target) / sizes[:, None, :]
+    return jnp.where(mask & dead, weight, solved), mask
 
 
 def swap_changes(state: "Row", gram: jax.Array) -> tuple[jax.Array, jax.Array]:
