@@ -401,14 +401,14 @@ def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solve
     def checksum(arrays: Iterable[Any]) -> int:
         total = 0
         for array in arrays:
-            total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8), total)
+            total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
         return total
 
     example = [
         jax.ShapeDtypeStruct(s, d)
         for s, d in (((1, 4, 8), jnp.float32), ((1, 8, 8), jnp.float32), ((1,), jnp.int32))
     ]
-    text = "" if solver is None else str(jax.make_jaxpr(lambda *args: solver(*args, Pattern()))(*example))
+    text = "" if solver is None else str(jax.make_jaxpr(lambda w, h, c: solver(w, h, c, Pattern()))(*example))
     inputs = [
         leaf
         for batch in batches
