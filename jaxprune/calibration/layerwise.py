@@ -20,7 +20,7 @@ from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
 from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, reader, solve, writer
-from jaxprune.calibration.statistics import chosen_parts, unknown_rows
+from jaxprune.calibration.statistics import checksum, chosen_parts, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
@@ -397,13 +397,6 @@ class _Layers:
 
 def _identity(leaves: Mapping[str, Any], batches: Sequence[Batch], solver: Solver | None) -> dict[str, Any]:
     """Return checksums of what a run depends on."""
-
-    def checksum(arrays: Iterable[Any]) -> int:
-        total = 0
-        for array in arrays:
-            total = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, total)
-        return total
-
     example = [
         jax.ShapeDtypeStruct(s, d)
         for s, d in (((1, 4, 8), jnp.float32), ((1, 8, 8), jnp.float32), ((1,), jnp.int32))

@@ -10,7 +10,7 @@ from jax import lax
 from jaxprune.calibration.lockstep import Moments
 from jaxprune.calibration.parts import View
 from jaxprune.calibration.solvers.factors import damped_factor
-from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul
+from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul, pattern_mask
 from jaxprune.calibration.solvers.refining import refine
 from jaxprune.tree.checks import shown
 
@@ -103,6 +103,14 @@ def solve(
         ahead = matmul(weight, moments.cross - moments.gram)
         start = jnp.where(pruned, weight + _times_inverse(ahead, root), weight)
     solved, mask = _checked(solver(start, moments.gram, counts, pattern), weight.shape)
+    seen = (moments.rows > 0)[:, None, None]
+
+    def with_largest() -> tuple[jax.Array, jax.Array]:
+        """Keep the largest weights of matrices without rows: nothing is known of what they read."""
+        largest = pattern_mask(jnp.abs(weight), counts, pattern)
+        return jnp.where(seen, solved, jnp.where(largest, weight, 0)), jnp.where(seen, mask, largest)
+
+    solved, mask = lax.cond(jnp.all(seen), lambda: (solved, mask), with_largest)
     bias = problem.bias
     if steps:
         refined, moved = refined_layer(problem, solved, mask, steps)

@@ -597,15 +597,18 @@ def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, 
                 )
 
 
+def checksum(arrays: Iterable[Any]) -> int:
+    """Return a checksum of the arrays' bytes; those that this process cannot read do not count."""
+    total = 0
+    for array in arrays:
+        if not isinstance(array, jax.Array) or array.is_fully_addressable:
+            data: Any = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            total = zlib.crc32(data, total)
+    return total
+
+
 def _checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-    """Return a checksum of each leaf that this process can read."""
-    readable = {p: x for p, x in leaves.items() if not isinstance(x, jax.Array) or x.is_fully_addressable}
-
-    def checksum(leaf: Any) -> int:
-        data: Any = np.ascontiguousarray(leaf).view(np.uint8)  # the leaf's own bytes, not a copy
-        return zlib.crc32(data)
-
-    return {path: checksum(leaf) for path, leaf in readable.items()}
+    return {path: checksum([leaf]) for path, leaf in leaves.items()}
 
 
 def _uses(part: Part) -> int:

@@ -1,9 +1,9 @@
-"""A small run of the benchmark of calibration."""
+"""Small runs of the benchmarks of calibration."""
 
 import importlib.util
 from dataclasses import replace
 
-from experiments.benchmarks import calibration
+from experiments.benchmarks import calibration, solvers
 
 PEER = """
 class Peer:
@@ -26,3 +26,11 @@ def test_calibration_benchmark(tmp_path):
     assert all(float(ratio) > 0 for ratio in ratios.values())
     assert float(ratios["the parts together"]) < float(ratios["factorisations"])
     assert all(len(line) <= 80 for line in lines)
+
+
+def test_solvers_benchmark():
+    head, *rows = solvers.run(solvers.SMALL)
+    errors = {row[:24].strip(): [float(cell) for cell in row[24:].split()[:3]] for row in rows}
+    assert head.startswith("4x16")
+    assert errors.keys() == solvers.SOLVERS.keys()
+    assert all(errors["ALPS + 20 steps"][n] < errors["magnitude"][n] for n in range(3))

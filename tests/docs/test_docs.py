@@ -34,7 +34,7 @@ MARKS = {TORCH, ALONE, *(f"not run: {name}" for name in LIBRARIES)}
 
 # The tests that run a small version of what the pages' commands start.
 SMALL = {
-    "calibration/test_calibration_benchmark.py": "benchmarks.calibration",
+    "calibration/test_calibration_benchmark.py": "benchmarks.calibration benchmarks.solvers",
     "studies/test_experiments.py": "dynamic_sparse gradual lenet lottery_ticket pruning_at_init",
     **{
         f"studies/test_{name}.py": name for name in ("channel_pruning", "deployment", "distributed", "report")
