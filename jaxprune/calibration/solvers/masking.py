@@ -1,5 +1,6 @@
 """A mask from a score: the weights that stay are left as they are."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,3 +91,10 @@ class _MatrixStatistics:
             f"mask_only has the Gram matrix of a layer alone, from which {what!r} cannot be read. Pass such "
             "a score to prune_once(..., stats=stats) instead."
         )
+
+    def map_matrices(
+        self, path: str, leaf: jax.Array, function: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        """Apply a function of (batch, outputs, inputs) to the matrix."""
+        del path
+        return function(leaf[None])[0]
