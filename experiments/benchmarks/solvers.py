@@ -3,9 +3,9 @@
     python -m experiments.benchmarks.solvers
 
 Two layers with inputs of low rank and of unequal scale, as those of trained networks are. For each solver the
-relative error of the output, ||X (W - V)^T|| / ||X W^T||, at half of the entries, at half of each output's, and at
-2:4. And how many times as long as the solver exact greedy pruning (OBC) takes for half of the entries: all take
-turns, compiled before, and the figure is the median of the ratios within a round.
+relative error of the output, ||X (W - V)^T|| / ||X W^T||, at half of the entries, at half of each output's,
+and at 2:4. And how many times as long as the solver exact greedy pruning (OBC) takes for half of the
+entries: all take turns, compiled before, and the figure is the median of the ratios within a round.
 """
 
 import statistics
