@@ -130,7 +130,24 @@ def test_statistics_are_those_of_hooks(name):
                 check(stats, path, leaf, hooks)
 
 
-WEIGHTED = ["dense", "heads", "fused_outputs", "shared_leaves", "convolution_first", "convolution_grouped", "experts", "experts_apart", "ragged", "ensemble", "scan", "nested_scans", "stacked_recurrent", "rnn_reversed", "lstm", "branches"]
+WEIGHTED = [
+    "dense",
+    "heads",
+    "fused_outputs",
+    "shared_leaves",
+    "convolution_first",
+    "convolution_grouped",
+    "experts",
+    "experts_apart",
+    "ragged",
+    "ensemble",
+    "scan",
+    "nested_scans",
+    "stacked_recurrent",
+    "rnn_reversed",
+    "lstm",
+    "branches",
+]
 
 
 @pytest.mark.parametrize("name", WEIGHTED)

@@ -9,7 +9,7 @@ import argparse
 import time
 from typing import Any
 
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 
 def sparsegpt(
