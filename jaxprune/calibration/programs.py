@@ -43,9 +43,13 @@ class Programs:
 
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*example)
         treedef = jax.tree.structure(shapes)
-        # Constants inside the jaxprs of equations are not part of the text.
-        inner = [const for one in nested_jaxprs(closed) for const in one.consts][len(closed.consts) :]
-        key = (str(closed.jaxpr), tuple(map(_identity, inner)))
+        # Constants inside the jaxprs of equations are not part of the text, and numbers may be rounded in it.
+        every = list(nested_jaxprs(closed))
+        inner = [const for one in every for const in one.consts][len(closed.consts) :]
+        atoms: Any = [atom for one in every for eqn in one.jaxpr.eqns for atom in eqn.invars]
+        atoms += [atom for one in every for atom in one.jaxpr.outvars]
+        numbers = [np.asarray(atom.val) for atom in atoms if hasattr(atom, "val")]
+        key = (str(closed.jaxpr), tuple(map(_identity, numbers)), tuple(map(_identity, inner)))
         if key not in self._compiled:
             jaxpr = closed.jaxpr  # without the arrays, which would be kept as long as the program
 
