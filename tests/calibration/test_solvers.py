@@ -379,3 +379,27 @@ def test_columns_are_chosen_as_by_brute_force(size):
         assert (np.asarray(kept) == oracle.channels(layers, 6, count)).all()
     with pytest.raises(ValueError, match="a number below 5"):
         choose_columns(consumers, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("structure", "pattern"),
+    [
+        (jp.structures.elements(), Pattern()),
+        (jp.structures.nm(2, 4), Pattern("nm", n=2, m=4)),
+        (jp.structures.blocks((2, 4)), Pattern("blocks", block=(2, 4))),
+    ],
+)
+def test_a_structure_stands_for_its_pattern(structure, pattern):
+    weight, gram = jnp.arange(32.0).reshape(1, 4, 8) - 9, jnp.eye(8)[None]
+    solver, counts = jp.solvers.mask_only(jp.scores.magnitude), jnp.array([2])
+    np.testing.assert_array_equal(
+        solver(weight, gram, counts, structure)[1], solver(weight, gram, counts, pattern)[1]
+    )
+
+
+def test_other_structures_are_refused():
+    arguments = jnp.ones((1, 4, 8)), jnp.eye(8)[None], jnp.array([2])
+    with pytest.raises(ValueError, match=r"slices\(axis=-1\) is no pattern"):
+        jp.solvers.sparsegpt()(*arguments, jp.structures.slices())
+    with pytest.raises(TypeError, match=r"takes a jaxprune\.solvers\.Pattern, or a structure, got 'nm'"):
+        jp.solvers.sparsegpt()(*arguments, "nm")

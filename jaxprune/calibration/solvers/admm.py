@@ -61,7 +61,7 @@ def alps(iterations: int = 60) -> Solver:
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
-        check_problem("alps", weight, gram, counts, pattern)
+        pattern = check_problem("alps", weight, gram, counts, pattern)
         unit_gram, sizes = scaled_to_ones(gram)
         start = weight * sizes[:, None, :]
         values, vectors = jnp.linalg.eigh(unit_gram)

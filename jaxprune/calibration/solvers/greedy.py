@@ -50,7 +50,7 @@ def obc(damping: float = 1e-6, limit: float = 2e11) -> Solver:
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
-        check_problem("obc", weight, gram, counts, pattern)
+        pattern = check_problem("obc", weight, gram, counts, pattern)
         if pattern.kind == "blocks":
             raise ValueError("obc removes single entries or n:m; for blocks use sparsegpt() or alps().")
         check_work("obc", weight.shape, limit, "Use alps()")

@@ -44,7 +44,7 @@ def mask_only(score: ScoreFn) -> Solver:
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
-        check_problem("mask_only", weight, gram, counts, pattern)
+        pattern = check_problem("mask_only", weight, gram, counts, pattern)
 
         def scores_of(weight: jax.Array, gram: jax.Array) -> jax.Array:
             extra = {"stats": _MatrixStatistics(gram)} if "stats" in named else {}

@@ -9,6 +9,8 @@ from jax import lax
 
 from jaxprune.selection import lowest
 from jaxprune.selection.sort_keys import ordered_bits
+from jaxprune.structures.base import Structure
+from jaxprune.tree.checks import shown
 
 MAX_INPUTS = 2**16 - 1
 """The most inputs of a matrix: its Gram matrix takes 17 GB, and `shares` counts in 32 bits."""
@@ -40,7 +42,10 @@ class Pattern(NamedTuple):
 
 
 Solver = Callable[[jax.Array, jax.Array, jax.Array, Pattern], tuple[jax.Array, jax.Array]]
-"""`solver(weight, gram, counts, pattern) -> (weight, mask)`; see `jaxprune.solvers`."""
+"""`solver(weight, gram, counts, pattern) -> (weight, mask)`; see `jaxprune.solvers`.
+
+The library's own take the structure in place of the pattern as well, where they are called by hand.
+"""
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -48,8 +53,40 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def check_problem(name: str, weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern) -> None:
-    """Check the shapes and dtypes of what a solver is given."""
+def as_pattern(pattern: Pattern | Structure) -> Pattern:
+    """Return a pattern, or the pattern of a structure whose units lie in a matrix of outputs x inputs.
+
+    Raises:
+      TypeError: it is neither.
+      ValueError: a structure of other units.
+
+    Example:
+      >>> import jaxprune as jp
+      >>> from jaxprune.calibration.solvers.pattern import as_pattern
+      >>> as_pattern(jp.structures.nm(2, 4)).kind
+      'nm'
+    """
+    if isinstance(pattern, Pattern):
+        return pattern
+    if not isinstance(pattern, Structure):
+        raise TypeError(f"a solver takes a jaxprune.solvers.Pattern, or a structure, got {shown(pattern)}.")
+    if pattern.elementwise:
+        return Pattern()
+    if pattern.n_of_m is not None:
+        n, m, _ = pattern.n_of_m
+        return Pattern("nm", n=n, m=m)
+    if pattern.tiles.keys() == {-2, -1}:
+        return Pattern("blocks", block=(pattern.tiles[-2], pattern.tiles[-1]))
+    raise ValueError(
+        f"{pattern.name} is no pattern of a matrix: pass elements(), nm(n, m) or blocks((a, b))."
+    )
+
+
+def check_problem(
+    name: str, weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern | Structure
+) -> Pattern:
+    """Check the shapes and dtypes of what a solver is given, and return the pattern."""
+    pattern = as_pattern(pattern)
     shapes = f"weight {weight.shape}, gram {gram.shape}, counts {counts.shape}"
     fits = weight.ndim == 3 and gram.shape == (weight.shape[0], *2 * weight.shape[2:])
     if not fits or counts.shape != weight.shape[:1]:
@@ -70,6 +107,7 @@ def check_problem(name: str, weight: jax.Array, gram: jax.Array, counts: jax.Arr
         )
     if inputs > MAX_INPUTS:
         raise ValueError(f"{name} takes matrices of at most {MAX_INPUTS} inputs, got {inputs}.")
+    return pattern
 
 
 def pattern_mask(scores: jax.Array, counts: jax.Array, pattern: Pattern) -> jax.Array:

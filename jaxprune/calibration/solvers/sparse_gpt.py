@@ -86,7 +86,7 @@ def sparsegpt(block: int | None = None, damping: float = 0.01, bits: int | None 
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
-        check_problem("sparsegpt", weight, gram, counts, pattern)
+        pattern = check_problem("sparsegpt", weight, gram, counts, pattern)
         root, _ = damped_factor(gram, damping)
         width = _columns_at_once(block, weight.shape[2], pattern)
         grid = None

@@ -54,7 +54,7 @@ def with_swaps(solver: Solver, max_swaps: int = 100, limit: float = 2e11) -> Sol
     def solve(
         weight: jax.Array, gram: jax.Array, counts: jax.Array, pattern: Pattern
     ) -> tuple[jax.Array, jax.Array]:
-        check_problem("with_swaps", weight, gram, counts, pattern)
+        pattern = check_problem("with_swaps", weight, gram, counts, pattern)
         if pattern.kind == "blocks":
             raise ValueError("with_swaps swaps single entries, also inside n:m groups, but no blocks.")
         check_work("with_swaps", weight.shape, limit, "Leave the swaps out")
