@@ -2,7 +2,8 @@
 
 A recipe whose schedule counts steps prunes while the network trains. Any other
 prunes the trained network, once for a plain number, else level by level, and
-trains on each time. If the recipe distills, the dense network is the teacher;
+trains on each time. A recipe that calibrates prunes it layer by layer, and
+nothing is trained after. If the recipe distills, the dense network is the teacher;
 if it has a stopping rule, that is looked at after each epoch, or level, on
 images held out from the training: pruning that goes below the accuracy floor is
 taken back.
@@ -52,7 +53,7 @@ class Config(Settings):
     rewind: Literal["weights", "nothing"] = "nothing"  # what a level starts from; weights are the first ones
     lr: Positive = 1.2e-3  # learning rate of Adam
     batch_size: BatchSize = 60  # images per step
-    score_images: Count = 500  # images in the batch of scores that need gradients or the loss
+    score_images: Count = 500  # images for scores that need gradients or the loss, or for calibration
     train_size: Count | None = None  # use this many training images only
     test_size: Count | None = None  # use this many test images only
     out: Folder = "results/recipe"  # folder for results.jsonl, recipe.yaml and the networks
@@ -150,6 +151,13 @@ class Study:
         macs = None if stop.macs is None else self.macs(masks)
         low = stop.accuracy is not None and accuracy < stop.accuracy
         return stop.reached(accuracy=accuracy, macs=macs), low
+
+    def by_calibration(self, dense: Any) -> Run:
+        """Prune a trained network layer by layer."""
+        images = self.batch[0]
+        batches = [images[start : start + 100] for start in range(0, len(images), 100)]
+        done = self.recipe.prune_layers(self.apply, dense, batches)
+        return Run(done.params, done.masks, 1)
 
     def in_levels(self, dense: Any, first: Any, seed: int, bar: tqdm) -> Run:
         """Prune a trained network, once or level by level, and trains on."""
@@ -298,8 +306,8 @@ def run(config: Config) -> list[dict[str, Any]]:
             f"{config.recipe}: it prunes until step {end:,}, and {config.epochs} epochs have {total:,} "
             f"steps: ask for --epochs {-(-end // study.steps)} or more."
         )
-    epochs = 2 * config.epochs
-    if end is None:
+    epochs = config.epochs if recipe.calibrates else 2 * config.epochs
+    if end is None and not recipe.calibrates:
         each = config.epochs if config.rewind == "weights" else config.tune_epochs
         epochs = config.epochs + levels(config, recipe) * each
     bar = tqdm(total=len(config.seeds) * epochs, unit="epoch")
@@ -315,7 +323,9 @@ def run(config: Config) -> list[dict[str, Any]]:
             dense = study.fit(first, ones, loops.seed_keys((seed,), purpose=1)[0], config.epochs, bar)
             whole = {"method": "dense", "seed": seed, **study.figures(dense, ones)}
             bar.set_description(f"{Path(config.recipe).stem}, seed {seed}")
-            if end is None:
+            if recipe.calibrates:
+                pruned = study.by_calibration(dense)
+            elif end is None:
                 pruned = study.in_levels(dense, first, seed, bar)
             else:
                 pruned = study.in_steps(dense, first, seed, bar)

@@ -18,7 +18,7 @@ from jaxprune.recipes.document import Node, from_yaml, to_yaml
 from jaxprune.recipes.options import read
 from jaxprune.recipes.recipe import VERSION, check_version, read_text
 
-_KEYS = ("version", "study", "config", "prune", "distillation", "stop")
+_KEYS = ("version", "study", "config", "prune", "calibrate", "distillation", "stop")
 
 
 def study_of(config: type) -> str:
@@ -88,7 +88,9 @@ def settings(path: str, config: type) -> dict[str, Any]:
     if written != study:
         wanted = "" if written == "recipe" else "--recipe "
         fields["study"].fail(f"this is of another study: run python -m experiments.{written} {wanted}{path}")
-    if not takes_recipes and (extra := [key for key in ("prune", "distillation", "stop") if key in fields]):
+    if not takes_recipes and (
+        extra := [key for key in ("prune", "calibrate", "distillation", "stop") if key in fields]
+    ):
         fields[extra[0]].fail(f"the study {study} has its own pruning: this would not be used.")
     hints = typing.get_type_hints(config)
     names = [f.name for f in dataclasses.fields(config) if not is_file(f)]

@@ -1,6 +1,6 @@
 """`Recipe`, and its readers from a file, a text or a dict."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune import distillation
+from jaxprune.calibration.layerwise import PrunedLayers
+from jaxprune.recipes.calibrating import Calibration, read_calibration
 from jaxprune.recipes.document import MAX_CHARACTERS, Node, RecipeError, from_python, from_yaml, to_yaml
 from jaxprune.recipes.options import Call, attempt, named, read
 from jaxprune.recipes.sections import Section, combined, inputs, read_section
@@ -16,7 +18,7 @@ from jaxprune.tree.leaves import array_leaves
 from jaxprune.typing import Params, Pruner, ScoreFn
 
 VERSION = 1
-_KEYS = ("version", "study", "config", "prune", "distillation", "stop")
+_KEYS = ("version", "study", "config", "prune", "calibrate", "distillation", "stop")
 
 
 class Stop(NamedTuple):
@@ -83,6 +85,12 @@ class Recipe:
     stop: Stop = field(compare=False)
     distillation: dict[str, Any] | None = field(compare=False)
     _sections: tuple[Section, ...] = field(compare=False, repr=False)
+    _calibration: Calibration | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it prunes a trained network by `prune_layers`, and has no pruner."""
+        return self._calibration is not None
 
     @property
     def end_step(self) -> int | None:
@@ -97,6 +105,8 @@ class Recipe:
 
     def where(self, path: str, leaf: Any) -> bool:
         """Return whether a leaf takes part, in any section."""
+        if self._calibration is not None:
+            return self._calibration.where(path, leaf)
         return any(section.where(path, leaf) for section in self._sections)
 
     def pruner(self, params: Params, *, key: jax.Array | None = None, **given: Any) -> Pruner:
@@ -128,6 +138,11 @@ class Recipe:
         """
         if wrong := [name for name in given if name not in inputs()]:
             raise TypeError(f"a recipe's pruner takes {', '.join(inputs())} and key; got {', '.join(wrong)}.")
+        if self._calibration is not None:
+            self._calibration.node.fail(
+                "it prunes a trained network, and has no pruner: call "
+                "recipe.prune_layers(apply_fn, params, batches)."
+            )
         by_leaf: dict[str, Section] = {}
         for section in self._sections:
             for path, leaf in array_leaves(params).items():
@@ -141,6 +156,37 @@ class Recipe:
                 by_leaf[path] = section
         parts = [(s.pruner(params, given, self.stop.sparsity, key), s.where) for s in self._sections]
         return combined(parts)
+
+    def prune_layers(
+        self, apply_fn: Callable[..., Any], params: Params, batches: Sequence[Any], **given: Any
+    ) -> PrunedLayers:
+        """Prune a trained network as the section `calibrate` says; see `jaxprune.prune_layers`.
+
+        Args:
+          apply_fn: a pure function `apply_fn(params, *batch)`.
+          params: trained.
+          batches: a list of batches.
+          **given: other arguments of `jaxprune.prune_layers`, such as `weights`, `checkpoint` and `progress`.
+
+        Raises:
+          RecipeError: the recipe has no such section, or does not fit the params.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, jaxprune as jp
+          >>> calibrate = {"solver": {"sparsegpt": {"block": 4}}, "sparsity": 0.5}
+          >>> recipe = jp.recipes.parse({"calibrate": calibrate})
+          >>> params = {"a": jax.random.normal(jax.random.key(0), (4, 8)), "b": jnp.ones((8, 1))}
+          >>> apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+          >>> x = jax.random.normal(jax.random.key(1), (32, 4))
+          >>> recipe.prune_layers(apply_fn, params, [x]).masks["a"].sum().item()
+          16
+        """
+        if self._calibration is None:
+            raise RecipeError(
+                "this recipe has no section calibrate, so it does not prune layer by layer: use "
+                "recipe.pruner(params)."
+            )
+        return self._calibration.run(apply_fn, params, batches, given)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, from which `parse` reads the same recipe.
@@ -229,13 +275,19 @@ def check_version(nodes: Mapping[str, Node]) -> None:
 def _read(root: Node, scores: Mapping[str, ScoreFn] | None) -> Recipe:
     nodes = root.fields(_KEYS)
     check_version(nodes)
+    if "calibrate" in nodes:
+        for name in ("prune", "distillation", "stop"):
+            if name in nodes:
+                nodes[name].fail("it cannot stand beside calibrate, which prunes a trained network at once.")
+        calibration = read_calibration(nodes["calibrate"])
+        return Recipe({"version": VERSION, **root.plain()}, Stop(), None, (), calibration)
     if "prune" not in nodes:
         if "study" in nodes:
             name = nodes["study"].text()
             nodes["study"].fail(
                 f"this is the recipe of a whole study: run it by python -m experiments.{name} --recipe FILE."
             )
-        root.fail(f"prune must be given; got {root.described()}.")
+        root.fail(f"prune must be given, or calibrate; got {root.described()}.")
     prune = nodes["prune"]
     if isinstance(prune.value, list) and not prune.value:
         prune.fail("an empty list prunes nothing.")

@@ -49,7 +49,7 @@ _PRUNER = {
 _KEYS = ("score", "sparsity", "structure", *_PRUNER, "rewire")
 _REWIRED = ("score", "sparsity", "structure", "scope", "where", "floor", "seed", "stacked", "rewire")
 
-_STRUCTURES = {
+STRUCTURES = {
     name: getattr(structures, name)
     for name in structures.__all__
     if inspect.isfunction(getattr(structures, name))
@@ -203,7 +203,7 @@ def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
         attempt(fields[name], lambda name=name, value=value: pruner(magnitude, 0.5, **{name: value}))
     structure = None
     if "structure" in fields:
-        structure = named(fields["structure"], _STRUCTURES, "structures")
+        structure = named(fields["structure"], STRUCTURES, "structures")
     rewire = None
     if rewired:
         rewire = named(
@@ -212,7 +212,7 @@ def read_section(node: Node, scores: Mapping[str, ScoreFn] | None) -> Section:
         rewire = rewire._replace(inputs=("masks", "structure"))
         if rewire.needs == {"masks", "structure"}:  # then the smallest masks will do to check its options
             rewire.make({"masks": {"kernel": np.array([[True, False]])}, "structure": elements()})
-    targets = _read_targets(fields["sparsity"])
+    targets = read_targets(fields["sparsity"])
     section = Section(read_score(fields["score"], scores), targets, structure, options, rewire, node)
     _check(section, fields)
     return section
@@ -236,7 +236,7 @@ def _check(section: Section, fields: Mapping[str, Node]) -> None:
         )
 
 
-def _read_targets(node: Node) -> Targets:
+def read_targets(node: Node) -> Targets:
     """Read a number, a schedule, a distribution over leaves, or `per_path`, numbers and schedules by path."""
     if not isinstance(node.value, dict):
         value = float(node.number())
@@ -273,7 +273,7 @@ def _schedule(node: Node, name: str) -> Targets:
         schedule = named(node, _SCHEDULES, "schedules").make({})
         return Targets(lambda params, where, stacked=None: schedule, (schedule,), False, node)
     # Each leaf has the same schedule, with another target.
-    targets = _read_targets(target)
+    targets = read_targets(target)
     if not targets.by_path or targets.schedules:
         target.fail("expected a number, a distribution or per_path with numbers.")
     plain = inner._replace(value={**inner.value, "sparsity": target._replace(value=0.0)})
@@ -290,7 +290,7 @@ def _schedule(node: Node, name: str) -> Targets:
 
 
 def _per_path(node: Node) -> Targets:
-    leaves = {path: _read_targets(inner) for path, inner in node.mapping().items()}
+    leaves = {path: read_targets(inner) for path, inner in node.mapping().items()}
     if not leaves:
         node.fail("it is empty, so nothing would be pruned.")
     for path, targets in leaves.items():
@@ -304,7 +304,7 @@ def _per_path(node: Node) -> Targets:
 
 def inputs() -> list[str]:
     """Return the names of all inputs that some recipe may need from Python."""
-    return sorted({"apply_fn", "x"} | inputs_of([*public_scores().values(), *_STRUCTURES.values()]))
+    return sorted({"apply_fn", "x"} | inputs_of([*public_scores().values(), *STRUCTURES.values()]))
 
 
 def combined(sections: list[tuple[Pruner, Where]]) -> Pruner:

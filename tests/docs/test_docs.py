@@ -37,7 +37,8 @@ SMALL = {
     "calibration/test_calibration_benchmark.py": "benchmarks.calibration benchmarks.solvers",
     "studies/test_experiments.py": "dynamic_sparse gradual lenet lottery_ticket pruning_at_init",
     **{
-        f"studies/test_{name}.py": name for name in ("channel_pruning", "deployment", "distributed", "report")
+        f"studies/test_{name}.py": name
+        for name in ("channel_pruning", "deployment", "distributed", "one_shot", "report")
     },
     **{f"studies/test_{name}_study.py": name for name in ("distillation", "recipe")},
     "studies/test_real_models.py": "real_models",
@@ -155,13 +156,18 @@ def test_recipes_run(page, number):
         h = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
         return h @ params["out"]["kernel"] + params["out"]["bias"]
 
-    pruner = recipe.pruner(params, apply_fn=apply_fn, x=jnp.ones((4, 20)))
+    def pruned():
+        if recipe.calibrates:
+            return recipe.prune_layers(apply_fn, params, [jax.random.normal(keys[0], (80, 20))]).masks
+        pruner = recipe.pruner(params, apply_fn=apply_fn, x=jnp.ones((4, 20)))
 
-    def update(_, state):
-        return pruner.update(state, params, grads=params)
+        def update(_, state):
+            return pruner.update(state, params, grads=params)
 
-    steps = recipe.end_step or 2
-    masks = jax.jit(lambda: jax.lax.fori_loop(0, steps, update, pruner.init(params)).masks)()
+        steps = recipe.end_step or 2
+        return jax.jit(lambda: jax.lax.fori_loop(0, steps, update, pruner.init(params)).masks)()
+
+    masks = pruned()
     assert jp.metrics.sparsity(masks).prunable > 0.1
     assert recipe == jp.recipes.parse(recipe.to_yaml())
 

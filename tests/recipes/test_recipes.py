@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
-from jaxprune.recipes import document, options, sections
+from jaxprune.recipes import calibrating, document, options, sections
 from tests.recipes.errors import GOOD, UNFIT, WRONG
 
 RNG = np.random.default_rng(0)
@@ -165,6 +165,96 @@ def test_every_structure(name):
         equal(units.expand(keep), expected.expand(keep))
 
 
+# --- trained networks
+
+SOLVERS = {
+    "sparsegpt": ({"sparsegpt": {"block": 2, "damping": 0.1}}, jp.solvers.sparsegpt(block=2, damping=0.1)),
+    "alps": ({"alps": 5}, jp.solvers.alps(iterations=5)),
+    "obc": ("obc", jp.solvers.obc()),
+    "mask_only": ({"mask_only": "wanda"}, jp.solvers.mask_only(S.wanda)),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver(name):
+    written, solver = SOLVERS[name]
+    recipe = jp.recipes.parse({"calibrate": {"solver": written, "sparsity": 0.5, "refine": 3}})
+    assert jp.recipes.parse(recipe.to_yaml()) == recipe
+    assert recipe.calibrates
+    done = recipe.prune_layers(apply_fn, PARAMS, [X])
+    wanted = jp.prune_layers(apply_fn, PARAMS, [X], solver, 0.5, refine=3)
+    equal(done[:2], wanted[:2])
+    assert int(done.masks["a"]["kernel"].sum()) == 16
+
+
+def test_what_a_recipe_calibrates():
+    text = """
+    calibrate:
+      solver: {mask_only: magnitude}
+      structure: {nm: {n: 1, m: 2}}
+      where: a/kernel
+      target: dense
+      refine: 2
+    """
+    recipe = jp.recipes.parse(text)
+    wanted = jp.prune_layers(
+        apply_fn,
+        PARAMS,
+        [X, X + 1],
+        jp.solvers.mask_only(S.magnitude),
+        structure=jp.structures.nm(1, 2),
+        where=jp.matching("a/kernel"),
+        target="dense",
+        refine=2,
+    )
+    rows = []
+    done = recipe.prune_layers(apply_fn, PARAMS, [X, X + 1], progress=rows.append)
+    equal(done[:2], wanted[:2])
+    assert [row.name for row in rows] == ["a/kernel"]
+    recipe = jp.recipes.parse({"calibrate": {"solver": "alps", "sparsity": {"per_path": {"a/kernel": 0.25}}}})
+    assert int(recipe.prune_layers(apply_fn, PARAMS, [X]).masks["a"]["kernel"].sum()) == 24
+    recipe = jp.recipes.parse({"calibrate": {"solver": "alps", "sparsity": {"uniform": 0.25}}})
+    assert int(recipe.prune_layers(apply_fn, PARAMS, [X]).masks["a"]["kernel"].sum()) == 24
+    channels = {"solver": "alps", "sparsity": 0.5, "structure": "channels"}
+    done = jp.recipes.parse({"calibrate": channels}).prune_layers(apply_fn, PARAMS, [X])
+    assert int(done.masks["a"]["bias"].sum()) == 4
+
+
+CALIBRATE = "calibrate:\n  solver: alps\n  sparsity: 0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("calibrate: {sparsity: 0.5}", "recipe:1: calibrate: solver must be given"),
+        ("calibrate: {solver: alps}", "recipe:1: calibrate: sparsity must be given"),
+        ("calibrate: {solver: alpz, sparsity: 0.5}", "calibrate.solver: .*Did you mean alps?"),
+        ("calibrate: {solver: {alps: 0}, sparsity: 0.5}", "calibrate.solver.alps: .*iterations"),
+        ("calibrate: {solver: alps, sparsity: 1.5}", r"calibrate.sparsity: sparsity must be in \[0, 1\)"),
+        ("calibrate: {solver: alps, sparsity: {linear: {sparsity: 0.5, end_step: 2}}}", "no schedule"),
+        (CALIBRATE + "  target: density\n", "recipe:4: calibrate.target: .*Did you mean dense?"),
+        (CALIBRATE + "  weights: 1\n", 'recipe:4: calibrate.weights: unknown "weights"'),
+        (CALIBRATE + "stop: {accuracy: 0.9}\n", "recipe:4: stop: it cannot stand beside calibrate"),
+        (CALIBRATE + "prune: {score: magnitude, sparsity: 0.5}\n", "recipe:4: prune: it cannot stand beside"),
+    ],
+)
+def test_what_a_calibration_cannot_be(text, said):
+    with pytest.raises(jp.recipes.RecipeError, match=said):
+        jp.recipes.parse(text)
+
+
+def test_what_does_not_fit_a_trained_network():
+    recipe = jp.recipes.parse(CALIBRATE + "  where: c/*\n")
+    with pytest.raises(jp.recipes.RecipeError, match=r"calibrate\.where: 'c/\*' matches no leaf"):
+        recipe.prune_layers(apply_fn, PARAMS, [X])
+    with pytest.raises(jp.recipes.RecipeError, match=r"recipe:1: calibrate: .*no batch"):
+        jp.recipes.parse(CALIBRATE).prune_layers(apply_fn, PARAMS, [])
+    with pytest.raises(jp.recipes.RecipeError, match=r"has no pruner: call recipe\.prune_layers"):
+        jp.recipes.parse(CALIBRATE).pruner(PARAMS)
+    with pytest.raises(jp.recipes.RecipeError, match="no section calibrate"):
+        recipe_of().prune_layers(apply_fn, PARAMS, [X])
+
+
 SCHEDULES = {
     "constant": ({"constant": 0.5}, jp.schedules.constant(0.5)),
     "one_shot": ({"one_shot": {"sparsity": 0.9, "step": 3}}, jp.schedules.one_shot(0.9, 3)),
@@ -191,7 +281,12 @@ def test_every_schedule(name):
 
 def test_the_tables_hold_all_that_a_recipe_can_name():
     assert set(SCORES) == set(options.public_scores())
-    assert set(STRUCTURES) == set(sections._STRUCTURES)
+    assert set(STRUCTURES) == set(sections.STRUCTURES)
+    assert (
+        set(SOLVERS)
+        == set(calibrating.SOLVERS)
+        == set(jp.solvers.__all__) - {"Pattern", "Solver", "with_swaps"}
+    )
     assert set(SCHEDULES) == set(sections._SCHEDULES)
     assert set(sections._DISTRIBUTIONS) == {"erk", "uniform"}
     assert set(sections._DYNAMIC) == {"rigl", "set", "rewiring"}
@@ -199,7 +294,7 @@ def test_the_tables_hold_all_that_a_recipe_can_name():
     written = {"scores", "stop"} ^ (set(sections._KEYS) | {"scores", "stop"}) - {"score", "rewire"}
     # Masks to start from are arrays, which no recipe holds.
     assert written == set(inspect.signature(jp.pruner).parameters) - {"scores", "stop", "masks"}
-    assert sections.inputs() == ["apply_fn", "groups", "loss_fn", "x"]
+    assert sections.inputs() == ["apply_fn", "blocks", "groups", "loss_fn", "x"]
 
 
 @pytest.mark.parametrize("name", ["erk", "uniform", "per_path", "scheduled"])
