@@ -1,4 +1,4 @@
-"""The larger networks of the channel-pruning study, in flax linen: ResNet, ViT and a decoder.
+"""The larger networks of the studies, in flax linen: ResNet, ViT, a decoder and a small GPT.
 
 Each is called as `apply(variables, x, train=False)` and gives logits. `train` tells BatchNorm, the
 only layer that is not the same in training, to use the batch's statistics and to update its own.
@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from experiments.networks.small import dense
@@ -81,15 +82,16 @@ class ResNet(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """A ViT's block: x + attention(norm(x)), then x + mlp(norm(x)); LayerNorm, GELU, biases."""
+    """A block of ViT and GPT: x + attention(norm(x)), then x + mlp(norm(x)); LayerNorm, GELU, biases."""
 
     heads: int
     hidden: int
 
     @nn.compact
-    def __call__(self, x):
-        """x: (batch, time, features) -> the same."""
-        x = x + nn.MultiHeadDotProductAttention(self.heads, name="attention")(nn.LayerNorm(name="norm1")(x))
+    def __call__(self, x, mask=None):
+        """x: (batch, time, features) -> the same; each place sees what the mask lets it, by default all."""
+        attention = nn.MultiHeadDotProductAttention(self.heads, name="attention")
+        x = x + attention(nn.LayerNorm(name="norm1")(x), mask=mask)
         y = nn.gelu(nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm2")(x)))
         return x + nn.Dense(x.shape[-1], name="down")(y)
 
@@ -154,3 +156,47 @@ class Decoder(nn.Module):
         for number in range(1, self.depth + 1):
             x = DecoderBlock(self.heads, self.hidden, name=f"block{number}")(x, mask)
         return nn.Dense(self.vocabulary, use_bias=False, name="head")(nn.RMSNorm(name="norm")(x))
+
+
+class GPT(nn.Module):
+    """A small language model of characters, built as GPT-2 is, with a head of its own.
+
+    With `scan` its blocks are one, stacked and run by `lax.scan`: `stack_blocks` makes their params from
+    those of single blocks.
+    """
+
+    vocabulary: int
+    context: int = 64
+    dim: int = 96
+    depth: int = 2
+    heads: int = 4
+    hidden: int = 384
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """x: integers (batch, time), time at most the context -> logits (batch, time, vocabulary)."""
+        del train
+        mask = nn.make_causal_mask(x)
+        positions = self.param("position", nn.initializers.normal(0.02), (self.context, self.dim))
+        x = nn.Embed(self.vocabulary, self.dim, name="embed")(x) + positions[: x.shape[1]]
+        if self.scan:
+            blocks = EncoderBlock(self.heads, self.hidden, name="blocks")
+            each = nn.scan(
+                lambda block, x, _: (block(x, mask), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=self.depth,
+            )
+            x, _ = each(blocks, x, None)
+        else:
+            for number in range(1, self.depth + 1):
+                x = EncoderBlock(self.heads, self.hidden, name=f"block{number}")(x, mask)
+        return nn.Dense(self.vocabulary, name="head")(nn.LayerNorm(name="norm")(x))
+
+
+def stack_blocks(params: dict) -> dict:
+    """Return params of a `GPT` as those of the same with `scan`: `block1`, `block2`, ... become `blocks`."""
+    names = [f"block{number}" for number in range(1, len(params)) if f"block{number}" in params]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    return {name: leaf for name, leaf in params.items() if name not in names} | {"blocks": stacked}

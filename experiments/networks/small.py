@@ -174,3 +174,18 @@ class MLP(nn.Module):
             x = dense(x, width, f"fc{index}", self.glorot)
             x = nn.relu(x) if index < len(self.widths) else x
         return x if self.logits else nn.log_softmax(x)
+
+
+class NormCNN(nn.Module):
+    """Three 3 x 3 convolutions with BatchNorm and relu, pooling after the last two, and a dense layer."""
+
+    widths: tuple[int, int, int] = (16, 32, 32)
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        """x: (batch, height, width, 1), height and width multiples of 4 -> logits (batch, 10)."""
+        for number, features in enumerate(self.widths, start=1):
+            x = nn.Conv(features, (3, 3), use_bias=False, name=f"conv{number}")(x)
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"norm{number}")(x)
+            x = nn.relu(x) if number == 1 else max_pool_2x2(nn.relu(x))
+        return dense(x.reshape(x.shape[0], -1), 10, "head")

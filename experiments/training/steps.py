@@ -92,11 +92,13 @@ class Windows(NamedTuple):
         return self.x[index].astype(jnp.int32), self.y[index].astype(jnp.int32)
 
 
-def windows(ids: np.ndarray, context: int) -> Windows:
-    """Cut a text into pieces that do not overlap; what does not fill the last is left out."""
-    count = (len(ids) - 1) // context
-    x, y = (jnp.asarray(ids[i : i + count * context].reshape(count, context)) for i in (0, 1))
-    return Windows(x, y)
+def windows(ids: np.ndarray, context: int, stride: int | None = None) -> Windows:
+    """Cut a text into pieces, one at every `stride` characters; by default they do not overlap.
+
+    What does not fill the last is left out.
+    """
+    places = np.arange(0, len(ids) - context, stride or context)[:, None] + np.arange(context)
+    return Windows(jnp.asarray(ids[places]), jnp.asarray(ids[places + 1]))
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array, pad: int = 4) -> jax.Array:
