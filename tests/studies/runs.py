@@ -31,6 +31,8 @@ STUDIES = {
     "--epochs 3 --tune-epochs 1",
     "distillation": "--seeds 0,1 --temperatures 2 --sparsities 0.8,0.9 --epochs 2 --tune-epochs 1 --few 50 "
     "--few-epochs 2 --few-tune-epochs 1 --teacher-epochs 1 --student-epochs 1",
+    "one_shot": "--seeds 0,1 --parts entries,statistics --methods magnitude,wanda,alps --sparsities 0.5 "
+    "--epochs 3 --batch-size 50 --examples 50 --no-times",
     "recipe": f"{_RECIPE} --seeds 0,1,2 --epochs 2 --tune-epochs 1",
 }
 

@@ -1,0 +1,1 @@
+"""Pruning of trained networks without training them: `python -m experiments.one_shot`."""
