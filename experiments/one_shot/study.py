@@ -14,22 +14,19 @@ training examples, without their labels, are the calibration set. Parts of the s
     python -m experiments.one_shot                              # CNN with BatchNorm, digits, embedded
     python -m experiments.one_shot --dataset tiny_shakespeare   # a small GPT of characters
 
-The dense networks and compiled programs are kept in the results folder, and so is every line: the same
-command with more parts, methods or seeds adds to them. A run that was stopped resumes after its last finished
+The dense networks are kept in the results folder, and so is every line: the same command with more parts,
+methods or seeds adds to them. A run that was stopped resumes after its last finished
 epoch or line.
 """
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 import jaxprune as jp
@@ -207,28 +204,6 @@ def _bits(chosen: Any) -> Iterator[Unit]:
                 yield Unit("bits", method, sparsity=sparsity, examples=chosen.examples, bits=bits)
 
 
-@contextlib.contextmanager
-def programs_kept(folder: Path) -> Iterator[None]:
-    """Keep compiled programs in a folder, unless a place for them is set already.
-
-    Each call of `jaxprune.prune_layers` compiles its own, which are the same for all dense networks.
-    """
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    if before[names[0]] is not None:
-        yield
-        return
-    try:
-        for name, value in zip(names, (str(folder.absolute()), 0.0), strict=True):
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 class Study:
     """A dense network of one seed, and what is made of it."""
 
@@ -308,7 +283,7 @@ def run(config: Config) -> list[dict[str, Any]]:
         adds=True,
         may_differ=_NOT_SETTINGS,
     )
-    with results, programs_kept(Path(chosen.out) / "programs"), tqdm(unit="network") as bar:
+    with results, tqdm(unit="network") as bar:
         for seed in chosen.seeds if chosen.fresh else ():
             forget(f"{chosen.dense}/seed-{seed}")
         missing = {

@@ -43,7 +43,7 @@ def refine(weight: jax.Array, mask: jax.Array, gram: jax.Array, target: jax.Arra
     start = jnp.where(mask, weight, 0)
     diagonal = jnp.diagonal(gram, axis1=1, axis2=2)[:, None, :]
     free = mask & (diagonal > 0)
-    precondition = _preconditioner(gram, free)
+    precondition, eps = _preconditioner(gram, free), jnp.finfo(weight.dtype).eps
 
     def gradient(at: jax.Array) -> jax.Array:
         return jnp.where(free, matmul(at, gram) - target, 0)
@@ -53,15 +53,17 @@ def refine(weight: jax.Array, mask: jax.Array, gram: jax.Array, target: jax.Arra
         curvature = _dot(state.direction, image)
         # Where H is singular, the curvature of a direction may be 0, or a rounding error of the terms it is
         # summed from. To divide by it would send the row far away, so the row stops here.
-        noise = jnp.finfo(weight.dtype).eps * _dot(state.direction**2, diagonal)
-        moving = state.moving & (curvature > noise)
+        noise = eps * _dot(state.direction**2, diagonal)
+        # A residual that is a rounding error of the first is solved. Steps beyond that would go on until
+        # nothing but the last bits of the smallest numbers is left, and then anywhere.
+        moving = state.moving & (curvature > noise) & (state.norm > eps**2 * norm)
         size = jnp.where(moving, state.norm / jnp.where(moving, curvature, 1), 0)
         residual = state.residual - size * image
         scaled = precondition(residual)
-        norm = _dot(residual, scaled)
-        turn = jnp.where(state.norm > 0, norm / jnp.where(state.norm > 0, state.norm, 1), 0)
+        after = _dot(residual, scaled)
+        turn = jnp.where(state.norm > 0, after / jnp.where(state.norm > 0, state.norm, 1), 0)
         at = state.at + size * state.direction
-        return _Descent(at, residual, scaled + turn * state.direction, norm, moving)
+        return _Descent(at, residual, scaled + turn * state.direction, after, moving)
 
     first = gradient(start)
     inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
