@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune.calibration.layer_report import LayerRow
 from jaxprune.files.atomic import replacing
+from jaxprune.tree.checks import shown
 
 
 class SavedLayers:
@@ -24,8 +25,13 @@ class SavedLayers:
           run: what identifies the run, as JSON holds it.
 
         Raises:
-          ValueError: the folder holds another run, or other files.
+          TypeError: `folder` is not a path.
+          ValueError: the path is empty; the folder holds another run, or other files.
         """
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"checkpoint= must be the path of a folder, got {shown(folder)}.")
+        if not os.fspath(folder):
+            raise ValueError("checkpoint= is an empty path: pass the folder that solved layers are saved in.")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         head, run = self.folder / "run.json", json.loads(json.dumps(run))

@@ -805,3 +805,16 @@ def test_bad_input_is_refused_by_name(case):
 def test_traced_params_are_refused():
     with pytest.raises(TypeError, match="call it outside jit"):
         jax.jit(lambda p: prune(params=p).params)(mlp_params())
+
+
+@pytest.mark.parametrize(("folder", "error"), [("", ValueError), (3, TypeError), (b"x", TypeError)])
+def test_a_checkpoint_that_is_no_folder(folder, error):
+    with pytest.raises(error, match=r"^checkpoint= "):
+        jp.prune_layers(
+            lambda p, x: x @ p["w"],
+            {"w": jnp.ones((2, 2))},
+            [jnp.ones((3, 2))],
+            jp.solvers.sparsegpt(),
+            0.5,
+            checkpoint=folder,
+        )

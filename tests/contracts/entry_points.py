@@ -132,7 +132,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "metrics.latency": {"calls": {"network": (network, PARAMS, X)}},
     "metrics.table": {"asked": 0.5},
     "optimal_brain_surgeon": {"count": 2, "masks": None, "damping": 1000.0},
-    "prune_layers": {"solver": jp.solvers.sparsegpt(), "checkpoint": None},
+    "prune_layers": {"solver": jp.solvers.sparsegpt()},
     "quantization.dequantize": {"quantized": jp.quantization.quantize(X)},
     "recipes.parse": {"source": {"prune": {"score": "magnitude", "sparsity": 0.5}}, "scores": None},
     "recover": {"tx": optax.sgd(0.1), "teacher": PARAMS, "steps": 2, "loss": None, "progress": None},

@@ -507,7 +507,7 @@ def test_errors_of_dicts_say_the_key():
         jp.recipes.parse({"prune": {1: 2}})
     with pytest.raises(jp.recipes.RecipeError, match=r"a YAML text or a dict, got list"):
         jp.recipes.parse([1])
-    with pytest.raises(TypeError, match="takes apply_fn, groups, loss_fn, x and key; got loss"):
+    with pytest.raises(TypeError, match="takes apply_fn, blocks, groups, loss_fn, x and key; got loss"):
         recipe_of().pruner(PARAMS, loss=loss_fn)
     assert recipe_of(sparsity=np.float32(0.5), every=np.int64(2)) == recipe_of(every=2)
 
