@@ -1,7 +1,6 @@
 """What a structure means for the matrices of a leaf."""
 
 import math
-from typing import Any
 
 from jaxprune.calibration.parts import Part
 from jaxprune.calibration.solvers.pattern import Pattern
@@ -93,8 +92,3 @@ def count_of(sparsity: float, pattern: Pattern, part: Part, structure: Structure
         return units if sparsity else 0
     # At least one unit stays, so that no layer is cut.
     return min(removed_count(sparsity, units), units - 1)
-
-
-def described(structure: Structure, per_output: bool) -> dict[str, Any]:
-    """Return what identifies a structure in a checkpoint."""
-    return {"structure": structure.name, "per_output": per_output}
