@@ -20,6 +20,7 @@ from jaxprune.calibration.parts import Part
 from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.columns import Consumer, choose_columns
 from jaxprune.calibration.solving import Problem, refined_layer, relative_error, with_rows_everywhere
+from jaxprune.calibration.statistics import not_finite
 from jaxprune.pruning.once import kept_entries, pool
 from jaxprune.pruning.targets import target_of
 from jaxprune.structures.base import Structure, Units
@@ -295,7 +296,4 @@ class ChannelSolver:
 
 def _check_finite(moments: Moments, part: Part, index: tuple[int, ...]) -> None:
     if not all(bool(jnp.all(jnp.isfinite(array))) for array in jax.tree.leaves(moments)):
-        raise ValueError(
-            f"the data that params[{part.name(index)!r}] multiplies ({part.site.source}) is NaN or infinite, "
-            "or its squares overflow. Check the params, and the batches, on which the network runs."
-        )
+        raise not_finite(part.name(index), part.site.source)

@@ -20,7 +20,7 @@ from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
 from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, reader, solve, writer
-from jaxprune.calibration.statistics import checksum, chosen_parts, unknown_rows
+from jaxprune.calibration.statistics import checksum, chosen_parts, not_finite, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
 from jaxprune.schedules import check_sparsity
@@ -350,10 +350,7 @@ class _Layers:
     def check(self, facts: Facts, name: str, source: str) -> None:
         """Check what is known of a layer once it is solved."""
         if not facts.finite:
-            raise ValueError(
-                f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its "
-                "squares overflow. Check the params, and the batches, on which the network runs."
-            )
+            raise not_finite(name, source)
         if not facts.solved:
             raise ValueError(
                 f"{self.solver_name} returned weights that are not finite for {name} ({source}). Raise its "

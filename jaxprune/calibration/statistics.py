@@ -423,6 +423,14 @@ def unknown_rows(path: str, source: str) -> ValueError:
     )
 
 
+def not_finite(name: str, source: str) -> ValueError:
+    """Return the error for a layer whose data is not finite."""
+    return ValueError(
+        f"the data that params[{name!r}] multiplies ({source}) is NaN or infinite, or its squares overflow. "
+        "Check the params, and the batches, on which the network runs."
+    )
+
+
 def _summed(part: Part, found: Found) -> dict[str, Any]:
     uses = [found[use.stack] for use in part.uses]
     total = uses[0]
@@ -573,14 +581,13 @@ def _check_bytes(parts: Mapping[str, Sequence[Part]], gram: bool, max_bytes: int
 def _check_finite(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, Any]) -> None:
     for path, each in parts.items():
         for part, found in zip(each, sums[path], strict=True):
-            for index in part.layers():
-                if not all(bool(jnp.all(jnp.isfinite(array[index]))) for array in found.values()):
-                    name = part.name(index)
-                    raise ValueError(
-                        f"the data that params[{name!r}] multiplies ({part.site.source}) is NaN or infinite, "
-                        "or its squares overflow. Check the params, and the batches, on which the network "
-                        "runs."
-                    )
+            layers = part.site.stack_shape
+            finite = np.ones(layers, bool)
+            for array in found.values():
+                of_layer = tuple(range(len(layers), array.ndim))
+                finite = finite & np.asarray(jnp.all(jnp.isfinite(array), axis=of_layer))
+            for index in np.argwhere(~finite).tolist():
+                raise not_finite(part.name(index), part.site.source)
 
 
 def _warn_about_no_rows(parts: Mapping[str, Sequence[Part]], sums: Mapping[str, Any]) -> None:
