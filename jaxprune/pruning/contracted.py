@@ -10,7 +10,13 @@ from jaxprune.structures.base import Structure
 from jaxprune.tree.checks import shown
 from jaxprune.tree.leaves import describe
 from jaxprune.tree.stacks import Stacked, layer_names
-from jaxprune.tree.statistics import CALIBRATE, InputStatistics, check_calibrated, check_statistics
+from jaxprune.tree.statistics import (
+    CALIBRATE,
+    InputStatistics,
+    check_calibrated,
+    check_statistics,
+    check_unchanged,
+)
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Params, ScoreFn, Scores, Where
 
@@ -42,6 +48,27 @@ def calibrated_defaults(
 
         stacked = stacked_as_calibrated
     return where, stacked
+
+
+def with_statistics(
+    stats: InputStatistics,
+    scores: ScoreFn | Scores,
+    params: Params,
+    where: Where,
+    stacked: Stacked | None,
+    structure: Structure,
+    extra: Mapping[str, Any],
+) -> tuple[Where, Stacked | None, bool, dict[str, Any]]:
+    """Return `where`, `stacked`, whether the score reads the statistics, and the score's extra arguments.
+
+    Raises:
+      TypeError: `stats` is not what `jaxprune.calibrate` returns.
+      ValueError: the params changed since.
+    """
+    where, stacked = calibrated_defaults(stats, where, stacked, structure)
+    check_unchanged(stats, params)
+    reads = reads_statistics(scores, params)
+    return where, stacked, reads, {**extra, "stats": stats} if reads else {**extra}
 
 
 def with_contracted_axes(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, with_contracted_axes
+from jaxprune.pruning.contracted import with_contracted_axes, with_statistics
 from jaxprune.pruning.extras import check_extra
 from jaxprune.pruning.scoring import is_tree_of_scores, of_layers, score_and_recompute
 from jaxprune.pruning.targets import SCOPES, Target, competing_sizes, kept_in_each, pool_sizes, target_of
@@ -47,7 +47,7 @@ from jaxprune.tree.stacks import (
     split_layers,
     take_layer,
 )
-from jaxprune.tree.statistics import InputStatistics, check_unchanged
+from jaxprune.tree.statistics import InputStatistics
 from jaxprune.tree.where import kernels, selected_among
 from jaxprune.typing import Masks, Params, PerPath, ScoreFn, Scores, Where
 
@@ -146,10 +146,9 @@ def prune_once(
     floor = check_choices(scope, of, floor)
     reads = False
     if stats is not None:
-        where, stacked = calibrated_defaults(stats, where, stacked, structure)
-        check_unchanged(stats, params)
-        reads = reads_statistics(scores, params)
-        extra = {**extra, "stats": stats} if reads else extra
+        where, stacked, reads, extra = with_statistics(
+            stats, scores, params, where, stacked, structure, extra
+        )
     where = default_where(where, structure, stacked)
     given = {"sparsity": sparsity, "count": count, "threshold": threshold}
     asked = [name for name in given if given[name] is not None]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.pruning.contracted import calibrated_defaults, reads_statistics, with_contracted_axes
+from jaxprune.pruning.contracted import with_contracted_axes, with_statistics
 from jaxprune.pruning.extras import check_extra
 from jaxprune.pruning.once import check_choices, checked_structure, default_where, kept_entries, pool
 from jaxprune.pruning.scoring import evaluate, is_tree_of_scores, of_layers
@@ -26,7 +26,7 @@ from jaxprune.structures.base import Structure, Units, families_in, with_stacks
 from jaxprune.tree.leaves import array_leaves, flatten, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params, ones_masks
 from jaxprune.tree.stacks import Family, Stacked
-from jaxprune.tree.statistics import InputStatistics, check_unchanged
+from jaxprune.tree.statistics import InputStatistics
 from jaxprune.tree.where import selected_among
 from jaxprune.typing import Masks, Params, ScoreFn, Scores, Where
 
@@ -141,10 +141,9 @@ def rank_units(
     structure = checked_structure(_ELEMENTS if structure is None else structure)
     reads = False
     if stats is not None:
-        where, stacked = calibrated_defaults(stats, where, stacked, structure)
-        check_unchanged(stats, params)
-        reads = reads_statistics(scores, params)
-        extra = {**extra, "stats": stats} if reads else extra
+        where, stacked, reads, extra = with_statistics(
+            stats, scores, params, where, stacked, structure, extra
+        )
     where = default_where(where, structure, stacked)
     by_path = array_leaves(params)
     chosen = tuple(selected_among(by_path, where))
