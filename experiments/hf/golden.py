@@ -134,7 +134,7 @@ def _made(case: Case) -> Any:
     network = transformers.AutoModelForCausalLM.from_config(config)
     for name, weight in network.named_parameters():
         scales = weight.ndim == 1 and not name.endswith("bias")
-        weight.data.normal_(1.0 if scales else 0.0, 0.3)
+        weight.data.normal_(1.0 if scales else 0.0, 0.2)
     return network.to(getattr(torch, case.dtype)).eval()
 
 

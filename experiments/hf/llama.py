@@ -252,9 +252,7 @@ def _with_sizes(configure: Configure, json: Mapping[str, Any], params: Any) -> d
 def _configure_mistral(json: Mapping[str, Any]) -> LlamaConfig:
     """Mistral 7B (Jiang et al. 2023, arXiv:2310.06825) from version 0.2 on: Llama without any biases."""
     if json.get("sliding_window", 4096) is not None:  # what it is if left out
-        raise ValueError(
-            "config.json: 'sliding_window' is implemented as null only: attention to all before."
-        )
+        raise ValueError("config.json: 'sliding_window' must be null; windows are not implemented.")
     config = _configure({"num_key_value_heads": 8, "max_position_embeddings": 131_072, **json})
     return dataclasses.replace(config, qkv_bias=False, out_bias=False, ffn_bias=False)
 
