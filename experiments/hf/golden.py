@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tyro
+from tqdm import tqdm
 
 import jaxprune as jp
 from experiments.hf.opened import Model, open_model, write_model
@@ -186,7 +187,7 @@ def compare(data: str = DATA) -> None:
     _quiet()
     rows = [("checkpoint", "network", "entries", "kept", "largest logit", "difference")]
     differences = []
-    for name in CASES:
+    for name in tqdm(CASES):
         model = open_model(Path(data) / name)
         tokens = np.load(Path(data) / f"{name}.npz")["tokens"]
         networks = {
