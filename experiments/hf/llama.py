@@ -231,12 +231,12 @@ def _with_sizes(configure: Configure, json: Mapping[str, Any], params: Any) -> d
     heads = size_in_layers(params, "query", 0, "num_attention_heads") // config.head
     key_heads = size_in_layers(params, "key", 0, "num_key_value_heads") // config.head
     hidden = size_in_layers(params, "gate", 0, "intermediate_size")
-    if config.width % heads:
+    if config.width % heads and json.get("model_type", "llama") == "llama":  # not Mistral's or Qwen2's
         each = config.heads // config.key_heads
         counts = [each * number for number in range(1, config.key_heads + 1)]
         allowed = " or ".join(str(count) for count in counts if config.width % count == 0)
         raise ValueError(
-            f"{heads} heads do not divide the width {config.width}: transformers refuses a config.json whose "
+            f"{heads} heads do not divide the width {config.width}: transformers refuses a Llama whose "
             f"'hidden_size' is no multiple of 'num_attention_heads'. Keep {allowed} heads."
         )
     changed = dict(json)
