@@ -32,7 +32,8 @@ from jaxprune.calibration.statistics import Statistics, calibrate
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
-from jaxprune.graph.modules.nnx import CompactedModule, compact_module
+from jaxprune.graph.modules.forms import CompactedModule
+from jaxprune.graph.modules.small_module import compact_module
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.residual import residual_blocks
 

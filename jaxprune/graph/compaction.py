@@ -31,6 +31,10 @@ from jaxprune.tree.stacks import Stacked, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Where
 
 _CALL = "compact(apply_fn, params, masks, *inputs)"
+_RENAMED = {
+    "stayed": "; it is called not_removed now.",
+    "save": ": jaxprune.io.save_compacted(file, small) writes the network, small.plan.save(file) its plan.",
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,10 +76,6 @@ class Compacted:
         """
         return self.plan.expand(tree, where)
 
-    def save(self, file: Any) -> None:
-        """Write the plan to a file; `Plan.load` reads it, and `compact` takes it in place of masks."""
-        self.plan.save(file)
-
     def bind(
         self, function: Callable[..., Any], state: Callable[[Any], Any] | None = None
     ) -> Callable[..., Any]:
@@ -105,7 +105,7 @@ class Compacted:
     if not TYPE_CHECKING:  # a type checker would take any attribute
 
         def __getattr__(self, name: str) -> Any:
-            new = "; it is called not_removed now." if name == "stayed" else "."
+            new = _RENAMED.get(name, ".")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
 

@@ -49,6 +49,20 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
                 keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
             elif kind in tuples:
                 tuples[kind][path] = tuple(arrays[name].ravel().tolist())
+    fields = {"shapes": shapes, "keep": keep, "divisors": divisors, "stacks": stacks, "removed": removed}
+    check(fields, file)
+    return fields
+
+
+def check(fields: Mapping[str, Any], file: str | PathLike[str]) -> None:
+    """Check that the fields of a `Plan` fit one another; `file` is where they are from.
+
+    Raises:
+      ValueError: they do not; the path of the param is named.
+    """
+    shapes, keep, divisors, stacks, removed = (
+        fields[name] for name in ("shapes", "keep", "divisors", "stacks", "removed")
+    )
     for path, axes in divisors.items():
         in_removed = any(path.startswith(f"{block}/") for block in removed)
         if not (set(axes) <= set(keep.get(path, {})) or in_removed):
@@ -62,4 +76,3 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
             ascending = kept.shape[:-1] == (*layers,) and kept.size > 0 and bool((np.diff(kept) > 0).all())
             if not (ascending and kept.min() >= 0 and kept.max() < size):
                 raise ValueError(f"{file}: the indices of {path}, axis {axis}, do not fit size {size}.")
-    return {"shapes": shapes, "keep": keep, "divisors": divisors, "stacks": stacks, "removed": removed}
