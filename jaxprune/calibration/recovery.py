@@ -111,8 +111,9 @@ def recover(
     with data; each step of a scan over stacked layers is one. It reads what the network tuned so far computes
     before it, and its target is what the dense network has after it. Between blocks the loss is the mean
     squared error; `loss` is that of the last, which ends with the outputs. A leaf that several blocks read is
-    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Equal blocks
-    share their compiled programs.
+    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Leaves that are
+    numpy arrays, mapped from files say, stay there too: each is on the device only with its block, and comes
+    back as a numpy array. Equal blocks share their compiled programs.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`, in evaluation mode.
