@@ -7,9 +7,9 @@ peak is that of the resident memory (VmHWM), above what was resident after a war
     python -m tests.calibration.recover_memory whole
 """
 
+import argparse
 import json
 import re
-import sys
 import tempfile
 from pathlib import Path
 
@@ -86,4 +86,6 @@ def main(by_block: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "block")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("way", choices=["block", "whole"])
+    main(parser.parse_args().way == "block")
