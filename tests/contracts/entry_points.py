@@ -127,6 +127,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "io.load": {"path": FILE},
     "io.load_safetensors": {"path": TENSORS},
     "l0.apply_gates": {"z": GOOD["gates"]},
+    "lora.init": {"rank": 1},
+    "lora.merge": {"adapters": jp.lora.init(PARAMS, 1, key=jax.random.key(0)), "scale": 2.0},
     "matching": {"patterns": ("*",)},
     "metrics.good_widths": {"most": 2, "rows": 3, "inputs": 4, "rounds": 1},
     "metrics.latency": {"calls": {"network": (network, PARAMS, X)}},

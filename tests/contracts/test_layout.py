@@ -16,8 +16,8 @@ ROOT = Path(jp.__file__).parent
 ORDER = (
     *("typing", "tree", "tracing", "selection", "counting", "schedules", "files", "quantization"),
     *("graph.engine", "graph", "graph.modules", "io", "scores", "structures", "pruning", "sizing.result"),
-    *("distributions", "sizing", "training", "calibration", "metrics", "penalties", "l0", "distillation"),
-    *("sparse", "export", "recipes", "plots"),
+    *("distributions", "sizing", "training", "calibration", "metrics", "penalties", "l0", "lora"),
+    *("distillation", "sparse", "export", "recipes", "plots"),
 )
 """The rooms, each of which may import those before it."""
 
