@@ -75,12 +75,15 @@ class Settings:
 C = TypeVar("C", bound=Settings)
 
 
-def parse(config: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+def parse(
+    config: type[C], argv: Sequence[str] | None = None, description: str | None = None, word: str = ""
+) -> C:
     """Read flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
 
     Tuples are written with commas, `--seeds 0,1,2`, and a bool is a flag without a value. `--recipe FILE`
     takes the settings that an earlier run left in its `recipe.yaml`; flags beside it win. A config with a
-    field `recipe` of its own takes that file without a flag.
+    field `recipe` of its own takes that file without a flag. `word` is what stands before the flags, if a
+    command has several.
 
     Raises:
       SystemExit: of status 2 with one sentence that names the flag, what was got and what is allowed.
@@ -91,6 +94,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     from jaxprune.recipes import RecipeError
 
     program = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).stem
+    program = f"{program.removesuffix('.__main__')} {word}".rstrip()
     text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
     own = [field.name for field in dataclasses.fields(config)]
     option = dataclasses.field(default=None, metadata={"help": text})
