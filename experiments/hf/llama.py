@@ -231,12 +231,12 @@ def _with_sizes(configure: Configure, json: Mapping[str, Any], params: Any) -> d
     heads = size_in_layers(params, "query", 0, "num_attention_heads") // config.head
     key_heads = size_in_layers(params, "key", 0, "num_key_value_heads") // config.head
     hidden = size_in_layers(params, "gate", 0, "intermediate_size")
-    if config.width % heads:
+    if config.width % heads and json.get("model_type", "llama") == "llama":  # not Mistral's or Qwen2's
         each = config.heads // config.key_heads
         counts = [each * number for number in range(1, config.key_heads + 1)]
         allowed = " or ".join(str(count) for count in counts if config.width % count == 0)
         raise ValueError(
-            f"{heads} heads do not divide the width {config.width}: transformers refuses a config.json whose "
+            f"{heads} heads do not divide the width {config.width}: transformers refuses a Llama whose "
             f"'hidden_size' is no multiple of 'num_attention_heads'. Keep {allowed} heads."
         )
     changed = dict(json)
@@ -252,9 +252,7 @@ def _with_sizes(configure: Configure, json: Mapping[str, Any], params: Any) -> d
 def _configure_mistral(json: Mapping[str, Any]) -> LlamaConfig:
     """Mistral 7B (Jiang et al. 2023, arXiv:2310.06825) from version 0.2 on: Llama without any biases."""
     if json.get("sliding_window", 4096) is not None:  # what it is if left out
-        raise ValueError(
-            "config.json: 'sliding_window' is implemented as null only: attention to all before."
-        )
+        raise ValueError("config.json: 'sliding_window' must be null; windows are not implemented.")
     config = _configure({"num_key_value_heads": 8, "max_position_embeddings": 131_072, **json})
     return dataclasses.replace(config, qkv_bias=False, out_bias=False, ffn_bias=False)
 

@@ -120,7 +120,7 @@ def write_model(
     the folder (the tokenizer's, say) are copied, but for weights in other formats and folders in it.
 
     Args:
-      out: the folder; a checkpoint that lies there is replaced.
+      out: the folder; a checkpoint that lies there is replaced, but not the model itself.
       model: what `open_model` returned.
       params: a tree like the model's, which may have fewer layers, heads and hidden units.
       masks: bool masks like `params`; what they prune is written as 0.
@@ -133,7 +133,7 @@ def write_model(
     Raises:
       ValueError: sizes that config.json cannot say; a leaf that is missing, unknown or of another shape than
         the rest of the network needs; `layers` that do not fit.
-      FileExistsError: `out` is a folder with something else in it.
+      FileExistsError: `out` is the model's folder, or has something else in it than a checkpoint.
       OSError: it cannot be written; what lay there stays.
     """
     settings = model.architecture.with_sizes(model.json if json is None else json, params)
@@ -153,11 +153,19 @@ def write_model(
     return _write_folder(Path(out), model, settings, values, keep, model.layout.renamed(renamed))
 
 
+def _check_replaceable(out: Path, model: Model) -> None:
+    """Refuse a place where something would be lost beside an earlier result."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if out.samefile(model.folder):
+        raise FileExistsError(f"{out} is the folder of the model itself. Give another one.")
+    if not (out / "config.json").is_file() or any(file.is_dir() for file in out.iterdir()):
+        raise FileExistsError(f"{out} holds more than a checkpoint. Give a new folder, or remove it.")
+
+
 @contextlib.contextmanager
 def _replacing_folder(out: Path) -> Iterator[Path]:
     """Yield a new folder beside `out`, which takes its place if the block ends without an error."""
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} is there, and is no checkpoint. Give a new folder, or remove it.")
     target = Path(os.path.realpath(out))
     target.parent.mkdir(parents=True, exist_ok=True)
     new, old = (target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp") for _ in range(2))
@@ -184,6 +192,7 @@ def _write_folder(
     layout: Any,
 ) -> int:
     """Write tensors, config.json and copies of the other files."""
+    _check_replaceable(out, model)
     with _replacing_folder(out) as new:
         masks = None if keep is None else _nested(keep)
         size = jp.io.save_safetensors(new, _nested(values), masks, layout=layout)
