@@ -44,6 +44,7 @@ _LENGTH = 2048
 class Config(Settings):
     """Flags of the command."""
 
+    repeats = False
     checkpoint: str  # the folder of config.json and the safetensors
     text: str  # text, or token ids as .npy, to calibrate on and, its last tenth, to be judged on
     out: Folder  # the folder to write; it must not exist
@@ -260,9 +261,7 @@ def _written(config: Config, model: Model, pruned: Pruned, tokens: np.ndarray) -
     if not config.removes:
         write_model(config.out, model, pruned.params, pruned.masks)
         zero = jp.metrics.sparsity(pruned.masks).model
-        return (
-            f"Wrote {config.out}: {zero:.1%} of all params are zero, and the files are as large as they were"
-        )
+        return f"Wrote {config.out}\n{zero:.1%} of all params are zero; the files are as large as they were"
     small = jp.compact(model.apply_fn, pruned.params, pruned.masks, tokens).params
     kept = [number for number in range(model.config.depth) if number not in pruned.gone]
     write_model(config.out, model, small, layers=kept)
@@ -270,8 +269,8 @@ def _written(config: Config, model: Model, pruned: Pruned, tokens: np.ndarray) -
     differ = jnp.abs(written.apply_fn(written.params, tokens) - model.apply_fn(pruned.params, tokens))
     before, after = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (model.params, small))
     return (
-        f"Wrote {config.out}: {after:,} params of {before:,}\n"
-        f"its logits differ from the masked network's by at most {float(differ.max()):.1g}"
+        f"Wrote {config.out}\n{after:,} params of {before:,}; "
+        f"logits differ from the masked network's by at most {float(differ.max()):.1g}"
     )
 
 

@@ -47,12 +47,11 @@ def plan(model: Model, hidden_units: float, heads: float, layers: int) -> Remova
     shares: dict[str, float] = {}
     if hidden_units or heads:
         inner = jp.channel_groups(model.apply_fn, shapes, jax.ShapeDtypeStruct((1, 2), jnp.int32)).inner()
+        of_layers = [group for group in inner.removable() if group.name.startswith("layers/")]
         asked = {"hidden-units": hidden_units, "heads": heads}
         for flag, share in asked.items():
             if share:
-                found = [
-                    group for group in inner if group.removable and _is_of_heads(group) == (flag == "heads")
-                ]
+                found = [group for group in of_layers if _is_of_heads(group) == (flag == "heads")]
                 if sorted(map(_layer, found)) != list(range(depth)):
                     raise ValueError(f"--{flag}: not every layer has such units that can go alone:\n{inner}")
                 _check_share(flag, share, found[0].units)

@@ -29,7 +29,7 @@ from experiments.run.limits import FlagError
 from experiments.run.settings import BatchSize, Count, Folder, Natural, Positive, Settings, parse
 from experiments.training.steps import one_cycle
 
-_JSON = {
+ABOUT = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 96,
@@ -45,12 +45,14 @@ _JSON = {
     "hidden_act": "silu",
     "torch_dtype": "float32",
 }
+"""Its config.json, but for the size of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class Config(Settings):
     """Flags of the command."""
 
+    repeats = False
     out: Folder  # the folder to write; it must not exist
     steps: Count = 2000  # of training
     batch: BatchSize = 32  # windows of a step
@@ -110,6 +112,7 @@ def write(folder: Path, params: Any, about: dict[str, Any], vocabulary: str) -> 
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     tokenizer.decoder = decoders.Fuse()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def run(flags: Config) -> None:
@@ -122,7 +125,7 @@ def run(flags: Config) -> None:
     if folder.exists():
         raise FlagError(f"--out: {flags.out} exists already: give another folder, which is made")
     text = datasets.load_shakespeare(train=flags.train_size)
-    about = _JSON | {"vocab_size": len(text.vocabulary)}
+    about = ABOUT | {"vocab_size": len(text.vocabulary)}
     params = train(LLAMA.configure(about), text.train.astype(np.int32), flags)
     folder.mkdir(parents=True)
     write(folder, params, about, text.vocabulary)

@@ -127,7 +127,7 @@ def windows(
 
     Example:
       >>> found = windows(np.arange(40), None, samples=3, length=4, seed=0, at_most=9)
-      >>> found.calibration.max() < 36, found.held_out.tolist()
+      >>> bool(found.calibration.max() < 36), found.held_out.tolist()
       (True, [[36, 37, 38, 39]])
     """
     if others is None:

@@ -39,6 +39,9 @@ File = Annotated[str, Writable("file")]
 class Settings:
     """The base of every study's `Config`: values beyond what the types allow are refused.
 
+    Attributes:
+      repeats: whether a run leaves a `recipe.yaml` that repeats it.
+
     Raises:
       FlagError: a value that is not allowed.
 
@@ -48,6 +51,8 @@ class Settings:
       Traceback (most recent call last):
       experiments.run.limits.FlagError: --sparsities: must be 0 or more and below 1, got 1.0
     """
+
+    repeats = True
 
     def __post_init__(self):
         """Check each field by itself; a study adds what holds between fields."""
@@ -103,7 +108,7 @@ def parse(
     # module tyro finds the comments of the class it stands for.
     flags = dataclasses.make_dataclass(
         config.__name__,
-        [recipe],
+        [recipe] if config.repeats else [],
         bases=(config,),
         frozen=True,
         namespace={"__post_init__": lambda self: None, "__module__": config.__module__},
@@ -121,7 +126,11 @@ def parse(
 
     found = read()
     try:
-        if found.recipe is not None and (earlier := saved_recipes.settings(found.recipe, config)):
+        if (
+            config.repeats
+            and found.recipe is not None
+            and (earlier := saved_recipes.settings(found.recipe, config))
+        ):
             found = read(**earlier, **({"recipe": found.recipe} if "recipe" in own else {}))
         made = config(**{name: getattr(found, name) for name in own})
         for name, hint in typing.get_type_hints(config, include_extras=True).items():
