@@ -14,8 +14,8 @@ from tests.contracts import public
 ROOT = Path(jp.__file__).parent
 
 ORDER = (
-    *("typing", "tree", "tracing", "selection", "counting", "schedules", "files", "quantization", "io"),
-    *("graph.engine", "graph", "graph.modules", "scores", "structures", "pruning", "sizing.result"),
+    *("typing", "tree", "tracing", "selection", "counting", "schedules", "files", "quantization"),
+    *("graph.engine", "graph", "graph.modules", "io", "scores", "structures", "pruning", "sizing.result"),
     *("distributions", "sizing", "training", "calibration", "metrics", "penalties", "l0", "distillation"),
     *("sparse", "export", "recipes", "plots"),
 )

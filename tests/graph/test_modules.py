@@ -503,7 +503,7 @@ def test_a_plan_in_place_of_masks(tmp_path):
     model, x = built(Noisy), normal(2, 3)
     masks = half(model, x)
     result = agrees(model, masks, x)
-    result.small.save(tmp_path / "plan.npz")
+    result.small.plan.save(tmp_path / "plan.npz")
     again = compact_module(model, Plan.load(tmp_path / "plan.npz"), x)
     assert again.why is None
     close(call(again.module, x), call(result.module, x))
