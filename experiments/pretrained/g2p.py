@@ -101,18 +101,19 @@ def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
       tokens: (batch, 39), a word in each row: 19 letters, then 20 phonemes.
 
     Returns:
-      (batch, 20, 74). Those at padding mean nothing.
+      (batch, 20, 74); 0 at padding, so that it has no part in a loss.
     """
-    state = encoded(params, tokens[:, :_READ])
+    letters, phonemes = tokens[:, :_READ], tokens[:, _READ:]
     cell = params["decoder"]
-    inputs = _inputs(cell, tokens[:, _READ:])
+    inputs = _inputs(cell, phonemes)
 
     def step(state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = _cell(cell, gates, state)
         return state, state
 
-    _, states = lax.scan(step, state, inputs.swapaxes(0, 1))
-    return states.swapaxes(0, 1) @ params["out"]["weight"].T + params["out"]["bias"]
+    _, states = lax.scan(step, encoded(params, letters), inputs.swapaxes(0, 1))
+    logits = states.swapaxes(0, 1) @ params["out"]["weight"].T + params["out"]["bias"]
+    return jnp.where((phonemes != PAD)[:, :, None], logits, 0)
 
 
 def encoded(params: Any, letters: jax.Array) -> jax.Array:
