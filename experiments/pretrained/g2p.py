@@ -21,7 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from experiments.one_shot.methods import Channels
 from experiments.pretrained.network import Calibration, Pretrained, file_of
+from experiments.run.limits import FlagError
 
 LETTERS = ("<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz")
 _PHONEMES = """
@@ -37,16 +39,18 @@ STEPS = 20  # phonemes at most
 _READ = LONGEST + 1  # letters and </s>
 
 SEED = 0  # of the order of the words
-TEST, CALIBRATION, BATCH = 2000, 512, 32  # words
+TEST, CALIBRATION, MORE, BATCH = 2000, 512, 4096, 32  # words
 
 _Pronunciations = list[tuple[str, ...]]
 
 
-def load(test: int = TEST, calibration: int = CALIBRATION) -> Pretrained:
+def load(test: int = TEST, examples: int = CALIBRATION, more: int = MORE) -> Pretrained:
     """Read the network and its words from the installed packages.
 
     Args:
-      test, calibration: how many words to judge it on, and how many to calibrate it on.
+      test: how many words to judge it on, at most 2,000.
+      examples: how many words to calibrate it on.
+      more: how many words the larger calibration set has.
 
     Raises:
       DataUnavailable: a package is missing.
@@ -56,11 +60,15 @@ def load(test: int = TEST, calibration: int = CALIBRATION) -> Pretrained:
     def evaluate(params: Any) -> np.ndarray:
         return words.errors(greedy(params, words.letters(words.order[:test])), words.order[:test])
 
-    def of_draw(draw: int) -> Calibration:
-        first = max(test, TEST) + draw * calibration
-        chosen = words.order[first : first + calibration]
-        if len(chosen) < calibration:
-            raise ValueError(f"there are no {calibration:,} words left for draw {draw}.")
+    def of_draw(draw: int, count: int) -> Calibration:
+        first = TEST + draw * count
+        chosen = words.order[first : first + count]
+        if test > TEST or len(chosen) < count:
+            raise FlagError(
+                f"There are {len(words.order):,} words: at most {TEST:,} to test on, and not "
+                f"{draw + 1:,} times {count:,} to calibrate on. Ask for less: --test-size, --draws, "
+                "--examples, --more"
+            )
         tokens = tokens_of(params, words.letters(chosen))
         batches = [tokens[start : start + BATCH] for start in range(0, len(tokens), BATCH)]
         return Calibration([(batch,) for batch in batches], [batch != PAD for batch in batches])
@@ -72,12 +80,14 @@ def load(test: int = TEST, calibration: int = CALIBRATION) -> Pretrained:
         figure="phoneme error rate",
         params=params,
         apply_fn=apply_fn,
-        calibration=of_draw,
+        calibration=lambda draw: of_draw(draw, examples),
         evaluate=evaluate,
         channels={
-            "GRU units": ("decoder/w_hh[1]",),
-            "embeddings": ("encoder/embedding[1]", "decoder/embedding[1]"),
+            "half of the GRU units": Channels(("decoder/w_hh[1]",), ("w_hh", "out/weight")),
+            "half of the embeddings": Channels(("encoder/embedding[1]", "decoder/embedding[1]"), ("w_ih",)),
         },
+        recover_rate=2e-4,
+        more=lambda draw: of_draw(draw, more),
     )
 
 
@@ -101,18 +111,19 @@ def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
       tokens: (batch, 39), a word in each row: 19 letters, then 20 phonemes.
 
     Returns:
-      (batch, 20, 74). Those at padding mean nothing.
+      (batch, 20, 74); 0 at padding, so that it has no part in a loss.
     """
-    state = encoded(params, tokens[:, :_READ])
+    letters, phonemes = tokens[:, :_READ], tokens[:, _READ:]
     cell = params["decoder"]
-    inputs = _inputs(cell, tokens[:, _READ:])
+    inputs = _inputs(cell, phonemes)
 
     def step(state: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
         state = _cell(cell, gates, state)
         return state, state
 
-    _, states = lax.scan(step, state, inputs.swapaxes(0, 1))
-    return states.swapaxes(0, 1) @ params["out"]["weight"].T + params["out"]["bias"]
+    _, states = lax.scan(step, encoded(params, letters), inputs.swapaxes(0, 1))
+    logits = states.swapaxes(0, 1) @ params["out"]["weight"].T + params["out"]["bias"]
+    return jnp.where((phonemes != PAD)[:, :, None], logits, 0)
 
 
 def encoded(params: Any, letters: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.data.datasets import DataUnavailable
+from experiments.one_shot.methods import Channels
 
 
 class Calibration(NamedTuple):
@@ -35,7 +36,9 @@ class Pretrained(NamedTuple):
       calibration: the calibration set of a draw, counted from 0; no example is in two of them.
       evaluate: from params to an array (examples, 2): the errors and the units of each test example, which
         no calibration set has.
-      channels: units that can be removed, by name: what the names of their channel groups end in.
+      channels: units that can be removed, by name.
+      recover_rate: the learning rate that its survivors are tuned with, at first.
+      more: a larger calibration set of a draw, to tune more survivors on; None if there is none.
     """
 
     name: str
@@ -46,7 +49,9 @@ class Pretrained(NamedTuple):
     apply_fn: Callable[..., Any]
     calibration: Callable[[int], Calibration]
     evaluate: Callable[[Any], np.ndarray]
-    channels: Mapping[str, Sequence[str]]
+    channels: Mapping[str, Channels]
+    recover_rate: float
+    more: Callable[[int], Calibration] | None = None
 
 
 def file_of(package: str, name: str) -> Path:
