@@ -83,10 +83,10 @@ def load(test: int = TEST, examples: int = CALIBRATION, more: int = MORE) -> Pre
         calibration=lambda draw: of_draw(draw, examples),
         evaluate=evaluate,
         channels={
-            "half of the GRU units": Channels(("decoder/w_hh[1]",), ("w_hh", "out/weight")),
+            "half of the GRU units": Channels(("decoder/w_hh[1]",), ("w_hh",)),
             "half of the embeddings": Channels(("encoder/embedding[1]", "decoder/embedding[1]"), ("w_ih",)),
         },
-        recover_rate=2e-4,
+        recover_rate=5e-5,
         more=lambda draw: of_draw(draw, more),
     )
 

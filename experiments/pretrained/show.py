@@ -21,8 +21,8 @@ def summarise(lines: Lines) -> str:
     draws = len(_values(lines, "draw"))
     text = [
         f"{dense['note']}; {100 * dense['error']:.2f} % errors of the dense network",
-        f"errors minus the dense network's, in points: mean and s.d. over {draws} calibration sets,",
-        "and the 95 % bootstrap interval over the test examples, its ends averaged over the sets",
+        f"more errors than that, in points: mean and s.d. over {draws} calibration sets;",
+        "95 % bootstrap intervals over the test examples, ends averaged over the sets",
     ]
     entries = _with(lines, part="entries")
     levels = sorted(_values(entries, "sparsity"))

@@ -175,8 +175,8 @@ def gaps(own: np.ndarray, dense: np.ndarray, times: int, seed: int = 0) -> np.nd
       seed: of the draws.
 
     Example:
-      >>> gaps(np.array([[1, 2], [0, 2]]), np.array([[0, 2], [0, 2]]), 3).tolist()
-      [0.0, 0.25, 0.5]
+      >>> gaps(np.array([[1, 2], [1, 2]]), np.array([[0, 2], [0, 2]]), 3).tolist()
+      [0.5, 0.5, 0.5]
     """
     count = len(own)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=times)

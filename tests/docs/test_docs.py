@@ -38,7 +38,7 @@ SMALL = {
     "studies/test_experiments.py": "dynamic_sparse gradual lenet lottery_ticket pruning_at_init",
     **{
         f"studies/test_{name}.py": name
-        for name in ("channel_pruning", "deployment", "distributed", "one_shot", "report")
+        for name in ("channel_pruning", "deployment", "distributed", "one_shot", "pretrained", "report")
     },
     **{f"studies/test_{name}_study.py": name for name in ("distillation", "recipe")},
     "studies/test_real_models.py": "real_models",
