@@ -22,7 +22,9 @@ import numpy as np
 from jax import lax
 
 from experiments.data.datasets import DataUnavailable
+from experiments.one_shot.methods import Channels
 from experiments.pretrained.network import Calibration, Pretrained, file_of
+from experiments.run.limits import FlagError
 
 MODEL = "magika/models/standard_v3_3"  # in the package
 PLACES = 512
@@ -30,7 +32,8 @@ PAD = 256
 SIDE, BLOCK, LEAST = 1024, 4096, 8  # bytes: of each end that are seen, that are read, of a file at least
 
 SEED = 0  # of the choice of the files
-TEST, CALIBRATION, DRAWS = 30, 6, 5  # files of each type: for the test, for each draw; how many draws
+DRAWS = 5  # calibration sets at most
+TEST, CALIBRATION, MORE = 30, 3, 6  # files of each type: for the test, in a calibration set, in a larger one
 
 EXTENSIONS = {
     "bib": ("bib",),
@@ -64,7 +67,6 @@ EXTENSIONS = {
     "powershell": ("ps1",),
     "proto": ("proto",),
     "python": ("py", "pyi"),
-    "pythonbytecode": ("pyc",),
     "rst": ("rst",),
     "ruby": ("rb",),
     "rust": ("rs",),
@@ -90,47 +92,52 @@ EXTENSIONS = {
 
 
 def load(
-    folders: Sequence[str] = (), test: int = TEST, calibration: int = CALIBRATION, draws: int = DRAWS
+    test: int = TEST, examples: int = CALIBRATION, more: int = MORE, folders: Sequence[str] = ()
 ) -> Pretrained:
     """Read the network from the installed package, and files of this machine.
 
     Args:
+      test: how many files of each type to judge it on.
+      examples: how many files of each type to calibrate it on.
+      more: how many the larger calibration set has.
       folders: where the files are from; none for Python's library, the installed packages and /usr/share.
-      test, calibration: how many files of each type it is judged on, and calibrated on in each draw.
-      draws: how many calibration sets there are.
 
     Raises:
-      DataUnavailable: the package is missing, or no type has enough files.
+      DataUnavailable: a package is missing, or no type has enough files.
     """
     params, labels = read_params(), read_labels()
-    files = Files(folders or default_folders(), test + draws * calibration)
+    files = Files(folders or default_folders(), test + DRAWS * max(examples, more))
     truth = np.array([labels.index(name) for name in files.counts])
     tested = files.tokens[:test]
+    dense = predicted(params, tested)
 
     def evaluate(params: Any) -> np.ndarray:
-        return counted(predicted(params, tested) != truth)
+        found = predicted(params, tested)
+        columns = found != truth, np.ones_like(found), found != dense
+        return np.stack([column.reshape(-1) for column in columns], axis=1).astype(int)
 
-    def disagreement(params: Any) -> np.ndarray:
-        return counted(predicted(params, tested) != dense)
+    def of_draw(draw: int, count: int) -> Calibration:
+        if draw >= DRAWS:
+            raise FlagError(f"--draws: {DRAWS} calibration sets at most, got {draw + 1}")
+        first = test + draw * count
+        return Calibration([(tokens,) for tokens in files.tokens[first : first + count]])
 
-    def of_draw(draw: int) -> Calibration:
-        if not 0 <= draw < draws:
-            raise ValueError(f"there are {draws} calibration sets, so no draw {draw}.")
-        first = test + draw * calibration
-        return Calibration([(tokens,) for tokens in files.tokens[first : first + calibration]])
-
-    dense = predicted(params, tested)
     return Pretrained(
         name="magika",
         title="magika, types of files",
-        note=f"magika's weights, {tested.shape[0] * tested.shape[1]:,} files of {len(files.counts)} types "
-        f"of this machine ({files.fingerprint})",
+        note=f"magika's weights, {dense.size:,} files of this machine ({files.fingerprint})",
         figure="error rate",
         params=params,
         apply_fn=apply_fn,
-        calibration=of_draw,
+        calibration=lambda draw: of_draw(draw, examples),
         evaluate=evaluate,
-        channels={"convolution units": ("conv/kernel[2]",), "embedding": ("embed/kernel[1]",)},
+        # The units of the convolution are not among them: a normalisation over all of them stands before the
+        # product that reads them, so that what a unit's removal does is not in that product alone.
+        channels={"half of the embedding": Channels(("embed/kernel[1]",), ("conv/kernel",))},
+        recover_rate=2e-4,
+        more=lambda draw: of_draw(draw, more),
+        data=f"{test} files of each of {len(files.counts)} types, of so many found: "
+        + ", ".join(f"{name} {count:,}" for name, count in files.counts.items()),
     )
 
 
@@ -194,9 +201,8 @@ def apply_fn(params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def _normalised(x: jax.Array, axis: int) -> jax.Array:
-    mean = x.mean(axis, keepdims=True)
-    variance = jnp.maximum(jnp.square(x).mean(axis, keepdims=True) - jnp.square(mean), 0)
-    return (x - mean) * lax.rsqrt(variance + 1e-6)
+    centred = x - x.mean(axis, keepdims=True)
+    return centred * lax.rsqrt(jnp.square(centred).mean(axis, keepdims=True) + 1e-6)
 
 
 def predicted(params: Any, tokens: np.ndarray) -> np.ndarray:
@@ -207,11 +213,6 @@ def predicted(params: Any, tokens: np.ndarray) -> np.ndarray:
 @jax.jit
 def _likeliest(params: Any, tokens: jax.Array) -> jax.Array:
     return apply_fn(params, tokens).argmax(-1)
-
-
-def counted(wrong: np.ndarray) -> np.ndarray:
-    """Return the errors and the units of each file, (files, 2)."""
-    return np.stack([wrong.reshape(-1), np.ones(wrong.size)], axis=1).astype(int)
 
 
 def tokens_of(path: str | Path) -> np.ndarray | None:
