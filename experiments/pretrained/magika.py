@@ -1,6 +1,6 @@
 """magika: what type a file is of, from 1,024 bytes of its beginning and 1,024 of its end.
 
-The weights are those of the package magika 1.0.3 (Google, Apache-2.0), 782,998 numbers in an ONNX file. The
+The weights are those of the package magika 1.0.3 (Google, Apache-2.0), 784,214 numbers in an ONNX file. The
 function is written anew: a byte gets 64 numbers, four bytes are a place, a convolution looks at five places,
 and the largest answer of each of its 512 units says which of 214 types it is.
 
@@ -88,7 +88,7 @@ EXTENSIONS = {
     "yaml": ("yaml", "yml"),
     "zip": ("zip",),
 }
-"""By type, the extensions that mean it and nothing else: no `.h` (C or C++), `.pl` (Perl or Prolog), `.txt`."""
+"""By type, the extensions that mean it and nothing else: no `.h` (C, C++), `.pl` (Perl, Prolog), `.txt`."""
 
 
 def load(
@@ -125,7 +125,7 @@ def load(
     return Pretrained(
         name="magika",
         title="magika, types of files",
-        note=f"magika's weights, {dense.size:,} files of this machine ({files.fingerprint})",
+        note=f"magika's weights, {dense.size:,} files ({files.fingerprint})",
         figure="error rate",
         params=params,
         apply_fn=apply_fn,
@@ -206,7 +206,7 @@ def _normalised(x: jax.Array, axis: int) -> jax.Array:
 
 
 def predicted(params: Any, tokens: np.ndarray) -> np.ndarray:
-    """Return the likeliest type of each file, whatever its probability, from tokens of shape (..., files, 2048)."""
+    """Return the likeliest type of each file, however unlikely; tokens are (batches, files, 2048)."""
     return np.stack([np.asarray(_likeliest(params, batch)) for batch in tokens])
 
 

@@ -54,7 +54,7 @@ class Config(Settings):
     sparsities: tuple[Sparsity, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of entries
     draws: Count = 5  # calibration sets that figures are averaged over
     # magika: files of these folders (default: Python's library, installed packages, /usr/share)
-    files: tuple[str, ...] = ()
+    files: Annotated[tuple[str, ...], Items(empty=True)] = ()
     test_size: Count | None = None  # use this many test examples only; of magika, files of each type
     examples: Count | None = None  # in a calibration set; the default is the network's, as of the next
     more: Count | None = None  # in the larger one of recover-more
@@ -223,12 +223,12 @@ def run(config: Config) -> list[dict[str, Any]]:
         adds=True,
         may_differ=_NOT_SETTINGS,
     )
-    if others := {line["note"] for line in results.lines} - {network.note}:
-        raise FlagError(
-            f"{folder(config)} has results of other data: {others.pop()}, and now {network.note}. "
-            "Start over with --fresh, or write elsewhere with --out"
-        )
     with results, tqdm(unit="network") as bar:
+        if others := {line["note"] for line in results.lines} - {network.note}:
+            raise FlagError(
+                f"{folder(config)} has results of other data: {others.pop()}, and now {network.note}. "
+                "Start over with --fresh, or write elsewhere with --out"
+            )
         missing = [unit for unit in wanted if not results.done(**unit._asdict())]
         bar.total = len(missing)
         study = Study(config, network) if missing else None
