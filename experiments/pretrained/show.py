@@ -27,8 +27,8 @@ def summarise(lines: Lines) -> str:
     ]
     if any("changed" in line for line in lines):
         text.append("changed: answers that are not the dense network's")
-    if dense["data"]:
-        text += textwrap.wrap(dense["data"], 80)
+    if data := dense.get("data"):
+        text += textwrap.wrap(data, 80)
     entries = _with(lines, part="entries")
     levels = sorted(_values(entries, "sparsity"))
     if len(levels) > 1:
