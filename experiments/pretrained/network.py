@@ -34,11 +34,12 @@ class Pretrained(NamedTuple):
       params: the trained params.
       apply_fn: the function that is calibrated and pruned, `apply_fn(params, *batch)`.
       calibration: the calibration set of a draw, counted from 0; no example is in two of them.
-      evaluate: from params to an array (examples, 2): the errors and the units of each test example, which
-        no calibration set has.
+      evaluate: from params to an array (examples, 2 or 3): the errors and the units of each test example,
+        which no calibration set has; with 3 columns also whether the answer is not the dense network's.
       channels: units that can be removed, by name.
       recover_rate: the learning rate that its survivors are tuned with, at first.
       more: a larger calibration set of a draw, to tune more survivors on; None if there is none.
+      data: what there is in the test set, to print with the results.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Pretrained(NamedTuple):
     channels: Mapping[str, Channels]
     recover_rate: float
     more: Callable[[int], Calibration] | None = None
+    data: str = ""
 
 
 def file_of(package: str, name: str) -> Path:

@@ -1,5 +1,6 @@
 """The tables and the plot of the study of networks that others have trained: `lines` are its results."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ def summarise(lines: Lines) -> str:
         f"more errors than that, in points: mean and s.d. over {draws} calibration sets;",
         "95 % bootstrap intervals over the test examples, ends averaged over the sets",
     ]
+    if any("changed" in line for line in lines):
+        text.append("changed: answers that are not the dense network's")
+    if data := dense.get("data"):
+        text += textwrap.wrap(data, 80)
     entries = _with(lines, part="entries")
     levels = sorted(_values(entries, "sparsity"))
     if len(levels) > 1:
@@ -96,11 +101,14 @@ def _table(lines: Lines, title: str) -> str:
     """Return a table with a row for each method, of one pattern at one sparsity."""
     units = lines[0]["part"] == "channels"
     more = ["params", "MACs", "compacted differs by"] if units else ["of these layers", "of all params"]
-    rows = [[title, "more errors", "interval", *more]]
+    answers = all("changed" in line for line in lines)
+    rows = [[title, "more errors", "interval", *(["changed"] if answers else []), *more]]
     for method in _values(lines, "method"):
         own = _with(lines, method=method)
         gap, low, high = (100 * np.array([line[name] for line in own]) for name in ("gap", "low", "high"))
         row = [method, f"{gap.mean():.2f} +- {gap.std():.2f}", f"{low.mean():.2f} to {high.mean():.2f}"]
+        if answers:
+            row.append(f"{100 * np.mean([line['changed'] for line in own]):.1f} %")
         if units:
             worst = max(line["compaction_error"] for line in own)
             row += [f"{own[0]['params']:,}", f"{own[0]['macs']:,}", f"{worst:.1e}"]

@@ -9,6 +9,7 @@ of the study:
 - channels: half of some units, and the network compacted.
 
     python -m experiments.pretrained --network g2p
+    python -m experiments.pretrained --network magika --files /usr/share
 
 The last product before the output stays dense, and so do tables that are looked up. The same command with
 more parts, methods, sparsities or draws adds to the results. A run that was stopped resumes after its last
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import jaxprune as jp
 from experiments.one_shot import methods
 from experiments.one_shot.methods import METHODS, Calibrated, Pruned, Recovery
-from experiments.pretrained import g2p, show
+from experiments.pretrained import g2p, magika, show
 from experiments.pretrained.network import Pretrained
 from experiments.report.design import SPARSITY, Design
 from experiments.run import stopping
@@ -36,7 +37,7 @@ from experiments.run.limits import FlagError, Items, OneOf
 from experiments.run.results import Results, layers
 from experiments.run.settings import Count, Folder, Settings, Sparsity, parse
 
-NETWORKS: dict[str, Callable[..., Pretrained]] = {"g2p": g2p.load}
+NETWORKS: dict[str, Callable[..., Pretrained]] = {"g2p": g2p.load, "magika": magika.load}
 PARTS = ("entries", "nm", "channels")
 NM = jp.structures.nm(2, 4)
 _RESAMPLED = 1000  # times
@@ -52,13 +53,20 @@ class Config(Settings):
     methods: Annotated[tuple[Annotated[str, OneOf(tuple(METHODS))], ...], Items(empty=True)] = tuple(METHODS)
     sparsities: tuple[Sparsity, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # of entries
     draws: Count = 5  # calibration sets that figures are averaged over
-    test_size: Count | None = None  # use this many test examples only
+    # magika: files of these folders (default: Python's library, installed packages, /usr/share)
+    files: Annotated[tuple[str, ...], Items(empty=True)] = ()
+    test_size: Count | None = None  # use this many test examples only; of magika, files of each type
     examples: Count | None = None  # in a calibration set; the default is the network's, as of the next
     more: Count | None = None  # in the larger one of recover-more
     recover_steps: Count = 600  # of tuning the survivors
     no_times: bool = False  # leave out how long methods take, so that two runs write the same lines
     fresh: bool = False  # start over, whatever the folder holds
     out: Folder | None = None  # folder of the results (default: results/pretrained/<network>)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.files and self.network != "magika":
+            raise FlagError(f"--files: {self.network} reads no files; only magika does")
 
 
 # What a line of results may differ in from another run's and still be of the same study.
@@ -135,7 +143,7 @@ class Study:
     def figures(self, unit: Unit) -> dict[str, Any]:
         """Return what a line says of a unit beside its name."""
         if unit.part == "dense":
-            return self.scored(self.network.params)
+            return self.scored(self.network.params) | {"data": self.network.data}
         more = unit.part != "channels" and METHODS[unit.method].more
         network, begin = self.calibrated(unit.draw, more), time.perf_counter()
         pruned, found = self.pruned(network, unit)
@@ -163,14 +171,15 @@ class Study:
         own = self.network.evaluate(params)
         low, high = np.quantile(gaps(own, self.dense, _RESAMPLED), (0.025, 0.975))
         error, dense = (float(each[:, 0].sum() / each[:, 1].sum()) for each in (own, self.dense))
-        return {"error": error, "gap": error - dense, "low": float(low), "high": float(high)}
+        found = {"error": error, "gap": error - dense, "low": float(low), "high": float(high)}
+        return found | ({"changed": float(own[:, 2].mean())} if own.shape[1] == 3 else {})
 
 
 def gaps(own: np.ndarray, dense: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
     """Return how much more errors a network makes than the dense one, on examples drawn with replacement.
 
     Args:
-      own, dense: (examples, 2), errors and units of each.
+      own, dense: (examples, 2 or more), errors and units of each.
       times: how often to draw.
       seed: of the draws.
 
@@ -180,7 +189,7 @@ def gaps(own: np.ndarray, dense: np.ndarray, times: int, seed: int = 0) -> np.nd
     """
     count = len(own)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=times)
-    (errors, units), (dense_errors, dense_units) = (drawn @ own).T, (drawn @ dense).T
+    (errors, units), (dense_errors, dense_units) = (drawn @ own[:, :2]).T, (drawn @ dense[:, :2]).T
     return errors / units - dense_errors / dense_units
 
 
@@ -188,10 +197,10 @@ DESIGN = Design(
     factors=("part", "method", "pattern"),
     levels=("sparsity", "draw"),
     figures=(
-        "error", "gap", "low", "high", "of_layers", "of_params", "params", "macs",
+        "error", "gap", "low", "high", "changed", "of_layers", "of_params", "params", "macs",
         "compaction_error", "seconds",
     ),
-    percent=("error", "gap", "low", "high", "of_layers", "of_params", "sparsity"),
+    percent=("error", "gap", "low", "high", "changed", "of_layers", "of_params", "sparsity"),
     baseline={"method": "dense"},
     axes=(SPARSITY,),
 )  # fmt: skip
@@ -200,7 +209,10 @@ DESIGN = Design(
 def run(config: Config) -> list[dict[str, Any]]:
     """Run the study, write its lines, and return those that were asked for."""
     sizes = {"test": config.test_size, "examples": config.examples, "more": config.more}
-    network = NETWORKS[config.network](**{name: size for name, size in sizes.items() if size is not None})
+    given: dict[str, Any] = {name: size for name, size in sizes.items() if size is not None}
+    if config.files:
+        given["folders"] = config.files
+    network = NETWORKS[config.network](**given)
     wanted = units(config, network)
     results = Results(
         folder(config),
@@ -212,6 +224,11 @@ def run(config: Config) -> list[dict[str, Any]]:
         may_differ=_NOT_SETTINGS,
     )
     with results, tqdm(unit="network") as bar:
+        if others := {line["note"] for line in results.lines} - {network.note}:
+            raise FlagError(
+                f"{folder(config)} has results of other data: {others.pop()}, and now {network.note}. "
+                "Start over with --fresh, or write elsewhere with --out"
+            )
         missing = [unit for unit in wanted if not results.done(**unit._asdict())]
         bar.total = len(missing)
         study = Study(config, network) if missing else None
