@@ -149,17 +149,16 @@ def is_exact(mask: Any, counts: Any, pattern: Pattern) -> jax.Array:
     return whole & jnp.all(removed == (counts[:, None] if pattern.per_output else counts))
 
 
-def reader(view: View, bias: View | None) -> Callable[[Any, Any, Moments], Problem]:
-    """Return the function of a layer, its bias and its moments that makes the problem to solve.
+def reader(view: View, bias: View | None) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Return the function of a layer and its bias that makes the weight and the bias of its problem.
 
     Args:
       view: the matrices of the layer.
       bias: what is added to their outputs; None if that must not change.
     """
 
-    def read(layer: Any, added: Any, moments: Moments) -> Problem:
-        vector = None if bias is None else bias.array(added)
-        return with_rows_everywhere(Problem(view.array(layer), vector, moments))
+    def read(layer: Any, added: Any) -> tuple[Any, Any]:
+        return view.array(layer), None if bias is None else bias.array(added)
 
     return read
 
