@@ -1,4 +1,4 @@
-"""A decoder of random weights as a Hugging Face folder, written tensor by tensor: no more is ever in memory."""
+"""A decoder of random weights as a Hugging Face folder, written tensor by tensor to hold no more than one."""
 
 import json
 import shutil
@@ -61,7 +61,8 @@ def make(folder: Path, settings: dict[str, Any], seed: int = 0) -> None:
     for number, (name, tensors) in enumerate(zip(names, shards, strict=True)):
         _write_shard(new / name, tensors, np.random.default_rng([seed, number]))
     weights = {tensor.name: name for name, each in zip(names, shards, strict=True) for tensor in each}
-    index = {"metadata": {"total_size": sum(map(_size, sum(shards, [])))}, "weight_map": weights}
+    total = sum(_size(tensor) for tensors in shards for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
     (new / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     (new / "config.json").write_text(json.dumps(settings, indent=2))
     new.rename(folder)
