@@ -119,7 +119,10 @@ def _apply(config: GPT2Config, params: Any, tokens: Any) -> jax.Array:
         y = ACTIVATIONS[config.act](_product(_layer_norm(x, layer["ffn_norm"], config.eps), layer["up"]))
         return x + _product(y, layer["down"])
 
-    positions = as_float32(params["positions"]["weight"][:length])
+    # Positions that seem to depend on the tokens. From constant ones `compact` would see that a short example
+    # reads only the first rows of the table, and drop the others.
+    places = jnp.where(tokens < 0, 0, jnp.arange(length))
+    positions = embedded(params["positions"]["weight"], places)
     x = through_layers(block, embedded(params["embed"]["weight"], tokens) + positions, params["layers"])
     x = _layer_norm(x, params["norm"], config.eps)
     return x @ as_float32(params["embed" if config.tied else "head"]["weight"]).T

@@ -1,5 +1,7 @@
 """Decoders of the Llama architecture: RMSNorm, rotary positions, grouped-query attention, a gated FFN.
 
+Mistral and Qwen2 are the same function with other defaults in config.json.
+
 Touvron et al. 2023 (arXiv:2302.13971); grouped queries: Ainslie et al. 2023 (arXiv:2305.13245); rotary
 positions: Su et al. 2021 (arXiv:2104.09864), in the convention of transformers, which pairs the first half of
 a head's entries with the second.
@@ -7,7 +9,8 @@ a head's entries with the second.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,6 +38,9 @@ _ROPES = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 """By the name of a scaling of rotary positions, the numbers that it takes."""
+
+
+Configure = Callable[[Mapping[str, Any]], "LlamaConfig"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,24 +226,48 @@ def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
-def _with_sizes(json: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    config = _configure(json)
+def _with_sizes(configure: Configure, json: Mapping[str, Any], params: Any) -> dict[str, Any]:
+    config = configure(json)
     heads = size_in_layers(params, "query", 0, "num_attention_heads") // config.head
     key_heads = size_in_layers(params, "key", 0, "num_key_value_heads") // config.head
     hidden = size_in_layers(params, "gate", 0, "intermediate_size")
-    if config.width % heads:
+    if config.width % heads and json.get("model_type", "llama") == "llama":  # not Mistral's or Qwen2's
         each = config.heads // config.key_heads
         counts = [each * number for number in range(1, config.key_heads + 1)]
         allowed = " or ".join(str(count) for count in counts if config.width % count == 0)
         raise ValueError(
-            f"{heads} heads do not divide the width {config.width}: transformers refuses a config.json whose "
+            f"{heads} heads do not divide the width {config.width}: transformers refuses a Llama whose "
             f"'hidden_size' is no multiple of 'num_attention_heads'. Keep {allowed} heads."
         )
     changed = dict(json)
     if (heads, key_heads) != (config.heads, config.key_heads):
         # Without 'head_dim' it would be taken for hidden_size / num_attention_heads.
         changed |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "head_dim": config.head}
-    return changed | {"num_hidden_layers": depth(params), "intermediate_size": hidden}
+    changed |= {"num_hidden_layers": depth(params), "intermediate_size": hidden}
+    if json.get("layer_types"):  # all alike, since windows are refused
+        changed["layer_types"] = json["layer_types"][: depth(params)]
+    return changed
 
 
-LLAMA = Architecture(_configure, _tensors, _apply, _with_sizes, prefix="model.")
+def _configure_mistral(json: Mapping[str, Any]) -> LlamaConfig:
+    """Mistral 7B (Jiang et al. 2023, arXiv:2310.06825) from version 0.2 on: Llama without any biases."""
+    if json.get("sliding_window", 4096) is not None:  # what it is if left out
+        raise ValueError("config.json: 'sliding_window' must be null; windows are not implemented.")
+    config = _configure({"num_key_value_heads": 8, "max_position_embeddings": 131_072, **json})
+    return dataclasses.replace(config, qkv_bias=False, out_bias=False, ffn_bias=False)
+
+
+def _configure_qwen2(json: Mapping[str, Any]) -> LlamaConfig:
+    """Qwen2 and Qwen2.5 (Yang et al. 2024, arXiv:2407.10671): Llama with biases on queries, keys, values."""
+    setting(json, "use_sliding_window", bool, False, allowed=(False,))
+    config = _configure({"num_key_value_heads": 32, "max_position_embeddings": 32_768, **json})
+    return dataclasses.replace(config, qkv_bias=True, out_bias=False, ffn_bias=False)
+
+
+def _architecture(configure: Configure) -> Architecture:
+    return Architecture(configure, _tensors, _apply, partial(_with_sizes, configure), prefix="model.")
+
+
+LLAMA = _architecture(_configure)
+MISTRAL = _architecture(_configure_mistral)
+QWEN2 = _architecture(_configure_qwen2)

@@ -3,8 +3,8 @@
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -32,8 +32,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        _flush_file(temporary)
         if target.exists():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))
         temporary.replace(target)
@@ -41,6 +40,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _flush_folder(target.parent)
+
+
+@contextmanager
+def replacing_all(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
+    """Yield new files by the paths that they replace, the last one last, if the block ends without an error.
+
+    If it raises, no file is replaced. Only a crash between two renames can leave some new and some old.
+    """
+    with ExitStack() as stack:
+        # The stack is left in reverse, so what is entered first is renamed last.
+        new = {path: stack.enter_context(replacing(path)) for path in reversed(paths)}
+        yield new
+        for written in new.values():  # a full disk shows here at the latest, before the first rename
+            _flush_file(written)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -27,8 +27,7 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
       ...     print(error)
       /dev/null: not a file, but a pipe or a device.
     """
-    if not isinstance(path, (str, os.PathLike)):  # a number would be that of an open file
-        raise TypeError(f"a path must be a str or a pathlib.Path, got {shown(path)}.")
+    check_path(path)
     try:
         mode = os.stat(path).st_mode
     except ValueError as error:
@@ -36,3 +35,13 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder raises by itself
         raise FileError(f"{os.fspath(path)}: not a file, but a pipe or a device.")
     return Path(path).open("rb")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Check that a path is one: a number would be that of an open file.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"a path must be a str or a pathlib.Path, got {shown(path)}.")

@@ -1,8 +1,18 @@
 """Files: masked params in as few bytes as they need, and safetensors in and out."""
 
 from jaxprune.files.opened import FileError
+from jaxprune.io.layout import Layout
 from jaxprune.io.read import Saved, load
-from jaxprune.io.tensors import load_safetensors, save_safetensors
+from jaxprune.io.tensors import Checkpoint, load_safetensors, save_safetensors
 from jaxprune.io.write import save
 
-__all__ = ["FileError", "Saved", "load", "load_safetensors", "save", "save_safetensors"]
+__all__ = [
+    "Checkpoint",
+    "FileError",
+    "Layout",
+    "Saved",
+    "load",
+    "load_safetensors",
+    "save",
+    "save_safetensors",
+]

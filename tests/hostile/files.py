@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -194,13 +195,16 @@ def tensors_outcome(file, data, watched):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert got.metadata == (header.pop("__metadata__", None) or {})
-    assert got.params.keys() == header.keys()
+    paths = {name: name.replace(".", "/") for name in header}
+    arrays = dict(zip(jp.leaf_paths(got.params), jax.tree.leaves(got.params), strict=True))
+    assert arrays.keys() == set(paths.values())
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        assert list(got.params[name].shape) == entry["shape"]
-        assert got.params[name].tobytes() == data[8 + length + begin : 8 + length + end]
-        if got.params[name].dtype == bool:
-            assert set(got.params[name].view(np.uint8).ravel().tolist()) <= {0, 1}
+        array = arrays[paths[name]]
+        assert list(array.shape) == entry["shape"]
+        assert array.tobytes() == data[8 + length + begin : 8 + length + end]
+        if array.dtype == bool:
+            assert set(array.view(np.uint8).ravel().tolist()) <= {0, 1}
     return "accepted"
 
 

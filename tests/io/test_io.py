@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import safetensors.numpy
 from flax import nnx
 from flax.core import freeze
 from hypothesis import given, settings
@@ -505,49 +504,3 @@ def test_what_cannot_be_quantized_is_said(file):
         jp.io.save(file, params, int8=8)
     with pytest.raises(TypeError, match="quantize takes floating-point arrays, got int32"):
         jp.quantization.quantize(jnp.arange(3))
-
-
-# safetensors
-
-
-def test_safetensors_in_and_out(file):
-    names = ["bool", "int8", "uint8", "int16", "int32", "int64", "uint64", *FLOATS, "complex64"]
-    rng = np.random.default_rng(0)
-    shapes = [(3, 4), (), (0, 2)]
-    params = {
-        "layer": {n: [random_leaf(rng, n, shape, 0.8) for shape in shapes] for n in [*names, "float8_e4m3fn"]}
-    }
-    size = jp.io.save_safetensors(file, params, metadata={"step": "7"})
-    assert size == file.stat().st_size
-    got = jp.io.load_safetensors(file, like=params)
-    assert got.metadata == {"step": "7"}
-    assert got.masks is None
-    jax.tree.map(same_bits, got.params, params)
-    assert set(jp.io.load_safetensors(file).params) == set(jp.leaf_paths(params))
-
-    masks = {"w": np.array([True, False]), "b": np.ones(1, bool)}
-    jp.io.save_safetensors(file, {"w": np.array([-1.0, np.nan], np.float32), "b": leaf(-0.0)}, masks)
-    theirs = safetensors.numpy.load_file(file)
-    same_bits(theirs["w"], np.array([-1.0, 0.0], np.float32))
-    same_bits(theirs["b"], leaf(-0.0))
-
-
-def test_safetensors_from_elsewhere_and_errors(file):
-    safetensors.numpy.save_file({"layer.0.weight": np.ones((2, 3), np.float32)}, file)
-    got = jp.io.load_safetensors(file)
-    assert got.params["layer.0.weight"].shape == (2, 3)
-    with pytest.raises(jp.io.FileError, match=r"Missing from like: layer.0.weight. Only in like: w"):
-        jp.io.load_safetensors(file, like={"w": leaf(1)})
-    with pytest.raises(
-        jp.io.FileError, match=r"'layer.0.weight' is float32\[2, 3\], but float32\[1\] in like"
-    ):
-        jp.io.load_safetensors(file, like={"layer.0.weight": leaf(1)})
-    whole = file.read_bytes()
-    for cut in (0, 7, 20, len(whole) - 1):
-        file.write_bytes(whole[:cut])
-        with pytest.raises(jp.io.FileError, match=r"params\.jaxprune: "):
-            jp.io.load_safetensors(file)
-    with pytest.raises(TypeError, match=r"params\['w'\] is int4\[2\]; safetensors holds bool"):
-        jp.io.save_safetensors(file, {"w": jnp.ones(2, jnp.int4)})
-    with pytest.raises(TypeError, match="metadata of safetensors is strings by strings"):
-        jp.io.save_safetensors(file, {"w": leaf(1)}, metadata={"step": 7})
