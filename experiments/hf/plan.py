@@ -121,7 +121,7 @@ def memory(config: LlamaConfig, tokens: int) -> Bytes:
 
 def rates(config: LlamaConfig, tokens: int) -> dict[str, float]:
     """Measure floating-point operations per second here, on matrices of the sizes of the FFN."""
-    rng = np.random.default_rng(0)
+    rng, tokens = np.random.default_rng(0), min(tokens, 2048)
     rows = jnp.asarray(rng.standard_normal((tokens, config.hidden), np.float32))
     weight = jnp.asarray(rng.standard_normal((1, config.width, config.hidden), np.float32))
     inputs, outputs = config.hidden, config.width

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.calibration.memory import DEPTH, HIDDEN, TOKENS, WIDTH
+from tests.calibration.memory import DEPTH, HIDDEN, TOKENS, VOCAB, WIDTH
 
 PROC = Path("/proc/self/clear_refs")
 
@@ -27,7 +27,7 @@ def test_a_mapped_network_takes_the_memory_of_one_block(tmp_path):
     in_block = 2 * WIDTH * HIDDEN
     # Pages of the file that were read, bfloat16, count as resident; so does what is returned: weights in
     # bfloat16, and masks of one byte each.
-    given = 2 * DEPTH * in_block
+    given = 2 * (DEPTH * in_block + VOCAB * WIDTH)
     returned = (2 + 1) * DEPTH * in_block
     block = 4 * in_block  # in float32, as the network multiplies by it
     gram_and_factor = 2 * 4 * HIDDEN**2

@@ -47,12 +47,14 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
 
     def raised(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         relative = _raised(*state[::2])
-        return relative, *attempt(relative)
+        # The loop runs while not all are sound, so this is never skipped. But from under a condition XLA does
+        # not take what is the same in all rounds, matrices among it, to hold it even where none is needed.
+        return relative, *lax.cond(jnp.all(state[2]), lambda: state[1:], lambda: attempt(relative))
 
     relative, root, sound = lax.while_loop(
         lambda state: jnp.any(~state[2] & (state[0] < MAX_DAMPING)), raised, (first, *attempt(first))
     )
-    return jnp.where(sound[:, None, None], root, jnp.nan), jnp.where(sound, relative, jnp.nan)
+    return root, jnp.where(sound, relative, jnp.nan)
 
 
 def damping_used(gram: jax.Array, damping: float) -> jax.Array:
@@ -60,8 +62,8 @@ def damping_used(gram: jax.Array, damping: float) -> jax.Array:
     attempt, first = _attempts(gram, damping)
 
     def raised(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        relative = _raised(*state)
-        return relative, attempt(relative)[1]
+        relative = _raised(*state)  # and a condition as above
+        return relative, lax.cond(jnp.all(state[1]), lambda: state[1], lambda: attempt(relative)[1])
 
     relative, sound = lax.while_loop(
         lambda state: jnp.any(~state[1] & (state[0] < MAX_DAMPING)), raised, (first, attempt(first)[1])
@@ -79,11 +81,12 @@ def _attempts(gram: jax.Array, damping: float) -> tuple[Any, jax.Array]:
         damped = alive + relative[:, None] * mean
         # Cholesky's factor is lower triangular; that of the matrix read backwards, read backwards, is upper.
         backwards = _with_diagonal(gram, damped)[:, ::-1, ::-1]
-        root = lax.linalg.cholesky(backwards, symmetrize_input=False)[:, ::-1, ::-1]
-        pivots = jnp.diagonal(root, axis1=-2, axis2=-1) ** 2
+        lower = lax.linalg.cholesky(backwards, symmetrize_input=False)
+        pivots = jnp.diagonal(lower, axis1=-2, axis2=-1)[:, ::-1] ** 2
         # A comparison with NaN is false.
         sound = jnp.all((pivots > jnp.finfo(jnp.float32).eps * damped) & (pivots < jnp.inf), axis=-1)
-        return root, sound
+        # Read backwards and made NaN at once: each step of its own would hold another matrix.
+        return jnp.where(sound[:, None, None], lower[:, ::-1, ::-1], jnp.nan), sound
 
     return attempt, jnp.full(gram.shape[:1], damping, jnp.float32)
 
