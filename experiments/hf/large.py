@@ -187,17 +187,15 @@ def time_by_kind(taken: Sequence[Taken]) -> list[tuple[str, ...]]:
     kinds: dict[str, list[Taken]] = {}
     for each in taken:
         kinds.setdefault(each.row.name.split("/")[2], []).append(each)
-    rows = [("layer", "number", "outputs x inputs", "time", "of it solving", "error")]
+    rows = [("layer", "number", "outputs x inputs", "time", "error")]
     for name, some in kinds.items():
         row, seconds = some[0].row, sum(each.seconds for each in some)
-        solving = sum(each.row.seconds for each in some)
         rows.append(
             (
                 name,
                 str(len(some)),
                 f"{row.outputs} x {row.inputs}",
                 f"{seconds / total:.1%}",
-                f"{min(solving / seconds, 1):.0%}",
                 f"{np.mean([each.row.error for each in some]):.3f}",
             )
         )

@@ -357,7 +357,8 @@ class _Layers:
         bias = part.bias if self.settings.steps and count else None
         layer = view.layer(lock.leaves[view.path], index)
         added = None if bias is None else bias.layer(lock.leaves[bias.path], index)
-        problem = Problem(*lock.programs.compiled(reader(view, bias), layer, added)(layer, added), moments)
+        weight, vector = lock.programs.compiled(reader(view, bias), layer, added)(layer, added)
+        problem = Problem(weight, vector, moments)
         if not np.all(jax.device_get(moments.rows) > 0):
             problem = lock.programs.compiled(with_rows_everywhere, problem)(problem)
         counts = np.full(form.batch, count, np.int32)
