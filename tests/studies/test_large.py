@@ -18,7 +18,13 @@ SMALL = ["--params", "tiny", "--windows", "8", "--length", "16", "--method", "ma
 
 def start(folder: Path, out: str, checkpoint: Path) -> subprocess.Popen:
     paths = ["--folder", str(folder), "--out", out, "--checkpoint", str(checkpoint)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
+        # What one of the processes has compiled, the others read.
+        "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     command = [sys.executable, "-m", "experiments.hf.large", *SMALL, *paths]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
