@@ -227,7 +227,7 @@ def _finished(given: Any, leaf: Any, mask: Any) -> tuple[Any, Any]:
     if mask is None:
         return leaf, np.broadcast_to(np.True_, given.shape)
     mask = np.asarray(mask)
-    return np.asarray(masked(leaf, mask)), mask
+    return np.where(mask, np.asarray(leaf), np.zeros((), leaf.dtype)), mask
 
 
 class _Settings(NamedTuple):

@@ -496,7 +496,8 @@ class LockStep:
         own, dense = self.lanes(value, 0), self.lanes(value, 1)
         node = _Node(jax.typeof(own[0].array))
         node.own = own
-        node.dense = dense if self.with_dense and dense[0].array is not own[0].array else None
+        assert value.versions is not None
+        node.dense = dense if self.with_dense and len(value.versions()) > 1 else None
         return node
 
     def slice(self, value: Any, step: int, level: int) -> Any:
