@@ -118,7 +118,7 @@ def make(out: str = DATA) -> None:
         if case.body:
             _add_buffers(folder, network.config)
         tokens = np.random.default_rng(0).integers(0, network.config.vocab_size, (2, _LENGTH), np.int32)
-        found = {"tokens": tokens, "logits": _theirs(folder, "float32", tokens)}
+        found: dict[str, Any] = {"tokens": tokens, "logits": _theirs(folder, "float32", tokens)}
         if case.dtype != "float32":
             found[f"logits_{case.dtype}"] = _theirs(folder, case.dtype, tokens)
         np.savez_compressed(folder.with_suffix(".npz"), **found)

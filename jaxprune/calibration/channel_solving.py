@@ -226,23 +226,23 @@ class ChannelSolver:
             if not bool(jnp.all(mask)):
                 self.lock.change(path, masked(jnp.asarray(self.lock.leaves[path]), mask))
 
-    def solve(self, part: Part, index: tuple[int, ...], moments: Moments) -> None:
+    def solve(self, part: Part, index: tuple[int, ...], moments: Callable[[], Moments]) -> None:
         """Solve a layer that reads channels, or load it, and replace its leaf and its bias."""
         reader = self.plan.readers.get((part.site.stack, index))
         if reader is None:
             return  # a layer of the stack whose channels all stay
         found = None if self.saved is None else self.saved.load(len(self.rows), part.name(index))
         if found is None:
-            arrays, row = self.solved(reader, moments)
+            arrays, row = self.solved(reader, moments())
             if self.saved is not None:
                 self.saved.save(len(self.rows), arrays, row)
         else:
             arrays, row = found
             self.keep |= {name: arrays[f"keep {name}"] for name in reader.labels}
         view, bias, lock = part.matrix, part.bias, self.lock
-        lock.change(view.path, view.with_layer(lock.leaves[view.path], index, arrays["layer"]))
+        lock.change_layer(view, index, arrays["layer"])
         if bias is not None:
-            lock.change(bias.path, bias.with_layer(lock.leaves[bias.path], index, arrays["bias"]))
+            lock.change_layer(bias, index, arrays["bias"])
         self.mask()
         self.rows.append(row)
         if self.progress is not None:

@@ -14,12 +14,20 @@ from jaxprune.calibration.channel_solving import ChannelSolver, plan_channels
 from jaxprune.calibration.layer_report import LayerRow, LayersReport
 from jaxprune.calibration.lockstep import LockStep, Moments
 from jaxprune.calibration.matrices import UnknownRowsError
-from jaxprune.calibration.parts import Part
+from jaxprune.calibration.parts import Part, View
 from jaxprune.calibration.patterns_of import count_of, pattern_of
 from jaxprune.calibration.saved_layers import SavedLayers
 from jaxprune.calibration.solvers.factors import check_damping
 from jaxprune.calibration.solvers.pattern import Pattern, Solver
-from jaxprune.calibration.solving import Facts, Problem, WrongSolutionError, reader, solve, writer
+from jaxprune.calibration.solving import (
+    Facts,
+    Problem,
+    WrongSolutionError,
+    reader,
+    solve,
+    with_rows_everywhere,
+    writer,
+)
 from jaxprune.calibration.statistics import checksum, chosen_parts, not_finite, unknown_rows
 from jaxprune.calibration.survey import survey
 from jaxprune.pruning.once import checked_structure, default_where
@@ -28,7 +36,7 @@ from jaxprune.structures.base import Structure
 from jaxprune.tracing.jaxprs import split_static, trace
 from jaxprune.tree.checks import as_integer, check_function, name_of, shown
 from jaxprune.tree.leaves import flatten, is_concrete
-from jaxprune.tree.masks import apply_masks
+from jaxprune.tree.masks import masked
 from jaxprune.tree.paths import some_of
 from jaxprune.tree.where import kernels
 from jaxprune.typing import Masks, Params, PerPath, Where
@@ -38,7 +46,8 @@ class PrunedLayers(NamedTuple):
     """What `prune_layers` returns.
 
     Attributes:
-      params: like the params given; exactly 0 where pruned, and other weights moved to make up for it.
+      params: like the params given; exactly 0 where pruned, and other weights moved to make up for it. Leaves
+        that were given as numpy arrays are numpy arrays on the host.
       masks: bool masks like the params.
       report: the `LayersReport`: what was done to each layer, and its error; print it.
     """
@@ -81,7 +90,8 @@ def prune_layers(
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`.
-      params: a pytree of arrays, trained.
+      params: a pytree of arrays, trained. Those of numpy, which may be memory-mapped, stay on the host: a
+        layer goes to the device when its turn comes.
       batches: a list of batches, as for `calibrate`. All have one shape, but for the size of the first axis:
         smaller ones are padded, and their padding does not count. All are held in memory.
       solver: one of `jaxprune.solvers`, or a function of your own,
@@ -196,9 +206,28 @@ def prune_layers(
         part.site.path: f"no batch reaches its product ({part.site.source})"
         for part in lock.unsolved.values()
     }
-    masks = leaves.tree(layers.masks)
+    done = {
+        path: _finished(leaves.by_path[path], lock.leaves.pop(path), layers.masks.get(path))
+        for path in leaves.by_path
+    }
+    masks = leaves.tree({path: mask for path, (_, mask) in done.items()})
     report = LayersReport(tuple(layers.rows), ({} if of_channels else reasons) | left | lock.refused)
-    return PrunedLayers(apply_masks(leaves.tree(lock.leaves), masks), masks, report)
+    return PrunedLayers(leaves.tree({path: leaf for path, (leaf, _) in done.items()}), masks, report)
+
+
+def _finished(given: Any, leaf: Any, mask: Any) -> tuple[Any, Any]:
+    """Return a leaf with 0 where its mask, None if nothing pruned it, is False, and the mask.
+
+    Both are on the host if the leaf was given there. A leaf on the device is a copy: a train step may donate
+    it, and the caller still has the dense one.
+    """
+    if not isinstance(given, np.ndarray):
+        mask = unpruned_mask(given) if mask is None else mask
+        return masked(leaf, mask), mask
+    if mask is None:
+        return leaf, np.broadcast_to(np.True_, given.shape)
+    mask = np.asarray(mask)
+    return np.where(mask, np.asarray(leaf), np.zeros((), leaf.dtype)), mask
 
 
 class _Settings(NamedTuple):
@@ -259,11 +288,17 @@ def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
     return float(np.asarray(values)[index])
 
 
+def unpruned_mask(leaf: Any) -> Any:
+    """Return a mask that prunes nothing, on the host for a leaf there."""
+    mask = np.ones(np.shape(leaf), bool)
+    return mask if isinstance(leaf, np.ndarray) else jax.device_put(mask)
+
+
 class _Layers:
     """Solves layers as the walk comes to them.
 
     Attributes:
-      masks: by path.
+      masks: by path, of the leaves that have a solved layer.
       rows: what was done, in order.
     """
 
@@ -276,36 +311,43 @@ class _Layers:
         progress: Callable[[LayerRow], Any] | None,
     ):
         self.lock, self.settings, self.plan, self.saved, self.progress = lock, settings, plan, saved, progress
-        self.masks: dict[str, Any] = {
-            p: jax.device_put(np.ones(np.shape(x), bool)) for p, x in lock.leaves.items()
-        }
+        self.masks: dict[str, Any] = {}
         self.rows: list[LayerRow] = []
         self.solvers: dict[Any, Any] = {}
 
     def begin(self) -> None:
         """Do what comes before the walk: nothing."""
 
-    def solve(self, part: Part, index: tuple[int, ...], moments: Moments) -> None:
+    def solve(self, part: Part, index: tuple[int, ...], moments: Callable[[], Moments]) -> None:
         """Solve a layer, or load it, and replace its leaf and its mask."""
         name = part.name(index)
         found = None if self.saved is None else self.saved.load(len(self.rows), name)
         if found is None:
-            arrays, row = self.solved(part, index, moments)
+            arrays, row = self.solved(part, index, moments())
             if self.saved is not None:
                 self.saved.save(len(self.rows), arrays, row)
         else:
             arrays, row = found
         matrix, bias = part.matrix, part.bias
         lock = self.lock
-        lock.change(matrix.path, matrix.with_layer(lock.leaves[matrix.path], index, arrays["layer"]))
-        # Another part of the leaf may have pruned it already.
-        mask = matrix.layer(self.masks[matrix.path], index) & arrays["mask"]
-        self.masks[matrix.path] = matrix.with_layer(self.masks[matrix.path], index, mask)
+        lock.change_layer(matrix, index, arrays["layer"])
+        self.mask(matrix, index, arrays["mask"])
         if bias is not None and "bias" in arrays:
-            lock.change(bias.path, bias.with_layer(lock.leaves[bias.path], index, arrays["bias"]))
+            lock.change_layer(bias, index, arrays["bias"])
         self.rows.append(row)
         if self.progress is not None:
             self.progress(row)
+
+    def mask(self, view: View, index: tuple[int, ...], mask: Any) -> None:
+        """Take a layer's mask into that of its leaf, which another part of the leaf may have pruned."""
+        path = view.path
+        before = self.masks.get(path)
+        if before is None and not index:
+            self.masks[path] = np.asarray(mask) if isinstance(self.lock.leaves[path], np.ndarray) else mask
+            return
+        if before is None:
+            before = unpruned_mask(self.lock.leaves[path])
+        self.masks[path] = view.with_layer(before, index, view.layer(before, index) & mask, in_place=True)
 
     def solved(self, part: Part, index: tuple[int, ...], moments: Moments) -> tuple[dict[str, Any], LayerRow]:
         """Return a layer, its mask and its bias, and the row of the report."""
@@ -315,14 +357,16 @@ class _Layers:
         bias = part.bias if self.settings.steps and count else None
         layer = view.layer(lock.leaves[view.path], index)
         added = None if bias is None else bias.layer(lock.leaves[bias.path], index)
-        arguments = layer, added, moments
-        problem = lock.programs.compiled(reader(view, bias), *arguments)(*arguments)
+        weight, vector = lock.programs.compiled(reader(view, bias), layer, added)(layer, added)
+        problem = Problem(weight, vector, moments)
+        if not np.all(jax.device_get(moments.rows) > 0):
+            problem = lock.programs.compiled(with_rows_everywhere, problem)(problem)
         counts = np.full(form.batch, count, np.int32)
         try:
             solver = self.solver_of(pattern, problem, counts)
         except WrongSolutionError as error:
             raise ValueError(f"{self.solver_name} on {name} ({part.site.source}) {error}") from None
-        arguments = *arguments, counts, problem, solver(problem, counts)
+        arguments = layer, added, moments, counts, problem, solver(problem, counts)
         arrays, facts = lock.programs.compiled(writer(view, bias, pattern), *arguments)(*arguments)
         facts = jax.device_get(facts)
         self.check(facts, name, part.site.source)

@@ -14,6 +14,7 @@ gathers.
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ from jax import lax
 
 from jaxprune.calibration.gathering import gather, rows_of, run_with_weights
 from jaxprune.calibration.matrices import gram_of_rows, sums_of_rows
-from jaxprune.calibration.parts import Part
+from jaxprune.calibration.parts import Part, View
 from jaxprune.calibration.programs import PROGRAMS
 from jaxprune.calibration.row_weights import Known, RowWeights, of_input
 from jaxprune.calibration.survey import Site
@@ -36,7 +37,15 @@ if TYPE_CHECKING:  # importing it takes longer than all of jaxprune
     from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 _numbers = count()
-_take = jax.jit(lambda array, number: lax.dynamic_index_in_dim(array, number, 0, keepdims=False))
+_taken = jax.jit(lambda array, number: lax.dynamic_index_in_dim(array, number, 0, keepdims=False))
+
+
+def _take(array: Any, number: int) -> Any:
+    """Return one entry along the first axis; of an array on the host only that goes to the device.
+
+    It is copied, because a leaf on the host is written to while the walk goes on.
+    """
+    return jnp.array(array[number]) if isinstance(array, np.ndarray) else _taken(array, number)
 
 
 class Moments(NamedTuple):
@@ -60,8 +69,9 @@ class Moments(NamedTuple):
     cross: Any = None
 
 
-Solve = Callable[[Part, tuple[int, ...], Moments], None]
-"""`solve(part, index, moments)` solves one layer of a part, and replaces its leaf by `LockStep.change`."""
+Solve = Callable[[Part, tuple[int, ...], Callable[[], Moments]], None]
+"""`solve(part, index, moments)` solves one layer of a part, on what `moments()` returns, and replaces it by
+`LockStep.change_layer`."""
 
 
 class _Lane(NamedTuple):
@@ -164,6 +174,12 @@ class LockStep:
         self.leaves[path] = leaf
         self.changes[path] += 1
 
+    def change_layer(self, view: View, index: tuple[int, ...], layer: Any) -> None:
+        """Replace a layer of a leaf; of a stacked leaf on the host one copy is made, at the first time."""
+        leaf = self.leaves[view.path]
+        copied = leaf is not self.dense_leaves[view.path]
+        self.change(view.path, view.with_layer(leaf, index, layer, in_place=copied))
+
     def input(self, name: str) -> _Node:
         """Return an input of the network."""
         arrays = [jnp.asarray(batch[name]) for batch in self.batches]
@@ -247,10 +263,9 @@ class LockStep:
             return
         others = [self.node(other) if not isinstance(other, ConstValue) else other for other in found.others]
         self.flush([data, *(other for other in others if isinstance(other, _Node))])
-        moments = self.moments(site, found.eqn, data, others)
-        self.solved(part, layer, moments)
+        self.solved(part, layer, lambda: self.moments(site, found.eqn, data, others))
 
-    def solved(self, part: Part, layer: tuple[int, ...], moments: Moments) -> None:
+    def solved(self, part: Part, layer: tuple[int, ...], moments: Callable[[], Moments]) -> None:
         """Solve a layer of a part."""
         self.solve(part, layer, moments)
         del self.unsolved[part.site.stack, layer]
@@ -298,7 +313,7 @@ class LockStep:
         own = values(0)
         dense: list[Any] = values(1) if self.with_dense else [None] * len(own)
         total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(sums, own[0], dense[0]))
-        program = self.programs.compiled(added, total, own[0], dense[0])
+        program = self.programs.compiled(added, total, own[0], dense[0], donate=True)
         for pair in zip(own, dense, strict=True):
             total = program(total, *pair)
         self.last = data, site.form.shared, total
@@ -309,7 +324,7 @@ class LockStep:
         found = self.statistics(parts)
         for part in parts:
             for layer in part.layers():
-                self.solved(part, layer, found[part.site.stack, layer])
+                self.solved(part, layer, partial(found.__getitem__, (part.site.stack, layer)))
 
     def statistics(self, parts: Sequence[Part]) -> dict[tuple[tuple[int, ...], tuple[int, ...]], Moments]:
         """Return, by layer of a part, statistics from a pass of the whole network as it is now."""
@@ -371,7 +386,10 @@ class LockStep:
         if isinstance(value, ConstValue):
             assert value.versions is not None
             versions = value.versions()
-            return [_Lane(versions[min(version, len(versions) - 1)], ())] * len(self.batches)
+            array = versions[min(version, len(versions) - 1)]
+            # A leaf on the host goes to the device once, not once for each batch.
+            array = jnp.array(array) if isinstance(array, np.ndarray) else array
+            return [_Lane(array, ())] * len(self.batches)
         assert value.own is not None
         return value.own if version == 0 or value.dense is None else value.dense
 
@@ -379,6 +397,7 @@ class LockStep:
         """Run the pending equations, if a value that is needed is among what they make."""
         if all(node.own is not None for node in needed):
             return
+        self.last = None  # what reads the same rows as the last product has been solved by now
         pending, self.pending = self.pending, []
         given: dict[int, Any] = {}
         for each in pending:
@@ -477,7 +496,8 @@ class LockStep:
         own, dense = self.lanes(value, 0), self.lanes(value, 1)
         node = _Node(jax.typeof(own[0].array))
         node.own = own
-        node.dense = dense if self.with_dense and dense[0].array is not own[0].array else None
+        assert value.versions is not None
+        node.dense = dense if self.with_dense and len(value.versions()) > 1 else None
         return node
 
     def slice(self, value: Any, step: int, level: int) -> Any:
@@ -492,7 +512,7 @@ class LockStep:
                 lambda: ("scan", True, value.key),
                 lambda: viewed,
             )
-        node = _Node(jax.eval_shape(_take, value.aval, 0))
+        node = _Node(jax.eval_shape(_taken, value.aval, 0))
         along = [axes[0] == 0 if axes else False for axes in value.axes]
         node.axes = tuple(tuple(axis - 1 for axis in axes if axis) for axes in value.axes)
         node.lost = tuple(axis - 1 for axis in value.lost if axis)

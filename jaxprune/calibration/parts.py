@@ -27,20 +27,38 @@ class View(NamedTuple):
     read: Callable[[Any], Any]
 
     def layer(self, leaf: Any, index: Sequence[int]) -> Any:
-        """Return one layer of the leaf, given its number along each of `stack_axes`."""
+        """Return one layer of the leaf, given its number along each of `stack_axes`.
+
+        Of a leaf on the host only this layer goes to the device, as a copy: the leaf may be written later.
+        """
+        if isinstance(leaf, np.ndarray):
+            return jnp.array(leaf[self._place(leaf.ndim, index)])
         leaf = jnp.asarray(leaf)
         for axis, number in sorted(zip(self.stack_axes, index, strict=True), reverse=True):
             leaf = lax.dynamic_index_in_dim(leaf, number, axis, keepdims=False)
         return leaf
 
-    def with_layer(self, leaf: Any, index: Sequence[int], layer: Any) -> Any:
-        """Return the leaf with one layer replaced."""
+    def with_layer(self, leaf: Any, index: Sequence[int], layer: Any, *, in_place: bool = False) -> Any:
+        """Return the leaf with one layer replaced; a leaf on the host stays there.
+
+        With `in_place` a leaf on the host is written to, in place of a copy of it.
+        """
+        if isinstance(leaf, np.ndarray):
+            layer = np.asarray(layer)
+            if not index:
+                return layer
+            leaf = leaf if in_place and leaf.flags.writeable else np.array(leaf)
+            leaf[self._place(leaf.ndim, index)] = layer
+            return leaf
         if not index:
             return layer
-        place: list[Any] = [slice(None)] * leaf.ndim
+        return jnp.asarray(leaf).at[self._place(leaf.ndim, index)].set(layer)
+
+    def _place(self, ndim: int, index: Sequence[int]) -> tuple[Any, ...]:
+        place: list[Any] = [slice(None)] * ndim
         for axis, number in zip(self.stack_axes, index, strict=True):
             place[axis] = number
-        return jnp.asarray(leaf).at[tuple(place)].set(layer)
+        return tuple(place)
 
     def array(self, layer: Any) -> jax.Array:
         """Return what is read from a layer, in float32."""

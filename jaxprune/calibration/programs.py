@@ -34,10 +34,13 @@ class Programs:
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def compiled(self, function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
+    def compiled(
+        self, function: Callable[..., Any], *example: Any, donate: bool = False
+    ) -> Callable[..., Any]:
         """Return a compiled function of arguments like the example.
 
-        Arrays that the function closes over become inputs of the program.
+        Arrays that the function closes over become inputs of the program. With `donate` the program may write
+        what it returns over its first argument, which must not be used any more.
         """
         from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
@@ -49,15 +52,15 @@ class Programs:
         atoms: Any = [atom for one in every for eqn in one.jaxpr.eqns for atom in eqn.invars]
         atoms += [atom for one in every for atom in one.jaxpr.outvars]
         numbers = [np.asarray(atom.val) for atom in atoms if hasattr(atom, "val")]
-        key = (str(closed.jaxpr), tuple(map(_identity, numbers)), tuple(map(_identity, inner)))
+        key = (str(closed.jaxpr), tuple(map(_identity, numbers)), tuple(map(_identity, inner)), donate)
         if key not in self._compiled:
             jaxpr = closed.jaxpr  # without the arrays, which would be kept as long as the program
 
-            def run(consts: Any, arrays: Any) -> Any:
-                return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*arrays)
+            def run(first: Any, consts: Any, rest: Any) -> Any:
+                return jaxpr_as_fun(ClosedJaxpr(jaxpr, consts))(*first, *rest)
 
             run.__name__ = function.__name__  # the name of the program in profiles
-            self._compiled[key] = jax.jit(run), inner
+            self._compiled[key] = jax.jit(run, donate_argnums=0 if donate else ()), inner
             if len(self._compiled) > self._most:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
@@ -65,7 +68,8 @@ class Programs:
         consts = list(closed.consts)
 
         def call(*arguments: Any) -> Any:
-            return treedef.unflatten(run(consts, jax.tree.leaves(arguments)))
+            first, *rest = arguments
+            return treedef.unflatten(run(jax.tree.leaves(first), consts, jax.tree.leaves(rest)))
 
         return call
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from jaxprune.calibration.lockstep import Moments
 from jaxprune.calibration.parts import View
-from jaxprune.calibration.solvers.factors import damped_factor
+from jaxprune.calibration.solvers.factors import damped_factor, damping_used
 from jaxprune.calibration.solvers.pattern import Pattern, Solver, matmul, pattern_mask
 from jaxprune.calibration.solvers.refining import refine
 from jaxprune.tree.checks import shown
@@ -94,10 +94,12 @@ def solve(
     Where a count is 0 the solver is given the weights of the problem, and what it returns is not refined.
     """
     weight, moments = problem.weight, problem.moments
-    root, used = damped_factor(moments.gram, damping)
     pruned = (counts > 0)[:, None, None]
     start = weight
-    if moments.cross is not None:
+    if moments.cross is None:
+        used = damping_used(moments.gram, damping)
+    else:
+        root, used = damped_factor(moments.gram, damping)
         # W* = W + W (C - H) (H + d I)^-1 is the least-squares solution without a mask, where C = sum y x^T.
         # For it `tr((V - W*) H (V - W*)^T)` is the error of V for the dense target, up to a constant.
         ahead = matmul(weight, moments.cross - moments.gram)
@@ -149,17 +151,16 @@ def is_exact(mask: Any, counts: Any, pattern: Pattern) -> jax.Array:
     return whole & jnp.all(removed == (counts[:, None] if pattern.per_output else counts))
 
 
-def reader(view: View, bias: View | None) -> Callable[[Any, Any, Moments], Problem]:
-    """Return the function of a layer, its bias and its moments that makes the problem to solve.
+def reader(view: View, bias: View | None) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Return the function of a layer and its bias that makes the weight and the bias of its problem.
 
     Args:
       view: the matrices of the layer.
       bias: what is added to their outputs; None if that must not change.
     """
 
-    def read(layer: Any, added: Any, moments: Moments) -> Problem:
-        vector = None if bias is None else bias.array(added)
-        return with_rows_everywhere(Problem(view.array(layer), vector, moments))
+    def read(layer: Any, added: Any) -> tuple[Any, Any]:
+        return view.array(layer), None if bias is None else bias.array(added)
 
     return read
 

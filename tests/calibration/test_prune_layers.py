@@ -329,6 +329,23 @@ def test_deeper_networks_compile_no_more_programs(scan):
     assert scan or not second
 
 
+@pytest.mark.parametrize("scan", [False, True])
+def test_leaves_of_numpy_stay_on_the_host_and_as_they_were(scan):
+    params = stacked(residual_params(3)) if scan else residual_params(3)
+    apply_fn = residual_scanned if scan else residual
+    options = {"sparsity": 0.5, "target": "dense", "refine": 1}
+    batches = [normal(n, 16, 8) for n in range(2)]
+    host = jax.tree.map(np.array, params)
+    before = jax.tree.map(np.copy, host)
+    done = jp.prune_layers(apply_fn, host, batches, jacobi, **options)
+    wanted = jp.prune_layers(apply_fn, params, batches, jacobi, **options)
+    same(done.params, wanted.params)
+    same(done.masks, wanted.masks)
+    same(host, before)
+    assert {type(leaf) for leaf in jax.tree.leaves((done.params, done.masks))} == {np.ndarray}
+    assert done.params["head"] is host["head"]
+
+
 def test_layers_with_other_sparsities_share_their_programs():
     params, batches = residual_params(3), [normal(0, 16, 8)]
     each = {f"layers/{n}/up": 0.2 * n for n in range(1, 3)}

@@ -41,6 +41,7 @@ SMALL = {
         for name in ("channel_pruning", "deployment", "distributed", "one_shot", "pretrained", "report")
     },
     **{f"studies/test_{name}_study.py": name for name in ("distillation", "recipe")},
+    "studies/test_large.py": "hf.large",
     "studies/test_real_models.py": "real_models",
     "studies/test_hf_command.py": "hf.small",
     "studies/test_sensitivity_study.py": "sensitivity benchmarks.sensitivity_cost",

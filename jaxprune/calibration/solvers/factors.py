@@ -1,6 +1,7 @@
 """Gram matrices, damped until they can be factorised."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,36 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
       R (B, in, in), and the d of each matrix (B,). NaN stands for both where there is no factor even with
       d = 1, as for a matrix that is not finite.
     """
+    attempt, first = _attempts(gram, damping)
+
+    def raised(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        relative = _raised(*state[::2])
+        # The loop runs while not all are sound, so this is never skipped. But from under a condition XLA does
+        # not take what is the same in all rounds, matrices among it, to hold it even where none is needed.
+        return relative, *lax.cond(jnp.all(state[2]), lambda: state[1:], lambda: attempt(relative))
+
+    relative, root, sound = lax.while_loop(
+        lambda state: jnp.any(~state[2] & (state[0] < MAX_DAMPING)), raised, (first, *attempt(first))
+    )
+    return root, jnp.where(sound, relative, jnp.nan)
+
+
+def damping_used(gram: jax.Array, damping: float) -> jax.Array:
+    """Return the d of `damped_factor` alone; no factor is held beside the next attempt's."""
+    attempt, first = _attempts(gram, damping)
+
+    def raised(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        relative = _raised(*state)  # and a condition as above
+        return relative, lax.cond(jnp.all(state[1]), lambda: state[1], lambda: attempt(relative)[1])
+
+    relative, sound = lax.while_loop(
+        lambda state: jnp.any(~state[1] & (state[0] < MAX_DAMPING)), raised, (first, attempt(first)[1])
+    )
+    return jnp.where(sound, relative, jnp.nan)
+
+
+def _attempts(gram: jax.Array, damping: float) -> tuple[Any, jax.Array]:
+    """Return the function of d that returns the factor and whether it is sound, and the first d."""
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     mean = jnp.mean(diagonal, axis=-1, keepdims=True)
     alive = jnp.where(diagonal == 0, 1, diagonal)
@@ -50,23 +81,20 @@ def damped_factor(gram: jax.Array, damping: float) -> tuple[jax.Array, jax.Array
         damped = alive + relative[:, None] * mean
         # Cholesky's factor is lower triangular; that of the matrix read backwards, read backwards, is upper.
         backwards = _with_diagonal(gram, damped)[:, ::-1, ::-1]
-        root = lax.linalg.cholesky(backwards, symmetrize_input=False)[:, ::-1, ::-1]
-        pivots = jnp.diagonal(root, axis1=-2, axis2=-1) ** 2
+        lower = lax.linalg.cholesky(backwards, symmetrize_input=False)
+        pivots = jnp.diagonal(lower, axis1=-2, axis2=-1)[:, ::-1] ** 2
         # A comparison with NaN is false.
         sound = jnp.all((pivots > jnp.finfo(jnp.float32).eps * damped) & (pivots < jnp.inf), axis=-1)
-        return root, sound
+        # Read backwards and made NaN at once: each step of its own would hold another matrix.
+        return jnp.where(sound[:, None, None], lower[:, ::-1, ::-1], jnp.nan), sound
 
-    def raised(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        relative, _, sound = state
-        more = jnp.minimum(jnp.maximum(10 * relative, 1e-6), MAX_DAMPING)
-        relative = jnp.where(sound, relative, more)
-        return relative, *attempt(relative)
+    return attempt, jnp.full(gram.shape[:1], damping, jnp.float32)
 
-    first = jnp.full(gram.shape[:1], damping, jnp.float32)
-    relative, root, sound = lax.while_loop(
-        lambda state: jnp.any(~state[2] & (state[0] < MAX_DAMPING)), raised, (first, *attempt(first))
-    )
-    return jnp.where(sound[:, None, None], root, jnp.nan), jnp.where(sound, relative, jnp.nan)
+
+def _raised(relative: jax.Array, sound: jax.Array) -> jax.Array:
+    """Return the next d of the matrices that have no sound factor yet."""
+    more = jnp.minimum(jnp.maximum(10 * relative, 1e-6), MAX_DAMPING)
+    return jnp.where(sound, relative, more)
 
 
 def _with_diagonal(matrices: jax.Array, diagonal: jax.Array) -> jax.Array:

@@ -134,8 +134,9 @@ def _sweep(
     beyond = steps * width - inputs
     # The columns beyond the last are 0 and cannot be chosen. R is the identity there.
     dense = jnp.pad(weight.swapaxes(1, 2), ((0, 0), (0, beyond), (0, 0)))
-    root = jnp.pad(root, ((0, 0), (0, beyond), (0, beyond)))
-    root = root + jnp.diag((jnp.arange(steps * width) >= inputs).astype(root.dtype))
+    if beyond:
+        root = jnp.pad(root, ((0, 0), (0, beyond), (0, beyond)))
+        root = root + jnp.diag((jnp.arange(steps * width) >= inputs).astype(root.dtype))
     factors = _inverses_of_diagonal_blocks(root, width)
     all_units, units_at_once = -(-inputs // pattern.sides[1]), width // pattern.sides[1]
 
