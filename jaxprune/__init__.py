@@ -10,6 +10,7 @@ from jaxprune import (
     graph,
     io,
     l0,
+    lora,
     metrics,
     penalties,
     plots,
@@ -32,7 +33,8 @@ from jaxprune.calibration.statistics import Statistics, calibrate
 # Structured pruning: coupled channels, and the network without them
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.grouping import channel_groups
-from jaxprune.graph.modules.nnx import CompactedModule, compact_module
+from jaxprune.graph.modules.forms import CompactedModule
+from jaxprune.graph.modules.small_module import compact_module
 from jaxprune.graph.plan import Plan
 from jaxprune.graph.residual import residual_blocks
 
@@ -133,6 +135,7 @@ __all__ = [
     "kernels",
     "l0",
     "leaf_paths",
+    "lora",
     "lottery_scan",
     "lottery_ticket",
     "matching",

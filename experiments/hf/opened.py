@@ -88,7 +88,7 @@ def open_model(folder: str | os.PathLike[str], stacked: bool = False) -> Model:
     saved = jp.io.load_safetensors(folder)
     present = dict(_by_name(saved.params))
     names = _names(architecture, config, present)
-    params = _tree(_checked(folder, architecture, config, names, present), config.depth)
+    params = tree_of(_checked(folder, architecture, config, names, present), config.depth)
     if stacked:
         params["layers"] = jax.tree.map(lambda *leaves: np.stack(leaves), *params["layers"])
     used = set(names.values())
@@ -293,7 +293,7 @@ def _nested(by_name: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _tree(by_path: Mapping[str, Any], layers: int) -> dict[str, Any]:
+def tree_of(by_path: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """Return the tree of params of arrays by path."""
     tree: dict[str, Any] = {"layers": [{} for _ in range(layers)]}
     for path, value in by_path.items():

@@ -12,23 +12,12 @@ from tqdm import tqdm
 from experiments.data import datasets
 from experiments.networks.large import GPT
 from experiments.networks.small import NormCNN
+from experiments.one_shot.methods import Calibrated, Channels, Recovery
 from experiments.run.checkpoint import Checkpoints
 from experiments.training import steps
 from experiments.training.steps import Apply, Examples
 
 _STRIDE = 16  # characters between the beginnings of two windows that the text is learned from
-
-
-class Channels(NamedTuple):
-    """Channels that are halved.
-
-    Attributes:
-      group: what the names of their groups end in.
-      reader: what the paths of the kernels end in that read them.
-    """
-
-    group: str
-    reader: str
 
 
 class Network(NamedTuple):
@@ -84,7 +73,7 @@ NETWORKS = {
         more=1024,
         recover_steps=600,
         recover_batch=32,
-        channels={"half of conv1": Channels("conv1/kernel[3]", "conv2/kernel")},
+        channels={"half of conv1": Channels(("conv1/kernel[3]",), ("conv2/kernel",))},
         writes=False,
         normalised=True,
     ),
@@ -102,8 +91,8 @@ NETWORKS = {
         recover_steps=600,
         recover_batch=16,
         channels={
-            "half of the hidden units": Channels("up/kernel[1]", "down/kernel"),
-            "half of the heads": Channels("key/bias[0]", "out/kernel"),
+            "half of the hidden units": Channels(("up/kernel[1]",), ("down/kernel",)),
+            "half of the heads": Channels(("key/bias[0]",), ("out/kernel",)),
         },
         writes=True,
         normalised=False,
@@ -134,8 +123,8 @@ class Task(NamedTuple):
         return self.apply(variables, x, False)[0]
 
     def train_mode(self, variables: Any, x: jax.Array) -> Any:
-        """Return the variables with the running statistics of BatchNorm after a batch in training mode."""
-        return variables | {"batch_stats": self.apply(variables, x, True)[1]}
+        """Return the running statistics of BatchNorm after a batch in training mode."""
+        return self.apply(variables, x, True)[1]
 
 
 def load(dataset: str, train: int | None, test: int | None) -> Task:
@@ -226,9 +215,22 @@ def sampled_windows(task: Task, variables: Any, count: int, seed: int) -> jax.Ar
     return write(variables, jax.random.key(seed))
 
 
-def in_batches(x: jax.Array, chunk: int) -> Sequence[jax.Array]:
-    """Return inputs in batches of at most `chunk`, all alike where the number allows it."""
-    return [x[start : start + chunk] for start in range(0, len(x), chunk)]
+def calibrated(task: Task, dense: Any, x: jax.Array, seed: int) -> Calibrated:
+    """Return a trained network with a calibration set, to prune; the seed is that of tuning its survivors."""
+    network = task.network
+    tuning = Recovery(_in_batches(x, network.recover_batch), network.recover_steps, _is_trained, seed=seed)
+    return Calibrated(task.logits, dense, _in_batches(x, network.chunk), tuning)
+
+
+def _in_batches(x: jax.Array, size: int) -> Sequence[tuple[jax.Array]]:
+    """Return inputs in batches of at most `size`, all alike where the number allows it."""
+    return [(x[start : start + size],) for start in range(0, len(x), size)]
+
+
+def _is_trained(path: str, leaf: Any) -> bool:
+    """Return whether a leaf is a param, and no running statistic of BatchNorm."""
+    del leaf
+    return path.startswith("params/")
 
 
 def _key(seed: int, purpose: str) -> jax.Array:

@@ -5,17 +5,17 @@ sparsity out to the layers, and round what is left.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxprune as jp
-from experiments.one_shot import cases
-from experiments.one_shot.cases import Task
+from jaxprune.typing import Where
 
 _REFINE = 20  # conjugate gradient steps of least squares
 
@@ -32,23 +32,67 @@ class Pruned(NamedTuple):
     masks: Any
 
 
+class Recovery(NamedTuple):
+    """How survivors are tuned for the dense network's predictions.
+
+    Attributes:
+      batches: one for each step, over and over.
+      steps: the most.
+      where: which leaves are tuned.
+      rate: the learning rate of Adam at the first step, from which it falls to 0 on a cosine.
+      seed: of the order of the batches.
+    """
+
+    batches: Sequence[tuple[Any, ...]]
+    steps: int
+    where: Where
+    rate: float = 1e-3
+    seed: int = 0
+
+
+class Channels(NamedTuple):
+    """Channels of which half are removed.
+
+    Attributes:
+      groups: what the names of their groups end in.
+      readers: what the paths of the kernels end in that read them.
+    """
+
+    groups: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
 class Calibrated:
     """A trained network with a calibration set: what every method starts from."""
 
-    def __init__(self, task: Task, dense: Any, x: jax.Array, seed: int):
-        """Keep the network, its variables, the inputs of the calibration set, and a seed for tuning."""
-        self.task, self.dense, self.x, self.seed = task, dense, x, seed
-        self.batches = cases.in_batches(x, task.network.chunk)
+    def __init__(
+        self,
+        apply_fn: Callable[..., Any],
+        dense: Any,
+        batches: Sequence[tuple[Any, ...]],
+        recovery: Recovery,
+        weights: Sequence[Any] | None = None,
+    ):
+        """Keep the network, its variables, its calibration set and how its survivors are tuned.
+
+        Args:
+          apply_fn: `apply_fn(variables, *batch)`.
+          dense: the trained variables.
+          batches, weights: as `jaxprune.calibrate` takes them.
+          recovery: what tunes it.
+        """
+        self.apply_fn, self.dense, self.batches, self.weights = apply_fn, dense, batches, weights
+        self.recovery = recovery
 
     @cached_property
     def norms(self) -> Any:
         """The norms of the inputs of each product."""
-        return jp.calibrate(self.task.logits, self.dense, self.batches)
+        return jp.calibrate(self.apply_fn, self.dense, self.batches, weights=self.weights)
 
     @cached_property
     def gram(self) -> Any:
         """The Gram matrices of the inputs of each product."""
-        return jp.calibrate(self.task.logits, self.dense, self.batches, statistics="gram")
+        return jp.calibrate(self.apply_fn, self.dense, self.batches, weights=self.weights, statistics="gram")
 
     @cached_property
     def errors(self) -> dict[str, dict[float, float]]:
@@ -81,8 +125,8 @@ class Calibrated:
 
     def solved(self, solver: Any, sparsity: Any, structure: Any = None, **options: Any) -> Any:
         """Return what `jaxprune.prune_layers` returns, with its report."""
-        given = options | self.options(structure)
-        return jp.prune_layers(self.task.logits, self.dense, self.batches, solver, sparsity=sparsity, **given)
+        given: dict[str, Any] = {"weights": self.weights} | options | self.options(structure)
+        return jp.prune_layers(self.apply_fn, self.dense, self.batches, solver, sparsity=sparsity, **given)
 
     def options(self, structure: Any) -> dict[str, Any]:
         """Return the structure, and which leaves it is for: with N:M those with whole groups of inputs.
@@ -132,26 +176,21 @@ def _alps_recovered(network: Calibrated, sparsity: Any, structure: Any) -> Prune
 
 
 def recover(network: Calibrated, pruned: Pruned) -> Pruned:
-    """Tune the survivors for the dense network's predictions on the calibration set, without labels."""
-    own = network.task.network
+    """Tune the survivors for the dense network's predictions, without labels."""
+    given = network.recovery
     found = jp.recover(
-        network.task.logits,
+        network.apply_fn,
         pruned.variables,
         pruned.masks,
-        cases.in_batches(network.x, own.recover_batch),
+        given.batches,
+        optax.adam(optax.cosine_decay_schedule(given.rate, given.steps)),
         teacher=network.dense,
-        steps=own.recover_steps,
+        steps=given.steps,
         loss=jp.distillation.soft_targets,
-        where=_is_trained,
-        seed=network.seed,
+        where=given.where,
+        seed=given.seed,
     )
     return Pruned(found.params, pruned.masks)
-
-
-def _is_trained(path: str, leaf: Any) -> bool:
-    """Return whether a leaf is a param, and no running statistic of BatchNorm."""
-    del leaf
-    return path.startswith("params/")
 
 
 _ALPS_DENSE = _solved(jp.solvers.alps, target="dense", refine=_REFINE)
@@ -177,12 +216,12 @@ METHODS = {
 CHANNEL_METHODS = ("magnitude", "flap", "wanda+ls", "obs")
 
 
-def halved(network: Calibrated, name: str, method: str) -> tuple[Pruned, dict[str, Any]]:
+def halved(network: Calibrated, channels: Channels, method: str) -> tuple[Pruned, dict[str, Any]]:
     """Remove half of the units of some groups of channels, and compact the network.
 
     Args:
       network: what is pruned.
-      name: of the channels, as the network's `channels` has them.
+      channels: which.
       method: "magnitude", of all weights that go; "flap", with the means of what goes in the biases;
         "wanda+ls", by the layers that read the channels, then least squares of these; "obs", one channel
         after the other, by what its removal costs once the others make up for it.
@@ -190,10 +229,10 @@ def halved(network: Calibrated, name: str, method: str) -> tuple[Pruned, dict[st
     Returns:
       The masked network, and figures of the compacted one.
     """
-    task, example = network.task, network.x[:1]
-    channels = task.network.channels[name]
-    groups = jp.channel_groups(task.logits, network.dense, example, split="major")
-    asked = [group for group in groups.removable() if group.name.endswith(channels.group)]
+    some = network.batches[0]
+    example = [array[:1] for array in some]
+    groups = jp.channel_groups(network.apply_fn, network.dense, *example, split="major")
+    asked = [group for group in groups.removable() if group.name.endswith(channels.groups)]
 
     def pruned_by(score: Any, norm: Any, where: Any) -> Pruned:
         structure = jp.structures.channels(asked, norm=norm)
@@ -201,7 +240,7 @@ def halved(network: Calibrated, name: str, method: str) -> tuple[Pruned, dict[st
         masks = jp.prune_once(network.dense, score, sparsity=0.5, **options, **where)
         return Pruned(jp.apply_masks(network.dense, masks), masks)
 
-    readers = {"where": lambda path, leaf: path.endswith(channels.reader)}
+    readers = {"where": lambda path, leaf: path.endswith(channels.readers)}
     if method == "magnitude":
         pruned = pruned_by(jp.scores.magnitude, 2, {})
     elif method == "flap":
@@ -210,12 +249,12 @@ def halved(network: Calibrated, name: str, method: str) -> tuple[Pruned, dict[st
         pruned = network.least_squares(pruned_by(jp.scores.wanda, 2, readers).masks)
     else:
         pruned = network.by_layers(None, 0.5, jp.structures.channels(asked), refine=_REFINE)
-    small = jp.compact(task.logits, pruned.variables, pruned.masks, example)
-    some = network.x[: task.network.chunk]
-    difference = task.logits(pruned.variables, some) - small.apply(small.params, some)
+    small = jp.compact(network.apply_fn, pruned.variables, pruned.masks, *example)
+    difference = network.apply_fn(pruned.variables, *some) - small.apply(small.params, *some)
+    leaves = zip(jp.leaf_paths(small.params), jax.tree.leaves(small.params), strict=True)
     figures = {
-        "params": sum(leaf.size for leaf in jax.tree.leaves(small.params["params"])),
-        "macs": jp.metrics.macs(small.apply, small.params, example).total,
+        "params": sum(leaf.size for path, leaf in leaves if network.recovery.where(path, leaf)),
+        "macs": jp.metrics.macs(small.apply, small.params, *example).total,
         "compaction_error": float(jnp.abs(difference).max()),
     }
     return pruned, figures
@@ -249,12 +288,17 @@ COMPARED = ("wanda", "sparsegpt-128", "alps-dense")
 ROUNDED = ("rounded", "gptq")
 
 
-def re_estimated(network: Calibrated, pruned: Pruned) -> Pruned:
-    """Return the network with BatchNorm's running statistics estimated again, on the calibration set."""
+def re_estimated(train_mode: Callable[[Any, Any], Any], network: Calibrated, pruned: Pruned) -> Pruned:
+    """Return the network with BatchNorm's running statistics estimated again, on the calibration set.
+
+    Args:
+      train_mode: from variables and a batch to the running statistics after it, in training mode.
+      network, pruned: what was pruned, and the result.
+    """
     variables = pruned.variables
 
     def update(state: Any, x: jax.Array) -> Any:
-        return {"batch_stats": network.task.apply(variables | state, x, True)[1]}
+        return {"batch_stats": train_mode(variables | state, x)}
 
     state = {"batch_stats": variables["batch_stats"]}
     return Pruned(variables | jp.reestimate_statistics(update, state, network.batches), pruned.masks)

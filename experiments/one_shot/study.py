@@ -220,7 +220,7 @@ class Study:
             x = cases.sampled_windows(self.task, self.dense, examples, seed)
         else:
             x = cases.calibration_set(self.task, examples, seed)
-        return Calibrated(self.task, self.dense, x, seed)
+        return cases.calibrated(self.task, self.dense, x, seed)
 
     def figures(self, unit: Unit) -> dict[str, Any]:
         """Return what a line says of a unit beside its name."""
@@ -228,7 +228,7 @@ class Study:
             return self.scored(self.dense)
         network, begin = self.calibrated(unit.examples, unit.draw, unit.source), time.perf_counter()
         if unit.part == "channels":
-            pruned, more = methods.halved(network, unit.pattern, unit.method)
+            pruned, more = methods.halved(network, self.task.network.channels[unit.pattern], unit.method)
         else:
             pruned, more = self.pruned(network, unit), {}
         jax.block_until_ready(pruned.variables)
@@ -246,7 +246,7 @@ class Study:
         if unit.part == "statistics":
             name, _, again = unit.method.partition(", ")
             pruned = METHODS[name].prune(network, unit.sparsity, None)
-            return methods.re_estimated(network, pruned) if again else pruned
+            return methods.re_estimated(self.task.train_mode, network, pruned) if again else pruned
         if unit.part == "bits":
             return methods.rounded(network, unit.method, unit.sparsity, unit.bits)
         return METHODS[unit.method].prune(network, unit.sparsity, NM if unit.pattern == "2:4" else None)

@@ -39,6 +39,9 @@ File = Annotated[str, Writable("file")]
 class Settings:
     """The base of every study's `Config`: values beyond what the types allow are refused.
 
+    Attributes:
+      repeats: whether a run leaves a `recipe.yaml` that repeats it.
+
     Raises:
       FlagError: a value that is not allowed.
 
@@ -48,6 +51,8 @@ class Settings:
       Traceback (most recent call last):
       experiments.run.limits.FlagError: --sparsities: must be 0 or more and below 1, got 1.0
     """
+
+    repeats = True
 
     def __post_init__(self):
         """Check each field by itself; a study adds what holds between fields."""
@@ -75,12 +80,15 @@ class Settings:
 C = TypeVar("C", bound=Settings)
 
 
-def parse(config: type[C], argv: Sequence[str] | None = None, description: str | None = None) -> C:
+def parse(
+    config: type[C], argv: Sequence[str] | None = None, description: str | None = None, word: str = ""
+) -> C:
     """Read flags into a config: field `batch_size: int = 60` becomes `--batch-size 60`.
 
     Tuples are written with commas, `--seeds 0,1,2`, and a bool is a flag without a value. `--recipe FILE`
     takes the settings that an earlier run left in its `recipe.yaml`; flags beside it win. A config with a
-    field `recipe` of its own takes that file without a flag.
+    field `recipe` of its own takes that file without a flag. `word` is what stands before the flags, if a
+    command has several.
 
     Raises:
       SystemExit: of status 2 with one sentence that names the flag, what was got and what is allowed.
@@ -91,6 +99,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     from jaxprune.recipes import RecipeError
 
     program = getattr(sys.modules["__main__"].__spec__, "name", None) or Path(sys.argv[0]).stem
+    program = f"{program.removesuffix('.__main__')} {word}".rstrip()
     text = "take the settings from the recipe.yaml of an earlier run; flags given beside it win"
     own = [field.name for field in dataclasses.fields(config)]
     option = dataclasses.field(default=None, metadata={"help": text})
@@ -99,7 +108,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
     # module tyro finds the comments of the class it stands for.
     flags = dataclasses.make_dataclass(
         config.__name__,
-        [recipe],
+        [recipe] if config.repeats else [],
         bases=(config,),
         frozen=True,
         namespace={"__post_init__": lambda self: None, "__module__": config.__module__},
@@ -117,7 +126,11 @@ def parse(config: type[C], argv: Sequence[str] | None = None, description: str |
 
     found = read()
     try:
-        if found.recipe is not None and (earlier := saved_recipes.settings(found.recipe, config)):
+        if (
+            config.repeats
+            and found.recipe is not None
+            and (earlier := saved_recipes.settings(found.recipe, config))
+        ):
             found = read(**earlier, **({"recipe": found.recipe} if "recipe" in own else {}))
         made = config(**{name: getattr(found, name) for name in own})
         for name, hint in typing.get_type_hints(config, include_extras=True).items():

@@ -154,14 +154,15 @@ class Block(NamedTuple):
     Attributes:
       name: what it is called in reports.
       reads: the leaves, or layers of leaves, that it reads, without those that no block may tune.
+      fixed: the paths of the other leaves that it reads.
       run: `run(values, fixed, state, inputs)` returns the arrays after it, given those before it (none before
-        the first block): `values` for `reads`, in order; `fixed` are all leaves by path, for those that it
-        reads whole and that are not tuned; `inputs` are the arrays of a batch by path. Steps of a scan share
-        one such function.
+        the first block): `values` for `reads`, in order; `fixed` by path; `inputs` are the arrays of a batch
+        by path. Steps of a scan share one such function.
     """
 
     name: str
     reads: tuple[Key, ...]
+    fixed: tuple[str, ...]
     run: Callable[..., list[Any]]
 
 
@@ -312,6 +313,13 @@ class _Finder:
             (number,) = _numbers(op.inputs)
         return leaves[number], ops
 
+    def _fixed(self, read: set[int], reads: Sequence[Key]) -> tuple[str, ...]:
+        """Return the paths of the leaves among some values, without those that are read as `reads`."""
+        others = self.network.leaves.keys() - {path for path, _ in reads}
+        return tuple(
+            path for path in self.network.leaves if path in others and self.network.leaves[path] in read
+        )
+
     def _values(self, reads: Sequence[Key], values: Sequence[Any], fixed: Any, inputs: Any) -> dict[int, Any]:
         given = {self.network.leaves[path]: array for path, array in fixed.items()}
         given |= {self.network.inputs[path]: array for path, array in inputs.items()}
@@ -326,7 +334,7 @@ class _Finder:
             given = self._values(reads, values, fixed, inputs) | dict(zip(before, state, strict=True))
             return self.network.compute(ops, given, after)
 
-        return Block("", reads, run)
+        return Block("", reads, self._fixed(read, reads), run)
 
     def _steps(self, loop: _Loop, before: tuple[Any, ...], after: tuple[Any, ...]) -> list[Block]:
         """Return a block for each step; the arrays between them are the number of the step and its carry."""
@@ -334,7 +342,7 @@ class _Finder:
         params = op.eqn.params
         consts, carried = scan_split(params)
         atoms, ends, length = op.inputs, consts + carried, params["length"]
-        enter_ops, _ = network.needed(atoms[consts:ends], before)
+        enter_ops, enter_read = network.needed(atoms[consts:ends], before)
         # What every step reads besides: constants of the loop, and stacks that are not tuned.
         others = [
             *atoms[:consts],
@@ -371,8 +379,9 @@ class _Finder:
             return [state[1 + op.outputs.index(number)] for number in after]
 
         order = range(length)[::-1] if params["reverse"] else range(length)
-        steps = [Block("", (*((path, layer) for path in paths), *of_all), run) for layer in order]
-        return [Block("", (), enter), *steps, Block("", (), leave)]
+        fixed = self._fixed(read, of_all)
+        steps = [Block("", (*((path, layer) for path in paths), *of_all), fixed, run) for layer in order]
+        return [Block("", (), self._fixed(enter_read, ()), enter), *steps, Block("", (), (), leave)]
 
     def _layer(self, of_leaf: tuple[str, list[Op]], layer: Any) -> Any:
         """Return a layer of a stack, given that of the leaf."""

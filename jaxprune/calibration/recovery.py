@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.dtypes import canonicalize_dtype
 
 from jaxprune.calibration.batches import Batch, batches_of
 from jaxprune.calibration.blocks import Block, Key, Network, find_blocks
@@ -110,8 +111,9 @@ def recover(
     with data; each step of a scan over stacked layers is one. It reads what the network tuned so far computes
     before it, and its target is what the dense network has after it. Between blocks the loss is the mean
     squared error; `loss` is that of the last, which ends with the outputs. A leaf that several blocks read is
-    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Equal blocks
-    share their compiled programs.
+    tuned in the first. The arrays between two blocks are kept on the host, for all batches. Leaves that are
+    numpy arrays, mapped from files say, stay there too: each is on the device only with its block, and comes
+    back as a numpy array. Equal blocks share their compiled programs.
 
     Args:
       apply_fn: a pure function `apply_fn(params, *batch)`, in evaluation mode.
@@ -195,7 +197,7 @@ class _Work:
     """One call of `recover`, its arguments checked.
 
     Attributes:
-      leaves: the params given, masked.
+      leaves: the params given, not masked yet.
       masks, dense: masks and dense params by path.
       tuned: the paths of the leaves that are tuned.
     """
@@ -212,11 +214,7 @@ class _Work:
         plan: Plan,
         progress: Callable[[Evaluation], Any] | None,
     ):
-        self.apply_fn, self.masks, self.dense, self.tuned = apply_fn, masks, dict(dense), tuned
-        self.leaves = Leaves(
-            {path: jnp.asarray(masked(leaf, masks[path])) for path, leaf in leaves.by_path.items()},
-            leaves.treedef,
-        )
+        self.apply_fn, self.leaves, self.masks, self.dense, self.tuned = apply_fn, leaves, masks, dense, tuned
         self.tx, self.loss, self.plan, self.progress = tx, loss, plan, progress
         self.evaluations: list[Evaluation] = []
 
@@ -245,24 +243,23 @@ class _Work:
             return _squared_error(outputs, target, weights)
         return _weighted_mean(self.loss(outputs, lax.stop_gradient(target)), weights, "what loss= returns")
 
-    def start(self, keys: Sequence[Key]) -> tuple[Any, Any]:
+    def start(self, values: Mapping[Key, Any]) -> tuple[Any, Any]:
         """Return trees like the params of what is tuned, in float32 at least, and of its masks.
 
         The other leaves are None, so that an optimizer that goes by paths finds those that it knows.
         """
         arrays: dict[str, Any] = dict.fromkeys(self.leaves.by_path)
         masks: dict[str, Any] = dict.fromkeys(self.leaves.by_path)
-        for path, layer in keys:
-            leaf, mask = self.leaves.by_path[path], jnp.asarray(self.masks[path])
-            leaf, mask = (leaf, mask) if layer is None else (leaf[layer], mask[layer])
-            arrays[path], masks[path] = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), mask
+        for (path, layer), value in values.items():
+            arrays[path] = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+            masks[path] = jnp.asarray(_layer(self.masks[path], layer))
         return self.leaves.tree(arrays), self.leaves.tree(masks)
 
     def rounded(self, tree: Any) -> dict[str, Any]:
         """Return what is tuned by path, in the dtypes of the params."""
+        dtypes = {path: canonicalize_dtype(self.leaves.by_path[path].dtype) for path in self.tuned}
         paths, arrays = leaf_paths(tree), jax.tree.leaves(tree)
-        own = self.leaves.by_path
-        return {path: array.astype(own[path].dtype) for path, array in zip(paths, arrays, strict=True)}
+        return {path: array.astype(dtypes[path]) for path, array in zip(paths, arrays, strict=True)}
 
     def whole(self, batches: Sequence[Batch], held_out: Sequence[Batch]) -> Recovered:
         def objective(tuned: Any, fixed: Any, batch: Any) -> jax.Array:
@@ -270,15 +267,18 @@ class _Work:
             outputs = self.apply_fn(self.leaves.tree(params | self.rounded(tuned)), *inputs)
             return self.mean_loss(outputs, self.apply_fn(self.leaves.tree(dense), *inputs), weights)
 
-        tuned, masks = self.start([(path, None) for path in self.tuned])
-        params = {path: leaf for path, leaf in self.leaves.by_path.items() if path not in self.tuned}
+        dense = {path: jnp.asarray(leaf) for path, leaf in self.dense.items()}
+        own = _Survivors(self.leaves.by_path, self.masks)
+        params = {path: own.read((path, None)) for path in self.leaves.by_path}
+        tuned, masks = self.start({(path, None): params.pop(path) for path in self.tuned})
         data, others = ([(batch.inputs, batch.weights) for batch in some] for some in (batches, held_out))
-        tx, fixed = keep_masked(self.tx, masks), (params, self.dense)
+        tx, fixed = keep_masked(self.tx, masks), (params, dense)
         best = tune("network", objective, tx, tuned, fixed, data, others, self.plan, self.note, Programs())
-        return self.result(self.leaves.by_path | self.rounded(best), self.evaluations)
+        for path, array in self.rounded(best).items():
+            own.write((path, None), array)
+        return self.result(params | {path: own.read((path, None)) for path in self.tuned}, self.evaluations)
 
     def result(self, by_path: Mapping[str, Any], of_network: Sequence[Evaluation]) -> Recovered:
-        by_path = {path: masked(leaf, self.masks[path]) for path, leaf in by_path.items()}
         losses = [one.held_out for one in of_network]
         last = {one.block: one.step for one in self.evaluations}
         report = RecoveryReport(
@@ -287,50 +287,62 @@ class _Work:
         return Recovered(self.leaves.tree(by_path), report)
 
     def by_block(self, network: Network, batches: Sequence[Batch], held_out: Sequence[Batch]) -> Recovered:
-        own, dense, programs = dict(self.leaves.by_path), self.dense, Programs()
-        shared = [path for path in own if path not in self.tuned and _equal(own[path], dense[path])]
+        """Tune block by block.
+
+        Held at once are, of one block: its params and those of the teacher, masks, gradients, optimizer state
+        and intermediate arrays of one batch. Of all batches: the arrays before it and the teacher's after it.
+        """
+        own, programs = _Survivors(self.leaves.by_path, self.masks), Programs()
+
+        def read_dense(key: Key) -> Any:
+            return jnp.asarray(_layer(self.dense[key[0]], key[1]))
+
+        others = [path for path in self.dense if path not in self.tuned]
+        shared = [path for path in others if _equal(own.read((path, None)), read_dense((path, None)))]
         blocks = find_blocks(network, self.tuned, shared)
-        before = Evaluation("network", 0, float("nan"), self.network_loss(own, held_out))
-        self.note(before)
         every = [*batches, *held_out]
         inputs = [split_static(batch.inputs)[0] for batch in every]
         # Of each batch what the network tuned so far and the dense network compute before the block.
-        ours: list[Any] = [[]] * len(every)
-        theirs: list[Any] = [[]] * len(every)
+        ours: list[Any] = [[] for _ in held_out]
+        theirs: list[Any] = [[] for _ in held_out]
+        for block in blocks:
+            _advance(block, own.read, ours, inputs[len(batches) :], programs)
+            _advance(block, read_dense, theirs, inputs[len(batches) :], programs)
+        before = Evaluation("network", 0, float("nan"), self.loss_of(ours, theirs, held_out))
+        self.note(before)
+
+        ours, theirs = [[] for _ in every], [[] for _ in every]
         tuned: set[Key] = set()
         for block in blocks:
-            values = [_layer(own, key) for key in block.reads]
-            forward = programs.compiled(block.run, values, own, ours[0], inputs[0])
-
-            def after(leaves: Any, states: Any, block: Block = block, forward: Any = forward) -> list[Any]:
-                values = [_layer(leaves, key) for key in block.reads]
-                return [_on_host(forward(values, leaves, s, x)) for s, x in zip(states, inputs, strict=True)]
-
-            theirs = after(dense, theirs)
+            last = block is blocks[-1]
+            _advance(block, read_dense, theirs, inputs, programs)
             if keys := [key for key in block.reads if not _already(key, tuned)]:
-                data = list(zip(ours, theirs, inputs, [batch.weights for batch in every], strict=True))
-                parts = data[: len(batches)], data[len(batches) :]
-                best = self.rounded(self.tune_block(block, keys, own, *parts, programs, block is blocks[-1]))
-                for path, layer in keys:
-                    array = best[path]
-                    own[path] = array if layer is None else own[path].at[layer].set(array)
+                data = zip(ours, theirs, inputs, [batch.weights for batch in every], strict=True)
+                best = self.tune_block(block, keys, own, list(data), len(batches), programs, last)
+                for key in keys:
+                    own.write(key, best[key[0]])
                 tuned.update(keys)
-            ours = after(own, ours)
-        end = before._replace(held_out=self.network_loss(own, held_out))
+            if last:  # only the loss follows
+                ours, theirs, inputs = (some[len(batches) :] for some in (ours, theirs, inputs))
+            _advance(block, own.read, ours, inputs, programs)
+        end = before._replace(held_out=self.loss_of(ours, theirs, held_out))
         self.note(end)
-        better = end.held_out < before.held_out
-        return self.result(own if better else self.leaves.by_path, [before, end])
+        if not end.held_out < before.held_out:
+            own = _Survivors(self.leaves.by_path, self.masks)
+        return self.result({path: own.take(path) for path in self.leaves.by_path}, [before, end])
 
     def tune_block(
         self,
         block: Block,
         keys: Sequence[Key],
-        own: Mapping[str, Any],
-        batches: Sequence[Any],
-        held_out: Sequence[Any],
+        own: "_Survivors",
+        data: Sequence[Any],
+        count: int,
         programs: Programs,
         last: bool,
-    ) -> Any:
+    ) -> dict[str, Any]:
+        """Tune what a block reads on the first `count` of some batches; return it by path."""
+
         def objective(tuned: Any, fixed: Any, batch: Any) -> jax.Array:
             of_tuned, (others, leaves), (state, target, inputs, weights) = self.rounded(tuned), fixed, batch
             rest = iter(others)
@@ -340,19 +352,82 @@ class _Work:
                 return _squared_error(outputs, target, weights, block.name)
             return self.mean_loss(self.out_tree.unflatten(outputs), self.out_tree.unflatten(target), weights)
 
-        tree, masks = self.start(keys)
-        fixed = [_layer(own, key) for key in block.reads if key not in keys], dict(own)
-        tx = keep_masked(self.tx, masks)
-        return tune(block.name, objective, tx, tree, fixed, batches, held_out, self.plan, self.note, programs)
+        tree, masks = self.start({key: own.read(key) for key in keys})
+        others = [own.read(key) for key in block.reads if key not in keys]
+        fixed = others, {path: own.read((path, None)) for path in block.fixed}
+        tx, parts = keep_masked(self.tx, masks), (data[:count], data[count:])
+        best = tune(block.name, objective, tx, tree, fixed, *parts, self.plan, self.note, programs)
+        return self.rounded(best)
 
-    def network_loss(self, by_path: Mapping[str, Any], batches: Sequence[Batch]) -> float:
+    def loss_of(self, ours: Sequence[Any], theirs: Sequence[Any], batches: Sequence[Batch]) -> float:
+        """Return the mean loss of batches, given the outputs of the network and of the dense network."""
+
         @jax.jit
-        def of_batch(params: Any, dense: Any, inputs: Any, weights: Any) -> jax.Array:
-            ours, theirs = (self.apply_fn(self.leaves.tree(p), *inputs) for p in (params, dense))
-            return self.mean_loss(ours, theirs, weights)
+        def of_batch(ours: Any, theirs: Any, weights: Any) -> jax.Array:
+            return self.mean_loss(self.out_tree.unflatten(ours), self.out_tree.unflatten(theirs), weights)
 
-        losses = [of_batch(dict(by_path), self.dense, batch.inputs, batch.weights) for batch in batches]
-        return float(np.mean(list(map(float, losses))))
+        rows = zip(ours, theirs, batches, strict=True)
+        return float(np.mean([float(of_batch(a, b, batch.weights)) for a, b, batch in rows]))
+
+
+class _Survivors:
+    """The params of the pruned network, as tuned so far.
+
+    A leaf, or a layer of it, is masked when it is read. So the leaves of other blocks, which may be mapped
+    from files, take no memory. What was tuned is where the leaf given is: numpy arrays stay on the host.
+    """
+
+    def __init__(self, given: Mapping[str, Any], masks: Mapping[str, Any]):
+        self._given, self._masks = given, masks
+        self._tuned: dict[Key, Any] = {}
+
+    def read(self, key: Key) -> jax.Array:
+        """Return a leaf or a layer of it on the device, pruned entries 0."""
+        path, layer = key
+        if key in self._tuned:
+            return jnp.asarray(self._tuned[key])
+        if (path, None) in self._tuned:
+            return jnp.asarray(self._tuned[path, None][layer])
+        if layer is None and self._layers(path):
+            return jnp.stack([self.read(key) for key in self._layers(path)])
+        return jnp.asarray(masked(_layer(self._given[path], layer), _layer(self._masks[path], layer)))
+
+    def write(self, key: Key, array: jax.Array) -> None:
+        """Replace a leaf or a layer of it by what was tuned."""
+        array = masked(array, _layer(self._masks[key[0]], key[1]))
+        self._tuned[key] = self._placed(key[0], array)
+
+    def take(self, path: str) -> Any:
+        """Return a leaf where the leaf given is, and forget its layers."""
+        leaf = self._placed(path, self.read((path, None)))
+        for key in self._layers(path):
+            self._tuned.pop(key, None)
+        return leaf
+
+    def _layers(self, path: str) -> list[Key]:
+        """Return the keys of all layers of a leaf if one was tuned, else none."""
+        if not any(of == path and layer is not None for of, layer in self._tuned):
+            return []
+        return [(path, layer) for layer in range(len(self._given[path]))]
+
+    def _placed(self, path: str, array: Any) -> Any:
+        given = self._given[path]
+        if isinstance(given, np.ndarray):
+            return np.asarray(array)
+        if isinstance(given, jax.Array) and array.shape == given.shape and array.sharding != given.sharding:
+            return jax.device_put(array, given.sharding)
+        return array
+
+
+def _advance(
+    block: Block, read: Callable[[Key], Any], states: list[Any], inputs: Sequence[Any], programs: Programs
+) -> None:
+    """Replace the arrays before a block, of each batch, by those after it, in the memory of the host."""
+    values = [read(key) for key in block.reads]
+    fixed = {path: read((path, None)) for path in block.fixed}
+    forward = programs.compiled(block.run, values, fixed, states[0], inputs[0])
+    for number, given in enumerate(inputs):
+        states[number] = _on_host(forward(values, fixed, states[number], given))
 
 
 def _squared_error(outputs: Any, target: Any, weights: Any, of: str = "the outputs") -> jax.Array:
@@ -388,7 +463,7 @@ def _is_floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _equal(a: jax.Array, b: jax.Array) -> bool:
     return a is b or (a.dtype == b.dtype and _is_numeric(a) and bool(jnp.array_equal(a, b)))
 
 
@@ -401,9 +476,8 @@ def _on_host(state: Sequence[Any]) -> list[Any]:
     return [np.asarray(array) if _is_numeric(array) else array for array in state]
 
 
-def _layer(leaves: Mapping[str, Any], key: Key) -> Any:
-    path, layer = key
-    return leaves[path] if layer is None else leaves[path][layer]
+def _layer(leaf: Any, layer: int | None) -> Any:
+    return leaf if layer is None else leaf[layer]
 
 
 def _already(key: Key, tuned: set[Key]) -> bool:
@@ -423,7 +497,7 @@ def _checked_trees(params: Any, masks: Any, teacher: Any) -> tuple[Leaves, dict[
     dense = mirrored(teacher, leaves, "teacher")
     if not is_concrete(leaves.by_path, dense, by_path):
         raise TypeError("recover looks at losses to stop, so it runs outside jit: the params are traced.")
-    return leaves, by_path, {path: jnp.asarray(leaf) for path, leaf in dense.items()}
+    return leaves, by_path, dense
 
 
 def _split(batches: Any, held_out: Any, weights: Any) -> tuple[list[Batch], list[Batch]]:

@@ -1,7 +1,7 @@
 """Tuning arrays on batches, in compiled chunks of steps, until held-out batches stop getting better."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,9 @@ import optax
 from jax import lax
 
 from jaxprune.calibration.programs import Programs
+
+_STACKED = 2**26
+"""The most bytes of batches that are handed to the device at once, for the steps between two evaluations."""
 
 Objective = Callable[[Any, Any, Any], jax.Array]
 """`objective(tuned, fixed, batch)`: the loss of a batch, a scalar; all three are trees of arrays."""
@@ -81,8 +84,8 @@ def tune(
             compiled[key] = programs.compiled(function, *arguments)
         return compiled[key](*arguments)
 
-    def chunk(tuned: Any, opt_state: Any, fixed: Any, stacked: Any, count: Any) -> Any:
-        """Take `count` steps, on as many of the stacked batches; return the sum of the losses besides."""
+    def chunk(tuned: Any, opt_state: Any, total: Any, fixed: Any, stacked: Any, count: Any) -> Any:
+        """Take `count` steps, on as many of the stacked batches; add their losses to a total."""
 
         def step(number: Any, state: Any) -> Any:
             tuned, opt_state, total = state
@@ -96,7 +99,7 @@ def tune(
             updates, opt_state = optimizer.update(grads, opt_state, tuned, **extra)
             return optax.apply_updates(tuned, updates), opt_state, total + loss.astype(jnp.float32)
 
-        return lax.fori_loop(0, count, step, (tuned, opt_state, jnp.zeros((), jnp.float32)))
+        return lax.fori_loop(0, count, step, (tuned, opt_state, total))
 
     def evaluate(tuned: Any) -> float:
         return float(np.mean([float(run(objective, tuned, fixed, batch)) for batch in held_out]))
@@ -109,15 +112,16 @@ def tune(
         )
     note(Evaluation(name, 0, float("nan"), lowest))
     order, rng, taken, waited = [], np.random.default_rng(plan.seed), 0, 0
+    largest = max(sum(x.nbytes for x in jax.tree.leaves(batch)) for batch in batches)
+    size = max(1, min(plan.every, len(batches), _STACKED // max(1, largest)))
     while taken < plan.steps and waited < plan.patience:
         count = min(plan.every, plan.steps - taken)
         while len(order) < count:
             order += rng.permutation(len(batches)).tolist()
         now, order = order[:count], order[count:]
         total = jnp.zeros((), jnp.float32)
-        for stacked, number in _stacks([batches[n] for n in now], plan.every):
-            tuned, opt_state, losses = run(chunk, tuned, opt_state, fixed, stacked, jnp.asarray(number))
-            total += losses
+        for stacked, number in _stacks([batches[n] for n in now], size):
+            tuned, opt_state, total = run(chunk, tuned, opt_state, total, fixed, stacked, jnp.asarray(number))
         taken += count
         value = evaluate(tuned)
         note(Evaluation(name, taken, float(total) / count, value))
@@ -131,18 +135,17 @@ def _shapes(tree: Any) -> tuple[Any, ...]:
     return tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(tree))
 
 
-def _stacks(batches: Sequence[Any], size: int) -> list[tuple[Any, int]]:
-    """Stack the batches of each shape, filled up to `size`, and say how many there are.
+def _stacks(batches: Sequence[Any], size: int) -> Iterator[tuple[Any, int]]:
+    """Yield stacks of `size` batches of one shape, the last of a shape filled up, and how many count.
 
-    The stacks of all chunks have the same shapes, so that there is one program for each shape of a batch.
+    All stacks have the same size, so that there is one program for each shape of a batch.
     """
     shapes = list(map(_shapes, batches))
-    made = []
     for shape in Counter(shapes):
-        some = [batch for batch, own in zip(batches, shapes, strict=True) if own == shape]
-        filled = [*some, *some[:1] * (size - len(some))]
-        made.append((jax.tree.map(_stack, *filled), len(some)))
-    return made
+        alike = [batch for batch, own in zip(batches, shapes, strict=True) if own == shape]
+        for start in range(0, len(alike), size):
+            some = alike[start : start + size]
+            yield jax.tree.map(_stack, *some, *some[:1] * (size - len(some))), len(some)
 
 
 def _stack(*arrays: Any) -> Any:

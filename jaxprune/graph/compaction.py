@@ -21,11 +21,11 @@ from jaxprune.graph.plan import Plan
 from jaxprune.graph.planning import plan_for_masks, solve_for_plan
 from jaxprune.graph.reasons import NotRemoved
 from jaxprune.graph.report import Report, report
-from jaxprune.tracing.jaxprs import explicit_sharding, split_static
+from jaxprune.tracing.jaxprs import abstract, explicit_sharding, split_static
 from jaxprune.tree.calls import check_call, check_masks_third
 from jaxprune.tree.checks import as_integer
 from jaxprune.tree.host import like_computed
-from jaxprune.tree.leaves import array_leaves, is_concrete
+from jaxprune.tree.leaves import array_leaves, is_array, is_concrete
 from jaxprune.tree.masks import apply_masks, like_params
 from jaxprune.tree.stacks import Stacked, split_layers, stacks_of
 from jaxprune.typing import Masks, Params, Where
@@ -46,6 +46,7 @@ class Compacted:
       not_removed: what the masks remove that had to stay, each with the reason.
       function: the function of dense params.
       shardings: by path, how the dense params were sharded over explicit axes of a mesh.
+      inputs: the example inputs, arrays as `jax.ShapeDtypeStruct`; None if a file could not hold them.
     """
 
     params: Params
@@ -55,6 +56,7 @@ class Compacted:
     not_removed: tuple[NotRemoved, ...]
     function: Callable[..., Any]
     shardings: Mapping[str, Any]
+    inputs: tuple[Any, ...] | None
 
     @property
     def keep(self) -> dict[str, dict[int, np.ndarray]]:
@@ -71,10 +73,6 @@ class Compacted:
         Params that the function divides by are not zero there: `Plan.expand` says what they are.
         """
         return self.plan.expand(tree, where)
-
-    def save(self, file: Any) -> None:
-        """Write the plan to a file; `Plan.load` reads it, and `compact` takes it in place of masks."""
-        self.plan.save(file)
 
     def bind(
         self, function: Callable[..., Any], state: Callable[[Any], Any] | None = None
@@ -105,7 +103,10 @@ class Compacted:
     if not TYPE_CHECKING:  # a type checker would take any attribute
 
         def __getattr__(self, name: str) -> Any:
-            new = "; it is called not_removed now." if name == "stayed" else "."
+            new = {
+                "stayed": "; it is called not_removed now.",
+                "save": "; jaxprune.io.save_compacted writes all of it to a file, plan.save the plan.",
+            }.get(name, ".")
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
 
@@ -203,18 +204,19 @@ def compact(
         by_layer = split_layers(by_path, network.stacks)
         plan, not_removed = plan_for_masks(network, by_layer, blocks_of(params), multiple_of)
 
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
-    masked = params if abstract else apply_masks(params, masks)
+    shapes_only = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params))
+    masked = params if shapes_only else apply_masks(params, masks)
     leaves = array_leaves(masked).items()
     shardings = {path: found for path, leaf in leaves if (found := explicit_sharding(leaf)) is not None}
     small = Compacted(
-        params=jax.eval_shape(plan.shrink, masked) if abstract else plan.shrink(masked),
+        params=jax.eval_shape(plan.shrink, masked) if shapes_only else plan.shrink(masked),
         masks=plan.shrink(masks),
         plan=plan,
         apply=bind(apply_fn, plan, state, shardings),
         not_removed=not_removed,
         function=apply_fn,
         shardings=shardings,
+        inputs=jax.tree.map(lambda leaf: abstract(leaf) if is_array(leaf) else leaf, inputs),
     )
     if verify and is_concrete(params, split_static(inputs)[0]) and not network.closes_over_tracers():
         # Folding changes params, and must not change the network.

@@ -49,10 +49,27 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
                 keep.setdefault(path, {})[int(kind.removeprefix("keep "))] = arrays[name]
             elif kind in tuples:
                 tuples[kind][path] = tuple(arrays[name].ravel().tolist())
+    fields = {"shapes": shapes, "keep": keep, "divisors": divisors, "stacks": stacks, "removed": removed}
+    try:
+        check(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return fields
+
+
+def check(fields: Mapping[str, Any]) -> None:
+    """Check the fields of a `Plan` against each other.
+
+    Raises:
+      ValueError: its indices do not fit its shapes.
+    """
+    shapes, keep, divisors, stacks, removed = (
+        fields[name] for name in ("shapes", "keep", "divisors", "stacks", "removed")
+    )
     for path, axes in divisors.items():
         in_removed = any(path.startswith(f"{block}/") for block in removed)
         if not (set(axes) <= set(keep.get(path, {})) or in_removed):
-            raise ValueError(f"{file}: the divisors of {path} are on axes {axes}, which lose no slices.")
+            raise ValueError(f"the divisors of {path} are on axes {axes}, which lose no slices.")
     for path, axes in keep.items():
         shape, stack = shapes.get(path, ()), stacks.get(path, ())
         for axis, kept in axes.items():
@@ -61,5 +78,4 @@ def read(file: str | PathLike[str]) -> dict[str, Any]:
             layers = [] if axis in stack or not size else [len(axes.get(a, range(shape[a]))) for a in stack]
             ascending = kept.shape[:-1] == (*layers,) and kept.size > 0 and bool((np.diff(kept) > 0).all())
             if not (ascending and kept.min() >= 0 and kept.max() < size):
-                raise ValueError(f"{file}: the indices of {path}, axis {axis}, do not fit size {size}.")
-    return {"shapes": shapes, "keep": keep, "divisors": divisors, "stacks": stacks, "removed": removed}
+                raise ValueError(f"the indices of {path}, axis {axis}, do not fit size {size}.")

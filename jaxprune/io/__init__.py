@@ -1,6 +1,7 @@
-"""Files: masked params in as few bytes as they need, and safetensors in and out."""
+"""Files: masked params and compacted networks in as few bytes as they need; safetensors in and out."""
 
 from jaxprune.files.opened import FileError
+from jaxprune.io.compacted import load_compacted, save_compacted
 from jaxprune.io.layout import Layout
 from jaxprune.io.read import Saved, load
 from jaxprune.io.tensors import Checkpoint, load_safetensors, save_safetensors
@@ -12,7 +13,9 @@ __all__ = [
     "Layout",
     "Saved",
     "load",
+    "load_compacted",
     "load_safetensors",
     "save",
+    "save_compacted",
     "save_safetensors",
 ]

@@ -290,6 +290,40 @@ def test_layers_in_a_scan_are_tuned_as_layers_written_out():
     np.testing.assert_array_equal(done.params["head"], jp.apply_masks(dense, masks)["head"])
 
 
+@pytest.mark.parametrize("where", [None, jp.matching("layers*")])
+@pytest.mark.parametrize("model", [in_one_scan, in_scans_of_one])
+def test_mapped_leaves_are_tuned_to_the_same_bits_and_stay_on_the_host(tmp_path, model, where):
+    dense = small_params() if model is in_one_scan else unrolled_params(small_params())
+    masks = half(dense)
+
+    def mapped(path: str, leaf: Any) -> Any:
+        file = tmp_path / f"{path.replace('/', '_')}.npy"
+        np.save(file, leaf)
+        return np.load(file, mmap_mode="r")
+
+    leaves, treedef = jax.tree.flatten(dense)
+    files = treedef.unflatten(map(mapped, jp.leaf_paths(dense), leaves))
+    done, other = (
+        jp.recover(
+            model,
+            params,
+            masks,
+            text_batches(3),
+            optax.sgd(0.1),
+            teacher=params,
+            steps=2,
+            by_block=True,
+            where=where,
+        )
+        for params in (dense, files)
+    )
+    assert done.report.after < done.report.before
+    losses = [[one.held_out for one in each.report.evaluations] for each in (done, other)]
+    assert losses[0] == losses[1]
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(other.params))
+    jax.tree.map(np.testing.assert_array_equal, done.params, other.params)
+
+
 def test_a_network_without_blocks_is_refused_with_its_lines():
     def recurrent(params: Any, x: Any) -> Any:
         def step(state: Any, x: Any) -> Any:

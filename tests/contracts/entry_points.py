@@ -32,6 +32,7 @@ RIGL = jp.rigl(HALF, every=2, end_step=8)
 FILE, TENSORS, OTHER = (os.path.join(tempfile.mkdtemp(), name) for name in ("file", "tensors", "other"))
 jp.io.save(FILE, PARAMS)
 jp.io.save_safetensors(TENSORS, PARAMS)
+SMALL_FILE = os.path.join(os.path.dirname(FILE), "small")
 
 
 def network(params, x):
@@ -39,6 +40,8 @@ def network(params, x):
     return jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]["kernel"]
 
 
+SMALL = jp.compact(network, PARAMS, MASKS, X)
+jp.io.save_compacted(SMALL_FILE, SMALL)
 LAYERS = {"layers": [{"kernel": jnp.ones((4, 4))}, {"kernel": 2 * jnp.ones((4, 4))}]}
 
 
@@ -98,7 +101,7 @@ GOOD: dict[str, Any] = {
     "pruner": PRUNER,
     "rounds": 2,
     "scores": jp.scores.magnitude,
-    "small": jp.compact(network, PARAMS, MASKS, X),
+    "small": SMALL,
     "sparsity": 0.5,
     "stacked": layers,
     "stats": jp.calibrate(network, PARAMS, [X], statistics="gram"),
@@ -125,8 +128,11 @@ OTHERS: dict[str, dict[str, Any]] = {
     "error_barrier": {"error": total, "one": PARAMS, "other": PARAMS, "points": 3},
     "intersect": {"masks": (MASKS, HALF)},
     "io.load": {"path": FILE},
+    "io.load_compacted": {"path": SMALL_FILE, "like": None},
     "io.load_safetensors": {"path": TENSORS},
     "l0.apply_gates": {"z": GOOD["gates"]},
+    "lora.init": {"rank": 1},
+    "lora.merge": {"adapters": jp.lora.init(PARAMS, 1, key=jax.random.key(0)), "scale": 2.0},
     "matching": {"patterns": ("*",)},
     "metrics.good_widths": {"most": 2, "rows": 3, "inputs": 4, "rounds": 1},
     "metrics.latency": {"calls": {"network": (network, PARAMS, X)}},

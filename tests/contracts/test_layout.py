@@ -14,10 +14,10 @@ from tests.contracts import public
 ROOT = Path(jp.__file__).parent
 
 ORDER = (
-    *("typing", "tree", "tracing", "selection", "counting", "schedules", "files", "quantization", "io"),
-    *("graph.engine", "graph", "graph.modules", "scores", "structures", "pruning", "sizing.result"),
-    *("distributions", "sizing", "training", "calibration", "metrics", "penalties", "l0", "distillation"),
-    *("sparse", "export", "recipes", "plots"),
+    *("typing", "tree", "tracing", "selection", "counting", "schedules", "files", "quantization"),
+    *("graph.engine", "graph", "graph.modules", "io", "scores", "structures", "pruning", "sizing.result"),
+    *("distributions", "sizing", "training", "calibration", "metrics", "penalties", "l0", "lora"),
+    *("distillation", "sparse", "export", "recipes", "plots"),
 )
 """The rooms, each of which may import those before it."""
 

@@ -38,11 +38,12 @@ SMALL = {
     "studies/test_experiments.py": "dynamic_sparse gradual lenet lottery_ticket pruning_at_init",
     **{
         f"studies/test_{name}.py": name
-        for name in ("channel_pruning", "deployment", "distributed", "one_shot", "report")
+        for name in ("channel_pruning", "deployment", "distributed", "one_shot", "pretrained", "report")
     },
     **{f"studies/test_{name}_study.py": name for name in ("distillation", "recipe")},
     "studies/test_large.py": "hf.large",
     "studies/test_real_models.py": "real_models",
+    "studies/test_hf_command.py": "hf.small",
     "studies/test_sensitivity_study.py": "sensitivity benchmarks.sensitivity_cost",
     "studies/test_benchmarks.py": "benchmarks benchmarks.compaction benchmarks.compile benchmarks.eager "
     "benchmarks.files benchmarks.gpu benchmarks.graph benchmarks.grouping benchmarks.latency "
@@ -254,6 +255,8 @@ def check_script(script: Path, flags: list[str]) -> None:
 def check_study(name: str, flags: list[str]) -> None:
     """A study's own settings take the flags."""
     module = command_module(name.removeprefix("experiments."))
+    if flags and flags[0] in getattr(module, "COMMANDS", ()):
+        module, flags = module.COMMANDS[flags[0]], flags[1:]
     assert callable(module.main)
     if "--recipe" in flags:  # of an earlier run
         at = flags.index("--recipe")

@@ -389,7 +389,7 @@ def test_a_function_that_needs_dropped_slices_is_refused():
 
 def test_a_plan_is_saved_loaded_and_used_in_place_of_masks(tmp_path):
     case, masks, small = compacted()
-    small.save(tmp_path / "plan.npz")
+    small.plan.save(tmp_path / "plan.npz")
     plan = jp.Plan.load(tmp_path / "plan.npz")
     again = jp.compact(case.apply, jp.apply_masks(case.params, masks), plan, *case.inputs)
     assert difference(small.params, again.params) == 0

@@ -194,7 +194,7 @@ def test_blocks_leave_a_tree(name, tmp_path):
     assert jax.tree.structure(shrunk[0].mu) == jax.tree.structure(small.params)
     assert jax.tree.structure(small.expand(shrunk)) == jax.tree.structure(state)
     # The plan goes through a file.
-    small.save(tmp_path / "plan.npz")
+    small.plan.save(tmp_path / "plan.npz")
     again = jp.compact(function, params, jp.Plan.load(tmp_path / "plan.npz"), X)
     np.testing.assert_array_equal(again.apply(again.params, X), small.apply(small.params, X))
 

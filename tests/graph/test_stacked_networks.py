@@ -612,7 +612,7 @@ def test_other_batches_and_transforms(compacted):
 
 def test_plans_of_stacks_on_disk(compacted, tmp_path):
     net, p, masks, small = compacted
-    small.save(tmp_path / "plan.npz")
+    small.plan.save(tmp_path / "plan.npz")
     with np.load(tmp_path / "plan.npz") as arrays:
         assert int(arrays["format"]) == 2
     plan = jp.Plan.load(tmp_path / "plan.npz")

@@ -69,7 +69,7 @@ BAD = {
 
 USERS = ("network", "residual", "loss", "total")
 ABSTRACT = {"a shape", "a key"}
-WRITE = ("io.save", "io.save_safetensors", "prune_layers")
+WRITE = ("io.save", "io.save_compacted", "io.save_safetensors", "prune_layers")
 JUNK = {"any function", "a function of nan"}
 
 # Right, and for ever.

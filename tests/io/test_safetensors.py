@@ -89,7 +89,9 @@ def test_our_own_files_in_and_out(file):
 def test_files_of_the_formats_own_library_come_back_to_the_byte(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("tensors")
     part = st.text("abcé_0", min_size=1, max_size=3)
-    names = data.draw(st.lists(st.lists(part, min_size=2, max_size=3).map(".".join), unique=True, min_size=1, max_size=6))
+    names = data.draw(
+        st.lists(st.lists(part, min_size=2, max_size=3).map(".".join), unique=True, min_size=1, max_size=6)
+    )
     names = [f"{name}.leaf{at}" for at, name in enumerate(names)]
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     dtypes = sorted(set(NAMES.values()) - {"float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"})

@@ -6,16 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.graph.modules.forms import UnfitError
 from jaxprune.graph.plan import Plan
 
 Cut = Callable[[Any, int], tuple[int, np.ndarray]]
 """From a variable and an axis, counted from the end, to its dense size and the indices that stay."""
 Changes = dict[str, tuple[Any, dict[str, tuple[Any, Any]]]]
 """By path, a module and the attributes that were set, with their old and new values."""
-
-
-class UnfitError(Exception):
-    """No widths of a module's class fit its new arrays."""
 
 
 def fix_widths(nnx: Any, module: Any, plan: Plan) -> Changes:

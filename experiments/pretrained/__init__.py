@@ -1,0 +1,1 @@
+"""Networks that others have trained, pruned without training: `python -m experiments.pretrained`."""
