@@ -12,36 +12,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from experiments.run.limits import OneOf
 from experiments.run.settings import Count, Settings, parse
 from jaxprune.calibration.solvers.refining import refine
 
 Pattern = jp.solvers.Pattern
-
-
-@dataclass(frozen=True)
-class Config(Settings):
-    """Flags of the benchmark."""
-
-    shapes: tuple[str, ...] = ("80x96", "48x320")  # outputs x inputs of each layer
-    rounds: Count = 3  # in which all take their turn
-
-
-SMALL = Config(shapes=("4x16",), rounds=1)
-
-
-def make_layer(seed: int, outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs (rows, in) of rank about in / 4 with noise, and weights (out, in)."""
-    rng, rank, rows = np.random.default_rng(seed), max(1, inputs // 4), 6 * inputs
-    x = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, inputs)) / np.sqrt(rank)
-    x = (x + 0.05 * rng.normal(size=(rows, inputs))) * np.exp(0.8 * rng.normal(size=inputs))
-    return x.astype(np.float32), (rng.normal(size=(outputs, inputs)) / np.sqrt(inputs)).astype(np.float32)
 
 
 def with_least_squares(solver: Any, steps: int = 20) -> Any:
@@ -66,6 +48,28 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Config(Settings):
+    """Flags of the benchmark."""
+
+    shapes: tuple[str, ...] = ("80x96", "48x320")  # outputs x inputs of each layer
+    rounds: Count = 3  # in which all take their turn
+    solvers: tuple[Annotated[str, OneOf(tuple(SOLVERS))], ...] = tuple(
+        SOLVERS
+    )  # which; exact OBC runs always
+
+
+SMALL = Config(shapes=("4x16",), rounds=1, solvers=("magnitude", "ALPS + 20 steps"))
+
+
+def make_layer(seed: int, outputs: int, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return inputs (rows, in) of rank about in / 4 with noise, and weights (out, in)."""
+    rng, rank, rows = np.random.default_rng(seed), max(1, inputs // 4), 6 * inputs
+    x = rng.normal(size=(rows, rank)) @ rng.normal(size=(rank, inputs)) / np.sqrt(rank)
+    x = (x + 0.05 * rng.normal(size=(rows, inputs))) * np.exp(0.8 * rng.normal(size=inputs))
+    return x.astype(np.float32), (rng.normal(size=(outputs, inputs)) / np.sqrt(inputs)).astype(np.float32)
+
+
 def run(config: Config) -> list[str]:
     """Run the benchmark, and return the lines of its tables."""
     lines: list[str] = []
@@ -73,11 +77,11 @@ def run(config: Config) -> list[str]:
         outputs, inputs = map(int, shape.split("x"))
         x, weight = make_layer(seed, outputs, inputs)
         lines.append(f"{shape:<24}{'50 %':>9}{'per output':>12}{'2:4':>9}{'OBC takes':>12}")
-        lines += _rows(x, weight, config.rounds)
+        lines += _rows(x, weight, config)
     return lines
 
 
-def _rows(x: np.ndarray, weight: np.ndarray, rounds: int) -> list[str]:
+def _rows(x: np.ndarray, weight: np.ndarray, config: Config) -> list[str]:
     """Return a line for each solver."""
     gram = jnp.asarray(x.T @ x)[None]
     asked = (
@@ -85,7 +89,8 @@ def _rows(x: np.ndarray, weight: np.ndarray, rounds: int) -> list[str]:
         (Pattern(per_output=True), weight.shape[1] // 2),
         (Pattern("nm", n=2, m=4), weight.size // 4),
     )
-    programs = {name: jax.jit(make(), static_argnums=3) for name, make in SOLVERS.items()}
+    chosen = dict.fromkeys((*config.solvers, "exact OBC"))
+    programs = {name: jax.jit(SOLVERS[name](), static_argnums=3) for name in chosen}
 
     def solved(name: str, pattern: Pattern, count: int) -> np.ndarray:
         arguments = jnp.asarray(weight)[None], gram, jnp.array([count])
@@ -93,7 +98,7 @@ def _rows(x: np.ndarray, weight: np.ndarray, rounds: int) -> list[str]:
 
     errors = {name: [_error(x, weight, solved(name, *each)) for each in asked] for name in programs}
     ratios: dict[str, list[float]] = {name: [] for name in programs}
-    for _ in range(rounds):
+    for _ in range(config.rounds):
         seconds = {}
         for name in programs:
             start = time.perf_counter()

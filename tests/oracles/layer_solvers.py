@@ -69,10 +69,12 @@ def sparsegpt(
 
 def least_squares(x: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Solve for the kept weights of each output by `lstsq`; `targets` are the outputs (rows, out)."""
+    # With X = Q R the errors are those of R and Q^T Y, up to a part that no weight changes: fewer rows.
+    turned, rows = np.linalg.qr(x.astype(np.float64))
+    wanted = turned.T @ targets.astype(np.float64)
     weight = np.zeros(mask.shape)
     for number, kept in enumerate(mask):
-        columns = x[:, kept].astype(np.float64)
-        weight[number, kept] = np.linalg.lstsq(columns, targets[:, number].astype(np.float64), rcond=None)[0]
+        weight[number, kept] = np.linalg.lstsq(rows[:, kept], wanted[:, number], rcond=None)[0]
     return weight
 
 
