@@ -4,7 +4,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -54,6 +54,32 @@ def replacing_all(paths: Sequence[Path]) -> Iterator[dict[Path, Path]]:
         yield new
         for written in new.values():  # a full disk shows here at the latest, before the first rename
             _flush_file(written)
+
+
+@contextmanager
+def making_folder(path: Path) -> Iterator[None]:
+    """Make a folder and its parents where they are missing; remove them again if the block raises.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> from jaxprune.files.atomic import making_folder
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> try:
+      ...     with making_folder(folder / "a" / "b"):
+      ...         raise OSError("the disk is full")
+      ... except OSError:
+      ...     print(list(folder.iterdir()))
+      []
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):  # somebody else has put a file there
+                folder.rmdir()
+        raise
 
 
 def _flush_file(path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxprune.files.opened import FileError
+from jaxprune.io.tensor_header import unique_keys
 from jaxprune.tree.paths import some_of
 
 INDEX = "model.safetensors.index.json"
@@ -80,7 +81,7 @@ def read_index(text: bytes) -> tuple[dict[str, list[str]], dict[str, Any]]:
       FileError: what is wrong; it does not name the index.
     """
     try:
-        content = json.loads(text.decode("utf-8"))
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FileError(f"it cannot be read: {error}") from None
     places = content.pop("weight_map", None) if isinstance(content, dict) else None
@@ -94,13 +95,17 @@ def read_index(text: bytes) -> tuple[dict[str, list[str]], dict[str, Any]]:
     return files, content
 
 
-def write_index(layout: Layout, total: int) -> str:
-    """Return the text of an index of tensors that take so many bytes."""
+def write_index(layout: Layout, total: int, entries: int) -> str:
+    """Return the text of an index of tensors that take `total` bytes and hold so many `entries`.
+
+    What it says of sizes stays while the total is the same: programs count tied tensors in their own way.
+    """
     assert layout.index is not None
     content = dict(layout.index)
     metadata = content.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        content["metadata"] = metadata | {"total_size": total}
+    if isinstance(metadata, dict) and metadata.get("total_size") != total:
+        sizes = {"total_size": total, "total_parameters": entries}
+        content["metadata"] = metadata | {key: size for key, size in sizes.items() if key in metadata}
     places = {name: file for file, shard in layout.shards.items() for name in shard.dtypes}
     return (
         json.dumps(content | {"weight_map": dict(sorted(places.items()))}, indent=2, ensure_ascii=False)

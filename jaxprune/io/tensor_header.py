@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxprune.files.opened import FileError
 from jaxprune.io.format import DTYPES
+from jaxprune.io.trees import DEEPEST
 
 # By the format's name of a dtype, that of numpy and JAX.
 NAMES = {
@@ -72,7 +73,7 @@ def read_header(data: memoryview) -> Header:
     if length > _LONGEST:
         raise FileError(f"a header of {length} bytes; {_LONGEST} are allowed")
     try:
-        entries = json.loads(bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_once)
+        entries = json.loads(bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise FileError(f"its header cannot be read: {error}") from None
     if not isinstance(entries, dict):
@@ -80,6 +81,9 @@ def read_header(data: memoryview) -> Header:
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not is_metadata(metadata):
         raise FileError("its __metadata__ is not texts by text")
+    for name in entries:
+        if wrong := wrong_name(name):
+            raise FileError(f"a tensor's name {wrong}")
     start = 8 + length
     tensors = {name: _tensor(name, entry, start) for name, entry in entries.items()}
     _check_places(tensors, start, len(data))
@@ -106,7 +110,29 @@ def size_of(dtype: str, shape: tuple[int, ...]) -> int:
 
 def is_metadata(value: Any) -> bool:
     """Return whether a value can be the metadata of a file."""
-    return isinstance(value, dict) and all(isinstance(text, str) for pair in value.items() for text in pair)
+    return isinstance(value, dict) and all(
+        isinstance(text, str) and _is_unicode(text) for pair in value.items() for text in pair
+    )
+
+
+def wrong_name(name: str) -> str | None:
+    """Return why a tensor cannot have a name, as the end of a sentence; None if it can."""
+    if name == "__metadata__":
+        return "is '__metadata__', which the format keeps for the metadata"
+    if not _is_unicode(name):
+        return f"holds half of a surrogate pair: {name[:200]!r}"
+    if (depth := len(name.replace(".", "/").split("/"))) > DEEPEST:
+        return f"has {depth} parts, and {DEEPEST} are allowed: {name[:60]!r}..."
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8, which half of a surrogate pair cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tensor(name: str, entry: Any, start: int) -> Tensor:
@@ -152,7 +178,8 @@ def _check_places(tensors: Mapping[str, Tensor], start: int, length: int) -> Non
         )
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict, for `object_pairs_hook`; FileError if a key occurs twice."""
     out = dict(pairs)
     if len(out) != len(pairs):
         raise FileError("a key occurs twice")

@@ -4,6 +4,7 @@ import mmap as memory_map
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.files.atomic import replacing_all
+from jaxprune.files.atomic import making_folder, replacing_all
 from jaxprune.files.opened import FileError, check_path, open_file
 from jaxprune.io.format import DTYPES
 from jaxprune.io.layout import INDEX, Layout, Shard, path_of, read_index, write_index
-from jaxprune.io.tensor_header import CODES, Tensor, is_metadata, read_header, size_of, write_header
+from jaxprune.io.tensor_header import (
+    CODES,
+    Tensor,
+    is_metadata,
+    read_header,
+    size_of,
+    write_header,
+    wrong_name,
+)
 from jaxprune.tree.leaves import array_leaves, describe, is_array, is_concrete
 from jaxprune.tree.masks import masked, masks_by_path
 from jaxprune.tree.paths import leaf_paths, some_of
 from jaxprune.typing import Masks, Params
 
 _SUFFIX = ".safetensors"
+_WHOLE = f"model{_SUFFIX}"  # goes before an index, as in transformers
 _CHUNK = 1 << 24  # bytes that are written at once
 
 
@@ -68,7 +78,8 @@ def save_safetensors(
 
     Raises:
       ValueError: masks that do not mirror `params`; two leaves of the same path; leaves that are not those of
-        the layout, or of another dtype; a layout of several files for one file.
+        the layout, or of another dtype; a layout of several files for one file; a folder with a file that
+        would be read in place of those written; a name that the format does not have.
       TypeError: a dtype that the format does not have; metadata that is not strings.
 
     Example:
@@ -82,19 +93,21 @@ def save_safetensors(
     for name, leaf in leaves.items():
         _check_leaf(name, leaf)
     if metadata is not None and not is_metadata(metadata):
-        raise TypeError(f"metadata of safetensors is strings by strings, got {metadata!r:.200}")
+        raise TypeError(f"metadata of safetensors is strings by strings, in Unicode, got {metadata!r:.200}")
     kept = {} if masks is None else masks_by_path(masks, params)
     if layout is None:
         shard = Shard({name: str(leaf.dtype) for name, leaf in leaves.items()}, metadata)
         layout, folder = Layout({os.path.basename(os.fspath(path)): shard}, None), Path(path).parent
+        missing = nullcontext()
         paths = {name: name for name in leaves}
     else:
         layout, folder = _placed(layout, path, metadata)
         paths = {name: path for path, name in layout.names.items()}
         _check_layout(layout, leaves)
-        folder.mkdir(parents=True, exist_ok=True)
+        missing = making_folder(folder)
+    _check_names(paths)
     index = [] if layout.index is None else [folder / INDEX]
-    with replacing_all([*(folder / name for name in layout.shards), *index]) as new:
+    with missing, replacing_all([*(folder / name for name in layout.shards), *index]) as new:
         for file, shard in layout.shards.items():
             with new[folder / file].open("wb") as opened:
                 tensors = {name: leaves[paths[name]] for name in shard.dtypes}
@@ -104,7 +117,8 @@ def save_safetensors(
                     opened.writelines(_chunks(leaf, kept.get(paths[name])))
         if index:
             total = sum(size_of(str(leaf.dtype), np.shape(leaf)) for leaf in leaves.values())
-            new[index[0]].write_text(write_index(layout, total), encoding="utf-8")
+            entries = sum(leaf.size for leaf in leaves.values())
+            new[index[0]].write_text(write_index(layout, total, entries), encoding="utf-8")
         return sum(file.stat().st_size for file in new.values())
 
 
@@ -115,8 +129,8 @@ def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Checkpoi
     is used, and which the system may drop again.
 
     Args:
-      path: of a file, of an index (it ends in .json), or of a folder that holds an index,
-        `model.safetensors`, or one other safetensors file.
+      path: of a file, of an index (it ends in .json), or of a folder that holds `model.safetensors`, else an
+        index, else one other safetensors file.
       like: a tree of arrays or `jax.ShapeDtypeStruct` that gives the result its structure; the tensors must
         have its paths, shapes and dtypes. Without it, params are nested dicts: names are split at "." and
         "/", so that "model.norm.weight" is `params["model"]["norm"]["weight"]`, whose path is
@@ -145,7 +159,7 @@ def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Checkpoi
         found, shard = _read_file(file)
         if named is not None and (lost := [name for name in named if name not in found]):
             raise FileError(f"{file}: it has no {some_of(lost)}, which the index says it holds.")
-        for name in found if named is None else named:
+        for name in found:  # also those that an index leaves out, which other programs read as well
             if path_of(name) in tensors:
                 raise FileError(f"{file}: {name!r} is a second tensor of the path {path_of(name)!r}.")
             tensors[path_of(name)] = found[name]
@@ -166,13 +180,14 @@ def _files(path: str | os.PathLike[str]) -> tuple[dict[Path, list[str] | None], 
             return {index: None}, None
     else:
         folder, index = index, index / INDEX
+        if (folder / _WHOLE).exists():
+            return {folder / _WHOLE: None}, None
         if not index.exists():
             found = sorted(file for file in folder.iterdir() if file.name.endswith(_SUFFIX))
-            whole = [file for file in found if file.name == f"model{_SUFFIX}"] or found
-            if len(whole) != 1:
+            if len(found) != 1:
                 some = f"{len(found)} safetensors files" if found else "no safetensors file"
                 raise FileError(f"{folder}: it holds {some} and no {INDEX}. Give the path of a file.")
-            return {whole[0]: None}, None
+            return {found[0]: None}, None
     with open_file(index) as file:
         text = file.read()
     try:
@@ -256,6 +271,19 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise TypeError(f"params[{name!r}] holds no values now. Save outside of jit.")
 
 
+def _check_names(paths: Mapping[str, str]) -> None:
+    """Check that tensors, given with the paths of their leaves, have names that can be written and read."""
+    read: dict[str, str] = {}
+    for name, path in paths.items():
+        if wrong := wrong_name(name):
+            raise ValueError(f"params[{path!r}]: the name of its tensor {wrong}.")
+        if (other := read.setdefault(path_of(name), path)) != path:
+            raise ValueError(
+                f"params[{other!r}] and params[{path!r}] would be read as one leaf, since names are split at "
+                '"." and "/". Rename one.'
+            )
+
+
 def _placed(
     layout: Layout, path: str | os.PathLike[str], metadata: dict[str, str] | None
 ) -> tuple[Layout, Path]:
@@ -267,6 +295,13 @@ def _placed(
         layout = layout._replace(shards=shards)
     target = Path(path)
     if target.is_dir() or not target.name.endswith(_SUFFIX):
+        written = {*layout.shards, *([] if layout.index is None else [INDEX])}
+        first = [name for name in (_WHOLE, INDEX) if name in written or (target / name).exists()]
+        if first and first[0] not in written:
+            raise ValueError(
+                f"{target} holds {first[0]}, which would be read in place of what is written. Remove it, or "
+                "give the path of another folder."
+            )
         return layout, target
     if len(layout.shards) > 1 or layout.index is not None:
         raise ValueError(

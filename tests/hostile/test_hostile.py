@@ -69,7 +69,10 @@ def test_what_is_no_file(load, tmp_path):
     for path in ("/dev/zero", "/dev/null", "a\0b"):
         with pytest.raises(jp.io.FileError, match=r"not a file, but a pipe or a device|null"):
             load(path)
-    for path in (tmp_path, tmp_path / "none", "x" * 5000):
+    # A checkpoint may be a folder, so an empty one is damaged; the other loaders cannot open it.
+    with pytest.raises(jp.io.FileError if load is jp.io.load_safetensors else OSError):
+        load(tmp_path)
+    for path in (tmp_path / "none", "x" * 5000):
         with pytest.raises(OSError):  # noqa: PT011
             load(path)
 

@@ -1,5 +1,6 @@
 """safetensors of other programs, read and written: beside the format's own library, and beside damage."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxprune as jp
+from jaxprune.io import tensors
+from jaxprune.io.layout import INDEX
 from jaxprune.io.tensor_header import NAMES
 from tests.io.test_io import FLOATS, leaf, random_leaf, same_bits
 
@@ -47,8 +50,9 @@ def shards(folder, rng):
         write(folder / name, held, {"format": "pt"})
         places |= dict.fromkeys(held, name)
     total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total, "by": "x"}, "weight_map": dict(sorted(places.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    sizes = {"total_parameters": 7, "total_size": total}  # 7: where nothing is resized, theirs stays
+    index = {"metadata": sizes | {"by": "x"}, "weight_map": dict(sorted(places.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return tensors
 
 
@@ -129,8 +133,36 @@ def test_one_file_and_shards_come_back_as_the_same_bytes(tmp_path):
         size = jp.io.save_safetensors(tmp_path / "out" / name, got.params, layout=got.layout)
         assert bytes_of(tmp_path / "out" / name) == bytes_of(tmp_path / name)
         assert size == sum(map(len, bytes_of(tmp_path / name).values()))
-    index = tmp_path / "many" / "model.safetensors.index.json"
+    index = tmp_path / "many" / INDEX
     jax.tree.map(same_bits, jp.io.load_safetensors(index).params, jp.io.load_safetensors(index.parent).params)
+
+
+def test_tensors_that_the_index_leaves_out_are_read_and_written(tmp_path):
+    tensors = shards(tmp_path / "in", np.random.default_rng(0))
+    content = json.loads((tmp_path / "in" / INDEX).read_text())
+    del content["weight_map"]["lm_head.weight"]
+    (tmp_path / "in" / INDEX).write_text(json.dumps(content))
+    got = jp.io.load_safetensors(tmp_path / "in")
+    same_bits(got.params["lm_head"]["weight"], tensors["lm_head.weight"])
+    jp.io.save_safetensors(tmp_path / "out", got.params, layout=got.layout)
+    again = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert again["weight_map"].keys() == tensors.keys()
+
+
+def test_a_folder_is_read_as_transformers_reads_it_and_never_shows_older_weights(tmp_path):
+    shards(tmp_path / "many", np.random.default_rng(0))
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "model.safetensors", {"a.w": np.ones(2, np.float32)})
+    write(tmp_path / "other.safetensors", {"a.w": np.ones(2, np.float32)})
+    many, one = (jp.io.load_safetensors(tmp_path / name) for name in ("many", "one"))
+    other = jp.io.load_safetensors(tmp_path / "other.safetensors")
+    before = bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")
+    for saved, folder, first in ((many, "one", "model.safetensors"), (other, "many", INDEX)):
+        with pytest.raises(ValueError, match=f"{folder} holds {first}, which would be read in place of"):
+            jp.io.save_safetensors(tmp_path / folder, saved.params, layout=saved.layout)
+    assert (bytes_of(tmp_path / "one"), bytes_of(tmp_path / "many")) == before
+    jp.io.save_safetensors(tmp_path / "many", one.params, layout=one.layout)  # goes before the index
+    same_bits(jp.io.load_safetensors(tmp_path / "many").params["a"]["w"], np.ones(2, np.float32))
 
 
 def test_kernels_and_where_see_the_names(tmp_path):
@@ -182,9 +214,10 @@ def test_layers_that_are_left_out_and_other_shapes(tmp_path):
         again.params["model"]["layers"]["0"]["mlp"]["up_proj"]["weight"],
         tensors["model.layers.1.mlp.up_proj.weight"],
     )
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
     total = sum(array.nbytes for array in by_path(params).values())
-    assert index["metadata"] == {"total_size": total, "by": "x"}
+    entries = sum(array.size for array in by_path(params).values())
+    assert index["metadata"] == {"total_parameters": entries, "total_size": total, "by": "x"}
     assert index["weight_map"].keys() == set(names.values())
     with pytest.raises(ValueError, match=r"given nothing, which the layout does not hold"):
         got.layout.renamed({"nothing": "x"})
@@ -237,6 +270,23 @@ def test_a_file_that_does_not_fit_like(file):
         jp.io.save_safetensors(file, {"w": leaf(1)}, metadata={"step": 7})
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"__metadata__": leaf(1)}, r"params\['__metadata__'\]: the name of its tensor is"),
+        ({"\ud800": leaf(1)}, "the name of its tensor holds half of a surrogate pair"),
+        ({"/".join("a" * 101): leaf(1)}, "the name of its tensor has 101 parts, and 100 are allowed"),
+        ({"a.b": leaf(1), "a": {"b": leaf(2)}}, r"params\['a/b'\] and params\['a.b'\] would be read as one"),
+    ],
+)
+def test_names_that_could_not_be_read_again(file, params, message):
+    with pytest.raises(ValueError, match=message):
+        jp.io.save_safetensors(file, params)
+    with pytest.raises(TypeError, match="metadata of safetensors is strings by strings, in Unicode"):
+        jp.io.save_safetensors(file, {"a": leaf(1)}, metadata={"\ud800": "x"})
+    assert not file.exists()
+
+
 def test_params_that_do_not_fit_the_layout(tmp_path):
     shards(tmp_path / "in", np.random.default_rng(0))
     params, _, layout = jp.io.load_safetensors(tmp_path / "in")
@@ -257,7 +307,7 @@ def test_params_that_do_not_fit_the_layout(tmp_path):
     ("damage", "message"),
     [
         (
-            lambda folder: (folder / "model.safetensors.index.json").unlink(),
+            lambda folder: (folder / INDEX).unlink(),
             "holds 2 safetensors files and no",
         ),
         (
@@ -277,6 +327,14 @@ def test_params_that_do_not_fit_the_layout(tmp_path):
             "it has no ghost, which the",
         ),
         (lambda folder: edit(folder, None, None), "it has no weight_map"),
+        (
+            lambda folder: (folder / INDEX).write_text('{"weight_map": {}, "weight_map": {}}'),
+            "index.json: it cannot be read: a key occurs twice",
+        ),
+        (
+            lambda folder: write(next(folder.glob("*1-of*")), llama(np.random.default_rng(0))),
+            "00002-of-00002.*is a second tensor of the path",
+        ),
     ],
 )
 def test_a_damaged_folder(tmp_path, damage, message):
@@ -287,7 +345,7 @@ def test_a_damaged_folder(tmp_path, damage, message):
 
 
 def edit(folder, name, file):
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     content = json.loads(index.read_text())
     if name is None:
         del content["weight_map"]
@@ -330,6 +388,8 @@ def entry(dtype="F32", shape=(2,), begin=0, end=8, **more):
         ({"__metadata__": {"a": 1}, "a": entry()}, "its __metadata__ is not texts by text"),
         ([], "its header is a list"),
         (b'{"a": 1, "a": 2}', "a key occurs twice"),
+        ({"a": entry(), "\ud800": entry(shape=(0,), begin=8)}, "name holds half of a surrogate pair"),
+        ({".".join("a" * 50_000): entry()}, "name has 50000 parts, and 100 are allowed"),
         (b"[" * 100_000, "its header cannot be read"),
         (b"\xff", "its header cannot be read"),
         ({"a": entry(), "a.b": entry(shape=(0,), begin=8)}, "'a/b' is a tensor, and so is"),
@@ -376,3 +436,26 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
     assert bytes_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 4])
+def test_a_write_that_fails_in_any_file_changes_no_file(tmp_path, monkeypatch, fails_at):
+    shards(tmp_path / "in", np.random.default_rng(0))
+    before = bytes_of(tmp_path / "in")
+    got = jp.io.load_safetensors(tmp_path / "in")
+    params = jax.tree.map(lambda a: a + 1, got.params)
+    chunks, calls = tensors._chunks, []
+
+    def full(*leaf):
+        calls.append(leaf)
+        if len(calls) > fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return chunks(*leaf)
+
+    monkeypatch.setattr(tensors, "_chunks", full)
+    for folder in (tmp_path / "in", tmp_path / "new" / "out"):
+        calls.clear()
+        with pytest.raises(OSError, match="No space left"):
+            jp.io.save_safetensors(folder, params, layout=got.layout)
+    assert bytes_of(tmp_path / "in") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["in"]
