@@ -222,7 +222,7 @@ def test_lottery_flags_that_cannot_be_met_are_refused():
 
 def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
     out = tmp_path / "dynamic"
-    flags = "--seeds 0,1 --epochs 8 --sparsities 0.9"
+    flags = "--seeds 0,1 --epochs 5 --sparsities 0.9"
     dynamic_sparse.main([*flags.split(), "--out", str(out)])
     lines = read(out)
     assert [line["method"] for line in lines[::2]] == ["dense", *dynamic_sparse.METHODS]
@@ -243,20 +243,18 @@ def test_dynamic_study_keeps_every_layers_count(tmp_path, capsys):
 
 def test_pruning_at_init_study(tmp_path, capsys):
     out = tmp_path / "init"
-    flags = "--seeds 0,1,2 --compressions 20,50 --rounds 20"
+    flags = "--seeds 0,1,2 --compressions 50 --rounds 20"
     pruning_at_init.main([*flags.split(), "--out", str(out)])
     lines = read(out)
-    assert [line["method"] for line in lines[::3]] == ["dense", *pruning_at_init.METHODS * 2]
+    assert [line["method"] for line in lines[::3]] == ["dense", *pruning_at_init.METHODS]
     for line in lines:
         assert line["density"] == pytest.approx(1 / line["compression"], abs=1e-4)
         assert not (line["connected"] and line["collapsed"])
     mean = {
-        (method, c): np.mean([x["accuracy"] for x in lines if (x["method"], x["compression"]) == (method, c)])
+        method: np.mean([line["accuracy"] for line in lines if line["method"] == method])
         for method in pruning_at_init.METHODS
-        for c in (20, 50)
     }
-    for compression in (20, 50):
-        assert mean["snip", compression] > mean["random", compression] + 0.02
+    assert mean["snip"] > mean["random"] + 0.02
     assert is_png(out / "accuracy.png")
     check_width(capsys.readouterr().out, tmp_path)
 

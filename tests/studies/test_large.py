@@ -42,7 +42,7 @@ def test_a_run_that_was_killed_ends_with_the_same_files(tmp_path):
     assert not (tmp_path / "killed").exists()
     for out, folder in (("resumed", layers), ("whole", tmp_path / "others")):
         run = start(dense, str(tmp_path / out), folder)
-        text = run.communicate()[0]
+        text = run.communicate(timeout=300)[0]
         assert run.returncode == 0 and "GiB were resident (VmHWM)" in text
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "resumed" / file.name).read_bytes()
