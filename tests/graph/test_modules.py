@@ -512,7 +512,7 @@ def test_a_plan_in_place_of_masks(tmp_path):
 def test_errors():
     model, x = built(Noisy), normal(2, 3)
     masks = half(model, x)
-    with pytest.raises(TypeError, match=r"flax\.nnx\.Module, got Dense"):
+    with pytest.raises(TypeError, match=r"flax\.nnx\.Module or an equinox\.Module, got Dense"):
         compact_module(nn.Dense(3), masks, x)
     with pytest.raises(ValueError, match=r"tree structure of params.*Missing: b/bias"):
         compact_module(model, {path: m for path, m in array_leaves(masks).items() if path != "b/bias"}, x)
