@@ -1,7 +1,6 @@
 """The bound on the memory of `recover` block by block, in a process of its own."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,8 @@ def test_block_by_block_takes_the_memory_of_one_block():
     The 12 are: the params given and the teacher's (2), those tuned, before and after a step, and the best
     (3), Adam's moments before and after (4), gradients and updates (2), masks and arrays of one batch (1).
     """
-    # Each array is then a mapping of its own, which counts only as long as it lives.
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
     command = [sys.executable, "-m", "tests.calibration.recover_memory", "block"]
-    said = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
+    said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     found = json.loads(said.stdout)
     compiler = 32 * 2**20
     bound = found["result"] + 12 * found["block"] + 2 * found["activations"] + compiler
