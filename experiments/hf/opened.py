@@ -86,7 +86,8 @@ def open_model(folder: str | os.PathLike[str], stacked: bool = False) -> Model:
     except ValueError as error:
         raise jp.io.FileError(f"{folder}: {error}") from None
     saved = jp.io.load_safetensors(folder)
-    present = dict(_by_name(saved.params))
+    arrays = zip(jp.leaf_paths(saved.params), jax.tree.leaves(saved.params), strict=True)
+    present = {saved.layout.names[path]: array for path, array in arrays}
     names = _names(architecture, config, present)
     params = tree_of(_checked(folder, architecture, config, names, present), config.depth)
     if stacked:
@@ -194,8 +195,9 @@ def _write_folder(
     """Write tensors, config.json and copies of the other files."""
     _check_replaceable(out, model)
     with _replacing_folder(out) as new:
-        masks = None if keep is None else _nested(keep)
-        size = jp.io.save_safetensors(new, _nested(values), masks, layout=layout)
+        leaves = {path: values[name] for path, name in layout.names.items()}
+        masks = None if keep is None else {path: keep[name] for path, name in layout.names.items()}
+        size = jp.io.save_safetensors(new, leaves, masks, layout=layout)
         for file in sorted(model.folder.iterdir()):
             if file.is_file() and not _is_weights(file.name):
                 shutil.copyfile(file, new / file.name)
@@ -270,27 +272,6 @@ def _disagreement(axes: Sequence[Axis], shape: tuple[int, ...]) -> str:
         return f"it has {len(shape)} axes, not {len(axes)}"
     wrong = [(number, axis) for number, axis in enumerate(axes) if axis.size != shape[number]]
     return " and ".join(f"{axis.key} is {axis.size}, axis {number} {shape[number]}" for number, axis in wrong)
-
-
-def _by_name(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the arrays of nested dicts with their names in the file."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _by_name(value, f"{before}{key}.")
-        else:
-            yield before + key, value
-
-
-def _nested(by_name: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dicts, the names split at "."."""
-    tree: dict[str, Any] = {}
-    for name, value in by_name.items():
-        *above, last = name.split(".")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
 
 
 def tree_of(by_path: Mapping[str, Any], layers: int) -> dict[str, Any]:

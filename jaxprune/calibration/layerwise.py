@@ -222,7 +222,7 @@ def _finished(given: Any, leaf: Any, mask: Any) -> tuple[Any, Any]:
     it, and the caller still has the dense one.
     """
     if not isinstance(given, np.ndarray):
-        mask = unpruned_mask(given) if mask is None else mask
+        mask = _unpruned_mask(given) if mask is None else mask
         return masked(leaf, mask), mask
     if mask is None:
         return leaf, np.broadcast_to(np.True_, given.shape)
@@ -288,7 +288,7 @@ def _of_layer(values: Any, part: Part, index: tuple[int, ...]) -> float:
     return float(np.asarray(values)[index])
 
 
-def unpruned_mask(leaf: Any) -> Any:
+def _unpruned_mask(leaf: Any) -> Any:
     """Return a mask that prunes nothing, on the host for a leaf there."""
     mask = np.ones(np.shape(leaf), bool)
     return mask if isinstance(leaf, np.ndarray) else jax.device_put(mask)
@@ -346,7 +346,7 @@ class _Layers:
             self.masks[path] = np.asarray(mask) if isinstance(self.lock.leaves[path], np.ndarray) else mask
             return
         if before is None:
-            before = unpruned_mask(self.lock.leaves[path])
+            before = _unpruned_mask(self.lock.leaves[path])
         self.masks[path] = view.with_layer(before, index, view.layer(before, index) & mask, in_place=True)
 
     def solved(self, part: Part, index: tuple[int, ...], moments: Moments) -> tuple[dict[str, Any], LayerRow]:

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph.compaction import compact
-from jaxprune.graph.modules.forms import CompactedModule, Form, UnfitError, difference, result, unsmaller
+from jaxprune.graph.modules.forms import (
+    CompactedModule,
+    Form,
+    UnfitError,
+    difference,
+    kept_along,
+    new_widths,
+    no_values,
+    result,
+    unsmaller,
+)
 from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.tree.leaves import array_leaves, is_concrete
@@ -35,10 +45,7 @@ def compact_equinox(
     if not is_concrete(params, split_static(inputs)[0]) or any(
         isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(model)
     ):
-        raise TypeError(
-            "compact_module compares networks on numbers, so that the model and the inputs must have arrays "
-            "with values. Build the model outside jit and eqx.filter_eval_shape."
-        )
+        raise no_values("eqx.filter_eval_shape")
 
     def function(arrays: Any, static: Any) -> Callable[..., Any]:
         structure = jax.tree.structure(arrays)  # which holds widths as well
@@ -81,30 +88,13 @@ def _fix_fields(eqx: Any, module: Any, plan: Plan) -> list[str]:
     for path, part in _modules(eqx, module, ""):
 
         def kept(name: str, axis: int, path: str = path) -> tuple[int, np.ndarray]:
-            where = f"{path}{name}".replace(".", "/")
-            dense = plan.shapes[where]
-            rows = plan.keep.get(where, {}).get(len(dense) + axis)
-            # Each layer of a stack keeps slices of its own, equally many, and only their number matters here.
-            rows = rows if rows is None or rows.ndim == 1 else rows.reshape(-1, rows.shape[-1])[0]
-            return dense[axis], np.arange(dense[axis]) if rows is None else rows
+            return kept_along(plan, f"{path}{name}".replace(".", "/"), axis)
 
-        for name, widths in _FIELDS.items():
-            if not isinstance(part, getattr(eqx.nn, name, ())):
-                continue
-            try:
-                new_widths = widths(part, kept)
-            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-                kind = f"{path.rstrip('/')} ({type(part).__name__})"
-                raise UnfitError(f"{kind} is not laid out like equinox's {name}: {error}") from error
-            for field, new in new_widths.items():
-                old = getattr(part, field, None)
-                if old is None or old == "scalar" or old == new:
-                    continue
-                object.__setattr__(part, field, new)
-                if (name, field) in _COMPUTED_WITH:
-                    depends.append(
-                        f"{path.rstrip('/') or name}: {_COMPUTED_WITH[name, field].format(old=old, new=new)}"
-                    )
+        where = path.rstrip("/")
+        for name, field, old, new in new_widths("equinox", eqx.nn, _FIELDS, part, where, kept):
+            object.__setattr__(part, field, new)
+            if does := _COMPUTED_WITH.get((name, field)):
+                depends.append(f"{where or name}: {does.format(old=old, new=new)}")
     return depends
 
 
@@ -138,7 +128,8 @@ _COMPUTED_WITH = {
 
 
 def _linear(m: Any, kept: Kept) -> dict[str, Any]:
-    return {"in_features": m.weight.shape[-1], "out_features": m.weight.shape[-2]}
+    sizes = {"in_features": m.weight.shape[-1], "out_features": m.weight.shape[-2]}
+    return {name: size for name, size in sizes.items() if getattr(m, name) != "scalar"}
 
 
 def _conv(m: Any, kept: Kept) -> dict[str, Any]:
@@ -190,7 +181,8 @@ def _mlp(m: Any, kept: Kept) -> dict[str, Any]:
     first, last = m.layers[0].weight, m.layers[-1].weight
     hidden = {layer.weight.shape[-2] for layer in m.layers[:-1]}
     sizes = {"in_size": first.shape[-1], "out_size": last.shape[-2]}
-    return sizes | ({"width_size": hidden.pop()} if len(hidden) == 1 else {})
+    sizes |= {"width_size": hidden.pop()} if len(hidden) == 1 else {}
+    return {name: size for name, size in sizes.items() if getattr(m, name) != "scalar"}
 
 
 _FIELDS: dict[str, Callable[[Any, Kept], dict[str, Any]]] = {

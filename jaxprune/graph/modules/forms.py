@@ -1,12 +1,14 @@
 """A small module beside the function form of it: what `compact_module` returns, and whether the two agree."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxprune.graph.compaction import Compacted
 from jaxprune.graph.equivalence import compare, new_numbers, of_arrays, ops_of
+from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
 from jaxprune.typing import Params
 
@@ -27,6 +29,62 @@ class CompactedModule(NamedTuple):
 
 class UnfitError(Exception):
     """No widths of a module's class fit its new arrays."""
+
+
+def kept_along(plan: Plan, path: str, axis: int) -> tuple[int, np.ndarray]:
+    """Return the dense size of an array along an axis, counted from the end, and the indices that stay."""
+    dense = plan.shapes[path]
+    kept = plan.keep.get(path, {}).get(len(dense) + axis)
+    if kept is None:
+        return dense[axis], np.arange(dense[axis])
+    # Each layer of a stack keeps slices of its own, equally many, and only their number matters here.
+    return dense[axis], kept if kept.ndim == 1 else kept.reshape(-1, kept.shape[-1])[0]
+
+
+def new_widths(
+    library: str,
+    layers: Any,
+    table: Mapping[str, Callable[[Any, Any], dict[str, Any]]],
+    part: Any,
+    path: str,
+    kept: Any,
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield the widths that a module has to change, for the caller to set at once.
+
+    Args:
+      library: its name, for messages.
+      layers: the module of its classes.
+      table: by the name of a class, its widths, given a module and `kept`.
+      part: the module, with its small arrays.
+      path: where it is.
+      kept: what stays along an axis of one of its arrays.
+
+    Yields:
+      The name of the class, the attribute, and its old and new values.
+
+    Raises:
+      UnfitError: the module is not laid out as its class is.
+    """
+    for name, widths in table.items():
+        if not isinstance(part, getattr(layers, name, ())):
+            continue
+        try:
+            found = widths(part, kept)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            kind = f"{path} ({type(part).__name__})"
+            raise UnfitError(f"{kind} is not laid out like {library}'s {name}: {error}") from error
+        for attribute, new in found.items():
+            old = getattr(part, attribute, None)
+            if old is not None and old != new:
+                yield name, attribute, old, new
+
+
+def no_values(how: str) -> TypeError:
+    """Return the error for a model, or inputs, without values; `how` says how a model comes to be so."""
+    return TypeError(
+        "compact_module compares networks on numbers, so that the model and the inputs must have arrays "
+        f"with values. Build the model outside jit and {how}."
+    )
 
 
 class Form(NamedTuple):

@@ -11,7 +11,15 @@ import numpy as np
 
 from jaxprune.graph.compaction import Compacted, compact
 from jaxprune.graph.equivalence import of_arrays
-from jaxprune.graph.modules.forms import CompactedModule, Form, UnfitError, difference, result, unsmaller
+from jaxprune.graph.modules.forms import (
+    CompactedModule,
+    Form,
+    UnfitError,
+    difference,
+    no_values,
+    result,
+    unsmaller,
+)
 from jaxprune.graph.modules.widths import Changes, fix_widths, width_dependent_layers
 from jaxprune.graph.plan import Plan
 from jaxprune.tracing.jaxprs import split_static
@@ -32,10 +40,7 @@ def compact_nnx(
 ) -> CompactedModule:
     """Return the result of `compact_module` for an `nnx.Module`; `options` are those of `compact`."""
     if not is_concrete(nnx.state(model), split_static(inputs)[0]):
-        raise TypeError(
-            "compact_module compares networks on numbers, so that the model and the inputs must have arrays "
-            "with values. Build the model outside jit and nnx.eval_shape."
-        )
+        raise no_values("nnx.eval_shape")
     small = _compact(nnx, model, masks, inputs, options)
 
     graph, random, _ = _split(nnx, model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.graph.modules.forms import UnfitError
+from jaxprune.graph.modules.forms import kept_along, new_widths
 from jaxprune.graph.plan import Plan
 
 Cut = Callable[[Any, int], tuple[int, np.ndarray]]
@@ -30,30 +30,15 @@ def fix_widths(nnx: Any, module: Any, plan: Plan) -> Changes:
     }
 
     def cut(variable: Any, axis: int) -> tuple[int, np.ndarray]:
-        path = paths[id(variable)]
-        dense = plan.shapes[path]
-        kept = plan.keep.get(path, {}).get(len(dense) + axis)
-        # Each layer of a stack keeps slices of its own, equally many, and only their number matters here.
-        kept = kept if kept is None or kept.ndim == 1 else kept.reshape(-1, kept.shape[-1])[0]
-        return dense[axis], np.arange(dense[axis]) if kept is None else kept
+        return kept_along(plan, paths[id(variable)], axis)
 
     changes: Changes = {}
     for place, part in nnx.iter_modules(module):
         path = "/".join(map(str, place))
         changed = {}
-        for name, widths in _WIDTHS.items():
-            if not isinstance(part, getattr(nnx, name, ())):
-                continue
-            try:
-                new_widths = widths(part, cut)
-            except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-                kind = f"{path} ({type(part).__name__})"
-                raise UnfitError(f"{kind} is not laid out like flax's {name}: {error}") from error
-            for attribute, new in new_widths.items():
-                old = getattr(part, attribute, None)
-                if old is not None and old != new:
-                    setattr(part, attribute, new)
-                    changed[attribute] = (old, new)
+        for _, attribute, old, new in new_widths("flax", nnx, _WIDTHS, part, path, cut):
+            setattr(part, attribute, new)
+            changed[attribute] = (old, new)
         if changed:
             changes[path] = (part, changed)
     return changes
